@@ -1,0 +1,1 @@
+"""The session protocol: streams that outlive the lanes which carry them (pure, no I/O)."""

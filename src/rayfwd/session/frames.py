@@ -1,0 +1,138 @@
+"""The frames of the session protocol, as bytes and back.
+
+A frame is a header of 20 bytes and a payload::
+
+    0      1                 4                12               20
+    +------+-----------------+-----------------+----------------+---------
+    | kind | payload length  | stream          | offset         | payload
+    +------+-----------------+-----------------+----------------+---------
+      u8     u24               u64               u64              0 to 262,144 bytes
+
+All integers are big-endian. What `offset` means depends on the kind, see `Kind`.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+HEADER = struct.Struct(">IQQ")
+HEADER_SIZE = HEADER.size
+MAX_PAYLOAD = 1 << 18
+"""Bytes of payload that a frame may carry."""
+MAX_U64 = (1 << 64) - 1
+
+
+class Kind(IntEnum):
+    """What a frame says; in brackets, what its `offset` is."""
+
+    HELLO = 1
+    """[protocol version] First on every lane, from the worker. Payload: JSON."""
+    WELCOME = 2
+    """[protocol version] The hub's answer. Payload: JSON."""
+    REFUSE = 3
+    """[protocol version] The hub's other answer; the lane is closed. Payload: JSON."""
+    OPEN = 4
+    """[0] A new stream. Payload: its target."""
+    DATA = 5
+    """[of the payload's first byte] Bytes of a stream."""
+    END = 6
+    """[of the end] No bytes follow in this direction (half-close)."""
+    RESET = 7
+    """[reason] The stream is given up in both directions. Payload: a sentence."""
+    ACK = 8
+    """[first one not yet received in order; an END counts one] Payload: limit, u64: the offset
+    that the sender of data may send up to."""
+    GONE = 9
+    """[0] The stream is over here, all of it: answers RESET, and whatever comes late."""
+    PING = 10
+    """[token] To be answered on the same lane."""
+    PONG = 11
+    """[the token of the PING]"""
+    CLOSE = 12
+    """[0] The session ends, in order; every stream is given up. Payload: a sentence."""
+
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+class ProtocolError(Exception):
+    """The peer sent what the protocol does not allow. `code` is one of the documented refusals."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Frame(NamedTuple):
+    kind: Kind
+    stream: int
+    offset: int
+    payload: bytes
+
+
+def header(kind: Kind, stream: int, offset: int, length: int) -> bytes:
+    """The 20 bytes before a payload of `length`."""
+    return HEADER.pack(kind << 24 | length, stream, offset)
+
+
+def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -> bytes:
+    """A whole frame."""
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"a payload of {len(payload)} bytes is over {MAX_PAYLOAD}")
+    return HEADER.pack(kind << 24 | len(payload), stream, offset) + payload
+
+
+class FrameDecoder:
+    """Cuts a lane's bytes into frames. Holds at most one unfinished frame."""
+
+    __slots__ = ("_buffer", "_limit")
+
+    def __init__(self, limit: int = MAX_PAYLOAD) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+
+    @property
+    def held(self) -> int:
+        """Bytes of the unfinished frame."""
+        return len(self._buffer)
+
+    def raise_limit(self, limit: int = MAX_PAYLOAD) -> None:
+        """Allow longer payloads: before its handshake a lane gets short ones only."""
+        self._limit = limit
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
+        """The frames that `data` completes. Raises ProtocolError; the lane is then of no use."""
+        frames: list[Frame] = []
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            view = memoryview(buffer)
+        else:
+            view = memoryview(data)
+        position, size = 0, len(view)
+        try:
+            while size - position >= HEADER_SIZE:
+                word, stream, offset = HEADER.unpack_from(view, position)
+                length = word & 0xFFFFFF
+                kind = _KINDS.get(word >> 24)
+                if kind is None:
+                    raise ProtocolError("frame_unknown", f"frame of unknown kind {word >> 24}")
+                if length > self._limit:
+                    raise ProtocolError(
+                        "frame_too_long", f"{kind.name} of {length} bytes, over {self._limit}"
+                    )
+                start = position + HEADER_SIZE
+                if size - start < length:
+                    break
+                position = start + length
+                frames.append(Frame(kind, stream, offset, bytes(view[start:position])))
+            rest = bytes(view[position:]) if not buffer else b""
+        finally:
+            view.release()
+        if buffer:
+            del buffer[:position]
+        else:
+            buffer += rest
+        return frames

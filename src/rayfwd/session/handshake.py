@@ -1,0 +1,194 @@
+"""The first frames on a lane: HELLO from the worker, WELCOME or REFUSE from the hub (pure).
+
+The payloads are JSON objects. Unknown keys are ignored, so that a later version may add some;
+what a version needs is checked here, and nothing that comes in can raise anything but
+`ProtocolError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayfwd.session.frames import Frame, Kind, ProtocolError, encode
+from rayfwd.session.lane import LaneClass
+
+PROTOCOL_VERSION = 1
+MAX_HANDSHAKE = 1 << 16
+"""Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says of itself on each lane."""
+
+    node: str
+    key: str
+    """A secret of the node, made once; the hub knows a node by it."""
+    session: str
+    """Number of the session: hexadecimal, larger for each new session of the node."""
+    resumes: bool
+    """The session was welcomed before: the hub must know it."""
+    lane: LaneClass
+    version: str
+    worker_ports: int
+    advertise: str | None = None
+    ride_through: float = 120.0
+    ray: str | None = None
+    python: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """What the node's configuration declares to Ray."""
+
+    def encode(self) -> bytes:
+        body = {
+            "node": self.node,
+            "key": self.key,
+            "session": self.session,
+            "resumes": self.resumes,
+            "lane": self.lane.value,
+            "version": self.version,
+            "worker_ports": self.worker_ports,
+            "advertise": self.advertise,
+            "ride_through": self.ride_through,
+            "ray": self.ray,
+            "python": self.python,
+            "resources": dict(self.resources),
+        }
+        return encode(Kind.HELLO, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Hello:
+        """Raises ProtocolError with one of the codes of a refusal."""
+        body = _body(frame, Kind.HELLO)
+        try:
+            hello = cls(
+                node=_text(body, "node", 63),
+                key=_text(body, "key", 128),
+                session=_text(body, "session", 64),
+                resumes=body["resumes"] is True,
+                lane=LaneClass(body["lane"]),
+                version=_text(body, "version", 64),
+                worker_ports=_number(body, "worker_ports", 1, 20000),
+                advertise=_optional_text(body, "advertise"),
+                ride_through=float(_number(body, "ride_through", 1, 86400)),
+                ray=_optional_text(body, "ray"),
+                python=_optional_text(body, "python"),
+                resources=_resources(body.get("resources", {})),
+            )
+            int(hello.session, 16)
+        except (KeyError, ValueError, TypeError) as exc:
+            raise ProtocolError("hello_malformed", f"HELLO: {exc!r}") from exc
+        return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What the hub answers: the session stands, and this is the plan."""
+
+    version: str
+    node: Mapping[str, Any]
+    """The worker's own plan."""
+    nodes: tuple[Mapping[str, Any], ...]
+    """The plans of all nodes, the head's first."""
+    network: str
+    ride_through: float
+    ray: str | None = None
+    python: str | None = None
+
+    def encode(self) -> bytes:
+        body = {
+            "version": self.version,
+            "node": dict(self.node),
+            "nodes": [dict(node) for node in self.nodes],
+            "network": self.network,
+            "ride_through": self.ride_through,
+            "ray": self.ray,
+            "python": self.python,
+        }
+        return encode(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Welcome:
+        """Raises ProtocolError."""
+        body = _body(frame, Kind.WELCOME)
+        try:
+            nodes = body["nodes"]
+            if not isinstance(body["node"], dict) or not isinstance(nodes, list):
+                raise TypeError("node or nodes")
+            return cls(
+                version=_text(body, "version", 64),
+                node=body["node"],
+                nodes=tuple(dict(node) for node in nodes),
+                network=_text(body, "network", 64),
+                ride_through=float(_number(body, "ride_through", 1, 86400)),
+                ray=_optional_text(body, "ray"),
+                python=_optional_text(body, "python"),
+            )
+        except (KeyError, ValueError, TypeError) as exc:
+            raise ProtocolError("welcome_malformed", f"WELCOME: {exc!r}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the hub does not take a lane: a code, what was wrong, what to do."""
+
+    code: str
+    cause: str
+    remedy: str
+
+    def encode(self) -> bytes:
+        body = {"code": self.code, "cause": self.cause[:2000], "remedy": self.remedy[:2000]}
+        return encode(Kind.REFUSE, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Refusal:
+        """Raises ProtocolError. A refusal by another protocol version is still understood."""
+        try:
+            body = json.loads(frame.payload)
+            return cls(
+                _text(body, "code", 64), _text(body, "cause", 2000), _text(body, "remedy", 2000)
+            )
+        except (KeyError, ValueError, TypeError, RecursionError) as exc:
+            raise ProtocolError("refusal_malformed", f"REFUSE: {exc!r}") from exc
+
+
+def _body(frame: Frame, kind: Kind) -> dict[str, Any]:
+    if frame.kind is not kind:
+        raise ProtocolError("handshake_expected", f"{frame.kind.name} instead of {kind.name}")
+    if frame.offset != PROTOCOL_VERSION:
+        raise ProtocolError(
+            "protocol_version", f"protocol {frame.offset}, but this side speaks {PROTOCOL_VERSION}"
+        )
+    try:
+        body = json.loads(frame.payload)
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError(f"{kind.name.lower()}_malformed", f"{kind.name}: {exc}") from exc
+    if not isinstance(body, dict):
+        raise ProtocolError(f"{kind.name.lower()}_malformed", f"{kind.name} is no JSON object")
+    return body
+
+
+def _text(body: Mapping[str, Any], key: str, longest: int) -> str:
+    value = body[key]
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        raise ValueError(f"{key} must be text of 1 to {longest} characters")
+    return value
+
+
+def _optional_text(body: Mapping[str, Any], key: str) -> str | None:
+    return None if body.get(key) is None else _text(body, key, 64)
+
+
+def _number(body: Mapping[str, Any], key: str, least: float, most: float) -> int:
+    value = body[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise ValueError(f"{key} must be a number from {least} to {most}")
+    return int(value)
+
+
+def _resources(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > 256:
+        raise ValueError("resources must be an object")
+    return {str(name)[:128]: float(amount) for name, amount in value.items()}

@@ -1,0 +1,138 @@
+"""One lane of a session: its pings, its silence, and how much may be under way on it.
+
+A lane is a reliable ordered byte stream until it dies. What is put on it waits in queues that
+nobody sees (the SSH client's, the server's, the kernels'), and an urgent frame waits behind all of
+it. So the bytes not yet confirmed by a PONG are limited: PONGs come back in order, hence one that
+answers a PING confirms all that was sent before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+PING_IDLE = 1.5
+"""Seconds between PINGs on an idle lane."""
+PING_BUSY = 0.25
+"""Seconds between PINGs while data is under way."""
+SUSPECT_AFTER = 0.75
+"""Seconds that a PING may go unanswered, at the least, before other lanes take over."""
+SILENT_AFTER = 4.0
+"""Seconds without a byte while a PING is unanswered: the lane is dead."""
+UNANSWERED_AFTER = 8.0
+"""Seconds that a PING may go unanswered though other bytes arrive: the lane is dead."""
+
+WINDOW_START = 1 << 20
+WINDOW_FLOOR = 1 << 16
+WINDOW_CEILING = 1 << 25
+QUEUE_GOAL = 0.1
+"""Seconds of queue that a lane may build up before its window stops growing."""
+QUEUE_BOUND = 0.4
+"""Seconds of queue from which its window shrinks."""
+
+
+class LaneClass(Enum):
+    """What a lane is for: short messages, or everything that is long."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+class Lane:
+    """The state of one lane; owned by its session."""
+
+    __slots__ = (
+        "_limited", "_pinged_at", "_pings", "_token", "base_rtt", "bytes_in", "bytes_out",
+        "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "suspect", "window",
+    )  # fmt: skip
+
+    def __init__(self, number: int, kind: LaneClass, now: float) -> None:
+        self.id = number
+        self.kind = kind
+        self.heard = now
+        """When bytes last came in."""
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.sent = 0
+        """Bytes of streams put on the lane; PINGs, PONGs and ACKs do not count."""
+        self.confirmed = 0
+        """Of `sent`: what has certainly arrived."""
+        self.window = WINDOW_START
+        self.rtt: float | None = None
+        """Smoothed round-trip time in seconds."""
+        self.base_rtt: float | None = None
+        """The least round-trip time seen, in seconds."""
+        self.suspect = False
+        """It looks stalled while others do not: nothing new is put on it."""
+        self.pongs: deque[int] = deque()
+        """Tokens of the peer's PINGs, to be answered."""
+        self._pings: deque[tuple[int, int, float]] = deque()
+        self._pinged_at = now - PING_IDLE
+        self._token = 0
+        self._limited = False
+
+    def has_room(self) -> bool:
+        """Bytes of streams may be put on it now. A no is noted: it lets the window grow."""
+        if self.sent - self.confirmed < self.window:
+            return True
+        self._limited = True
+        return False
+
+    def wants_ping(self, now: float) -> bool:
+        """A PING is due: by time, or because much is under way behind the last one."""
+        marked = self._pings[-1][1] if self._pings else self.confirmed
+        return self.sent - marked >= self.window >> 2 or now >= self._next_ping()
+
+    def _next_ping(self) -> float:
+        busy = self.sent > self.confirmed and not self._pings
+        return self._pinged_at + (PING_BUSY if busy else PING_IDLE)
+
+    def ping(self, now: float) -> int:
+        """Note a PING that is put on the lane now; returns its token."""
+        self._token += 1
+        self._pings.append((self._token, self.sent, now))
+        self._pinged_at = now
+        return self._token
+
+    def pong(self, token: int, now: float) -> None:
+        """Take in a PONG; one that answers no PING does nothing."""
+        if not self._pings or not self._pings[0][0] <= token <= self._pings[-1][0]:
+            return
+        while True:
+            number, position, sent_at = self._pings.popleft()
+            if number == token:
+                break
+        sample = max(now - sent_at, 1e-6)
+        self.rtt = sample if self.rtt is None else 0.8 * self.rtt + 0.2 * sample
+        self.base_rtt = sample if self.base_rtt is None else min(self.base_rtt, sample)
+        queue = sample - self.base_rtt
+        if queue > QUEUE_BOUND:
+            self.window = max(WINDOW_FLOOR, int(self.window * 0.7))
+        elif self._limited and queue <= QUEUE_GOAL:
+            self.window = min(WINDOW_CEILING, self.window + position - self.confirmed)
+        self.confirmed = position
+        self._limited = False
+        self.suspect = False
+
+    def stalled(self, now: float) -> bool:
+        """A PING has been unanswered for far longer than a round trip."""
+        if not self._pings or now - self.heard < SUSPECT_AFTER:
+            return False
+        return now - self._pings[0][2] >= max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
+
+    def silent(self, now: float) -> bool:
+        """The lane is dead: the peer is gone, or one direction is."""
+        if not self._pings:
+            return False
+        waited = now - self._pings[0][2]
+        return waited >= UNANSWERED_AFTER or (
+            waited >= SILENT_AFTER and now - self.heard >= SILENT_AFTER
+        )
+
+    def deadline(self, now: float) -> float:
+        """When this lane wants to be looked at again."""
+        due = self._next_ping()
+        if self._pings:
+            waiting = PING_BUSY if now - self._pings[0][2] < SILENT_AFTER else PING_IDLE
+            due = min(due, now + waiting)
+        return due

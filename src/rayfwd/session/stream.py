@@ -1,0 +1,384 @@
+"""One stream: two independent byte sequences, each with offsets, acknowledgements and credit.
+
+The sender keeps what is not acknowledged. The receiver drops what it has and puts in order what
+came out of order. An END occupies one offset behind the last byte, as TCP's FIN does, so that its
+acknowledgement needs no rule of its own.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from enum import Enum, IntEnum
+
+from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, ProtocolError
+
+FRAME_BYTES = 1 << 16
+"""Bytes of data in one frame, at most: what an urgent frame may have to wait behind."""
+COALESCE_BYTES = 1 << 14
+"""Chunks smaller than this are joined when several wait."""
+
+
+class StreamState(Enum):
+    """Where a stream is. Half-closes are in its two sides, not here.
+
+    ::
+
+        OPENING   --any ACK-->        OPEN        (the side that opened it)
+        OPENING | OPEN --reset()-->   RESETTING   (until the peer says GONE)
+        OPENING | OPEN --RESET in-->  OVER
+        OPEN  --both ENDs through-->  OVER        (ours acknowledged, the peer's received)
+        RESETTING --GONE | RESET-->   OVER
+    """
+
+    OPENING = "opening"
+    OPEN = "open"
+    RESETTING = "resetting"
+    OVER = "over"
+
+
+class ResetReason(IntEnum):
+    """Why a stream was given up: the offset of a RESET frame. Unknown numbers read as ABORTED."""
+
+    ABORTED = 1
+    """The program at the other end reset its connection, or went away."""
+    REFUSED = 2
+    """Nothing listens on the target's port."""
+    UNREACHABLE = 3
+    """The target's address did not answer."""
+    NOT_IN_PLAN = 4
+    """The target is no port that this node may reach."""
+    NODE_AWAY = 5
+    """The target's node has no session with the hub."""
+    SESSION_ENDED = 6
+    """The session that carried the stream ended."""
+    TOO_MANY = 7
+    """The session has as many streams as it may have, or the machine has no descriptor left."""
+
+    @classmethod
+    def from_wire(cls, number: int) -> ResetReason:
+        try:
+            return cls(number)
+        except ValueError:
+            return cls.ABORTED
+
+
+class Segment:
+    """A run of bytes (or an END) that was sent and is not acknowledged."""
+
+    __slots__ = ("data", "end", "lane", "offset")
+
+    def __init__(self, offset: int, data: bytes | memoryview, end: bool) -> None:
+        self.offset = offset
+        self.data = data
+        self.end = end
+        self.lane: int | None = None
+        """The lane it was last sent on; None while it waits to be sent again."""
+
+    @property
+    def stop(self) -> int:
+        """The offset behind it: an END takes one."""
+        return self.offset + (1 if self.end else len(self.data))
+
+
+class SendSide:
+    """What this side sends: bytes waiting, bytes under way, and the peer's credit."""
+
+    __slots__ = (
+        "_end_wanted", "_pending", "_resend", "acked", "end_sent", "limit", "next", "pending_bytes",
+        "unacked", "unacked_bytes",
+    )  # fmt: skip
+
+    def __init__(self, limit: int) -> None:
+        self._pending: deque[bytes | memoryview] = deque()
+        self._resend: deque[Segment] = deque()
+        self._end_wanted = False
+        self.pending_bytes = 0
+        self.unacked: deque[Segment] = deque()
+        self.unacked_bytes = 0
+        self.next = 0
+        """Offset of the next new byte."""
+        self.acked = 0
+        """All before this offset has arrived."""
+        self.limit = limit
+        """The peer takes bytes up to here."""
+        self.end_sent = False
+
+    @property
+    def buffered(self) -> int:
+        """Bytes kept for this direction."""
+        return self.pending_bytes + self.unacked_bytes
+
+    @property
+    def ended(self) -> bool:
+        """An END was asked for; no more may be written."""
+        return self._end_wanted
+
+    @property
+    def complete(self) -> bool:
+        """Everything, the END too, has arrived."""
+        return self.end_sent and not self.unacked
+
+    @property
+    def ready(self) -> bool:
+        """There is something that may be sent now."""
+        if self._resend:
+            return True
+        if self._pending:
+            return self.next < self.limit
+        return self._end_wanted and not self.end_sent
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self._end_wanted:
+            raise ValueError("bytes after the end of a stream")
+        if data:
+            self._pending.append(data)
+            self.pending_bytes += len(data)
+
+    def end(self) -> None:
+        self._end_wanted = True
+
+    def take(self) -> Segment | None:
+        """The next segment to put on a lane: what must be sent again first, then new bytes."""
+        if self._resend:
+            return self._resend.popleft()
+        if self._pending:
+            room = min(self.limit - self.next, FRAME_BYTES)
+            if room <= 0:
+                return None
+            data = self._chunk(room)
+            segment = Segment(self.next, data, False)
+            self.pending_bytes -= len(data)
+            self.unacked_bytes += len(data)
+        elif self._end_wanted and not self.end_sent:
+            self.end_sent = True
+            segment = Segment(self.next, b"", True)
+        else:
+            return None
+        self.next = segment.stop
+        self.unacked.append(segment)
+        return segment
+
+    def _chunk(self, room: int) -> bytes | memoryview:
+        pending = self._pending
+        first = pending.popleft()
+        if len(first) > room:
+            view = memoryview(first)
+            pending.appendleft(view[room:])
+            return view[:room]
+        if not pending or len(first) >= COALESCE_BYTES:
+            return first
+        parts, size = [first], len(first)
+        while pending and size < COALESCE_BYTES and size + len(pending[0]) <= room:
+            part = pending.popleft()
+            parts.append(part)
+            size += len(part)
+        return b"".join(parts) if len(parts) > 1 else first
+
+    def acknowledge(self, offset: int, limit: int) -> int:
+        """Take in an ACK; old ones do nothing. Returns the bytes that it freed."""
+        if offset > self.next:
+            raise ProtocolError("ack_ahead", f"ACK of {offset}, but only {self.next} was sent")
+        self.limit = max(self.limit, limit)
+        if offset <= self.acked:
+            return 0
+        self.acked = offset
+        freed = 0
+        unacked = self.unacked
+        while unacked and unacked[0].stop <= offset:
+            freed += len(unacked.popleft().data)
+        self.unacked_bytes -= freed
+        while self._resend and self._resend[0].stop <= offset:
+            self._resend.popleft()
+        return freed
+
+    def lane_lost(self, lane: int) -> bool:
+        """Whatever was under way on `lane` must be sent again. True if that was anything."""
+        lost = [segment for segment in self.unacked if segment.lane == lane]
+        if lost:
+            for segment in lost:
+                segment.lane = None
+            self._resend = deque(segment for segment in self.unacked if segment.lane is None)
+        return bool(lost)
+
+    def probe(self) -> bool:
+        """Send the oldest segment under way once more. False if there is none."""
+        if not self.unacked or self.unacked[0].lane is None:
+            return False
+        self.unacked[0].lane = None
+        self._resend.appendleft(self.unacked[0])
+        return True
+
+
+class ReceiveSide:
+    """What this side receives: bytes in order, bytes that came too early, and the credit given."""
+
+    __slots__ = (
+        "_early", "_early_at", "ack_sent", "consumed", "early_bytes", "end_at", "limit_sent",
+        "mark_consumed", "mark_time", "next", "window",
+    )  # fmt: skip
+
+    def __init__(self, window: int, now: float) -> None:
+        self._early: dict[int, bytes] = {}
+        self._early_at: list[int] = []
+        self.early_bytes = 0
+        self.next = 0
+        """Offset of the first byte not yet received in order."""
+        self.consumed = 0
+        """Bytes that this side's reader has taken."""
+        self.end_at: int | None = None
+        self.window = window
+        self.limit_sent = window
+        self.ack_sent = 0
+        self.mark_time = now
+        self.mark_consumed = 0
+
+    @property
+    def complete(self) -> bool:
+        """The END was received, and all before it."""
+        return self.end_at is not None and self.next > self.end_at
+
+    @property
+    def held(self) -> int:
+        """Bytes received and not yet taken by the reader, those out of order too."""
+        in_order = self.next - 1 if self.complete else self.next
+        return in_order - self.consumed + self.early_bytes
+
+    def data(self, offset: int, payload: bytes) -> list[bytes]:
+        """Take in a DATA frame; returns what is now in order. Raises ProtocolError."""
+        stop = offset + len(payload)
+        if stop > self.limit_sent:
+            raise ProtocolError(
+                "credit_exceeded", f"DATA up to {stop}, but the limit is {self.limit_sent}"
+            )
+        if self.end_at is not None and stop > self.end_at:
+            raise ProtocolError("data_after_end", f"DATA up to {stop}, but END was {self.end_at}")
+        if stop <= self.next or not payload:
+            return []
+        if offset > self.next:
+            self._keep_early(offset, payload)
+            return []
+        out = [payload[self.next - offset :] if offset < self.next else payload]
+        self.next = stop
+        if self._early_at:
+            self._take_early(out)
+        self._pass_end()
+        return out
+
+    def _keep_early(self, offset: int, payload: bytes) -> None:
+        known = self._early.get(offset)
+        if known is not None:
+            if len(known) >= len(payload):
+                return
+            self.early_bytes -= len(known)
+        else:
+            self._early_at.insert(bisect_left(self._early_at, offset), offset)
+        self._early[offset] = payload
+        self.early_bytes += len(payload)
+
+    def _take_early(self, out: list[bytes]) -> None:
+        taken = 0
+        for offset in self._early_at:
+            if offset > self.next:
+                break
+            payload = self._early.pop(offset)
+            self.early_bytes -= len(payload)
+            taken += 1
+            if offset + len(payload) > self.next:
+                out.append(payload[self.next - offset :])
+                self.next = offset + len(payload)
+        del self._early_at[:taken]
+
+    def end(self, offset: int) -> bool:
+        """Take in an END frame. True when the direction has just ended. Raises ProtocolError."""
+        if self.end_at is not None:
+            if offset != self.end_at:
+                raise ProtocolError("end_moved", f"END at {offset}, before at {self.end_at}")
+            return False
+        if offset > self.limit_sent:
+            raise ProtocolError("credit_exceeded", f"END at {offset}, limit {self.limit_sent}")
+        highest = max([self.next, *(o + len(p) for o, p in self._early.items())])
+        if offset < highest:
+            raise ProtocolError("end_moved", f"END at {offset}, but DATA reached {highest}")
+        self.end_at = offset
+        return self._pass_end()
+
+    def _pass_end(self) -> bool:
+        if self.end_at is not None and self.next == self.end_at:
+            self.next += 1
+            return True
+        return False
+
+    @property
+    def limit(self) -> int:
+        """The credit that could be given now; never less than what was given."""
+        return min(max(self.limit_sent, self.consumed + self.window), MAX_U64)
+
+    def ack_urgent(self) -> bool:
+        """An ACK is worth a frame of its own now."""
+        quarter = self.window >> 2
+        return (
+            self.next - self.ack_sent >= quarter
+            or self.limit - self.limit_sent >= quarter
+            or (self.complete and self.ack_sent < self.next)
+        )
+
+    def ack_due(self) -> bool:
+        """There is something to acknowledge, sooner or later."""
+        return self.next > self.ack_sent or self.limit - self.limit_sent >= self.window >> 3
+
+    def wanted_window(self, now: float, round_trip: float, ceiling: int) -> int:
+        """The window, larger if the reader took half of it within a round trip."""
+        if now - self.mark_time < round_trip:
+            return self.window
+        rate = (self.consumed - self.mark_consumed) / max(now - self.mark_time, 1e-6)
+        self.mark_time, self.mark_consumed = now, self.consumed
+        if rate * round_trip >= self.window / 2:
+            return min(self.window * 2, ceiling)
+        return self.window
+
+
+class Stream:
+    """A stream as one of its two ends sees it."""
+
+    __slots__ = (
+        "bulk", "id", "lane", "mine", "open_due", "paused", "probe_at", "probes", "queued",
+        "reason", "receive", "reset_due", "send", "state", "target", "text",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, mine: bool, target: bytes, limit: int, window: int, now: float
+    ) -> None:
+        self.id = number
+        self.mine = mine
+        self.target = target
+        self.state = StreamState.OPENING if mine else StreamState.OPEN
+        self.send = SendSide(limit)
+        self.receive = ReceiveSide(window, now)
+        self.lane: int | None = None
+        """The lane of the OPEN, or of the RESET, while it is not answered."""
+        self.open_due = mine
+        self.reset_due = False
+        self.reason = ResetReason.ABORTED
+        self.text = b""
+        self.bulk = False
+        self.paused = False
+        """The writer was told to wait."""
+        self.queued = False
+        """It stands in one of the session's queues."""
+        self.probe_at = now
+        self.probes = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.send.complete and self.receive.complete
+
+    @property
+    def ready(self) -> bool:
+        """There is something of this stream to put on a lane, ACKs apart."""
+        if self.state is StreamState.RESETTING:
+            return self.reset_due
+        return self.open_due or self.send.ready
+
+
+assert FRAME_BYTES <= MAX_PAYLOAD
