@@ -9,6 +9,7 @@ begin (``net.ipv4.ip_local_port_range``), so that no outgoing connection can tak
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -37,6 +38,16 @@ RESERVED = 8
 
 class PlanError(Exception):
     """No address or no block of ports can be had; the message says what to change."""
+
+
+def check_name(name: str) -> str:
+    """The node's name as given. Raises ValueError with what is allowed."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        raise ValueError(
+            "must be 1 to 63 letters, digits, '.', '_' or '-', and begin and end with a letter "
+            "or digit"
+        )
+    return name
 
 
 def default_worker_ports(cpus: int) -> int:
@@ -114,9 +125,9 @@ class NodePlan:
                 advertised=bool(data["advertised"]),
                 head_services={str(k): int(v) for k, v in dict(data["head_services"]).items()},
             )
-        except (KeyError, TypeError) as exc:
+        except (KeyError, TypeError, OverflowError) as exc:
             raise ValueError(f"not a node's plan: {exc!r}") from exc
-        if not (0 < plan.base and plan.worker_ports > 0 and plan.base + plan.size <= PORT_CEILING):
+        if not (plan.base > 0 and plan.worker_ports > 0 and plan.base + plan.size <= PORT_CEILING):
             raise ValueError(f"node {plan.name}: ports {plan.base}+{plan.size} are out of range")
         if any(not 0 < port < 65536 for port in plan.head_services.values()):
             raise ValueError(f"node {plan.name}: a port of {plan.head_services} is out of range")
@@ -150,8 +161,9 @@ def allocate(
     What the node already has is kept where it still fits, so that a restart of anything changes
     no address and no port. Raises PlanError when the network or the ports are used up.
     """
-    others = [n for n in nodes if n.name != name]
-    mine = next((n for n in nodes if n.name == name), None)
+    known = tuple(nodes)
+    others = [n for n in known if n.name != name]
+    mine = next((n for n in known if n.name == name), None)
     if advertise is not None:
         twin = next((n.name for n in others if n.address == advertise), None)
         if twin is not None:
@@ -160,20 +172,51 @@ def allocate(
                 "correct ray.advertise on one of them"
             )
         address = advertise
-    elif mine is not None and not mine.advertised and _inside(mine.address, network):
+    elif mine is not None and not mine.advertised and _address_fits(mine, others, network):
         address = mine.address
     else:
         address = _free_address(others, network)
-    if mine is not None and mine.worker_ports == worker_ports:
+    if (
+        mine is not None
+        and mine.worker_ports == worker_ports
+        and _block_fits(mine, others, port_base)
+    ):
         base = mine.base
     else:
-        head_services = [p for n in others for p in n.head_services.values()]
-        base = _first_fit(port_base, RESERVED + worker_ports, others, head_services)
+        base = _first_fit(port_base, RESERVED + worker_ports, others, _singles(others))
     return NodePlan(name, "worker", address, base, worker_ports, advertise is not None)
 
 
-def _inside(address: str, network: str) -> bool:
-    return ipaddress.ip_address(address) in ipaddress.ip_network(network)
+def fits(node: NodePlan, others: Iterable[NodePlan], network: str, port_base: int) -> bool:
+    """Whether worker `node` can keep its address and block beside `others`."""
+    beside = tuple(others)
+    if node.advertised:
+        address = all(n.address != node.address for n in beside)
+    else:
+        address = _address_fits(node, beside, network)
+    return address and _block_fits(node, beside, port_base)
+
+
+def _address_fits(node: NodePlan, others: Iterable[NodePlan], network: str) -> bool:
+    net = ipaddress.ip_network(network)
+    address = ipaddress.ip_address(node.address)
+    ends = (net.network_address, net.broadcast_address)
+    return address in net and address not in ends and all(n.address != node.address for n in others)
+
+
+def _block_fits(node: NodePlan, others: Iterable[NodePlan], port_base: int) -> bool:
+    beside = tuple(others)
+    end = node.base + node.size
+    return (
+        port_base <= node.base
+        and end <= PORT_CEILING
+        and not any(n.base < end and node.base < n.base + n.size for n in beside)
+        and not any(node.base <= port < end for port in _singles(beside))
+    )
+
+
+def _singles(nodes: Iterable[NodePlan]) -> list[int]:
+    return [port for n in nodes for port in n.head_services.values()]
 
 
 def _free_address(nodes: Iterable[NodePlan], network: str) -> str:

@@ -1,0 +1,105 @@
+"""Unix sockets as the control socket and the hub listen on them: bound safely, peers known."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+
+from rayfwd.problems import Problem, ProblemError
+
+PATH_LIMIT = 107
+"""Bytes of a socket's path: `sun_path` has 108, the last of them zero (unix(7))."""
+
+_CONNECT_SECONDS = 2.0
+
+
+def check_path(path: Path) -> None:
+    """Raises ProblemError `socket_path_too_long` where the kernel could not take the path."""
+    size = len(os.fsencode(path))
+    if size > PATH_LIMIT:
+        raise ProblemError(
+            Problem(
+                "socket_path_too_long",
+                f"the socket path {path} has {size} bytes; Linux allows {PATH_LIMIT}",
+                "set runtime_dir (or hub.socket) to a shorter path",
+            )
+        )
+
+
+def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket:
+    """A non-blocking listening socket at `path`, with `mode` (and group) before anyone connects.
+
+    A stale socket file is replaced; one that is answered, or a file that is no socket, is left
+    alone. Raises ProblemError `socket_path_too_long`, `socket_in_use`, `socket_not_possible`.
+    """
+    # Bound under a short-lived name and moved over `path`: the right mode holds from the first
+    # moment, and there is no moment at which `path` is missing.
+    fresh = path.with_name(f".{secrets.token_hex(3)}")
+    for candidate in (path, fresh):
+        check_path(candidate)
+    _refuse_if_taken(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.setblocking(False)
+        listener.bind(str(fresh))
+        try:
+            if gid is not None:
+                os.chown(fresh, -1, gid)
+            os.chmod(fresh, mode)
+            listener.listen(128)
+            os.rename(fresh, path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+    except OSError as exc:
+        listener.close()
+        raise ProblemError(
+            Problem(
+                "socket_not_possible",
+                f"cannot listen on {path}: {exc.strerror or exc}",
+                "make its directory writable for this user, or set runtime_dir elsewhere",
+            )
+        ) from exc
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _refuse_if_taken(path: Path) -> None:
+    if path.exists() and not path.is_socket():
+        raise ProblemError(
+            Problem(
+                "socket_not_possible",
+                f"{path} exists and is not a socket",
+                "move it away, or set another path",
+            )
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_CONNECT_SECONDS)
+        try:
+            probe.connect(str(path))
+        except TimeoutError:
+            pass  # somebody listens but does not accept: in use
+        except OSError as exc:
+            if exc.errno != errno.EAGAIN:  # EAGAIN: in use, its queue is full
+                return
+    raise ProblemError(
+        Problem(
+            "socket_in_use",
+            f"another process answers on {path}",
+            "end it first: only one rayfwd may run with one runtime_dir",
+        )
+    )
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process id, user id and group id of who connected (SO_PEERCRED, unix(7))."""
+    pid, uid, gid = struct.unpack(
+        "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    )
+    return pid, uid, gid
