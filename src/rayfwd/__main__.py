@@ -1,6 +1,8 @@
 """`python -m rayfwd` is `rayfwd`."""
 
+import sys
+
 from rayfwd.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import pwd
 import re
 import socket
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+from rayfwd.places import (
+    DEFAULT_CONFIG,
+    default_runtime_dir,
+    default_state_dir,
+)
 from rayfwd.plan import (
     PORT_CEILING,
     NodePlan,
@@ -33,7 +36,7 @@ from rayfwd.plan import (
     head_plan,
 )
 
-DEFAULT_PATH = Path("/etc/rayfwd.toml")
+DEFAULT_PATH = DEFAULT_CONFIG
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -248,6 +251,11 @@ class Config(_Section):
         return self
 
     @property
+    def path(self) -> Path:
+        """The file this came from."""
+        return self._path
+
+    @property
     def hub_socket(self) -> Path:
         """Of a head: where the hub listens."""
         return self.hub.socket or self.runtime_dir / "hub.sock"
@@ -295,30 +303,6 @@ class Config(_Section):
             port = self.ray.dashboard_port
             return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
         return ()
-
-
-def default_state_dir(env: Mapping[str, str]) -> Path:
-    """systemd's STATE_DIRECTORY; /var/lib/rayfwd for root; else XDG's."""
-    if given := env.get("STATE_DIRECTORY"):
-        return Path(given.split(":")[0])
-    if os.geteuid() == 0:
-        return Path("/var/lib/rayfwd")
-    return Path(env.get("XDG_STATE_HOME") or _home(env) / ".local" / "state") / "rayfwd"
-
-
-def default_runtime_dir(env: Mapping[str, str]) -> Path:
-    """systemd's RUNTIME_DIRECTORY; /run/rayfwd for root; else XDG's, else one in /tmp."""
-    if given := env.get("RUNTIME_DIRECTORY"):
-        return Path(given.split(":")[0])
-    if os.geteuid() == 0:
-        return Path("/run/rayfwd")
-    if given := env.get("XDG_RUNTIME_DIR"):
-        return Path(given) / "rayfwd"
-    return Path(f"/tmp/rayfwd-{os.geteuid()}")
-
-
-def _home(env: Mapping[str, str]) -> Path:
-    return Path(env.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir)
 
 
 def load(path: Path) -> Config:

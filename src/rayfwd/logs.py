@@ -22,7 +22,15 @@ from structlog.typing import FilteringBoundLogger, WrappedLogger
 
 from rayfwd.config import LogConfig
 
-__all__ = ["VALUE_LIMIT", "FilteringBoundLogger", "get_logger", "redact_text", "setup"]
+__all__ = [
+    "VALUE_LIMIT",
+    "FilteringBoundLogger",
+    "escaped",
+    "get_logger",
+    "names_a_secret",
+    "redact_text",
+    "setup",
+]
 
 VALUE_LIMIT = 2000
 """Characters of one value that are kept; a traceback may have `TRACEBACK_LIMIT`."""
@@ -78,6 +86,7 @@ def setup(config: LogConfig, stream: TextIO | None = None) -> None:
         processors=[
             structlog.stdlib.add_log_level,
             _add_time,
+            _add_name,
             structlog.processors.format_exc_info,
             _clean,
             _TextRenderer(terminal and _colours_wanted(os.environ)) if text else _render_json,
@@ -100,7 +109,7 @@ def setup(config: LogConfig, stream: TextIO | None = None) -> None:
 
 def get_logger(name: str) -> FilteringBoundLogger:
     """A logger whose events carry `logger=name`; may be made before `setup`."""
-    return cast(FilteringBoundLogger, structlog.get_logger(logger=name))
+    return cast(FilteringBoundLogger, structlog.get_logger(name))
 
 
 def redact_text(text: str) -> str:
@@ -113,8 +122,9 @@ def redact_text(text: str) -> str:
 class _LineLogger:
     """Writes a line. A stream that is gone or full never harms the daemon."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, name: str | None) -> None:
         self._stream = stream
+        self.name = name
 
     def msg(self, line: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -130,10 +140,10 @@ class _LineLogger:
 
 class _LineLoggerFactory:
     def __init__(self, stream: TextIO) -> None:
-        self._logger = _LineLogger(stream)
+        self._stream = stream
 
-    def __call__(self, *_args: Any) -> _LineLogger:
-        return self._logger
+    def __call__(self, *args: Any) -> _LineLogger:
+        return _LineLogger(self._stream, str(args[0]) if args else None)
 
 
 class _Bridge(logging.Handler):
@@ -141,11 +151,11 @@ class _Bridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            fields: dict[str, Any] = {"logger": record.name, "message": record.getMessage()}
+            fields: dict[str, Any] = {"message": record.getMessage()}
             if record.exc_info and record.exc_info[0] is not None:
                 fields["exc_info"] = record.exc_info
-            log = cast(FilteringBoundLogger, structlog.get_logger())
-            log.log(_filtering_level(record.levelno), "library_message", **fields)
+            level = _filtering_level(record.levelno)
+            get_logger(record.name).log(level, "library_message", **fields)
         except Exception:  # as logging's own handlers do: a bad record must not stop the caller
             self.handleError(record)
 
@@ -177,14 +187,20 @@ def _add_time(_logger: WrappedLogger, _method: str, event: _EventDict) -> _Event
     return event
 
 
+def _add_name(logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:
+    if name := getattr(logger, "name", None):
+        event["logger"] = name
+    return event
+
+
 def _clean(_logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:
     return {key: _cleaned(key, value) for key, value in event.items()}
 
 
 def _cleaned(key: str, value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, (bool, int)):
-        return value if not _names_a_secret(key) or value is None else REDACTED
-    if _names_a_secret(key):
+        return value if not names_a_secret(key) or value is None else REDACTED
+    if names_a_secret(key):
         return REDACTED
     if isinstance(value, float):
         return round(value, 6)
@@ -214,7 +230,8 @@ def _cleaned_list(values: list[Any], depth: int) -> list[Any]:
     return out
 
 
-def _names_a_secret(key: str) -> bool:
+def names_a_secret(key: str) -> bool:
+    """Whether what `key` names must not be shown."""
     words = [w for w in re.split(r"[^A-Za-z0-9]+", key.lower()) if w]
     return bool(_SECRET_WORDS.intersection(words)) and words[-1] not in _HARMLESS_ENDINGS
 
@@ -239,9 +256,9 @@ class _TextRenderer:
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: _EventDict) -> str:
         time, level = str(event.pop("timestamp")), str(event.pop("level"))
-        name = _escaped(str(event.pop("event")))
+        name = escaped(str(event.pop("event")))
         fields = [
-            f"{self._paint('36', _escaped(key))}={_quoted(value)}" for key, value in event.items()
+            f"{self._paint('36', escaped(key))}={_quoted(value)}" for key, value in event.items()
         ]
         shown = [
             self._paint("2", time),
@@ -263,13 +280,13 @@ def _quoted(value: Any) -> str:
     if text and not re.search(r"[\s\"'=\\]", text) and text.isprintable():
         return text
     quoted = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{_escaped(quoted)}"'
+    return f'"{escaped(quoted)}"'
 
 
 _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Everything that a terminal would act on, or that would end the line, as an escape."""
     if text.isprintable():
         return text

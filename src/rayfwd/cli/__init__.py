@@ -1,0 +1,118 @@
+"""The command line: one module a verb, loaded only when its verb is asked for.
+
+Each verb's module has `add_arguments(parser)` and `run(args) -> int`, the exit code. `rayfwd
+attach` is started for every lane, so nothing here may import more than it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rayfwd import __version__
+from rayfwd.problems import ProblemError
+
+OK = 0
+FAULT = 1
+MISTAKE = 2
+"""The configuration file or the command line is wrong (also argparse's code)."""
+NOT_READY = 3
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+VERBS = {
+    "run": "run the daemon in front (what the service does)",
+    "check": "validate the configuration file and say what it amounts to",
+    "plan": "show every node's address and ports, and the exact `ray start` command",
+    "status": "ask the running daemon how it is",
+    "attach": "join standard input and output to the hub (a forced command for sshd)",
+    "forget": "on the head: drop a worker, and free its name, address and ports",
+    "demo": "show it at work on this machine alone",
+}
+
+_EPILOG = """\
+exit codes:
+  0    done (status: ready)
+  1    a fault; the message says what, and what to do (status: not running)
+  2    a mistake in the configuration file or on the command line, one line each
+  3    status only: running, but not ready
+  130  interrupted by Ctrl-C
+"""
+
+
+class MistakeError(Exception):
+    """What the user gave is wrong; one line each, told without a traceback, exit code 2."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+class _VerbParser(argparse.ArgumentParser):
+    """Asks the verb's module for its arguments when the verb is used, not before."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loaded = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._loaded:
+            self._loaded = True
+            verb = self.prog.split()[-1]
+            module = importlib.import_module(f"rayfwd.cli.{verb}")
+            self.description = module.__doc__
+            module.add_arguments(self)
+            self.set_defaults(module=module)
+        return super().parse_known_args(args, namespace)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rayfwd",
+        description="Makes a Ray cluster work when its machines can reach each other by SSH only.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
+    what = "the configuration file (default: /etc/rayfwd.toml)"
+    parser.add_argument("--config", metavar="PATH", type=Path, default=None, help=what)
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
+    )
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, formatter_class=argparse.RawTextHelpFormatter)
+        # SUPPRESS: an absent --config after the verb must not hide one before it.
+        sub.add_argument(
+            "--config", metavar="PATH", type=Path, default=argparse.SUPPRESS, help=what
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code is documented in `rayfwd --help`."""
+    try:
+        args = _parser().parse_args(argv)
+        code: int = args.module.run(args)
+        sys.stdout.flush()
+    except MistakeError as exc:
+        return _say(MISTAKE, exc.lines)
+    except ProblemError as exc:
+        return _say(FAULT, [f"rayfwd: {exc.problem.code}: {exc.problem}"])
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has had enough. Python flushes once more at exit: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return code
+
+
+def _say(code: int, lines: Sequence[str]) -> int:
+    for line in lines:
+        print(line, file=sys.stderr)
+    return code

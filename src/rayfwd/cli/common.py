@@ -1,0 +1,53 @@
+"""What several verbs share: the file loaded, the daemon asked, words made safe to print."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayfwd import logs
+from rayfwd.cli import MistakeError
+from rayfwd.config import Config, ConfigError, LogConfig, load
+from rayfwd.places import DEFAULT_CONFIG, find_socket
+from rayfwd.plan import NodePlan, PlanError
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The file of `--config`, or the usual one. Raises MistakeError."""
+    path: Path = args.config or DEFAULT_CONFIG
+    try:
+        return load(path)
+    except ConfigError as exc:
+        raise MistakeError(str(exc).splitlines()) from None
+
+
+def quiet_logs() -> None:
+    """For verbs that print: only what is wrong is logged beside."""
+    logs.setup(LogConfig(level="warning", format="text"))
+
+
+def control_socket(config: Config) -> Path:
+    """Where the daemon of this file listens."""
+    if "runtime_dir" in config.model_fields_set:
+        return config.control_socket
+    return find_socket(config.control_socket.parent, config.control_socket.name)
+
+
+def own_head_plan(config: Config) -> NodePlan:
+    """The head's own plan. Raises MistakeError where the file leaves no room for it."""
+    try:
+        return config.own_head_plan()
+    except PlanError as exc:
+        raise MistakeError([f"{config.path}: {exc}"]) from None
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    """Left-aligned columns, two spaces between them."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        (indent + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]

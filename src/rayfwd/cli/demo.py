@@ -1,0 +1,20 @@
+"""Show rayfwd at work on this machine alone: a head, and a worker that has no network."""
+
+from __future__ import annotations
+
+import argparse
+
+from rayfwd import demo
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray", metavar="PATH", default="ray", help="the ray command to use (default: ray)"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the files of the demo when it has ended"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return demo.run(ray=args.ray, keep=args.keep)

@@ -1,0 +1,128 @@
+"""Show every node's address and ports, and the exact `ray start` command of this node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayfwd.cli import FAULT, OK
+from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs, table
+from rayfwd.config import Config
+from rayfwd.control import ask
+from rayfwd.logs import names_a_secret
+from rayfwd.plan import NodePlan
+from rayfwd.problems import ProblemError
+from rayfwd.ray import commandline, install
+from rayfwd.roster import read, settle
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is known of the cluster, and from where."""
+
+    own: NodePlan
+    head: NodePlan
+    nodes: tuple[NodePlan, ...]
+    network: str
+    ride_through: float
+    source: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nothing but --config."""
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args)
+    quiet_logs()
+    plan = of_head(config) if config.role == "head" else of_worker(config)
+    if plan is None:
+        print("The hub gives a worker its address and ports: they are known after the first")
+        print("`rayfwd run` on this machine that reaches the head.")
+        return FAULT
+    print(f"Plan of the cluster ({plan.source}):")
+    for line in table([_row(node) for node in plan.nodes], "  "):
+        print(line)
+    print()
+    print("\n".join(_command(config, plan)))
+    return OK
+
+
+def of_head(config: Config) -> Plan:
+    """From the file and the roster on disk, which are read only."""
+    own = own_head_plan(config)
+    records, _ = read(config.roster_file)
+    settled = settle(records, own, config.hub.network, config.hub.port_base)
+    nodes = (own, *(r.plan for r in settled.records))
+    source = f"{config.path} and {config.roster_file}"
+    return Plan(own, own, nodes, config.hub.network, config.ride_through, source)
+
+
+def of_worker(config: Config) -> Plan | None:
+    """From the running daemon, else as it was last kept. None: no hub has given one yet."""
+    socket = control_socket(config)
+    try:
+        return _from_wire(ask(socket, "plan"), config, f"the daemon on {socket}")
+    except ProblemError as exc:
+        if exc.problem.code != "daemon_not_running":
+            raise
+    except ValueError:
+        pass  # the daemon has no plan yet
+    try:
+        kept = json.loads(config.plan_file.read_bytes())
+        return _from_wire(kept, config, f"as kept in {config.plan_file}; no daemon runs")
+    except (OSError, ValueError):
+        return None
+
+
+def _from_wire(data: Any, config: Config, source: str) -> Plan:
+    """Raises ValueError where `data` has no whole plan."""
+    if not isinstance(data, dict):
+        raise ValueError("not a plan")
+    own, head, nodes = data.get("own"), data.get("head"), data.get("nodes", [])
+    if not (isinstance(own, dict) and isinstance(head, dict) and isinstance(nodes, list)):
+        raise ValueError("not a plan")
+    plans = tuple(NodePlan.from_wire(node) for node in nodes)
+    network = str(data.get("network", config.hub.network))
+    ride = float(data.get("ride_through", config.ride_through))
+    return Plan(NodePlan.from_wire(own), NodePlan.from_wire(head), plans, network, ride, source)
+
+
+def _row(node: NodePlan) -> tuple[str, str, str, str, str]:
+    return (
+        node.name,
+        node.role,
+        node.address + (" (direct)" if node.advertised else ""),
+        f"{node.base}-{node.last_worker_port}",
+        ", ".join(f"{name} {port}" for name, port in node.head_services.items()),
+    )
+
+
+def _command(config: Config, plan: Plan) -> list[str]:
+    try:
+        found = install.find(config.ray.command, os.environ)
+    except ProblemError as exc:
+        return [f"No `ray start` command can be shown: {exc.problem}"]
+    command = commandline.start_command(plan.own, plan.head, config.ray, found)
+    environment = commandline.start_environment(
+        plan.ride_through, config.ray, plan.own, plan.network, {}
+    )
+    who = "rayfwd runs" if config.ray.start else "Run"
+    return [f"On this node ({plan.own.name}) {who}:", *by_hand(command, environment)]
+
+
+def by_hand(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Lines for a shell, one setting or flag a line; secrets are named, not shown."""
+    settings = [
+        f"{name}=…" if names_a_secret(name) else f"{name}={shlex.quote(value)}"
+        for name, value in environment.items()
+    ]
+    head = [" ".join(shlex.quote(word) for word in command[:2])]
+    flags = [shlex.quote(word) for word in command[2:]]
+    words = [*settings, *head, *flags]
+    return [f"  {word} \\" for word in words[:-1]] + [f"  {words[-1]}"]
