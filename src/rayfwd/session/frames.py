@@ -87,20 +87,15 @@ def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -
 class FrameDecoder:
     """Cuts a lane's bytes into frames. Holds at most one unfinished frame."""
 
-    __slots__ = ("_buffer", "_limit")
+    __slots__ = ("_buffer",)
 
-    def __init__(self, limit: int = MAX_PAYLOAD) -> None:
+    def __init__(self) -> None:
         self._buffer = bytearray()
-        self._limit = limit
 
     @property
     def held(self) -> int:
         """Bytes of the unfinished frame."""
         return len(self._buffer)
-
-    def raise_limit(self, limit: int = MAX_PAYLOAD) -> None:
-        """Allow longer payloads: before its handshake a lane gets short ones only."""
-        self._limit = limit
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
         """The frames that `data` completes. Raises ProtocolError; the lane is then of no use."""
@@ -108,31 +103,46 @@ class FrameDecoder:
         buffer = self._buffer
         if buffer:
             buffer += data
-            view = memoryview(buffer)
-        else:
-            view = memoryview(data)
-        position, size = 0, len(view)
-        try:
+        whole = buffer or data
+        with memoryview(whole) as view:
+            position, size = 0, len(view)
             while size - position >= HEADER_SIZE:
-                word, stream, offset = HEADER.unpack_from(view, position)
-                length = word & 0xFFFFFF
-                kind = _KINDS.get(word >> 24)
-                if kind is None:
-                    raise ProtocolError("frame_unknown", f"frame of unknown kind {word >> 24}")
-                if length > self._limit:
-                    raise ProtocolError(
-                        "frame_too_long", f"{kind.name} of {length} bytes, over {self._limit}"
-                    )
+                kind, length, stream, offset = _header(view, position, MAX_PAYLOAD)
                 start = position + HEADER_SIZE
                 if size - start < length:
                     break
                 position = start + length
                 frames.append(Frame(kind, stream, offset, bytes(view[start:position])))
             rest = bytes(view[position:]) if not buffer else b""
-        finally:
-            view.release()
         if buffer:
             del buffer[:position]
         else:
             buffer += rest
         return frames
+
+
+def first_frame(buffer: bytearray, limit: int) -> Frame | None:
+    """Take the first frame off `buffer`, if it is whole; what follows stays. Raises ProtocolError.
+
+    For the handshake, whose frames are not the session's.
+    """
+    if len(buffer) < HEADER_SIZE:
+        return None
+    kind, length, stream, offset = _header(buffer, 0, limit)
+    stop = HEADER_SIZE + length
+    if len(buffer) < stop:
+        return None
+    frame = Frame(kind, stream, offset, bytes(buffer[HEADER_SIZE:stop]))
+    del buffer[:stop]
+    return frame
+
+
+def _header(view: bytearray | memoryview, position: int, limit: int) -> tuple[Kind, int, int, int]:
+    word, stream, offset = HEADER.unpack_from(view, position)
+    kind = _KINDS.get(word >> 24)
+    if kind is None:
+        raise ProtocolError("frame_unknown", f"a frame of unknown kind {word >> 24}")
+    length = word & 0xFFFFFF
+    if length > limit:
+        raise ProtocolError("frame_too_long", f"{kind.name} of {length} bytes, over {limit}")
+    return kind, length, stream, offset

@@ -1,0 +1,324 @@
+"""Doors: listening sockets that stand for ports of other nodes, and the pumps behind them.
+
+A pump joins one TCP connection and one stream: bytes, half-closes and resets pass through in both
+directions, and neither side is read faster than the other takes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, cast
+
+from rayfwd.logs import get_logger
+from rayfwd.mux import MuxStream
+from rayfwd.problems import Problem
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a socket's transport before the stream's credit is held back."""
+DIAL_TIMEOUT = 10.0
+"""Seconds for a connection on this machine: made or refused at once, unless a backlog is full."""
+BACKLOG = 1024
+DOOR_RETRY = 5.0
+"""Seconds between attempts at a door whose port was taken."""
+
+_TARGET = struct.Struct(">4sH")
+_LINGER_OFF = struct.pack("ii", 1, 0)
+
+
+class Target(NamedTuple):
+    """An IPv4 address and a port: what a stream is opened to."""
+
+    address: str
+    port: int
+
+    def encode(self) -> bytes:
+        return _TARGET.pack(ipaddress.IPv4Address(self.address).packed, self.port)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Target:
+        """Raises ValueError."""
+        if len(data) != _TARGET.size:
+            raise ValueError(f"a target of {len(data)} bytes")
+        address, port = _TARGET.unpack(data)
+        return cls(str(ipaddress.IPv4Address(address)), port)
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+class Pump(asyncio.Protocol):
+    """Joins a TCP connection and a stream. Owns the connection; the stream is given to it.
+
+    Either side may be late: the connection while it is being dialled, the stream while the session
+    is being awaited.
+    """
+
+    def __init__(self, connected: Callable[[Pump], None] | None = None) -> None:
+        self._connected = connected
+        self._transport: asyncio.Transport | None = None
+        self._stream: MuxStream | None = None
+        self._early: list[bytes] = []
+        self._early_end = False
+        self._owed = 0
+        """Bytes written to the transport and not yet reported as consumed."""
+        self._full = False
+        self._over = False
+
+    # -- the connection's side -------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        if self._over:
+            self._cut()
+            return
+        if self._stream is None:
+            self._transport.pause_reading()
+        for data in self._early:
+            self.stream_data(data)
+        self._early.clear()
+        if self._early_end:
+            self.stream_ended()
+        if self._connected is not None:
+            self._connected(self)
+
+    def data_received(self, data: bytes) -> None:
+        assert self._stream is not None, "a pump reads its socket once it has a stream"
+        assert self._transport is not None
+        if not self._stream.send(data) and not self._over:
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        if self._stream is not None:
+            self._stream.end()
+        return True  # half-closed: the other direction lives on
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._report()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if not self._over:
+            self._over = True
+            if self._stream is not None:
+                self._stream.reset(ResetReason.ABORTED, str(exc) if exc else "")
+
+    # -- the stream's side -----------------------------------------------------------------------
+
+    def attach(self, stream: MuxStream) -> None:
+        """Give the pump its stream."""
+        self._stream = stream
+        if self._transport is not None and not self._over:
+            self._transport.resume_reading()
+
+    def stream_data(self, data: bytes) -> None:
+        if self._over:
+            return
+        if self._transport is None:
+            self._early.append(data)  # bounded by the stream's credit: nothing is reported
+            return
+        self._transport.write(data)
+        self._owed += len(data)
+        if not self._full:
+            self._report()
+
+    def _report(self) -> None:
+        if self._owed and self._stream is not None and not self._over:
+            owed, self._owed = self._owed, 0
+            self._stream.consumed(owed)
+
+    def stream_ended(self) -> None:
+        if self._transport is None:
+            self._early_end = True
+        elif not self._over and self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def stream_writable(self) -> None:
+        if self._transport is not None and not self._over:
+            self._transport.resume_reading()
+
+    def stream_finished(self) -> None:
+        self._over = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        self.refuse()
+
+    def refuse(self) -> None:
+        """Reset the connection: what Ray sees is what it would have seen without us between."""
+        self._over = True
+        if self._transport is not None:
+            self._cut()
+
+    def _cut(self) -> None:
+        assert self._transport is not None
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+            except OSError:
+                pass  # already closed
+        self._transport.abort()
+
+
+class Dialer:
+    """Joins streams that other nodes open to ports of this machine. Owns its attempts."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def accept(self, stream: MuxStream, target: Target) -> Pump:
+        """Dial `target` for a stream; a failure resets it with its reason."""
+        pump = Pump()
+        pump.attach(stream)
+        task = asyncio.create_task(self._dial(stream, pump, target), name=f"dial {target}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return pump
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            raise exc
+
+    async def _dial(self, stream: MuxStream, pump: Pump, target: Target) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT):
+                await loop.create_connection(lambda: pump, target.address, target.port)
+        except ConnectionRefusedError:
+            stream.reset(ResetReason.REFUSED, f"nothing listens on {target}")
+        except TimeoutError:
+            stream.reset(ResetReason.UNREACHABLE, f"{target} did not answer")
+        except OSError as exc:
+            scarce = exc.errno in {errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS}
+            if scarce:
+                log.error("dial_failed", target=str(target), cause=str(exc))
+            stream.reset(
+                ResetReason.TOO_MANY if scarce else ResetReason.UNREACHABLE, f"{target}: {exc}"
+            )
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+Route = Callable[[Target, Pump], None]
+"""Finds a stream to a target for a pump: calls its `attach`, now or later, or its `refuse`."""
+
+
+class Doors:
+    """The doors of this machine. `run` opens and closes them until it is cancelled."""
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._wanted: dict[Target, Target] = {}
+        self._servers: dict[Target, asyncio.Server] = {}
+        self._blocked: dict[Target, Problem] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def open(self) -> int:
+        """How many doors are open."""
+        return len(self._servers)
+
+    @property
+    def blocked(self) -> tuple[Problem, ...]:
+        """Doors that could not be opened, and why."""
+        return tuple(self._blocked.values())
+
+    def set_wanted(self, doors: Mapping[Target, Target]) -> None:
+        """Which doors there are to be: where each listens, and what it stands for."""
+        if self._wanted != doors:
+            self._wanted = dict(doors)
+            self._changed.set()
+
+    async def run(self) -> None:
+        """Keep the doors as wanted; a port that is taken is tried again until it is free."""
+        try:
+            while True:
+                self._changed.clear()
+                await self._reconcile()
+                try:
+                    async with asyncio.timeout(DOOR_RETRY if self._blocked else None):
+                        await self._changed.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            for server in self._servers.values():
+                server.close()
+            self._servers.clear()
+
+    async def _reconcile(self) -> None:
+        for listen in [d for d in self._servers if d not in self._wanted]:
+            self._servers.pop(listen).close()
+        self._blocked = {d: p for d, p in self._blocked.items() if d in self._wanted}
+        opened = 0
+        for listen in self._wanted:
+            if listen not in self._servers and await self._open(listen):
+                opened += 1
+        if opened:
+            log.info("doors_open", doors=self.open, new=opened)
+
+    async def _open(self, listen: Target) -> bool:
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(listen)
+            self._servers[listen] = await loop.create_server(
+                lambda: Pump(lambda pump: self._route(self._wanted.get(listen, listen), pump)),
+                sock=sock,
+                backlog=BACKLOG,
+            )
+        except OSError as exc:
+            sock.close()
+            self._block(listen, exc)
+            return False
+        if self._blocked.pop(listen, None):
+            log.info("door_unblocked", listen=str(listen))
+        return True
+
+    def _block(self, listen: Target, exc: OSError) -> None:
+        if exc.errno == errno.EADDRINUSE:
+            problem = Problem(
+                "door_blocked",
+                f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
+                f"{self._wanted[listen]}",
+                f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose "
+                "another hub.port_base on the head, or another listen in [[forward]]",
+            )
+        elif exc.errno in {errno.EMFILE, errno.ENFILE}:
+            problem = Problem(
+                "descriptors_exhausted",
+                f"no file descriptor is left for the door {listen}",
+                "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
+            )
+        else:
+            problem = Problem(
+                "door_blocked",
+                f"{listen} cannot be opened: {exc.strerror}",
+                "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
+            )
+        if self._blocked.get(listen) != problem:
+            self._blocked[listen] = problem
+            log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+
+
+def doors_for(address: str, ports: Iterable[int]) -> dict[Target, Target]:
+    """The doors that stand for all ports of a node: they listen where the node does."""
+    return {Target(address, port): Target(address, port) for port in ports}

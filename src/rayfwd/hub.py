@@ -1,0 +1,522 @@
+"""The hub: where the workers' lanes end on the head, and where workers reach each other.
+
+It listens on a Unix socket, which workers reach through the head's sshd. Who connects is known by
+the socket's peer credentials, which node it is by the key that the node shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from rayfwd import __version__, unixsocket
+from rayfwd.doors import Pump, Target
+from rayfwd.logs import get_logger
+from rayfwd.mux import Mux, MuxStream, StreamOwner
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.roster import Roster
+from rayfwd.session.frames import ProtocolError, first_frame
+from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
+from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+HELLO_TIMEOUT = 10.0
+"""Seconds that a connection may take to say hello."""
+MAX_UNGREETED = 64
+"""Connections that have not said hello, at most; what comes on top is closed."""
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a lane's transport before the session is asked for no more."""
+IN_USE = 4.0
+"""Seconds since a session was heard within which another of the same node is a clone of it, not a
+restart: the old lanes of a restarted worker close at once, or fall silent."""
+
+
+@dataclass(slots=True)
+class HubNode:
+    """A worker as the hub knows it; its session may be up, parked or gone."""
+
+    plan: NodePlan
+    mux: Mux | None = None
+    session: str = ""
+    hello: Hello | None = None
+    since: float = field(default_factory=time.time)
+    """Wall-clock seconds of the last change between up, parked and away."""
+    cuts: int = 0
+    ridden_through: int = 0
+    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
+    """Connections that came before the node did, after a restart of the hub."""
+
+    @property
+    def state(self) -> str:
+        """`up`, `parked` or `away`."""
+        if self.mux is None or self.mux.session.ended:
+            return "away"
+        return "up" if self.mux.lanes else "parked"
+
+
+class _HubLane(asyncio.Protocol):
+    """A connection to the hub's socket: first the handshake, then a lane of a session."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._mux: Mux | None = None
+        self._number = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self.node = ""
+        self.uid = -1
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        self.uid = unixsocket.peer_credentials(self._transport.get_extra_info("socket"))[1]
+        self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._no_hello)
+        self._hub.came(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._mux is not None:
+            self._mux.lane_data(self._number, data)
+            return
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._buffer += data
+        try:
+            frame = first_frame(self._buffer, MAX_HANDSHAKE)
+            if frame is None:
+                return
+            hello = Hello.decode(frame)
+        except ProtocolError as exc:
+            self.refuse(Refusal(exc.code, str(exc), "run the same version of rayfwd on both sides"))
+            return
+        self._hub.greeted(self, hello)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self._mux is not None:
+            self._mux.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._hub.went(self)
+        if self._mux is not None:
+            self._hub.lane_lost(self, str(exc) if exc else "closed by the worker")
+            self._mux.lane_lost(self._number)
+        self._transport = None
+
+    def _no_hello(self) -> None:
+        self.refuse(
+            Refusal("hello_missing", f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub")
+        )
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Say why not, and close."""
+        self._stop_timer()
+        log.warning(
+            "lane_refused", node=self.node, uid=self.uid, code=refusal.code, cause=refusal.cause
+        )
+        if self._transport is not None:
+            self._transport.write(refusal.encode())
+            self._transport.close()
+
+    def welcome(self, welcome: Welcome, mux: Mux, hello: Hello) -> None:
+        """Become a lane; bytes that followed the hello are the session's."""
+        self._stop_timer()
+        self._hub.went(self)
+        assert self._transport is not None, "a lane that has gone is not welcomed"
+        self._transport.write(welcome.encode())
+        self._mux = mux
+        self.node = hello.node
+        self._number = mux.add_lane(self, hello.lane)
+        if self._buffer:
+            rest = bytes(self._buffer)
+            self._buffer.clear()
+            mux.lane_data(self._number, rest)
+
+    # -- as the transport of a lane ------------------------------------------------------
+
+    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+        if self._transport is not None:
+            self._transport.writelines(chunks)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, why: str) -> None:
+        if self._transport is not None:
+            if self._mux is not None:
+                log.warning("lane_lost", node=self.node, cause=why)
+            self._transport.abort()
+
+
+class _Splice:
+    """Joins two streams of two sessions: one end of it owns one stream and feeds the other."""
+
+    def __init__(self) -> None:
+        self.stream: MuxStream | None = None
+        self.other: _Splice | None = None
+        self._owed = 0
+        """Bytes taken from our stream that wait for room in the other."""
+
+    def stream_data(self, data: bytes) -> None:
+        assert self.stream is not None
+        if self.other is not None and self.other.stream is not None:
+            if self.other.stream.send(data):
+                self.stream.consumed(len(data))
+            else:
+                self._owed += len(data)
+
+    def stream_ended(self) -> None:
+        if self.other is not None and self.other.stream is not None:
+            self.other.stream.end()
+
+    def stream_writable(self) -> None:
+        if self.other is not None:
+            self.other.pass_on()
+
+    def pass_on(self) -> None:
+        """There is room again: what was taken is consumed."""
+        if self._owed and self.stream is not None:
+            owed, self._owed = self._owed, 0
+            self.stream.consumed(owed)
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        other, self.other = self.other, None
+        if other is not None and other.stream is not None:
+            other.other = None
+            other.stream.reset(reason, text)
+
+    def stream_finished(self) -> None:
+        pass  # the other end finishes by itself: both directions ended there too
+
+
+class Hub:
+    """Owns the listening socket, the lanes and the workers' sessions."""
+
+    def __init__(
+        self,
+        path: Path,
+        roster: Roster,
+        users: Iterable[str],
+        network: str,
+        ride_through: float,
+        limits: Limits,
+        accept: Callable[[MuxStream, Target], StreamOwner | None],
+        head_versions: Callable[[], tuple[str | None, str | None]],
+        on_message: Callable[[str, dict[str, Any]], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`accept` takes streams to the head itself; `head_versions` gives Ray's and Python's."""
+        self.path = path
+        self.nodes = {plan.name: HubNode(plan) for plan in roster.plans() if plan.role == "worker"}
+        self._roster = roster
+        self._uids = allowed_uids(users)
+        self._shared = len(self._uids) > 1 and bool(tuple(users))
+        self._network = network
+        self._ride_through = ride_through
+        self._limits = limits
+        self._accept = accept
+        self._head_versions = head_versions
+        self._on_message = on_message
+        self._on_change = on_change
+        self._ungreeted: set[_HubLane] = set()
+        self._server: asyncio.Server | None = None
+        self._grace: asyncio.TimerHandle | None = None
+        self._closing = False
+
+    # -- life ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen. Raises ProblemError."""
+        loop = asyncio.get_running_loop()
+        # Anyone may connect where several users are allowed: who may stay is decided by the
+        # kernel's word on who is there, so that a stranger gets a sentence and not a riddle.
+        sock = unixsocket.bind(self.path, 0o666 if self._shared else 0o600)
+        self._server = await loop.create_unix_server(lambda: _HubLane(self), sock=sock)
+        self._grace = loop.call_later(self._ride_through, self._grace_is_over)
+        log.info("hub_listening", socket=str(self.path), nodes=len(self.nodes))
+
+    async def close(self, why: str) -> None:
+        """End every session in order and stop listening."""
+        self._closing = True
+        if self._server is not None:
+            self._server.close()
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace_is_over()
+        for lane in list(self._ungreeted):
+            lane.close()
+        for node in self.nodes.values():
+            if node.mux is not None:
+                node.mux.close(why)
+        await asyncio.sleep(0)
+        self.path.unlink(missing_ok=True)
+
+    def _grace_is_over(self) -> None:
+        self._grace = None
+        for node in self.nodes.values():
+            for _, pump in node.waiting:
+                pump.refuse()
+            node.waiting.clear()
+
+    # -- lanes ---------------------------------------------------------------------------
+
+    def came(self, lane: _HubLane) -> None:
+        """A connection; it has said nothing yet."""
+        self._ungreeted.add(lane)
+        if self._closing:
+            lane.close()
+        elif lane.uid not in self._uids:
+            name = _user_name(lane.uid)
+            lane.refuse(
+                Refusal(
+                    "user_not_allowed",
+                    f"user {name} may not use the hub at {self.path}",
+                    f'add "{name}" to hub.users in the head\'s file',
+                )
+            )
+        elif len(self._ungreeted) > MAX_UNGREETED:
+            lane.close()
+
+    def went(self, lane: _HubLane) -> None:
+        """It was greeted, or it is gone."""
+        self._ungreeted.discard(lane)
+
+    def lane_lost(self, lane: _HubLane, why: str) -> None:
+        if not self._closing:
+            log.warning("lane_lost", node=lane.node, cause=why)
+            self._on_change()
+
+    def greeted(self, lane: _HubLane, hello: Hello) -> None:
+        """A hello: welcome the lane, or refuse it."""
+        lane.node = hello.node
+        try:
+            node = self._admit(hello)
+        except ProblemError as exc:
+            problem = exc.problem
+            lane.refuse(Refusal(problem.code, problem.cause, problem.remedy))
+            return
+        refusal = self._session_refusal(node, hello)
+        if refusal is not None:
+            lane.refuse(refusal)
+            return
+        if node.session != hello.session or node.mux is None:
+            self._start_session(node, hello)
+        assert node.mux is not None, "a session was just made"
+        ray, python = self._head_versions()
+        welcome = Welcome(
+            version=__version__,
+            node=node.plan.to_wire(),
+            nodes=tuple(plan.to_wire() for plan in self._roster.plans()),
+            network=self._network,
+            ride_through=node.mux.session.ride_through,
+            ray=ray,
+            python=python,
+        )
+        was = node.state
+        node.hello = hello
+        lane.welcome(welcome, node.mux, hello)
+        if was != "up":
+            node.since = time.time()
+        log.info("lane_up", node=hello.node, lane=hello.lane.value)
+        self._serve_waiting(node)
+        self._on_change()
+
+    def _admit(self, hello: Hello) -> HubNode:
+        """The node of a hello, in the roster from now on. Raises ProblemError."""
+        before = self._roster.plans()
+        plan = self._roster.join(hello.node, hello.key, hello.worker_ports, hello.advertise)
+        node = self.nodes.get(plan.name)
+        if node is None:
+            node = self.nodes[plan.name] = HubNode(plan)
+            log.info(
+                "node_joined",
+                node=plan.name,
+                address=plan.address,
+                ports=f"{plan.base}-{plan.last_worker_port}",
+            )
+        node.plan = plan
+        if self._roster.plans() != before:
+            self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
+        return node
+
+    def _session_refusal(self, node: HubNode, hello: Hello) -> Refusal | None:
+        if node.mux is not None and node.session == hello.session:
+            return None
+        if hello.resumes:
+            return Refusal(
+                "session_unknown",
+                "the hub does not know this session: it was restarted, or gave the session up",
+                "nothing: a new session begins by itself",
+            )
+        if node.mux is None:
+            return None
+        if int(hello.session, 16) < int(node.session, 16):
+            return Refusal(
+                "session_stale",
+                "the node has a newer session than this",
+                "nothing, unless the clock of the node was set back",
+            )
+        now = node.mux.now()
+        heard = max((lane.heard for lane in node.mux.session.lanes.values()), default=0.0)
+        if now - heard < IN_USE:
+            return Refusal(
+                "name_in_use",
+                f"another rayfwd is connected as {node.plan.name} with the same key",
+                "two machines share one state directory (a cloned disk?): remove node.key from it "
+                "on one of them and give it another name",
+            )
+        return None
+
+    def _start_session(self, node: HubNode, hello: Hello) -> None:
+        if node.mux is not None:
+            node.mux.close("replaced by a new session of the same node")
+        ride_through = min(self._ride_through, hello.ride_through)
+        if hello.ride_through != self._ride_through:
+            log.warning(
+                "ride_through_differs",
+                node=node.plan.name,
+                own=self._ride_through,
+                theirs=hello.ride_through,
+                used=ride_through,
+            )
+        core = Session("hub", ride_through, self._limits, asyncio.get_running_loop().time())
+        mux = Mux(
+            core,
+            lambda stream, target: self._route(node, stream, target),
+            lambda message: self._on_message(node.plan.name, message),
+            lambda event: self._changed(node, mux, event),
+        )
+        node.mux, node.session = mux, hello.session
+        log.info("session_started", node=node.plan.name, version=hello.version)
+
+    def _changed(self, node: HubNode, mux: Mux, event: Parked | Resumed | SessionEnded) -> None:
+        if node.mux is not mux:
+            return
+        node.since = time.time()
+        match event:
+            case Parked():
+                node.cuts += 1
+                log.warning(
+                    "link_parked",
+                    node=node.plan.name,
+                    streams=len(mux.session.streams) - 1,
+                    ride_through=mux.session.ride_through,
+                )
+            case Resumed(seconds):
+                node.ridden_through += 1
+                log.info("link_resumed", node=node.plan.name, parked_seconds=round(seconds, 1))
+            case SessionEnded(why):
+                node.mux, node.session = None, ""
+                if not self._closing:
+                    log.warning("session_ended", node=node.plan.name, cause=why)
+        self._on_change()
+
+    # -- streams -------------------------------------------------------------------------
+
+    def open(self, target: Target, pump: Pump) -> None:
+        """A door of the head was used: find the pump a stream to the worker behind it."""
+        node = self._node_at(target.address)
+        if node is None:
+            pump.refuse()
+        elif node.mux is not None and not node.mux.session.ended:
+            pump.attach(node.mux.open(target.encode(), pump))
+        elif self._grace is not None:
+            node.waiting.append((target, pump))
+        else:
+            pump.refuse()
+
+    def _serve_waiting(self, node: HubNode) -> None:
+        waiting, node.waiting = node.waiting, []
+        for target, pump in waiting:
+            self.open(target, pump)
+
+    def _node_at(self, address: str) -> HubNode | None:
+        return next((n for n in self.nodes.values() if n.plan.address == address), None)
+
+    def _route(self, source: HubNode, stream: MuxStream, data: bytes) -> StreamOwner | None:
+        """A worker opened a stream: to the head itself, or on to another worker."""
+        try:
+            target = Target.decode(data)
+        except ValueError as exc:
+            stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
+            return None
+        if target.address == self._roster.own.address:
+            return self._accept(stream, target)
+        node = self._node_at(target.address)
+        if node is None or node is source:
+            stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
+            return None
+        if node.mux is None or node.mux.session.ended:
+            stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
+            return None
+        near, far = _Splice(), _Splice()
+        near.other, far.other = far, near
+        near.stream, far.stream = stream, node.mux.open(data, far)
+        return near
+
+    # -- messages ------------------------------------------------------------------------
+
+    def tell_all(self, message: dict[str, Any]) -> None:
+        """Send a message to every worker that has a session."""
+        for node in self.nodes.values():
+            if node.mux is not None:
+                node.mux.send_message(message)
+
+    def forget(self, name: str) -> bool:
+        """Drop a node from the roster and end its session. False if there is none."""
+        if not self._roster.forget(name):
+            return False
+        node = self.nodes.pop(name, None)
+        if node is not None and node.mux is not None:
+            node.mux.close("the node was forgotten on the head")
+        self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
+        log.info("node_forgotten", node=name)
+        self._on_change()
+        return True
+
+
+def allowed_uids(users: Iterable[str]) -> frozenset[int]:
+    """The uids that may use the hub: the daemon's own, root's, and those of the users named.
+
+    Raises ProblemError for a name that the machine does not know.
+    """
+    uids = {0, os.geteuid()}
+    for name in users:
+        try:
+            uids.add(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            raise ProblemError(
+                Problem(
+                    "user_unknown",
+                    f'hub.users: this machine has no user "{name}"',
+                    "correct the name, or add the user",
+                )
+            ) from None
+    return frozenset(uids)
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,368 @@
+"""The worker's side of the link: one task a lane dials, says hello, and redials when it is lost.
+
+The session outlives its lanes. It is made by the first lane that is welcomed and ended by
+ride-through, by the hub's word, or by `Link.close`; then the next lane makes a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import asyncssh
+
+from rayfwd.config import HeadConfig
+from rayfwd.logs import get_logger
+from rayfwd.mux import Mux, MuxStream, StreamOwner
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, ProtocolError, first_frame
+from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.ssh import Dialer
+
+log = get_logger(__name__)
+
+HANDSHAKE_TIMEOUT = 15.0
+"""Seconds between HELLO and the hub's answer."""
+REDIAL_FIRST = 0.2
+REDIAL_PARKED = 1.0
+"""Seconds between attempts, at most, while streams wait for a lane."""
+REDIAL_LAST = 15.0
+"""Seconds between attempts, at most, otherwise."""
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a channel before the session is asked for no more."""
+LASTED = 10.0
+"""Seconds after which a lane that is lost counts as having been a good one."""
+
+
+class LinkRefusedError(Exception):
+    """The hub refused the lane; `problem` is its reason."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.cause)
+        self.problem = Problem(refusal.code, refusal.cause, refusal.remedy)
+
+
+class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
+    """A channel to the hub: first the handshake, then a lane of a session."""
+
+    def __init__(self) -> None:
+        self._channel: Any = None
+        self._buffer = bytearray()
+        self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._mux: Mux | None = None
+        self._number = 0
+        self._stderr = bytearray()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.paused = False
+
+    # -- AsyncSSH's callbacks ------------------------------------------------------------
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+        chan.set_write_buffer_limits(WRITE_BUFFER)
+
+    def session_started(self) -> None: ...
+
+    def data_received(self, data: Any, datatype: int | None) -> None:
+        if datatype is not None:
+            self._stderr += data[: 4096 - len(self._stderr)]
+        elif self._mux is not None:
+            self._mux.lane_data(self._number, data)
+        else:
+            self._buffer += data
+            self._take_answer()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self._mux is not None:
+            self._mux.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(str(exc) if exc else "closed by the head")
+
+    # -- the handshake -------------------------------------------------------------------
+
+    async def greet(self, hello: Hello) -> Welcome:
+        """Say hello. Raises LinkRefusedError or ProblemError."""
+        self._channel.write(hello.encode())
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                return await self._answer
+        except TimeoutError:
+            raise ProblemError(
+                Problem(
+                    "hub_silent",
+                    f"the hub did not answer in {HANDSHAKE_TIMEOUT:.0f} s",
+                    "see rayfwd's log on the head",
+                )
+            ) from None
+
+    def _take_answer(self) -> None:
+        if self._answer.done():
+            return
+        try:
+            frame = first_frame(self._buffer, MAX_PAYLOAD)
+            if frame is None:
+                return
+            if frame.kind is Kind.REFUSE:
+                self._answer.set_exception(LinkRefusedError(Refusal.decode(frame)))
+            else:
+                self._answer.set_result(Welcome.decode(frame))
+        except ProtocolError as exc:
+            self._answer.set_exception(
+                ProblemError(
+                    Problem(
+                        exc.code,
+                        f"the answer at the hub's socket is not rayfwd's: {exc}",
+                        "see that head.socket is the hub's socket and that both sides run the same "
+                        "version of rayfwd",
+                    )
+                )
+            )
+
+    def _end(self, why: str) -> None:
+        if not self._answer.done():
+            self._answer.set_exception(ProblemError(self._why_no_answer(why)))
+        if not self.lost.done():
+            self.lost.set_result(why)
+
+    def _why_no_answer(self, why: str) -> Problem:
+        said = self._stderr.decode(errors="replace").strip()
+        for line in said.splitlines():
+            prefix, _, rest = line.partition("rayfwd attach: ")
+            code, colon, text = rest.partition(": ")
+            if not prefix and colon and code.isidentifier():
+                cause, _, remedy = text.partition("; ")
+                return Problem(code, f"on the head: {cause}", remedy or "see the head's log")
+        return Problem(
+            "hub_closed",
+            f"the hub closed the lane before it answered: {said or why}",
+            'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
+        )
+
+    # -- a lane of a session -------------------------------------------------------------
+
+    def join(self, mux: Mux, kind: LaneClass) -> int:
+        """Become a lane; bytes that followed the welcome are the session's."""
+        self._mux = mux
+        self._number = mux.add_lane(self, kind)
+        if self._buffer:
+            mux.lane_data(self._number, bytes(self._buffer))
+            self._buffer.clear()
+        return self._number
+
+    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+        if not self.lost.done():
+            self._channel.write(b"".join(chunks))
+
+    def close(self) -> None:
+        self._channel.close()
+        self._end("closed")
+
+    def abort(self, why: str) -> None:
+        self._channel.abort()
+        self._end(why)
+
+
+@dataclass(slots=True)
+class LaneSlot:
+    """A lane that there should be, and how it is."""
+
+    name: str
+    kind: LaneClass
+    number: int | None = None
+    up_since: float | None = None
+    """Wall-clock seconds."""
+    problem: Problem | None = None
+
+
+class Link:
+    """The link to the head. `run` holds it up until it is cancelled; `close` ends it in order."""
+
+    def __init__(
+        self,
+        head: HeadConfig,
+        hello: Callable[[], Hello],
+        accept: Callable[[MuxStream, bytes], StreamOwner | None],
+        on_welcome: Callable[[Welcome], None],
+        on_message: Callable[[dict[str, Any]], None],
+        on_change: Callable[[], None],
+        limits: Limits,
+    ) -> None:
+        """`hello` gives what is said of this node; session, resumption and class are filled in."""
+        self.head = head
+        self.mux: Mux | None = None
+        self.cuts = 0
+        """How often every lane was lost."""
+        self.ridden_through = 0
+        """How many of these cuts the streams outlived."""
+        self.since = time.time()
+        """Wall-clock seconds of the last change between up, parked and down."""
+        self.slots = [LaneSlot("interactive", LaneClass.INTERACTIVE)]
+        self.slots += [LaneSlot(f"bulk-{i + 1}", LaneClass.BULK) for i in range(head.bulk_lanes)]
+        self._dialer = Dialer(head)
+        self._hello = hello
+        self._accept = accept
+        self._on_welcome = on_welcome
+        self._on_message = on_message
+        self._on_change = on_change
+        self._limits = limits
+        self._session = ""
+        self._connections: set[asyncssh.SSHClientConnection] = set()
+        self._closing = False
+
+    @property
+    def state(self) -> str:
+        """`up`, `parked` (streams wait for a lane) or `down` (there is no session)."""
+        if self.mux is None or self.mux.session.ended:
+            return "down"
+        return "up" if self.mux.lanes else "parked"
+
+    @property
+    def problem(self) -> Problem | None:
+        """What keeps the link from standing, if it does not stand."""
+        if self.state == "up":
+            return None
+        return next((slot.problem for slot in self.slots if slot.problem is not None), None)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for slot in self.slots:
+                group.create_task(self._hold(slot), name=f"lane {slot.name}")
+
+    async def close(self, why: str) -> None:
+        """End the session in order. Call `run`'s cancellation after it."""
+        self._closing = True
+        if self.mux is not None:
+            self.mux.close(why)
+        for connection in list(self._connections):
+            connection.close()
+        await asyncio.sleep(0)
+
+    # -- one lane ------------------------------------------------------------------------
+
+    async def _hold(self, slot: LaneSlot) -> None:
+        wait = REDIAL_FIRST
+        while not self._closing:
+            began = time.monotonic()
+            try:
+                await self._one_lane(slot)
+                if time.monotonic() - began > LASTED:
+                    wait = REDIAL_FIRST
+            except LinkRefusedError as exc:
+                self._refused(slot, exc)
+            except ProblemError as exc:
+                self._set_problem(slot, exc.problem)
+            longest = REDIAL_PARKED if self.state == "parked" else REDIAL_LAST
+            wait = min(wait, longest)
+            await asyncio.sleep(wait * random.uniform(0.8, 1.2))
+            wait = min(wait * 2, longest)
+
+    async def _one_lane(self, slot: LaneSlot) -> None:
+        """Dial, be welcomed, and stay until the lane is lost."""
+        connection = await self._dialer.connect()
+        self._connections.add(connection)
+        try:
+            lane = _Lane()
+            await self._dialer.open_channel(connection, lambda: lane)
+            session = self._current_session()
+            resumes = self.mux is not None
+            hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
+            welcome = await lane.greet(hello)
+            self._join(slot, lane, welcome, session)
+            why = await lane.lost
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        finally:
+            self._connections.discard(connection)
+            connection.abort()
+        self._lost(slot, why)
+
+    def _current_session(self) -> str:
+        if self.mux is None and not self._session:
+            # Larger for every new session of this node, also after a restart.
+            self._session = f"{time.time_ns():016x}{random.getrandbits(32):08x}"
+        return self._session
+
+    def _join(self, slot: LaneSlot, lane: _Lane, welcome: Welcome, session: str) -> None:
+        if session != self._session or self._closing:
+            lane.abort("its session has ended")
+            return
+        if self.mux is None:
+            loop = asyncio.get_running_loop()
+            core = Session("worker", welcome.ride_through, self._limits, loop.time())
+            self.mux = Mux(core, self._accept, self._on_message, self._changed)
+            self.since = time.time()
+            log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
+        slot.number = lane.join(self.mux, slot.kind)
+        slot.up_since = time.time()
+        slot.problem = None
+        log.info("lane_up", lane=slot.name)
+        self._on_welcome(welcome)
+        self._on_change()
+
+    def _lost(self, slot: LaneSlot, why: str) -> None:
+        number, slot.number = slot.number, None
+        up_since, slot.up_since = slot.up_since, None
+        if number is not None and self.mux is not None:
+            self.mux.lane_lost(number)
+        if self._closing:
+            return
+        slot.problem = Problem(
+            "lane_lost", f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
+        )
+        up = None if up_since is None else round(time.time() - up_since, 1)
+        log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
+        self._on_change()
+
+    def _refused(self, slot: LaneSlot, exc: LinkRefusedError) -> None:
+        if exc.problem.code == "session_unknown" and self.mux is not None:
+            # The hub was restarted: what it carried is lost, and all begins anew.
+            self.mux.close(exc.problem.cause)
+        elif exc.problem.code == "session_stale":
+            self._session = ""
+        self._set_problem(slot, exc.problem)
+
+    def _set_problem(self, slot: LaneSlot, problem: Problem) -> None:
+        """Say it once; the same again is no news."""
+        if self._closing:
+            return
+        known = any(s.problem == problem for s in self.slots)
+        slot.problem = problem
+        if not known:
+            log.error(problem.code, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
+            self._on_change()
+
+    def _changed(self, event: Parked | Resumed | SessionEnded) -> None:
+        self.since = time.time()
+        match event:
+            case Parked():
+                self.cuts += 1
+                assert self.mux is not None, "a session that is parked is there"
+                log.warning(
+                    "link_parked",
+                    streams=len(self.mux.session.streams) - 1,
+                    ride_through=self.mux.session.ride_through,
+                )
+            case Resumed(seconds):
+                self.ridden_through += 1
+                log.info("link_resumed", parked_seconds=round(seconds, 1))
+            case SessionEnded(why):
+                if not self._closing:
+                    log.warning("session_ended", cause=why)
+                self.mux = None
+                self._session = ""
+        self._on_change()

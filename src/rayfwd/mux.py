@@ -1,0 +1,286 @@
+"""Runs one session on an event loop: bytes in and out of lanes, its clock, its streams' owners.
+
+The session decides; this module carries out. It belongs to whoever made it (link or hub), who also
+owns the lanes' transports and tells it when one is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayfwd.logs import get_logger
+from rayfwd.session.frames import ProtocolError
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import (
+    DataReceived,
+    EndReceived,
+    Event,
+    LaneSilent,
+    MessageReceived,
+    Parked,
+    Resumed,
+    Session,
+    SessionEnded,
+    StreamFinished,
+    StreamOpened,
+    StreamReset,
+    StreamWritable,
+)
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+FLUSH_BYTES = 1 << 18
+"""Bytes that are asked of the session for one write."""
+LATE = 1.0
+"""Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
+
+
+class LaneTransport(Protocol):
+    """What carries a lane's bytes. It calls `Mux.flush` when it is no longer `paused`."""
+
+    @property
+    def paused(self) -> bool:
+        """It takes no more bytes for now."""
+
+    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None: ...
+
+    def close(self) -> None:
+        """Send what was written, then close."""
+
+    def abort(self, why: str) -> None:
+        """Close at once."""
+
+
+class StreamOwner(Protocol):
+    """Who has the other side of a stream: a socket's pump, or another session's stream."""
+
+    def stream_data(self, data: bytes) -> None:
+        """Bytes, in order. Answer with `MuxStream.consumed` when they have been passed on."""
+
+    def stream_ended(self) -> None:
+        """The peer sends no more bytes; the other direction lives on."""
+
+    def stream_writable(self) -> None:
+        """`MuxStream.send` had returned False; now there is room."""
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        """The stream was reset; nothing follows."""
+
+    def stream_finished(self) -> None:
+        """Both directions ended and all arrived; nothing follows."""
+
+
+class MuxStream:
+    """A stream as its owner holds it."""
+
+    __slots__ = ("_mux", "number")
+
+    def __init__(self, mux: Mux, number: int) -> None:
+        self._mux = mux
+        self.number = number
+
+    def send(self, data: bytes | memoryview) -> bool:
+        """False: no more, please, until the owner's `stream_writable`."""
+        room = self._mux.session.send(self.number, data)
+        self._mux.flush()
+        return room
+
+    def end(self) -> None:
+        self._mux.session.end(self.number)
+        self._mux.flush()
+
+    def reset(self, reason: ResetReason, text: str = "") -> None:
+        """Give the stream up; the owner hears no more of it."""
+        self._mux.drop_owner(self.number)
+        self._mux.session.reset(self.number, reason, text)
+        self._mux.flush()
+
+    def consumed(self, size: int) -> None:
+        self._mux.session.consumed(self.number, size, self._mux.now())
+        self._mux.flush()
+
+
+@dataclass(slots=True)
+class LaneRecord:
+    """A lane's transport, and since when (wall-clock seconds are the owner's business)."""
+
+    transport: LaneTransport
+    kind: LaneClass
+    since: float
+
+
+class Mux:
+    """One session with its lanes and the owners of its streams."""
+
+    def __init__(
+        self,
+        session: Session,
+        accept: Callable[[MuxStream, bytes], StreamOwner | None],
+        on_message: Callable[[dict[str, Any]], None],
+        on_change: Callable[[Parked | Resumed | SessionEnded], None],
+    ) -> None:
+        """`accept` takes a stream that the peer opened, or resets it and returns None."""
+        self.session = session
+        self.lanes: dict[int, LaneRecord] = {}
+        self._accept = accept
+        self._on_message = on_message
+        self._on_change = on_change
+        self._owners: dict[int, StreamOwner] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._depth = 0
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    # -- lanes ---------------------------------------------------------------------------------
+
+    def add_lane(self, transport: LaneTransport, kind: LaneClass) -> int:
+        """A lane that was welcomed. Returns its number."""
+        number, events = self.session.lane_up(kind, self.now())
+        self.lanes[number] = LaneRecord(transport, kind, self.now())
+        self._run(events)
+        return number
+
+    def lane_data(self, number: int, data: bytes) -> None:
+        """Bytes that came in on a lane."""
+        try:
+            events = self.session.receive(number, data, self.now())
+        except ProtocolError as exc:
+            log.error("session_broken", code=exc.code, cause=str(exc))
+            self.close(f"{exc.code}: {exc}")
+            return
+        self._run(events)
+
+    def lane_lost(self, number: int) -> None:
+        """A lane's transport is gone."""
+        if self.lanes.pop(number, None) is not None:
+            self._run(self.session.lane_down(number, self.now()))
+
+    # -- streams -------------------------------------------------------------------------------
+
+    def open(self, target: bytes, owner: StreamOwner) -> MuxStream:
+        """Open a stream for `owner`."""
+        number = self.session.open(target, self.now())
+        self._owners[number] = owner
+        self.flush()
+        return MuxStream(self, number)
+
+    def drop_owner(self, number: int) -> None:
+        """No events of this stream are wanted any more."""
+        self._owners.pop(number, None)
+
+    def send_message(self, message: dict[str, Any]) -> None:
+        """A message to the peer's `on_message`; reliable, in order."""
+        if not self.session.ended:
+            self.session.send_message(json.dumps(message).encode())
+            self.flush()
+
+    def close(self, why: str) -> None:
+        """End the session in order. Its streams are reset, its lanes closed."""
+        self._run(self.session.close(why))
+
+    # -- at work -------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Give every lane what the session has for it, as far as the lane takes it."""
+        if self._depth:
+            return  # the outermost call does it, once
+        now = self.now()
+        for number, record in list(self.lanes.items()):
+            transport = record.transport
+            while not transport.paused:
+                chunks = self.session.data_to_send(number, FLUSH_BYTES, now)
+                if not chunks:
+                    break
+                transport.write(chunks)
+        self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        if self.session.ended:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            return
+        due = self.session.deadline(now)
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(max(due, now + 0.01), self._tick)
+
+    def _tick(self) -> None:
+        assert self._timer is not None, "a timer that fires was set"
+        late = self.now() - self._timer.when()
+        self._timer = None
+        if late > LATE:
+            # The machine slept or the process was stopped. What came in meanwhile is still to be
+            # read; only then is it known whether a lane is silent.
+            self._timer = self._loop.call_later(0.25, self._tick)
+            return
+        self._run(self.session.tick(self.now()))
+
+    def _run(self, events: list[Event]) -> None:
+        """Do what the events say, then flush once."""
+        self._depth += 1
+        try:
+            for event in events:
+                self._do(event)
+        finally:
+            self._depth -= 1
+        self.flush()
+        if self.session.ended and not self._depth:
+            for number in list(self.lanes):
+                self.lanes.pop(number).transport.close()
+
+    def _do(self, event: Event) -> None:
+        match event:
+            case DataReceived(number, data):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_data(data)
+            case EndReceived(number):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_ended()
+            case StreamWritable(number):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_writable()
+            case StreamOpened(number, target):
+                stream = MuxStream(self, number)
+                owner = self._accept(stream, target)
+                if owner is not None:
+                    self._owners[number] = owner
+            case StreamReset(number, reason, text):
+                owner = self._owners.pop(number, None)
+                if owner is not None:
+                    owner.stream_lost(reason, text)
+            case StreamFinished(number):
+                owner = self._owners.pop(number, None)
+                if owner is not None:
+                    owner.stream_finished()
+            case MessageReceived(data):
+                self._message(data)
+            case LaneSilent(number):
+                record = self.lanes.get(number)
+                if record is not None:
+                    record.transport.abort("silent")
+                    self.lane_lost(number)
+            case Parked() | Resumed() | SessionEnded():
+                self._on_change(event)
+
+    def _message(self, data: bytes) -> None:
+        try:
+            message = json.loads(data)
+            if not isinstance(message, dict):
+                raise TypeError("not an object")
+        except (ValueError, TypeError, RecursionError) as exc:
+            log.warning("message_malformed", cause=repr(exc))
+            return
+        self._on_message(message)

@@ -1,0 +1,253 @@
+"""SSH from the worker to the head: how to connect, how to reach the hub, and what a failure means.
+
+Host keys are always checked. AsyncSSH takes `UserKnownHostsFile none` as "do not check"; here it
+means that no host is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from rayfwd.config import HeadConfig
+from rayfwd.problems import Problem, ProblemError
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for the TCP connection."""
+LOGIN_TIMEOUT = 20.0
+"""Seconds for key exchange and authentication."""
+CIPHERS = (
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "chacha20-poly1305@openssh.com",
+    "aes128-ctr",
+    "aes192-ctr",
+    "aes256-ctr",
+)
+"""In order of preference: with AES in the CPU, GCM moves about twice what chacha20 does."""
+CHANNEL_WINDOW = 1 << 22
+"""Bytes that the server may send ahead on a channel."""
+SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+
+Channel = asyncssh.SSHClientChannel[bytes] | asyncssh.SSHUNIXChannel[bytes]
+
+
+class Dialer:
+    """Connects to one head as its configuration says."""
+
+    def __init__(self, head: HeadConfig) -> None:
+        self._head = head
+        self._host_of_last_try = head.ssh
+
+    async def connect(self) -> asyncssh.SSHClientConnection:
+        """An authenticated connection. Raises ProblemError."""
+        known: list[str] = []
+        host = self._head.ssh_target()[1]
+        try:
+            options = await self._options()
+            known = _known_hosts_files(self._head, options)
+            # Given as an argument, never as None: that would switch the check off.
+            return await asyncssh.connect(
+                options.host or host, options=options, known_hosts=known or b""
+            )
+        except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
+            raise ProblemError(explain(exc, self._head, host, known)) from exc
+
+    async def _options(self) -> asyncssh.SSHClientConnectionOptions:
+        user, host, port = self._head.ssh_target()
+        given: dict[str, Any] = {"host": host}
+        if user is not None:
+            given["username"] = user
+        if port is not None:
+            given["port"] = port
+        if self._head.ssh_config is not None:
+            given["config"] = [str(self._head.ssh_config.expanduser())]
+        if self._head.identity is not None:
+            given["client_keys"] = [str(self._head.identity.expanduser())]
+        options = await asyncio.to_thread(
+            asyncssh.SSHClientConnectionOptions,
+            **given,
+            connect_timeout=CONNECT_TIMEOUT,
+            login_timeout=LOGIN_TIMEOUT,
+            password_auth=False,
+            kbdint_auth=False,
+            compression_algs=None,
+        )
+        if not options.config.get("Ciphers"):
+            options = await asyncio.to_thread(
+                asyncssh.SSHClientConnectionOptions, options=options, encryption_algs=CIPHERS
+            )
+        return options
+
+    async def open_channel(
+        self, connection: asyncssh.SSHClientConnection, factory: Callable[[], Any]
+    ) -> Channel:
+        """A channel to the hub, for a session made by `factory`. Raises ProblemError."""
+        try:
+            if self._head.via == "exec":
+                channel, _ = await connection.create_session(
+                    factory, self._head.attach_command, encoding=None, window=CHANNEL_WINDOW
+                )
+                return channel
+            unix, _ = await connection.create_unix_connection(
+                factory, str(self._head.socket), encoding=None, window=CHANNEL_WINDOW
+            )
+            return unix
+        except asyncssh.ChannelOpenError as exc:
+            raise ProblemError(await self._why_no_channel(connection, exc)) from exc
+        except (OSError, asyncssh.Error) as exc:
+            raise ProblemError(explain(exc, self._head, self._head.ssh, [])) from exc
+
+    async def _why_no_channel(
+        self, connection: asyncssh.SSHClientConnection, exc: asyncssh.ChannelOpenError
+    ) -> Problem:
+        if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or self._head.via == "exec":
+            return Problem(
+                "channel_refused",
+                f"the head's sshd refuses this kind of channel: {exc.reason}",
+                'set via = "exec" in [head]'
+                if self._head.via == "socket"
+                else "allow sessions for this key on the head (MaxSessions, authorized_keys)",
+            )
+        return await look_at_socket(connection, self._head.socket, exc.reason)
+
+
+def _known_hosts_files(head: HeadConfig, options: asyncssh.SSHClientConnectionOptions) -> list[str]:
+    """The files of host keys that exist: the configured one, or those that ssh would read."""
+    if head.known_hosts is not None:
+        paths = [head.known_hosts]
+    else:
+        named = options.config.get("UserKnownHostsFile")
+        if isinstance(named, list):
+            paths = [Path(str(name)) for name in named]
+        else:
+            paths = [Path("~/.ssh/known_hosts")]
+        paths.append(SYSTEM_KNOWN_HOSTS)
+    expanded = [path.expanduser() for path in paths]
+    return [str(path) for path in expanded if path.is_file() and os.access(path, os.R_OK)]
+
+
+async def look_at_socket(
+    connection: asyncssh.SSHClientConnection, path: Path, reason: str
+) -> Problem:
+    """Why sshd could not open the hub's socket: sshd does not say, SFTP's view of it does."""
+    absent = Problem(
+        "hub_absent",
+        f"nothing answers at {path} on the head",
+        "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
+    )
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
+            own = (await sftp.stat(".")).uid
+            seen = await sftp.stat(str(path))
+    except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
+        return absent
+    except asyncssh.SFTPPermissionDenied:
+        return _not_permitted(path, "its directory is closed to this user")
+    except (asyncssh.Error, OSError, TimeoutError):
+        return Problem(
+            "hub_unreachable",
+            f"the head's sshd could not open {path}: {reason}",
+            "see that rayfwd runs on the head, that this is its hub's socket, and that this user "
+            "may open it (hub.users)",
+        )
+    mode = seen.permissions or 0
+    if own not in {0, seen.uid} and not mode & 0o002:
+        return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
+    return absent
+
+
+def _not_permitted(path: Path, why: str) -> Problem:
+    return Problem(
+        "hub_not_permitted",
+        f"this SSH user may not open {path} on the head: {why}",
+        "add the user to hub.users in the head's file, or log in as the user that runs rayfwd",
+    )
+
+
+def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Problem:
+    """The problem behind an exception of `asyncssh.connect`."""
+    match exc:
+        case asyncssh.HostKeyNotVerifiable():
+            return _host_key(exc, host, head, known)
+        case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
+            return _host_key(exc, host, head, known)
+        case asyncssh.PermissionDenied():
+            return Problem(
+                "ssh_auth_refused",
+                f"{head.ssh} refuses this machine's keys: {exc.reason}",
+                "add the public key to authorized_keys on the head, or set head.identity",
+            )
+        case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
+            return Problem(
+                "ssh_key_unusable",
+                f"the private key cannot be read: {exc}",
+                "set head.identity to a key without a passphrase, or load it into an agent",
+            )
+        case asyncssh.ConfigParseError():
+            return Problem("ssh_config_invalid", str(exc), "correct the SSH configuration")
+        case asyncssh.DisconnectError():
+            return Problem(
+                "ssh_lost",
+                f"the SSH connection to {head.ssh} ended: {exc.reason or type(exc).__name__}",
+                "nothing, if it comes back; else see the head's sshd log (MaxStartups, firewall)",
+            )
+        case socket.gaierror():
+            return Problem(
+                "ssh_unreachable",
+                f"the name {host} cannot be resolved: {exc.strerror}",
+                "correct head.ssh, or this machine's DNS",
+            )
+        case FileNotFoundError() | PermissionError() if exc.filename:
+            return Problem(
+                "ssh_file_unreadable",
+                f"{exc.filename}: {exc.strerror}",
+                "correct head.identity, head.known_hosts or head.ssh_config",
+            )
+        case ConnectionRefusedError():
+            return Problem(
+                "ssh_unreachable",
+                f"nothing listens on the SSH port of {head.ssh}",
+                "see that sshd runs on the head and that the port in head.ssh is right",
+            )
+        case TimeoutError():
+            return Problem(
+                "ssh_unreachable",
+                f"{head.ssh} did not answer in {CONNECT_TIMEOUT:.0f} s",
+                "see that the head is up and that firewalls let SSH through",
+            )
+        case OSError():
+            return Problem(
+                "ssh_unreachable",
+                f"{head.ssh}: {exc.strerror or exc}",
+                "see that this machine's network is up and that head.ssh is right",
+            )
+        case _:
+            return Problem(
+                "ssh_failed", f"{head.ssh}: {exc}", "see `ssh -v` from this machine to the head"
+            )
+
+
+def _host_key(exc: Exception, host: str, head: HeadConfig, known: list[str]) -> Problem:
+    files = ", ".join(known) or "no file of known hosts"
+    port = head.ssh_target()[2] or 22
+    name = host if port == 22 else f"[{host}]:{port}"
+    if known and any(asyncssh.match_known_hosts(known, host, "", port)[:2]):
+        return Problem(
+            "host_key_mismatch",
+            f"{host} shows another host key than {files} has",
+            "if the head was reinstalled, compare the new key with its owner, then "
+            f"`ssh-keygen -R {name}` and add the new one; if not, somebody is in between",
+        )
+    return Problem(
+        "host_key_unknown",
+        f"the host key of {host} is not in {files}",
+        f"compare its fingerprint with the head's owner and add it: "
+        f"`ssh-keyscan -p {port} {host} >> ~/.ssh/known_hosts`",
+    )
