@@ -1,0 +1,264 @@
+"""The command line and the environment of `ray start`, by Ray version (pure).
+
+Checked against `ray/scripts/scripts.py` and by starting Ray 2.9.3, 2.40.0 and 2.60.0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping
+
+from rayfwd.config import RayConfig
+from rayfwd.plan import NodePlan
+from rayfwd.ray.install import RayInstall, version_key
+
+MARKER = "RAYFWD_NODE"
+"""Environment variable by which our own Ray processes are known again; see `ray.process`."""
+
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+
+LABELS_AS_PAIRS = (2, 49)
+"""From here on `--labels key=value,…` is documented; before, only JSON is sure to be read.
+(Ray 2.60 still reads JSON, with a deprecation warning.)"""
+
+MARGIN = 30.0
+"""Seconds that Ray's patience outlasts `ride_through`: for redialling, and clocks that differ."""
+
+PROBE_SECONDS = 13.0
+"""A health check that nobody answers: 10 s of time-out and 3 s until the next (Ray's defaults)."""
+
+_NOT_FOR_RAY = frozenset(
+    {
+        # A service manager's dealings with rayfwd itself.
+        "NOTIFY_SOCKET",
+        "WATCHDOG_PID",
+        "WATCHDOG_USEC",
+        "LISTEN_PID",
+        "LISTEN_FDS",
+        "LISTEN_FDNAMES",
+        "JOURNAL_STREAM",
+        "SYSTEMD_EXEC_PID",
+        "MANAGERPID",
+        "MAINPID",
+        "CREDENTIALS_DIRECTORY",
+        "STATE_DIRECTORY",
+        "RUNTIME_DIRECTORY",
+        "CONFIGURATION_DIRECTORY",
+        "LOGS_DIRECTORY",
+        "CACHE_DIRECTORY",
+        # Would send `ray start` and every driver to another cluster.
+        "RAY_ADDRESS",
+        MARKER,
+    }
+)
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(S)?$", re.IGNORECASE)
+
+
+def start_command(own: NodePlan, head: NodePlan, ray: RayConfig, install: RayInstall) -> list[str]:
+    """The argument list that starts this node and stays in front (`--block`)."""
+    return [
+        install.command,
+        *_arguments(own, head, ray, install, block=True),
+    ]
+
+
+def start_environment(
+    ride_through: float,
+    ray: RayConfig,
+    own: NodePlan,
+    network: str,
+    base_env: Mapping[str, str],
+) -> dict[str, str]:
+    """The environment for Ray: `base_env` without what is rayfwd's own, and our additions.
+
+    What the user says in `ray.env` wins over everything.
+    """
+    env = {name: value for name, value in base_env.items() if name not in _NOT_FOR_RAY}
+    return env | _additions(ride_through, ray, own, network, base_env)
+
+
+def by_hand(
+    own: NodePlan,
+    head: NodePlan,
+    ray: RayConfig,
+    ride_through: float,
+    network: str,
+    install: RayInstall | None = None,
+) -> str:
+    """One shell line that starts this node in the background, for whoever runs Ray by hand.
+
+    Without `install` the flags are those of the newest Ray known. A value of `ray.env` whose name
+    says that it is secret appears as a reference to the caller's own variable.
+    """
+    additions = _additions(ride_through, ray, own, network, {})
+    assignments = [
+        f'{name}="${name}"' if _SECRET_NAME.search(name) else f"{name}={shlex.quote(value)}"
+        for name, value in sorted(additions.items())
+    ]
+    command = install.command if install else ray.command
+    return " ".join(
+        [
+            "env",
+            *assignments,
+            _quoted_command(command),
+            *map(shlex.quote, shown(_arguments(own, head, ray, install, block=False))),
+        ]
+    )
+
+
+def shown(argv: list[str]) -> list[str]:
+    """`argv` fit for a log: the values of flags that hold a secret are blanked."""
+    out: list[str] = []
+    blank = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secret = word.startswith("--") and _SECRET_NAME.search(name.replace("-", "_")) is not None
+        if blank:
+            out.append("[redacted]")
+        else:
+            out.append(f"{name}=[redacted]" if secret and equals else word)
+        blank = secret and not equals and not blank
+    return out
+
+
+def timeouts(ride_through: float) -> dict[str, str]:
+    """Ray's time-outs for a link that may be down for `ride_through` seconds (source: Ray's
+    `ray_config_def.h`; names checked in the binaries of 2.9.3, 2.40.0 and 2.60.0).
+
+    Every node needs them, since each side of a connection decides for itself. With
+    T = ride_through + 30 s:
+
+    - the GCS declares a node dead after `health_check_failure_threshold` probes without an
+      answer. While the link is down its streams are held, so a probe fails by its time-out
+      (10 s) and the next follows 3 s later: T / 13 s probes, rounded up, and at least Ray's 5.
+      Time-out and period stay Ray's own, so that a node that is really gone, whose port refuses
+      at once, is noticed in 3 s a probe;
+    - a raylet or worker that has not reached the GCS for `gcs_rpc_server_reconnect_timeout_s`
+      exits: T, at least Ray's 60 s;
+    - gRPC pings idle connections and closes one whose ping is not answered within
+      `grpc_keepalive_timeout_ms` (server side, 20 s) and `grpc_client_keepalive_timeout_ms`
+      (client side, 120 s): T. gRPC sets the same time as TCP_USER_TIMEOUT, after which the kernel
+      drops a connection whose peer takes no more data.
+    """
+    patience = ride_through + MARGIN
+    return {
+        "RAY_health_check_failure_threshold": str(max(5, math.ceil(patience / PROBE_SECONDS))),
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(max(60, math.ceil(patience))),
+        "RAY_grpc_keepalive_timeout_ms": str(max(20_000, math.ceil(patience * 1000))),
+        "RAY_grpc_client_keepalive_timeout_ms": str(max(120_000, math.ceil(patience * 1000))),
+    }
+
+
+def digest(own: NodePlan, head: NodePlan, ray: RayConfig, ride_through: float, network: str) -> str:
+    """Tells whether a running Ray was started from the same plan and the same configuration.
+
+    Made of what goes in, not of the finished command, so that it can be had while `ray` itself is
+    missing. What does not reach Ray (the head's name, how often its status is read) is left out.
+    """
+    told = ray.model_dump(mode="json", exclude={"status_interval", "advertise"})
+    parts = {
+        "own": own.to_wire(),
+        "head": [head.address, dict(head.head_services)],
+        "ray": told,
+        "timeouts": timeouts(ride_through),
+        "network": network,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _arguments(
+    own: NodePlan, head: NodePlan, ray: RayConfig, install: RayInstall | None, block: bool
+) -> list[str]:
+    version = version_key(install.versions.ray) if install else LABELS_AS_PAIRS
+    services = own.services
+    last_worker_port = own.last_worker_port
+    words = ["start"]
+    if own.role == "head":
+        words += [
+            "--head",
+            f"--port={services['gcs']}",
+            # With its default host, workers' agents would post to themselves.
+            f"--dashboard-host={own.address}",
+            f"--dashboard-port={services['dashboard']}",
+            f"--ray-client-server-port={services['client']}",
+            "--include-dashboard=true",
+        ]
+        if install and "--dashboard-grpc-port" in install.flags:
+            # Of older Rays: agents report events to it, on a random port unless told. The block
+            # has no place of its own for it, so it takes the last worker port.
+            words.append(f"--dashboard-grpc-port={last_worker_port}")
+            last_worker_port -= 1
+        if "RAY_USAGE_STATS_ENABLED" not in ray.env:
+            words.append("--disable-usage-stats")
+    else:
+        words.append(f"--address={head.address}:{head.services['gcs']}")
+        # Ray counts these two on workers too when it looks for ports used twice, by default as
+        # 8265 and 10001, which may lie in this node's block; the head's never do.
+        words += [
+            f"--dashboard-port={head.services['dashboard']}",
+            f"--ray-client-server-port={head.services['client']}",
+        ]
+    words += [
+        f"--node-ip-address={own.address}",
+        f"--node-manager-port={services['node_manager']}",
+        f"--object-manager-port={services['object_manager']}",
+        f"--dashboard-agent-listen-port={services['dashboard_agent_http']}",
+        f"--dashboard-agent-grpc-port={services['dashboard_agent_grpc']}",
+        f"--metrics-export-port={services['metrics_export']}",
+        f"--runtime-env-agent-port={services['runtime_env_agent']}",
+        f"--min-worker-port={own.first_worker_port}",
+        f"--max-worker-port={last_worker_port}",
+    ]
+    if ray.num_cpus is not None:
+        words.append(f"--num-cpus={ray.num_cpus}")
+    if ray.num_gpus is not None:
+        words.append(f"--num-gpus={ray.num_gpus}")
+    if ray.resources:
+        words.append(f"--resources={json.dumps(ray.resources, sort_keys=True)}")
+    if ray.labels:
+        words.append(f"--labels={_labels(ray.labels, version)}")
+    if ray.object_store_memory is not None:
+        words.append(f"--object-store-memory={ray.object_store_memory}")
+    if block:
+        words.append("--block")
+    return [*words, *ray.extra_args]
+
+
+def _labels(labels: Mapping[str, str], version: tuple[int, ...]) -> str:
+    if version >= LABELS_AS_PAIRS:
+        return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+    return json.dumps(labels, sort_keys=True)
+
+
+def _additions(
+    ride_through: float,
+    ray: RayConfig,
+    own: NodePlan,
+    network: str,
+    base_env: Mapping[str, str],
+) -> dict[str, str]:
+    added = timeouts(ride_through)
+    # Ray's HTTP clients (jobs, state, dashboard) honour http_proxy, and no proxy reaches these
+    # addresses. Some clients read the one spelling, some the other; only some know CIDR.
+    ours = ["localhost", "127.0.0.1", network, own.address]
+    for name in ("NO_PROXY", "no_proxy"):
+        given = base_env.get(name) or base_env.get(name.swapcase()) or ""
+        listed = [part.strip() for part in given.split(",") if part.strip()]
+        added[name] = ",".join([*listed, *(o for o in ours if o not in listed)])
+    if own.role == "head":
+        added["AUTOSCALER_METRIC_PORT"] = str(own.services["autoscaler_metrics"])
+        added["DASHBOARD_METRIC_PORT"] = str(own.services["dashboard_metrics"])
+    added["RAY_USAGE_STATS_ENABLED"] = "0"
+    return added | ray.env
+
+
+def _quoted_command(command: str) -> str:
+    """`~` must stay outside the quotes for the shell to expand it."""
+    if command.startswith("~/"):
+        return "~/" + shlex.quote(command[2:])
+    return shlex.quote(command)

@@ -1,0 +1,213 @@
+"""Finds the `ray` command and the Python behind it, and asks that Python for the versions.
+
+Starting `ray --version` costs more than a second; the metadata of the installed package, read by
+the interpreter that the script names, costs a tenth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfwd.problems import Problem, ProblemError
+
+OLDEST = (2, 9)
+"""First Ray whose flags this package knows (`--runtime-env-agent-port`)."""
+
+TOO_NEW = (3,)
+
+VERSION_TIMEOUT = 30.0
+"""Seconds for the interpreter to answer; a cold network file system is slow."""
+
+_ASK = r"""
+import importlib.metadata, json, platform, re
+ray = importlib.metadata.distribution("ray")
+try:
+    flags = re.findall(r'"(--[a-z][a-z-]+)"', ray.locate_file("ray/scripts/scripts.py").read_text())
+except OSError:
+    flags = []
+print(json.dumps([ray.version, platform.python_version(), sorted(set(flags))]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Both must be the same on every node of a cluster; Ray refuses anything else."""
+
+    ray: str
+    python: str
+    """Full: `3.11.7`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayInstall:
+    """A usable Ray."""
+
+    command: str
+    """Absolute path of the `ray` script."""
+    python: str
+    """Absolute path of its interpreter."""
+    versions: Versions
+    flags: frozenset[str] = frozenset()
+    """Command-line flags that its sources name; empty where they cannot be read."""
+
+
+async def find(command: str, env: Mapping[str, str]) -> RayInstall:
+    """The Ray that `command` (a name on PATH of `env`, or a path) stands for.
+
+    Raises ProblemError: ray_not_found, ray_not_usable, ray_version_unsupported.
+    """
+    path = await asyncio.to_thread(_resolve, command, env)
+    python = await asyncio.to_thread(_interpreter, path, env)
+    versions, flags = await _ask(path, python, env)
+    check_supported(versions, path)
+    return RayInstall(path, python, versions, flags)
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """The numbers of a version, for comparison: `2.41.0rc1` is (2, 41, 0)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(n) for n in match[0].split(".")) if match else ()
+
+
+def check_supported(versions: Versions, path: str) -> None:
+    """Raises ProblemError (ray_version_unsupported) for a Ray whose flags are not known."""
+    if not OLDEST <= version_key(versions.ray) < TOO_NEW:
+        raise ProblemError(
+            Problem(
+                "ray_version_unsupported",
+                f"{path} is Ray {versions.ray}",
+                "install Ray 2.9 or newer, below 3, or point ray.command at one",
+            )
+        )
+
+
+def _resolve(command: str, env: Mapping[str, str]) -> str:
+    if command.startswith("~"):
+        home = env.get("HOME")
+        rest = command.removeprefix("~/")
+        command = (
+            str(Path(home) / rest) if home and rest != command else os.path.expanduser(command)
+        )
+    if "/" in command:
+        path = Path(command).absolute()
+        if not path.is_file():
+            raise _not_found(f"ray.command = {str(path)!r}: there is no such file")
+        if not os.access(path, os.X_OK):
+            raise _not_found(f"ray.command = {str(path)!r}: the file may not be executed")
+        return str(path)
+    search = env.get("PATH") or os.defpath
+    found = shutil.which(command, path=search)
+    if found is None:
+        raise _not_found(f"ray.command = {command!r}: not found on PATH ({search})")
+    return str(Path(found).absolute())
+
+
+def _not_found(cause: str) -> ProblemError:
+    return ProblemError(
+        Problem(
+            "ray_not_found",
+            cause,
+            "install Ray (pip install 'ray[default]'), or give the path of its `ray` script as "
+            "ray.command",
+        )
+    )
+
+
+def _not_usable(cause: str) -> ProblemError:
+    return ProblemError(
+        Problem(
+            "ray_not_usable",
+            cause,
+            "reinstall Ray in its environment, or give the path of another `ray` script as "
+            "ray.command",
+        )
+    )
+
+
+def _interpreter(path: str, env: Mapping[str, str]) -> str:
+    try:
+        with open(path, "rb") as script:
+            head = script.read(4096)
+    except OSError as exc:
+        raise _not_usable(f"{path}: cannot be read: {exc.strerror}") from None
+    words = script_interpreter(head.decode("utf-8", "replace"))
+    if not words:
+        raise _not_usable(f"{path}: not a Python script, its first line names no interpreter")
+    found = shutil.which(words, path=env.get("PATH") or os.defpath)
+    if found is None:
+        raise _not_usable(f"{path}: its interpreter {words} is missing or may not be executed")
+    return str(
+        Path(found).absolute()
+    )  # not resolved: a venv's python is a link, and means the venv
+
+
+def script_interpreter(text: str) -> str | None:
+    """The interpreter that a script's first lines name (a path, or a name on PATH), or None.
+
+    Besides `#!/path/python` there are `#!/usr/bin/env python` and, where the path is longer than
+    the kernel takes or holds a space, a shell script that Python reads as a string:
+    `#!/bin/sh`, then `'''exec' "/long/path/python" "$0" "$@"` (distlib, which pip and uv use).
+    """
+    lines = text.splitlines()
+    if not lines or not lines[0].startswith("#!"):
+        return None
+    try:
+        words = shlex.split(lines[0][2:])
+    except ValueError:
+        return None
+    if not words:
+        return None
+    if Path(words[0]).name == "env":
+        rest = [w for w in words[1:] if not w.startswith("-") and "=" not in w]
+        return rest[0] if rest else None
+    if Path(words[0]).name in ("sh", "bash", "dash"):
+        for line in lines[1:6]:
+            match = re.match(r"""\s*'''+\s*exec'\s+(.*)""", line)
+            if match:
+                try:
+                    return shlex.split(match[1])[0]
+                except (ValueError, IndexError):
+                    return None
+        return None
+    return words[0] if "python" in Path(words[0]).name or "pypy" in words[0] else None
+
+
+async def _ask(path: str, python: str, env: Mapping[str, str]) -> tuple[Versions, frozenset[str]]:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            python,
+            "-c",
+            _ASK,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env),
+        )
+    except OSError as exc:
+        raise _not_usable(f"{path}: its interpreter {python} does not start: {exc}") from None
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), VERSION_TIMEOUT)
+    except TimeoutError:
+        raise _not_usable(
+            f"{path}: its interpreter {python} did not answer in {VERSION_TIMEOUT:.0f} s"
+        ) from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        last = (err.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise _not_usable(f"{path}: {python} does not find the package ray: {last}")
+    try:
+        ray, version, flags = json.loads(out)
+    except ValueError:
+        raise _not_usable(f"{path}: {python} answered {out[:200]!r}") from None
+    return Versions(str(ray), str(version)), frozenset(map(str, flags))

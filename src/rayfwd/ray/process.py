@@ -1,0 +1,334 @@
+"""One `ray start --block` of ours: starting it, knowing it again, its output, ending all of it.
+
+Ray must outlive rayfwd: it runs in a session of its own and writes to a file, not to a pipe, so
+that neither a signal nor the end of the daemon reaches it. `ray.json` in the state directory
+tells the next daemon what runs. Everything that Ray starts inherits the variable RAYFWD_NODE from
+it, whose value is used once: what carries it is ours to end, whoever its parent is by now, and
+nothing else is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rayfwd.ray import procfs
+from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
+from rayfwd.ray.install import Versions
+
+RECORD = "ray.json"
+OUTPUT = "ray.log"
+
+STARTED = "Ray runtime started"
+"""What `ray start` prints when every process of the node is up (Ray 2.9 to 2.60)."""
+
+DAEMONS = ("raylet", "gcs_server")
+"""Children of `ray start` without which the node is dead; the second on a head only. `ray start
+--block` goes on blocking when one of them exits with 0 or by SIGTERM."""
+
+DRAIN_DEFAULT = 30.0
+"""Seconds that a Ray which drains gives its tasks after SIGTERM; older ones end at once."""
+
+DRAIN_MARGIN = 20.0
+"""Seconds `ray start` may take besides, to end its children one by one."""
+
+SETTLE = 3.0
+"""Seconds for workers to notice that their raylet has gone, and again after SIGTERM."""
+
+KILL_WAIT = 10.0
+KEEP_LINES = 12
+OUTPUT_LIMIT = 16 * 1024 * 1024
+READ_SIZE = 256 * 1024
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What `ray.json` holds."""
+
+    token: str
+    digest: str
+    ray: str
+    python: str
+    command: str
+    """For display; no secrets."""
+    drain: float
+    """Seconds this Ray may take after SIGTERM to end its tasks."""
+    boot: str
+    pid: int = 0
+    """Of `ray start`; 0 until it is known."""
+    start: int = 0
+    ready: bool = False
+    offset: int = 0
+    """Bytes of the output that the log has."""
+
+    @classmethod
+    def from_wire(cls, data: Any) -> Record:
+        """Raises ValueError for what is not a record."""
+        try:
+            return cls(
+                token=str(data["token"]),
+                digest=str(data["digest"]),
+                ray=str(data["ray"]),
+                python=str(data["python"]),
+                command=str(data["command"]),
+                drain=float(data["drain"]),
+                boot=str(data["boot"]),
+                pid=int(data["pid"]),
+                start=int(data["start"]),
+                ready=bool(data["ready"]),
+                offset=int(data["offset"]),
+            )
+        except (KeyError, TypeError) as exc:
+            raise ValueError(f"not a record of Ray: {exc!r}") from exc
+
+
+class RayProcess:
+    """Our own `ray start` and all that came of it. Not safe to share between tasks."""
+
+    def __init__(self, state_dir: Path, record: Record) -> None:
+        self._state_dir = state_dir
+        self.record = record
+        self.exit_code: int | None = None
+        """Of `ray start`, where it was our child; minus the signal's number if by a signal."""
+        self.daemons: dict[str, procfs.Process] = {}
+        """Those of `DAEMONS` seen so far."""
+        self.session_dir: str | None = None
+        self.last_lines: list[str] = []
+        self._main = procfs.Process(record.pid, 0, record.start, "")
+        self._partial = b""
+
+    @classmethod
+    def spawn(
+        cls,
+        argv: list[str],
+        env: Mapping[str, str],
+        state_dir: Path,
+        *,
+        digest: str,
+        versions: Versions,
+        command: str,
+    ) -> RayProcess:
+        """Start `argv`. Raises OSError where that, or writing the record, fails.
+
+        There is no pause in it, so a task that is cancelled has started either nothing or all.
+        """
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        record = Record(
+            token=secrets.token_hex(12),
+            digest=digest,
+            ray=versions.ray,
+            python=versions.python,
+            command=command,
+            drain=_seconds(env.get(DRAIN_VARIABLE)),
+            boot=_boot_id(),
+        )
+        # First the token: should we be killed right after the start, it finds what was started.
+        _write(state_dir / RECORD, record)
+        output = os.open(
+            state_dir / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600
+        )
+        try:
+            pid = os.posix_spawn(
+                argv[0],
+                argv,
+                {**env, MARKER: record.token},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, output, 1),
+                    (os.POSIX_SPAWN_DUP2, output, 2),
+                ],
+                setsid=True,
+                setsigmask=(),
+                # Python ignores these two and what is ignored stays so across exec.
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            )
+        finally:
+            os.close(output)
+        seen = procfs.look_up(pid)
+        process = cls(state_dir, replace(record, pid=pid, start=seen.start if seen else 0))
+        process._save()
+        return process
+
+    @classmethod
+    def recover(cls, state_dir: Path) -> RayProcess | None:
+        """What an earlier daemon left: the Ray of its record, which may be dead or half dead."""
+        try:
+            record = Record.from_wire(json.loads((state_dir / RECORD).read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return (
+                None  # nothing can be known of it; a running raylet is still found by its address
+            )
+        if record.boot != _boot_id():
+            (state_dir / RECORD).unlink(missing_ok=True)
+            return None
+        process = cls(state_dir, record)
+        process.find_daemons()
+        return process
+
+    @property
+    def versions(self) -> Versions:
+        return Versions(self.record.ray, self.record.python)
+
+    @property
+    def pid(self) -> int:
+        return self.record.pid
+
+    def alive(self) -> bool:
+        """Whether `ray start` runs. Reaps it where it was our child."""
+        if self.record.pid == 0:
+            return False
+        if self.exit_code is None:
+            with suppress(ChildProcessError):
+                pid, status = os.waitpid(self.record.pid, os.WNOHANG)
+                if pid:
+                    self.exit_code = os.waitstatus_to_exitcode(status)
+        return self.exit_code is None and procfs.is_alive(self._main)
+
+    def dead_daemons(self) -> list[str]:
+        """Those that were seen and have gone."""
+        return [name for name, p in self.daemons.items() if not procfs.is_alive(p)]
+
+    def find_daemons(self) -> None:
+        """Look for the daemons among the children. Blocks for some milliseconds."""
+        for child in procfs.children(self.record.pid) if self.record.pid else []:
+            if child.name in DAEMONS:
+                self.daemons[child.name] = child
+                if child.name == "raylet":
+                    self.session_dir = session_dir_of(child) or self.session_dir
+
+    def mark_ready(self) -> None:
+        if not self.record.ready:
+            self.record = replace(self.record, ready=True)
+            self._save()
+
+    def read_output(self, everything: bool = False) -> list[str]:
+        """The lines that came since the last call; with `everything` also one that has no end."""
+        path = self._state_dir / OUTPUT
+        try:
+            with path.open("r+b") as output:
+                output.seek(self.record.offset + len(self._partial))
+                data = self._partial + output.read(READ_SIZE)
+                done = len(data) if everything else data.rfind(b"\n") + 1
+                if len(data) - done >= READ_SIZE:  # a line without end must not grow for ever
+                    done = len(data)
+                offset = self.record.offset + done
+                if offset >= OUTPUT_LIMIT and done == len(data) and not output.read(1):
+                    output.truncate(0)  # the writer appends, so it goes on at the new end
+                    offset = 0
+        except OSError:
+            return []
+        self._partial = data[done:]
+        if offset != self.record.offset:
+            self.record = replace(self.record, offset=offset)
+            with suppress(OSError):
+                self._save()
+        lines = clean_lines(data[:done])
+        self.last_lines = (self.last_lines + lines)[-KEEP_LINES:]
+        return lines
+
+    async def end(self, on_output: Callable[[], None], drain: bool = True) -> int:
+        """End all of it; returns how many processes had to be killed.
+
+        First SIGTERM to `ray start` and, with `drain`, the time its tasks may take; then whatever
+        carries our token. Removes the record once nothing is left.
+        """
+        grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
+        if self.alive():
+            procfs.send(self._main, signal.SIGTERM)
+            deadline = time.monotonic() + grace
+            while self.alive() and time.monotonic() < deadline:
+                await asyncio.sleep(0.1)
+                on_output()
+        steps: list[tuple[signal.Signals | None, float]] = [
+            (None, SETTLE),
+            (signal.SIGTERM, SETTLE),
+            (signal.SIGKILL, KILL_WAIT),
+        ]
+        killed = 0
+        left: list[procfs.Process] = []
+        for number, wait in steps[1:] if self.alive() else steps:
+            left = await self._left()
+            if number is not None:
+                for process in left:
+                    sent = procfs.send(process, number)
+                    killed += sent and number == signal.SIGKILL
+            deadline = time.monotonic() + wait
+            while left and time.monotonic() < deadline:
+                await asyncio.sleep(0.2)
+                self.alive()  # reaps
+                left = await self._left()
+                if number == signal.SIGKILL:
+                    for process in left:  # born of another in the meantime
+                        procfs.send(process, number)
+            if not left:
+                break
+        on_output()
+        if not left:
+            (self._state_dir / RECORD).unlink(missing_ok=True)
+        return killed
+
+    async def _left(self) -> list[procfs.Process]:
+        found = await asyncio.to_thread(procfs.with_marker, f"{MARKER}={self.record.token}")
+        return [p for p in found if p.pid != os.getpid()]
+
+    def _save(self) -> None:
+        _write(self._state_dir / RECORD, self.record)
+
+
+def clean_lines(data: bytes) -> list[str]:
+    """Text lines without colours, progress bars' carriage returns and empty ones."""
+    text = _ANSI.sub("", data.decode("utf-8", "replace"))
+    lines = (line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n"))
+    return [line for line in lines if line]
+
+
+def session_dir_of(raylet: procfs.Process) -> str | None:
+    """Where that node keeps its logs, from the raylet's command line."""
+    return procfs.argument_of(raylet, "--session_dir")
+
+
+def find_foreign(address: str) -> procfs.Process | None:
+    """A raylet of our user on this machine that has `address`, whoever started it."""
+    found = procfs.with_argument("raylet", f"--node_ip_address={address}")
+    return found[0] if found else None
+
+
+def _seconds(given: str | None) -> float:
+    try:
+        return max(0.0, float(given)) if given else DRAIN_DEFAULT
+    except ValueError:
+        return DRAIN_DEFAULT
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _write(path: Path, record: Record) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w") as out:
+            json.dump(asdict(record), out)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise

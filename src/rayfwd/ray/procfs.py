@@ -1,0 +1,163 @@
+"""Reads /proc: which processes there are, whose they are, who holds a port.
+
+Every function may block for some milliseconds on a machine with many processes; the event loop
+calls those that look at all processes in a thread. A process that ends meanwhile is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+
+LISTEN = "0A"
+"""TCP state in /proc/net/tcp (`include/net/tcp_states.h`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as it was seen; `start` (clock ticks since boot) tells it from a later namesake."""
+
+    pid: int
+    parent: int
+    start: int
+    name: str
+    """At most 15 characters, as the kernel keeps it."""
+
+
+def look_up(pid: int) -> Process | None:
+    """The process, or None where it is gone or only waits to be reaped."""
+    try:
+        stat = (PROC / str(pid) / "stat").read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return None
+    head, _, tail = stat.rpartition(")")  # the name may hold spaces and brackets
+    fields = tail.split()
+    if not head or len(fields) < 20 or fields[0] in ("Z", "X"):
+        return None
+    return Process(pid, int(fields[1]), int(fields[19]), head.partition("(")[2])
+
+
+def is_alive(process: Process) -> bool:
+    now = look_up(process.pid)
+    return now is not None and now.start == process.start
+
+
+def send(process: Process, number: signal.Signals) -> bool:
+    """Signal the process if it is still the same one. False where it is gone or not ours."""
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except OSError:
+        return False
+    try:
+        # The descriptor holds on to one process: if that is the one meant, no other can be hit.
+        if not is_alive(process):
+            return False
+        signal.pidfd_send_signal(descriptor, number)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def children(pid: int) -> list[Process]:
+    """The direct children of a process."""
+    return [p for p in _all() if p.parent == pid]
+
+
+def with_marker(marker: str) -> list[Process]:
+    """Our user's processes that were started with `marker` (`NAME=value`) in the environment."""
+    wanted = marker.encode()
+    return [p for p in _all() if wanted in _read_list(p.pid, "environ")]
+
+
+def with_argument(name: str, argument: str) -> list[Process]:
+    """Processes of that name with that argument, of our user and of our own machine.
+
+    Processes in other containers are visible to us but live on another machine, as Ray sees it:
+    those in another process or network namespace are left out.
+    """
+    wanted = argument.encode()
+    return [
+        p
+        for p in _all()
+        if p.name == name and wanted in _read_list(p.pid, "cmdline") and _same_machine(p.pid)
+    ]
+
+
+def argument_of(process: Process, flag: str) -> str | None:
+    """The value of `flag=value` on the process's command line."""
+    for word in _read_list(process.pid, "cmdline"):
+        name, equals, value = word.decode("utf-8", "replace").partition("=")
+        if equals and name == flag:
+            return value
+    return None
+
+
+def listener(port: int) -> Process | None:
+    """The process that listens on a TCP port, where /proc lets us see it."""
+    inodes = set(_listening_inodes(port))
+    if not inodes:
+        return None
+    targets = {f"socket:[{inode}]" for inode in inodes}
+    for process in _all():
+        try:
+            links = os.scandir(PROC / str(process.pid) / "fd")
+        except OSError:
+            continue
+        with links:
+            for link in links:
+                try:
+                    if os.readlink(link.path) in targets:
+                        return process
+                except OSError:
+                    continue
+    return None
+
+
+def _all() -> Iterator[Process]:
+    try:
+        names: Iterable[str] = os.listdir(PROC)
+    except OSError:
+        return
+    for name in names:
+        if name.isdigit() and (process := look_up(int(name))) is not None:
+            yield process
+
+
+def _read_list(pid: int, what: str) -> list[bytes]:
+    """A list of strings that end in NUL, or nothing where the process is another user's."""
+    try:
+        folder = PROC / str(pid)
+        if folder.stat().st_uid != os.geteuid():
+            return []
+        return (folder / what).read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _same_machine(pid: int) -> bool:
+    try:
+        return all(
+            os.readlink(PROC / str(pid) / "ns" / kind) == os.readlink(PROC / "self" / "ns" / kind)
+            for kind in ("pid", "net")
+        )
+    except OSError:
+        return False
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (PROC / "net" / table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                yield fields[9]

@@ -1,0 +1,463 @@
+"""Keeps Ray running on this machine as the plan says: start, adopt, watch, restart, stop.
+
+    waiting   no plan yet, or (worker) the link is down      -> starting, by_hand, up
+    starting  `ray start` runs and has not said that it is up -> up, failed
+    up        the raylet lives                                -> failed, stopping
+    failed    waits to try again; `problem` says what happened -> starting, up
+    by_hand   ray.start = false and no raylet of ours is seen -> up
+    stopping  ours is being ended                             -> starting, off
+    off       stopped
+
+One task owns all of it (`run`); `set_plan` and `set_link_up` only leave a note and wake it.
+A Ray that somebody else started on our address is watched and never ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rayfwd.config import Config
+from rayfwd.logs import get_logger
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import commandline, ports, procfs
+from rayfwd.ray.install import RayInstall, Versions, find
+from rayfwd.ray.process import STARTED, RayProcess, find_foreign, session_dir_of
+
+Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
+
+POLL = 0.5
+"""Seconds between two looks at our processes and their output."""
+
+HAND_POLL = 2.0
+"""Seconds between two searches of /proc for a raylet that somebody starts by hand."""
+
+START_TIMEOUT = 180.0
+"""Seconds `ray start` may take; on a slow disk its first import alone can take one minute."""
+
+BACKOFF_FIRST = 1.0
+BACKOFF_LAST = 60.0
+GOOD_RUN = 300.0
+"""Seconds of being up after which the next failure counts as the first."""
+
+SHOWN_LINES = 6
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RayState:
+    """What is known of Ray on this machine."""
+
+    phase: Phase
+    since: float
+    """Seconds since the epoch, when the phase began."""
+    versions: Versions | None = None
+    pid: int | None = None
+    """Of our `ray start`; of the raylet where Ray is not ours."""
+    adopted: bool = False
+    """Ray ran already when we came."""
+    restarts: int = 0
+    """How often Ray was started again after it had failed, or for a changed plan."""
+    problem: Problem | None = None
+    """What kept Ray from running last; None while it is up."""
+    command: str | None = None
+    """As a shell line, secrets blanked; by hand: what is to be run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    own: NodePlan
+    head: NodePlan
+    head_versions: Versions | None
+    ride_through: float
+    digest: str
+
+
+class RaySupervisor:
+    """Owns Ray on this machine. `on_change` is called in the loop after every change of `state`."""
+
+    def __init__(self, config: Config, network: str, on_change: Callable[[], None]) -> None:
+        self.state = RayState("waiting", time.time())
+        self._config = config
+        self._network = network
+        self._on_change = on_change
+        self._wanted: _Wanted | None = None
+        self._link_up = True
+        self._stopping = False
+        self._wake = asyncio.Event()
+        self._inner: asyncio.Task[None] | None = None
+        self._process: RayProcess | None = None
+        self._told: tuple[str, str] | None = None
+        """Code and text, without numbers, of the problem that was logged last."""
+        self._command_told: str | None = None
+        self._failures = 0
+        self._starts = 0
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """What Ray's own command-line tools need here; None before the plan is known."""
+        wanted = self._wanted
+        return self._environment(wanted) if wanted else None
+
+    def set_plan(
+        self,
+        own: NodePlan,
+        head: NodePlan,
+        head_versions: Versions | None,
+        ride_through: float,
+    ) -> None:
+        """What Ray is to be. A change that reaches Ray restarts it; any other does not."""
+        digest = commandline.digest(own, head, self._config.ray, ride_through, self._network)
+        wanted = _Wanted(own, head, head_versions, ride_through, digest)
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._wake.set()
+
+    def set_link_up(self, up: bool) -> None:
+        """Of a worker: while False, Ray is not started; one that runs is left alone."""
+        if up != self._link_up:
+            self._link_up = up
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled or stopped. Ray goes on when this is cancelled."""
+        if self._stopping:
+            return
+        self._inner = asyncio.create_task(self._loop(), name="ray-loop")
+        try:
+            await asyncio.wait({self._inner})
+        finally:
+            self._inner.cancel()
+        if not self._inner.cancelled():
+            self._inner.result()
+
+    async def stop(self) -> None:
+        """End our own Ray in order, within its drain time, and all that came of it."""
+        self._stopping = True
+        if self._inner is not None and not self._inner.done():
+            self._inner.cancel()
+            await asyncio.wait({self._inner})
+        if self._process is None:
+            self._process = await asyncio.to_thread(RayProcess.recover, self._config.state_dir)
+        if self._process is not None:
+            await self._end("stop")
+        elif self.state.phase == "up":
+            _log.info("ray_left_running", pid=self.state.pid)
+        self._set(phase="off", pid=None)
+
+    # The loop
+
+    async def _loop(self) -> None:
+        self._process = await asyncio.to_thread(RayProcess.recover, self._config.state_dir)
+        while True:
+            wanted = self._wanted
+            if wanted is None:
+                await self._sleep(None)
+                continue
+            try:
+                await self._one_life(wanted)
+            except ProblemError as exc:
+                await self._failed(exc.problem)
+
+    async def _one_life(self, wanted: _Wanted) -> None:
+        """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
+        returns where the plan changed or something has to be waited for first."""
+        process = self._process
+        if process is not None and not process.alive():
+            _log.info("ray_remains_found", pid=process.pid)
+            await self._end("dead", drain=False)
+            process = None
+        if process is not None and process.record.digest != wanted.digest:
+            _log.info("ray_restarting", reason="the plan or the configuration changed")
+            await self._end("changed")
+            process = None
+        if process is not None:
+            _log.info("ray_adopted", pid=process.pid, version=process.record.ray, ours=True)
+            self._starts += 1
+            self._set(
+                phase="starting",
+                versions=process.versions,
+                pid=process.pid,
+                adopted=True,
+                command=process.record.command,
+            )
+            await self._watch(process, wanted)
+            return
+        foreign = await asyncio.to_thread(find_foreign, wanted.own.address)
+        if foreign is not None:
+            await self._watch_foreign(foreign, wanted)
+        elif not self._config.ray.start:
+            await self._wait_for_hand(wanted)
+        elif not self._link_up:
+            self._set(phase="waiting", pid=None)
+            await self._sleep(None)
+        else:
+            process = await self._start(wanted)
+            await self._watch(process, wanted)
+
+    async def _start(self, wanted: _Wanted) -> RayProcess:
+        ray = self._config.ray
+        env = self._environment(wanted)
+        install = await find(ray.command, env)
+        check_versions(install, wanted.head_versions, env)
+        await asyncio.to_thread(ports.check_free, wanted.own.ports)
+        argv = commandline.start_command(wanted.own, wanted.head, ray, install)
+        command = shlex.join(commandline.shown(argv))
+        try:
+            process = RayProcess.spawn(
+                argv,
+                env,
+                self._config.state_dir,
+                digest=wanted.digest,
+                versions=install.versions,
+                command=command,
+            )
+        except OSError as exc:
+            raise ProblemError(
+                Problem(
+                    "ray_start_failed",
+                    f"{install.command} cannot be started: {exc}",
+                    f"see that the command and the state directory {self._config.state_dir} "
+                    "are usable for this user",
+                )
+            ) from None
+        self._process = process
+        self._starts += 1
+        self._set(
+            phase="starting",
+            versions=install.versions,
+            pid=process.pid,
+            adopted=False,
+            command=command,
+            restarts=self._starts - 1,
+        )
+        _log.info(
+            "ray_starting",
+            pid=process.pid,
+            version=install.versions.ray,
+            python=install.versions.python,
+            command=command,
+        )
+        return process
+
+    async def _watch(self, process: RayProcess, wanted: _Wanted) -> None:
+        """Until our Ray has ended or has to be ended."""
+        began = time.monotonic()
+        up_at: float | None = None
+        while True:
+            self._tell_output(process)
+            if self._plan_changed(wanted):
+                _log.info("ray_restarting", reason="the plan or the configuration changed")
+                await self._end("changed")
+                return
+            running = process.alive()
+            if up_at is None and running:
+                await asyncio.to_thread(process.find_daemons)
+                if await self._is_up(process, wanted):
+                    up_at = time.monotonic()
+                    process.mark_ready()
+                    self._told = None
+                    self._set(phase="up", problem=None)
+                    _log.info("ray_started", pid=process.pid, seconds=round(up_at - began, 1))
+            dead = process.dead_daemons()
+            late = up_at is None and time.monotonic() - began > START_TIMEOUT
+            if not running or dead or late:
+                break
+            await self._sleep(POLL)
+        if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
+            self._failures = 0
+        _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
+        await self._end("dead", drain=False)
+        raise ProblemError(_ending(process, dead, up=up_at is not None, late=late))
+
+    async def _is_up(self, process: RayProcess, wanted: _Wanted) -> bool:
+        if not process.record.ready and not any(STARTED in line for line in process.last_lines):
+            return False
+        if "raylet" not in process.daemons or process.dead_daemons():
+            return False
+        if wanted.own.role == "worker":
+            return True
+        return await _accepts(wanted.own.address, wanted.own.services["gcs"])
+
+    async def _watch_foreign(self, raylet: procfs.Process, wanted: _Wanted) -> None:
+        with suppress(ProblemError):
+            install = await find(self._config.ray.command, self._environment(wanted))
+            self._set(versions=install.versions)
+        _log.info("ray_adopted", pid=raylet.pid, ours=False, session_dir=session_dir_of(raylet))
+        self._told = None
+        self._failures = 0
+        self._starts += 1
+        self._set(phase="up", pid=raylet.pid, adopted=True, problem=None)
+        while procfs.is_alive(raylet):
+            if self._plan_changed(wanted):
+                return
+            await self._sleep(POLL)
+        _log.warning("ray_exited", pid=raylet.pid, dead=["raylet"])
+        if self._config.ray.start:
+            raise ProblemError(
+                Problem(
+                    "ray_died",
+                    f"the raylet (pid {raylet.pid}), which rayfwd had not started, ended",
+                    "nothing: rayfwd starts Ray itself now",
+                )
+            )
+
+    async def _wait_for_hand(self, wanted: _Wanted) -> None:
+        install = None
+        with suppress(ProblemError):
+            install = await find(self._config.ray.command, self._environment(wanted))
+        command = commandline.by_hand(
+            wanted.own,
+            wanted.head,
+            self._config.ray,
+            wanted.ride_through,
+            self._network,
+            install,
+        )
+        self._set(
+            phase="by_hand",
+            pid=None,
+            adopted=False,
+            problem=None,
+            command=command,
+            versions=install.versions if install else None,
+        )
+        if self._command_told != command:
+            self._command_told = command
+            _log.info("ray_start_by_hand", command=command)
+        while not self._plan_changed(wanted):
+            await self._sleep(HAND_POLL)
+            if await asyncio.to_thread(find_foreign, wanted.own.address) is not None:
+                return
+
+    async def _failed(self, problem: Problem) -> None:
+        delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2**self._failures)
+        self._failures = min(self._failures + 1, 16)
+        self._set(phase="failed", problem=problem, pid=None)
+        told = (problem.code, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", problem.cause))
+        if told != self._told:
+            self._told = told
+            _log.error(
+                problem.code, cause=problem.cause, remedy=problem.remedy, retry_in_seconds=delay
+            )
+        await self._sleep(delay)
+
+    async def _end(self, reason: str, drain: bool = True) -> None:
+        process = self._process
+        if process is None:
+            return
+        if drain:
+            _log.info("ray_stopping", pid=process.pid, reason=reason)
+            self._set(phase="stopping")
+        killed = await process.end(lambda: self._tell_output(process), drain)
+        self._tell_output(process, everything=True)
+        if drain:
+            _log.info("ray_stopped", pid=process.pid, exit_code=process.exit_code, killed=killed)
+        self._process = None
+
+    # Small parts
+
+    def _environment(self, wanted: _Wanted) -> dict[str, str]:
+        return commandline.start_environment(
+            wanted.ride_through, self._config.ray, wanted.own, self._network, os.environ
+        )
+
+    def _plan_changed(self, wanted: _Wanted) -> bool:
+        return self._wanted is not None and self._wanted.digest != wanted.digest
+
+    def _tell_output(self, process: RayProcess, everything: bool = False) -> None:
+        for line in process.read_output(everything):
+            _log.info("ray_output", line=line)
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """For so long, or until a note was left."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        self._wake.clear()
+
+    def _set(self, **changes: Any) -> None:
+        state = replace(self.state, **changes)
+        if state.phase != self.state.phase:
+            state = replace(state, since=time.time())
+        if state != self.state:
+            self.state = state
+            self._on_change()
+
+
+def check_versions(install: RayInstall, head: Versions | None, env: dict[str, str]) -> None:
+    """Raises ProblemError where this node's Ray or Python is not the head's.
+
+    Ray compares both as text, Python with its patch level (`ray._private.utils.check_version_info`;
+    newer Rays take the level from RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL).
+    """
+    if head is None:
+        return
+    own = install.versions
+    if own.ray != head.ray:
+        raise ProblemError(
+            Problem(
+                "ray_version_differs",
+                f"this node has Ray {own.ray} ({install.command}), the head has Ray {head.ray}",
+                f"install Ray {head.ray} here, or {own.ray} on the head: they must be the same",
+            )
+        )
+    parts = 2 if env.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL") == "minor" else 3
+    if own.python.split(".")[:parts] != head.python.split(".")[:parts]:
+        raise ProblemError(
+            Problem(
+                "python_version_differs",
+                f"this node runs Ray with Python {own.python} ({install.python}), the head with "
+                f"Python {head.python}",
+                f"use Python {head.python} for Ray here, or {own.python} on the head: Ray wants "
+                "them the same to the last number",
+            )
+        )
+
+
+def _ending(process: RayProcess, dead: list[str], up: bool, late: bool) -> Problem:
+    output = " | ".join(process.last_lines[-SHOWN_LINES:]) or "none"
+    logs = f"{process.session_dir}/logs" if process.session_dir else "Ray's session directory"
+    if up:
+        what = " and ".join(dead) or "`ray start`"
+        code = "" if process.exit_code is None else f" (`ray start`: {_exit(process.exit_code)})"
+        return Problem(
+            "ray_died",
+            f"Ray's {what} ended{code}; its last output: {output}",
+            f"look at raylet.out, raylet.err and gcs_server.out in {logs}; rayfwd starts Ray again",
+        )
+    if late:
+        cause = f"`ray start` was not done after {START_TIMEOUT:.0f} s"
+    elif process.exit_code is None:
+        cause = f"{' and '.join(dead) or '`ray start`'} ended while Ray was starting"
+    else:
+        cause = f"`ray start` ended: {_exit(process.exit_code)}"
+    return Problem(
+        "ray_start_failed",
+        f"{cause}; its last output: {output}",
+        f"correct what the output names (more in {logs}); rayfwd tries again",
+    )
+
+
+def _exit(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+async def _accepts(address: str, port: int) -> bool:
+    try:
+        async with asyncio.timeout(2.0):
+            _, writer = await asyncio.open_connection(address, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    return True
