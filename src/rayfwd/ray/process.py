@@ -107,6 +107,8 @@ class RayProcess:
         """Those of `DAEMONS` seen so far."""
         self.session_dir: str | None = None
         self.last_lines: list[str] = []
+        self.said_started = record.ready
+        """`ray start` reported that every process of the node is up."""
         self._main = procfs.Process(record.pid, 0, record.start, "")
         self._partial = b""
 
@@ -238,6 +240,7 @@ class RayProcess:
             with suppress(OSError):
                 self._save()
         lines = clean_lines(data[:done])
+        self.said_started = self.said_started or any(STARTED in line for line in lines)
         self.last_lines = (self.last_lines + lines)[-KEEP_LINES:]
         return lines
 

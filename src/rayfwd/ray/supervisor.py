@@ -30,7 +30,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import commandline, ports, procfs
 from rayfwd.ray.install import RayInstall, Versions, find
-from rayfwd.ray.process import STARTED, RayProcess, find_foreign, session_dir_of
+from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
 
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -42,6 +42,9 @@ HAND_POLL = 2.0
 
 START_TIMEOUT = 180.0
 """Seconds `ray start` may take; on a slow disk its first import alone can take one minute."""
+
+REPORT_TIME = 2.5
+"""Seconds for `ray start`, which looks once a second, to say how its child ended."""
 
 BACKOFF_FIRST = 1.0
 BACKOFF_LAST = 60.0
@@ -275,14 +278,17 @@ class RaySupervisor:
             await self._sleep(POLL)
         if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
             self._failures = 0
+        deadline = time.monotonic() + REPORT_TIME
+        while dead and process.alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        self._tell_output(process)
+        problem = _ending(process, dead, up=up_at is not None, late=late)
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
         await self._end("dead", drain=False)
-        raise ProblemError(_ending(process, dead, up=up_at is not None, late=late))
+        raise ProblemError(problem)
 
     async def _is_up(self, process: RayProcess, wanted: _Wanted) -> bool:
-        if not process.record.ready and not any(STARTED in line for line in process.last_lines):
-            return False
-        if "raylet" not in process.daemons or process.dead_daemons():
+        if not process.said_started or "raylet" not in process.daemons:
             return False
         if wanted.own.role == "worker":
             return True
