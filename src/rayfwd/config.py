@@ -5,11 +5,14 @@ A mistake in the file is reported as one line: the key, the value, what is allow
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import json
 import os
 import re
 import socket
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,11 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from rayfwd.places import (
-    DEFAULT_CONFIG,
-    default_runtime_dir,
-    default_state_dir,
-)
+from rayfwd.places import DEFAULT_CONFIG, default_runtime_dir, default_state_dir
 from rayfwd.plan import (
     PORT_CEILING,
     NodePlan,
@@ -35,10 +34,26 @@ from rayfwd.plan import (
     default_worker_ports,
     head_plan,
 )
+from rayfwd.redact import names_a_secret
 
 DEFAULT_PATH = DEFAULT_CONFIG
 
-Port = Annotated[int, Field(ge=1, le=65535)]
+Whole = Annotated[int, Field(strict=True)]
+"""A whole number, not a string that looks like one."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+YesNo = Annotated[bool, Field(strict=True)]
+Port = Annotated[Whole, Field(ge=1, le=65535)]
+
+
+def _local_path(value: Path) -> Path:
+    path = value.expanduser()
+    if not path.is_absolute():
+        raise ValueError("must be an absolute path, or begin with ~/")
+    return path
+
+
+LocalPath = Annotated[Path, AfterValidator(_local_path)]
+"""A path on this machine; `~` is the home of the user that rayfwd runs as."""
 
 
 class ConfigError(Exception):
@@ -56,13 +71,16 @@ def _loopback_listen(value: str) -> str:
         if not ipaddress.IPv4Address(host).is_loopback:
             raise ValueError
     except ValueError:
-        raise ValueError("must listen on an IPv4 loopback address, as in 127.0.0.1:8265") from None
+        raise ValueError("must be on an IPv4 loopback address, as in 127.0.0.1:8265") from None
     return f"{host}:{port}"
 
 
 def _target(value: str) -> str:
     host, port = split_host_port(value)
-    return f"{check_name(host)}:{port}"
+    try:
+        return f"{check_name(host)}:{port}"
+    except ValueError:
+        raise ValueError("must be node:port, where node is head or a node's name") from None
 
 
 def split_host_port(value: str) -> tuple[str, int]:
@@ -85,118 +103,126 @@ class LogConfig(_Section):
     """`auto`: key=value on a terminal, JSON elsewhere."""
 
 
+def _ssh_target(value: str) -> tuple[str | None, str, int | None]:
+    """User, host (or alias) and port; None where the SSH configuration decides."""
+    user, at, rest = value.rpartition("@")
+    host, port = rest, None
+    if rest.startswith("["):  # [IPv6 address]:port
+        host, _, tail = rest[1:].partition("]")
+        good = not tail or tail.startswith(":")
+        digits = tail[1:] if tail else None
+    else:
+        good = rest.count(":") != 1 or not rest.endswith(":")
+        digits = rest.partition(":")[2] if rest.count(":") == 1 else None
+        host = rest.partition(":")[0] if digits is not None else rest
+    if digits is not None:
+        good = good and digits.isdecimal() and 0 < int(digits) < 65536
+        port = int(digits) if good else None
+    if not good or (at and not user) or not re.fullmatch(r"[^\s/-][^\s/]*", host):
+        raise ValueError(
+            "must be user@host, user@host:port (a port from 1 to 65535) or an alias of ssh_config"
+        )
+    return user or None, host, port
+
+
+def _check_ssh(value: str) -> str:
+    _ssh_target(value)
+    return value
+
+
+def _remote_path(value: Path) -> Path:
+    if not value.is_absolute():
+        raise ValueError("must be an absolute path (on the head)")
+    return value
+
+
+def _not_empty(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Command = Annotated[str, AfterValidator(_not_empty)]
+
+
 class HeadConfig(_Section):
     """Of a worker: how it reaches the head."""
 
-    ssh: str
+    ssh: Annotated[str, AfterValidator(_check_ssh)]
     """`user@host`, `user@host:port`, or an alias of the SSH configuration."""
-    identity: Path | None = None
-    known_hosts: Path | None = None
-    ssh_config: Path | None = None
-    socket: Path = Path("/run/rayfwd/hub.sock")
+    identity: LocalPath | None = None
+    known_hosts: LocalPath | None = None
+    ssh_config: LocalPath | None = None
+    socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
     """Where the hub listens, on the head's file system."""
     via: Literal["socket", "exec"] = "socket"
-    attach_command: str = "rayfwd attach"
+    attach_command: Command = "rayfwd attach"
     """What `via = "exec"` runs on the head; a forced command there replaces it."""
-    bulk_lanes: int = Field(default=1, ge=0, le=8)
+    bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for bulk streams, beside the one for short messages."""
-
-    @model_validator(mode="after")
-    def _ssh_target(self) -> Self:
-        self.ssh_target()
-        return self
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
-        user, at, rest = self.ssh.rpartition("@")
-        if at and not user:
-            raise ValueError(f"ssh = {self.ssh!r}: the user before '@' is empty")
-        host, port = rest, None
-        if rest.startswith("["):
-            host, _, tail = rest[1:].partition("]")
-            port = _ssh_port(tail[1:]) if tail.startswith(":") else None
-        elif rest.count(":") == 1:
-            host, _, digits = rest.partition(":")
-            port = _ssh_port(digits)
-        if not host or re.search(r"[\s/]", host) or host.startswith("-"):
-            raise ValueError(
-                f"ssh = {self.ssh!r}: must be user@host, user@host:port or an alias of ssh_config"
-            )
-        return user or None, host, port
+        return _ssh_target(self.ssh)
 
 
-def _ssh_port(digits: str) -> int:
-    if not (digits.isdigit() and 0 < int(digits) < 65536):
-        raise ValueError(f"ssh: the port {digits!r} must be a number from 1 to 65535")
-    return int(digits)
+def _loopback_network(value: str) -> str:
+    try:
+        network = ipaddress.IPv4Network(value)
+    except ValueError:
+        network = ipaddress.IPv4Network("0.0.0.0/0")
+    if not network.subnet_of(ipaddress.IPv4Network("127.0.0.0/8")) or network.prefixlen > 29:
+        raise ValueError("must be a network inside 127.0.0.0/8, /29 or larger, as in 127.77.0.0/16")
+    if ipaddress.IPv4Address("127.0.0.1") in network:
+        raise ValueError("must not contain 127.0.0.1, which Ray replaces by another address")
+    return value
 
 
 class HubConfig(_Section):
     """Of a head: where workers' lanes arrive, and what the plan is made of."""
 
-    socket: Path | None = None
+    socket: LocalPath | None = None
     """None: `hub.sock` in `runtime_dir`."""
-    network: str = "127.77.0.0/16"
-    port_base: int = Field(default=20000, ge=1024, lt=PORT_CEILING)
-    users: tuple[str, ...] = ()
+    network: Annotated[str, AfterValidator(_loopback_network)] = "127.77.0.0/16"
+    port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)
+    users: tuple[Command, ...] = ()
     """Login names that workers' SSH connections arrive as, beside the daemon's own and root."""
 
-    @model_validator(mode="after")
-    def _loopback_network(self) -> Self:
-        try:
-            network = ipaddress.IPv4Network(self.network)
-        except ValueError as exc:
-            raise ValueError(f"network = {self.network!r}: {exc}") from None
-        if not network.subnet_of(ipaddress.IPv4Network("127.0.0.0/8")) or network.prefixlen > 29:
-            raise ValueError(
-                f"network = {self.network!r}: must lie in 127.0.0.0/8 and be /29 or larger"
-            )
-        if ipaddress.IPv4Address("127.0.0.1") in network:
-            raise ValueError(
-                f"network = {self.network!r}: must not contain 127.0.0.1, which Ray rewrites"
-            )
-        return self
+
+def _reachable_address(value: str) -> str:
+    try:
+        address = ipaddress.IPv4Address(value)
+    except ValueError:
+        raise ValueError("must be an IPv4 address, not a name") from None
+    if address.is_loopback or address.is_unspecified or address.is_multicast:
+        raise ValueError("must be an IPv4 address at which other machines reach this one")
+    return value
 
 
 class RayConfig(_Section):
     """Ray on this machine."""
 
-    command: str = "ray"
+    command: Command = "ray"
     """The `ray` of the user's own environment: a name on PATH or a path."""
-    start: bool = True
+    start: YesNo = True
     """False: hold the forwards only, and print the command that `ray start` needs."""
-    num_cpus: int | None = Field(default=None, ge=0)
-    num_gpus: int | None = Field(default=None, ge=0)
-    resources: dict[str, float] = {}
+    num_cpus: Whole | None = Field(default=None, ge=0)
+    num_gpus: Whole | None = Field(default=None, ge=0)
+    resources: dict[str, Annotated[Number, Field(ge=0)]] = {}
     labels: dict[str, str] = {}
     extra_args: tuple[str, ...] = ()
     env: dict[str, str] = {}
-    object_store_memory: int | None = Field(default=None, ge=78643200)
+    object_store_memory: Whole | None = Field(default=None, ge=78643200)
     """Bytes; Ray's own minimum is 75 MiB."""
-    worker_ports: int | None = Field(default=None, ge=8, le=10000)
+    worker_ports: Whole | None = Field(default=None, ge=8, le=10000)
     """None: 64 and three for every CPU."""
     port: Port = 6379
     dashboard_port: Port = 8265
     client_port: Port = 10001
-    advertise: str | None = None
+    advertise: Annotated[str, AfterValidator(_reachable_address)] | None = None
     """Of a worker that others reach directly: the IP address they use."""
-    status_interval: float = Field(default=30.0, ge=5.0, le=3600.0)
+    status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
     """Seconds between two looks at `ray status` (about one second of CPU each)."""
-
-    @model_validator(mode="after")
-    def _advertise_is_an_address(self) -> Self:
-        if self.advertise is not None:
-            try:
-                address = ipaddress.IPv4Address(self.advertise)
-            except ValueError:
-                raise ValueError(
-                    f"advertise = {self.advertise!r}: must be an IPv4 address, not a name"
-                ) from None
-            if address.is_loopback or address.is_unspecified or address.is_multicast:
-                raise ValueError(
-                    f"advertise = {self.advertise!r}: must be an address that others reach"
-                )
-        return self
 
 
 class ForwardConfig(_Section):
@@ -218,11 +244,11 @@ class Config(_Section):
 
     role: Literal["head", "worker"]
     name: Annotated[str, AfterValidator(check_name)] = Field(
-        default_factory=lambda: socket.gethostname().split(".")[0]
+        default_factory=lambda: socket.gethostname().split(".")[0], validate_default=True
     )
-    state_dir: Path = Field(default_factory=lambda: default_state_dir(os.environ))
-    runtime_dir: Path = Field(default_factory=lambda: default_runtime_dir(os.environ))
-    ride_through: float = Field(default=120.0, ge=5.0, le=86400.0)
+    state_dir: LocalPath = Field(default_factory=lambda: default_state_dir(os.environ))
+    runtime_dir: LocalPath = Field(default_factory=lambda: default_runtime_dir(os.environ))
+    ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
     expose: tuple[Port, ...] = ()
     """Further ports of this machine (on 127.0.0.1) that other nodes' forwards may reach."""
     log: LogConfig = LogConfig()
@@ -235,20 +261,34 @@ class Config(_Section):
     _path: Path = PrivateAttr(default=DEFAULT_PATH)
 
     @model_validator(mode="after")
-    def _sections_fit_the_role(self) -> Self:
-        if self.role == "worker":
-            if self.head is None:
-                raise ValueError('a worker needs a [head] section with ssh = "user@host" in it')
-            if "hub" in self.model_fields_set:
-                raise ValueError("[hub] belongs to a head; this file has role = 'worker'")
-            if self.name == "head":
-                raise ValueError("name = 'head': a worker cannot be called head; choose another")
-        else:
-            if self.head is not None:
-                raise ValueError("[head] belongs to a worker; this file has role = 'head'")
-            if self.ray.advertise is not None:
-                raise ValueError("ray.advertise belongs to a worker; this file has role = 'head'")
+    def _parts_fit(self) -> Self:
+        given = {n: v for n in self.model_fields_set if (v := getattr(self, n)) is not None}
+        mistakes = [*_role_mistakes(self.role, given), *self._collisions()]
+        if self.role == "worker" and self.name == "head":
+            mistakes.append('name = "head": must be another name on a worker')
+        if self.role == "head" and self.ray.advertise is not None:
+            mistakes.append('ray.advertise: belongs to a worker, and this file has role = "head"')
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
+
+    def _collisions(self) -> Iterator[str]:
+        """Ports of this file that two things would listen on."""
+        seen: dict[object, str] = {}
+        ports = {
+            "ray.port": self.ray.port,
+            "ray.dashboard_port": self.ray.dashboard_port,
+            "ray.client_port": self.ray.client_port,
+        }
+        for key, port in ports.items():
+            if port in seen:
+                yield f"{key} = {port}: must differ from {seen[port]}"
+            seen.setdefault(port, key)
+        for index, forward in enumerate(self.forward or ()):
+            key = f"forward[{index}].listen"
+            if forward.listen in seen:
+                yield f'{key} = "{forward.listen}": must differ from {seen[forward.listen]}'
+            seen.setdefault(forward.listen, key)
 
     @property
     def path(self) -> Path:
@@ -305,6 +345,15 @@ class Config(_Section):
         return ()
 
 
+SECTIONS: dict[str, type[BaseModel]] = {
+    "log": LogConfig,
+    "head": HeadConfig,
+    "hub": HubConfig,
+    "ray": RayConfig,
+    "forward": ForwardConfig,
+}
+
+
 def load(path: Path) -> Config:
     """Read and validate the file. Raises ConfigError."""
     try:
@@ -323,20 +372,110 @@ def parse(data: dict[str, Any], path: Path = DEFAULT_PATH) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as exc:
-        raise ConfigError(path, [_one_line(error) for error in exc.errors()]) from None
+        lines = [line for error in exc.errors() for line in _lines(error)]
+        # The whole is looked at only once every part is good: what can be said anyway is said.
+        lines += [m for m in _role_mistakes(data.get("role"), data) if m not in lines]
+        raise ConfigError(path, lines) from None
     config._path = path
     return config
 
 
-def _one_line(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
-    if error["type"] == "missing":
-        return f"{key}: must be given"
-    if not key:
-        return message
-    if isinstance(error["input"], dict):
-        return f"{key}: {message}"
-    return f"{key} = {error['input']!r}: {message}"
+def _role_mistakes(role: object, given: Mapping[str, object]) -> list[str]:
+    if role == "worker":
+        mistakes = ['hub: belongs to a head, and this file has role = "worker"'] * ("hub" in given)
+        if "head" not in given:
+            mistakes.append("head: must be given on a worker: a [head] section with ssh in it")
+        return mistakes
+    if role == "head" and "head" in given:
+        return ['head: belongs to a worker, and this file has role = "head"']
+    return []
+
+
+_ALLOWED = {
+    "int_type": "must be a whole number",
+    "int_parsing_size": "must be a smaller number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": 'must be a string, as in "…"',
+    "path_type": 'must be a path, as in "/…"',
+    "tuple_type": "must be a list, as in […]",
+    "dict_type": "must be a table, as in {name = …}",
+    "model_type": "must be a section",
+    "model_attributes_type": "must be a section",
+}
+
+
+def _lines(error: Any) -> list[str]:
+    """What one of pydantic's errors says, in this file's terms."""
+    kind, context = error["type"], error.get("ctx", {})
+    key = _dotted(error["loc"])
+    if kind == "value_error":
+        message = str(context["error"])
+        if not key:
+            return message.splitlines()
+    elif kind == "extra_forbidden":
+        return [f"{key}: unknown key{_meant(error['loc'])}"]
+    elif kind == "missing":
+        return [f"{key}: must be given" + (': "head" or "worker"' if key == "role" else "")]
+    elif kind == "tuple_type" and key == "forward":
+        message = "must be a list of sections, each written [[forward]]"
+    elif kind == "literal_error":
+        message = "must be " + str(context["expected"]).replace("'", '"')
+    elif kind in _BOUNDS:
+        bound = context[_BOUND_NAMES[kind]]
+        message = f"must be {_BOUNDS[kind]} {int(bound) if bound == int(bound) else bound}"
+    else:
+        message = _ALLOWED.get(kind, str(error["msg"]))
+    return [f"{key} = {_shown(key, error['input'])}: {message}"]
+
+
+_BOUNDS = {
+    "greater_than_equal": "at least",
+    "greater_than": "more than",
+    "less_than_equal": "at most",
+    "less_than": "less than",
+}
+_BOUND_NAMES = {
+    "greater_than_equal": "ge",
+    "greater_than": "gt",
+    "less_than_equal": "le",
+    "less_than": "lt",
+}
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    key = ""
+    for part in location:
+        if isinstance(part, int):
+            key += f"[{part}]"
+        elif part != "[key]":  # pydantic's mark for the key itself
+            bare = re.fullmatch(r"[A-Za-z0-9_-]+", part) is not None
+            key += ("." if key else "") + (part if bare else json.dumps(part))
+    return key
+
+
+def _meant(location: tuple[int | str, ...]) -> str:
+    """The nearest key of the same section, and where there is none all of them."""
+    section: type[BaseModel] = Config
+    for part in location[:-1]:
+        if isinstance(part, str):
+            section = SECTIONS[part]
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; the keys here are {', '.join(names)}"
+
+
+def _shown(key: str, value: object) -> str:
+    """The value as TOML writes it, in short; never a secret."""
+    if names_a_secret(key):
+        return "[redacted]"
+    if isinstance(value, (str, bool)):
+        text = json.dumps(value, ensure_ascii=not str(value).isprintable())
+    elif isinstance(value, dict):
+        text = "{…}"
+    elif isinstance(value, (list, tuple)):
+        text = "[…]" if value else "[]"
+    else:
+        text = str(value)
+    return text if len(text) <= 80 else text[:79] + "…"

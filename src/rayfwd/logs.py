@@ -21,16 +21,9 @@ import structlog
 from structlog.typing import FilteringBoundLogger, WrappedLogger
 
 from rayfwd.config import LogConfig
+from rayfwd.redact import REDACTED, is_secret_flag, names_a_secret, redact_text
 
-__all__ = [
-    "VALUE_LIMIT",
-    "FilteringBoundLogger",
-    "escaped",
-    "get_logger",
-    "names_a_secret",
-    "redact_text",
-    "setup",
-]
+__all__ = ["VALUE_LIMIT", "FilteringBoundLogger", "escaped", "get_logger", "setup"]
 
 VALUE_LIMIT = 2000
 """Characters of one value that are kept; a traceback may have `TRACEBACK_LIMIT`."""
@@ -39,26 +32,6 @@ TRACEBACK_LIMIT = 16000
 ITEM_LIMIT = 200
 """Items of one list or mapping that are kept."""
 DEPTH_LIMIT = 4
-
-REDACTED = "[redacted]"
-
-_SECRET_WORDS = frozenset(
-    {"token", "tokens", "secret", "secrets", "key", "keys", "password", "passwd", "passphrase"}
-)
-_HARMLESS_ENDINGS = frozenset({"path", "file", "fingerprint", "type", "algorithm", "mode"})
-"""Last words of keys that speak about a secret without holding it (`RAY_AUTH_TOKEN_PATH`)."""
-
-_SECRET_NAME = r"(?:token|secret|key|password|passwd|passphrase)"
-_SECRET_ASSIGNED = re.compile(
-    rf"(?<![\w-])(?P<name>-{{0,2}}(?:\w+[_-])*{_SECRET_NAME}s?)"
-    r"(?P<gap>\s*[=:]\s*)(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;&]+)",
-    re.IGNORECASE,
-)
-_SECRET_FLAG = re.compile(rf"^--?(?:\w+[_-])*{_SECRET_NAME}$", re.IGNORECASE)
-_SECRET_FLAG_VALUE = re.compile(
-    rf"(?<!\S)(?P<name>--(?:\w+[_-])*{_SECRET_NAME})(?P<gap>\s+)(?P<value>[^\s-]\S*)", re.IGNORECASE
-)
-_BEARER = re.compile(r"(?P<name>\bbearer)(?P<gap>\s+)(?P<value>[\w.~+/=-]+)", re.IGNORECASE)
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -110,13 +83,6 @@ def setup(config: LogConfig, stream: TextIO | None = None) -> None:
 def get_logger(name: str) -> FilteringBoundLogger:
     """A logger whose events carry `logger=name`; may be made before `setup`."""
     return cast(FilteringBoundLogger, structlog.get_logger(name))
-
-
-def redact_text(text: str) -> str:
-    """`text` with what follows a secret's name (`--redis-password=…`) blanked."""
-    for pattern in (_BEARER, _SECRET_ASSIGNED, _SECRET_FLAG_VALUE):
-        text = pattern.sub(rf"\g<name>\g<gap>{REDACTED}", text)
-    return text
 
 
 class _LineLogger:
@@ -222,18 +188,12 @@ def _cleaned_list(values: list[Any], depth: int) -> list[Any]:
     out: list[Any] = []
     previous: Any = None
     for value in values[:ITEM_LIMIT]:
-        after_flag = isinstance(previous, str) and _SECRET_FLAG.match(previous) is not None
+        after_flag = isinstance(previous, str) and is_secret_flag(previous)
         out.append(REDACTED if after_flag else _cleaned("", value, depth + 1))
         previous = value
     if len(values) > ITEM_LIMIT:
         out.append(f"… {len(values) - ITEM_LIMIT} more")
     return out
-
-
-def names_a_secret(key: str) -> bool:
-    """Whether what `key` names must not be shown."""
-    words = [w for w in re.split(r"[^A-Za-z0-9]+", key.lower()) if w]
-    return bool(_SECRET_WORDS.intersection(words)) and words[-1] not in _HARMLESS_ENDINGS
 
 
 def _cut(text: str, limit: int, keep_end: bool) -> str:

@@ -14,10 +14,10 @@ from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs, table
 from rayfwd.config import Config
 from rayfwd.control import ask
-from rayfwd.logs import names_a_secret
 from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install
+from rayfwd.redact import names_a_secret
 from rayfwd.roster import read, settle
 
 

@@ -1,0 +1,126 @@
+"""config.example.toml: it loads, it has every key, and every default it shows holds."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from rayfwd.config import SECTIONS, Config, parse
+from rayfwd.plan import default_worker_ports
+
+EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
+
+# Keys whose default is not a value that could be written: what the example shows stands for it.
+# Each must be explained by the word "default" in its comment.
+FOUND_AT_RUN_TIME = {
+    "name",
+    "state_dir",
+    "runtime_dir",
+    "head.identity",
+    "head.known_hosts",
+    "head.ssh_config",
+    "hub.socket",
+    "ray.num_cpus",
+    "ray.num_gpus",
+    "ray.object_store_memory",
+    "ray.worker_ports",
+    "ray.advertise",
+}
+REQUIRED = {"role", "head.ssh"}
+
+
+def uncommented(text: str) -> str:
+    return re.sub(r"(?m)^#(?=\[|[a-z_]+ = )", "", text)
+
+
+def head_variant(text: str) -> str:
+    everything = uncommented(text).replace('role = "worker"', 'role = "head"')
+    without_head = re.sub(r"(?ms)^\[head\].*?(?=^\[ray\])", "", everything)
+    return re.sub(r"(?m)^advertise = .*\n", "", without_head)
+
+
+def worker_variant(text: str) -> str:
+    return re.sub(r"(?ms)^\[hub\].*", "", uncommented(text))
+
+
+def keys_of(data: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key to value, sections taken apart."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if key == "forward":
+            out |= {f"forward.{k}": v for k, v in value[0].items()}
+        elif key in SECTIONS:
+            out |= {f"{key}.{k}": v for k, v in value.items()}
+        else:
+            out[key] = value
+    return out
+
+
+def model_fields() -> dict[str, tuple[type[BaseModel], str]]:
+    out: dict[str, tuple[type[BaseModel], str]] = {}
+    for name in Config.model_fields:
+        if name in SECTIONS:
+            section = SECTIONS[name]
+            out |= {f"{name}.{field}": (section, field) for field in section.model_fields}
+        else:
+            out[name] = (Config, name)
+    return out
+
+
+def test_it_loads_as_given_for_a_worker() -> None:
+    config = parse(tomllib.loads(EXAMPLE.read_text()))
+    assert config.role == "worker"
+    assert config.ray == type(config.ray)()
+
+
+@pytest.mark.parametrize("variant", [worker_variant, head_variant])
+def test_it_loads_with_every_key_given(variant: Any) -> None:
+    parse(tomllib.loads(variant(EXAMPLE.read_text())))
+
+
+def test_it_has_every_key_and_no_other() -> None:
+    shown = keys_of(tomllib.loads(uncommented(EXAMPLE.read_text())))
+    assert shown.keys() == model_fields().keys()
+
+
+@pytest.mark.parametrize("key", sorted(model_fields().keys() - REQUIRED - FOUND_AT_RUN_TIME))
+def test_every_default_shown_is_the_models(key: str) -> None:
+    shown = keys_of(tomllib.loads(uncommented(EXAMPLE.read_text())))[key]
+    if key.startswith("forward."):  # the default of the whole list
+        worker = parse({"role": "worker", "name": "w", "head": {"ssh": "h"}})
+        assert shown == getattr(worker.forwards[0], key.removeprefix("forward."))
+        return
+    section, field = model_fields()[key]
+    default = section.model_fields[field].default
+    as_toml = list(default) if isinstance(default, tuple) else default
+    assert shown == (str(default) if isinstance(default, Path) else as_toml)
+    assert type(shown) is not bool or shown is default
+
+
+def test_every_key_has_a_line_of_why() -> None:
+    for line in EXAMPLE.read_text().splitlines():
+        match = re.match(r"#?([a-z_]+) = (.*)$", line)
+        if match:
+            assert re.search(r"\s# \S.{8,}$", line), line
+
+
+def test_defaults_found_at_run_time_are_explained() -> None:
+    text = EXAMPLE.read_text()
+    for key in FOUND_AT_RUN_TIME:
+        line = next(
+            found
+            for found in text.splitlines()
+            if re.match(rf"#{key.rpartition('.')[2]} = ", found)
+            and (key != "hub.socket" or "hub.sock in runtime_dir" in found)
+        )
+        assert "default: " in line, line
+
+
+def test_worker_ports_shown_are_those_of_the_cpus_shown() -> None:
+    shown = keys_of(tomllib.loads(uncommented(EXAMPLE.read_text())))
+    assert shown["ray.worker_ports"] == default_worker_ports(shown["ray.num_cpus"])
