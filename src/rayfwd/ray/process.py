@@ -2,9 +2,9 @@
 
 Ray must outlive rayfwd: it runs in a session of its own and writes to a file, not to a pipe, so
 that neither a signal nor the end of the daemon reaches it. `ray.json` in the state directory
-tells the next daemon what runs. Everything that Ray starts inherits the variable RAYFWD_NODE from
-it, whose value is used once: what carries it is ours to end, whoever its parent is by now, and
-nothing else is.
+tells the next daemon what runs. Everything that Ray starts is in that session or has inherited the
+variable RAYFWD_NODE, whose value is used once: that is ours to end, whoever its parent is by now,
+and nothing else is.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RayProcess:
         self.last_lines: list[str] = []
         self.said_started = record.ready
         """`ray start` reported that every process of the node is up."""
-        self._main = procfs.Process(record.pid, 0, record.start, "")
+        self._main = procfs.Process(record.pid, 0, record.start, record.pid, "")
         self._partial = b""
 
     @classmethod
@@ -244,11 +244,17 @@ class RayProcess:
         self.last_lines = (self.last_lines + lines)[-KEEP_LINES:]
         return lines
 
+    async def wait(self, seconds: float) -> None:
+        """Until `ray start` has ended, but no longer than that."""
+        deadline = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+
     async def end(self, on_output: Callable[[], None], drain: bool = True) -> int:
         """End all of it; returns how many processes had to be killed.
 
         First SIGTERM to `ray start` and, with `drain`, the time its tasks may take; then whatever
-        carries our token. Removes the record once nothing is left.
+        else came of it. Removes the record once nothing is left.
         """
         grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
         if self.alive():
@@ -286,7 +292,9 @@ class RayProcess:
         return killed
 
     async def _left(self) -> list[procfs.Process]:
-        found = await asyncio.to_thread(procfs.with_marker, f"{MARKER}={self.record.token}")
+        leader = self._main if self.record.pid and self.record.start else None
+        marker = f"{MARKER}={self.record.token}"
+        found = await asyncio.to_thread(procfs.offspring, leader, marker)
         return [p for p in found if p.pid != os.getpid()]
 
     def _save(self) -> None:

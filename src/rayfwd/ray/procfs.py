@@ -25,6 +25,7 @@ class Process:
     pid: int
     parent: int
     start: int
+    session: int
     name: str
     """At most 15 characters, as the kernel keeps it."""
 
@@ -39,7 +40,7 @@ def look_up(pid: int) -> Process | None:
     fields = tail.split()
     if not head or len(fields) < 20 or fields[0] in ("Z", "X"):
         return None
-    return Process(pid, int(fields[1]), int(fields[19]), head.partition("(")[2])
+    return Process(pid, int(fields[1]), int(fields[19]), int(fields[3]), head.partition("(")[2])
 
 
 def is_alive(process: Process) -> bool:
@@ -70,10 +71,27 @@ def children(pid: int) -> list[Process]:
     return [p for p in _all() if p.parent == pid]
 
 
-def with_marker(marker: str) -> list[Process]:
-    """Our user's processes that were started with `marker` (`NAME=value`) in the environment."""
+def offspring(leader: Process | None, marker: str) -> list[Process]:
+    """Our user's processes that came of `leader`, which began a session.
+
+    Those still in its session, and those that have `marker` (`NAME=value`) in the environment:
+    the first because Ray's workers overwrite their environment in memory with their title, the
+    second because what a job starts may begin a session of its own. While a process is left in a
+    session the kernel gives its number to no new process, so a namesake of the leader that began
+    at another time means that the session is over.
+    """
     wanted = marker.encode()
-    return [p for p in _all() if wanted in _read_list(p.pid, "environ")]
+    session = None
+    if leader is not None:
+        namesake = look_up(leader.pid)
+        if namesake is None or namesake.start == leader.start:
+            session = leader.pid
+    return [
+        p
+        for p in _all()
+        if (p.session == session and _is_of_our_user(p.pid))
+        or wanted in _read_list(p.pid, "environ")
+    ]
 
 
 def with_argument(name: str, argument: str) -> list[Process]:
@@ -132,13 +150,19 @@ def _all() -> Iterator[Process]:
 
 def _read_list(pid: int, what: str) -> list[bytes]:
     """A list of strings that end in NUL, or nothing where the process is another user's."""
+    if not _is_of_our_user(pid):
+        return []
     try:
-        folder = PROC / str(pid)
-        if folder.stat().st_uid != os.geteuid():
-            return []
-        return (folder / what).read_bytes().split(b"\0")
+        return (PROC / str(pid) / what).read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+def _is_of_our_user(pid: int) -> bool:
+    try:
+        return (PROC / str(pid)).stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _same_machine(pid: int) -> bool:

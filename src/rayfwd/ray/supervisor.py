@@ -278,9 +278,8 @@ class RaySupervisor:
             await self._sleep(POLL)
         if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
             self._failures = 0
-        deadline = time.monotonic() + REPORT_TIME
-        while dead and process.alive() and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)
+        if dead:
+            await process.wait(REPORT_TIME)
         self._tell_output(process)
         problem = _ending(process, dead, up=up_at is not None, late=late)
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)

@@ -1,0 +1,85 @@
+"""Reads the node table from the dashboard's state API (Ray 2.9 to 2.60)."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rayfwd.problems import Problem, ProblemError
+
+TIMEOUT = 10.0
+LIMIT = 10_000
+"""The most nodes that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
+
+BODY_LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSeen:
+    """A row of the node table."""
+
+    node_id: str
+    address: str
+    is_head: bool
+    state: str
+    """ALIVE or DEAD."""
+    resources_total: dict[str, float]
+
+
+async def fetch(host: str, port: int, token: str | None = None) -> list[NodeSeen]:
+    """Ask the dashboard at `host`. Raises ProblemError (ray_nodes_failed).
+
+    `token` is Ray's own (2.52 and later with RAY_AUTH_MODE=token). No proxy is used.
+    """
+    try:
+        body = await asyncio.to_thread(_get, host, port, token)
+        return parse(json.loads(body))
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        raise ProblemError(
+            Problem(
+                "ray_nodes_failed",
+                f"the node table at http://{host}:{port} could not be read: {exc}",
+                "see that the head's dashboard is up (dashboard.log in Ray's session directory); "
+                "rayfwd asks again",
+            )
+        ) from None
+
+
+def parse(answer: Any) -> list[NodeSeen]:
+    """The rows of `GET /api/v0/nodes`. Raises ValueError for anything else."""
+    try:
+        if not answer["result"]:
+            raise ValueError(f"the dashboard refused: {str(answer['msg'])[:200]}")
+        rows = answer["data"]["result"]["result"]
+        return [
+            NodeSeen(
+                node_id=str(row["node_id"]),
+                address=str(row["node_ip"]),
+                is_head=bool(row["is_head_node"]),
+                state=str(row["state"]),
+                resources_total={str(k): float(v) for k, v in row["resources_total"].items()},
+            )
+            for row in rows
+        ]
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"not a node table: {exc!r}") from exc
+
+
+def _get(host: str, port: int, token: str | None) -> bytes:
+    # http.client knows no proxies, unlike urllib.
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    try:
+        headers = {"Accept": "application/json"}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request("GET", f"/api/v0/nodes?detail=true&limit={LIMIT}", headers=headers)
+        response = connection.getresponse()
+        body = response.read(BODY_LIMIT)
+        if response.status != http.client.OK:
+            raise http.client.HTTPException(f"status {response.status}: {body[:200]!r}")
+        return body
+    finally:
+        connection.close()

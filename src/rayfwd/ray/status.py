@@ -1,0 +1,119 @@
+"""Asks `ray status` and reads its text.
+
+The text is made for people, by the monitor process on the head every 5 seconds; it can be stale,
+so its time stamp is part of what is read. Recorded outputs of several versions are in
+`tests/fixtures/ray_status/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from rayfwd.problems import Problem, ProblemError
+
+TIMEOUT = 30.0
+"""Seconds for one call, which costs about one second of CPU."""
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
+
+_HEADER = re.compile(r"^=+ Autoscaler status: (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d+)?) =+$")
+_USAGE = re.compile(r"^([\d.]+)([KMGTP]i?B|B)?/([\d.]+)([KMGTP]i?B|B)? (\S.*?)(?: \(.*\))?$")
+_COUNT = re.compile(r"^(\d+) (\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class RayStatus:
+    """What `ray status` said."""
+
+    as_of: float | None
+    """Seconds since the epoch; None: the monitor has not reported yet."""
+    totals: dict[str, tuple[float, float]]
+    """Resource to used and total; memory in bytes."""
+    active: int
+    """Nodes that it counts as active or idle."""
+    pending: int
+    failed: int
+
+
+def parse(text: str) -> RayStatus:
+    """Read the text of Ray 2.9 to 2.60. "No cluster status" gives a status without a time.
+
+    Raises ValueError for anything else.
+    """
+    as_of: float | None = None
+    totals: dict[str, tuple[float, float]] = {}
+    counts = {"Active": 0, "Idle": 0, "Pending": 0, "Recent failures": 0}
+    section = ""
+    for raw in text.splitlines():
+        line = raw.strip()
+        if match := _HEADER.match(line):
+            as_of = datetime.fromisoformat(match[1]).timestamp()  # Ray prints local time
+        elif line.endswith(":") and not raw.startswith(" "):
+            section = line[:-1]
+        elif section in ("Usage", "Total Usage") and (match := _USAGE.match(line)):
+            used, used_unit, total, total_unit, name = match.groups()
+            totals[name] = (_amount(used, used_unit), _amount(total, total_unit))
+        elif section in ("Active", "Idle") and (match := _COUNT.match(line)):
+            counts[section] += int(match[1])
+        elif section in ("Pending", "Recent failures") and line and not line.startswith("("):
+            counts[section] += 1
+        elif not line:
+            section = ""
+    if as_of is None and "No cluster status" not in text:
+        raise ValueError(f"not the output of ray status: {text[:200]!r}")
+    return RayStatus(
+        as_of,
+        totals,
+        counts["Active"] + counts["Idle"],
+        counts["Pending"],
+        counts["Recent failures"],
+    )
+
+
+async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStatus:
+    """Run `command status`. Raises ProblemError (ray_status_failed)."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            command,
+            "status",
+            f"--address={gcs_address}",
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env),
+        )
+    except OSError as exc:
+        raise _failed(f"{command} cannot be started: {exc}") from None
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), TIMEOUT)
+    except TimeoutError:
+        raise _failed(f"no answer from {gcs_address} in {TIMEOUT:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        last = (err or out).decode(errors="replace").strip().splitlines()[-1:]
+        raise _failed(f"exit code {process.returncode}: {' '.join(last) or 'no output'}")
+    try:
+        return parse(out.decode(errors="replace"))
+    except ValueError as exc:
+        raise _failed(str(exc)) from None
+
+
+def _failed(cause: str) -> ProblemError:
+    return ProblemError(
+        Problem(
+            "ray_status_failed",
+            f"`ray status`: {cause}",
+            "see that the head's Ray is up; rayfwd asks again",
+        )
+    )
+
+
+def _amount(number: str, unit: str | None) -> float:
+    return float(number) * (_UNITS.get(unit, 1) if unit else 1)
