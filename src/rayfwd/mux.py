@@ -86,9 +86,10 @@ class MuxStream:
 
     def send(self, data: bytes | memoryview) -> bool:
         """False: no more, please, until the owner's `stream_writable`."""
-        room = self._mux.session.send(self.number, data)
+        self._mux.session.send(self.number, data)
         self._mux.flush()
-        return room
+        # Asked after the flush: it may have taken what was too much, and said so already.
+        return not self._mux.session.must_wait(self.number)
 
     def end(self) -> None:
         self._mux.session.end(self.number)
@@ -199,7 +200,10 @@ class Mux:
                 if not chunks:
                     break
                 transport.write(chunks)
-        self._schedule(now)
+        if drained := self.session.drained():
+            self._run(drained)
+        else:
+            self._schedule(now)
 
     def _schedule(self, now: float) -> None:
         if self.session.ended:

@@ -198,6 +198,7 @@ class Session:
         self._lazy_at = 0.0
         self._queues: dict[bool, deque[Stream]] = {False: deque(), True: deque()}
         self._paused: dict[int, None] = {}
+        self._drained: list[Event] = []
         self._window_spent = 0
         self._probe_at = now
         self._message = bytearray()
@@ -309,9 +310,11 @@ class Session:
             return True
         stream.send.write(data)
         self.buffered += len(data)
-        if stream.send.buffered > BULK_BYTES and number != CONTROL_STREAM:
-            stream.bulk = True
         self._enqueue(stream)
+        if number == CONTROL_STREAM:
+            return True
+        if stream.send.buffered > BULK_BYTES:
+            stream.bulk = True
         if (
             stream.send.pending_bytes >= self.limits.stream_buffer
             or self.buffered >= self.limits.session_buffer
@@ -320,6 +323,10 @@ class Session:
             self._paused[number] = None
             return False
         return True
+
+    def must_wait(self, number: int) -> bool:
+        """The stream's writer was told to wait, and not yet to go on."""
+        return number in self._paused
 
     def end(self, number: int) -> None:
         """No more bytes will be sent on this stream."""
@@ -401,6 +408,11 @@ class Session:
         lane.bytes_out += size
         self.bytes_out += size
         return out
+
+    def drained(self) -> list[Event]:
+        """Writers that may go on since `data_to_send` took what they had written."""
+        events, self._drained = self._drained, []
+        return events
 
     # -- frames in -----------------------------------------------------------------------------
 
@@ -534,17 +546,21 @@ class Session:
 
     def _release(self, stream: Stream, events: list[Event]) -> None:
         """Let writers go on that had to wait, as far as the bounds allow by now."""
-        if self.buffered >= self.limits.session_buffer:
-            return
         crowded = self.buffered >= self.limits.session_buffer // 2
         for number in [stream.id] if crowded else list(self._paused):
             waiting = self.streams.get(number)
-            if waiting is None:
-                self._paused.pop(number, None)
-            elif waiting.paused and (waiting.send.pending_bytes <= self.limits.stream_buffer // 2):
-                self._paused.pop(number, None)
-                waiting.paused = False
-                events.append(StreamWritable(number))
+            if waiting is not None and waiting.paused:
+                self._let_go_on(waiting, events)
+
+    def _let_go_on(self, stream: Stream, events: list[Event]) -> None:
+        """A writer that had to wait may go on, if there is room for it by now."""
+        if (
+            stream.send.pending_bytes <= self.limits.stream_buffer // 2
+            and self.buffered < self.limits.session_buffer
+        ):
+            self._paused.pop(stream.id, None)
+            stream.paused = False
+            events.append(StreamWritable(stream.id))
 
     def _give_up(self, stream: Stream, frame: Frame, events: list[Event]) -> None:
         said = stream.state is StreamState.RESETTING
@@ -618,11 +634,13 @@ class Session:
                 stream.queued = False
                 if stream.state is StreamState.OVER or not stream.ready:
                     continue
-                if stream.lane is not None and stream.lane != lane.id:
+                if stream.state is StreamState.OPENING and stream.lane not in {None, lane.id}:
                     skipped += 1  # its bytes must not overtake its OPEN
                     self._enqueue(stream)
                     continue
                 frame = self._next_frame(stream, lane)
+                if stream.paused:
+                    self._let_go_on(stream, self._drained)
                 if stream.ready:
                     self._enqueue(stream)
                 size = sum(map(len, frame))
@@ -726,7 +744,7 @@ class Session:
             if stream.state is StreamState.RESETTING:
                 stream.reset_due = True
             elif stream.state is StreamState.OPENING:
-                stream.open_due = True
+                stream.lane, stream.open_due = None, True
                 stream.send.probe()
             elif not stream.send.probe():
                 continue

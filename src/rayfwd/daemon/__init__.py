@@ -1,0 +1,30 @@
+"""Puts head or worker together and runs it until it is told to stop; owns every task."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rayfwd.config import Config
+from rayfwd.daemon.base import Daemon
+from rayfwd.daemon.head import HeadDaemon
+from rayfwd.daemon.worker import WorkerDaemon
+from rayfwd.logs import get_logger
+from rayfwd.problems import ProblemError
+
+log = get_logger(__name__)
+
+
+def run(config: Config) -> int:
+    """Run the daemon in front. Returns the exit code: 0 ended in order, 1 it could not begin."""
+    return asyncio.run(_run(config))
+
+
+async def _run(config: Config) -> int:
+    try:
+        daemon: Daemon = HeadDaemon(config) if config.role == "head" else WorkerDaemon(config)
+        await daemon.run()
+    except ProblemError as exc:
+        problem = exc.problem
+        log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+        return 1
+    return 0

@@ -1,0 +1,351 @@
+"""What head and worker have in common: directories, signals, Ray, doors, control socket, status.
+
+The order of ending matters: Ray first, while its connections still stand, then the streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import resource
+import signal
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import sdnotify
+
+from rayfwd import __version__
+from rayfwd.config import Config
+from rayfwd.control import ControlServer
+from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
+from rayfwd.logs import get_logger
+from rayfwd.mux import MuxStream
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+STATUS_SCHEMA = 1
+"""Raised when a key of the status changes its meaning or goes; new keys may come."""
+
+
+class Daemon:
+    """A node's daemon. `run` works until SIGTERM or SIGINT."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.own: NodePlan | None = None
+        self.nodes: tuple[NodePlan, ...] = ()
+        self.cluster: ClusterReport | None = None
+        self.doors = Doors(self.route)
+        self.dialer = Dialer()
+        self._started = time.time()
+        self._stop = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._ready_said = False
+        self._stopping = False
+        self._notifier = sdnotify.SystemdNotifier()
+        self._notified = ""
+        self.ray = RaySupervisor(config, config.hub.network, self.changed)
+
+    # -- what head and worker fill in --------------------------------------------------------
+
+    def route(self, target: Target, pump: Pump) -> None:
+        """Find a stream for a connection that came to a door."""
+        raise NotImplementedError
+
+    async def serve(self) -> None:
+        """The role's own work, until cancelled."""
+        raise NotImplementedError
+
+    async def end(self) -> None:
+        """End the role's own work in order."""
+        raise NotImplementedError
+
+    def link_problems(self) -> list[Problem]:
+        """What the role waits for, Ray apart; empty when it stands."""
+        raise NotImplementedError
+
+    def role_status(self) -> dict[str, Any]:
+        """The role's part of the status."""
+        raise NotImplementedError
+
+    async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Drop a node from the roster; a head can."""
+        raise ProblemError(
+            Problem("not_a_head", "this node is a worker", "ask on the head: the roster is there")
+        )
+
+    # -- life --------------------------------------------------------
+
+    async def run(self) -> None:
+        """Raises ProblemError when it cannot begin."""
+        config = self.config
+        with contextlib.ExitStack() as stack:
+            for directory in (config.state_dir, config.runtime_dir):
+                make_directory(directory)
+            stack.enter_context(lock(config.state_dir / "lock", config.state_dir))
+            raise_descriptor_limit()
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._asked_to_stop, signal.Signals(number).name)
+            log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
+            control = ControlServer(
+                config.control_socket,
+                {"status": self._status_verb, "plan": self._plan_verb, "forget": self.forget},
+            )
+            await control.start()
+            try:
+                await self._work()
+            finally:
+                await control.close()
+        log.info("rayfwd_stopped", node=config.name)
+
+    async def _work(self) -> None:
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        parts = [
+            self._task(self.serve(), "serve"),
+            self._task(self.doors.run(), "doors"),
+            self._task(self.ray.run(), "ray"),
+            self._task(self._notify(), "notify"),
+        ]
+        try:
+            await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
+            self._stopping = True
+            self._tell("STOPPING=1")
+            if self._stop.is_set():
+                await self.ray.stop()
+        finally:
+            await self.end()
+            for task in [stopping, *parts]:
+                task.cancel()
+            results = await asyncio.gather(*parts, return_exceptions=True)
+            await self.dialer.close()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result  # a fault of ours ends the daemon loudly; the service restarts it
+
+    def _task(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        return asyncio.create_task(work, name=name)
+
+    def _asked_to_stop(self, name: str) -> None:
+        if not self._stop.is_set():
+            log.info("rayfwd_stopping", signal=name)
+        self._stop.set()
+
+    def changed(self) -> None:
+        """Something that status or readiness depend on has changed."""
+        self._changed.set()
+
+    # -- the plan --------------------------------------------------------
+
+    def plan_changed(self) -> None:
+        """Open the doors that the plan and the configuration ask for."""
+        wanted: dict[Target, Target] = {}
+        for node in self.nodes:
+            if not node.advertised and (self.own is None or node.name != self.own.name):
+                wanted |= doors_for(node.address, node.ports)
+        for forward in self.config.forwards:
+            name, port = forward.target()
+            node_ = self._node_named(name)
+            if node_ is not None:
+                wanted[Target(*forward.listen_address())] = Target(node_.address, port)
+        self.doors.set_wanted(wanted)
+        self.changed()
+
+    def _node_named(self, name: str) -> NodePlan | None:
+        return next(
+            (n for n in self.nodes if n.name == name or (name == "head" and n.role == "head")), None
+        )
+
+    def accept(self, stream: MuxStream, target: Target) -> Pump | None:
+        """A stream to this machine: dial the port if the plan or `expose` has it."""
+        own = self.own
+        if own is not None and target.address == own.address:
+            if target.port in own.ports:
+                return self.dialer.accept(stream, target)
+            if target.port in self.config.expose:
+                return self.dialer.accept(stream, Target("127.0.0.1", target.port))
+        stream.reset(
+            ResetReason.NOT_IN_PLAN,
+            f"{target} is no port that {self.config.name} serves (ray's ports, or expose)",
+        )
+        return None
+
+    # -- how it is --------------------------------------------------------
+
+    def waiting_for(self) -> list[Problem]:
+        """What keeps this node from being ready."""
+        waits = self.link_problems()
+        ray = self.ray.state
+        if not waits and ray.phase not in {"up", "by_hand"}:
+            waits.append(
+                ray.problem
+                or Problem("ray_starting", f"Ray is {ray.phase}", "nothing: this takes a while")
+            )
+        return waits
+
+    def summary(self) -> str:
+        """One line in plain words, for systemd and for people."""
+        if self._stopping:
+            return "stopping"
+        waits = self.waiting_for()
+        if waits:
+            return f"waiting: {waits[0].cause}"
+        problems = self.problems()
+        if problems:
+            return f"ready, but: {problems[0]['cause']}"
+        return f"ready: {len(self.nodes)} nodes in the plan, {self.doors.open} doors"
+
+    def problems(self) -> list[dict[str, Any]]:
+        """Everything wrong now, readiness apart."""
+        found = [p.to_wire() | {"subject": self.config.name} for p in self.doors.blocked]
+        for forward in self.config.forwards:
+            name = forward.target()[0]
+            if self.nodes and self._node_named(name) is None:
+                problem = Problem(
+                    "forward_target_unknown",
+                    f"[[forward]] to = {forward.to}: no node {name} is in the plan",
+                    "correct the name; it opens by itself when the node joins",
+                )
+                found.append(problem.to_wire() | {"subject": forward.listen})
+        if self.cluster is not None:
+            found += [dict(problem) for problem in self.cluster.to_wire().get("problems", [])]
+        return found
+
+    def state(self) -> str:
+        """`starting`, `waiting`, `ready` or `stopping`."""
+        if self._stopping:
+            return "stopping"
+        if not self.waiting_for():
+            return "ready"
+        if self._ready_said or self.link_problems() or self.ray.state.problem:
+            return "waiting"
+        return "starting"
+
+    def status(self) -> dict[str, Any]:
+        """The whole of `rayfwd status --json`."""
+        ray = self.ray.state
+        versions = ray.versions
+        return {
+            "schema": STATUS_SCHEMA,
+            "version": __version__,
+            "role": self.config.role,
+            "name": self.config.name,
+            "pid": os.getpid(),
+            "uptime": round(time.time() - self._started, 1),
+            "state": self.state(),
+            "summary": self.summary(),
+            "waiting_for": [p.to_wire() for p in self.waiting_for()],
+            "problems": self.problems(),
+            "node": None if self.own is None else self.own.to_wire(),
+            **self.role_status(),
+            "doors": {
+                "open": self.doors.open,
+                "blocked": [p.to_wire() for p in self.doors.blocked],
+            },
+            "ray": {
+                "phase": ray.phase,
+                "since": ray.since,
+                "version": versions.ray if versions else None,
+                "python": versions.python if versions else None,
+                "pid": ray.pid,
+                "adopted": ray.adopted,
+                "restarts": ray.restarts,
+                "problem": ray.problem.to_wire() if ray.problem else None,
+                "command": ray.command,
+            },
+            "cluster": self.cluster.to_wire() if self.cluster else None,
+        }
+
+    async def _status_verb(self, args: dict[str, Any]) -> dict[str, Any]:
+        return self.status()
+
+    async def _plan_verb(self, args: dict[str, Any]) -> dict[str, Any]:
+        return self.plan_wire()
+
+    def plan_wire(self) -> dict[str, Any]:
+        """The plan as `rayfwd plan` reads it."""
+        head = self._node_named("head")
+        return {
+            "own": None if self.own is None else self.own.to_wire(),
+            "head": None if head is None else head.to_wire(),
+            "nodes": [node.to_wire() for node in self.nodes],
+            "network": self.config.hub.network,
+            "ride_through": self.config.ride_through,
+        }
+
+    async def _notify(self) -> None:
+        """Keep the service manager told: READY once, STATUS whenever it changes."""
+        while True:
+            if not self._ready_said and not self.waiting_for():
+                self._ready_said = True
+                log.info("rayfwd_ready", node=self.config.name, doors=self.doors.open)
+                self._tell("READY=1")
+            summary = self.summary()
+            if summary != self._notified:
+                self._notified = summary
+                self._tell(f"STATUS={summary}")
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _tell(self, line: str) -> None:
+        self._notifier.notify(line.replace("\n", " "))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory for this user only, where it is not there. Raises ProblemError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as exc:
+        raise ProblemError(
+            Problem(
+                "directory_unusable",
+                f"{path} cannot be made: {exc.strerror}",
+                "set state_dir and runtime_dir to places that this user may write",
+            )
+        ) from exc
+    if not writable:
+        raise ProblemError(
+            Problem(
+                "directory_unusable",
+                f"{path} is not writable for this user",
+                "set state_dir and runtime_dir to places that this user may write",
+            )
+        )
+
+
+@contextlib.contextmanager
+def lock(path: Path, state_dir: Path) -> Any:
+    """Hold the one lock of a state directory. Raises ProblemError when another daemon has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ProblemError(
+                Problem(
+                    "already_running",
+                    f"another rayfwd runs with state_dir = {state_dir}",
+                    "end it first, or give this one a state_dir and a runtime_dir of its own",
+                )
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many file descriptors as we may: a door and a connection cost one each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,141 @@
+"""The head: roster, hub, doors to the workers, Ray's head node, and a watch on the cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayfwd.daemon.base import Daemon
+from rayfwd.daemon.views import mux_status, streams_status
+from rayfwd.doors import Pump, Target
+from rayfwd.hub import Hub
+from rayfwd.plan import NodePlan, PlanError
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.cluster import ClusterReport, ClusterWatch
+from rayfwd.roster import Roster
+from rayfwd.session.session import Limits
+
+
+class HeadDaemon(Daemon):
+    """The daemon of the head."""
+
+    _hub: Hub | None = None
+    _listening = False
+    _told_versions: tuple[str | None, str | None] = (None, None)
+
+    async def serve(self) -> None:
+        config = self.config
+        try:
+            own = config.own_head_plan()
+        except PlanError as exc:
+            cause, _, remedy = str(exc).partition("; ")
+            raise ProblemError(Problem("plan_full", cause, remedy)) from exc
+        roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
+        self.own = own
+        self._roster = roster
+        self._hub = hub = Hub(
+            path=config.hub_socket,
+            roster=roster,
+            users=config.hub.users,
+            network=config.hub.network,
+            ride_through=config.ride_through,
+            limits=Limits(),
+            accept=self.accept,
+            head_versions=self._versions,
+            on_message=self._message,
+            on_change=self._hub_changed,
+        )
+        self._hub_changed()
+        await hub.start()
+        self._listening = True
+        self.ray.set_plan(own, own, None, config.ride_through)
+        self.changed()
+        watch = ClusterWatch(config, self.ray, own, self._expected, self._report)
+        await watch.run()
+
+    async def end(self) -> None:
+        if self._hub is not None:
+            await self._hub.close("the head's rayfwd was stopped")
+
+    def _hub_changed(self) -> None:
+        """A node came, went or changed."""
+        self.nodes = self._roster.plans()
+        self.plan_changed()
+
+    def _versions(self) -> tuple[str | None, str | None]:
+        versions = self.ray.state.versions
+        return (versions.ray, versions.python) if versions else (None, None)
+
+    def _expected(self) -> dict[str, dict[str, Any]]:
+        """What each joined node's configuration declares to Ray, by its address."""
+        hub = self._hub
+        if hub is None:
+            return {}
+        return {
+            node.plan.address: {"name": node.plan.name, "resources": dict(node.hello.resources)}
+            for node in hub.nodes.values()
+            if node.hello is not None and node.state != "away"
+        }
+
+    def _report(self, report: ClusterReport) -> None:
+        self.cluster = report
+        if self._hub is not None:
+            self._hub.tell_all({"type": "cluster", "report": report.to_wire()})
+        self.changed()
+
+    def _message(self, node: str, message: dict[str, Any]) -> None:
+        """Workers have nothing to say yet that the hello does not."""
+
+    def changed(self) -> None:
+        if self._hub is not None and self._versions() != self._told_versions:
+            self._told_versions = ray, python = self._versions()
+            self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
+        super().changed()
+
+    def route(self, target: Target, pump: Pump) -> None:
+        if self._hub is None:
+            pump.refuse()
+        else:
+            self._hub.open(target, pump)
+
+    async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
+        assert self._hub is not None, "the control socket opens after the hub is made"
+        return {"forgotten": self._hub.forget(str(args.get("name", "")))}
+
+    def link_problems(self) -> list[Problem]:
+        if self._listening:
+            return []
+        return [Problem("hub_starting", "the hub does not listen yet", "nothing: this is brief")]
+
+    def role_status(self) -> dict[str, Any]:
+        hub = self._hub
+        nodes = [] if hub is None else list(hub.nodes.values())
+        muxes = [node.mux for node in nodes if node.mux is not None]
+        return {
+            "link": None,
+            "workers": [
+                {
+                    "name": node.plan.name,
+                    "state": node.state,
+                    "since": node.since,
+                    "cuts": node.cuts,
+                    "ridden_through": node.ridden_through,
+                    "ray": node.hello.ray if node.hello else None,
+                    "lanes": mux_status(node.mux),
+                }
+                for node in nodes
+            ],
+            **streams_status(muxes),
+            "roster": [self._roster_row(plan) for plan in self.nodes],
+        }
+
+    def _roster_row(self, plan: NodePlan) -> dict[str, Any]:
+        hub = self._hub
+        node = hub.nodes.get(plan.name) if hub is not None else None
+        return {
+            "name": plan.name,
+            "role": plan.role,
+            "address": plan.address,
+            "ports": f"{plan.base}-{plan.last_worker_port}",
+            "advertised": plan.advertised,
+            "state": "up" if plan.role == "head" else (node.state if node else "away"),
+        }

@@ -1,0 +1,229 @@
+"""A worker: the link to the head, doors to every other node, and Ray once the link stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from rayfwd import __version__
+from rayfwd.config import Config
+from rayfwd.daemon.base import Daemon
+from rayfwd.daemon.views import mux_status, streams_status
+from rayfwd.doors import Pump, Target
+from rayfwd.link import Link
+from rayfwd.logs import get_logger
+from rayfwd.mux import MuxStream, StreamOwner
+from rayfwd.plan import NodePlan, default_worker_ports
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.install import Versions
+from rayfwd.roster import write_file
+from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+
+class WorkerDaemon(Daemon):
+    """The daemon of a worker."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert config.head is not None, "a worker's configuration has a head"
+        self._key = ""
+        self._head_versions: Versions | None = None
+        self._network = config.hub.network
+        self._ride_through = config.ride_through
+        self._link = Link(
+            head=config.head,
+            hello=self._hello,
+            accept=self._accept_bytes,
+            on_welcome=self._welcomed,
+            on_message=self._message,
+            on_change=self._link_changed,
+            limits=Limits(),
+        )
+
+    async def serve(self) -> None:
+        self._key = node_key(self.config.state_dir / "node.key")
+        await self._link.run()
+
+    async def end(self) -> None:
+        await self._link.close("the worker's rayfwd was stopped")
+
+    # -- the link's words --------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        config = self.config
+        versions = self.ray.state.versions
+        return Hello(
+            node=config.name,
+            key=self._key,
+            session="0",
+            resumes=False,
+            lane=LaneClass.INTERACTIVE,
+            version=__version__,
+            worker_ports=config.ray.worker_ports or default_worker_ports(os.cpu_count() or 1),
+            advertise=config.ray.advertise,
+            ride_through=config.ride_through,
+            ray=versions.ray if versions else None,
+            python=versions.python if versions else None,
+            resources=declared_resources(config),
+        )
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        try:
+            own = NodePlan.from_wire(welcome.node)
+            nodes = tuple(NodePlan.from_wire(node) for node in welcome.nodes)
+            if nodes[0].role != "head":
+                raise ValueError("the first node is not the head")
+        except (ValueError, IndexError) as exc:
+            log.error("plan_malformed", cause=str(exc), remedy="run the same rayfwd on both sides")
+            return
+        if welcome.ray is not None and welcome.python is not None:
+            self._head_versions = Versions(welcome.ray, welcome.python)
+        self._network = welcome.network
+        self._ride_through = welcome.ride_through
+        if own != self.own:
+            log.info(
+                "plan_received",
+                address=own.address,
+                ports=f"{own.base}-{own.last_worker_port}",
+                nodes=[node.name for node in nodes],
+            )
+        self.own = own
+        self._set_nodes(nodes)
+
+    def _set_nodes(self, nodes: tuple[NodePlan, ...]) -> None:
+        self.nodes = nodes
+        self._tell_ray()
+        self._keep_plan()
+        self.plan_changed()
+
+    def _tell_ray(self) -> None:
+        if self.own is not None and self.nodes:
+            self.ray.set_plan(self.own, self.nodes[0], self._head_versions, self._ride_through)
+
+    def _keep_plan(self) -> None:
+        """For `rayfwd plan` while the daemon does not run."""
+        try:
+            write_file(
+                self.config.state_dir / "plan.json", json.dumps(self.plan_wire()).encode() + b"\n"
+            )
+        except OSError as exc:
+            log.warning("plan_not_kept", cause=str(exc))
+
+    def plan_wire(self) -> dict[str, Any]:
+        return super().plan_wire() | {
+            "network": self._network,
+            "ride_through": self._ride_through,
+        }
+
+    def _message(self, message: dict[str, Any]) -> None:
+        try:
+            match message.get("type"):
+                case "nodes":
+                    self._set_nodes(tuple(NodePlan.from_wire(n) for n in message["nodes"]))
+                case "head_versions":
+                    if message["ray"] and message["python"]:
+                        self._head_versions = Versions(str(message["ray"]), str(message["python"]))
+                        self._tell_ray()
+                case "cluster":
+                    self.cluster = ClusterReport.from_wire(message["report"])
+                    self.changed()
+        except (KeyError, TypeError, ValueError) as exc:
+            log.warning("message_malformed", cause=repr(exc))
+
+    def _link_changed(self) -> None:
+        self.ray.set_link_up(self._link.state == "up")
+        self.changed()
+
+    # -- streams --------------------------------------------------------
+
+    def route(self, target: Target, pump: Pump) -> None:
+        mux = self._link.mux
+        if mux is None or mux.session.ended:
+            pump.refuse()
+        else:
+            pump.attach(mux.open(target.encode(), pump))
+
+    def _accept_bytes(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
+        try:
+            target = Target.decode(data)
+        except ValueError as exc:
+            stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
+            return None
+        return self.accept(stream, target)
+
+    # -- how it is --------------------------------------------------------
+
+    def link_problems(self) -> list[Problem]:
+        link = self._link
+        if link.state == "up":
+            return []
+        if link.problem is not None:
+            return [link.problem]
+        return [Problem("link_starting", f"dialling {link.head.ssh}", "nothing: this is brief")]
+
+    def role_status(self) -> dict[str, Any]:
+        link = self._link
+        problem = link.problem
+        return {
+            "link": {
+                "state": link.state,
+                "head": link.head.ssh,
+                "since": link.since,
+                "cuts": link.cuts,
+                "ridden_through": link.ridden_through,
+                "problem": problem.to_wire() if problem else None,
+                "lanes": mux_status(link.mux),
+            },
+            "workers": None,
+            **streams_status([link.mux] if link.mux is not None else []),
+            "roster": [
+                {
+                    "name": plan.name,
+                    "role": plan.role,
+                    "address": plan.address,
+                    "ports": f"{plan.base}-{plan.last_worker_port}",
+                    "advertised": plan.advertised,
+                    "state": None,
+                }
+                for plan in self.nodes
+            ],
+        }
+
+
+def declared_resources(config: Config) -> dict[str, float]:
+    """What the configuration declares to Ray; what Ray finds by itself is not in it."""
+    ray = config.ray
+    declared = {str(name): float(amount) for name, amount in ray.resources.items()}
+    if ray.num_cpus is not None:
+        declared["CPU"] = float(ray.num_cpus)
+    if ray.num_gpus is not None:
+        declared["GPU"] = float(ray.num_gpus)
+    return declared
+
+
+def node_key(path: Path) -> str:
+    """The secret by which the hub knows this node again; made at the first start, mode 0600.
+
+    Raises ProblemError.
+    """
+    try:
+        if path.exists():
+            key = path.read_text(encoding="ascii").strip()
+            if len(key) >= 32:
+                return key
+        key = secrets.token_hex(32)
+        write_file(path, key.encode() + b"\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ProblemError(
+            Problem("node_key_unusable", f"{path}: {exc}", "make it readable, or remove it")
+        ) from exc
+    return key
