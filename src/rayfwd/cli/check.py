@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayfwd import unixsocket
 from rayfwd.cli import OK
 from rayfwd.cli.common import load_config, own_head_plan, quiet_logs, table
 from rayfwd.config import Config, HeadConfig
@@ -72,7 +74,7 @@ def _dials(head: HeadConfig) -> str:
 
 def _ray(config: Config) -> str:
     try:
-        found = install.find(config.ray.command, os.environ)
+        found = asyncio.run(install.find(config.ray.command, os.environ))
     except ProblemError as exc:
         return f"{exc.problem.code}: {exc.problem}"
     does = "" if config.ray.start else "; rayfwd does not start it (ray.start = false)"
@@ -90,6 +92,15 @@ def _warnings(config: Config) -> Iterator[str]:
             f"below {PORT_CEILING}: an outgoing connection may take one of them; "
             f"raise the range to begin at {PORT_CEILING}"
         )
+    for socket in (config.control_socket, *([config.hub_socket] if config.role == "head" else [])):
+        try:
+            unixsocket.check_path(socket)
+        except ProblemError as exc:
+            yield str(exc.problem)
+    if config.role == "worker":
+        for key in ("port", "client_port"):
+            if key in config.ray.model_fields_set:
+                yield f"ray.{key} is a head's: on a worker it changes nothing"
     for directory in (config.state_dir, config.runtime_dir):
         if (fault := _not_writable(directory)) is not None:
             yield fault

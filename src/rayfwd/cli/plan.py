@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
-import shlex
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from rayfwd.control import ask
 from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install
-from rayfwd.redact import names_a_secret
 from rayfwd.roster import read, settle
 
 
@@ -105,24 +103,16 @@ def _row(node: NodePlan) -> tuple[str, str, str, str, str]:
 
 def _command(config: Config, plan: Plan) -> list[str]:
     try:
-        found = install.find(config.ray.command, os.environ)
+        found = asyncio.run(install.find(config.ray.command, os.environ))
+        unknown = []
     except ProblemError as exc:
-        return [f"No `ray start` command can be shown: {exc.problem}"]
-    command = commandline.start_command(plan.own, plan.head, config.ray, found)
-    environment = commandline.start_environment(
-        plan.ride_through, config.ray, plan.own, plan.network, {}
+        found = None
+        unknown = [f"({exc.problem.cause}: the flags are those of the newest Ray known.)"]
+    line = commandline.by_hand(
+        plan.own, plan.head, config.ray, plan.ride_through, plan.network, found
     )
-    who = "rayfwd runs" if config.ray.start else "Run"
-    return [f"On this node ({plan.own.name}) {who}:", *by_hand(command, environment)]
-
-
-def by_hand(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Lines for a shell, one setting or flag a line; secrets are named, not shown."""
-    settings = [
-        f"{name}=…" if names_a_secret(name) else f"{name}={shlex.quote(value)}"
-        for name, value in environment.items()
-    ]
-    head = [" ".join(shlex.quote(word) for word in command[:2])]
-    flags = [shlex.quote(word) for word in command[2:]]
-    words = [*settings, *head, *flags]
-    return [f"  {word} \\" for word in words[:-1]] + [f"  {words[-1]}"]
+    if config.ray.start:
+        does = "`rayfwd run` starts Ray on this node, with --block added. By hand it would be:"
+    else:
+        does = "Start Ray on this node, while `rayfwd run` runs, with:"
+    return [does, *unknown, "", line]

@@ -177,7 +177,7 @@ def _roster(roster: list[Mapping[str, Any]]) -> list[str]:
             _text(node.get("role")),
             _text(node.get("address")) + (" (direct)" if node.get("advertised") else ""),
             _text(node.get("ports")),
-            _text(node.get("state")),
+            _text(node.get("state") or ""),
         )
         for node in roster
     ]

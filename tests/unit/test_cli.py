@@ -1,0 +1,678 @@
+"""The command line: what each verb prints and returns, with the real daemon parts behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfwd import __version__
+from rayfwd.cli import VERBS, main
+from rayfwd.cli.status import duration, screen, size
+from rayfwd.control import ControlServer
+from rayfwd.plan import NodePlan, allocate, head_plan
+from rayfwd.roster import Roster
+
+NETWORK = "127.77.0.0/16"
+KEY = "k" * 32
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_left_behind() -> Iterator[None]:
+    yield
+    import io
+
+    from rayfwd import logs
+    from rayfwd.config import LogConfig
+
+    logs.setup(LogConfig(), io.StringIO())
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "rayfwd.toml"
+    dirs = f'state_dir = "{tmp_path}"\nruntime_dir = "{tmp_path}"\n'
+    path.write_text(dirs + text)
+    return path
+
+
+@pytest.fixture
+def head_file(tmp_path: Path) -> Path:
+    return write(tmp_path, 'role = "head"\nname = "h"\n[ray]\nnum_cpus = 2\ncommand = "/none/ray"')
+
+
+@pytest.fixture
+def worker_file(tmp_path: Path) -> Path:
+    text = 'role = "worker"\nname = "w1"\n[head]\nssh = "ray@head"\n[ray]\ncommand = "/none/ray"'
+    return write(tmp_path, text)
+
+
+@contextmanager
+def daemon(directory: Path, **answers: dict[str, Any]) -> Iterator[None]:
+    """A control socket that gives these answers, from a thread of its own."""
+
+    def verb(answer: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+        async def give(args: dict[str, Any]) -> dict[str, Any]:
+            return answer | ({"asked": args} if args else {})
+
+        return give
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server = ControlServer(directory / "control.sock", {k: verb(v) for k, v in answers.items()})
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def rayfwd(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "rayfwd", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+# -- the whole --------------------------------------------------------
+
+
+def test_help_documents_exit_codes_and_verbs() -> None:
+    done = rayfwd("--help")
+    assert done.returncode == 0
+    assert "exit codes:" in done.stdout
+    assert all(f"    {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v not in ("run", "demo")])
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: rayfwd {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rayfwd {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["status", "--loud"], ["forget"]])
+def test_a_wrong_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "usage: rayfwd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "plan", "status", "forget"])
+def test_a_mistake_in_the_file_is_one_line_and_no_traceback(verb: str, tmp_path: Path) -> None:
+    path = write(tmp_path, 'role = "head"\nname = "h"\n[ray]\nport = "x"\nprot = 1')
+    words = [verb, "--config", path, *(["w1"] if verb == "forget" else [])]
+    done = rayfwd(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        f'{path}: ray.port = "x": must be a whole number',
+        f"{path}: ray.prot: unknown key; did you mean port?",
+    ]
+
+
+def test_config_goes_before_and_after_the_verb(
+    head_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(head_file), "check"]) == 0
+    before = capsys.readouterr().out
+    assert main(["check", "--config", str(head_file)]) == 0
+    assert capsys.readouterr().out == before
+    assert main(["--config", str(tmp_path / "none"), "check", "--config", str(head_file)]) == 0
+
+
+def test_a_closed_pipe_is_quiet(head_file: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "rayfwd", "check", "--config", str(head_file)],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# -- check --------------------------------------------------------
+
+
+def test_check_of_a_head(head_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", str(head_file)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == f"{head_file}: valid"
+    assert "network 127.77.0.0/16; this head is 127.77.0.1" in lines
+    assert "ports 20000-20077 are this head's, workers' follow" in lines
+    assert any(line.startswith("ray ray_not_found: ray.command = '/none/ray'") for line in lines)
+
+
+def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    identity = tmp_path / "id"
+    identity.touch(mode=0o644)
+    path = write(
+        tmp_path,
+        f"""
+        role = "worker"
+        name = "w1"
+        expose = [9000]
+        [head]
+        ssh = "ray@head:2222"
+        via = "exec"
+        identity = "{identity}"
+        known_hosts = "{tmp_path}/none"
+        [ray]
+        command = "/none/ray"
+        port = 7000
+        advertise = "203.0.113.7"
+        """,
+    )
+    assert main(["check", "--config", str(path)]) == 0
+    text = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "head ray@head, port 2222, 2 SSH connections, running `rayfwd attach` there" in lines
+    assert "forward 127.0.0.1:8265 here is head:8265" in lines
+    assert "advertise others reach this worker directly at 203.0.113.7" in lines
+    assert "expose other nodes' forwards may reach port 9000 of this machine" in lines
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert (
+        f"warning: head.identity = {identity}: others may read it; say `chmod 600 {identity}`"
+        in (warnings)
+    )
+    assert any("known_hosts = " in line and "no such file" in line for line in warnings)
+    assert "warning: ray.port is a head's: on a worker it changes nothing" in warnings
+
+
+def test_check_warns_of_ephemeral_ports_in_the_blocks(
+    head_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    ports = tmp_path / "range"
+    monkeypatch.setattr("rayfwd.cli.check._EPHEMERAL", ports)
+    ports.write_text("32768\t60999\n")
+    assert main(["check", "--config", str(head_file)]) == 0
+    assert "takes ephemeral ports" not in capsys.readouterr().out
+    ports.write_text("16384\t60999\n")
+    assert main(["check", "--config", str(head_file)]) == 0
+    assert "takes ephemeral ports from 16384 on" in capsys.readouterr().out
+
+
+def test_check_warns_of_a_path_too_long_for_a_socket(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "rayfwd.toml"
+    path.write_text(f'role = "head"\nname = "h"\nruntime_dir = "/tmp/{"x" * 120}"')
+    assert main(["check", "--config", str(path)]) == 0
+    assert "bytes; Linux allows 107" in capsys.readouterr().out
+
+
+def test_a_head_whose_ports_do_not_fit(tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path, 'role = "head"\nname = "h"\n[hub]\nport_base = 32760')
+    assert main(["check", "--config", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{path}: hub.port_base = 32760: ")
+
+
+# -- plan --------------------------------------------------------
+
+HEAD = head_plan("h", NETWORK, 20000, 70, {"gcs": 6379, "dashboard": 8265, "client": 10001})
+WORKER = allocate([HEAD], "w1", NETWORK, 20000, 92, None)
+PLAN = {
+    "own": WORKER.to_wire(),
+    "head": HEAD.to_wire(),
+    "nodes": [HEAD.to_wire(), WORKER.to_wire()],
+    "network": NETWORK,
+    "ride_through": 120.0,
+}
+
+
+def test_plan_of_a_head_from_the_roster(head_file: Path, tmp_path: Path, capsys: Any) -> None:
+    Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    before = (tmp_path / "roster.json").stat().st_mtime_ns
+    assert main(["plan", "--config", str(head_file)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()[1:3]]
+    assert rows[0][:4] == ["h", "head", "127.77.0.1", "20000-20077"]
+    assert rows[1] == ["w1", "worker", "127.77.0.2", "20078-20177"]
+    assert "/none/ray start --head --port=6379" in text
+    assert "--node-ip-address=127.77.0.1" in text
+    assert (tmp_path / "roster.json").stat().st_mtime_ns == before
+
+
+def test_plan_of_a_worker_before_the_first_run(worker_file: Path, capsys: Any) -> None:
+    assert main(["plan", "--config", str(worker_file)]) == 1
+    assert "known after the first" in capsys.readouterr().out
+
+
+def test_plan_of_a_worker_as_kept(worker_file: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    assert main(["plan", "--config", str(worker_file)]) == 0
+    text = capsys.readouterr().out
+    assert "no daemon runs" in text
+    assert "/none/ray start --address=127.77.0.1:6379" in text
+    assert "--node-ip-address=127.77.0.2" in text
+
+
+def test_plan_of_a_worker_from_its_daemon(worker_file: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "plan.json").write_text("damaged")
+    with daemon(tmp_path, plan=PLAN):
+        assert main(["plan", "--config", str(worker_file)]) == 0
+    assert f"the daemon on {tmp_path}/control.sock" in capsys.readouterr().out
+    with daemon(tmp_path, plan={"own": None, "head": None, "nodes": []}):
+        assert main(["plan", "--config", str(worker_file)]) == 1
+
+
+# -- status --------------------------------------------------------
+
+STATUS: dict[str, Any] = {
+    "schema": 1,
+    "version": "0.1.0",
+    "role": "worker",
+    "name": "gpu-1",
+    "pid": 4242,
+    "uptime": 7260.0,
+    "state": "waiting",
+    "waiting_for": [{"code": "ray_down", "cause": "Ray ended", "remedy": "see its log"}],
+    "problems": [
+        {
+            "code": "ray_node_without_resources",
+            "cause": "no \x1b[31mresources",
+            "remedy": "look",
+            "subject": "gpu-2",
+            "since": 900.0,
+        }
+    ],
+    "node": WORKER.to_wire(),
+    "link": {
+        "state": "up",
+        "head": "ray@head",
+        "since": 940.0,
+        "cuts": 2,
+        "ridden_through": 1,
+        "problem": None,
+        "lanes": [
+            {
+                "lane": 1,
+                "class": "bulk",
+                "state": "up",
+                "rtt_ms": 1.234,
+                "since": 990.0,
+                "bytes_in": 1234,
+                "bytes_out": 5_600_000_000,
+            }
+        ],
+    },
+    "workers": None,
+    "streams": {"open": 12, "parked": 1},
+    "bytes": {"in": 0, "out": 999_999},
+    "doors": {
+        "open": 140,
+        "blocked": [{"code": "door_blocked", "cause": "port 1 is taken", "remedy": "free it"}],
+    },
+    "ray": {
+        "phase": "up",
+        "since": 400.0,
+        "version": "2.60.0",
+        "python": "3.11.7",
+        "pid": 77,
+        "adopted": True,
+        "restarts": 3,
+        "problem": None,
+        "command": [],
+    },
+    "cluster": {
+        "as_of": 995.0,
+        "nodes": [{}, {}],
+        "totals": {"CPU": [1.5, 12.0], "object_store_memory": [0.0, 3.2e9]},
+    },
+    "roster": [
+        {"name": "h", "role": "head", "address": "127.77.0.1", "ports": "1-2", "state": "up"},
+        {
+            "name": "gpu-1",
+            "role": "worker",
+            "address": "203.0.113.7",
+            "ports": "20078-20177",
+            "advertised": True,
+            "state": None,
+        },
+    ],
+}
+
+
+def test_the_screen() -> None:
+    assert screen(STATUS, 1000.0) == [
+        "rayfwd 0.1.0  worker gpu-1  WAITING  up 2 h 1 min  pid 4242",
+        "node      127.77.0.2  ports 20078-20177",
+        "link      up  to ray@head  for 1 min  cuts 2, ridden through 1",
+        "            lane 1  bulk  up  rtt 1.2 ms  in 1.2 kB  out 5.6 GB  for 10 s",
+        "streams   12 open, 1 parked  in 0 B, out 1.0 MB",
+        "doors     140 open, 1 blocked",
+        "            door_blocked: port 1 is taken; free it",
+        "ray       up  Ray 2.60.0 (Python 3.11.7)  pid 77 (adopted)  for 10 min  restarts 3",
+        "cluster   2 nodes  as of 5 s ago",
+        "            CPU                  1.5 of 12 used",
+        "            object_store_memory  0 B of 3.2 GB used",
+        "roster    h      head    127.77.0.1            1-2          up",
+        "          gpu-1  worker  203.0.113.7 (direct)  20078-20177",
+        "waiting   ray_down",
+        "            Ray ended",
+        "            see its log",
+        "problems  ray_node_without_resources  gpu-2  for 1 min",
+        "            no \\x1b[31mresources",
+        "            look",
+    ]
+
+
+def test_the_screen_of_a_head() -> None:
+    worker = dict(STATUS["link"], name="gpu-1", state="parked")
+    lines = screen({"role": "head", "state": "ready", "workers": [worker, {}]}, 1000.0)
+    assert lines[1:] == [
+        "workers   gpu-1  parked  for 1 min  cuts 2, ridden through 1",
+        "            lane 1  bulk  up  rtt 1.2 ms  in 1.2 kB  out 5.6 GB  for 10 s",
+        "          ?  ?",
+    ]
+
+
+def without_parts(value: Any) -> Iterator[Any]:
+    """The value with each of its parts in turn missing, null, or of another kind."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            for other in (None, 5, "x", [], {}, [None], {"a": {}}, True):
+                yield {**value, key: other}
+            for changed in without_parts(part):
+                yield {**value, key: changed}
+    if isinstance(value, list):
+        for index, part in enumerate(value):
+            for changed in without_parts(part):
+                yield [*value[:index], changed, *value[index + 1 :]]
+
+
+def test_the_screen_bears_any_part_missing_or_strange() -> None:
+    cases = list(without_parts(STATUS))
+    assert len(cases) > 500
+    for case in cases:
+        assert all(line.isprintable() for line in screen(case, 1000.0))
+
+
+def test_status_exit_codes(worker_file: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["status", "--config", str(worker_file)]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("rayfwd: daemon_not_running: no rayfwd answers on ")
+    with daemon(tmp_path, status=STATUS):
+        assert main(words) == 3
+        assert "WAITING" in capsys.readouterr().out
+    with daemon(tmp_path, status=STATUS | {"state": "ready"}):
+        assert main(words) == 0
+        capsys.readouterr()
+        assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == STATUS | {"state": "ready"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 s"),
+        (59.9, "59 s"),
+        (60, "1 min"),
+        (3599, "59 min"),
+        (3600, "1 h 0 min"),
+        (172_799, "47 h 59 min"),
+        (172_800, "2 d 0 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_951, "1.0 MB"),
+        (10**18, "1000.0 PB"),
+        (None, "?"),
+        ("5", "?"),
+    ],
+)
+def test_sizes(number: Any, text: str) -> None:
+    assert size(number) == text
+
+
+# -- forget --------------------------------------------------------
+
+
+def test_forget_without_a_daemon(head_file: Path, tmp_path: Path, capsys: Any) -> None:
+    Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    assert main(["forget", "w1", "--config", str(head_file)]) == 0
+    assert "w1 is forgotten" in capsys.readouterr().out
+    assert json.loads((tmp_path / "roster.json").read_text())["nodes"] == []
+    assert main(["forget", "w1", "--config", str(head_file)]) == 1
+    assert "no worker named w1" in capsys.readouterr().out
+
+
+def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path) -> None:
+    Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    with daemon(tmp_path, forget={"forgotten": True}):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 0
+    assert "w1" in (tmp_path / "roster.json").read_text(), "the daemon's own business"
+    with daemon(tmp_path, forget={"forgotten": False}):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 1
+
+
+def test_forget_is_for_the_head(worker_file: Path, capsys: Any) -> None:
+    assert main(["forget", "w1", "--config", str(worker_file)]) == 2
+    assert "forget is for the head" in capsys.readouterr().err
+
+
+# -- attach --------------------------------------------------------
+
+
+@contextmanager
+def attached(path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """`rayfwd attach` and the hub's end of its connection."""
+    with socket.socket(socket.AF_UNIX) as hub:
+        hub.bind(str(path))
+        hub.listen(1)
+        hub.settimeout(30)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rayfwd", "attach", *(words or ("--socket", str(path)))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "SSH_ORIGINAL_COMMAND": "rm -rf /"},
+        )
+        try:
+            end, _ = hub.accept()
+            end.settimeout(30)
+            with end:
+                yield process, end
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                assert pipe is not None
+                with suppress(BrokenPipeError):  # what was not sent any more
+                    pipe.close()
+
+
+def pipes(process: subprocess.Popen[bytes]) -> tuple[Any, Any]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def read_all(end: socket.socket) -> bytes:
+    out = bytearray()
+    while part := end.recv(65536):
+        out += part
+    return bytes(out)
+
+
+def test_attach_carries_bytes_both_ways_at_once(tmp_path: Path) -> None:
+    up, down = os.urandom(5_000_000), os.urandom(7_000_000)
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+
+        def send_up() -> None:
+            stdin.write(up)
+            stdin.close()
+
+        def send_down() -> None:
+            end.sendall(down)
+            end.shutdown(socket.SHUT_WR)
+
+        got: list[bytes] = []
+        reader = threading.Thread(target=lambda: got.append(stdout.read()))
+        threads = [threading.Thread(target=send_up), threading.Thread(target=send_down), reader]
+        for thread in threads:
+            thread.start()
+        assert read_all(end) == up
+        for thread in threads:
+            thread.join(30)
+        assert got == [down]
+        assert process.wait(30) == 0
+
+
+def test_attach_half_closed_by_the_client(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        stdin.write(b"question")
+        stdin.close()
+        assert read_all(end) == b"question"
+        end.sendall(b"answer")
+        end.shutdown(socket.SHUT_WR)
+        assert stdout.read() == b"answer"
+        assert process.wait(30) == 0
+
+
+def test_attach_half_closed_by_the_hub(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        end.sendall(b"first")
+        end.shutdown(socket.SHUT_WR)
+        assert stdout.read() == b"first", "the end is seen while the other way is open"
+        assert process.poll() is None
+        stdin.write(b"still here")
+        stdin.close()
+        assert read_all(end) == b"still here"
+        assert process.wait(30) == 0
+
+
+def test_attach_ends_when_the_hub_goes(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        end.close()
+        assert process.wait(30) == 0, "although standard input is still open"
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_attach_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        _, stdout = pipes(process)
+        stdout.close()
+        end.sendall(b"x")
+        assert process.wait(30) == 0
+        assert end.recv(10) == b""
+
+
+def test_attach_without_a_hub(tmp_path: Path) -> None:
+    done = rayfwd("attach", "--socket", tmp_path / "hub.sock")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"rayfwd attach: hub_absent: no hub answers on {tmp_path}/hub.sock (No such file or "
+        "directory); start `rayfwd run` on the head, or correct the socket's path\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+def test_attach_that_may_not(tmp_path: Path) -> None:
+    from rayfwd.cli import attach
+
+    with socket.socket(socket.AF_UNIX) as hub:
+        path = tmp_path / "hub.sock"
+        hub.bind(str(path))
+        hub.listen(1)
+        receive, send = os.pipe()
+        pid = os.fork()
+        if pid == 0:  # not by exec: the checkout may be closed to the other user
+            try:
+                os.dup2(send, 2)
+                sys.stderr = os.fdopen(2, "w")
+                os.setresuid(12345, 12345, 12345)
+                import argparse
+
+                code = attach.run(argparse.Namespace(socket=path, config=None))
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        os.close(send)
+        _, status = os.waitpid(pid, 0)
+        with os.fdopen(receive) as said:
+            assert said.read() == (
+                "rayfwd attach: hub_not_permitted: user id 12345 may not connect to "
+                f"{path}; name this user in hub.users of the head's configuration\n"
+            )
+        assert os.waitstatus_to_exitcode(status) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "socket_name"),
+    [('[hub]\nsocket = "{}/a.sock"', "a.sock"), ('runtime_dir = "{}"\nrole = 5', "hub.sock")],
+)
+def test_attach_takes_the_socket_from_the_file(tmp_path: Path, text: str, socket_name: str) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text.format(tmp_path))
+    with attached(tmp_path / socket_name, "--config", str(path)) as (process, end):
+        end.close()
+        assert process.wait(30) == 0
+
+
+def test_attach_with_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    done = rayfwd("attach", "--config", tmp_path / "none.toml")
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"{tmp_path}/none.toml: cannot be read: [Errno 2] No such file or directory: "
+        f"'{tmp_path}/none.toml'\n"
+    )
+
+
+def test_attach_imports_nothing_but_the_standard_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rayfwd.cli import main; before = set(sys.modules)\n"
+        f"main(['attach', '--socket', {str(tmp_path / 'none')!r}])\n"
+        "heavy = {'asyncio', 'asyncssh', 'pydantic', 'structlog', 'logging'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+def test_node_plans_of_the_wire_are_what_the_screen_shows() -> None:
+    assert NodePlan.from_wire(STATUS["node"]).last_worker_port == 20177
