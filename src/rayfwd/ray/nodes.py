@@ -12,7 +12,7 @@ from rayfwd.problems import Problem, ProblemError
 
 TIMEOUT = 10.0
 LIMIT = 10_000
-"""The most nodes that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
+"""The most that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
 
 BODY_LIMIT = 64 * 1024 * 1024
 

@@ -247,7 +247,9 @@ class RayProcess:
     async def wait(self, seconds: float) -> None:
         """Until `ray start` has ended, but no longer than that."""
         deadline = time.monotonic() + seconds
-        while self.alive() and time.monotonic() < deadline:
+        while self.alive():
+            if time.monotonic() > deadline:
+                return
             await asyncio.sleep(0.1)
 
     async def end(self, on_output: Callable[[], None], drain: bool = True) -> int:

@@ -33,8 +33,9 @@ class RayStatus:
     """Seconds since the epoch; None: the monitor has not reported yet."""
     totals: dict[str, tuple[float, float]]
     """Resource to used and total; memory in bytes."""
-    active: int
-    """Nodes that it counts as active or idle."""
+    active: tuple[str, ...]
+    """Kinds of nodes that it counts as active or idle. Without an autoscaler every node is a kind
+    of its own, `node_` and its id."""
     pending: int
     failed: int
 
@@ -46,7 +47,8 @@ def parse(text: str) -> RayStatus:
     """
     as_of: float | None = None
     totals: dict[str, tuple[float, float]] = {}
-    counts = {"Active": 0, "Idle": 0, "Pending": 0, "Recent failures": 0}
+    active: list[str] = []
+    counts = {"Pending": 0, "Recent failures": 0}
     section = ""
     for raw in text.splitlines():
         line = raw.strip()
@@ -58,20 +60,14 @@ def parse(text: str) -> RayStatus:
             used, used_unit, total, total_unit, name = match.groups()
             totals[name] = (_amount(used, used_unit), _amount(total, total_unit))
         elif section in ("Active", "Idle") and (match := _COUNT.match(line)):
-            counts[section] += int(match[1])
+            active += [match[2]] * int(match[1])
         elif section in ("Pending", "Recent failures") and line and not line.startswith("("):
             counts[section] += 1
         elif not line:
             section = ""
     if as_of is None and "No cluster status" not in text:
         raise ValueError(f"not the output of ray status: {text[:200]!r}")
-    return RayStatus(
-        as_of,
-        totals,
-        counts["Active"] + counts["Idle"],
-        counts["Pending"],
-        counts["Recent failures"],
-    )
+    return RayStatus(as_of, totals, tuple(active), counts["Pending"], counts["Recent failures"])
 
 
 async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStatus:
