@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import combinations
+from math import comb
 from typing import Literal
 
 from rayfwd.problems import Problem
@@ -28,6 +30,9 @@ STALE_SECONDS = 60.0
 
 TOLERANCE = 0.01
 """Part of an amount: memory is printed with two decimals."""
+
+SETS_LIMIT = 5000
+"""Sets of nodes of one size that are tried as the explanation of what is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +91,10 @@ def nodes_without_resources(
     """Nodes that are ALIVE in the node table while the totals lack what they bring.
 
     `names` gives a node's name for its address, `declared` what its configuration says it has.
-    Ray's totals do not say which node brought what, so a node is flagged where they fall short of
-    the sum over all nodes by at least what it has, in every resource it has. Where the status
-    lists nodes one by one and lists some of the suspects, only the others are flagged.
+    Ray's totals do not say which node brought what, so a node is suspected where they fall short
+    of the sum over all nodes by at least what it has, in every resource it has. Where the status
+    lists nodes one by one and lists some of the suspects, only the others are flagged; else the
+    fewest whose resources make up exactly what is missing (of several that do equally, all).
     """
     alive = [n for n in nodes if n.state == "ALIVE"]
     brings = {n.node_id: _brings(n, (declared or {}).get(n.address, {})) for n in alive}
@@ -113,12 +119,39 @@ def nodes_without_resources(
         and short.keys() & brings[n.node_id].keys()
     ]
     unlisted = [n for n in suspects if f"node_{n.node_id}" not in status.active]
+    if suspects and (not unlisted or len(unlisted) == len(suspects)):
+        suspects = _fewest_that_explain(short, suspects, brings, expected)
+        unlisted = []
     return {
         names.get(n.address, n.address): _problem(
             names.get(n.address, n.address), n, brings[n.node_id], status, expected, wall_time
         )
         for n in unlisted or suspects
     }
+
+
+def _fewest_that_explain(
+    short: Mapping[str, float],
+    suspects: list[NodeSeen],
+    brings: Mapping[str, Mapping[str, float]],
+    expected: Mapping[str, float],
+) -> list[NodeSeen]:
+    """All suspects where no small set of them makes up what is missing."""
+
+    def explains(nodes: tuple[NodeSeen, ...]) -> bool:
+        return all(
+            abs(missing - sum(brings[n.node_id].get(resource, 0.0) for n in nodes))
+            <= TOLERANCE * expected[resource]
+            for resource, missing in short.items()
+        )
+
+    for size in range(1, len(suspects)):
+        if comb(len(suspects), size) > SETS_LIMIT:
+            break
+        fitting = {n.node_id for s in combinations(suspects, size) if explains(s) for n in s}
+        if fitting:
+            return [n for n in suspects if n.node_id in fitting]
+    return suspects
 
 
 def _brings(node: NodeSeen, declared: Mapping[str, float]) -> dict[str, float]:
