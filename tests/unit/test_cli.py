@@ -127,7 +127,8 @@ def test_a_wrong_command_line(words: list[str], capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("verb", ["run", "check", "plan", "status", "forget"])
 def test_a_mistake_in_the_file_is_one_line_and_no_traceback(verb: str, tmp_path: Path) -> None:
     path = write(tmp_path, 'role = "head"\nname = "h"\n[ray]\nport = "x"\nprot = 1')
-    words = [verb, "--config", path, *(["w1"] if verb == "forget" else [])]
+    words: list[str | Path] = [verb, "--config", path]
+    words += ["w1"] if verb == "forget" else []
     done = rayfwd(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
@@ -399,7 +400,8 @@ def without_parts(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         for key, part in value.items():
             yield {k: v for k, v in value.items() if k != key}
-            for other in (None, 5, "x", [], {}, [None], {"a": {}}, True):
+            others: tuple[Any, ...] = (None, 5, "x", [], {}, [None], {"a": {}}, True)
+            for other in others:
                 yield {**value, key: other}
             for changed in without_parts(part):
                 yield {**value, key: changed}

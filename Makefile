@@ -1,0 +1,70 @@
+# make demo    shows rayfwd at work on this machine
+# make test    everything: format, lint, types, layers, tests
+# make fast    unit tests only;  make lint, make types, make checks: what they say;  make clean
+#
+# All is made in this checkout: the environment in .venv, Ray's environments in .cache/ray-envs.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_RAY := 2.60.0
+
+# The first Python that is new enough and really starts (a pyenv shim may not).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	then echo $$p; break; fi; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
+ifdef CI
+export PIP_PROGRESS_BAR := off
+endif
+
+# The fast ones first, so that a plain mistake is seen in seconds.
+OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
+PYTEST = $(BIN)/python -m pytest tests/unit $(OTHER_TESTS)
+
+.PHONY: test demo checks lint types fast packages ray-envs show-pytest clean
+.DEFAULT_GOAL := test
+
+test: packages checks ray-envs
+	$(PYTEST)
+
+demo: packages $(VENV)/.installed
+	$(BIN)/python tests/setup_envs.py $(DEMO_RAY)
+	$(BIN)/rayfwd demo --ray .cache/ray-envs/ray-$(DEMO_RAY)/bin/ray
+
+checks: lint types
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fast: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/unit
+
+# How `make test` calls pytest, for .ci/run.
+show-pytest:
+	@echo $(PYTEST)
+
+packages:
+	@tests/setup_packages.sh '$(PYTHON)'
+
+# Only root can make the machines that need these.
+ray-envs: $(VENV)/.installed
+	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_envs.py; \
+	else echo "not root: the lab with its real Ray is not run"; fi
+
+$(VENV)/.installed: pyproject.toml | packages
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf build dist

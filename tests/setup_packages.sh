@@ -1,0 +1,36 @@
+#!/bin/sh
+# Installs the Debian packages that the tests and the demo use, when root; else names what is
+# missing and what is therefore not run. Does nothing where all is there.
+set -u
+
+missing=""
+need() { # command, Debian package, what it is for
+    if command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]; then
+        return
+    fi
+    missing="$missing $2"
+    echo "missing: $1 (Debian package $2), for $3"
+}
+
+# Debian's python3 is without venv until its package is installed.
+python=${1:-python3}
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    missing="$missing python3 python3-venv"
+    echo "missing: Python 3.11 or newer with venv (Debian package python3-venv), for everything"
+fi
+need ip iproute2 "the network namespaces of the lab and the demo"
+need nft nftables "the firewalls of the lab"
+need sshd openssh-server "the lab's SSH servers"
+need ssh-keygen openssh-client "the lab's keys"
+need ps procps "the lab's look at processes"
+need unshare util-linux "the lab and the demo"
+
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -q </dev/null &&
+        # shellcheck disable=SC2086  # a list of words
+        apt-get install -q -y --no-install-recommends $missing </dev/null
+    exit
+fi
+echo "This is not root on Debian: install them by hand. Without them those parts are not run."
