@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from rayfwd.config import Config
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import mux_status, streams_status
 from rayfwd.doors import Pump, Target
 from rayfwd.hub import Hub
 from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.ray.cluster import ClusterReport, ClusterWatch
+from rayfwd.ray.cluster import ClusterReport
 from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
+from rayfwd.watch.cluster import ClusterWatch
 
 
 class HeadDaemon(Daemon):
@@ -21,6 +23,10 @@ class HeadDaemon(Daemon):
     _hub: Hub | None = None
     _listening = False
     _told_versions: tuple[str | None, str | None] = (None, None)
+
+    def __init__(self, config: Config) -> None:
+        self._workers_ray: dict[str, dict[str, Any]] = {}
+        super().__init__(config)
 
     async def serve(self) -> None:
         config = self.config
@@ -49,7 +55,7 @@ class HeadDaemon(Daemon):
         self._listening = True
         self.ray.set_plan(own, own, None, config.ride_through)
         self.changed()
-        watch = ClusterWatch(config, self.ray, own, self._expected, self._report)
+        watch = ClusterWatch(config.ray, own, self.ray, roster.plans, self._report)
         await watch.run()
 
     async def end(self) -> None:
@@ -65,17 +71,6 @@ class HeadDaemon(Daemon):
         versions = self.ray.state.versions
         return (versions.ray, versions.python) if versions else (None, None)
 
-    def _expected(self) -> dict[str, dict[str, Any]]:
-        """What each joined node's configuration declares to Ray, by its address."""
-        hub = self._hub
-        if hub is None:
-            return {}
-        return {
-            node.plan.address: {"name": node.plan.name, "resources": dict(node.hello.resources)}
-            for node in hub.nodes.values()
-            if node.hello is not None and node.state != "away"
-        }
-
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
         if self._hub is not None:
@@ -83,7 +78,13 @@ class HeadDaemon(Daemon):
         self.changed()
 
     def _message(self, node: str, message: dict[str, Any]) -> None:
-        """Workers have nothing to say yet that the hello does not."""
+        """A worker says how its Ray is; anything else is for a later version."""
+        if message.get("type") == "ray":
+            self._workers_ray[node] = {
+                key: None if message.get(key) is None else str(message[key])[:64]
+                for key in ("phase", "version", "python")
+            }
+            self.changed()
 
     def changed(self) -> None:
         if self._hub is not None and self._versions() != self._told_versions:
@@ -119,7 +120,8 @@ class HeadDaemon(Daemon):
                     "since": node.since,
                     "cuts": node.cuts,
                     "ridden_through": node.ridden_through,
-                    "ray": node.hello.ray if node.hello else None,
+                    "ray": self._workers_ray.get(node.plan.name),
+                    "declares": dict(node.hello.resources) if node.hello else {},
                     "lanes": mux_status(node.mux),
                 }
                 for node in nodes

@@ -36,6 +36,7 @@ class WorkerDaemon(Daemon):
         super().__init__(config)
         assert config.head is not None, "a worker's configuration has a head"
         self._key = ""
+        self._told_ray: dict[str, Any] | None = None
         self._head_versions: Versions | None = None
         self._network = config.hub.network
         self._ride_through = config.ride_through
@@ -107,7 +108,9 @@ class WorkerDaemon(Daemon):
 
     def _tell_ray(self) -> None:
         if self.own is not None and self.nodes:
-            self.ray.set_plan(self.own, self.nodes[0], self._head_versions, self._ride_through)
+            self.ray.set_plan(
+                self.own, self.nodes[0], self._head_versions, self._ride_through, self._network
+            )
 
     def _keep_plan(self) -> None:
         """For `rayfwd plan` while the daemon does not run."""
@@ -141,7 +144,26 @@ class WorkerDaemon(Daemon):
 
     def _link_changed(self) -> None:
         self.ray.set_link_up(self._link.state == "up")
+        if self._link.mux is None:
+            self._told_ray = None  # a new session knows nothing of it
         self.changed()
+
+    def changed(self) -> None:
+        self._tell_head_of_ray()
+        super().changed()
+
+    def _tell_head_of_ray(self) -> None:
+        """How our Ray is, for the head's status."""
+        mux, ray = self._link.mux, self.ray.state
+        told = {
+            "type": "ray",
+            "phase": ray.phase,
+            "version": ray.versions.ray if ray.versions else None,
+            "python": ray.versions.python if ray.versions else None,
+        }
+        if mux is not None and told != self._told_ray:
+            self._told_ray = told
+            mux.send_message(told)
 
     # -- streams --------------------------------------------------------
 

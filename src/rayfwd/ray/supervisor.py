@@ -117,8 +117,10 @@ class RaySupervisor:
         head: NodePlan,
         head_versions: Versions | None,
         ride_through: float,
+        network: str | None = None,
     ) -> None:
-        """What Ray is to be. A change that reaches Ray restarts it; any other does not."""
+        """What Ray is to be; `network` is the plan's, where the hub says another than expected. A change that reaches Ray restarts it; any other does not."""
+        self._network = network or self._network
         digest = commandline.digest(own, head, self._config.ray, ride_through, self._network)
         wanted = _Wanted(own, head, head_versions, ride_through, digest)
         if wanted != self._wanted:
