@@ -14,10 +14,13 @@ UNIT = Path(__file__).parents[2] / "systemd" / "rayfwd.service"
 
 
 def settings() -> dict[str, str]:
-    lines = [line for line in UNIT.read_text().splitlines() if "=" in line and line[0] != "#"]
-    pairs = [line.split("=", 1) for line in lines]
-    assert len({name for name, _ in pairs}) == len(pairs), "no setting is there twice"
-    return {name: value for name, value in pairs}
+    found: dict[str, str] = {}
+    for line in UNIT.read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            assert name not in found, f"{name} is there twice"
+            found[name] = value
+    return found
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
