@@ -142,8 +142,13 @@ class Pump(asyncio.Protocol):
     def stream_ended(self) -> None:
         if self._transport is None:
             self._early_end = True
-        elif not self._over and self._transport.can_write_eof():
-            self._transport.write_eof()
+        elif not self._over:
+            try:
+                self._transport.write_eof()
+            except OSError:
+                # The program has reset the connection, and the loop has not noticed yet: an END
+                # can meet a socket that is no longer connected (ENOTCONN).
+                self._transport.abort()
 
     def stream_writable(self) -> None:
         if self._transport is not None and not self._over:

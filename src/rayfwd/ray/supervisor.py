@@ -119,7 +119,10 @@ class RaySupervisor:
         ride_through: float,
         network: str | None = None,
     ) -> None:
-        """What Ray is to be; `network` is the plan's, where the hub says another than expected. A change that reaches Ray restarts it; any other does not."""
+        """What Ray is to be, and the plan's network where the hub names another than expected.
+
+        A change that reaches Ray restarts it; any other does not.
+        """
         self._network = network or self._network
         digest = commandline.digest(own, head, self._config.ray, ride_through, self._network)
         wanted = _Wanted(own, head, head_versions, ride_through, digest)
