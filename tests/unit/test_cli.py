@@ -20,6 +20,7 @@ from rayfwd import __version__
 from rayfwd.cli import VERBS, main
 from rayfwd.cli.status import duration, screen, size
 from rayfwd.control import ControlServer
+from rayfwd.daemon.base import lock
 from rayfwd.plan import NodePlan, allocate, head_plan
 from rayfwd.roster import Roster
 
@@ -158,6 +159,21 @@ def test_a_closed_pipe_is_quiet(head_file: Path) -> None:
             timeout=60,
         )
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+# -- run --------------------------------------------------------
+
+
+def test_a_daemon_that_cannot_begin_says_so_in_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "rayfwd.toml"
+    path.write_text(
+        f'role = "head"\nname = "h"\nstate_dir = "{path}/x"\nruntime_dir = "{tmp_path}"'
+    )
+    done = rayfwd("run", "--config", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    event = json.loads(done.stderr.splitlines()[-1])
+    assert (event["event"], event["level"]) == ("directory_unusable", "error")
+    assert event["remedy"]
 
 
 # -- check --------------------------------------------------------
@@ -486,6 +502,17 @@ def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path) -> None:
     assert "w1" in (tmp_path / "roster.json").read_text(), "the daemon's own business"
     with daemon(tmp_path, forget={"forgotten": False}):
         assert main(["forget", "w1", "--config", str(head_file)]) == 1
+
+
+def test_forget_leaves_the_roster_of_a_daemon_that_does_not_answer(
+    head_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    with lock(tmp_path / "lock", tmp_path):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 1
+    assert "already_running" in capsys.readouterr().err
+    assert "w1" in (tmp_path / "roster.json").read_text()
+    assert main(["forget", "w1", "--config", str(head_file)]) == 0
 
 
 def test_forget_is_for_the_head(worker_file: Path, capsys: Any) -> None:

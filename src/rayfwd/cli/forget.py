@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs
+from rayfwd.config import Config
 from rayfwd.control import ask
+from rayfwd.daemon.base import lock
 from rayfwd.problems import ProblemError
 from rayfwd.roster import Roster
 
@@ -28,12 +31,19 @@ def run(args: argparse.Namespace) -> int:
     except ProblemError as exc:
         if exc.problem.code != "daemon_not_running":
             raise
-        roster = Roster(
-            config.roster_file, own_head_plan(config), config.hub.network, config.hub.port_base
-        )
-        known = roster.forget(name)
+        known = _forget_on_disk(config, name)
     if known:
         print(f"{name} is forgotten; it gets a new address when it joins again")
         return OK
     print(f"there is no worker named {name}; `rayfwd plan` lists them")
     return FAULT
+
+
+def _forget_on_disk(config: Config, name: str) -> bool:
+    """Raises ProblemError where a daemon that did not answer has the roster after all."""
+    own = own_head_plan(config)
+    held = config.state_dir / "lock"
+    # Taken only where a daemon has made it: made here, it might belong to the wrong user.
+    with lock(held, config.state_dir) if held.exists() else nullcontext():
+        roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
+        return roster.forget(name)

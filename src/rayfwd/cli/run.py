@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 
 from rayfwd import daemon, logs
+from rayfwd.cli import FAULT
 from rayfwd.cli.common import load_config
+
+_log = logs.get_logger("rayfwd")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,4 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = load_config(args)
     logs.setup(config.log)
-    return daemon.run(config)
+    try:
+        return daemon.run(config)
+    except Exception:
+        # A fault of ours: loud, in the log's own form, and then the service manager's turn.
+        _log.error("rayfwd_fault", exc_info=True)
+        return FAULT
