@@ -47,7 +47,8 @@ class ClusterWatch:
         self._on_report = on_report
         self._tracked: dict[str, rules.Tracked] = {}
         self._totals_told: dict[str, float] | None = None
-        self._failure_told: str | None = None
+        self._failures: list[str] = []
+        """Codes of the looks in a row that failed."""
 
     async def run(self) -> None:
         """Until cancelled. Looks only while the head's own Ray is up."""
@@ -57,7 +58,7 @@ class ClusterWatch:
             if self._supervisor.state.phase == "up":
                 try:
                     pending = await self._look()
-                    self._failure_told = None
+                    self._failures.clear()
                 except ProblemError as exc:
                     pending = True
                     self._tell_failure(exc.problem)
@@ -110,8 +111,9 @@ class ClusterWatch:
             _log.info("ray_totals", totals=totals, nodes_alive=alive)
 
     def _tell_failure(self, problem: Problem) -> None:
-        if problem.code != self._failure_told:
-            self._failure_told = problem.code
+        """Once, at the second in a row: a dashboard that starts answers with errors for a while."""
+        self._failures.append(problem.code)
+        if self._failures.count(problem.code) == 2:
             _log.warning(problem.code, cause=problem.cause, remedy=problem.remedy)
 
 

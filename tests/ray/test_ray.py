@@ -1,0 +1,85 @@
+"""The real Ray under the supervisor, each test in a private namespace (see `inside.py`).
+
+There its ports, processes and temporary files meet nobody else's, and all of it is gone with it.
+Needs unshare(1), mount(8) and ip(8); root, or user namespaces for ordinary users.
+RAYFWD_RAY_ENVS is the directory that holds the environments `ray-VERSION`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.ray.machines import CHECKOUT, ray_command
+
+HERE = Path(__file__).parent
+TESTS = [
+    "test_start_and_stop[2.9.3]",
+    "test_start_and_stop[2.40.0]",
+    "test_start_and_stop[2.60.0]",
+    "test_a_life_of_a_head",
+    "test_port_in_use_and_stop_while_starting",
+    "test_started_by_hand",
+    "test_node_without_resources",
+]
+
+pytestmark = pytest.mark.ray
+
+
+def place() -> list[str]:
+    flags = ["--net", "--pid", "--mount", "--ipc", "--fork", "--mount-proc", "--kill-child"]
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    return ["unshare", *user, *flags, sys.executable, str(HERE / "init.py")]
+
+
+@cache
+def why_not() -> str | None:
+    try:
+        tried = subprocess.run([*place(), "true"], capture_output=True, text=True, timeout=30)
+    except OSError as exc:
+        return f"no private namespace: {exc}"
+    if tried.returncode != 0:
+        return f"no private namespace: {tried.stderr.strip()[-300:]}"
+    return None
+
+
+def need(missing: str | None) -> None:
+    if missing is not None and os.environ.get("RAYFWD_REQUIRE") == "all":
+        pytest.fail(f"RAYFWD_REQUIRE=all, but {missing}")
+    if missing is not None:
+        pytest.skip(missing)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_inside(name: str) -> None:
+    need(why_not())
+    version = name.partition("[")[2].rstrip("]") or "2.60.0"
+    command = ray_command(version)
+    need(None if command.exists() else f"there is no {command}; see RAYFWD_RAY_ENVS")
+    source = os.pathsep.join([str(CHECKOUT / "src"), str(CHECKOUT)])
+    ran = subprocess.run(
+        [
+            *place(),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            f"{HERE / 'inside.py'}::{name}",
+        ],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYTHONPATH": source, "RAYFWD_INSIDE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert ran.returncode == 0, f"{ran.stdout[-20000:]}\n{ran.stderr[-4000:]}"
+    assert "1 passed" in ran.stdout
+
+
+def test_no_test_inside_is_forgotten() -> None:
+    tree = ast.parse((HERE / "inside.py").read_text())
+    functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert {f for f in functions if f.startswith("test_")} == {t.partition("[")[0] for t in TESTS}
