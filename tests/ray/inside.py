@@ -80,7 +80,7 @@ async def up(supervisor: RaySupervisor) -> None:
 
 
 async def node_table() -> list[nodes.NodeSeen]:
-    """With both nodes; the dashboard of older Rays answers with status 500 for a while."""
+    """With both nodes; it takes a dashboard a moment to know them."""
     deadline = time.monotonic() + 30
     while True:
         with contextlib.suppress(ProblemError):

@@ -72,7 +72,8 @@ def _get(host: str, port: int, token: str | None) -> bytes:
     # http.client knows no proxies, unlike urllib.
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     try:
-        headers = {"Accept": "application/json"}
+        # Older dashboards answer a request without User-Agent with status 500.
+        headers = {"Accept": "application/json", "User-Agent": "rayfwd"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
         connection.request("GET", f"/api/v0/nodes?detail=true&limit={LIMIT}", headers=headers)
