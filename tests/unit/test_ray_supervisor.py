@@ -1,0 +1,130 @@
+"""The supervisor's parts that need no Ray; `tests/ray` has the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from rayfwd.config import parse
+from rayfwd.plan import head_plan
+from rayfwd.problems import ProblemError
+from rayfwd.ray import ports, procfs
+from rayfwd.ray.install import RayInstall, Versions
+from rayfwd.ray.process import clean_lines
+from rayfwd.ray.supervisor import RaySupervisor, check_versions
+
+OWN = RayInstall("/env/bin/ray", "/env/bin/python", Versions("2.60.0", "3.11.7"))
+HEAD = head_plan("h", "127.77.0.0/16", 20000, 8, {"gcs": 6379, "dashboard": 8265, "client": 10001})
+
+
+@pytest.mark.parametrize(
+    ("head", "level", "code"),
+    [
+        (None, None, None),
+        (Versions("2.60.0", "3.11.7"), None, None),
+        (Versions("2.59.1", "3.11.7"), None, "ray_version_differs"),
+        (Versions("2.59.1", "3.12.1"), None, "ray_version_differs"),
+        (Versions("2.60.0", "3.11.8"), None, "python_version_differs"),
+        (Versions("2.60.0", "3.11.8"), "patch", "python_version_differs"),
+        (Versions("2.60.0", "3.11.8"), "minor", None),
+        (Versions("2.60.0", "3.12.7"), "minor", "python_version_differs"),
+    ],
+)
+def test_versions_must_be_the_heads(
+    head: Versions | None, level: str | None, code: str | None
+) -> None:
+    env = {"RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": level} if level else {}
+    if code is None:
+        check_versions(OWN, head, env)
+        return
+    with pytest.raises(ProblemError) as caught:
+        check_versions(OWN, head, env)
+    assert caught.value.problem.code == code
+
+
+def test_a_missing_ray_is_told_once_and_tried_again(tmp_path: Path) -> None:
+    config = parse(
+        {
+            "role": "head",
+            "state_dir": str(tmp_path / "state"),
+            "ray": {"command": str(tmp_path / "ray")},
+        }
+    )
+
+    async def scenario() -> None:
+        supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
+        tries = 0
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.sleep(0.05)
+        assert supervisor.state.phase == "waiting"
+        for ride_through in (60.0, 61.0, 62.0):  # a new plan is tried at once
+            supervisor.set_plan(HEAD, HEAD, None, ride_through)
+            await asyncio.sleep(0.2)
+            assert supervisor.state.problem is not None
+            tries += supervisor.state.problem.code == "ray_not_found"
+        assert tries == 3
+        await supervisor.stop()
+        await task
+        assert supervisor.state.phase == "off"
+
+    with capture_logs() as logs:
+        asyncio.run(scenario())
+    assert [e["event"] for e in logs] == ["ray_not_found"]
+    assert str(tmp_path / "ray") in logs[0]["cause"]
+
+
+def test_port_in_use_names_the_port_and_its_holder() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(ProblemError) as caught:
+            ports.check_free([port])
+    problem = caught.value.problem
+    assert problem.code == "port_in_use"
+    assert f"{port} (held by " in problem.cause
+    assert f"pid {os.getpid()}" in problem.cause
+    ports.check_free([port])
+
+
+def test_offspring_by_session_and_by_marker_and_nothing_else() -> None:
+    marker = f"RAYFWD_NODE=test-{os.getpid()}-{time.monotonic_ns()}"
+    name, _, value = marker.partition("=")
+    script = "sleep 60 & setsid -f sleep 60; env -u RAYFWD_NODE sleep 60 & wait"
+    env = {"PATH": os.defpath, name: value}
+    leader = subprocess.Popen(["sh", "-c", script], env=env, start_new_session=True)
+    stranger = subprocess.Popen(["sleep", "60"])
+    started = procfs.look_up(leader.pid)
+    assert started is not None
+    try:
+        deadline = time.monotonic() + 10
+        while len(procfs.offspring(started, marker)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        found = {p.pid for p in procfs.offspring(started, marker)}
+        assert len(found) == 4
+        assert leader.pid in found
+        assert not found & {stranger.pid, os.getpid()}
+        assert len(procfs.offspring(None, marker)) == 3
+        # A namesake that began at another time leads another session.
+        namesake = procfs.Process(leader.pid, 0, started.start + 1, leader.pid, "sh")
+        assert procfs.offspring(namesake, "RAYFWD_NODE=nobody") == []
+        assert not procfs.send(namesake, signal.SIGKILL)
+    finally:
+        for process in procfs.offspring(started, marker):
+            assert procfs.send(process, signal.SIGKILL)
+        leader.wait()
+        stranger.kill()
+        stranger.wait()
+    assert procfs.offspring(started, marker) == []
+    assert not procfs.is_alive(started)
+
+
+def test_output_is_cleaned() -> None:
+    data = b"\x1b[1m\x1b[32mRay runtime started.\x1b[0m\r\n\n 10%\r 20%\r 30%\nlast \xff"
+    assert clean_lines(data) == ["Ray runtime started.", " 30%", "last \ufffd"]
