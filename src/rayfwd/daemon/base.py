@@ -19,7 +19,7 @@ from typing import Any
 import sdnotify
 
 from rayfwd import __version__
-from rayfwd.config import Config
+from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
 from rayfwd.logs import get_logger
@@ -89,8 +89,10 @@ class Daemon:
         """Raises ProblemError when it cannot begin."""
         config = self.config
         with contextlib.ExitStack() as stack:
-            for directory in (config.state_dir, config.runtime_dir):
-                make_directory(directory)
+            make_directory(config.state_dir, 0o700)
+            # Users whom the hub is to serve must get through to its socket; the control socket
+            # beside it is for the daemon's own user by its mode.
+            make_directory(config.runtime_dir, 0o711 if config.hub.users else 0o700)
             stack.enter_context(lock(config.state_dir / "lock", config.state_dir))
             raise_descriptor_limit()
             loop = asyncio.get_running_loop()
@@ -152,13 +154,21 @@ class Daemon:
         for node in self.nodes:
             if not node.advertised and (self.own is None or node.name != self.own.name):
                 wanted |= doors_for(node.address, node.ports)
-        for forward in self.config.forwards:
+        for forward in self.forwards():
             name, port = forward.target()
             node_ = self._node_named(name)
             if node_ is not None:
                 wanted[Target(*forward.listen_address())] = Target(node_.address, port)
         self.doors.set_wanted(wanted)
         self.changed()
+
+    def forwards(self) -> tuple[ForwardConfig, ...]:
+        """The further doors. A worker's default leads to the dashboard as the head's plan has it."""
+        head = self._node_named("head")
+        if self.config.role == "worker" and self.config.forward is None and head is not None:
+            port = head.services["dashboard"]
+            return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
+        return self.config.forwards
 
     def _node_named(self, name: str) -> NodePlan | None:
         return next(
@@ -207,7 +217,7 @@ class Daemon:
     def problems(self) -> list[dict[str, Any]]:
         """Everything wrong now, readiness apart."""
         found = [p.to_wire() | {"subject": self.config.name} for p in self.doors.blocked]
-        for forward in self.config.forwards:
+        for forward in self.forwards():
             name = forward.target()[0]
             if self.nodes and self._node_named(name) is None:
                 problem = Problem(
@@ -300,10 +310,13 @@ class Daemon:
         self._notifier.notify(line.replace("\n", " "))
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory for this user only, where it is not there. Raises ProblemError."""
+def make_directory(path: Path, mode: int) -> None:
+    """Make a directory with at least this mode, where it is not there. Raises ProblemError."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_mode & mode != mode and found.st_uid == os.geteuid():
+            path.chmod(found.st_mode & 0o777 | mode)
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as exc:
         raise ProblemError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rayfwd.doors import Pump, Target
 from rayfwd.link import Link
 from rayfwd.logs import get_logger
 from rayfwd.mux import MuxStream, StreamOwner
-from rayfwd.plan import NodePlan, default_worker_ports
+from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.install import Versions
@@ -69,7 +68,7 @@ class WorkerDaemon(Daemon):
             resumes=False,
             lane=LaneClass.INTERACTIVE,
             version=__version__,
-            worker_ports=config.ray.worker_ports or default_worker_ports(os.cpu_count() or 1),
+            worker_ports=config.worker_ports,
             advertise=config.ray.advertise,
             ride_through=config.ride_through,
             ray=versions.ray if versions else None,
