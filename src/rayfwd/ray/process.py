@@ -43,6 +43,10 @@ DRAIN_DEFAULT = 30.0
 DRAIN_MARGIN = 20.0
 """Seconds `ray start` may take besides, to end its children one by one."""
 
+STARTING_GRACE = 5.0
+"""Seconds for a `ray start` that is not done: it has no tasks to end, and now and then the signal
+is lost on it while it waits for its children (seen with 2.60.0)."""
+
 SETTLE = 3.0
 """Seconds for workers to notice that their raylet has gone, and again after SIGTERM."""
 
@@ -259,6 +263,8 @@ class RayProcess:
         else came of it. Removes the record once nothing is left.
         """
         grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
+        if not self.said_started:
+            grace = STARTING_GRACE
         if self.alive():
             procfs.send(self._main, signal.SIGTERM)
             deadline = time.monotonic() + grace
