@@ -73,6 +73,7 @@ class _HubLane(asyncio.Protocol):
         self._mux: Mux | None = None
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._why_aborted = ""
         self.node = ""
         self.uid = -1
         self.paused = False
@@ -113,7 +114,7 @@ class _HubLane(asyncio.Protocol):
         self._stop_timer()
         self._hub.went(self)
         if self._mux is not None:
-            self._hub.lane_lost(self, str(exc) if exc else "closed by the worker")
+            self._hub.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
             self._mux.lane_lost(self._number)
         self._transport = None
 
@@ -163,8 +164,7 @@ class _HubLane(asyncio.Protocol):
 
     def abort(self, why: str) -> None:
         if self._transport is not None:
-            if self._mux is not None:
-                log.warning("lane_lost", node=self.node, cause=why)
+            self._why_aborted = why
             self._transport.abort()
 
 

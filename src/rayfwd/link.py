@@ -272,7 +272,7 @@ class Link:
 
     async def _one_lane(self, slot: LaneSlot) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""
-        connection = await self._dialer.connect()
+        connection = await self._dialer.connect(hasty=self.state == "parked")
         self._connections.add(connection)
         try:
             lane = _Lane()
@@ -343,7 +343,9 @@ class Link:
         known = any(s.problem == problem for s in self.slots)
         slot.problem = problem
         if not known:
-            log.error(problem.code, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
+            # While streams are held, a head that does not answer is no news beside `link_parked`.
+            say = log.warning if self.state != "down" else log.error
+            say(problem.code, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
             self._on_change()
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:

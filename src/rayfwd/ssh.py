@@ -20,6 +20,9 @@ from rayfwd.problems import Problem, ProblemError
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""
+HASTY_TIMEOUT = 2.0
+"""The same while streams wait for a lane. The kernel repeats a SYN that got lost after 1, 3 and 7
+seconds only; a new attempt finds a path that has come back sooner."""
 LOGIN_TIMEOUT = 20.0
 """Seconds for key exchange and authentication."""
 CIPHERS = (
@@ -45,12 +48,15 @@ class Dialer:
         self._head = head
         self._host_of_last_try = head.ssh
 
-    async def connect(self) -> asyncssh.SSHClientConnection:
-        """An authenticated connection. Raises ProblemError."""
+    async def connect(self, hasty: bool = False) -> asyncssh.SSHClientConnection:
+        """An authenticated connection. Raises ProblemError.
+
+        `hasty`: give an attempt up soon, because the next one may do better.
+        """
         known: list[str] = []
         host = self._head.ssh_target()[1]
         try:
-            options = await self._options()
+            options = await self._options(hasty)
             known = _known_hosts_files(self._head, options)
             # Given as an argument, never as None: that would switch the check off.
             return await asyncssh.connect(
@@ -59,7 +65,7 @@ class Dialer:
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             raise ProblemError(explain(exc, self._head, host, known)) from exc
 
-    async def _options(self) -> asyncssh.SSHClientConnectionOptions:
+    async def _options(self, hasty: bool) -> asyncssh.SSHClientConnectionOptions:
         user, host, port = self._head.ssh_target()
         given: dict[str, Any] = {"host": host}
         if user is not None:
@@ -79,9 +85,14 @@ class Dialer:
             kbdint_auth=False,
             compression_algs=None,
         )
+        changes: dict[str, Any] = {}
         if not options.config.get("Ciphers"):
+            changes["encryption_algs"] = CIPHERS
+        if hasty and not (options.tunnel or options.proxy_command):
+            changes["connect_timeout"] = HASTY_TIMEOUT
+        if changes:
             options = await asyncio.to_thread(
-                asyncssh.SSHClientConnectionOptions, options=options, encryption_algs=CIPHERS
+                asyncssh.SSHClientConnectionOptions, options=options, **changes
             )
         return options
 
@@ -219,7 +230,7 @@ def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Pr
         case TimeoutError():
             return Problem(
                 "ssh_unreachable",
-                f"{head.ssh} did not answer in {CONNECT_TIMEOUT:.0f} s",
+                f"{head.ssh} did not answer in time",
                 "see that the head is up and that firewalls let SSH through",
             )
         case OSError():

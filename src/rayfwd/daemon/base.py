@@ -163,7 +163,7 @@ class Daemon:
         self.changed()
 
     def forwards(self) -> tuple[ForwardConfig, ...]:
-        """The further doors. A worker's default leads to the dashboard as the head's plan has it."""
+        """The further doors; a worker's default leads to the dashboard, where the head has it."""
         head = self._node_named("head")
         if self.config.role == "worker" and self.config.forward is None and head is not None:
             port = head.services["dashboard"]
