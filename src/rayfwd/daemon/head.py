@@ -21,6 +21,7 @@ class HeadDaemon(Daemon):
     """The daemon of the head."""
 
     _hub: Hub | None = None
+    _watch: ClusterWatch | None = None
     _listening = False
     _told_versions: tuple[str | None, str | None] = (None, None)
 
@@ -55,8 +56,10 @@ class HeadDaemon(Daemon):
         self._listening = True
         self.ray.set_plan(own, own, None, config.ride_through)
         self.changed()
-        watch = ClusterWatch(config.ray, own, self.ray, roster.plans, self._report)
-        await watch.run()
+        self._watch = ClusterWatch(
+            config.ray, own, self.ray, roster.plans, self._report, self._declared
+        )
+        await self._watch.run()
 
     async def end(self) -> None:
         if self._hub is not None:
@@ -71,6 +74,11 @@ class HeadDaemon(Daemon):
         versions = self.ray.state.versions
         return (versions.ray, versions.python) if versions else (None, None)
 
+    def _declared(self) -> dict[str, dict[str, float]]:
+        """What the configurations of the nodes say that they bring, by address."""
+        nodes = self._hub.nodes.values() if self._hub is not None else ()
+        return {n.plan.address: dict(n.hello.resources) for n in nodes if n.hello is not None}
+
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
         if self._hub is not None:
@@ -84,6 +92,8 @@ class HeadDaemon(Daemon):
                 key: None if message.get(key) is None else str(message[key])[:64]
                 for key in ("phase", "version", "python")
             }
+            if self._watch is not None:
+                self._watch.look_soon()
             self.changed()
 
     def changed(self) -> None:

@@ -22,13 +22,17 @@ from rayfwd.watch import rules
 SOON = 5.0
 """Seconds until the next look while something is being confirmed, or could not be seen."""
 
+SETTLE = 6.0
+"""Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
+
 _log = get_logger(__name__)
 
 
 class ClusterWatch:
     """Of a head. One task, `run`, owns it; `report` is its last look, None before the first.
 
-    `plans` gives the nodes of the roster. `on_report` is called in the loop after every look.
+    `plans` gives the nodes of the roster, `declared` what their configurations say they bring, by
+    address. `on_report` is called in the loop after every look.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class ClusterWatch:
         supervisor: RaySupervisor,
         plans: Callable[[], Iterable[NodePlan]],
         on_report: Callable[[ClusterReport], None],
+        declared: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
     ) -> None:
         self.report: ClusterReport | None = None
         self._ray = ray
@@ -45,10 +50,16 @@ class ClusterWatch:
         self._supervisor = supervisor
         self._plans = plans
         self._on_report = on_report
+        self._declared = declared
         self._tracked: dict[str, rules.Tracked] = {}
         self._totals_told: dict[str, float] | None = None
         self._failures: list[str] = []
         """Codes of the looks in a row that failed."""
+        self._soon = asyncio.Event()
+
+    def look_soon(self) -> None:
+        """A node's Ray came up or went: the next look need not wait its whole turn."""
+        self._soon.set()
 
     async def run(self) -> None:
         """Until cancelled. Looks only while the head's own Ray is up."""
@@ -66,7 +77,11 @@ class ClusterWatch:
             wait = interval or (
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
             )
-            await asyncio.sleep(max(1.0, wait - (time.monotonic() - began)))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(1.0, wait - (time.monotonic() - began))):
+                    await self._soon.wait()
+                    await asyncio.sleep(SETTLE)
+            self._soon.clear()
 
     async def _look(self) -> bool:
         """One look. Returns whether a fault waits to be confirmed."""
@@ -79,7 +94,7 @@ class ClusterWatch:
         # The table after the totals: what joins in between is confirmed by the next look.
         seen = await node_table.fetch(self._head.address, services["dashboard"], token)
         names = {plan.address: plan.name for plan in self._plans()}
-        found = rules.nodes_without_resources(status, seen, names, time.time())
+        found = rules.nodes_without_resources(status, seen, names, time.time(), self._declared())
         now = time.monotonic()
         self._tracked, changes = rules.step(self._tracked, found, now)
         for change in changes:
