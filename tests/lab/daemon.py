@@ -1,0 +1,143 @@
+"""A handle on `rayfwd run` in a machine: its log's events, its status, its end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tests.lab.process import HOME, Process, tail
+
+if TYPE_CHECKING:
+    from tests.lab.machines import Machine
+
+Event = dict[str, Any]
+Where = Mapping[str, Any] | Callable[[Event], bool] | None
+"""Which events are meant: these fields have these values, or this is true of them."""
+
+CONFIG = f"{HOME}/rayfwd.toml"
+
+
+class Daemon:
+    """`rayfwd run`; `Machine.rayfwd_daemon` starts it. Failures tell the ends of all logs."""
+
+    def __init__(self, machine: Machine, process: Process) -> None:
+        self.machine = machine
+        self.process = process
+        self.log = process.log
+
+    def events(self, name: str | None = None) -> list[Event]:
+        """Everything it has logged, or the events of one name, in order.
+
+        Lines that are not JSON (a traceback) are events named `not_json`. `_index` is the line.
+        """
+        found = []
+        text = self.log.read_text(errors="replace")
+        for index, line in enumerate(text[: text.rfind("\n") + 1].splitlines()):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                event = {"event": "not_json", "line": line}
+            if name in {None, event.get("event")}:
+                found.append({**event, "_index": index})
+        return found
+
+    def wait_event(
+        self, name: str, timeout: float = 60, where: Where = None, after: Event | None = None
+    ) -> Event:
+        """The first event of that name (after the one given), when it is there."""
+        first = -1 if after is None else after["_index"]
+
+        def look() -> Event | None:
+            for event in self.events(name):
+                if event["_index"] > first and _matches(event, where):
+                    return event
+            return None
+
+        def what() -> str:
+            fields = f" with {dict(where)}" if isinstance(where, Mapping) else ""
+            return f"event {name}{fields}"
+
+        return self._until(look, timeout, what)
+
+    def status(self) -> dict[str, Any]:
+        """What `rayfwd status --json` says. Raises AssertionError when no daemon answers."""
+        asked = self._ask()
+        assert asked.returncode in {0, 3}, (
+            f"rayfwd status: {asked.stderr}{self.machine.lab.tails()}"
+        )
+        answer: dict[str, Any] = json.loads(asked.stdout)
+        return answer
+
+    def _ask(self) -> Any:
+        argv = [str(self.machine.lab.rayfwd), "status", "--json", "--config", CONFIG]
+        return self.machine.run(argv, check=False)
+
+    def wait_status(
+        self, predicate: Callable[[dict[str, Any]], object], timeout: float = 60
+    ) -> dict[str, Any]:
+        """The first status for which `predicate` is true. Asked once a second: it costs CPU."""
+        last: dict[str, Any] = {}
+
+        def look() -> dict[str, Any] | None:
+            nonlocal last
+            asked = self._ask()
+            if asked.returncode in {0, 3}:
+                last = json.loads(asked.stdout)
+                if predicate(last):
+                    return last
+            time.sleep(0.9)
+            return None
+
+        return self._until(look, timeout, lambda: f"a status; the last: {json.dumps(last)}")
+
+    def wait_ready(self, timeout: float = 120) -> dict[str, Any]:
+        """Its status, once the link stands and Ray is up."""
+        deadline = time.monotonic() + timeout
+        self.wait_event("rayfwd_ready", timeout)  # read from a file, which costs nothing
+        left = max(5.0, deadline - time.monotonic())
+        return self.wait_status(lambda status: status.get("state") == "ready", left)
+
+    def _until(
+        self, look: Callable[[], Event | None], timeout: float, what: Callable[[], str]
+    ) -> Event:
+        deadline = time.monotonic() + timeout
+        while True:
+            ended = self.process.poll()  # before the look: what it wrote last is seen
+            if (found := look()) is not None:
+                return found
+            where = f"{self.machine.name}: {what()}"
+            if ended is not None:
+                tails = self.machine.lab.tails()
+                raise AssertionError(f"{where}: rayfwd has ended, exit code {ended}{tails}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{where}: not in {timeout:g} s{self.machine.lab.tails()}")
+            time.sleep(0.1)
+
+    def stop(self, timeout: float = 90) -> int:
+        """End it as a service manager does, with SIGTERM; its exit code."""
+        self.process.signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout)
+        except TimeoutError as exc:
+            raise AssertionError(f"{exc}{self.machine.lab.tails()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon alone: its Ray lives on."""
+        self.process.signal(signal.SIGKILL)
+        self.process.wait(20)
+
+    def tail(self) -> str:
+        return tail(self.log)
+
+
+def _matches(event: Event, where: Where) -> bool:
+    if where is None:
+        return True
+    if isinstance(where, Mapping):
+        return all(event.get(key) == value for key, value in where.items())
+    return where(event)

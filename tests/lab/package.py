@@ -1,0 +1,65 @@
+"""rayfwd as a user installs it: a wheel of this checkout, in an environment of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.need import CHECKOUT
+
+_installed: Path | None = None
+
+
+def install(folder: Path) -> Path:
+    """Build the wheel and install it below `folder`; what `current` answers from then on.
+
+    Its dependencies come from the package index that pip is set up for, or from pip's cache.
+    """
+    global _installed  # noqa: PLW0603  # one a test run
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    wheels, env = folder / "wheels", folder / "rayfwd"
+    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", *isolation, f"--wheel-dir={wheels}", str(CHECKOUT)]
+    old = os.umask(0o022)  # the machines' ordinary user is to run it
+    try:
+        _run([sys.executable, *pip, *build])
+        (wheel,) = wheels.glob("rayfwd-*.whl")
+        _run([sys.executable, "-m", "venv", str(env)])
+        _run([str(env / "bin" / "python"), *pip, "install", str(wheel)])
+    finally:
+        os.umask(old)
+    _installed = env / "bin" / "rayfwd"
+    return _installed
+
+
+def current() -> Path | None:
+    """The installed command `rayfwd`, or what RAYFWD_LAB_RAYFWD names; None: there is none."""
+    given = os.environ.get("RAYFWD_LAB_RAYFWD")
+    return Path(given) if given else _installed
+
+
+def _run(argv: list[str]) -> None:
+    ran = subprocess.run(argv, cwd="/", capture_output=True, text=True, timeout=600)
+    if ran.returncode != 0:
+        raise RuntimeError(f"{' '.join(argv)}: {ran.stdout[-4000:]}\n{ran.stderr[-4000:]}")
+
+
+def trees(env: Path) -> list[str]:
+    """The directories that a virtual environment needs: its own and its Python's.
+
+    bin/python may be a link to a link; the directory above each one's bin/ is where Python looks
+    for its library, or for the next step.
+    """
+    found = [env]
+    link = env / "bin" / "python"
+    for _ in range(10):
+        if not link.is_symlink():
+            break
+        link = Path(os.path.normpath(link.parent / link.readlink()))
+        if link.parent.name == "bin" and link.parents[1] not in found:
+            found.append(link.parents[1])
+    real = Path(os.path.realpath(env / "bin" / "python")).parents[1]
+    return [str(tree) for tree in dict.fromkeys([*found, real]) if str(tree) not in ("/", "/usr")]
