@@ -39,6 +39,11 @@ IN_USE = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
+REFUSAL_REPEAT = 600.0
+"""Seconds in which the same refusal is said once."""
+MAX_REFUSALS = 256
+"""Different refusals that are said in that time, at most."""
+
 
 @dataclass(slots=True)
 class HubNode:
@@ -131,9 +136,7 @@ class _HubLane(asyncio.Protocol):
     def refuse(self, refusal: Refusal) -> None:
         """Say why not, and close."""
         self._stop_timer()
-        log.warning(
-            "lane_refused", node=self.node, uid=self.uid, code=refusal.code, cause=refusal.cause
-        )
+        self._hub.refused(self, refusal)
         if self._transport is not None:
             self._transport.write(refusal.encode())
             self._transport.close()
@@ -242,6 +245,8 @@ class Hub:
         self._server: asyncio.Server | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
+        self._refusals: dict[tuple[str, int, str], float] = {}
+        """When a refusal was last said, by node, uid and code."""
 
     # -- life ----------------------------------------------------------------------------
 
@@ -300,6 +305,17 @@ class Hub:
     def went(self, lane: _HubLane) -> None:
         """It was greeted, or it is gone."""
         self._ungreeted.discard(lane)
+
+    def refused(self, lane: _HubLane, refusal: Refusal) -> None:
+        """Say it; a worker that tries again and again is said seldom."""
+        now = time.monotonic()
+        key = (lane.node, lane.uid, refusal.code)
+        self._refusals = {k: t for k, t in self._refusals.items() if now - t < REFUSAL_REPEAT}
+        if key not in self._refusals and len(self._refusals) < MAX_REFUSALS:
+            self._refusals[key] = now
+            log.warning(
+                "lane_refused", node=lane.node, uid=lane.uid, code=refusal.code, cause=refusal.cause
+            )
 
     def lane_lost(self, lane: _HubLane, why: str) -> None:
         if not self._closing:

@@ -34,6 +34,8 @@ REDIAL_PARKED = 1.0
 """Seconds between attempts, at most, while streams wait for a lane."""
 REDIAL_LAST = 15.0
 """Seconds between attempts, at most, otherwise."""
+REDIAL_KEYS = 30.0
+"""Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a channel before the session is asked for no more."""
 LASTED = 10.0
@@ -222,6 +224,7 @@ class Link:
         self._session = ""
         self._connections: set[asyncssh.SSHClientConnection] = set()
         self._closing = False
+        self._established = asyncio.Event()
 
     @property
     def state(self) -> str:
@@ -256,18 +259,26 @@ class Link:
     async def _hold(self, slot: LaneSlot) -> None:
         wait = REDIAL_FIRST
         while not self._closing:
+            if slot is not self.slots[0]:
+                await self._established.wait()  # one lane finds out whether there is a hub
             began = time.monotonic()
             try:
                 await self._one_lane(slot)
                 if time.monotonic() - began > LASTED:
                     wait = REDIAL_FIRST
             except LinkRefusedError as exc:
-                self._refused(slot, exc)
+                if self._begins_anew(exc.problem):
+                    wait = REDIAL_FIRST
+                else:
+                    self._set_problem(slot, exc.problem)
             except ProblemError as exc:
                 self._set_problem(slot, exc.problem)
             longest = REDIAL_PARKED if self.state == "parked" else REDIAL_LAST
             wait = min(wait, longest)
-            await asyncio.sleep(wait * random.uniform(0.8, 1.2))
+            pause = wait * random.uniform(0.8, 1.2)
+            if slot.problem is not None and slot.problem.code == "ssh_auth_refused":
+                pause = max(pause, REDIAL_KEYS)
+            await asyncio.sleep(pause)
             wait = min(wait * 2, longest)
 
     async def _one_lane(self, slot: LaneSlot) -> None:
@@ -305,6 +316,7 @@ class Link:
             loop = asyncio.get_running_loop()
             core = Session("worker", welcome.ride_through, self._limits, loop.time())
             self.mux = Mux(core, self._accept, self._on_message, self._changed)
+            self._established.set()
             self.since = time.time()
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
         slot.number = lane.join(self.mux, slot.kind)
@@ -328,13 +340,15 @@ class Link:
         log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
         self._on_change()
 
-    def _refused(self, slot: LaneSlot, exc: LinkRefusedError) -> None:
-        if exc.problem.code == "session_unknown" and self.mux is not None:
-            # The hub was restarted: what it carried is lost, and all begins anew.
-            self.mux.close(exc.problem.cause)
-        elif exc.problem.code == "session_stale":
-            self._session = ""
-        self._set_problem(slot, exc.problem)
+    def _begins_anew(self, problem: Problem) -> bool:
+        """The hub does not know our session (any more): what it carried is lost, make another."""
+        if problem.code not in {"session_unknown", "session_stale"}:
+            return False
+        log.warning(problem.code, cause=problem.cause)
+        self._session = ""
+        if self.mux is not None:
+            self.mux.close(problem.cause)
+        return True
 
     def _set_problem(self, slot: LaneSlot, problem: Problem) -> None:
         """Say it once; the same again is no news."""
@@ -367,4 +381,5 @@ class Link:
                     log.warning("session_ended", cause=why)
                 self.mux = None
                 self._session = ""
+                self._established.clear()
         self._on_change()
