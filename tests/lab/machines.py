@@ -243,9 +243,13 @@ class Machine:
         host_key.touch(mode=0o600)
         host_key.write_text((self.lab.folder / f"{self.name}-host").read_text())
 
+    @property
+    def sshd_runs(self) -> bool:
+        return self._sshd is not None and self._sshd.poll() is None
+
     def start_sshd(self) -> Process:
         """Debian's sshd with its own configuration; only the host key is the lab's."""
-        assert self._sshd is None or self._sshd.poll() is not None, f"{self.name}: sshd runs"
+        assert not self.sshd_runs, f"{self.name}: sshd runs"
         self.host_path("/run/sshd").mkdir(exist_ok=True)
         options = ["-D", "-e", "-f", "/etc/ssh/sshd_config", "-h", "/run/lab/ssh_host_ed25519_key"]
         log = self.lab.folder / f"{self.name}-sshd.log"
