@@ -79,6 +79,7 @@ class _HubLane(asyncio.Protocol):
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why_aborted = ""
+        self.kind = ""
         self.node = ""
         self.uid = -1
         self.paused = False
@@ -118,7 +119,7 @@ class _HubLane(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._hub.went(self)
-        if self._mux is not None:
+        if self._mux is not None and not self._mux.session.ended:
             self._hub.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
             self._mux.lane_lost(self._number)
         self._transport = None
@@ -148,7 +149,7 @@ class _HubLane(asyncio.Protocol):
         assert self._transport is not None, "a lane that has gone is not welcomed"
         self._transport.write(welcome.encode())
         self._mux = mux
-        self.node = hello.node
+        self.node, self.kind = hello.node, hello.lane.value
         self._number = mux.add_lane(self, hello.lane)
         if self._buffer:
             rest = bytes(self._buffer)
@@ -319,7 +320,7 @@ class Hub:
 
     def lane_lost(self, lane: _HubLane, why: str) -> None:
         if not self._closing:
-            log.warning("lane_lost", node=lane.node, cause=why)
+            log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
             self._on_change()
 
     def greeted(self, lane: _HubLane, hello: Hello) -> None:

@@ -38,6 +38,8 @@ REDIAL_KEYS = 30.0
 """Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a channel before the session is asked for no more."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for the peer to confirm that a lane is closed."""
 LASTED = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
 
@@ -137,6 +139,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     def _end(self, why: str) -> None:
         if not self._answer.done():
             self._answer.set_exception(ProblemError(self._why_no_answer(why)))
+            self._answer.exception()  # seen, also where nobody waits for the answer any more
         if not self.lost.done():
             self.lost.set_result(why)
 
@@ -170,12 +173,14 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             self._channel.write(b"".join(chunks))
 
     def close(self) -> None:
+        # It is over when the peer has confirmed it: until then what was written is on its way.
         self._channel.close()
-        self._end("closed")
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
 
     def abort(self, why: str) -> None:
-        self._channel.abort()
-        self._end(why)
+        if not self.lost.done():
+            self._channel.abort()
+            self._end(why)
 
 
 @dataclass(slots=True)
@@ -223,6 +228,7 @@ class Link:
         self._limits = limits
         self._session = ""
         self._connections: set[asyncssh.SSHClientConnection] = set()
+        self._lanes: set[_Lane] = set()
         self._closing = False
         self._established = asyncio.Event()
 
@@ -250,9 +256,10 @@ class Link:
         self._closing = True
         if self.mux is not None:
             self.mux.close(why)
+        if self._lanes:
+            await asyncio.wait([lane.lost for lane in self._lanes], timeout=CLOSE_TIMEOUT)
         for connection in list(self._connections):
             connection.close()
-        await asyncio.sleep(0)
 
     # -- one lane ------------------------------------------------------------------------
 
@@ -285,19 +292,21 @@ class Link:
         """Dial, be welcomed, and stay until the lane is lost."""
         connection = await self._dialer.connect(hasty=self.state == "parked")
         self._connections.add(connection)
+        lane = _Lane()
         try:
-            lane = _Lane()
             await self._dialer.open_channel(connection, lambda: lane)
             session = self._current_session()
             resumes = self.mux is not None
             hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
             welcome = await lane.greet(hello)
+            self._lanes.add(lane)
             self._join(slot, lane, welcome, session)
             why = await lane.lost
         except asyncio.CancelledError:
             connection.close()
             raise
         finally:
+            self._lanes.discard(lane)
             self._connections.discard(connection)
             connection.abort()
         self._lost(slot, why)

@@ -35,6 +35,7 @@ class WorkerDaemon(Daemon):
         super().__init__(config)
         assert config.head is not None, "a worker's configuration has a head"
         self._key = ""
+        self._kept_plan = b""
         self._told_ray: dict[str, Any] | None = None
         self._head_versions: Versions | None = None
         self._network = config.hub.network
@@ -113,10 +114,12 @@ class WorkerDaemon(Daemon):
 
     def _keep_plan(self) -> None:
         """For `rayfwd plan` while the daemon does not run."""
+        plan = json.dumps(self.plan_wire()).encode() + b"\n"
+        if plan == self._kept_plan:
+            return
+        self._kept_plan = plan
         try:
-            write_file(
-                self.config.state_dir / "plan.json", json.dumps(self.plan_wire()).encode() + b"\n"
-            )
+            write_file(self.config.plan_file, plan)
         except OSError as exc:
             log.warning("plan_not_kept", cause=str(exc))
 
