@@ -1,5 +1,6 @@
 # make demo    shows rayfwd at work on this machine
 # make test    everything: format, lint, types, layers, tests
+# make bench   rayfwd beside ssh -L and others; writes docs/benchmarks.md
 # make fast    unit tests only;  make lint, make types, make checks: what they say;  make clean
 #
 # All is made in this checkout: the environment in .venv, Ray's environments in .cache/ray-envs.
@@ -24,7 +25,7 @@ endif
 OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
 PYTEST = $(BIN)/python -m pytest tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo checks lint types fast packages ray-envs show-pytest clean
+.PHONY: test demo bench checks lint types fast packages ray-envs show-pytest clean
 .DEFAULT_GOAL := test
 
 test: packages checks ray-envs
@@ -34,11 +35,15 @@ demo: packages $(VENV)/.installed
 	$(BIN)/python tests/setup_envs.py $(DEMO_RAY)
 	$(BIN)/rayfwd demo --ray .cache/ray-envs/ray-$(DEMO_RAY)/bin/ray
 
+# On a machine that does nothing else; writes docs/benchmarks.md.
+bench: packages $(VENV)/.installed
+	$(BIN)/python -m bench.run
+
 checks: lint types
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
 
 types: $(VENV)/.installed
 	$(BIN)/mypy

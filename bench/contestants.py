@@ -1,0 +1,236 @@
+"""Ways from a client to a server behind SSH, all through the same sshd on this machine.
+
+Each contestant is a context manager that yields the port on 127.0.0.1 to connect to; its processes
+are listed so that the processor time which they use can be read from /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if time.monotonic() > end:
+            raise TimeoutError(f"nothing listens on port {port}")
+        time.sleep(0.05)
+
+
+class Processes:
+    """The processes of a contestant, ended by their ids."""
+
+    def __init__(self) -> None:
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def start(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
+        self.running.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in reversed(self.running):
+            process.send_signal(signal.SIGTERM)
+        for process in self.running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
+
+
+def cpu_seconds(root: int) -> float:
+    """Processor time of a process and all that came of it, dead children included."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    children: dict[int, list[int]] = {}
+    spent: dict[int, float] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+            spent[int(entry.name)] = sum(map(int, fields[11:15])) / ticks
+    total, todo = 0.0, [root]
+    while todo:
+        pid = todo.pop()
+        total += spent.get(pid, 0.0)
+        todo += children.get(pid, [])
+    return total
+
+
+class Sshd:
+    """Debian's sshd with its defaults, keys of its own, on a port of this machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = free_port()
+        self.key = directory / "id"
+        self.known_hosts = directory / "known_hosts"
+        self._processes = Processes()
+        for name in ("host", "id"):
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)],
+                check=True,
+            )
+        public = (directory / "host.pub").read_text().split()
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
+        authorized = directory / "authorized_keys"
+        authorized.write_bytes((directory / "id.pub").read_bytes())
+        Path("/run/sshd").mkdir(exist_ok=True)
+        self.process = self._processes.start(
+            [
+                "/usr/sbin/sshd", "-D", "-e", "-f", "/etc/ssh/sshd_config",
+                "-h", str(directory / "host"), "-p", str(self.port),
+                "-o", "ListenAddress=127.0.0.1", "-o", f"AuthorizedKeysFile={authorized}",
+                "-o", "StrictModes=no", "-o", "PidFile=none",
+            ],
+            directory / "sshd.log",
+        )  # fmt: skip
+        wait_for_port(self.port)
+
+    def close(self) -> None:
+        self._processes.close()
+
+    def ssh_options(self) -> list[str]:
+        return [
+            "-F", "none", "-i", str(self.key), "-p", str(self.port),
+            "-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "BatchMode=yes",
+        ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def openssh(
+    sshd: Sshd, via: int, server: int, directory: Path, cipher: str | None
+) -> Iterator[tuple[int, list[int]]]:
+    """`ssh -L` to the server, by port `via` (the sshd's own, or a relay's)."""
+    port = free_port()
+    processes = Processes()
+    options = sshd.ssh_options()
+    options[options.index("-p") + 1] = str(via)
+    if cipher is not None:
+        options += ["-c", cipher]
+    options += ["-o", f"HostKeyAlias=[127.0.0.1]:{sshd.port}"]
+    try:
+        ssh = processes.start(
+            ["ssh", *options, "-N", "-L", f"127.0.0.1:{port}:127.0.0.1:{server}", "127.0.0.1"],
+            directory / "ssh.log",
+        )
+        wait_for_port(port)
+        yield port, [ssh.pid, sshd.process.pid]
+    finally:
+        processes.close()
+
+
+@contextlib.contextmanager
+def asyncssh_plain(
+    sshd: Sshd, via: int, server: int, directory: Path
+) -> Iterator[tuple[int, list[int]]]:
+    """AsyncSSH's own local forwarding, with AES-GCM."""
+    port = free_port()
+    processes = Processes()
+    try:
+        client = processes.start(
+            [
+                sys.executable, str(BENCH / "asyncssh_forward.py"), str(via), str(sshd.key),
+                str(sshd.known_hosts), str(sshd.port), str(port), str(server),
+            ],
+            directory / "asyncssh.log",
+        )  # fmt: skip
+        wait_for_port(port)
+        yield port, [client.pid, sshd.process.pid]
+    finally:
+        processes.close()
+
+
+@contextlib.contextmanager
+def rayfwd(
+    sshd: Sshd, via: int, server: int, directory: Path, bulk_lanes: int = 1, workers: int = 1
+) -> Iterator[tuple[int, list[int]]]:
+    """A head's and a worker's daemon; with two workers the server is the second one's."""
+    port = free_port()
+    processes = Processes()
+    (directory / "ssh_config").write_text(
+        f"Host head\n  HostName 127.0.0.1\n  Port {via}\n"
+        f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n  UserKnownHostsFile {sshd.known_hosts}\n"
+    )
+    common = "start = false\ncommand = 'none'\nworker_ports = 8\n"
+    target = "w2" if workers == 2 else "head"
+    network = f"127.{64 + os.getpid() % 60}.0.0/16"
+    files = {
+        "head": f"role = 'head'\nname = 'head'\nexpose = [{server}]\n[hub]\nport_base = 24000\n"
+        f"network = '{network}'\n[ray]\n{common}"
+    }
+    for number in range(1, workers + 1):
+        forward = (
+            f"[[forward]]\nlisten = '127.0.0.1:{port}'\nto = '{target}:{server}'\n"
+            if number == 1
+            else ""
+        )
+        files[f"w{number}"] = (
+            f"role = 'worker'\nname = 'w{number}'\nexpose = [{server}]\n"
+            + ("forward = []\n" if number > 1 else "")
+            + f"[head]\nssh = 'head'\nidentity = '{sshd.key}'\n"
+            f"ssh_config = '{directory}/ssh_config'\nsocket = '{directory}/head-run/hub.sock'\n"
+            f"bulk_lanes = {bulk_lanes}\n[ray]\n{common}{forward}"
+        )
+    try:
+        pids = [sshd.process.pid]
+        for name, text in files.items():
+            first, _, rest = text.partition("\n")
+            (directory / f"{name}.toml").write_text(
+                f"{first}\nstate_dir = '{directory}/{name}-state'\n"
+                f"runtime_dir = '{directory}/{name}-run'\n{rest}"
+            )
+            daemon = processes.start(
+                [sys.executable, "-m", "rayfwd", "run", "--config", f"{directory}/{name}.toml"],
+                directory / f"{name}.log",
+            )
+            pids.append(daemon.pid)
+        wait_until_up(directory / "w1.toml", directory)
+        if workers == 2:
+            wait_until_up(directory / "w2.toml", directory)
+        wait_for_port(port)
+        yield port, pids
+    finally:
+        processes.close()
+
+
+def wait_until_up(config: Path, directory: Path) -> None:
+    """Until every lane of a worker stands."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        asked = subprocess.run(
+            [sys.executable, "-m", "rayfwd", "status", "--json", "--config", str(config)],
+            capture_output=True,
+            check=False,
+        )
+        with contextlib.suppress(ValueError):
+            status = json.loads(asked.stdout)
+            if len((status.get("link") or {}).get("lanes", [])) >= 2:
+                return
+        time.sleep(0.2)
+    logs = "".join(path.read_text()[-2000:] for path in directory.glob("*.log"))
+    raise TimeoutError(f"the link did not come up:\n{logs}")
