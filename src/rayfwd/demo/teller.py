@@ -1,0 +1,68 @@
+"""Says what the demo does, as it does it: every line with the seconds since the beginning."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import TextIO
+
+QUIET_SECONDS = 3.0
+"""No wait is silent for longer."""
+POLL_SECONDS = 0.2
+
+
+class StepFailedError(Exception):
+    """A step of the demo did not come out as it should; the text says what was seen instead."""
+
+
+class Teller:
+    """Writes to a terminal or a file, a line at a time."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.step = "the preparations"
+        """What is being done, for whoever reports a failure."""
+        self._out = out
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def title(self, step: str) -> None:
+        """A new step."""
+        self.step = step
+        self._write(f"\n[{self.seconds:5.1f} s] {step}")
+
+    def say(self, text: str) -> None:
+        """One thing about this step."""
+        self._write(f"          {text}")
+
+    def plain(self, text: str) -> None:
+        """A line without a time."""
+        self._write(text)
+
+    async def until(
+        self,
+        look: Callable[[], Awaitable[bool]],
+        how: Callable[[], str],
+        patience: float,
+    ) -> float:
+        """Wait until `look` is true, saying `how` it stands meanwhile; the seconds it took.
+
+        Raises StepFailedError after `patience` seconds.
+        """
+        began = said = time.monotonic()
+        while not await look():
+            now = time.monotonic()
+            if now - began > patience:
+                raise StepFailedError(f"not within {patience:.0f} s; {how()}")
+            if now - said >= QUIET_SECONDS:
+                said = now
+                self.say(f"… {now - began:.0f} s: {how()}")
+            await asyncio.sleep(POLL_SECONDS)
+        return time.monotonic() - began
+
+    def _write(self, line: str) -> None:
+        print(line, file=self._out, flush=True)
