@@ -301,6 +301,7 @@ class Link:
             welcome = await lane.greet(hello)
             self._lanes.add(lane)
             self._join(slot, lane, welcome, session)
+            await self._dialer.send_at_once(connection)
             why = await lane.lost
         except asyncio.CancelledError:
             connection.close()

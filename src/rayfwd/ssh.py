@@ -115,6 +115,23 @@ class Dialer:
         except (OSError, asyncssh.Error) as exc:
             raise ProblemError(explain(exc, self._head, self._head.ssh, [])) from exc
 
+    async def send_at_once(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Have the head's sshd send small packets at once, as it does for a session.
+
+        OpenSSH's server switches Nagle's algorithm off when a session begins and never else
+        (`ssh_packet_set_interactive`, called from session.c): on a connection that has forwarded
+        channels only, each small answer after another waits for a delayed acknowledgement, 40 ms.
+        Whether the command does anything is no matter, so that it fails is none either.
+        """
+        if self._head.via == "exec":
+            return  # the lane is a session
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                channel, _ = await connection.create_session(asyncssh.SSHClientSession, "true")
+                channel.close()
+        except (asyncssh.Error, OSError, TimeoutError):
+            pass
+
     async def _why_no_channel(
         self, connection: asyncssh.SSHClientConnection, exc: asyncssh.ChannelOpenError
     ) -> Problem:
