@@ -61,5 +61,9 @@ def trees(env: Path) -> list[str]:
         link = Path(os.path.normpath(link.parent / link.readlink()))
         if link.parent.name == "bin" and link.parents[1] not in found:
             found.append(link.parents[1])
-    real = Path(os.path.realpath(env / "bin" / "python")).parents[1]
-    return [str(tree) for tree in dict.fromkeys([*found, real]) if str(tree) not in ("/", "/usr")]
+    found.append(Path(os.path.realpath(env / "bin" / "python")).parents[1])
+    for line in (env / "pyvenv.cfg").read_text().splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "home":
+            found.append(Path(value.strip()).parent)
+    return [str(tree) for tree in dict.fromkeys(found) if str(tree) not in {"/", "/usr"}]
