@@ -194,7 +194,8 @@ async def _ask(path: str, python: str, env: Mapping[str, str]) -> tuple[Versions
     except OSError as exc:
         raise _not_usable(f"{path}: its interpreter {python} does not start: {exc}") from None
     try:
-        out, err = await asyncio.wait_for(process.communicate(), VERSION_TIMEOUT)
+        async with asyncio.timeout(VERSION_TIMEOUT):
+            out, err = await process.communicate()
     except TimeoutError:
         raise _not_usable(
             f"{path}: its interpreter {python} did not answer in {VERSION_TIMEOUT:.0f} s"

@@ -85,7 +85,8 @@ async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStat
     except OSError as exc:
         raise _failed(f"{command} cannot be started: {exc}") from None
     try:
-        out, err = await asyncio.wait_for(process.communicate(), TIMEOUT)
+        async with asyncio.timeout(TIMEOUT):
+            out, err = await process.communicate()
     except TimeoutError:
         raise _failed(f"no answer from {gcs_address} in {TIMEOUT:.0f} s") from None
     finally:

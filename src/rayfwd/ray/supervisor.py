@@ -390,8 +390,10 @@ class RaySupervisor:
 
     async def _sleep(self, seconds: float | None) -> None:
         """For so long, or until a note was left."""
+        # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the note.
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
         self._wake.clear()
 
     def _set(self, **changes: Any) -> None:
