@@ -23,7 +23,9 @@ CHECKS.sort(key=lambda pair: pair[0])  # the cases of one driver come of one run
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     cluster = Cluster(module_lab)
-    cluster.start()
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")  # a worker that comes sooner says that it is absent
+    cluster.start(["w1", "w2"])
     cluster.wait_ready()
     yield cluster
     cluster.stop()

@@ -1,0 +1,190 @@
+"""TCP connections of every kind through rayfwd: the same bytes and endings as without it.
+
+Ray is not started. Each part's client is run twice, on the server's own machine and through a door
+of another machine, and both transcripts, the server's and the client's, are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.cluster import Cluster
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import HOME, Process, until
+from tests.lab.talk import FAST, PARTS, SLOW
+
+BASE = 15000
+"""First port of a machine's servers."""
+DOOR = {"head": 16000, "w1": 16100, "w2": 16200}
+"""First of the ports on other machines that stand for them."""
+TALK = Path(__file__).with_name("talk.py")
+WAYS = [("w1", "head"), ("head", "w1"), ("w1", "w2")]
+
+
+class Talk:
+    """The servers of all machines."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        assert lab.rayfwd is not None
+        self.python = str(lab.rayfwd.with_name("python"))
+        self.script = f"{HOME}/talk.py"
+        self.servers: dict[str, Process] = {}
+        for machine in lab.machines:
+            machine.write(self.script, TALK.read_text())
+            server = machine.popen([self.python, self.script, "serve", str(BASE)])
+            self.servers[machine.name] = server
+        for server in self.servers.values():
+            until(lambda log=server.log: "listening" in log.read_text(), 20, lambda: "servers")  # type: ignore[misc]
+
+    def call(self, client: Machine, port: int, part: str) -> list[list[Any]]:
+        """The client's transcript."""
+        argv = [self.python, self.script, "call", "127.0.0.1", str(port), part]
+        found: list[list[Any]] = json.loads(client.run(argv, timeout=150).stdout)
+        return found
+
+    def served(self, machine: str) -> list[str]:
+        return self.servers[machine].log.read_text().splitlines()
+
+    def both(
+        self, client: Machine, server: str, port: int, part: str, connections: int
+    ) -> tuple[list[list[Any]], list[str]]:
+        """The transcripts of the client and of that many connections of the server."""
+        before = len(self.served(server))
+        script = self.call(client, port, part)
+        until(
+            lambda: len(self.served(server)) >= before + connections,
+            30,
+            lambda: f"the server's end of {part}; it wrote {self.served(server)[before:][-5:]}",
+        )
+        return script, sorted(self.served(server)[before:])
+
+
+def forwards(name: str) -> list[dict[str, str]]:
+    """On each machine, doors to every part of every other."""
+    return [
+        {"listen": f"127.0.0.1:{DOOR[other] + i}", "to": f"{other}:{BASE + i}"}
+        for other in DOOR
+        if other != name
+        for i in range(len(PARTS))
+    ]
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    ports = [BASE + i for i in range(len(PARTS))]
+    own: dict[str, Any] = {name: {"forward": forwards(name)} for name in DOOR}
+    cluster = Cluster(module_lab, every={"ray.start": False, "expose": ports}, **own)
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")  # a worker that comes sooner says that it is absent
+    cluster.start(["w1", "w2"])
+    cluster.wait_ready()
+    for daemon in cluster.daemons:
+        daemon.wait_status(lambda s: not s["problems"] and len(s["roster"]) == 3, 30)
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def talk(cluster: Cluster) -> Talk:
+    return Talk(cluster.lab)
+
+
+@pytest.fixture(params=WAYS, ids=["worker-to-head", "head-to-worker", "worker-to-worker"])
+def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+    pair: tuple[str, str] = request.param
+    return pair
+
+
+def compare(
+    talk: Talk, way: tuple[str, str], part: str, client: str = "", connections: int = 1
+) -> list[list[Any]]:
+    """Both transcripts are the same as without rayfwd between; the client's."""
+    source, target = way
+    index = PARTS.index(part)
+    machine = talk.lab.machine
+    name = client or part
+    direct = talk.both(machine(target), target, BASE + index, name, connections)
+    through = talk.both(machine(source), target, DOOR[target] + index, name, connections)
+    assert through == direct
+    return through[0]
+
+
+def test_server_speaks_first(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "server_first")
+    assert [line[1] for line in script] == [100_000, 0]
+    assert script[-1][-1] == "end"
+
+
+def test_client_half_closes(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "client_half_closes")
+    assert [line[1] for line in script] == [300_000]
+
+
+def test_server_half_closes(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "server_half_closes")
+    assert [line[1] for line in script] == [50_000]
+
+
+def test_reset_by_server(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "reset_by_server")
+    assert script[-1][-1] == "reset"
+
+
+def test_reset_by_client(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "reset_by_client")
+    assert script[-1][-1] == "silence"
+    last = json.loads(talk.served(way[1])[-1])
+    assert last["server"][-1][-1] == "reset"
+
+
+def test_slow_reader_does_not_hold_up_a_fast_one(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "source", connections=2)
+    sizes = [(line[0], line[2]) for line in script]
+    assert sizes == [("slow", 10), ("fast", FAST), ("slow", SLOW - 10)]
+
+
+def test_1000_short_connections_in_a_row(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "echo", "short", 1000)
+    assert script == [["end, same bytes", 1000]]
+
+
+def test_500_connections_open_at_once(talk: Talk, way: tuple[str, str]) -> None:
+    script = compare(talk, way, "echo", "many", 500)
+    assert script == [["end after 0 more bytes", 500], ["goes on, same bytes", 500]]
+
+
+def test_refused(talk: Talk, way: tuple[str, str]) -> None:
+    """A door has accepted before the far end can refuse: the client is reset at once instead."""
+    source, target = way
+    index = PARTS.index("refused")
+    assert talk.call(talk.lab.machine(target), BASE + index, "refused") == [["refused"]]
+    found = talk.call(talk.lab.machine(source), DOOR[target] + index, "refused")
+    assert [found[0], found[1][1], found[1][-1]] == [["connected"], 0, "reset"]
+
+
+def test_a_port_that_is_not_exposed_is_reset(cluster: Cluster, talk: Talk) -> None:
+    """A worker cannot reach a service of another machine that its file does not name."""
+    head, w1 = cluster.lab.machine("head"), cluster.lab.machine("w1")
+    argv = [talk.python, talk.script, "serve", "17000"]
+    server = head.popen(argv)
+    until(lambda: "listening" in server.log.read_text(), 20, lambda: "the server")
+    doors = [{"listen": "127.0.0.1:17000", "to": "head:17000"}, *forwards("w1")]
+    cluster.configs["w1"]["forward"] = doors
+    cluster.worker("w1").stop()
+    cluster.start_node("w1").wait_ready()
+    found = talk.call(w1, 17000, "refused")
+    assert [found[0], found[1][1], found[1][-1]] == [["connected"], 0, "reset"]
+    assert len(server.log.read_text().splitlines()) == 1, "the server was reached"
+
+
+def test_nothing_is_left_open(cluster: Cluster, talk: Talk) -> None:
+    """The last test of the file: no stream of all these outlives its connection."""
+    for daemon in cluster.daemons:
+        daemon.wait_status(lambda s: s["streams"] == {"open": 0, "parked": 0}, 30)
+        assert not [e for e in daemon.events() if e.get("level") == "error"]
