@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from rayfwd.config import Config, parse
 from rayfwd.plan import allocate, head_plan
+from tests.need import ray_envs
 
 NETWORK = "127.77.0.0/16"
 HEAD = head_plan("head", NETWORK, 20000, 67, {"gcs": 6379, "dashboard": 8265, "client": 10001})
 WORKER = allocate([HEAD], "w1", NETWORK, 20000, 67, None)
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-
 
 def ray_command(version: str) -> Path:
     """The `ray` of that version's environment, which the test set-up makes."""
-    root = os.environ.get("RAYFWD_RAY_ENVS") or CHECKOUT / ".cache" / "ray-envs"
-    return Path(root) / f"ray-{version}" / "bin" / "ray"
+    return ray_envs() / f"ray-{version}" / "bin" / "ray"
 
 
 def head_config(folder: Path, command: str, **ray: Any) -> Config:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ray.machines import CHECKOUT, ray_command
+from tests.need import CHECKOUT, need, no_ray
 
 HERE = Path(__file__).parent
 TESTS = [
@@ -28,8 +28,6 @@ TESTS = [
     "test_started_by_hand",
     "test_node_without_resources",
 ]
-
-pytestmark = pytest.mark.ray
 
 
 def place() -> list[str]:
@@ -49,19 +47,12 @@ def why_not() -> str | None:
     return None
 
 
-def need(missing: str | None) -> None:
-    if missing is not None and os.environ.get("RAYFWD_REQUIRE") == "all":
-        pytest.fail(f"RAYFWD_REQUIRE=all, but {missing}")
-    if missing is not None:
-        pytest.skip(missing)
-
-
+@pytest.mark.ray
 @pytest.mark.parametrize("name", TESTS)
 def test_inside(name: str) -> None:
     need(why_not())
     version = name.partition("[")[2].rstrip("]") or "2.60.0"
-    command = ray_command(version)
-    need(None if command.exists() else f"there is no {command}; see RAYFWD_RAY_ENVS")
+    need(no_ray(version))
     source = os.pathsep.join([str(CHECKOUT / "src"), str(CHECKOUT)])
     ran = subprocess.run(
         [
