@@ -108,6 +108,7 @@ def needed_paths(folder: Path, ray: RayInstall) -> list[Path]:
         *(Path(p) for p in (sys.prefix, sys.base_prefix, *sys.path) if os.path.isabs(p)),
         python.parent.parent,
         python.resolve().parent.parent,
+        Path(ray.command).parent,
         Path(ray.command).resolve().parent,
     ]
 

@@ -24,7 +24,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,23 +95,29 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
-def mount_over(path: Path, private: Path, kept: Sequence[Path]) -> None:
-    """Put the directory `private` in the place of `path`, and `kept`, of what was there, back in.
+def mount_over(places: Mapping[Path, Path], kept: Sequence[Path]) -> None:
+    """Put a directory in the place of each of `places`, and `kept`, of what was there, back in.
 
     Raises OSError.
     """
-    inside = [p for p in kept if p != path and p.is_relative_to(path) and p.is_dir()]
-    # Held open: once `private` lies over them they have no path any more.
-    held = [(p, os.open(p, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) for p in inside]
-    try:
-        for p in inside:
-            (private / p.relative_to(path)).mkdir(parents=True, exist_ok=True)
-        mount(str(private), str(path), flags=MS_BIND)
-        for p, descriptor in held:
-            mount(f"/proc/self/fd/{descriptor}", str(p), flags=MS_BIND | MS_REC)
-    finally:
-        for _, descriptor in held:
-            os.close(descriptor)
+    with ExitStack() as stack:
+
+        def hold(path: Path) -> Path:
+            """A path that stays good when other mounts lie over the old one."""
+            descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            return Path(f"/proc/self/fd/{descriptor}")
+
+        inside = [p for p in kept if p.is_dir() and any(p.is_relative_to(q) for q in places)]
+        sources = {place: hold(private) for place, private in places.items()}
+        kept_sources = {path: hold(path) for path in inside if path not in places}
+        for place, private in sources.items():
+            for path in kept_sources:
+                if path.is_relative_to(place):
+                    (private / path.relative_to(place)).mkdir(parents=True, exist_ok=True)
+            mount(str(private), str(place), flags=MS_BIND)
+        for path, source in kept_sources.items():
+            mount(str(source), str(path), flags=MS_BIND | MS_REC)
 
 
 def leave_the_host() -> bool:
@@ -143,10 +149,9 @@ def furnish(spec: Mapping[str, Any]) -> None:
     """Mounts, host name and loopback. Raises StepError."""
     with _step("private mounts"):
         mount("none", "/", flags=MS_REC | MS_PRIVATE)
-    kept = [Path(path) for path in spec["keep"]]
-    for path, private in spec["private"].items():
-        with _step(f"a private {path} (mount)"):
-            mount_over(Path(path), Path(private), kept)
+    places = {Path(path): Path(private) for path, private in spec["private"].items()}
+    with _step(f"a private {', '.join(map(str, places))} (mount)"):
+        mount_over(places, [Path(path) for path in spec["keep"]])
     with _step("a private /dev/shm (mount)"):
         mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=1777,size={spec['shm']}")
     with _step("its own /proc (mount)"):

@@ -62,7 +62,7 @@ class Machine:
         self._log = await asyncio.to_thread((self.folder / "init.log").open, "wb")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
-            "-I",
+            *("-I", "-S"),
             str(_INIT),
             json.dumps(spec),
             stdin=asyncio.subprocess.PIPE,

@@ -141,9 +141,9 @@ class Story:
 
     async def _start_daemons(self) -> None:
         self._tell.title("`rayfwd run` on both; it starts Ray once the link stands")
-        for daemon in self._daemons:
-            daemon.start(environment(daemon.machine, os.environ))
-            await self._wait_listening()
+        self._head.start(environment(self._head.machine, os.environ))
+        await self._wait_listening()
+        self._worker.start(environment(self._worker.machine, os.environ))
         for daemon in self._daemons:
             await self._wait_ready(daemon)
 
@@ -230,14 +230,15 @@ class Story:
             f"{self._outcome.connections} SSH connections closed, new ones refused; "
             f"{self._job.in_flight} tasks and calls are in flight"
         )
-        # What was on its way at the cut may still be told by the job for a moment.
         await self._pass(cut_at + 2.0)
-        at_cut = dict(self._job.done)
         worker = await self._worker.status()
         self._outcome.held = worker["streams"]["parked"]
         if worker["link"]["state"] != "parked":
             raise StepFailedError(f"the link is {worker['link']['state']}, it should be parked")
         self._tell.say(f"the worker's link is parked: {self._outcome.held} connections are held")
+        # What had arrived before the cut may be told by the job a moment later.
+        await self._pass(cut_at + 4.0)
+        at_cut = dict(self._job.done)
         await self._pass(cut_at + CUT_SECONDS)
         now = dict(self._job.done)
         came = sum(now[kind] - at_cut[kind] for kind in ("worker", "actor", "exchange"))
@@ -323,11 +324,14 @@ class Story:
 
     async def _pass(self, until: float) -> None:
         """Let time pass, and read what the job says."""
-        while time.monotonic() < until:
+
+        async def over() -> bool:
             self._check_alive()
             self._job.read()
             self._job.check()
-            await asyncio.sleep(0.1)
+            return time.monotonic() >= until
+
+        await self._tell.until(over, lambda: str(self._job), PATIENCE)
 
 
 class Job:
