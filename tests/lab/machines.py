@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,11 +67,15 @@ class Init:
         self.spaces = {kind: os.readlink(f"/proc/{self.pid}/ns/{kind}") for kind in SPACES}
         made.update(set(self.spaces.values()) - set(_own_spaces()))
 
-    def close(self) -> None:
-        """End it, and so all processes of its namespaces; done when they have ended."""
+    def kill(self) -> None:
+        """Tell it to end, and so all processes of its namespaces."""
         if (pid := getattr(self, "pid", None)) is not None and self._outer.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it; done when all processes of its namespaces have ended."""
+        self.kill()
         for pipe in (self._outer.stdin, self._outer.stdout, self._outer.stderr):
             assert pipe is not None
             pipe.close()
@@ -93,6 +98,11 @@ def _command(pid: int, *argv: str, text: str | None = None) -> str:
     if ran.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: {ran.stderr.strip()}")
     return ran.stdout
+
+
+def hardware_address(address: str) -> str:
+    """Of the machine with that IP address: made up locally, the same in every run."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
 class Machine:
@@ -185,12 +195,22 @@ class Machine:
 
     def attach(self, switch: Init) -> None:
         """Plug the machine into the lab's network."""
-        peer = ("peer", "name", "eth0", "netns", str(self._init.pid))
+        own = ("address", hardware_address(self.address))
+        peer = ("peer", "name", "eth0", *own, "netns", str(self._init.pid))
         _command(switch.pid, "ip", "link", "add", self.port, "type", "veth", *peer)
         _command(switch.pid, "ip", "link", "set", self.port, "master", "br0", "up")
         _command(self._init.pid, "ip", "link", "set", "lo", "up")
         _command(self._init.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
         _command(self._init.pid, "ip", "link", "set", "eth0", "up")
+
+    def meet(self, other: Machine) -> None:
+        """Know the other's hardware address for good.
+
+        Else a network that is cut tells of it: after half a minute ARP fails, and then every
+        connect does at once, with "No route to host". Behind a router nobody would say so.
+        """
+        entry = (other.address, "lladdr", hardware_address(other.address), "dev", "eth0")
+        _command(self._init.pid, "ip", "neigh", "replace", *entry, "nud", "permanent")
 
     def firewall(self, accept_tcp: Sequence[int] = ()) -> None:
         """Drop what comes in but for loopback, answers, and these TCP ports."""
@@ -287,6 +307,10 @@ class Machine:
         """The Python that has that version of Ray."""
         return self.ray(version).with_name("python")
 
+    def kill(self) -> None:
+        """Tell all of it to end at once."""
+        self._init.kill()
+
     def close(self) -> None:
         self._init.close()
 
@@ -343,6 +367,8 @@ class Lab:
             machine.attach(self._switch)
             machine.firewall([22] if name == "head" else [])
             machine.give_keys()
+        for machine, other in permutations(self._machines.values(), 2):
+            machine.meet(other)
         head, *workers = self._machines.values()
         head.authorize(*(worker.public_key for worker in workers))
         for worker in workers:
@@ -392,9 +418,13 @@ class Lab:
         """End everything. May be called again."""
         machines, self._machines = self._machines, {}
         for machine in machines.values():
-            machine.close()
+            machine.kill()
+        # A machine is gone when nobody outside holds a process of it: nsenter, stopped with its
+        # child, would.
         for process in self.processes:
             process.reap()
+        for machine in machines.values():
+            machine.close()
         if self._switch is not None:
             self._switch.close()
             self._switch = None

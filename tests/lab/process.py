@@ -38,7 +38,8 @@ def entering(pid: int, argv: Sequence[str], user: str, cwd: str) -> list[str]:
     return [
         *(tool("nsenter"), f"--target={pid}", *spaces, "--"),
         *drop,
-        *(tool("env"), f"--chdir={cwd}"),
+        # A test run in the background ignores SIGINT, which a command would inherit.
+        *(tool("env"), "--default-signal", f"--chdir={cwd}"),
         *argv,
     ]
 
@@ -116,7 +117,9 @@ class Process:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
-                start_new_session=True,
+                # A group of its own in our session: when we are killed while nsenter is stopped,
+                # the group has nobody left who could continue it, and the kernel ends it.
+                process_group=0,
             )
         self.pid = self._find_child()
         """On the host's side: the command itself, not nsenter. 0: it ended before it was seen."""
@@ -135,6 +138,11 @@ class Process:
             time.sleep(0.005)
         raise AssertionError(f"{self.name}: no process after 20 s")
 
+    @property
+    def parent(self) -> int:
+        """On the host's side: nsenter, which stops itself when the command is stopped."""
+        return self._outer.pid
+
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it runs."""
         return self._outer.poll()
@@ -151,7 +159,7 @@ class Process:
             self._continue_outer()
 
     def _continue_outer(self) -> None:
-        """nsenter stops itself with its child, and goes on only when told."""
+        """Let nsenter go on where its child no longer is stopped: it does so only when told."""
         if self._outer.poll() is None and state(self._outer.pid) == "T" and state(self.pid) != "T":
             self._outer.send_signal(signal.SIGCONT)
 
@@ -166,13 +174,13 @@ class Process:
         return code
 
     def reap(self) -> None:
-        """After its machine has gone: wait for what is left of it."""
-        self._continue_outer()
-        try:
-            self._outer.wait(10)
-        except subprocess.TimeoutExpired:
-            self._outer.kill()
-            self._outer.wait()
+        """After its machine was told to end: wait for what is left of it."""
+        deadline = time.monotonic() + 10
+        while self.poll() is None and time.monotonic() < deadline:
+            self._continue_outer()
+            time.sleep(0.01)
+        self._outer.kill()  # nothing happens when it has ended
+        self._outer.wait()
 
 
 def _on_the_way(pid: int) -> bool:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.lab.cluster import HUB_SOCKET, Cluster, change, toml
 from tests.lab.machines import INIT, Lab, Machine, left_over
-from tests.lab.process import HOME, UID, CommandFailed, Process
+from tests.lab.process import HOME, UID, CommandFailed, Process, state
 from tests.need import CHECKOUT, need, no_ray, ray_envs
 
 LISTEN = """
@@ -242,6 +242,15 @@ def test_cut_heal_and_reset(lab: Lab) -> None:
     assert dial(w1, head.address, 22) == ["open"]
 
 
+def test_a_cut_stays_silent(shared: Lab) -> None:
+    """ARP does not time out, after which connects would fail at once."""
+    for machine in shared.machines:
+        found = json.loads(machine.network_command("ip", "-json", "neigh"))
+        others = {other.address for other in shared.machines if other is not machine}
+        assert {entry["dst"] for entry in found} == others
+        assert [entry["state"] for entry in found] == [["PERMANENT"]] * 2
+
+
 def test_sshd_stops_and_starts(lab: Lab) -> None:
     head, w1, _ = lab.machines
     for _ in range(2):
@@ -364,6 +373,18 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     assert not left
     # What stays is the folder that it was given: logs and keys.
     assert {path.name for path in tmp_path.iterdir()} == {"lab"}
+
+
+def test_what_is_stopped_ends_with_its_lab(tmp_path: Path) -> None:
+    before = left_over()
+    with Lab(tmp_path / "lab") as lab:
+        stopped = [machine.popen(["sleep", "608"]) for machine in lab.machines]
+        for process in stopped:
+            process.signal(signal.SIGSTOP)
+        while {state(process.parent) for process in stopped} != {"T"}:
+            time.sleep(0.01)
+    assert [process.poll() for process in stopped] == [-signal.SIGKILL] * 3
+    assert sorted(left_over()) == sorted(before)
 
 
 def test_left_over_sees_a_lab(tmp_path: Path) -> None:
