@@ -1,0 +1,68 @@
+"""A worker that others reach directly beside one behind a firewall, in one cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.checks import verify
+from tests.lab.cluster import Cluster
+from tests.lab.machines import Lab, Machine
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    w1 = module_lab.machine("w1")
+    cluster = Cluster(module_lab, w1={"ray.advertise": w1.address})
+    cluster.start()
+    first, last = cluster.worker("w1").wait_event("plan_received")["ports"].split("-")
+    w1.firewall(range(int(first), int(last) + 1))
+    cluster.wait_ready()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.mark.parametrize("driver", ["head", "w1", "w2"])
+def test_essential_work(cluster: Cluster, driver: str) -> None:
+    addresses = {node["name"]: node["address"] for node in cluster.head.status()["roster"]}
+    assert addresses["w1"] == cluster.lab.machine("w1").address
+    lines = cluster.driver(driver, ["--checks", "essential"])
+    verify(lines, driver, list(addresses.values()))
+
+
+def test_nobody_has_doors_for_it(cluster: Cluster) -> None:
+    block = {p for p in range(20000, 32768) if p in ports(cluster, "w1")}
+    assert len(block) == 46
+    for name in ("head", "w2"):
+        assert not block & listening(cluster.lab.machine(name))
+    for name in ("head", "w1"):
+        assert ports(cluster, "w2") <= listening(cluster.lab.machine(name)), "w2's doors"
+
+
+def test_others_reach_it_without_the_link(cluster: Cluster) -> None:
+    """Connections of the head's and of w2's Ray go to it themselves."""
+    w1 = cluster.lab.machine("w1")
+    for name in ("head", "w2"):
+        machine = cluster.lab.machine(name)
+        to = machine.network_command("ss", "-Htn", "state", "established", "dst", w1.address)
+        dialled = {int(line.split()[3].rpartition(":")[2]) for line in to.splitlines()}
+        assert dialled & ports(cluster, "w1"), f"{name} has no connection to w1: {to}"
+
+
+def ports(cluster: Cluster, name: str) -> set[int]:
+    row = next(node for node in cluster.head.status()["roster"] if node["name"] == name)
+    first, last = row["ports"].split("-")
+    return set(range(int(first), int(last) + 1)) - unused(int(first))
+
+
+def unused(first: int) -> set[int]:
+    """A block keeps eight ports for the services of a node, of which a worker has six."""
+    return {first + 6, first + 7}
+
+
+def listening(machine: Machine) -> set[int]:
+    lines = machine.network_command("ss", "-Hltn").splitlines()
+    return {int(line.split()[3].rpartition(":")[2]) for line in lines}

@@ -1,0 +1,42 @@
+"""The essential work with the oldest Ray that is supported and with one between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.checks import verify
+from tests.lab.cluster import Cluster
+from tests.lab.machines import Lab
+
+VERSIONS = ("2.9.3", "2.40.0")
+pytestmark = pytest.mark.ray(*VERSIONS)
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    folder: Path = tmp_path_factory.mktemp("lab")
+    with Lab(folder) as lab:
+        cluster = Cluster(lab, ray_version=request.param)
+        cluster.start()
+        cluster.wait_ready()
+        yield cluster
+        cluster.stop()
+
+
+@pytest.mark.parametrize("driver", ["head", "w1"])
+def test_essential_work(cluster: Cluster, driver: str) -> None:
+    status = cluster.head.status()
+    assert status["ray"]["version"] == cluster.ray_version
+    lines = cluster.driver(driver, ["--checks", "essential"])
+    verify(lines, driver, [node["address"] for node in status["roster"]])
+
+
+def test_totals_are_read(cluster: Cluster) -> None:
+    status = cluster.head.wait_status(lambda s: (s["cluster"] or {}).get("totals"), 60)
+    assert status["cluster"]["totals"]["CPU"][1] == 3.0
+    assert status["problems"] == []
