@@ -224,8 +224,10 @@ class Mux:
         self._timer = None
         if late > LATE:
             # The machine slept or the process was stopped. What came in meanwhile is still to be
-            # read; only then is it known whether a lane is silent.
+            # read, and a PING that became due to be sent; only then is it known whether a lane is
+            # silent.
             self._timer = self._loop.call_later(0.25, self._tick)
+            self.flush()
             return
         self._run(self.session.tick(self.now()))
 

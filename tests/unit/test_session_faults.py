@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
-from tests.unit.wire import Wire
 
+from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Limits
+from rayfwd.session.session import Event, Limits, Session
+from rayfwd.session.stream import ReceiveSide, SendSide
+from tests.unit.wire import Wire
 
 SCHEDULES = int(os.environ.get("RAYFWD_SCHEDULES", "1500"))
 """How many; a deep run sets 100,000 and more."""
@@ -47,3 +49,50 @@ def test_what_went_in_comes_out(batch: int) -> None:
             run_schedule(seed)
         except Exception as exc:
             raise AssertionError(f"schedule of seed {seed}: {exc!r}") from exc
+
+
+def _nothing_lost(_self: SendSide, _lane: int) -> bool:
+    return False
+
+
+def _no_probe(_self: SendSide) -> bool:
+    return False
+
+
+def _drops_early(_self: ReceiveSide, _offset: int, _payload: bytes) -> None:
+    return
+
+
+def _forgets_gaps(self: Session, number: int) -> None:
+    self._peer_opened = max(self._peer_opened, number)
+
+
+def _keeps_waiting(_self: Session) -> list[Event]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault"),
+    [
+        (SendSide, "lane_lost", _nothing_lost),
+        (ReceiveSide, "_keep_early", _drops_early),
+        (Session, "_note_opened", _forgets_gaps),
+        (Session, "drained", _keeps_waiting),
+    ],
+)
+def test_the_model_sees_a_fault_that_was_planted(
+    where: type, name: str, fault: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes are off: they mend most of what else may be wrong, only late."""
+    monkeypatch.setattr(SendSide, "probe", _no_probe)
+    monkeypatch.setattr(where, name, fault)
+    monkeypatch.setattr(Wire, "PATIENCE", 400)
+    assert any(_fails(seed) for seed in range(100))
+
+
+def _fails(seed: int) -> bool:
+    try:
+        run_schedule(seed)
+    except (AssertionError, ProtocolError):
+        return True
+    return False

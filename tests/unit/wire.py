@@ -60,12 +60,21 @@ class Half:
     lost: ResetReason | None = None
     finished: bool = False
 
+    @property
+    def over(self) -> bool:
+        """Nothing more may be heard of it."""
+        return self.reset or self.finished or self.lost is not None
+
 
 OTHER = {"worker": "hub", "hub": "worker"}
+LARGEST = 9000
 
 
 class Wire:
     """The model. `step` does one random thing; `heal` lets everything arrive; `check` judges."""
+
+    PATIENCE = 20000
+    """Rounds of 0.2 s in which everything must come to rest."""
 
     def __init__(self, seed: int, limits: Limits, ride_through: float = 1e6) -> None:
         self.random = random.Random(seed)
@@ -81,7 +90,10 @@ class Wire:
         self.messages_sent: dict[str, list[bytes]] = {"worker": [], "hub": []}
         self.parked = {"worker": 0, "hub": 0}
         self.ended: dict[str, str] = {}
-        self.highest_buffered = 0
+        self.sizes = (
+            (1, 10, 1000, LARGEST) if limits.window < 1 << 16 else (1, 1000, LARGEST, 70_000)
+        )
+        """Bytes of a write; with roomy limits enough to make a stream bulk."""
 
     # -- the world -----------------------------------------------------------------------------
 
@@ -182,7 +194,8 @@ class Wire:
                     halves[number] = Half()
                 case DataReceived(number, data):
                     half = halves[number]
-                    assert not (half.reset or half.finished or half.saw_end or half.lost)
+                    assert not half.over, "bytes, after it was over"
+                    assert not half.saw_end, "bytes, after the end"
                     half.got += data
                     half.unread += len(data)
                 case EndReceived(number):
@@ -190,15 +203,16 @@ class Wire:
                     halves[number].saw_end = True
                 case StreamReset(number, reason, _):
                     half = halves[number]
-                    assert not (half.reset or half.finished or half.lost), "lost, after it was over"
+                    assert not half.over, "lost, after it was over"
                     half.lost = reason
                 case StreamFinished(number):
                     half = halves[number]
-                    assert not (half.reset or half.finished or half.lost), "finished when over"
+                    assert not half.over, "finished, after it was over"
                     assert half.ended
                     assert half.saw_end
                     half.finished = True
                 case StreamWritable(number):
+                    assert not halves[number].over, "writable, after it was over"
                     assert halves[number].paused, "writable, but nobody waited"
                     halves[number].paused = False
                 case MessageReceived(data):
@@ -219,17 +233,13 @@ class Wire:
         """One random thing happens."""
         rng = self.random
         side = rng.choice(("worker", "hub"))
-        live = [
-            n
-            for n, h in self.halves[side].items()
-            if not (h.reset or h.finished or h.lost is not None)
-        ]
+        live = [n for n, h in self.halves[side].items() if not h.over]
         lane = rng.choice(self.lanes) if self.lanes else None
         roll = rng.random()
         if roll < 0.07 and len(live) < 12:
             self.open(side)
         elif roll < 0.25 and live:
-            self.write(side, rng.choice(live), rng.choice((1, 10, 1000, 9000)))
+            self.write(side, rng.choice(live), rng.choice(self.sizes))
         elif roll < 0.29 and live:
             self.end(side, rng.choice(live))
         elif roll < 0.31 and live:
@@ -256,17 +266,20 @@ class Wire:
     def _check_bounds(self) -> None:
         for side, session in self.sides.items():
             kept = sum(s.send.buffered for s in session.streams.values())
+            control = session.streams[0].send.buffered
             assert kept == session.buffered, "the session's count of kept bytes is wrong"
             for number, stream in session.streams.items():
                 assert stream.receive.held <= self.limits.window_ceiling
                 assert stream.receive.window <= self.limits.window_ceiling
                 if number:
                     pending = stream.send.pending_bytes
-                    assert pending <= self.limits.stream_buffer + 9000
+                    assert pending <= self.limits.stream_buffer + max(self.sizes)
             spent = sum(s.receive.window - self.limits.window for s in session.streams.values())
             assert 0 <= spent <= self.limits.window_budget
-            self.highest_buffered = max(self.highest_buffered, kept)
-            del side
+            assert kept <= self.limits.session_buffer + 24 * max(self.sizes) + control
+            for number, half in self.halves[side].items():
+                if not half.over:
+                    assert half.paused == session.must_wait(number)
 
     def heal(self) -> None:
         """The network is well again and every program reads on: all that is under way arrives."""
@@ -279,26 +292,24 @@ class Wire:
         if not self.lanes:
             self.add_lane(LaneClass.INTERACTIVE)
         quiet = 0
-        for _ in range(20000):
-            moved = False
+        for _ in range(self.PATIENCE):
             for lane in list(self.lanes):
                 for side in ("worker", "hub"):
-                    moved |= self.pump(lane, side)
+                    self.pump(lane, side)
                     while self.deliver(lane, side, whole=True):
-                        moved = True
+                        pass
             for side, halves in self.halves.items():
                 for number in halves:
                     self.read(side, number)
             self.tick(0.2)
             settled = not any(
-                s.send.buffered or s.lane is not None
+                s.send.unacked or s.send.pending_bytes or s.lane is not None
                 for session in self.sides.values()
                 for s in session.streams.values()
             )
             quiet = quiet + 1 if settled else 0
             if quiet > 30:
                 return
-            del moved
         raise AssertionError("the session did not come to rest: something hangs")
 
     def finish(self) -> None:
@@ -327,8 +338,8 @@ class Wire:
                     assert bytes(half.sent) == bytes(peer.got)
                     assert peer.saw_end == half.ended
                     assert half.finished == (half.ended and peer.ended)
+                if number in self.sides[side].streams:
+                    assert not half.paused, "everything arrived, and a writer still waits"
             assert set(self.sides[side].streams) == {0} | {
-                n
-                for n, h in self.halves[side].items()
-                if not (h.reset or h.finished or h.lost is not None)
+                n for n, h in self.halves[side].items() if not h.over
             }, "a stream that is over was not forgotten"

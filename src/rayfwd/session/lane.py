@@ -20,7 +20,8 @@ SUSPECT_AFTER = 0.75
 SILENT_AFTER = 4.0
 """Seconds without a byte while a PING is unanswered: the lane is dead."""
 UNANSWERED_AFTER = 8.0
-"""Seconds that a PING may go unanswered though other bytes arrive: the lane is dead."""
+"""Seconds without a PONG, while a PING is unanswered, though other bytes arrive: the lane is dead.
+Where PONGs come, late as they may be, the lane is slow and not dead."""
 
 WINDOW_START = 1 << 20
 WINDOW_FLOOR = 1 << 16
@@ -42,8 +43,9 @@ class Lane:
     """The state of one lane; owned by its session."""
 
     __slots__ = (
-        "_limited", "_pinged_at", "_pings", "_token", "base_rtt", "bytes_in", "bytes_out",
-        "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "suspect", "window",
+        "_answered_at", "_limited", "_pinged_at", "_pings", "_token", "base_rtt", "bytes_in",
+        "bytes_out", "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "suspect",
+        "window",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: LaneClass, now: float) -> None:
@@ -68,6 +70,7 @@ class Lane:
         """Tokens of the peer's PINGs, to be answered."""
         self._pings: deque[tuple[int, int, float]] = deque()
         self._pinged_at = now - PING_IDLE
+        self._answered_at = now
         self._token = 0
         self._limited = False
 
@@ -111,28 +114,39 @@ class Lane:
         elif self._limited and queue <= QUEUE_GOAL:
             self.window = min(WINDOW_CEILING, self.window + position - self.confirmed)
         self.confirmed = position
+        self._answered_at = now
         self._limited = False
         self.suspect = False
 
+    def _waiting_since(self, now: float) -> float | None:
+        """Since when the peer owes an answer; None if it owes none."""
+        if self._pings:
+            return max(self._pings[0][2], self._answered_at)
+        # A transport that takes no more bytes takes no PING either: the time at which one was
+        # due counts, else a lane that stops at such a moment would never be found dead.
+        due = self._next_ping()
+        return due if now >= due else None
+
     def stalled(self, now: float) -> bool:
-        """A PING has been unanswered for far longer than a round trip."""
-        if not self._pings or now - self.heard < SUSPECT_AFTER:
+        """An answer is owed for far longer than a round trip."""
+        since = self._waiting_since(now)
+        if since is None or now - self.heard < SUSPECT_AFTER:
             return False
-        return now - self._pings[0][2] >= max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
+        return now - since >= max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
 
     def silent(self, now: float) -> bool:
         """The lane is dead: the peer is gone, or one direction is."""
-        if not self._pings:
+        since = self._waiting_since(now)
+        if since is None:
             return False
-        waited = now - self._pings[0][2]
-        return waited >= UNANSWERED_AFTER or (
-            waited >= SILENT_AFTER and now - self.heard >= SILENT_AFTER
+        return now - since >= UNANSWERED_AFTER or (
+            now - since >= SILENT_AFTER and now - self.heard >= SILENT_AFTER
         )
 
     def deadline(self, now: float) -> float:
         """When this lane wants to be looked at again."""
         due = self._next_ping()
-        if self._pings:
-            waiting = PING_BUSY if now - self._pings[0][2] < SILENT_AFTER else PING_IDLE
-            due = min(due, now + waiting)
-        return due
+        if self._waiting_since(now) is None:
+            return due
+        soon = now + PING_BUSY
+        return min(due, soon) if due > now else soon

@@ -42,6 +42,8 @@ still took for alive."""
 PROBE_CEILING = 30.0
 BULK_BYTES = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
+REFUSED_STREAMS = 1 << 14
+"""Streams over `Limits.streams` that are refused one by one; a peer that opens more is broken."""
 JOIN_BYTES = 1 << 12
 """A payload up to this length is joined with its header into one piece."""
 
@@ -199,6 +201,8 @@ class Session:
         self._queues: dict[bool, deque[Stream]] = {False: deque(), True: deque()}
         self._paused: dict[int, None] = {}
         self._drained: list[Event] = []
+        self._freed = False
+        """A stream's buffers were dropped since writers were last looked after."""
         self._window_spent = 0
         self._probe_at = now
         self._message = bytearray()
@@ -310,11 +314,11 @@ class Session:
             return True
         stream.send.write(data)
         self.buffered += len(data)
+        if stream.send.buffered > BULK_BYTES and number != CONTROL_STREAM:
+            stream.bulk = True
         self._enqueue(stream)
         if number == CONTROL_STREAM:
             return True
-        if stream.send.buffered > BULK_BYTES:
-            stream.bulk = True
         if (
             stream.send.pending_bytes >= self.limits.stream_buffer
             or self.buffered >= self.limits.session_buffer
@@ -410,7 +414,13 @@ class Session:
         return out
 
     def drained(self) -> list[Event]:
-        """Writers that may go on since `data_to_send` took what they had written."""
+        """Writers that may go on since `data_to_send` took what they had written, or since a
+        stream was given up whose bytes had filled the session."""
+        if self._freed:
+            self._freed = False
+            if self._paused and self.buffered < self.limits.session_buffer // 2:
+                for number in list(self._paused):
+                    self._let_go_on(self.streams[number], self._drained)
         events, self._drained = self._drained, []
         return events
 
@@ -489,6 +499,8 @@ class Session:
         window = self.limits.window
         stream = Stream(number, False, frame.payload, window, window, now)
         self.streams[number] = stream
+        if len(self.streams) > self.limits.streams + REFUSED_STREAMS:
+            raise ProtocolError("stream_number", "streams are opened faster than they are refused")
         if len(self.streams) > self.limits.streams:
             self.reset(number, ResetReason.TOO_MANY, f"over {self.limits.streams} streams")
             return
@@ -501,6 +513,8 @@ class Session:
             raise ProtocolError("stream_number", f"stream {number} is far ahead of the others")
         self._peer_gaps.update(range(self._peer_opened + 2, number, 2))
         self._peer_gaps.discard(number)
+        if len(self._peer_gaps) > 8 * self.limits.streams:
+            raise ProtocolError("stream_number", f"too many streams below {number} never came")
         self._peer_opened = max(self._peer_opened, number)
 
     def _was_opened(self, number: int) -> bool:
@@ -752,9 +766,11 @@ class Session:
 
     def _drop_buffers(self, stream: Stream) -> None:
         self.buffered -= stream.send.buffered
+        self._freed = True
         stream.send = SendSide(stream.send.limit)
         self._window_spent -= stream.receive.window - self.limits.window
         stream.receive.window = self.limits.window
+        stream.paused = False
         self._paused.pop(stream.id, None)
         self._acks.pop(stream.id, None)
         self._lazy_acks.pop(stream.id, None)
@@ -774,6 +790,8 @@ class Session:
         self.streams.clear()
         self._queues[False].clear()
         self._queues[True].clear()
+        self._paused.clear()
+        self._drained.clear()
         self.buffered = 0
         events.append(SessionEnded(why))
         return events

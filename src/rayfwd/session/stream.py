@@ -275,6 +275,9 @@ class ReceiveSide:
             self._early_at.insert(bisect_left(self._early_at, offset), offset)
         self._early[offset] = payload
         self.early_bytes += len(payload)
+        if self.early_bytes > self.limit_sent - self.next:
+            # Each byte is sent again at the same cut, so that what is held overlaps only by intent.
+            raise ProtocolError("credit_exceeded", f"{self.early_bytes} bytes out of order")
 
     def _take_early(self, out: list[bytes]) -> None:
         taken = 0

@@ -1,0 +1,194 @@
+"""A lane's pings, its silence, and how much may be under way on it."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfwd.session.lane import (
+    PING_BUSY,
+    PING_IDLE,
+    SILENT_AFTER,
+    SUSPECT_AFTER,
+    UNANSWERED_AFTER,
+    WINDOW_CEILING,
+    WINDOW_FLOOR,
+    WINDOW_START,
+    Lane,
+    LaneClass,
+)
+
+
+def lane_at(now: float = 0.0) -> Lane:
+    return Lane(1, LaneClass.BULK, now)
+
+
+def answered(lane: Lane, now: float, after: float) -> None:
+    """A PING at `now`, with its PONG `after` seconds later."""
+    token = lane.ping(now)
+    lane.heard = now + after
+    lane.pong(token, now + after)
+
+
+def test_an_idle_lane_is_pinged_now_and_then() -> None:
+    lane = lane_at()
+    assert lane.wants_ping(0.0)
+    answered(lane, 0.0, 0.01)
+    assert not lane.wants_ping(PING_IDLE - 0.01)
+    assert lane.wants_ping(PING_IDLE)
+
+
+def test_a_busy_lane_is_pinged_oftener_and_by_bytes() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.01)
+    lane.sent += 100
+    assert not lane.wants_ping(PING_BUSY - 0.01)
+    assert lane.wants_ping(PING_BUSY)
+    lane.sent += lane.window // 4
+    assert lane.wants_ping(0.02)
+
+
+def test_a_pong_gives_the_round_trip_and_confirms_what_was_sent_before_its_ping() -> None:
+    lane = lane_at()
+    lane.sent = 1000
+    token = lane.ping(1.0)
+    lane.sent = 5000
+    lane.pong(token, 1.25)
+    assert lane.confirmed == 1000
+    assert lane.rtt == pytest.approx(0.25)
+    assert lane.base_rtt == pytest.approx(0.25)
+
+
+def test_a_pong_answers_earlier_pings_too() -> None:
+    lane = lane_at()
+    lane.ping(0.0)
+    lane.ping(0.1)
+    lane.pong(lane.ping(0.2), 0.3)
+    assert lane.rtt == pytest.approx(0.1)
+    assert not lane.silent(0.4)
+
+
+@pytest.mark.parametrize("token", [0, 2, 1 << 63])
+def test_a_pong_that_answers_no_ping_does_nothing(token: int) -> None:
+    lane = lane_at()
+    lane.sent = 10
+    lane.ping(0.0)
+    lane.pong(token, 1.0)
+    assert lane.rtt is None
+    assert lane.confirmed == 0
+
+
+def test_the_window_bounds_what_is_under_way() -> None:
+    lane = lane_at()
+    lane.sent = WINDOW_START - 1
+    assert lane.has_room()
+    lane.sent = WINDOW_START
+    assert not lane.has_room()
+    lane.pong(lane.ping(0.0), 0.01)
+    assert lane.has_room()
+
+
+def test_the_window_grows_only_while_it_limits_and_no_queue_builds_up() -> None:
+    lane = lane_at()
+    now = 0.0
+    answered(lane, now, 0.02)
+    lane.sent += WINDOW_START // 2
+    assert lane.has_room()
+    answered(lane, 1.0, 0.02)
+    assert lane.window == WINDOW_START, "it grew though it did not limit"
+    lane.sent += WINDOW_START
+    assert not lane.has_room()
+    answered(lane, 2.0, 0.02)
+    assert lane.window == 2 * WINDOW_START
+    lane.sent += lane.window
+    assert not lane.has_room()
+    answered(lane, 3.0, 0.25)
+    assert lane.window == 2 * WINDOW_START, "it grew though a queue had built up"
+
+
+def test_the_window_shrinks_when_a_queue_builds_up_but_not_below_its_floor() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.02)
+    answered(lane, 1.0, 0.6)
+    assert lane.window == int(WINDOW_START * 0.7)
+    for i in range(40):
+        answered(lane, 2.0 + i, 0.6)
+    assert lane.window == WINDOW_FLOOR
+
+
+def test_the_window_has_a_ceiling() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.02)
+    for i in range(20):
+        lane.sent += lane.window
+        lane.has_room()
+        answered(lane, 1.0 + i, 0.02)
+    assert lane.window == WINDOW_CEILING
+
+
+def test_a_lane_that_hears_nothing_is_stalled_then_silent() -> None:
+    lane = lane_at()
+    lane.ping(0.0)
+    assert not lane.stalled(SUSPECT_AFTER - 0.01)
+    assert lane.stalled(SUSPECT_AFTER)
+    assert not lane.silent(SILENT_AFTER - 0.01)
+    assert lane.silent(SILENT_AFTER)
+
+
+def test_a_lane_with_a_long_round_trip_is_not_stalled_so_soon() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.5)
+    lane.ping(10.0)
+    assert not lane.stalled(11.9)
+    assert lane.stalled(12.0)
+
+
+def test_a_lane_that_hears_something_is_silent_only_when_a_ping_stays_unanswered() -> None:
+    lane = lane_at()
+    lane.ping(0.0)
+    lane.heard = UNANSWERED_AFTER - 0.2
+    assert not lane.silent(UNANSWERED_AFTER - 0.1)
+    assert lane.silent(UNANSWERED_AFTER)
+
+
+def test_a_slow_lane_whose_pongs_keep_coming_is_alive() -> None:
+    """A megabyte at 100 kB/s: the last of its PINGs waits for 10 s behind the data."""
+    lane = lane_at()
+    tokens = []
+    for _ in range(4):
+        lane.sent += WINDOW_START // 4
+        tokens.append(lane.ping(0.0))
+    for i, token in enumerate(tokens):
+        now = 2.6 * (i + 1)
+        assert not lane.silent(now), f"given up at {now} s, though the one before was answered"
+        lane.heard = now
+        lane.pong(token, now)
+
+
+def test_a_lane_that_takes_no_ping_is_not_alive_for_ever() -> None:
+    """The transport is full, so that the PING which is due cannot be put on the lane."""
+    lane = lane_at()
+    answered(lane, 0.0, 0.01)
+    lane.sent += 1000
+    due = PING_BUSY
+    assert lane.wants_ping(due)
+    assert not lane.stalled(due + SUSPECT_AFTER - 0.01)
+    assert lane.stalled(due + SUSPECT_AFTER)
+    assert not lane.silent(due + SILENT_AFTER - 0.01)
+    assert lane.silent(due + SILENT_AFTER)
+
+
+def test_an_idle_lane_is_not_silent_before_its_ping_is_due() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.01)
+    assert not lane.silent(PING_IDLE)
+    assert not lane.stalled(PING_IDLE)
+
+
+def test_a_lane_wants_to_be_looked_at_before_anything_is_late() -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.01)
+    assert lane.deadline(0.02) == PING_IDLE
+    lane.sent += 1
+    assert lane.deadline(0.02) == PING_BUSY
+    lane.ping(0.02)
+    assert lane.deadline(0.02) <= 0.02 + PING_BUSY
