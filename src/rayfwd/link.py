@@ -63,7 +63,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._number = 0
         self._stderr = bytearray()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.paused = False
+        self._full = False
 
     # -- AsyncSSH's callbacks ------------------------------------------------------------
 
@@ -83,13 +83,14 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             self._take_answer()
 
     def eof_received(self) -> bool:
+        self._end("closed by the head")
         return False
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._full = True
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._full = False
         if self._mux is not None:
             self._mux.flush()
 
@@ -100,7 +101,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     async def greet(self, hello: Hello) -> Welcome:
         """Say hello. Raises LinkRefusedError or ProblemError."""
-        self._channel.write(hello.encode())
+        self.write([hello.encode()])
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 return await self._answer
@@ -168,9 +169,17 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             self._buffer.clear()
         return self._number
 
+    @property
+    def paused(self) -> bool:
+        return self._full or self.lost.done()
+
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        if not self.lost.done():
+        try:
             self._channel.write(b"".join(chunks))
+        except OSError:
+            # The head has closed the channel, and AsyncSSH's word of it is still on its way. What
+            # was to go by this lane goes by another when the lane is taken down.
+            self._end("closed by the head")
 
     def close(self) -> None:
         # It is over when the peer has confirmed it: until then what was written is on its way.
@@ -301,8 +310,11 @@ class Link:
             welcome = await lane.greet(hello)
             self._lanes.add(lane)
             self._join(slot, lane, welcome, session)
-            await self._dialer.send_at_once(connection)
-            why = await lane.lost
+            hint = asyncio.create_task(self._dialer.send_at_once(connection), name="send at once")
+            try:
+                why = await lane.lost
+            finally:
+                hint.cancel()
         except asyncio.CancelledError:
             connection.close()
             raise
