@@ -110,10 +110,10 @@ class Box:
         except FileNotFoundError:
             return ""
 
-    def until_said(self, text: str, seconds: float = 120) -> None:
+    def until_said(self, text: str, name: str = "demo", seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
-        while text not in self.output():
-            assert time.monotonic() < deadline, f"not said: {text}\n{self.output()}"
+        while text not in self.output(name):
+            assert time.monotonic() < deadline, f"not said: {text}\n{self.output(name)}"
             time.sleep(0.1)
 
     def signal(self, name: str, number: signal.Signals) -> None:

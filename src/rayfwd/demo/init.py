@@ -181,15 +181,17 @@ def say(event: str, **fields: Any) -> None:
 
 def processes() -> list[str]:
     """The command lines of all processes of this machine but the first."""
-    names = []
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and entry.name != "1":
             try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
+                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").strip()
+                # One that is just being started, or ending, has no command line.
+                name = words or b"[%s]" % (entry / "comm").read_bytes().strip()
             except OSError:
                 continue  # it has just ended
-            names.append(b" ".join(words).decode(errors="replace").strip())
-    return names
+            found.append(name.decode(errors="replace"))
+    return found
 
 
 class _Init:

@@ -29,6 +29,8 @@ PATIENCE = 120.0
 """Seconds for a step that waits for Ray."""
 CUT_SECONDS = 10.0
 """Seconds for which no new SSH connection is let in after the cut."""
+ENDING_SECONDS = 10.0
+"""Seconds after the end of `rayfwd run` until nothing of it may be there."""
 WARM_TASKS = 5
 """Results of every kind of work that must have come before the cut, and again after it."""
 
@@ -221,8 +223,7 @@ class Story:
 
     async def _cut(self) -> None:
         self._tell.title(f"The link is cut, and stays so for {CUT_SECONDS:.0f} s")
-        worker = await self._worker.status()
-        before = worker["link"]
+        before = (await self._worker.status())["link"]
         self._ssh.refusing = True
         cut_at = time.monotonic()
         self._outcome.connections = self._ssh.cut()
@@ -297,10 +298,21 @@ class Story:
             )
             if daemon.exit_code != 0:
                 raise StepFailedError(f"exit code {daemon.exit_code} on {daemon.machine.name}")
-            left = await daemon.machine.processes()
-            if left:
-                raise StepFailedError(f"still running on {daemon.machine.name}: {left}")
+            await self._wait_empty(daemon.machine)
             self._tell.say(f"{daemon.machine.name}: ended in {seconds:.1f} s, no process is left")
+
+    async def _wait_empty(self, machine: Machine) -> None:
+        """A process may need a moment to be gone once it has been told to."""
+        left: list[str] = []
+
+        async def empty() -> bool:
+            nonlocal left
+            left = await machine.processes()
+            return not left
+
+        await self._tell.until(
+            empty, lambda: f"still running on {machine.name}: {', '.join(left)}", ENDING_SECONDS
+        )
 
     # -- waiting -------------------------------------------------------------------------
 

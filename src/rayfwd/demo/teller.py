@@ -23,7 +23,7 @@ class Teller:
         self.step = "the preparations"
         """What is being done, for whoever reports a failure."""
         self._out = out
-        self._began = time.monotonic()
+        self._began = self._last = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -53,16 +53,27 @@ class Teller:
 
         Raises StepFailedError after `patience` seconds.
         """
-        began = said = time.monotonic()
-        while not await look():
-            now = time.monotonic()
-            if now - began > patience:
-                raise StepFailedError(f"not within {patience:.0f} s; {how()}")
-            if now - said >= QUIET_SECONDS:
-                said = now
-                self.say(f"… {now - began:.0f} s: {how()}")
-            await asyncio.sleep(POLL_SECONDS)
+        began = time.monotonic()
+        ticker = asyncio.create_task(self._tick(began, how), name="ticker")
+        try:
+            while not await look():
+                if time.monotonic() - began > patience:
+                    raise StepFailedError(f"not within {patience:.0f} s; {how()}")
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            ticker.cancel()
         return time.monotonic() - began
 
+    async def _tick(self, began: float, how: Callable[[], str]) -> None:
+        """Break every silence; a look may take its time."""
+        while True:
+            now = time.monotonic()
+            due = self._last + QUIET_SECONDS
+            if now >= due:
+                self.say(f"… {now - began:.0f} s: {how()}")
+            else:
+                await asyncio.sleep(due - now)
+
     def _write(self, line: str) -> None:
+        self._last = time.monotonic()
         print(line, file=self._out, flush=True)
