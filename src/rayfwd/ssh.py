@@ -209,7 +209,7 @@ def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Pr
         case asyncssh.PermissionDenied():
             return Problem(
                 "ssh_auth_refused",
-                f"{head.ssh} refuses this machine's keys: {exc.reason}",
+                f"{head.ssh} refuses this machine's SSH keys ({exc.reason})",
                 "add the public key to authorized_keys on the head, or set head.identity",
             )
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
