@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,7 +24,18 @@ from typing import Self
 
 from tests.lab import package
 from tests.lab.daemon import CONFIG, Daemon
-from tests.lab.process import HOME, UID, Process, entering, environment, finish, state, tail
+from tests.lab.process import (
+    HOME,
+    UID,
+    Process,
+    began,
+    boot_time,
+    entering,
+    environment,
+    finish,
+    state,
+    tail,
+)
 from tests.need import ray_envs, tool
 
 NAMES = ("head", "w1", "w2")
@@ -31,8 +43,12 @@ NETWORK = "198.51.100.0/24"
 INIT = Path(__file__).with_name("init.py")
 
 SPACES = ("net", "pid", "mnt", "uts", "ipc")
-made: set[str] = set()
-"""Every namespace that this process had made for a machine, as /proc/PID/ns shows them."""
+made: dict[str, float] = {}
+"""Every namespace that this process had made for a machine, as /proc/PID/ns shows them.
+
+With the time (`boot_time`) it was given up, infinite until then: the kernel uses its number again,
+for another run's labs too, but a process that began before that was ours.
+"""
 
 
 def tag() -> str:
@@ -65,7 +81,7 @@ class Init:
         children = Path(f"/proc/{outer}/task/{outer}/children")
         self.pid = outer if bare else int(children.read_text().split()[0])
         self.spaces = {kind: os.readlink(f"/proc/{self.pid}/ns/{kind}") for kind in SPACES}
-        made.update(set(self.spaces.values()) - set(_own_spaces()))
+        made.update(dict.fromkeys(set(self.spaces.values()) - set(_own_spaces()), math.inf))
 
     def kill(self) -> None:
         """Tell it to end, and so all processes of its namespaces."""
@@ -80,6 +96,9 @@ class Init:
             assert pipe is not None
             pipe.close()
         self._outer.wait(30)
+        for space in getattr(self, "spaces", {}).values():
+            if made.get(space) == math.inf:
+                made[space] = boot_time()
 
 
 def _own_spaces() -> list[str]:
@@ -159,7 +178,9 @@ class Machine:
     def pids(self) -> list[int]:
         """Host-side ids of the machine's processes, without its init and without zombies."""
         space = self._init.spaces["pid"]
-        return [pid for pid in _inside({space}) if pid != self._init.pid and state(pid) != "Z"]
+        return [
+            pid for pid in _inside({space: math.inf}) if pid != self._init.pid and state(pid) != "Z"
+        ]
 
     def kill_all(self) -> None:
         """SIGKILL to every process but init, at once: a power cut. Files and firewall stay."""
@@ -404,6 +425,25 @@ class Lab:
         assert self._switch is not None
         _command(self._switch.pid, "ip", "link", "set", machine.port, *words)
 
+    def drop_one_way(self, source: Machine | None = None, target: Machine | None = None) -> None:
+        """Let no packet of `source` through to `target`, but those of the other way (None: all).
+
+        Adds to what is dropped already, until `drop_nothing`. Nobody is told.
+        """
+        assert self._switch is not None
+        ends = [("iifname", source), ("oifname", target)]
+        rule = " ".join(f'{key} "{end.port}"' for key, end in ends if end is not None)
+        text = f"""table bridge dropped {{
+            chain forward {{ type filter hook forward priority 0; policy accept; {rule} drop; }}
+        }}"""
+        _command(self._switch.pid, "nft", "-f", "-", text=text)
+
+    def drop_nothing(self) -> None:
+        """Undo `drop_one_way`; `cut` stays."""
+        assert self._switch is not None
+        text = "table bridge dropped\ndelete table bridge dropped\n"  # there or not
+        _command(self._switch.pid, "nft", "-f", "-", text=text)
+
     def reset_connections(self, machine: Machine) -> int:
         """Break every TCP connection between that machine and others, at both ends; how many."""
         broken = machine.network_command("ss", "-HKtn", "dst", NETWORK)
@@ -460,8 +500,8 @@ def _lines(lines: Sequence[str] | Iterator[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _inside(spaces: set[str]) -> list[int]:
-    """Processes in any of these namespaces, by the names that /proc/PID/ns has for them."""
+def _inside(spaces: Mapping[str, float]) -> list[int]:
+    """Processes that are in any of these namespaces since before the time given with it."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -470,7 +510,7 @@ def _inside(spaces: set[str]) -> list[int]:
                     space = os.readlink(f"/proc/{entry}/ns/{kind}")
                 except OSError:  # gone, or a zombie
                     break
-                if space in spaces:
+                if began(int(entry)) < spaces.get(space, 0.0):
                     found.append(int(entry))
                     break
     return found

@@ -5,6 +5,7 @@ nsenter(1) stays outside as the parent of the command, which is therefore found 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -201,6 +202,20 @@ def state(pid: int) -> str | None:
     except OSError:
         return None
     return stat.rpartition(")")[2].split()[0]
+
+
+def began(pid: int) -> float:
+    """When a process began, on the clock that `boot_time` tells; infinite: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return math.inf
+    return int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def boot_time() -> float:
+    """Seconds since this host has started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def tail(log: Path, characters: int = 6000) -> str:

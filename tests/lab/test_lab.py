@@ -6,18 +6,20 @@ Were one of these not so, the tests of rayfwd that stand on it would prove less 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 from tests.lab.cluster import HUB_SOCKET, Cluster, change, toml
 from tests.lab.machines import INIT, Lab, Machine, left_over
-from tests.lab.process import HOME, UID, CommandFailed, Process, state
+from tests.lab.process import HOME, UID, CommandFailed, Process, began, boot_time, state, until
 from tests.need import CHECKOUT, need, no_ray, ray_envs
 
 LISTEN = """
@@ -38,6 +40,21 @@ for port in sys.argv[2:]:
         print("refused")
     else:
         print("open")
+"""
+
+HEAR = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.bind(("0.0.0.0", 7000))
+    print("listening", flush=True)
+    while True:
+        print(s.recv(100).decode(), flush=True)
+"""
+
+SHOUT = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    s.sendto(sys.argv[2].encode(), (sys.argv[1], 7000))
 """
 
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
@@ -242,6 +259,41 @@ def test_cut_heal_and_reset(lab: Lab) -> None:
     assert dial(w1, head.address, 22) == ["open"]
 
 
+def test_drop_one_way(lab: Lab) -> None:
+    for machine in lab.machines:
+        machine.network_command("nft", "delete", "table", "inet", "firewall")
+    head, w1, w2 = lab.machines
+    ears = {m.name: m.popen([python(m), "-c", HEAR]) for m in lab.machines}
+    until(lambda: all("listening" in ear.log.read_text() for ear in ears.values()), 20, lab.tails)
+
+    def heard(word: str) -> set[str]:
+        """Who hears whom, when all call all; what is last is never dropped."""
+        for source, target in permutations(lab.machines, 2):
+            words = f"{source.name}>{target.name} {word}"
+            source.run([python(source), "-c", SHOUT, target.address, words])
+        for machine in lab.machines:
+            machine.run([python(machine), "-c", SHOUT, machine.address, f"end {word}"])
+        until(
+            lambda: all(f"end {word}\n" in ear.log.read_text() for ear in ears.values()),
+            20,
+            lab.tails,
+        )
+        lines = [line for ear in ears.values() for line in ear.log.read_text().splitlines()]
+        return {line.split()[0] for line in lines if line.endswith(word)} - {"end"}
+
+    everybody = {f"{a.name}>{b.name}" for a, b in permutations(lab.machines, 2)}
+    assert heard("first") == everybody
+    lab.drop_one_way(w1, head)
+    assert heard("second") == everybody - {"w1>head"}
+    lab.drop_one_way(None, w2)
+    assert heard("third") == everybody - {"w1>head", "w1>w2", "head>w2"}
+    lab.drop_nothing()
+    lab.drop_one_way(head)
+    assert heard("fourth") == everybody - {"head>w1", "head>w2"}
+    lab.drop_nothing()
+    assert heard("fifth") == everybody
+
+
 def test_a_cut_stays_silent(shared: Lab) -> None:
     """ARP does not time out, after which connects would fail at once."""
     for machine in shared.machines:
@@ -326,11 +378,14 @@ def test_changes_and_toml() -> None:
     assert toml(config) == '[ray]\nx = 2\ny = true\nz = ["\\u00e9", 1]\n[log]\nformat = "json"\n'
 
 
-def spaces_in_use() -> set[str]:
-    """Every namespace that a process of this host is in."""
+def spaces_in_use(before: float = math.inf) -> set[str]:
+    """Every namespace that a process of this host is in which began before that time.
+
+    The kernel gives the number of a namespace that is gone to the next, of another run maybe.
+    """
     found = set()
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
+        if entry.name.isdigit() and began(int(entry.name)) < before:
             for kind in ("net", "pid", "mnt", "uts", "ipc"):
                 try:
                     found.add(os.readlink(entry / "ns" / kind))
@@ -354,6 +409,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
         said = json.loads(holder.stdout.readline())
         assert set(said["spaces"]) <= spaces_in_use()
         assert all(Path(f"/proc/{pid}").exists() for pid in said["pids"])
+        interrupted = boot_time()
         os.kill(holder.pid, number)
         code = holder.wait(30)
     finally:
@@ -362,7 +418,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, number: signal.Signal
     assert code != 0
     deadline = time.monotonic() + 10
     while True:
-        left = sorted(set(said["spaces"]) & spaces_in_use())
+        left = sorted(set(said["spaces"]) & spaces_in_use(interrupted))
         left += [f"process {pid}" for pid in said["pids"] if Path(f"/proc/{pid}").exists()]
         mounts = Path("/proc/self/mountinfo").read_text()
         left += [line for line in mounts.splitlines() if f"{said['tag']}-" in line]
