@@ -174,6 +174,10 @@ def _text(body: Mapping[str, Any], key: str, longest: int) -> str:
     value = body[key]
     if not isinstance(value, str) or not 0 < len(value) <= longest:
         raise ValueError(f"{key} must be text of 1 to {longest} characters")
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        # JSON can say it, but no file and no terminal can take it. The value is not shown: it
+        # may be the node's key.
+        raise ValueError(f"{key} must be text without half characters")
     return value
 
 
@@ -190,5 +194,13 @@ def _number(body: Mapping[str, Any], key: str, least: float, most: float) -> int
 
 def _resources(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or len(value) > 256:
-        raise ValueError("resources must be an object")
-    return {str(name)[:128]: float(amount) for name, amount in value.items()}
+        raise ValueError("resources must be an object of at most 256 keys")
+    for name in value:
+        _text({"the name of a resource": name}, "the name of a resource", 128)
+    return {name: float(_finite(amount)) for name, amount in value.items()}
+
+
+def _finite(amount: Any) -> int | float:
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not abs(amount) < 1e18:
+        raise ValueError("a resource must be a number")
+    return amount
