@@ -34,7 +34,7 @@ def test_essential_work(cluster: Cluster, driver: str) -> None:
 
 
 def test_nobody_has_doors_for_it(cluster: Cluster) -> None:
-    block = {p for p in range(20000, 32768) if p in ports(cluster, "w1")}
+    block = ports(cluster, "w1")
     assert len(block) == 46
     for name in ("head", "w2"):
         assert not block & listening(cluster.lab.machine(name))

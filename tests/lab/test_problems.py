@@ -1,0 +1,378 @@
+"""Whatever keeps a node from working is one event with cause and remedy, and heals by itself.
+
+Each test removes the cause under the running daemon, which is never restarted.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
+from tests.lab.daemon import CONFIG, Daemon
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import HOME, until
+
+GUESTS = {"guest": 4300, "stranger": 4301}
+"""Users of the head that are not rayfwd's."""
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    """A head and two workers without Ray; each test starts the worker that it is about."""
+    head = module_lab.machine("head")
+    add_guests(head, module_lab.machine("w1").public_key)
+    cluster = Cluster(module_lab, every={"ray.start": False})
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")
+    yield cluster
+    cluster.stop()
+
+
+def add_guests(head: Machine, key: str) -> None:
+    for file, lines in {
+        "passwd": [f"{u}:x:{i}:{i}::/home/{u}:/bin/bash" for u, i in GUESTS.items()],
+        "group": [f"{u}:x:{i}:" for u, i in GUESTS.items()],
+        "shadow": [f"{u}:*:19000:0:99999:7:::" for u in GUESTS],
+    }.items():
+        path = head.host_path(f"/run/lab/etc/{file}")
+        # In place: it is mounted on the file below /etc.
+        with path.open("a") as out:
+            out.writelines(f"{line}\n" for line in lines)
+    for user in GUESTS:
+        home = f"/home/{user}"
+        script = (
+            f"install -d -o {user} -g {user} {home} && "
+            f"install -d -m 700 -o {user} -g {user} {home}/.ssh && "
+            f"echo '{key}' > {home}/.ssh/authorized_keys"
+        )
+        head.run(["bash", "-c", script], user="root")
+
+
+def attempts(cluster: Cluster, worker: str) -> int:
+    """How many connections of a worker the head's sshd has written about."""
+    log = (cluster.lab.folder / "head-sshd.log").read_text(errors="replace")
+    address = re.escape(cluster.lab.machine(worker).address)
+    return len(set(re.findall(rf"{address} port (\d+)", log)))
+
+
+def tries_on(cluster: Cluster, worker: str, more: int = 3) -> None:
+    """Wait until the worker has dialled so many times more."""
+    before = attempts(cluster, worker)
+    until(
+        lambda: attempts(cluster, worker) >= before + more,
+        90,
+        lambda: f"{worker} has dialled {attempts(cluster, worker) - before} times more",
+    )
+
+
+def errors(daemon: Daemon) -> list[dict[str, Any]]:
+    return [event for event in daemon.events() if event.get("level") == "error"]
+
+
+def check_said_once(daemon: Daemon, code: str, cause: str, remedy: str) -> None:
+    """One error of this code, of no other, that names the thing and what to do; status has it."""
+    status = daemon.wait_status(lambda s: s["waiting_for"], 20)
+    assert status["state"] == "waiting"
+    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+    (event,) = errors(daemon)
+    assert event["event"] == code
+    assert cause in event["cause"]
+    assert remedy in event["remedy"]
+    assert status["waiting_for"][0] == {
+        "code": code,
+        "cause": event["cause"],
+        "remedy": event["remedy"],
+    }
+
+
+def check_healed(daemon: Daemon, code: str) -> None:
+    daemon.wait_status(lambda status: status["state"] == "ready", 60)
+    assert [event["event"] for event in errors(daemon)] == [code]
+    assert daemon.status()["waiting_for"] == []
+
+
+@pytest.fixture
+def end(cluster: Cluster) -> Iterator[None]:
+    """End the workers and put back what the test changed."""
+    yield
+    head = cluster.lab.machine("head")
+    for daemon in cluster.daemons:
+        if daemon is not cluster.head and daemon.process.poll() is None:
+            assert daemon.stop() == 0
+    for name in ("w1", "w2"):
+        machine = cluster.lab.machine(name)
+        machine.know(f"{head.address} {head.host_key}")
+        cluster.configs[name]["name"] = name
+        cluster.configs[name]["head"]["ssh"] = f"ray@{head.address}"
+        machine.run(["rm", "-rf", STATE_DIR])
+        forget(cluster, name)
+    head.authorize(*(cluster.lab.machine(name).public_key for name in ("w1", "w2")))
+
+
+def forget(cluster: Cluster, name: str) -> None:
+    argv = [str(cluster.lab.rayfwd), "forget", name, "--config", CONFIG]
+    cluster.lab.machine("head").run(argv, check=False)
+
+
+def restart_head(cluster: Cluster, users: list[str]) -> None:
+    if cluster.head.process.poll() is None:
+        assert cluster.head.stop() == 0
+    cluster.configs["head"]["hub"] = {"users": users}
+    cluster.start_node("head").wait_event("hub_listening")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("end")
+class TestTheLink:
+    def test_host_key_mismatch(self, cluster: Cluster) -> None:
+        head, w1 = cluster.lab.machine("head"), cluster.lab.machine("w1")
+        w1.know(f"{head.address} {w1.host_key}")
+        worker = cluster.start_node("w1")
+        worker.wait_event("host_key_mismatch")
+        tries_on(cluster, "w1")
+        check_said_once(worker, "host_key_mismatch", head.address, f"ssh-keygen -R {head.address}")
+        w1.know(f"{head.address} {head.host_key}")
+        check_healed(worker, "host_key_mismatch")
+
+    def test_host_key_unknown(self, cluster: Cluster) -> None:
+        head, w1 = cluster.lab.machine("head"), cluster.lab.machine("w1")
+        w1.know()
+        worker = cluster.start_node("w1")
+        worker.wait_event("host_key_unknown")
+        tries_on(cluster, "w1")
+        check_said_once(worker, "host_key_unknown", head.address, "known_hosts")
+        w1.know(f"{head.address} {head.host_key}")
+        check_healed(worker, "host_key_unknown")
+
+    def test_key_refused(self, cluster: Cluster) -> None:
+        """Tried twice a minute only: servers count refused keys."""
+        head, w1 = cluster.lab.machine("head"), cluster.lab.machine("w1")
+        head.authorize(cluster.lab.machine("w2").public_key)
+        worker = cluster.start_node("w1")
+        worker.wait_event("ssh_auth_refused")
+        tries_on(cluster, "w1", 1)
+        check_said_once(worker, "ssh_auth_refused", f"ray@{head.address}", "authorized_keys")
+        head.authorize(w1.public_key)
+        check_healed(worker, "ssh_auth_refused")
+
+    def test_nothing_listens_for_ssh(self, cluster: Cluster) -> None:
+        head = cluster.lab.machine("head")
+        head.stop_sshd()
+        worker = cluster.start_node("w1")
+        worker.wait_event("ssh_unreachable")
+        time.sleep(3)  # several attempts; nobody is there to count them
+        check_said_once(worker, "ssh_unreachable", f"ray@{head.address}", "sshd")
+        head.start_sshd()
+        check_healed(worker, "ssh_unreachable")
+
+    def test_hub_absent(self, cluster: Cluster) -> None:
+        assert cluster.head.stop() == 0
+        worker = cluster.start_node("w1")
+        worker.wait_event("hub_absent")
+        tries_on(cluster, "w1")
+        check_said_once(worker, "hub_absent", HUB_SOCKET, "start rayfwd on the head")
+        cluster.start_node("head")
+        check_healed(worker, "hub_absent")
+
+    def test_hub_not_permitted(self, cluster: Cluster) -> None:
+        cluster.configs["w1"]["head"]["ssh"] = f"guest@{cluster.lab.machine('head').address}"
+        worker = cluster.start_node("w1")
+        worker.wait_event("hub_not_permitted")
+        tries_on(cluster, "w1")
+        check_said_once(worker, "hub_not_permitted", HUB_SOCKET, "hub.users")
+        # While the head is restarted it is absent, which is news of its own.
+        restart_head(cluster, ["guest"])
+        worker.wait_status(lambda status: status["state"] == "ready", 60)
+        assert {event["event"] for event in errors(worker)} <= {"hub_not_permitted", "hub_absent"}
+        restart_head(cluster, [])
+
+    def test_user_not_allowed(self, cluster: Cluster) -> None:
+        restart_head(cluster, ["guest"])
+        cluster.configs["w1"]["head"]["ssh"] = f"stranger@{cluster.lab.machine('head').address}"
+        worker = cluster.start_node("w1")
+        worker.wait_event("user_not_allowed")
+        tries_on(cluster, "w1")
+        check_said_once(worker, "user_not_allowed", "stranger", "hub.users")
+        refused = cluster.head.events("lane_refused")
+        assert [event["code"] for event in refused] == ["user_not_allowed"]
+        restart_head(cluster, ["guest", "stranger"])
+        worker.wait_status(lambda status: status["state"] == "ready", 60)
+        assert {event["event"] for event in errors(worker)} <= {"user_not_allowed", "hub_absent"}
+        restart_head(cluster, [])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("end")
+class TestNames:
+    def test_two_nodes_of_one_name(self, cluster: Cluster) -> None:
+        cluster.start_node("w1").wait_ready()
+        cluster.configs["w2"]["name"] = "w1"
+        second = cluster.start_node("w2")
+        second.wait_event("name_taken")
+        tries_on(cluster, "w2")
+        check_said_once(second, "name_taken", "w1", "another name")
+        assert cluster.worker("w1").status()["state"] == "ready", "the first one goes on"
+        assert cluster.worker("w1").stop() == 0
+        forget(cluster, "w1")
+        check_healed(second, "name_taken")
+
+    def test_a_copied_machine(self, cluster: Cluster) -> None:
+        """The same name and the same key, as on a cloned disk."""
+        first = cluster.start_node("w1")
+        first.wait_ready()
+        w1, w2 = cluster.lab.machine("w1"), cluster.lab.machine("w2")
+        key = w1.host_path(f"{STATE_DIR}/node.key").read_text()
+        w2.write(f"{STATE_DIR}/node.key", key)
+        cluster.configs["w2"]["name"] = "w1"
+        second = cluster.start_node("w2")
+        second.wait_event("name_in_use")
+        tries_on(cluster, "w2")
+        check_said_once(second, "name_in_use", "w1", "node.key")
+        assert first.status()["state"] == "ready", "the first one goes on"
+        assert errors(first) == []
+        assert first.stop() == 0
+        check_healed(second, "name_in_use")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("end")
+def test_door_blocked(cluster: Cluster) -> None:
+    """Something else listens on a port that stands for one of the head's."""
+    port = cluster.head.status()["node"]["base"] + 1
+    squatter = squat(cluster.lab.machine("w1"), port)
+    worker = cluster.start_node("w1")
+    event = worker.wait_event("door_blocked")
+    assert f"port {port} is in use" in event["cause"]
+    assert f"sport = :{port}" in event["remedy"]
+    status = worker.wait_status(lambda s: s["state"] == "ready", 30)
+    assert [problem["code"] for problem in status["problems"]] == ["door_blocked"]
+    assert len(status["doors"]["blocked"]) == 1
+    time.sleep(6)  # it is tried again every few seconds
+    assert len(errors(worker)) == 1
+    squatter.signal(signal.SIGKILL)
+    worker.wait_event("door_unblocked", 30)
+    status = worker.wait_status(lambda s: not s["problems"], 30)
+    assert status["doors"]["blocked"] == []
+
+
+def squat(machine: Machine, port: int) -> Any:
+    """A program that holds a port on every address."""
+    code = (
+        f"import socket, time; s = socket.create_server(('0.0.0.0', {port})); "
+        "print('held', flush=True); time.sleep(1000)"
+    )
+    assert machine.lab.rayfwd is not None
+    process = machine.popen([str(machine.lab.rayfwd.with_name("python")), "-c", code])
+    until(lambda: "held" in process.log.read_text(), 20, lambda: f"port {port}")
+    return process
+
+
+RAY = f"{HOME}/bin/ray"
+"""The command that the workers of the tests below are told to use."""
+PRETENDER = f"{HOME}/pretender"
+"""A Python environment whose versions are as a test wants them."""
+
+
+@pytest.fixture(scope="module")
+def with_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head with Ray; its workers are told to use a `ray` that is not there yet."""
+    with Lab(tmp_path_factory.mktemp("lab")) as lab:
+        commands: dict[str, Any] = {name: {"ray.command": RAY} for name in ("w1", "w2")}
+        cluster = Cluster(lab, **commands)
+        cluster.start(["head"])
+        cluster.head.wait_ready()
+        yield cluster
+        cluster.stop()
+
+
+@pytest.mark.ray
+def test_ray_missing_unsupported_and_ports_in_use(with_ray: Cluster) -> None:
+    w1 = with_ray.lab.machine("w1")
+    worker = with_ray.start_node("w1")
+    worker.wait_event("ray_not_found")
+    time.sleep(4)  # tried again after one second and after two more
+    check_said_once(worker, "ray_not_found", RAY, "ray.command")
+
+    # No Ray of that age is installed: the environment only says that it is one.
+    pretend(w1, ray="2.8.1")
+    event = worker.wait_event("ray_version_unsupported", 60)
+    assert "2.8.1" in event["cause"]
+    assert "2.9" in event["remedy"]
+    waits(worker, "ray_version_unsupported")
+
+    port = worker.status()["node"]["base"]
+    squatter = squat(w1, port)
+    use(w1, "2.60.0")
+    event = worker.wait_event("port_in_use", 60)
+    assert f"{port} (held by python" in event["cause"]
+    assert "hub.port_base" in event["remedy"]
+    waits(worker, "port_in_use")
+
+    squatter.signal(signal.SIGKILL)
+    worker.wait_ready(120)
+    codes = [event["event"] for event in errors(worker)]
+    assert codes == ["ray_not_found", "ray_version_unsupported", "port_in_use"]
+
+
+@pytest.mark.ray("2.60.0", "2.40.0")
+def test_other_versions_than_the_heads(with_ray: Cluster) -> None:
+    w2 = with_ray.lab.machine("w2")
+    use(w2, "2.40.0")
+    worker = with_ray.start_node("w2")
+    event = worker.wait_event("ray_version_differs")
+    assert "Ray 2.40.0" in event["cause"]
+    assert "the head has Ray 2.60.0" in event["cause"]
+    assert "install Ray 2.60.0 here" in event["remedy"]
+    waits(worker, "ray_version_differs")
+
+    pretend(w2, ray="2.60.0", python="3.9.1")
+    event = worker.wait_event("python_version_differs", 60)
+    own = with_ray.head.status()["ray"]["python"]
+    assert "Python 3.9.1" in event["cause"]
+    assert f"the head with Python {own}" in event["cause"]
+    assert f"use Python {own}" in event["remedy"]
+    waits(worker, "python_version_differs")
+
+    use(w2, "2.60.0")
+    worker.wait_ready(120)
+    codes = [event["event"] for event in errors(worker)]
+    assert codes == ["ray_version_differs", "python_version_differs"]
+    assert with_ray.head.events("ray_exited") == []
+
+
+def waits(daemon: Daemon, code: str) -> None:
+    status = daemon.status()
+    assert status["state"] == "waiting"
+    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+
+
+def use(machine: Machine, version: str) -> None:
+    """Make the worker's `ray` the one of that version."""
+    put(machine, machine.host_path(str(machine.ray(version))).read_text())
+
+
+def pretend(machine: Machine, ray: str, python: str | None = None) -> None:
+    """Make it one of an environment that says that it has these versions."""
+    machine.run(["rm", "-rf", PRETENDER])
+    real = str(machine.ray_python())
+    machine.run([real, "-m", "venv", "--without-pip", PRETENDER])
+    where = machine.run(
+        [f"{PRETENDER}/bin/python", "-c", "import site; print(*site.getsitepackages())"]
+    )
+    packages = where.stdout.strip()
+    machine.write(f"{packages}/ray-{ray}.dist-info/METADATA", f"Name: ray\nVersion: {ray}\n")
+    if python is not None:
+        text = f"import platform\nplatform.python_version = lambda: {python!r}\n"
+        machine.write(f"{packages}/sitecustomize.py", text)
+    put(machine, f"#!{PRETENDER}/bin/python\n")
+
+
+def put(machine: Machine, script: str) -> None:
+    machine.write(f"{RAY}.new", script, 0o755)
+    machine.run(["mv", f"{RAY}.new", RAY])
