@@ -301,6 +301,8 @@ async def serving(handler: Handler, place: Target) -> AsyncIterator[Target]:
 
 def reset(writer: asyncio.StreamWriter) -> None:
     """Close a connection by a reset, as a program does that dies with bytes unread."""
+    if writer.transport.is_closing():
+        return
     sock = writer.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
