@@ -1,0 +1,320 @@
+"""A session on an event loop: two of them joined by real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from rayfwd import mux as mux_module
+from rayfwd.mux import Mux, MuxStream, StreamOwner
+from rayfwd.session import lane as lane_module
+from rayfwd.session.frames import Kind, encode
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.stream import ResetReason
+from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
+from tests.unit.loops import log_events, of, run, until
+
+
+@dataclass
+class Owner:
+    """A stream's owner that notes what it is told."""
+
+    stream: MuxStream | None = None
+    got: bytearray = field(default_factory=bytearray)
+    told: list[str] = field(default_factory=list)
+    reads: bool = True
+
+    def stream_data(self, data: bytes) -> None:
+        self.got += data
+        if self.reads and self.stream is not None:
+            self.stream.consumed(len(data))
+
+    def stream_ended(self) -> None:
+        self.told.append("ended")
+
+    def stream_writable(self) -> None:
+        self.told.append("writable")
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        self.told.append(f"lost: {reason.name} {text}".strip())
+
+    def stream_finished(self) -> None:
+        self.told.append("finished")
+
+
+class End:
+    """One side: a mux and all that it reported."""
+
+    def __init__(self, side: Literal["worker", "hub"], limits: Limits, ride_through: float) -> None:
+        session = Session(side, ride_through, limits, asyncio.get_running_loop().time())
+        self.messages: list[dict[str, Any]] = []
+        self.changes: list[Parked | Resumed | SessionEnded] = []
+        self.accepted: list[Owner] = []
+        self.refuses = False
+        self.reads = True
+        self.mux = Mux(session, self._accept, self.messages.append, self.changes.append)
+        self.lanes: list[SocketLane] = []
+
+    def _accept(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
+        if self.refuses:
+            stream.reset(ResetReason.REFUSED, target.decode())
+            return None
+        self.accepted.append(Owner(stream, reads=self.reads))
+        return self.accepted[-1]
+
+    def open(self, owner: Owner) -> MuxStream:
+        owner.stream = self.mux.open(b"to", owner)
+        return owner.stream
+
+
+class Pair:
+    """Two ends and the lanes between them."""
+
+    def __init__(self, limits: Limits | None = None, ride_through: float = 60.0) -> None:
+        self.worker = End("worker", limits or Limits(), ride_through)
+        self.hub = End("hub", limits or Limits(), ride_through)
+
+    async def lane(self, kind: LaneClass = INTERACTIVE) -> tuple[SocketLane, SocketLane]:
+        loop = asyncio.get_running_loop()
+        made = []
+        for end, sock in zip((self.worker, self.hub), socket.socketpair(), strict=True):
+            _, lane = await loop.create_unix_connection(SocketLane, sock=sock)
+            lane.join(end.mux, kind)
+            end.lanes.append(lane)
+            made.append(lane)
+        return made[0], made[1]
+
+    async def close(self) -> None:
+        for end in (self.worker, self.hub):
+            end.mux.close("over")
+            for lane in end.lanes:
+                await lane.closed
+
+
+@asynccontextmanager
+async def pair(
+    *lanes: LaneClass, limits: Limits | None = None, ride_through: float = 60.0
+) -> AsyncIterator[Pair]:
+    made = Pair(limits, ride_through)
+    try:
+        for kind in lanes:
+            await made.lane(kind)
+        yield made
+    finally:
+        await made.close()
+
+
+def test_owners_are_told_what_happens_to_their_streams() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK) as p:
+            mine = Owner()
+            stream = p.worker.open(mine)
+            stream.send(b"question")
+            stream.end()
+            await until(lambda: p.hub.accepted and p.hub.accepted[0].told == ["ended"])
+            theirs = p.hub.accepted[0]
+            assert theirs.got == b"question"
+            assert theirs.stream is not None
+            theirs.stream.send(b"answer")
+            theirs.stream.end()
+            await until(lambda: mine.told == ["ended", "finished"])
+            assert mine.got == b"answer"
+            await until(lambda: theirs.told == ["ended", "finished"])
+            assert p.worker.mux._owners == p.hub.mux._owners == {}
+
+    run(main)
+
+
+def test_a_refused_stream_is_lost_with_its_reason() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            p.hub.refuses = True
+            mine = Owner()
+            p.worker.open(mine).send(b"lost")
+            await until(lambda: mine.told)
+            assert mine.told == ["lost: REFUSED to"]
+
+    run(main)
+
+
+def test_who_resets_hears_no_more_of_the_stream() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            mine = Owner()
+            stream = p.worker.open(mine)
+            stream.send(b"x")
+            await until(lambda: p.hub.accepted and p.hub.accepted[0].got)
+            stream.reset(ResetReason.ABORTED, "enough")
+            await until(lambda: p.hub.accepted[0].told)
+            assert p.hub.accepted[0].told == ["lost: ABORTED enough"]
+            assert mine.told == []
+
+    run(main)
+
+
+def test_a_writer_waits_for_a_reader_and_is_called_when_it_may_go_on() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK, limits=Limits(window=1000, stream_buffer=2000)) as p:
+            p.hub.reads = False
+            mine = Owner()
+            stream = p.worker.open(mine)
+            sent = 0
+            while stream.send(b"x" * 500):
+                sent += 500
+                assert sent < 10_000, "it never has to wait"
+            await asyncio.sleep(0.1)
+            assert mine.told == []
+            theirs = p.hub.accepted[0]
+            theirs.reads = True
+            assert theirs.stream is not None
+            theirs.stream.consumed(len(theirs.got))
+            await until(lambda: mine.told == ["writable"])
+
+    run(main)
+
+
+def test_everything_moves_by_itself_through_slow_transports() -> None:
+    data = bytes(range(256)) * 40_000
+
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK) as p:
+            owners = [Owner() for _ in range(3)]
+            for owner in owners:
+                stream = p.worker.open(owner)
+                stream.send(data)
+                stream.end()
+            await until(lambda: len(p.hub.accepted) == 3)
+            await until(lambda: all(len(a.got) == len(data) for a in p.hub.accepted), 20)
+            assert all(a.got == data for a in p.hub.accepted)
+
+    run(main)
+
+
+def test_lanes_come_and_go() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK) as p:
+            mine = Owner()
+            stream = p.worker.open(mine)
+            for lane in p.worker.lanes:
+                lane.abort("cut")
+            await until(lambda: p.worker.changes and p.hub.changes)
+            stream.send(b"held")
+            await p.lane(BULK)
+            await until(lambda: p.hub.accepted and p.hub.accepted[0].got == b"held")
+            for end in (p.worker, p.hub):
+                assert [type(change) for change in end.changes] == [Parked, Resumed]
+
+    run(main)
+
+
+def test_ride_through_ends_the_session_by_itself() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE, ride_through=0.3) as p:
+            mine = Owner()
+            p.worker.open(mine)
+            p.worker.lanes[0].abort("cut")
+            await until(lambda: p.worker.mux.session.ended and p.hub.mux.session.ended)
+            assert mine.told == ["lost: SESSION_ENDED no lane for 0 s"]
+            assert isinstance(p.worker.changes[-1], SessionEnded)
+            assert p.worker.mux._timer is None
+
+    run(main)
+
+
+def test_a_silent_lane_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.6)
+    monkeypatch.setattr(lane_module, "PING_IDLE", 0.2)
+
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            await asyncio.sleep(1.0)
+            assert p.worker.changes == [], "a lane that answers is left alone"
+            deaf = p.hub.lanes[0]
+            assert deaf.transport is not None
+            deaf._mux = None  # what comes in goes nowhere: no PONG
+            await until(lambda: p.worker.changes)
+            assert "silent" in (p.worker.lanes[0].why_aborted, deaf.why_aborted)
+            deaf._mux = p.hub.mux
+
+    run(main)
+
+
+def test_a_process_that_was_stopped_does_not_take_its_lanes_for_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.8)
+    monkeypatch.setattr(lane_module, "UNANSWERED_AFTER", 1.2)
+
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK) as p:
+            await asyncio.sleep(0.1)
+            loop = asyncio.get_running_loop()
+            skipped = mux_module.LATE + 2.0
+            real = loop.time
+            loop.time = lambda: real() + skipped  # type: ignore[method-assign]
+            await asyncio.sleep(1.5)
+            assert p.worker.changes == p.hub.changes == []
+            assert len(p.worker.mux.lanes) == 2
+
+    run(main)
+
+
+def test_a_broken_peer_ends_the_session_and_is_said_with_its_code() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            mine = Owner()
+            p.worker.open(mine)
+            lane = p.hub.lanes[0]
+            assert lane.transport is not None
+            lane.transport.write(encode(Kind.WELCOME, 0, 1))
+            await until(lambda: p.worker.changes)
+            (change,) = p.worker.changes
+            assert isinstance(change, SessionEnded)
+            assert change.why.startswith("handshake_late")
+            assert mine.told[0].startswith("lost: SESSION_ENDED")
+            await until(lambda: p.hub.changes)
+            assert isinstance(p.hub.changes[-1], SessionEnded), "the peer is told why"
+
+    with log_events() as log:
+        run(main)
+    assert [entry["code"] for entry in of(log, "session_broken")] == ["handshake_late"]
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b"[" * 100_000])
+def test_a_message_that_is_no_object_is_left_out(text: bytes) -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            p.hub.mux.session.send_message(text)
+            p.hub.mux.send_message({"good": True})
+            await until(lambda: p.worker.messages)
+            assert p.worker.messages == [{"good": True}]
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, "message_malformed")) == 1
+
+
+def test_closing_ends_both_sides_and_their_lanes() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK) as p:
+            mine = Owner()
+            p.worker.open(mine)
+            p.hub.mux.close("maintenance")
+            await until(lambda: p.worker.changes)
+            assert p.worker.changes == p.hub.changes == [SessionEnded("maintenance")]
+            assert mine.told == ["lost: SESSION_ENDED maintenance"]
+            for end in (p.worker, p.hub):
+                for lane in end.lanes:
+                    await lane.closed
+                assert end.mux.lanes == {}
+                end.mux.send_message({"too": "late"})
+                end.mux.close("again")
+
+    run(main)
