@@ -45,11 +45,12 @@ LASTED = 10.0
 
 
 class LinkRefusedError(Exception):
-    """The hub refused the lane; `problem` is its reason."""
+    """The hub refused the lane; `problem` is its reason, `session` what the lane was for."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: Refusal, session: str) -> None:
         super().__init__(refusal.cause)
         self.problem = Problem(refusal.code, refusal.cause, refusal.remedy)
+        self.session = session
 
 
 class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
@@ -59,6 +60,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._channel: Any = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._session = ""
         self._mux: Mux | None = None
         self._number = 0
         self._stderr = bytearray()
@@ -101,6 +103,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     async def greet(self, hello: Hello) -> Welcome:
         """Say hello. Raises LinkRefusedError or ProblemError."""
+        self._session = hello.session
         self.write([hello.encode()])
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
@@ -122,7 +125,8 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             if frame is None:
                 return
             if frame.kind is Kind.REFUSE:
-                self._answer.set_exception(LinkRefusedError(Refusal.decode(frame)))
+                refusal = Refusal.decode(frame)
+                self._answer.set_exception(LinkRefusedError(refusal, self._session))
             else:
                 self._answer.set_result(Welcome.decode(frame))
         except ProtocolError as exc:
@@ -283,7 +287,7 @@ class Link:
                 if time.monotonic() - began > LASTED:
                     wait = REDIAL_FIRST
             except LinkRefusedError as exc:
-                if self._begins_anew(exc.problem):
+                if self._begins_anew(exc):
                     wait = REDIAL_FIRST
                 else:
                     self._set_problem(slot, exc.problem)
@@ -362,10 +366,13 @@ class Link:
         log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
         self._on_change()
 
-    def _begins_anew(self, problem: Problem) -> bool:
+    def _begins_anew(self, refused: LinkRefusedError) -> bool:
         """The hub does not know our session (any more): what it carried is lost, make another."""
+        problem = refused.problem
         if problem.code not in {"session_unknown", "session_stale"}:
             return False
+        if refused.session != self._session:
+            return True  # another lane was told so before, and has begun anew already
         log.warning(problem.code, cause=problem.cause)
         self._session = ""
         if self.mux is not None:

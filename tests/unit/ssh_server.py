@@ -1,0 +1,160 @@
+"""An SSH server inside the test's process, as stock as it gets, whose faults a test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+Handler = Callable[[asyncssh.SSHReader[bytes], asyncssh.SSHWriter[bytes]], Awaitable[None]]
+
+
+class Sshd:
+    """Serves one user key, streams to Unix sockets, SFTP's view of files, and `rayfwd attach`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.port = 0
+        self.tries = 0
+        """Connections that were made to it."""
+        self.prohibits = False
+        """It refuses streams to Unix sockets, as with `AllowStreamLocalForwarding no`."""
+        self.attach_to: Path | None = None
+        """The socket that a command is joined to, whatever the client asked for; None: refused."""
+        self.flowing = asyncio.Event()
+        """Cleared: no byte of a channel passes, and nobody is told."""
+        self.flowing.set()
+        self.connections: list[asyncssh.SSHServerConnection] = []
+        self._host_key = asyncssh.generate_private_key("ssh-ed25519")
+        user_key = asyncssh.generate_private_key("ssh-ed25519")
+        self._user_key = user_key.convert_to_public()
+        self.identity = directory / "id"
+        self.known_hosts = directory / "known_hosts"
+        user_key.write_private_key(self.identity)
+        self._acceptor: asyncssh.SSHAcceptor | None = None
+
+    async def start(self) -> None:
+        """Listen; after `stop` on the same port again, with the same key."""
+        self._acceptor = await asyncssh.listen(
+            "127.0.0.1",
+            self.port,
+            server_factory=lambda: _Server(self),
+            server_host_keys=[self._host_key],
+            process_factory=self._attach,
+            sftp_factory=True,
+            encoding=None,
+            reuse_address=True,
+        )
+        self.port = self._acceptor.get_port()
+        self.known_hosts.write_text(self.known_hosts_line())
+
+    def known_hosts_line(self, key: asyncssh.SSHKey | None = None) -> str:
+        public = (key or self._host_key).export_public_key().decode()
+        return f"[127.0.0.1]:{self.port} {public}"
+
+    async def stop(self) -> None:
+        self.flowing.set()
+        if self._acceptor is not None:
+            self._acceptor.close()
+            await self._acceptor.wait_closed()
+            self._acceptor = None
+        connections = list(self.connections)
+        self.cut()
+        for connection in connections:
+            await connection.wait_closed()
+
+    def cut(self, only: int | None = None) -> None:
+        """Abort every connection, or the one of that place in the list."""
+        chosen = self.connections if only is None else [self.connections[only]]
+        for connection in list(chosen):
+            connection.abort()
+            self.connections.remove(connection)
+
+    def allows(self, key: asyncssh.SSHKey) -> bool:
+        return key == self._user_key
+
+    def to_socket(self, path: str) -> Handler | bool:
+        """What a stream to a Unix socket is joined with; False where nothing answers."""
+        if self.prohibits:
+            raise asyncssh.ChannelOpenError(
+                asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed"
+            )
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            return False
+
+        async def join(
+            reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]
+        ) -> None:
+            near_reader, near_writer = await asyncio.open_unix_connection(sock=sock)
+            await asyncio.gather(self._copy(reader, near_writer), self._copy(near_reader, writer))
+
+        return join
+
+    async def _copy(self, reader: Any, writer: Any) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                await self.flowing.wait()
+                writer.write(data)
+                await writer.drain()
+        except (OSError, asyncssh.Error):
+            pass
+        finally:
+            writer.close()
+
+    async def _attach(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        if self.attach_to is None:
+            process.exit(1)
+            return
+        child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "rayfwd", "attach", "--socket", str(self.attach_to)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert child.stdin is not None
+        copies = [
+            asyncio.create_task(self._copy(process.stdin, child.stdin)),
+            asyncio.create_task(self._copy(child.stdout, process.stdout)),
+            asyncio.create_task(self._copy(child.stderr, process.stderr)),
+        ]
+        code = await child.wait()
+        await asyncio.gather(*copies[1:])
+        copies[0].cancel()
+        await asyncio.gather(copies[0], return_exceptions=True)
+        process.exit(code)
+
+
+class _Server(asyncssh.SSHServer):
+    def __init__(self, sshd: Sshd) -> None:
+        self._sshd = sshd
+        self._connection: asyncssh.SSHServerConnection | None = None
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connection = conn
+        self._sshd.tries += 1
+        self._sshd.connections.append(conn)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._connection in self._sshd.connections:
+            self._sshd.connections.remove(self._connection)
+
+    def begin_auth(self, username: str) -> bool:
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        return self._sshd.allows(key)
+
+    def unix_connection_requested(self, dest_path: str) -> Any:
+        return self._sshd.to_socket(dest_path)

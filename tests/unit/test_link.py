@@ -1,0 +1,588 @@
+"""The link over a real SSH server in this process: cuts, refusals, and how it heals."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+
+from rayfwd import link as link_module
+from rayfwd.config import HeadConfig
+from rayfwd.doors import Dialer, Doors, Pump, Target
+from rayfwd.link import Link, LinkRefusedError
+from rayfwd.mux import MuxStream, StreamOwner
+from rayfwd.session import lane as lane_module
+from rayfwd.session.handshake import Refusal, Welcome
+from rayfwd.session.session import Limits
+from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
+from tests.unit.loops import Log, log_events, of, run, until
+from tests.unit.ssh_server import Sshd
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redial fast, so that a test sees several attempts."""
+    for name, seconds in {
+        "REDIAL_FIRST": 0.05,
+        "REDIAL_PARKED": 0.1,
+        "REDIAL_LAST": 0.2,
+        "REDIAL_KEYS": 0.2,
+    }.items():
+        monkeypatch.setattr(link_module, name, seconds)
+
+
+class Site:
+    """A head with hub and sshd, and one worker's link to it."""
+
+    def __init__(self, directory: Path, ride_through: float, fields: dict[str, Any]) -> None:
+        self.directory = directory
+        self.ride_through = ride_through
+        self.sshd = Sshd(directory)
+        self.head = Cluster(directory, ride_through=ride_through)
+        self.welcomes: list[Welcome] = []
+        self.messages: list[dict[str, Any]] = []
+        self.dialer = Dialer()
+        self.doors = Doors(self._route)
+        self._fields = fields
+        self._tasks: list[asyncio.Task[None]] = []
+        self._link: Link | None = None
+
+    @property
+    def link(self) -> Link:
+        assert self._link is not None
+        return self._link
+
+    async def start(self, hub: bool = True) -> None:
+        if hub:
+            await self.head.start()
+        await self.sshd.start()
+        (self.directory / "ssh_config").write_text("")
+        given: dict[str, Any] = {
+            "ssh": f"ray@127.0.0.1:{self.sshd.port}",
+            "identity": self.sshd.identity,
+            "known_hosts": self.sshd.known_hosts,
+            "ssh_config": self.directory / "ssh_config",
+            "socket": self.head.hub.path,
+        }
+        given.update(self._fields)
+        self._link = Link(
+            HeadConfig(**given),
+            lambda: hello_of("w1", ride_through=self.ride_through),
+            self._accept,
+            self.welcomes.append,
+            self.messages.append,
+            lambda: None,
+            Limits(),
+        )
+        self._tasks.append(asyncio.create_task(self.link.run()))
+        self._tasks.append(asyncio.create_task(self.doors.run()))
+
+    async def up(self, lanes: int = 2, seconds: float = 10.0) -> None:
+        """Wait until all lanes stand."""
+
+        def standing() -> bool:
+            mux = self.link.mux
+            return mux is not None and len(mux.lanes) == lanes
+
+        await until(standing, seconds, lambda: f"{self.link.state}, {self.link.problem}")
+
+    async def restart_hub(self) -> None:
+        """The head's rayfwd is killed and started again: it knows no session."""
+        old = self.head
+        for node in old.hub.nodes.values():
+            if node.mux is not None:
+                for record in list(node.mux.lanes.values()):
+                    record.transport.abort("killed")
+                node.mux._on_change = lambda _event: None
+                node.mux.close("killed")
+        await old.close()
+        self.head = Cluster(self.directory, ride_through=self.ride_through)
+        await self.head.start()
+
+    async def close(self) -> None:
+        await self.link.close("the worker stops")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.dialer.close()
+        await self.head.close()
+        await self.sshd.stop()
+
+    @asynccontextmanager
+    async def door(self) -> AsyncIterator[Target]:
+        """A door of the worker to an echo server on the head."""
+        place, listen = Target(self.head.address, free_place().port), free_place()
+        self.doors.set_wanted({**self.doors._wanted, listen: place})
+        await until(lambda: listen in self.doors._servers)
+        async with serving(echo, place):
+            yield listen
+
+    def _accept(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
+        return self.dialer.accept(stream, Target.decode(data))
+
+    def _route(self, target: Target, pump: Pump) -> None:
+        if self.link.mux is None:
+            pump.refuse()
+        else:
+            pump.attach(self.link.mux.open(target.encode(), pump))
+
+
+@asynccontextmanager
+async def site(
+    directory: Path, ride_through: float = 60.0, hub: bool = True, **fields: Any
+) -> AsyncIterator[Site]:
+    made = Site(directory, ride_through, fields)
+    await made.start(hub)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def transfer(listen: Target, size: int, meanwhile: Callable[[int], Any]) -> None:
+    """Send `size` MB there and back; `meanwhile` is called after each megabyte."""
+    data = os.urandom(1 << 20)
+    reader, writer = await asyncio.open_connection(*listen)
+    digest = hashlib.sha256()
+
+    async def send() -> None:
+        for i in range(size):
+            writer.write(data)
+            await writer.drain()
+            meanwhile(i)
+        writer.write_eof()
+
+    sending = asyncio.create_task(send())
+    while piece := await reader.read(1 << 18):
+        digest.update(piece)
+    await sending
+    assert digest.digest() == hashlib.sha256(data * size).digest()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def works(s: Site) -> bool:
+    async with s.door() as listen:
+        await transfer(listen, 1, lambda _: None)
+    return True
+
+
+def test_a_link_stands_carries_and_ends_in_order(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            assert s.link.state == "up"
+            assert s.link.problem is None
+            assert {slot.name for slot in s.link.slots} == {"interactive", "bulk-1"}
+            assert s.welcomes[0].node["name"] == "w1"
+            s.head.hub.tell_all({"type": "x"})
+            await until(lambda: {"type": "x"} in s.messages)
+            assert await works(s)
+            await s.link.close("bye")
+            await until(lambda: s.head.hub.nodes["w1"].state == "away")
+
+    with log_events() as log:
+        run(main)
+    assert [e["cause"] for e in of(log, "session_ended")] == ["bye"]
+    assert not [e for e in log if e["log_level"] == "error"]
+
+
+@pytest.mark.parametrize("lanes", [0, 3])
+def test_there_are_as_many_bulk_lanes_as_wanted(tmp_path: Path, lanes: int) -> None:
+    async def main() -> None:
+        async with site(tmp_path, bulk_lanes=lanes) as s:
+            await s.up(1 + lanes)
+            assert await works(s)
+
+    run(main)
+
+
+def test_cuts_in_the_middle_of_a_transfer_lose_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            async with s.door() as listen:
+                await transfer(listen, 12, lambda i: s.sshd.cut() if i in {3, 6, 9} else None)
+            await s.up()
+            assert s.link.cuts >= 1
+            assert s.link.ridden_through == s.link.cuts
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, "session_started")) == 2  # one a side: it is still the first session
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_lane_of_two_is_lost_and_comes_back(tmp_path: Path, which: int) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            async with s.door() as listen:
+                await transfer(listen, 6, lambda i: s.sshd.cut(which) if i == 2 else None)
+            await s.up()
+            assert s.link.cuts == 0
+
+    run(main)
+
+
+def test_a_link_that_is_held_is_found_silent_and_dialled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.8)
+    monkeypatch.setattr(lane_module, "PING_IDLE", 0.3)
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            async with s.door() as listen:
+                reader, writer = await asyncio.open_connection(*listen)
+                s.sshd.flowing.clear()
+                writer.write(b"held")
+                await until(lambda: s.link.cuts == 1)
+                s.sshd.flowing.set()
+                async with asyncio.timeout(10):
+                    assert await reader.readexactly(4) == b"held"
+                writer.close()
+                await writer.wait_closed()
+            await s.up()
+
+    with log_events() as log:
+        run(main)
+    assert "silent" in {e["cause"] for e in of(log, "lane_lost")}
+
+
+def test_a_restarted_hub_resets_streams_once_and_all_goes_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            async with s.door() as listen:
+                reader, writer = await asyncio.open_connection(*listen)
+                writer.write(b"x")
+                assert await reader.read(1) == b"x"
+                await s.restart_hub()
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+                writer.close()
+                await s.up()
+            assert await works(s)
+            assert s.head.hub.nodes["w1"].state == "up"
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, "session_unknown")) == 1
+    worker = [e for e in of(log, "session_ended") if "node" not in e]
+    assert len(worker) == 1
+
+
+def test_a_refusal_of_a_session_that_is_past_does_not_end_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            late = LinkRefusedError(Refusal("session_unknown", "cause", "remedy"), "0abc")
+            assert s.link._begins_anew(late)
+            assert s.link.state == "up"
+            assert await works(s)
+
+    run(main)
+
+
+def test_after_ride_through_streams_are_reset_and_it_heals_when_the_head_is_back(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with site(tmp_path, ride_through=1.0) as s:
+            await s.up()
+            async with s.door() as listen:
+                reader, writer = await asyncio.open_connection(*listen)
+                writer.write(b"x")
+                assert await reader.read(1) == b"x"
+                await s.sshd.stop()
+                await until(lambda: s.link.state == "parked")
+                with pytest.raises(ConnectionResetError):
+                    await reader.read()
+                writer.close()
+            problem = s.link.problem
+            assert problem is not None
+            assert problem.code == "ssh_unreachable"
+            await asyncio.sleep(1.0)
+            await s.sshd.start()
+            await s.up()
+            assert await works(s)
+
+    with log_events() as log:
+        run(main)
+    worker = [e for e in of(log, "session_ended") if "node" not in e and "stops" not in e["cause"]]
+    assert len(worker) == 1
+    assert len(of(log, "ssh_unreachable")) <= 2, "once for each lane at the most"
+
+
+def test_a_worker_that_stops_while_nothing_answers_leaves_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.sshd.stop()
+            await until(lambda: s.link.problem is not None)
+
+    run(main)
+
+
+# -- what is wrong, and what is said of it -------------------------------------------------------
+
+
+async def tries(s: Site, log: Log, code: str, count: int = 4) -> None:
+    """The link meets `code`, tries on, and says it once."""
+    await until(lambda: s.link.problem is not None and s.link.problem.code == code, 10, lambda: (
+        f"{s.link.problem} instead of {code}"
+    ))  # fmt: skip
+    assert s.link.problem is not None
+    assert s.link.problem.cause
+    assert s.link.problem.remedy
+    before = s.sshd.tries
+    await until(lambda: s.sshd.tries >= before + count)
+    assert s.link.state == "down"
+    assert len(of(log, code)) == 1, "the same again is no news"
+    assert of(log, code)[0]["cause"] == s.link.problem.cause
+
+
+def wrong(
+    tmp_path: Path, code: str, mend: Callable[[Site], object], before: Callable[[Site], object]
+) -> None:
+    """Something is wrong, is said once, is mended, and the link comes up by itself."""
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            before(s)
+            await tries(s, log, code)
+            mend(s)
+            await s.up()
+            assert await works(s)
+
+    with log_events() as log:
+        run(main)
+
+
+def test_an_unknown_host_key(tmp_path: Path) -> None:
+    wrong(
+        tmp_path,
+        "host_key_unknown",
+        before=lambda s: s.sshd.known_hosts.write_text(""),
+        mend=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line()),
+    )
+
+
+def test_no_file_of_known_hosts(tmp_path: Path) -> None:
+    wrong(
+        tmp_path,
+        "host_key_unknown",
+        before=lambda s: s.sshd.known_hosts.unlink(),
+        mend=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line()),
+    )
+
+
+def test_another_host_key(tmp_path: Path) -> None:
+    other = asyncssh.generate_private_key("ssh-ed25519")
+    wrong(
+        tmp_path,
+        "host_key_mismatch",
+        before=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line(other)),
+        mend=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line()),
+    )
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "UserKnownHostsFile none",
+        "UserKnownHostsFile /dev/null",
+        "StrictHostKeyChecking no",
+        "StrictHostKeyChecking no\n  UserKnownHostsFile none\n  GlobalKnownHostsFile none",
+    ],
+)
+def test_no_option_of_ssh_config_switches_the_check_of_host_keys_off(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    async def main() -> None:
+        async with site(tmp_path, known_hosts=None) as s:
+            (tmp_path / "ssh_config").write_text(f"Host *\n  {option}\n")
+            await tries(s, log, "host_key_unknown")
+            assert s.head.hub.nodes == {}
+
+    with log_events() as log:
+        run(main)
+
+
+def test_the_known_hosts_of_ssh_config_are_used(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, known_hosts=None) as s:
+            path = s.sshd.known_hosts
+            (tmp_path / "ssh_config").write_text(f"Host *\n  UserKnownHostsFile {path}\n")
+            await s.up()
+
+    run(main)
+
+
+def test_an_alias_of_ssh_config(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, ssh="the-head", identity=None) as s:
+            (tmp_path / "ssh_config").write_text(
+                f"Host the-head\n  HostName 127.0.0.1\n  Port {s.sshd.port}\n  User ray\n"
+                f"  IdentityFile {s.sshd.identity}\n"
+            )
+            await s.up()
+
+    run(main)
+
+
+def test_a_key_that_the_head_does_not_take(tmp_path: Path) -> None:
+    allows = Sshd.allows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sshd, "allows", lambda _self, _key: False)
+        wrong(
+            tmp_path,
+            "ssh_auth_refused",
+            before=lambda _: None,
+            mend=lambda _: patch.setattr(Sshd, "allows", allows),
+        )
+
+
+def test_a_port_where_nothing_listens(tmp_path: Path) -> None:
+    async def main() -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
+            async with site(tmp_path, ssh=f"ray@127.0.0.1:{port}") as s:
+                await until(lambda: s.link.problem is not None)
+                await asyncio.sleep(1.0)
+                assert s.link.problem is not None
+                assert s.link.problem.code == "ssh_unreachable"
+                assert str(port) in s.link.problem.cause
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, "ssh_unreachable")) == 1
+
+
+def test_a_name_that_cannot_be_resolved(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, ssh="ray@no-such-host.invalid") as s:
+            await until(lambda: s.link.problem is not None, 25)
+            assert s.link.problem is not None
+            assert s.link.problem.code == "ssh_unreachable"
+            assert "no-such-host.invalid" in s.link.problem.cause
+
+    run(main, 40)
+
+
+def test_a_hub_that_is_not_there_and_then_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, hub=False) as s:
+            await tries(s, log, "hub_absent")
+            await s.head.start()
+            await s.up()
+            assert await works(s)
+
+    with log_events() as log:
+        run(main)
+
+
+def test_an_sshd_that_refuses_such_channels(tmp_path: Path) -> None:
+    wrong(
+        tmp_path,
+        "channel_refused",
+        before=lambda s: setattr(s.sshd, "prohibits", True),
+        mend=lambda s: setattr(s.sshd, "prohibits", False),
+    )
+
+
+def test_a_name_that_belongs_to_another_key(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, hub=False) as s:
+            s.head.roster.join("w1", "somebody else's key".ljust(32), 40, None)
+            await s.head.start()
+            await tries(s, log, "name_taken")
+            assert s.head.roster.forget("w1")
+            await s.up()
+
+    with log_events() as log:
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(None, "ssh_file_unreadable"), ("no key", "ssh_key_unusable"), ("locked", "ssh_key_unusable")],
+)
+def test_an_identity_that_cannot_be_used(tmp_path: Path, content: str | None, code: str) -> None:
+    path = tmp_path / "another_id"
+    if content == "locked":
+        asyncssh.generate_private_key("ssh-ed25519").write_private_key(
+            path, "pkcs8-pem", passphrase="x"
+        )
+    elif content is not None:
+        path.write_text(content)
+
+    async def main() -> None:
+        async with site(tmp_path, identity=path) as s:
+            await until(lambda: s.link.problem is not None)
+            await asyncio.sleep(0.5)
+            assert s.link.problem is not None
+            assert s.link.problem.code == code
+            assert s.sshd.tries == 0 or code != "ssh_file_unreadable"
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, code)) == 1
+
+
+def test_something_else_at_the_hubs_socket(tmp_path: Path) -> None:
+    async def stranger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-something that is no frame at all\r\n")
+        await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        path = tmp_path / "other.sock"
+        server = await asyncio.start_unix_server(stranger, path)
+        async with site(tmp_path, socket=path) as s:
+            await tries(s, log, "frame_unknown")
+            assert s.link.problem is not None
+            assert "head.socket" in s.link.problem.remedy
+        server.close()
+
+    with log_events() as log:
+        run(main)
+
+
+class TestExec:
+    def test_carries_as_a_channel_does(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.attach_to = s.head.hub.path
+                await s.up(seconds=20)
+                async with s.door() as listen:
+                    await transfer(listen, 4, lambda i: s.sshd.cut() if i == 1 else None)
+                await s.up(seconds=20)
+
+        run(main, 60)
+
+    def test_an_absent_hub_is_named(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.attach_to = tmp_path / "nothing.sock"
+                await until(lambda: s.link.problem is not None and s.link.problem.code ==
+                            "hub_absent", 20, lambda: str(s.link.problem))  # fmt: skip
+                s.sshd.attach_to = s.head.hub.path
+                await s.up(seconds=20)
+
+        with log_events() as log:
+            run(main, 60)
+        assert len(of(log, "hub_absent")) == 1
+        assert "nothing.sock" in of(log, "hub_absent")[0]["cause"]
