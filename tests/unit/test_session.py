@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayfwd import session as session_package
 from rayfwd.session.frames import Kind, ProtocolError, encode
 from rayfwd.session.lane import SILENT_AFTER, UNANSWERED_AFTER, WINDOW_START
 from rayfwd.session.session import (
@@ -822,3 +825,21 @@ def test_the_clock_is_asked_for_no_later_than_anything_is_due() -> None:
     talk.wait(0.5)
     assert talk.hub.session.deadline(talk.now) <= talk.now + SILENT_AFTER
     assert Session("hub", 5.0, Limits(), 0.0).deadline(0.0) == 5.0
+
+
+class TestDocument:
+    """docs/protocol.md says what the code does, as far as a test can see."""
+
+    TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+
+    @pytest.mark.parametrize("row", [*Kind, *ResetReason])
+    def test_numbers_and_names_are_the_codes(self, row: Kind | ResetReason) -> None:
+        assert re.search(rf"^\| {row.value} \| {row.name} \|", self.TEXT, re.MULTILINE)
+
+    def test_every_code_is_documented(self) -> None:
+        sources = Path(session_package.__file__).parent.glob("*.py")
+        code = "".join(path.read_text() for path in sources)
+        raised = set(re.findall(r'ProtocolError\(\s*"(\w+)"', code))
+        assert raised >= CODES
+        for name in raised:
+            assert f"`{name}`" in self.TEXT, f"{name} is not in docs/protocol.md"
