@@ -317,3 +317,19 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         writer.write_eof()
     except ConnectionError:
         pass
+
+
+async def goodbye(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    try:
+        await writer.wait_closed()
+    except ConnectionError:
+        pass
+
+
+async def connect_and_read(place: Target) -> bytes:
+    reader, writer = await asyncio.open_connection(*place)
+    try:
+        return await reader.read()
+    finally:
+        await goodbye(writer)

@@ -28,6 +28,7 @@ from tests.unit.cluster import (
     Worker,
     answer_to,
     cluster,
+    connect_and_read,
     echo,
     hello_of,
     knock,
@@ -525,10 +526,8 @@ class TestRouting:
             try:
                 listen = await again.door("head", place)
                 for _ in range(2):  # the second comes when the time of grace is over
-                    reader, writer = await asyncio.open_connection(*listen)
                     with pytest.raises(ConnectionResetError):
-                        await reader.read()
-                    writer.close()
+                        await connect_and_read(listen)
             finally:
                 await again.close()
 
