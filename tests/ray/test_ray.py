@@ -33,7 +33,9 @@ TESTS = [
 def place() -> list[str]:
     flags = ["--net", "--pid", "--mount", "--ipc", "--fork", "--mount-proc", "--kill-child"]
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    return ["unshare", *user, *flags, sys.executable, str(HERE / "init.py")]
+    keep = [str(CHECKOUT), sys.prefix, sys.base_prefix, os.environ.get("RAYFWD_RAY_ENVS", "")]
+    keep = [k for k in keep if k]
+    return ["unshare", *user, *flags, sys.executable, str(HERE / "init.py"), ":".join(keep)]
 
 
 @cache
