@@ -130,6 +130,18 @@ def test_environment_keeps_what_is_the_services_own_from_ray() -> None:
     )
 
 
+def test_the_head_spares_ray_clients_proxy_from_grpcs_fork_handlers() -> None:
+    def set_to(own: NodePlan, ray: RayConfig, base: dict[str, str]) -> str | None:
+        env = commandline.start_environment(120, ray, own, NETWORK, base)
+        return env.get("GRPC_ENABLE_FORK_SUPPORT")
+
+    name = "GRPC_ENABLE_FORK_SUPPORT"
+    assert set_to(HEAD, RayConfig(), {}) == "0"
+    assert set_to(WORKER, RayConfig(), {}) is None
+    assert set_to(HEAD, RayConfig(), {name: "1"}) == "1"
+    assert set_to(HEAD, RayConfig(env={name: "1"}), {}) == "1"
+
+
 def test_the_users_own_time_outs_and_wish_for_usage_statistics_win() -> None:
     ray = RayConfig(env={"RAY_health_check_failure_threshold": "7", "RAY_USAGE_STATS_ENABLED": "1"})
     env = commandline.start_environment(600, ray, HEAD, NETWORK, {})

@@ -253,6 +253,11 @@ def _additions(
     if own.role == "head":
         added["AUTOSCALER_METRIC_PORT"] = str(own.services["autoscaler_metrics"])
         added["DASHBOARD_METRIC_PORT"] = str(own.services["dashboard_metrics"])
+        # Ray Client's proxy forks a server for each client while its gRPC threads run; gRPC's fork
+        # handlers then now and then kill the child, and `ray.init("ray://…")` fails with "Starting
+        # Ray client server failed" (ray-project/ray#63202; seen in 2 of 100 without this).
+        if "GRPC_ENABLE_FORK_SUPPORT" not in base_env:
+            added["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     added["RAY_USAGE_STATS_ENABLED"] = "0"
     return added | ray.env
 
