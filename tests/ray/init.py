@@ -24,7 +24,8 @@ def cover(directory: str, keep: list[str]) -> None:
         if not os.path.exists(path):
             os.makedirs(path)
             source = f"/proc/self/fd/{handle}"
-            subprocess.run(["mount", "--bind", source, path], check=True, pass_fds=[handle])
+            bind = ["mount", "--no-canonicalize", "--bind", source, path]
+            subprocess.run(bind, check=True, pass_fds=[handle])
         os.close(handle)
 
 
