@@ -16,6 +16,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd.config import HeadConfig
+from rayfwd.fastpath import FastPath
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
@@ -58,6 +59,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     def __init__(self) -> None:
         self._channel: Any = None
+        self._fast: FastPath | None = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._session = ""
@@ -164,22 +166,28 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     # -- a lane of a session -------------------------------------------------------------
 
-    def join(self, mux: Mux, kind: LaneClass) -> int:
+    def join(self, mux: Mux, kind: LaneClass, connection: asyncssh.SSHClientConnection) -> int:
         """Become a lane; bytes that followed the welcome are the session's."""
         self._mux = mux
         self._number = mux.add_lane(self, kind)
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
             self._buffer.clear()
+        self._fast = FastPath.install(
+            connection, self._channel, lambda came: mux.lane_data(self._number, *came), mux.flush
+        )
         return self._number
 
     @property
     def paused(self) -> bool:
-        return self._full or self.lost.done()
+        return self._full or self.lost.done() or (self._fast is not None and self._fast.paused)
 
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
         try:
-            self._channel.write(b"".join(chunks))
+            if self._fast is not None:
+                self._fast.write(chunks)
+            else:
+                self._channel.write(b"".join(chunks))
         except OSError:
             # The head has closed the channel, and AsyncSSH's word of it is still on its way. What
             # was to go by this lane goes by another when the lane is taken down.
@@ -313,7 +321,7 @@ class Link:
             hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
             welcome = await lane.greet(hello)
             self._lanes.add(lane)
-            self._join(slot, lane, welcome, session)
+            self._join(slot, lane, welcome, session, connection)
             hint = asyncio.create_task(self._dialer.send_at_once(connection), name="send at once")
             try:
                 why = await lane.lost
@@ -334,7 +342,14 @@ class Link:
             self._session = f"{time.time_ns():016x}{random.getrandbits(32):08x}"
         return self._session
 
-    def _join(self, slot: LaneSlot, lane: _Lane, welcome: Welcome, session: str) -> None:
+    def _join(
+        self,
+        slot: LaneSlot,
+        lane: _Lane,
+        welcome: Welcome,
+        session: str,
+        connection: asyncssh.SSHClientConnection,
+    ) -> None:
         if session != self._session or self._closing:
             lane.abort("its session has ended")
             return
@@ -345,7 +360,7 @@ class Link:
             self._established.set()
             self.since = time.time()
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
-        slot.number = lane.join(self.mux, slot.kind)
+        slot.number = lane.join(self.mux, slot.kind, connection)
         slot.up_since = time.time()
         slot.problem = None
         log.info("lane_up", lane=slot.name)

@@ -148,10 +148,13 @@ class Mux:
         self._run(events)
         return number
 
-    def lane_data(self, number: int, data: bytes) -> None:
-        """Bytes that came in on a lane."""
+    def lane_data(self, number: int, *chunks: bytes | memoryview) -> None:
+        """Bytes that came in on a lane, in as many pieces as they came."""
+        events: list[Event] = []
+        now = self.now()
         try:
-            events = self.session.receive(number, data, self.now())
+            for data in chunks:
+                events += self.session.receive(number, data, now)
         except ProtocolError as exc:
             log.error("session_broken", code=exc.code, cause=str(exc))
             self.close(f"{exc.code}: {exc}")

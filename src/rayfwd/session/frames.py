@@ -85,40 +85,70 @@ def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -
 
 
 class FrameDecoder:
-    """Cuts a lane's bytes into frames. Holds at most one unfinished frame."""
+    """Cuts a lane's bytes into frames. Holds at most one unfinished frame, and copies a payload
+    once, however many pieces it comes in."""
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_header", "_held", "_parts", "_wanted")
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._header: tuple[Kind, int, int, int] | None = None
+        """Of the unfinished frame, once it is whole; `_parts` are then the payload's."""
+        self._parts: list[memoryview] = []
+        self._held = 0
+        self._wanted = HEADER_SIZE
 
     @property
     def held(self) -> int:
         """Bytes of the unfinished frame."""
-        return len(self._buffer)
+        return self._held + (HEADER_SIZE if self._header else 0)
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
         """The frames that `data` completes. Raises ProtocolError; the lane is then of no use."""
         frames: list[Frame] = []
-        buffer = self._buffer
-        if buffer:
-            buffer += data
-        whole = buffer or data
-        with memoryview(whole) as view:
-            position, size = 0, len(view)
-            while size - position >= HEADER_SIZE:
-                kind, length, stream, offset = _header(view, position, MAX_PAYLOAD)
-                start = position + HEADER_SIZE
-                if size - start < length:
+        view = memoryview(data)
+        if not view.readonly:
+            view = memoryview(bytes(view))
+        position, size = 0, len(view)
+        while True:
+            if self._held or self._header:
+                missing = self._wanted - self._held
+                if size - position < missing:
                     break
-                position = start + length
-                frames.append(Frame(kind, stream, offset, bytes(view[start:position])))
-            rest = bytes(view[position:]) if not buffer else b""
-        if buffer:
-            del buffer[:position]
-        else:
-            buffer += rest
+                self._parts.append(view[position : position + missing])
+                position += missing
+                whole = b"".join(self._parts)
+                header = self._header
+                self._rest()
+                if header is None:
+                    header = _header(whole, 0, MAX_PAYLOAD)
+                    if header[1]:
+                        self._header, self._wanted = header, header[1]
+                        continue
+                    whole = b""
+            else:
+                if size - position < HEADER_SIZE:
+                    break
+                header = _header(view, position, MAX_PAYLOAD)
+                position += HEADER_SIZE
+                stop = position + header[1]
+                if stop > size:
+                    self._header, self._wanted = header, header[1]
+                    break
+                whole = bytes(view[position:stop])
+                position = stop
+            kind, _, stream, offset = header
+            frames.append(Frame(kind, stream, offset, whole))
+        if position < size:
+            self._parts.append(view[position:])
+            self._held += size - position
         return frames
+
+    def _rest(self) -> None:
+        """Nothing is unfinished."""
+        self._header = None
+        self._parts.clear()
+        self._held = 0
+        self._wanted = HEADER_SIZE
 
 
 def first_frame(buffer: bytearray, limit: int) -> Frame | None:
@@ -137,7 +167,9 @@ def first_frame(buffer: bytearray, limit: int) -> Frame | None:
     return frame
 
 
-def _header(view: bytearray | memoryview, position: int, limit: int) -> tuple[Kind, int, int, int]:
+def _header(
+    view: bytes | bytearray | memoryview, position: int, limit: int
+) -> tuple[Kind, int, int, int]:
     word, stream, offset = HEADER.unpack_from(view, position)
     kind = _KINDS.get(word >> 24)
     if kind is None:

@@ -247,7 +247,7 @@ class Session:
         self._set_state(SessionState.PARKED)
         return [Parked()]
 
-    def receive(self, number: int, data: bytes, now: float) -> list[Event]:
+    def receive(self, number: int, data: bytes | memoryview, now: float) -> list[Event]:
         """Bytes from a lane. Raises ProtocolError: the peer is broken, close the session."""
         lane = self.lanes.get(number)
         if lane is None or self.ended:
