@@ -29,7 +29,7 @@ from rayfwd.ssh import Dialer
 log = get_logger(__name__)
 
 HANDSHAKE_TIMEOUT = 15.0
-"""Seconds between HELLO and the hub's answer."""
+"""Seconds between HELLO and the hub's answer, and before that for the channel to the hub."""
 REDIAL_FIRST = 0.2
 REDIAL_PARKED = 1.0
 """Seconds between attempts, at most, while streams wait for a lane."""
@@ -315,7 +315,7 @@ class Link:
         self._connections.add(connection)
         lane = _Lane()
         try:
-            await self._dialer.open_channel(connection, lambda: lane)
+            await self._open_channel(connection, lane)
             session = self._current_session()
             resumes = self.mux is not None
             hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
@@ -335,6 +335,19 @@ class Link:
             self._connections.discard(connection)
             connection.abort()
         self._lost(slot, why)
+
+    async def _open_channel(self, connection: asyncssh.SSHClientConnection, lane: _Lane) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                await self._dialer.open_channel(connection, lambda: lane)
+        except TimeoutError:
+            raise ProblemError(
+                Problem(
+                    "hub_silent",
+                    f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
+                    "nothing, if it comes back; else see the head's load and its sshd log",
+                )
+            ) from None
 
     def _current_session(self) -> str:
         if self.mux is None and not self._session:

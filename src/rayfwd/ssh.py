@@ -20,9 +20,13 @@ from rayfwd.problems import Problem, ProblemError
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""
-HASTY_TIMEOUT = 2.0
-"""The same while streams wait for a lane. The kernel repeats a SYN that got lost after 1, 3 and 7
-seconds only; a new attempt finds a path that has come back sooner."""
+HASTY_EVERY = 0.5
+"""Seconds between TCP attempts beside each other while streams wait for a lane. The kernel repeats
+a SYN that got lost after 1, 3 and 7 seconds only; a new attempt finds a path that has come back
+sooner."""
+HASTY_LOGIN = 3.0
+"""Seconds for the first login while streams wait: the path may go away again in the middle of it.
+Each that takes longer doubles this, up to LOGIN_TIMEOUT, for heads that are slow."""
 LOGIN_TIMEOUT = 20.0
 """Seconds for key exchange and authentication."""
 CIPHERS = (
@@ -46,26 +50,49 @@ class Dialer:
 
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
-        self._host_of_last_try = head.ssh
+        self._hasty_login = HASTY_LOGIN
 
     async def connect(self, hasty: bool = False) -> asyncssh.SSHClientConnection:
         """An authenticated connection. Raises ProblemError.
 
-        `hasty`: give an attempt up soon, because the next one may do better.
+        `hasty`: streams wait; see HASTY_EVERY and HASTY_LOGIN.
         """
         known: list[str] = []
         host = self._head.ssh_target()[1]
         try:
-            options = await self._options(hasty)
+            options = await self._options()
             known = _known_hosts_files(self._head, options)
+            host = options.host or host
             # Given as an argument, never as None: that would switch the check off.
-            return await asyncssh.connect(
-                options.host or host, options=options, known_hosts=known or b""
-            )
+            trusted = known or b""
+            if not hasty or options.tunnel or options.proxy_command:
+                return await asyncssh.connect(host, options=options, known_hosts=trusted)
+            sock = await _first_to_answer(host, options)
+            return await self._hasty(host, options, trusted, sock)
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             raise ProblemError(explain(exc, self._head, host, known)) from exc
 
-    async def _options(self, hasty: bool) -> asyncssh.SSHClientConnectionOptions:
+    async def _hasty(
+        self,
+        host: str,
+        options: asyncssh.SSHClientConnectionOptions,
+        trusted: list[str] | bytes,
+        sock: socket.socket,
+    ) -> asyncssh.SSHClientConnection:
+        """Log in over a connection that stands."""
+        within = self._hasty_login
+        try:
+            # AsyncSSH's connect_timeout goes from the dialling to the end of the login.
+            connection = await asyncssh.connect(
+                host, options=options, known_hosts=trusted, sock=sock, connect_timeout=within
+            )
+        except TimeoutError:
+            self._hasty_login = max(within, min(2 * within, LOGIN_TIMEOUT))
+            raise
+        self._hasty_login = max(HASTY_LOGIN, within / 2)
+        return connection
+
+    async def _options(self) -> asyncssh.SSHClientConnectionOptions:
         user, host, port = self._head.ssh_target()
         given: dict[str, Any] = {"host": host}
         if user is not None:
@@ -88,8 +115,6 @@ class Dialer:
         changes: dict[str, Any] = {}
         if not options.config.get("Ciphers"):
             changes["encryption_algs"] = CIPHERS
-        if hasty and not (options.tunnel or options.proxy_command):
-            changes["connect_timeout"] = HASTY_TIMEOUT
         if changes:
             options = await asyncio.to_thread(
                 asyncssh.SSHClientConnectionOptions, options=options, **changes
@@ -144,6 +169,66 @@ class Dialer:
                 else "allow sessions for this key on the head (MaxSessions, authorized_keys)",
             )
         return await look_at_socket(connection, self._head.socket, exc.reason)
+
+
+async def _first_to_answer(
+    host: str, options: asyncssh.SSHClientConnectionOptions
+) -> socket.socket:
+    """The first TCP connection to stand, of attempts that begin one after another.
+
+    Raises OSError when every attempt has failed, TimeoutError when there was no answer.
+    """
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(
+        host, options.port, family=options.family, type=socket.SOCK_STREAM
+    )
+    attempts: set[asyncio.Task[socket.socket]] = set()
+    failure: BaseException | None = None
+    number = 0
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            while attempts or failure is None or number < len(found):
+                family, _, _, _, address = found[number % len(found)]
+                number += 1
+                attempt = _dial(family, address, options.local_addr)
+                attempts.add(asyncio.create_task(attempt, name=f"dial {host}"))
+                next_at = loop.time() + HASTY_EVERY
+                while attempts and (left := next_at - loop.time()) > 0:
+                    ready, attempts = await asyncio.wait(
+                        attempts, timeout=left, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    standing = [task.result() for task in ready if task.exception() is None]
+                    for late in standing[1:]:
+                        late.close()
+                    if standing:
+                        return standing[0]
+                    failure = next((task.exception() for task in ready), failure)
+                    if ready and number < len(found):
+                        break  # there is another address
+        assert failure is not None, "no attempt is left, so one has failed"
+        raise failure
+    finally:
+        for task in attempts:
+            task.cancel()
+            task.add_done_callback(_close_late)
+
+
+def _close_late(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
+async def _dial(family: int, address: Any, local: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if local is not None:
+            sock.bind(local)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _known_hosts_files(head: HeadConfig, options: asyncssh.SSHClientConnectionOptions) -> list[str]:

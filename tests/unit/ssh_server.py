@@ -24,6 +24,8 @@ class Sshd:
         """Connections that were made to it."""
         self.prohibits = False
         """It refuses streams to Unix sockets, as with `AllowStreamLocalForwarding no`."""
+        self.login_takes = 0.0
+        """Seconds before a user is let in."""
         self.attach_to: Path | None = None
         """The socket that a command is joined to, whatever the client asked for; None: refused."""
         self.flowing = asyncio.Event()
@@ -147,7 +149,8 @@ class _Server(asyncssh.SSHServer):
         if self._connection in self._sshd.connections:
             self._sshd.connections.remove(self._connection)
 
-    def begin_auth(self, username: str) -> bool:
+    async def begin_auth(self, username: str) -> bool:
+        await asyncio.sleep(self._sshd.login_takes)
         return True
 
     def public_key_auth_supported(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import socket
@@ -15,6 +16,7 @@ import asyncssh
 import pytest
 
 from rayfwd import link as link_module
+from rayfwd import ssh as ssh_module
 from rayfwd.config import HeadConfig
 from rayfwd.doors import Dialer, Doors, Pump, Target
 from rayfwd.link import Link, LinkRefusedError
@@ -229,6 +231,50 @@ def test_one_lane_of_two_is_lost_and_comes_back(tmp_path: Path, which: int) -> N
                 await transfer(listen, 6, lambda i: s.sshd.cut(which) if i == 2 else None)
             await s.up()
             assert s.link.cuts == 0
+
+    run(main)
+
+
+def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each login that took too long gives the next one more time."""
+    monkeypatch.setattr(ssh_module, "HASTY_LOGIN", 0.2)
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            s.sshd.login_takes = 1.0
+            s.sshd.cut()
+            await until(lambda: s.link.cuts == 1)
+            await s.up()
+            assert s.link.ridden_through == 1
+            assert await works(s)
+
+    run(main)
+
+
+def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_path: Path) -> None:
+    """The head's backlog is full, so that nobody answers; then there is room."""
+
+    async def main() -> None:
+        with contextlib.ExitStack() as full:
+            deaf = full.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            for _ in range(3):
+                sock = full.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(deaf.getsockname())
+            host, port = deaf.getsockname()
+            options = asyncssh.SSHClientConnectionOptions(host=host, port=port, config=None)
+            dialling = asyncio.create_task(ssh_module._first_to_answer(host, options))
+            await asyncio.sleep(2 * ssh_module.HASTY_EVERY)
+            assert not dialling.done()
+            deaf.setblocking(False)
+            for _ in range(3):
+                with contextlib.suppress(BlockingIOError):
+                    deaf.accept()[0].close()
+            async with asyncio.timeout(2 * ssh_module.HASTY_EVERY + 0.5):
+                (await dialling).close()
 
     run(main)
 
