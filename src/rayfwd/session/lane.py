@@ -15,7 +15,7 @@ PING_IDLE = 1.5
 """Seconds between PINGs on an idle lane."""
 PING_BUSY = 0.25
 """Seconds between PINGs while data is under way."""
-SUSPECT_AFTER = 0.75
+SUSPECT_AFTER = 0.5
 """Seconds that a PING may go unanswered, at the least, before other lanes take over."""
 SILENT_AFTER = 4.0
 """Seconds without a byte while a PING is unanswered: the lane is dead."""
