@@ -52,6 +52,8 @@ def no_lab() -> str | None:
     for name, package in (
         ("ip", "iproute2"),
         ("nft", "nftables"),
+        ("tc", "iproute2"),
+        ("conntrack", "conntrack"),
         ("sshd", "openssh-server"),
         ("ssh-keygen", "openssh-client"),
         ("nsenter", "util-linux"),

@@ -20,6 +20,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
 fi
 need ip iproute2 "the network namespaces of the lab and the demo"
 need nft nftables "the firewalls of the lab"
+need conntrack conntrack "a firewall that forgets, in the lab"
 need sshd openssh-server "the lab's SSH servers"
 need ssh-keygen openssh-client "the lab's keys"
 need ps procps "the lab's look at processes"

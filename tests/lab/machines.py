@@ -120,7 +120,7 @@ def _command(pid: int, *argv: str, text: str | None = None) -> str:
 
 
 def hardware_address(address: str) -> str:
-    """Of the machine with that IP address: made up locally, the same in every run."""
+    """Of the machine that begins with that IP address: made up locally, the same in every run."""
     return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
 
 
@@ -131,6 +131,7 @@ class Machine:
         self.lab = lab
         self.name = name
         self.address = address
+        self.hardware = hardware_address(address)  # also where it is given another address later
         self.home = HOME
         self.port = f"{tag()}-{name}"[:15]  # an interface's name has no more room
         self._init = Init(name, spec)
@@ -216,7 +217,7 @@ class Machine:
 
     def attach(self, switch: Init) -> None:
         """Plug the machine into the lab's network."""
-        own = ("address", hardware_address(self.address))
+        own = ("address", self.hardware)
         peer = ("peer", "name", "eth0", *own, "netns", str(self._init.pid))
         _command(switch.pid, "ip", "link", "add", self.port, "type", "veth", *peer)
         _command(switch.pid, "ip", "link", "set", self.port, "master", "br0", "up")
@@ -230,12 +231,16 @@ class Machine:
         Else a network that is cut tells of it: after half a minute ARP fails, and then every
         connect does at once, with "No route to host". Behind a router nobody would say so.
         """
-        entry = (other.address, "lladdr", hardware_address(other.address), "dev", "eth0")
+        entry = (other.address, "lladdr", other.hardware, "dev", "eth0")
         _command(self._init.pid, "ip", "neigh", "replace", *entry, "nud", "permanent")
 
-    def firewall(self, accept_tcp: Sequence[int] = ()) -> None:
-        """Drop what comes in but for loopback, answers, and these TCP ports."""
-        ports = [f"tcp dport {port} accept" for port in accept_tcp]
+    def firewall(self, accept_tcp: Sequence[int] = (), strict: bool = False) -> None:
+        """Drop what comes in but for loopback, answers, and these TCP ports.
+
+        `strict`: also what belongs to no connection, in both directions, and is no beginning.
+        """
+        new = "ct state new " if strict else ""
+        ports = [f"tcp dport {port} {new}accept" for port in accept_tcp]
         lines = [
             "table inet firewall",
             "delete table inet firewall",  # with the line above: whether there was one or not
@@ -245,6 +250,10 @@ class Machine:
             'iif "lo" accept',
             "ct state established,related accept",
             *ports,
+            "}",
+            "chain output {",
+            "type filter hook output priority 0; policy accept;",
+            *(['oif "lo" accept', "ct state invalid drop"] if strict else []),
             "}",
             "}",
         ]
@@ -288,11 +297,15 @@ class Machine:
     def sshd_runs(self) -> bool:
         return self._sshd is not None and self._sshd.poll() is None
 
-    def start_sshd(self) -> Process:
-        """Debian's sshd with its own configuration; only the host key is the lab's."""
+    def start_sshd(self, further: Sequence[str] = ()) -> Process:
+        """Debian's sshd with its own configuration; only the host key is the lab's.
+
+        `further` are options of the command line.
+        """
         assert not self.sshd_runs, f"{self.name}: sshd runs"
         self.host_path("/run/sshd").mkdir(exist_ok=True)
         options = ["-D", "-e", "-f", "/etc/ssh/sshd_config", "-h", "/run/lab/ssh_host_ed25519_key"]
+        options += further
         log = self.lab.folder / f"{self.name}-sshd.log"
         self._sshd = self.popen([tool("sshd"), *options], user="root", log=log)
         deadline = time.monotonic() + 20

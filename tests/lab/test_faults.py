@@ -1,0 +1,313 @@
+"""A link drops and Ray does not notice: every fault for real, under a job that counts every call.
+
+One cluster and one job for all tests of the first part, which run in the order of this file. Times
+in them are rayfwd's promises (docs/faults.md), not speeds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.lab.checks import verify
+from tests.lab.cluster import Cluster
+from tests.lab.daemon import Daemon, Event
+from tests.lab.faults import Connection, Faults, kill, schedule, strict_firewalls
+from tests.lab.machines import Lab, Machine
+from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
+from tests.lab.process import until
+from tests.lab.toll import ECHO, Echoes, Job, doors
+
+pytestmark = pytest.mark.timeout(400)
+
+NOTICED = 6.0
+"""Seconds in which a silent peer is noticed."""
+AGAIN = 2.0
+"""Seconds after the return of the path in which data flows again."""
+LANE = 1.0
+"""Seconds that the loss of one lane of several may stall anything."""
+LANES = {"w1": 3, "w2": 2}
+OF_W1 = [way for way in WAYS if "w2" not in way]
+"""The echoes that only w1's link carries."""
+
+
+@dataclass
+class Rig:
+    """The cluster, the job and the echoes that run all the time."""
+
+    cluster: Cluster
+    faults: Faults
+    job: Job
+    echoes: Echoes
+
+    @property
+    def lab(self) -> Lab:
+        return self.cluster.lab
+
+    @property
+    def w1(self) -> Machine:
+        return self.lab.machine("w1")
+
+    @property
+    def w2(self) -> Machine:
+        return self.lab.machine("w2")
+
+    def whole(self, *workers: str, ways: list[str] | None = None) -> None:
+        """Wait until all lanes stand and all echoes come back; nothing may be lost."""
+        for name in workers or LANES:
+            worker = self.lab.machine(name)
+            until(
+                lambda w=worker, n=LANES[name]: len(self.faults.connections(w)) >= n,  # type: ignore[misc]
+                30,
+                lambda w=worker: f"{w.name}: lanes {self.faults.connections(w)}{self.lab.tails()}",  # type: ignore[misc]
+            )
+        self.echoes.beats(30, ways)
+        self.job.check()
+        assert self.echoes.failed() == []
+
+
+@pytest.fixture(scope="module")
+def rig(module_lab: Lab) -> Iterator[Rig]:
+    strict_firewalls(module_lab)
+    with over_rayfwd(module_lab) as cluster:
+        driver = module_lab.machine(DRIVER)
+        job = Job(driver, driver.ray_python())
+        rig = Rig(cluster, Faults(module_lab), job, Echoes(module_lab, WAYS))
+        rig.whole()
+        yield rig
+
+
+def said_at(event: Event) -> float:
+    """When an event was logged, wall-clock seconds."""
+    return datetime.fromisoformat(event["timestamp"]).timestamp()
+
+
+def last_event(daemon: Daemon) -> Event | None:
+    events = daemon.events()
+    return events[-1] if events else None
+
+
+AT_ONCE = {
+    "kill_sshd": AGAIN,
+    "reset": AGAIN,
+    "restart_sshd": 1.0 + AGAIN,
+    "change_address": NOTICED + AGAIN,
+    "forget_connections": NOTICED + AGAIN,
+}
+"""Faults that last no time, and how long they may stall anything."""
+
+
+@pytest.fixture(scope="class")
+def cut(rig: Rig) -> list[Any]:
+    """Of w2's link: when it began, and what undoes it."""
+    return [time.monotonic(), rig.faults.swallow(rig.w2)]
+
+
+@pytest.mark.ray
+class TestWhileAnotherWorkerIsCutFor100Seconds:
+    """Faults of w1's link, one after another; w2 is gone meanwhile."""
+
+    @pytest.mark.parametrize("name", AT_ONCE)
+    def test_over_at_once(self, rig: Rig, cut: list[Any], name: str) -> None:
+        began = time.monotonic()
+        getattr(rig.faults, name)(rig.w1)
+        rig.whole("w1", ways=OF_W1)
+        for what in ("echo", "new"):
+            assert max(rig.echoes.longest(began, what, way) for way in OF_W1) < AT_ONCE[name]
+
+    @pytest.mark.parametrize(
+        ("name", "seconds"),
+        [("swallow_from", 8), ("swallow_to", 8), ("swallow", 45), ("swallow", 20)],
+    )
+    def test_silence(self, rig: Rig, cut: list[Any], name: str, seconds: float) -> None:
+        silence(rig, name, seconds, OF_W1)
+
+    def test_it_is_ridden_through(self, rig: Rig, cut: list[Any]) -> None:
+        began, undo = cut
+        time.sleep(max(0.0, began + 100 - time.monotonic()))
+        undo()
+        healed = time.monotonic()
+        rig.whole()
+        assert rig.echoes.after(healed, began) < AGAIN
+        resumed = rig.cluster.worker("w2").wait_event("link_resumed", 5)
+        assert resumed["parked_seconds"] > 90
+
+
+def silence(rig: Rig, name: str, seconds: float, ways: list[str]) -> None:
+    """A fault of w1's link of which nobody is told, for so many seconds."""
+    ends = (rig.cluster.head, rig.cluster.worker("w1"))
+    before = [last_event(daemon) for daemon in ends]
+    wall = time.time()
+    began = time.monotonic()
+    undo = getattr(rig.faults, name)(rig.w1)
+    try:
+        time.sleep(seconds)
+    finally:
+        undo()
+    healed = time.monotonic()
+    rig.whole("w1", ways=ways)
+    assert max(rig.echoes.after(healed, began, way) for way in ways) < AGAIN
+    if seconds > NOTICED:
+        for daemon, event in zip(ends, before, strict=True):
+            parked = daemon.wait_event(
+                "link_parked", 5, where=lambda e: e.get("node", "w1") == "w1", after=event
+            )
+            assert said_at(parked) - wall < NOTICED
+        held = [e for e in rig.echoes.slow() if e["what"] == "new" and began < e["began"] < healed]
+        assert held, "no connection was made meanwhile"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("seconds", [1, 5])
+def test_all_packets_are_swallowed(rig: Rig, seconds: float) -> None:
+    silence(rig, "swallow", seconds, list(WAYS))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", ["killed", "silent", "slow"])
+def test_one_lane_of_several(rig: Rig, how: str) -> None:
+    """Each of w1's three lanes in turn."""
+    worker = rig.cluster.worker("w1")
+    first = before = last_event(worker)
+    assert first is not None
+    began = time.monotonic()
+    for number in range(LANES["w1"]):
+        rig.whole()
+        # A lane that is lost comes back as the youngest.
+        oldest, *_ = connections = rig.faults.connections(rig.w1)
+        if how == "killed":
+            kill(oldest)
+            until(lambda o=oldest: o not in rig.faults.connections(rig.w1), 10, lambda: "killed")  # type: ignore[misc]
+        elif how == "silent":
+            undo = rig.faults.swallow_lane(rig.w1, oldest)
+            worker.wait_event("lane_lost", NOTICED + 1, after=before)
+            undo()
+        else:
+            crawl(rig, connections[number])
+        before = last_event(worker)
+        assert rig.cluster.head.status()["workers"][0]["state"] == "up"
+    rig.whole()
+    # A slow lane is not lost: what is on it already takes its time.
+    bound = NOTICED if how == "slow" else LANE
+    for what in ("echo", "new"):
+        assert rig.echoes.longest(began, what) < bound
+    if how != "slow":
+        lost = {e["lane"] for e in worker.events("lane_lost") if e["_index"] > first["_index"]}
+        assert lost == {"interactive", "bulk-1", "bulk-2"}
+
+
+def crawl(rig: Rig, connection: Connection) -> None:
+    undo = rig.faults.slow_lane(rig.w1, connection)
+    try:
+        time.sleep(5)
+    finally:
+        undo()
+
+
+@pytest.mark.ray
+def test_a_mix(rig: Rig) -> None:
+    cuts = schedule(seed=20261123, cuts=11, workers=["w1", "w2"], longest=8.0)
+    for _ in mix(rig.faults, cuts, slot=4.0, seed=1):
+        rig.job.check()
+    rig.whole()
+
+
+@pytest.mark.ray
+def test_nothing_was_lost(rig: Rig) -> None:
+    rig.job.finish()
+    counts = rig.job.counts()
+    for kind, count in counts.items():
+        assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
+        assert count["done"] > 5, f"{kind}: {counts}"
+    assert rig.job.dead == []
+    assert rig.echoes.failed() == []
+    for daemon in rig.cluster.daemons:
+        ended = daemon.events("session_ended") + daemon.events("not_json")
+        assert not ended, f"{daemon.machine.name}: {ended}"
+
+
+@pytest.mark.ray
+def test_a_worker_is_rebooted(rig: Rig) -> None:
+    """What it ran is lost, and nothing else; it comes back by itself."""
+    job = Job(rig.w1, rig.w1.ray_python())
+    address = rig.cluster.worker("w2").status()["node"]["address"]
+    rig.w2.kill_all()
+    rig.cluster.start_node("w2")
+    # Before that its old self is in Ray's table still.
+    until(lambda: job.dead, 120, lambda: f"the node is not found dead{rig.lab.tails()}")
+    before = job.done_on(address)
+    until(
+        lambda: job.done_on(address) > before + 20,
+        120,
+        lambda: f"no task on {address}{rig.lab.tails()}",
+    )
+    job.finish()
+    bad = job.bad()
+    assert bad
+    assert [line for line in bad if address not in line["way"]] == []
+    assert len(job.dead) == 1
+
+
+@pytest.mark.ray
+def test_the_head_is_rebooted(rig: Rig) -> None:
+    """All of Ray's memory is gone with it; the workers join the new one without a hand."""
+    head = rig.lab.machine("head")
+    head.kill_all()
+    head.start_sshd()
+    rig.cluster.start_node("head")
+    rig.cluster.head.wait_ready()
+    alive(rig.cluster, 3)
+    addresses = [row["address"] for row in rig.cluster.head.status()["roster"]]
+    verify(rig.cluster.driver("w1", ["--checks", "essential"]), "w1", addresses)
+
+
+def alive(cluster: Cluster, nodes: int) -> None:
+    """Wait until so many nodes are alive in Ray's own table, and all daemons are content."""
+
+    def look(status: dict[str, Any]) -> bool:
+        seen = (status["cluster"] or {}).get("nodes", [])
+        ready: bool = status["state"] == "ready"
+        return ready and sum(n["state"] == "ALIVE" for n in seen) == nodes
+
+    cluster.head.wait_status(look, 250)
+
+
+def test_after_ride_through_all_is_given_up(lab: Lab) -> None:
+    """Said once on both sides; the next connection waits for the link, and all heals with it."""
+    cluster = Cluster(
+        lab,
+        workers=("w1",),
+        every={"ray.start": False, "expose": [ECHO], "ride_through": 6},
+        head={"forward": [d for d in doors("head") if "w1" in d["to"]]},
+        w1={"forward": [d for d in doors("w1") if "head" in d["to"]]},
+    )
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")
+    cluster.start(["w1"])
+    cluster.wait_ready()
+    echoes = Echoes(lab, ["w1>head", "head>w1"])
+    echoes.beats()
+    assert echoes.failed() == []
+    undo: Callable[[], None] = Faults(lab).swallow(lab.machine("w1"))
+    for daemon in cluster.daemons:
+        daemon.wait_event("session_ended", 20, where=lambda e: e["cause"].startswith("no lane for"))
+        status = daemon.wait_status(lambda s: s["streams"]["parked"] == 0, 20)
+        assert status["streams"]["open"] == 0
+    until(lambda: {e["target"] for e in echoes.failed()} == set(echoes.ways), 10, lambda: "resets")
+    undo()
+    healed = time.monotonic()
+    echoes.beats(40)
+    status = cluster.worker("w1").wait_status(lambda s: s["state"] == "ready", 20)
+    assert status["problems"] == []
+    failed = [e for e in echoes.failed() if e["began"] > healed + 20]
+    assert failed == []
+    for daemon in cluster.daemons:
+        assert len(daemon.events("session_ended")) == 1
+        assert len(daemon.events("link_parked")) == 1
+    echoes.finish()
+    assert cluster.stop() == {"head": 0, "w1": 0}
