@@ -100,7 +100,7 @@ class LogConfig(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "text", "json"] = "auto"
-    """`auto`: key=value on a terminal, JSON elsewhere."""
+    """`auto`: key=value on a terminal, fields in systemd's journal, JSON elsewhere."""
 
 
 def _ssh_target(value: str) -> tuple[str | None, str, int | None]:

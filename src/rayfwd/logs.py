@@ -1,9 +1,12 @@
 """The log: one line an event on standard error, key=value on a terminal and JSON elsewhere.
 
-Events are short fixed names with fields (`lane_lost lane=1`). What libraries write through
-`logging` joins the same stream as the event `library_message`. Values whose key names a secret
-are blanked, control characters are escaped and long values are cut, so that nothing a peer sends
-can forge a line or flood the log.
+Where standard error is systemd's journal, an event's fields go there as the entry's fields.
+
+Events are short fixed names with fields (`lane_lost lane=1`; docs/events.md has them all). What
+libraries write through `logging` joins the same stream as the event `library_message`. Values
+whose key names a secret are blanked, control characters are escaped, long values are cut and
+events that come again and again are bounded, so that nothing a peer sends can forge a line or
+flood the log.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+import time
+from collections.abc import Callable, Mapping, MutableMapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import FilteringBoundLogger, WrappedLogger
 
+from rayfwd import journal
 from rayfwd.config import LogConfig
 from rayfwd.redact import REDACTED, is_secret_flag, names_a_secret, redact_text
 
@@ -32,6 +38,10 @@ TRACEBACK_LIMIT = 16000
 ITEM_LIMIT = 200
 """Items of one list or mapping that are kept."""
 DEPTH_LIMIT = 4
+
+REPEAT_LIMIT = 500
+"""Events of one name that are written in `REPEAT_SECONDS`."""
+REPEAT_SECONDS = 30.0
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -46,27 +56,42 @@ _LIBRARIES_AT_WARNING = ("asyncssh", "asyncio")
 """Libraries that say at level info what our own events say already."""
 
 
-def setup(config: LogConfig, stream: TextIO | None = None) -> None:
+def setup(
+    config: LogConfig,
+    stream: TextIO | None = None,
+    journal_socket: Path = journal.SOCKET,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
     """Send every event of this process to `stream` (default: standard error).
 
-    May be called again; the last call holds.
+    With the format `auto`, a stream that leads to systemd's journal makes way for
+    `journal_socket`. May be called again; the last call holds.
     """
     out = sys.stderr if stream is None else stream
     level = _LEVELS[config.level]
     terminal = _is_terminal(out)
     text = config.format == "text" or (config.format == "auto" and terminal)
+    renderer: Callable[[WrappedLogger, str, _EventDict], Any]
+    _close_journal()
+    if config.format == "auto" and _is_journal(out):
+        _journals.append(journal.Journal(journal_socket))
+        renderer = _render_journal
+    else:
+        coloured = terminal and _colours_wanted(os.environ)
+        renderer = _TextRenderer(coloured) if text else _render_json
     structlog.configure(
         processors=[
+            _Bound(clock),
             structlog.stdlib.add_log_level,
             _add_time,
             _add_name,
             structlog.processors.format_exc_info,
             _clean,
-            _TextRenderer(terminal and _colours_wanted(os.environ)) if text else _render_json,
+            renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
-        logger_factory=_LineLoggerFactory(out),
+        logger_factory=_LoggerFactory(out, _journals[0] if _journals else None),
         cache_logger_on_first_use=False,  # loggers made at import time follow a later set-up
     )
     root = logging.getLogger()
@@ -104,12 +129,45 @@ class _LineLogger:
     debug = info = warning = error = critical = exception = log = msg
 
 
-class _LineLoggerFactory:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+class _JournalLogger:
+    """Writes an entry of the journal; where there is no journald, a line that has it all."""
 
-    def __call__(self, *args: Any) -> _LineLogger:
-        return _LineLogger(self._stream, str(args[0]) if args else None)
+    def __init__(self, sink: journal.Journal, lines: _LineLogger) -> None:
+        self._sink = sink
+        self._lines = lines
+        self.name = lines.name
+
+    def msg(self, entry: dict[str, str]) -> None:
+        if not self._sink.send(entry):
+            self._lines.msg(f"<{entry['PRIORITY']}>{escaped(entry['MESSAGE'])}")
+
+    debug = info = warning = error = critical = exception = log = msg
+
+
+class _LoggerFactory:
+    def __init__(self, stream: TextIO, sink: journal.Journal | None) -> None:
+        self._stream = stream
+        self._sink = sink
+
+    def __call__(self, *args: Any) -> _LineLogger | _JournalLogger:
+        lines = _LineLogger(self._stream, str(args[0]) if args else None)
+        return lines if self._sink is None else _JournalLogger(self._sink, lines)
+
+
+_journals: list[journal.Journal] = []
+"""The one that is in use, if any."""
+
+
+def _close_journal() -> None:
+    while _journals:
+        _journals.pop().close()
+
+
+def _is_journal(stream: TextIO) -> bool:
+    try:
+        return journal.is_stream(stream.fileno(), os.environ)
+    except (OSError, ValueError):  # no file at all, or closed
+        return False
 
 
 class _Bridge(logging.Handler):
@@ -145,6 +203,38 @@ def _colours_wanted(env: Mapping[str, str]) -> bool:
 
 
 _EventDict = MutableMapping[str, Any]
+
+
+class _Bound:
+    """Lets so many events of one name through in a while; what is left out is counted and said.
+
+    The first that is too many becomes `events_suppressed`; the next that is let through has a
+    field `suppressed`, how many were left out.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[float, int]] = {}
+        """When a name's while began, and how many came in it. Names are few and fixed."""
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:
+        name, now = str(event.get("event")), self._clock()
+        began, count = self._seen.get(name, (now, 0))
+        if now - began >= REPEAT_SECONDS:
+            if count > REPEAT_LIMIT:
+                event["suppressed"] = count - REPEAT_LIMIT
+            began, count = now, 0
+        self._seen[name] = began, count + 1
+        if count < REPEAT_LIMIT:
+            return event
+        if count > REPEAT_LIMIT:
+            raise structlog.DropEvent
+        return {
+            "event": "events_suppressed",
+            "name": name,
+            "limit": REPEAT_LIMIT,
+            "seconds": REPEAT_SECONDS,
+        }
 
 
 def _add_time(_logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:
@@ -229,6 +319,44 @@ class _TextRenderer:
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colours else text
+
+
+def _render_journal(_logger: WrappedLogger, _method: str, event: _EventDict) -> Any:
+    """The entry's fields. Its time is the journal's own; what is None has no field."""
+    del event["timestamp"]
+    level, name = str(event.pop("level")), str(event.pop("event"))
+    message = " ".join(
+        [
+            escaped(name),
+            *(f"{escaped(k)}={_quoted(v)}" for k, v in event.items() if k not in _NOT_IN_MESSAGE),
+        ]
+    )
+    if "exception" in event:
+        message = journal.bounded(message, journal.FIELD_LIMIT // 4)
+        room = journal.FIELD_LIMIT - len(message.encode("utf-8", "backslashreplace")) - 1
+        exception = journal.printable(str(event["exception"]))
+        message += "\n" + journal.bounded(exception, room, keep_end=True)
+    entry = {
+        "MESSAGE": journal.bounded(message),
+        "PRIORITY": str(journal.PRIORITIES[level]),
+        "SYSLOG_IDENTIFIER": "rayfwd",
+        "EVENT": journal.bounded(journal.printable(name)),
+    }
+    for key, value in event.items():
+        if value is not None:
+            long = key == "exception"
+            limit = journal.LONG_FIELD_LIMIT if long else journal.FIELD_LIMIT
+            text = journal.printable(_plain(value))
+            entry[journal.field_name(key)] = journal.bounded(text, limit, keep_end=long)
+    return (entry,), {}
+
+
+_NOT_IN_MESSAGE = frozenset({"logger", "exception"})
+
+
+def _plain(value: Any) -> str:
+    """A value as a field of its own holds it: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _quoted(value: Any) -> str:

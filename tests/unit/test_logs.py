@@ -273,3 +273,28 @@ def test_a_stream_that_knows_ascii_only() -> None:
     logs.setup(LogConfig(format="text"), stream)
     logs.get_logger("part").info("e", v="ü")
     assert b"v=\\xfc" in raw.getvalue()
+
+
+def test_what_comes_again_and_again_is_bounded_and_counted() -> None:
+    out = io.StringIO()
+    now = 1000.0
+    logs.setup(LogConfig(format="json"), out, clock=lambda: now)
+    log = logs.get_logger("part")
+    many = logs.REPEAT_LIMIT + 40
+    for _ in range(many):
+        log.warning("lane_lost")
+    log.info("other")
+    now += logs.REPEAT_SECONDS
+    for _ in range(2):
+        log.warning("lane_lost")
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [e["event"] for e in events] == [
+        *["lane_lost"] * logs.REPEAT_LIMIT,
+        "events_suppressed",
+        "other",
+        "lane_lost",
+        "lane_lost",
+    ]
+    said = events[logs.REPEAT_LIMIT]
+    assert (said["name"], said["level"]) == ("lane_lost", "warning")
+    assert [e.get("suppressed") for e in events[-2:]] == [40, None]
