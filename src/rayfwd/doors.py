@@ -246,6 +246,17 @@ class Doors:
         """Doors that could not be opened, and why."""
         return tuple(self._blocked.values())
 
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many doors are open and how many blocked, by the address that they stand for."""
+        out: dict[str, tuple[int, int]] = {}
+        for listen, target in self._wanted.items():
+            is_open, blocked = out.get(target.address, (0, 0))
+            out[target.address] = (
+                is_open + (listen in self._servers),
+                blocked + (listen in self._blocked),
+            )
+        return out
+
     def set_wanted(self, doors: Mapping[Target, Target]) -> None:
         """Which doors there are to be: where each listens, and what it stands for."""
         if self._wanted != doors:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from rayfwd import __version__, unixsocket
 from rayfwd.doors import Pump, Target
+from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.plan import NodePlan
@@ -55,10 +56,19 @@ class HubNode:
     hello: Hello | None = None
     since: float = field(default_factory=time.time)
     """Wall-clock seconds of the last change between up, parked and away."""
-    cuts: int = 0
-    ridden_through: int = 0
+    history: History = field(default_factory=History)
     waiting: list[tuple[Target, Pump]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
+
+    @property
+    def cuts(self) -> int:
+        """How often every lane was lost."""
+        return self.history.cuts
+
+    @property
+    def ridden_through(self) -> int:
+        """How many of these cuts the streams outlived."""
+        return self.history.ridden_through
 
     @property
     def state(self) -> str:
@@ -424,6 +434,7 @@ class Hub:
             lambda event: self._changed(node, mux, event),
         )
         node.mux, node.session = mux, hello.session
+        node.history.began()
         log.info("session_started", node=node.plan.name, version=hello.version)
 
     def _changed(self, node: HubNode, mux: Mux, event: Parked | Resumed | SessionEnded) -> None:
@@ -432,7 +443,7 @@ class Hub:
         node.since = time.time()
         match event:
             case Parked():
-                node.cuts += 1
+                node.history.parked(node.since, mux.now())
                 log.warning(
                     "link_parked",
                     node=node.plan.name,
@@ -440,9 +451,10 @@ class Hub:
                     ride_through=mux.session.ride_through,
                 )
             case Resumed(seconds):
-                node.ridden_through += 1
+                node.history.resumed(seconds)
                 log.info("link_resumed", node=node.plan.name, parked_seconds=round(seconds, 1))
             case SessionEnded(why):
+                node.history.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
                 node.mux, node.session = None, ""
                 if not self._closing:
                     log.warning("session_ended", node=node.plan.name, cause=why)

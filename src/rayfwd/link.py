@@ -17,6 +17,7 @@ import asyncssh
 
 from rayfwd.config import HeadConfig
 from rayfwd.fastpath import FastPath
+from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
@@ -232,10 +233,7 @@ class Link:
         """`hello` gives what is said of this node; session, resumption and class are filled in."""
         self.head = head
         self.mux: Mux | None = None
-        self.cuts = 0
-        """How often every lane was lost."""
-        self.ridden_through = 0
-        """How many of these cuts the streams outlived."""
+        self.history = History()
         self.since = time.time()
         """Wall-clock seconds of the last change between up, parked and down."""
         self.slots = [LaneSlot("interactive", LaneClass.INTERACTIVE)]
@@ -266,6 +264,16 @@ class Link:
         if self.state == "up":
             return None
         return next((slot.problem for slot in self.slots if slot.problem is not None), None)
+
+    @property
+    def cuts(self) -> int:
+        """How often every lane was lost."""
+        return self.history.cuts
+
+    @property
+    def ridden_through(self) -> int:
+        """How many of these cuts the streams outlived."""
+        return self.history.ridden_through
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -372,6 +380,7 @@ class Link:
             self.mux = Mux(core, self._accept, self._on_message, self._changed)
             self._established.set()
             self.since = time.time()
+            self.history.began()
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
         slot.number = lane.join(self.mux, slot.kind, connection)
         slot.up_since = time.time()
@@ -423,19 +432,22 @@ class Link:
         self.since = time.time()
         match event:
             case Parked():
-                self.cuts += 1
                 assert self.mux is not None, "a session that is parked is there"
+                self.history.parked(self.since, self.mux.now())
                 log.warning(
                     "link_parked",
                     streams=len(self.mux.session.streams) - 1,
                     ride_through=self.mux.session.ride_through,
                 )
             case Resumed(seconds):
-                self.ridden_through += 1
+                self.history.resumed(seconds)
                 log.info("link_resumed", parked_seconds=round(seconds, 1))
             case SessionEnded(why):
                 if not self._closing:
                     log.warning("session_ended", cause=why)
+                if self.mux is not None:
+                    session = self.mux.session
+                    self.history.ended(self.mux.now(), session.bytes_in, session.bytes_out)
                 self.mux = None
                 self._session = ""
                 self._established.clear()

@@ -6,10 +6,10 @@ from typing import Any
 
 from rayfwd.config import Config
 from rayfwd.daemon.base import Daemon
-from rayfwd.daemon.views import mux_status, streams_status
+from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
 from rayfwd.hub import Hub
-from rayfwd.plan import NodePlan, PlanError
+from rayfwd.plan import PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.roster import Roster
@@ -120,7 +120,7 @@ class HeadDaemon(Daemon):
     def role_status(self) -> dict[str, Any]:
         hub = self._hub
         nodes = [] if hub is None else list(hub.nodes.values())
-        muxes = [node.mux for node in nodes if node.mux is not None]
+        states = {node.plan.name: node.state for node in nodes} | {self.config.name: "up"}
         return {
             "link": None,
             "workers": [
@@ -128,26 +128,14 @@ class HeadDaemon(Daemon):
                     "name": node.plan.name,
                     "state": node.state,
                     "since": node.since,
-                    "cuts": node.cuts,
-                    "ridden_through": node.ridden_through,
+                    **node.history.to_wire(),
+                    **streams_status([(node.mux, node.history)]),
                     "ray": self._workers_ray.get(node.plan.name),
                     "declares": dict(node.hello.resources) if node.hello else {},
                     "lanes": mux_status(node.mux),
                 }
                 for node in nodes
             ],
-            **streams_status(muxes),
-            "roster": [self._roster_row(plan) for plan in self.nodes],
-        }
-
-    def _roster_row(self, plan: NodePlan) -> dict[str, Any]:
-        hub = self._hub
-        node = hub.nodes.get(plan.name) if hub is not None else None
-        return {
-            "name": plan.name,
-            "role": plan.role,
-            "address": plan.address,
-            "ports": f"{plan.base}-{plan.last_worker_port}",
-            "advertised": plan.advertised,
-            "state": "up" if plan.role == "head" else (node.state if node else "away"),
+            **streams_status((node.mux, node.history) for node in nodes),
+            "roster": roster_rows(self.nodes, states, self.doors),
         }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rayfwd.doors import Doors
+from rayfwd.history import History
 from rayfwd.mux import Mux
+from rayfwd.plan import NodePlan
 
 
 def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
@@ -33,14 +36,43 @@ def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
     return rows
 
 
-def streams_status(muxes: Iterable[Mux]) -> dict[str, Any]:
-    """Streams and bytes of all sessions together; a stream is parked while it has no lane."""
+def streams_status(links: Iterable[tuple[Mux | None, History]]) -> dict[str, Any]:
+    """Streams of the present sessions, and the bytes of all since the daemon began.
+
+    A stream is parked while its session has no lane.
+    """
     streams = {"open": 0, "parked": 0}
     moved = {"in": 0, "out": 0}
-    for mux in muxes:
-        count = max(len(mux.session.streams) - 1, 0)  # one is the control stream
-        streams["open"] += count
-        streams["parked"] += 0 if mux.lanes else count
-        moved["in"] += mux.session.bytes_in
-        moved["out"] += mux.session.bytes_out
+    for mux, history in links:
+        received = sent = 0
+        if mux is not None:
+            count = max(len(mux.session.streams) - 1, 0)  # one is the control stream
+            streams["open"] += count
+            streams["parked"] += 0 if mux.lanes else count
+            received, sent = mux.session.bytes_in, mux.session.bytes_out
+        received, sent = history.bytes_moved(received, sent)
+        moved["in"] += received
+        moved["out"] += sent
     return {"streams": streams, "bytes": moved}
+
+
+def roster_rows(
+    nodes: Iterable[NodePlan], states: Mapping[str, str] | None, doors: Doors
+) -> list[dict[str, Any]]:
+    """The nodes of the plan; `states` of the links by name, None where only the head knows."""
+    counts = doors.counts()
+    rows = []
+    for plan in nodes:
+        is_open, blocked = counts.get(plan.address, (0, 0))
+        rows.append(
+            {
+                "name": plan.name,
+                "role": plan.role,
+                "address": plan.address,
+                "ports": f"{plan.base}-{plan.last_worker_port}",
+                "advertised": plan.advertised,
+                "state": None if states is None else states.get(plan.name, "away"),
+                "doors": {"open": is_open, "blocked": blocked},
+            }
+        )
+    return rows

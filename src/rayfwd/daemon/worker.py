@@ -10,7 +10,7 @@ from typing import Any
 from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon.base import Daemon
-from rayfwd.daemon.views import mux_status, streams_status
+from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
 from rayfwd.link import Link
 from rayfwd.logs import get_logger
@@ -202,24 +202,13 @@ class WorkerDaemon(Daemon):
                 "state": link.state,
                 "head": link.head.ssh,
                 "since": link.since,
-                "cuts": link.cuts,
-                "ridden_through": link.ridden_through,
+                **link.history.to_wire(),
                 "problem": problem.to_wire() if problem else None,
                 "lanes": mux_status(link.mux),
             },
             "workers": None,
-            **streams_status([link.mux] if link.mux is not None else []),
-            "roster": [
-                {
-                    "name": plan.name,
-                    "role": plan.role,
-                    "address": plan.address,
-                    "ports": f"{plan.base}-{plan.last_worker_port}",
-                    "advertised": plan.advertised,
-                    "state": None,
-                }
-                for plan in self.nodes
-            ],
+            **streams_status([(link.mux, link.history)]),
+            "roster": roster_rows(self.nodes, None, self.doors),
         }
 
 
