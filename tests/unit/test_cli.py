@@ -18,7 +18,7 @@ import pytest
 
 from rayfwd import __version__
 from rayfwd.cli import VERBS, main
-from rayfwd.cli.status import duration, screen, size
+from rayfwd.cli.screen import duration, size
 from rayfwd.control import ControlServer
 from rayfwd.daemon.base import lock
 from rayfwd.plan import NodePlan, allocate, head_plan
@@ -375,63 +375,6 @@ STATUS: dict[str, Any] = {
         },
     ],
 }
-
-
-def test_the_screen() -> None:
-    assert screen(STATUS, 1000.0) == [
-        "rayfwd 0.1.0  worker gpu-1  WAITING  up 2 h 1 min  pid 4242",
-        "node      127.77.0.2  ports 20078-20177",
-        "link      up  to ray@head  for 1 min  cuts 2, ridden through 1",
-        "            lane 1  bulk  up  rtt 1.2 ms  in 1.2 kB  out 5.6 GB  for 10 s",
-        "streams   12 open, 1 parked  in 0 B, out 1.0 MB",
-        "doors     140 open, 1 blocked",
-        "            door_blocked: port 1 is taken; free it",
-        "ray       up  Ray 2.60.0 (Python 3.11.7)  pid 77 (adopted)  for 10 min  restarts 3",
-        "cluster   2 nodes  as of 5 s ago",
-        "            CPU                  1.5 of 12 used",
-        "            object_store_memory  0 B of 3.2 GB used",
-        "roster    h      head    127.77.0.1            1-2          up",
-        "          gpu-1  worker  203.0.113.7 (direct)  20078-20177",
-        "waiting   ray_down",
-        "            Ray ended",
-        "            see its log",
-        "problems  ray_node_without_resources  gpu-2  for 1 min",
-        "            no \\x1b[31mresources",
-        "            look",
-    ]
-
-
-def test_the_screen_of_a_head() -> None:
-    worker = dict(STATUS["link"], name="gpu-1", state="parked")
-    lines = screen({"role": "head", "state": "ready", "workers": [worker, {}]}, 1000.0)
-    assert lines[1:] == [
-        "workers   gpu-1  parked  for 1 min  cuts 2, ridden through 1",
-        "            lane 1  bulk  up  rtt 1.2 ms  in 1.2 kB  out 5.6 GB  for 10 s",
-        "          ?  ?",
-    ]
-
-
-def without_parts(value: Any) -> Iterator[Any]:
-    """The value with each of its parts in turn missing, null, or of another kind."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield {k: v for k, v in value.items() if k != key}
-            others: tuple[Any, ...] = (None, 5, "x", [], {}, [None], {"a": {}}, True)
-            for other in others:
-                yield {**value, key: other}
-            for changed in without_parts(part):
-                yield {**value, key: changed}
-    if isinstance(value, list):
-        for index, part in enumerate(value):
-            for changed in without_parts(part):
-                yield [*value[:index], changed, *value[index + 1 :]]
-
-
-def test_the_screen_bears_any_part_missing_or_strange() -> None:
-    cases = list(without_parts(STATUS))
-    assert len(cases) > 500
-    for case in cases:
-        assert all(line.isprintable() for line in screen(case, 1000.0))
 
 
 def test_status_exit_codes(worker_file: Path, tmp_path: Path, capsys: Any) -> None:
