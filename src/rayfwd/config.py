@@ -225,6 +225,27 @@ class RayConfig(_Section):
     """Seconds between two looks at `ray status` (about one second of CPU each)."""
 
 
+def _metrics_listen(value: str) -> str:
+    if value.startswith(("/", "~/")):
+        path = Path(value).expanduser()
+        if path.is_absolute():
+            return str(path)
+    try:
+        return _loopback_listen(value)
+    except ValueError:
+        raise ValueError(
+            "must be a port on an IPv4 loopback address, as in 127.0.0.1:9477, or a socket's "
+            "absolute path"
+        ) from None
+
+
+class MetricsConfig(_Section):
+    """Metrics for Prometheus, off where `listen` is not given."""
+
+    listen: Annotated[str, AfterValidator(_metrics_listen)] | None = None
+    """`host:port` on loopback, or the absolute path of a Unix socket."""
+
+
 class ForwardConfig(_Section):
     """A further door, on loopback only."""
 
@@ -255,6 +276,7 @@ class Config(_Section):
     head: HeadConfig | None = None
     hub: HubConfig = HubConfig()
     ray: RayConfig = RayConfig()
+    metrics: MetricsConfig = MetricsConfig()
     forward: tuple[ForwardConfig, ...] | None = None
     """None: on a worker the dashboard at 127.0.0.1, as in the recipe; on a head nothing."""
 
@@ -289,6 +311,10 @@ class Config(_Section):
             if forward.listen in seen:
                 yield f'{key} = "{forward.listen}": must differ from {seen[forward.listen]}'
             seen.setdefault(forward.listen, key)
+        if self.forward is None:
+            seen |= {forward.listen: "the default [[forward]]" for forward in self.forwards}
+        if (listen := self.metrics.listen) in seen:
+            yield f'metrics.listen = "{listen}": must differ from {seen[listen]}'
 
     @property
     def path(self) -> Path:
@@ -350,6 +376,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "head": HeadConfig,
     "hub": HubConfig,
     "ray": RayConfig,
+    "metrics": MetricsConfig,
     "forward": ForwardConfig,
 }
 

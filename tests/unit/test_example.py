@@ -30,6 +30,7 @@ FOUND_AT_RUN_TIME = {
     "ray.object_store_memory",
     "ray.worker_ports",
     "ray.advertise",
+    "metrics.listen",
 }
 REQUIRED = {"role", "head.ssh"}
 

@@ -12,17 +12,20 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import sdnotify
+from prometheus_client.core import Metric
 
 from rayfwd import __version__
 from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
+from rayfwd.history import History
 from rayfwd.logs import get_logger
+from rayfwd.metrics import MetricsServer, families
 from rayfwd.mux import MuxStream
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
@@ -54,6 +57,9 @@ class Daemon:
         self._notifier = sdnotify.SystemdNotifier()
         self._notified = ""
         self.ray = RaySupervisor(config, config.hub.network, self.changed)
+        self._metrics: MetricsServer | None = None
+        if config.metrics.listen is not None:
+            self._metrics = MetricsServer(config.metrics.listen, self._families, self.changed)
 
     # -- what head and worker fill in --------------------------------------------------------
 
@@ -75,6 +81,10 @@ class Daemon:
 
     def role_status(self) -> dict[str, Any]:
         """The role's part of the status."""
+        raise NotImplementedError
+
+    def histories(self) -> Mapping[str, History]:
+        """What the role's links have been through, by the peer's name in the metrics."""
         raise NotImplementedError
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +128,8 @@ class Daemon:
             self._task(self.ray.run(), "ray"),
             self._task(self._notify(), "notify"),
         ]
+        if self._metrics is not None:
+            parts.append(self._task(self._metrics.run(), "metrics"))
         try:
             await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
             self._stopping = True
@@ -226,6 +238,8 @@ class Daemon:
                     "correct the name; it opens by itself when the node joins",
                 )
                 found.append(problem.to_wire() | {"subject": forward.listen})
+        if self._metrics is not None and self._metrics.problem is not None:
+            found.append(self._metrics.problem.to_wire() | {"subject": self.config.name})
         if self.cluster is not None:
             found += [dict(problem) for problem in self.cluster.to_wire().get("problems", [])]
         return found
@@ -274,6 +288,9 @@ class Daemon:
             },
             "cluster": self.cluster.to_wire() if self.cluster else None,
         }
+
+    def _families(self) -> Iterable[Metric]:
+        return families(self.status(), self.histories(), asyncio.get_running_loop().time())
 
     async def _status_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         return self.status()

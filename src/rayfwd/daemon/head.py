@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rayfwd.config import Config
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
+from rayfwd.history import History
 from rayfwd.hub import Hub
 from rayfwd.plan import PlanError
 from rayfwd.problems import Problem, ProblemError
@@ -116,6 +118,10 @@ class HeadDaemon(Daemon):
         if self._listening:
             return []
         return [Problem("hub_starting", "the hub does not listen yet", "nothing: this is brief")]
+
+    def histories(self) -> Mapping[str, History]:
+        nodes = self._hub.nodes if self._hub is not None else {}
+        return {name: node.history for name, node in nodes.items()}
 
     def role_status(self) -> dict[str, Any]:
         hub = self._hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from rayfwd.config import Config
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
+from rayfwd.history import History
 from rayfwd.link import Link
 from rayfwd.logs import get_logger
+from rayfwd.metrics import HEAD
 from rayfwd.mux import MuxStream, StreamOwner
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
@@ -193,6 +196,9 @@ class WorkerDaemon(Daemon):
         if link.problem is not None:
             return [link.problem]
         return [Problem("link_starting", f"dialling {link.head.ssh}", "nothing: this is brief")]
+
+    def histories(self) -> Mapping[str, History]:
+        return {HEAD: self._link.history}
 
     def role_status(self) -> dict[str, Any]:
         link = self._link

@@ -1,0 +1,355 @@
+"""The metrics: as documented, as the dashboard asks for them, and served over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from rayfwd import metrics
+from rayfwd.history import History
+from rayfwd.metrics import MetricsServer, families, registry
+from tests.exposition import dashboard_mistakes, documented, exposed, series
+from tests.promql import Query, QueryError
+from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
+
+RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "status").glob("*.json"))
+
+CANARY = {
+    "began": 1000.0,
+    "seconds": 3.0,
+    "ok": False,
+    "nodes": [
+        {"name": "w1", "ok": True, "judged": True, "stages": {"task": {"ok": True, "seconds": 1}}},
+        {"name": "w2", "ok": False, "judged": True, "stages": {"task": {"ok": False}}},
+        {"name": "w3", "ok": False, "judged": False, "stages": {}},
+    ],
+}
+
+
+def past() -> History:
+    history = History()
+    history.began()
+    for seconds in (0.7, 3.0, 3.5, 5000.0):
+        history.parked(100.0, 10.0)
+        history.resumed(seconds)
+    history.parked(100.0, 10.0)
+    history.ended(12.0, 0, 0)
+    history.parked(200.0, 20.0)
+    return history
+
+
+def exposition(path: Path) -> str:
+    status = json.loads(path.read_text())["status"]
+    if status["role"] == "head":
+        status["canary"] = CANARY
+        histories = {worker["name"]: past() for worker in status["workers"]}
+    else:
+        histories = {metrics.HEAD: past()}
+    return generate_latest(registry(lambda: families(status, histories, 25.0))).decode()
+
+
+def values(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
+    """By name and the values of the labels, in the order of the labels' names."""
+    return {
+        (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def recording(name: str) -> Path:
+    return next(path for path in RECORDINGS if path.stem == name)
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_there() -> None:
+    found: dict[str, Any] = {}
+    for path in RECORDINGS:
+        for name, row in exposed(exposition(path)).items():
+            assert found.setdefault(name, row) == row, f"{name} differs between nodes"
+    assert found == documented()
+
+
+def test_the_dashboard_asks_for_what_is_there() -> None:
+    there = series(*(exposition(path) for path in RECORDINGS))
+    assert dashboard_mistakes(there) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("rayfwd_nothing", "no metric"),
+        ('rayfwd_node_state{stat="up"}', "no label stat"),
+        ('rayfwd_node_state{state="up"}', "never has"),
+        ("rate(rayfwd_link_cuts_total)", "with a range"),
+        ("rate(rayfwd_link_streams[$__range])", "no counter"),
+        ("sum by (code) (rayfwd_link_streams)", "no such label"),
+        ("rayfwd_link_streams / rayfwd_doors", "never match"),
+        ("sum(rayfwd_link_streams", "expected"),
+        ("rayfwd_link_streams)", "not expected"),
+        ("rayfwd_link_streams @@", "not PromQL"),
+        ("foo(rayfwd_link_streams)", "no function"),
+    ],
+)
+def test_a_wrong_query_is_found(query: str, why: str) -> None:
+    with pytest.raises(QueryError, match=why):
+        Query(query, series(exposition(recording("worker-ready"))))
+
+
+def test_values_of_a_worker() -> None:
+    text = values(exposition(recording("worker-parked")))
+    assert text["rayfwd_link_state", ("head", "parked")] == 1
+    assert text["rayfwd_link_state", ("head", "up")] == 0
+    assert text["rayfwd_node_state", ("waiting",)] == 1
+    assert text["rayfwd_link_parked_streams", ("head",)] > 0
+    assert text["rayfwd_link_lanes", ("bulk", "head", "up")] == 0
+    assert ("rayfwd_link_round_trip_seconds", ("bulk", "head")) not in text
+    (waits,) = json.loads(recording("worker-parked").read_text())["status"]["waiting_for"]
+    assert text["rayfwd_conditions", (waits["code"],)] == 1
+    assert text["rayfwd_link_cuts_total", ("head",)] == 6
+    assert text["rayfwd_link_parked_seconds_total", ("head",)] == pytest.approx(5007.2 + 2 + 5)
+    bucket = "rayfwd_link_ride_through_seconds_bucket"
+    assert [text[bucket, (le, "head")] for le in ("0.5", "1.0", "5.0", "1800.0", "+Inf")] == [
+        0,
+        1,
+        3,
+        3,
+        4,
+    ]
+    assert text["rayfwd_link_ride_through_seconds_sum", ("head",)] == pytest.approx(5007.2)
+
+
+def test_values_of_a_head() -> None:
+    text = values(exposition(recording("head-ready")))
+    assert text["rayfwd_cluster_resource_capacity", ("CPU",)] == 3
+    assert text["rayfwd_cluster_node_alive", ("w1",)] == 1
+    assert text["rayfwd_doors", ("w1",)] == 46
+    assert text["rayfwd_doors", ("head",)] == 0
+    assert 0 < text["rayfwd_link_round_trip_seconds", ("interactive", "w1")] < 1
+    assert text["rayfwd_canary_success", ("w1",)] == 1
+    assert text["rayfwd_canary_success", ("w2",)] == 0
+    assert ("rayfwd_canary_success", ("w3",)) not in text
+    away = values(exposition(recording("head-away")))
+    assert away["rayfwd_link_state", ("w1", "down")] == 1
+
+
+def test_labels_are_bounded() -> None:
+    data = json.loads(recording("head-ready").read_text())["status"]
+    data["cluster"]["totals"] = {f"r{i}": [0, 1] for i in range(1000)}
+    data["problems"] = [{"code": f"c{i}"} for i in range(1000)]
+    text = values(generate_latest(registry(lambda: families(data, {}, 0.0))).decode())
+    assert sum(name == "rayfwd_cluster_resource_used" for name, _ in text) == metrics.RESOURCES
+    assert sum(name == "rayfwd_conditions" for name, _ in text) == metrics.CODES
+
+
+# -- served ----------------------------------------------------------------------------------------
+
+
+def serving(
+    listen: str, body: Callable[[MetricsServer], Awaitable[None]], look: Any = None
+) -> MetricsServer:
+    """Run `body` beside a server."""
+
+    async def run() -> MetricsServer:
+        server = MetricsServer(listen, look or (lambda: ()), changed.set)
+        task = asyncio.create_task(server.run())
+        await asyncio.sleep(0)
+        try:
+            await body(server)
+        finally:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return server
+
+    changed = asyncio.Event()
+    return asyncio.run(run())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+async def exchange(port_or_path: int | str, request: bytes) -> bytes:
+    for _ in range(200):
+        try:
+            if isinstance(port_or_path, str):
+                reader, writer = await asyncio.open_unix_connection(port_or_path)
+            else:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port_or_path)
+            break
+        except (ConnectionRefusedError, FileNotFoundError):
+            await asyncio.sleep(0.02)
+    writer.write(request)
+    try:
+        return await reader.read()
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def test_what_is_answered() -> None:
+    port = free_port()
+
+    async def body(server: MetricsServer) -> None:
+        head, _, text = (await exchange(port, GET)).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"Content-Type: text/plain; version=0.0.4" in head
+        assert f"Content-Length: {len(text)}".encode() in head
+        assert "process_open_fds" in exposed(text.decode())
+        asked = GET.replace(b"Host", b"Accept: application/openmetrics-text;version=1.0.0\r\nHost")
+        head, _, text = (await exchange(port, asked)).partition(b"\r\n\r\n")
+        assert b"Content-Type: application/openmetrics-text" in head
+        assert list(openmetrics(text.decode()))  # type: ignore[no-untyped-call]
+        head, _, text = (await exchange(port, GET.replace(b"GET", b"HEAD"))).partition(b"\r\n\r\n")
+        assert (head[9:12], text) == (b"200", b"")
+        for request, code in {
+            GET.replace(b"/metrics", b"/metrics?x=1"): b"200",
+            GET.replace(b"/metrics", b"/"): b"404",
+            GET.replace(b"GET", b"POST"): b"405",
+            b"\x00\x01\r\n\r\n": b"405",
+        }.items():
+            assert (await exchange(port, request))[9:12] == code
+        assert await exchange(port, b"GET " + b"x" * 40000 + b"\r\n\r\n") == b""
+
+    serving(f"127.0.0.1:{port}", body)
+
+
+def test_a_fault_in_a_metric_ends_nothing() -> None:
+    port = free_port()
+
+    def fault() -> Any:
+        raise KeyError("x")
+
+    async def body(server: MetricsServer) -> None:
+        for _ in range(2):
+            assert (await exchange(port, GET))[9:12] == b"500"
+
+    serving(f"127.0.0.1:{port}", body, fault)
+
+
+def test_a_unix_socket_is_for_this_user_alone(place: Path) -> None:  # noqa: F811
+    path = place / "metrics.sock"
+
+    async def body(server: MetricsServer) -> None:
+        assert (await exchange(str(path), GET))[9:12] == b"200"
+        assert path.stat().st_mode & 0o777 == 0o600
+
+    serving(str(path), body)
+    assert not path.exists()
+
+
+def test_those_who_say_nothing_are_few() -> None:
+    port = free_port()
+
+    async def body(server: MetricsServer) -> None:
+        await exchange(port, GET)
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
+        ended = 0
+        for reader, _ in idle[metrics.CONNECTIONS :]:
+            try:
+                ended += await reader.read() == b""
+            except ConnectionResetError:
+                ended += 1
+        assert ended == 40 - metrics.CONNECTIONS
+        for _, writer in idle:
+            writer.close()
+
+    serving(f"127.0.0.1:{port}", body)
+
+
+def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "RETRY", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        async def body(server: MetricsServer) -> None:
+            def said() -> list[str]:
+                return [] if server.problem is None else [str(server.problem)]
+
+            while not said():
+                await asyncio.sleep(0.01)
+            assert f"127.0.0.1:{port} cannot be opened: Address already in use" in said()[0]
+            taken.close()
+            while (await exchange(port, GET))[9:12] != b"200":
+                await asyncio.sleep(0.01)
+            assert not said()
+
+        serving(f"127.0.0.1:{port}", body)
+
+
+def test_a_path_that_is_no_socket_is_left_alone(place: Path) -> None:  # noqa: F811
+    path = place / "file"
+    path.write_text("mine")
+
+    async def body(server: MetricsServer) -> None:
+        while server.problem is None:
+            await asyncio.sleep(0.01)
+        assert server.problem.code == "socket_not_possible"
+
+    serving(str(path), body)
+    assert path.read_text() == "mine"
+
+
+# -- of a daemon -----------------------------------------------------------------------------------
+
+
+def test_of_a_daemon(place: Path) -> None:  # noqa: F811
+    port = free_port()
+    config = place / "rayfwd.toml"
+    config.write_text(
+        f"{HEAD}state_dir = '{place}/state'\nruntime_dir = '{place}/run'\n{NO_RAY}"
+        f"[metrics]\nlisten = '127.0.0.1:{port}'\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "rayfwd", "run", "--config", str(config)],
+        stderr=subprocess.PIPE,
+        env=os.environ,
+    ) as process:
+        try:
+            text = scraped(port, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=20)
+    assert values(text)["rayfwd_node_state", ("ready",)] == 1
+    table = documented()
+    for name, row in exposed(text).items():
+        assert row == table[name]
+    assert b'"metrics_listening"' in said
+    assert process.returncode == 0
+
+
+def scraped(port: int, process: subprocess.Popen[bytes]) -> str:
+    """What is exposed once the daemon is ready."""
+    deadline = time.monotonic() + 30
+    while True:
+        assert process.poll() is None
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                text = str(answer.read().decode())
+        except urllib.error.URLError:
+            text = ""
+        if 'rayfwd_node_state{state="ready"} 1.0' in text:
+            return text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
