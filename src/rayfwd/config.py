@@ -221,6 +221,8 @@ class RayConfig(_Section):
     client_port: Port = 10001
     advertise: Annotated[str, AfterValidator(_reachable_address)] | None = None
     """Of a worker that others reach directly: the IP address they use."""
+    advertise_check: YesNo = True
+    """Ray is started only once the head, and this machine itself, reach the advertised address."""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
     """Seconds between two looks at `ray status` (about one second of CPU each)."""
 
@@ -244,6 +246,16 @@ class MetricsConfig(_Section):
 
     listen: Annotated[str, AfterValidator(_metrics_listen)] | None = None
     """`host:port` on loopback, or the absolute path of a Unix socket."""
+
+
+class CanaryConfig(_Section):
+    """The canary: a tiny task on each node and 1 MB there and back, by a process of its own."""
+
+    enabled: YesNo = False
+    """True: every `interval` seconds. `rayfwd canary` sends it in either case."""
+    interval: Number = Field(default=300.0, ge=10.0, le=86400.0)
+    timeout: Number = Field(default=60.0, ge=5.0, le=600.0)
+    """Seconds for a node; half of it for the task, a quarter for each way of the object."""
 
 
 class ForwardConfig(_Section):
@@ -277,6 +289,7 @@ class Config(_Section):
     hub: HubConfig = HubConfig()
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
+    canary: CanaryConfig = CanaryConfig()
     forward: tuple[ForwardConfig, ...] | None = None
     """None: on a worker the dashboard at 127.0.0.1, as in the recipe; on a head nothing."""
 
@@ -377,6 +390,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "hub": HubConfig,
     "ray": RayConfig,
     "metrics": MetricsConfig,
+    "canary": CanaryConfig,
     "forward": ForwardConfig,
 }
 

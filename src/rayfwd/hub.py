@@ -256,6 +256,8 @@ class Hub:
         self._server: asyncio.Server | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
+        self.features: frozenset[str] = frozenset()
+        """What its WELCOMEs say that this head can do besides."""
         self._refusals: dict[tuple[str, int, str], float] = {}
         """When a refusal was last said, by node, uid and code."""
 
@@ -358,6 +360,7 @@ class Hub:
             ride_through=node.mux.session.ride_through,
             ray=ray,
             python=python,
+            features=self.features,
         )
         was = node.state
         node.hello = hello

@@ -259,6 +259,10 @@ class Machine:
         ]
         _command(self._init.pid, "nft", "-f", "-", text="\n".join(lines) + "\n")
 
+    def nft(self, text: str) -> None:
+        """Add to the firewall, or take away from it."""
+        _command(self._init.pid, "nft", "-f", "-", text=text)
+
     def network_command(self, *argv: str) -> str:
         """Run ip, nft or ss of the host in this machine's network; what it wrote."""
         return _command(self._init.pid, *argv)

@@ -30,6 +30,7 @@ VERBS = {
     "check": "validate the configuration file and say what it amounts to",
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",
+    "canary": "send a tiny task and 1 MB to every node and back, and say how it went",
     "attach": "join standard input and output to the hub (a forced command for sshd)",
     "forget": "on the head: drop a worker, and free its name, address and ports",
     "demo": "show it at work on this machine alone",

@@ -22,6 +22,7 @@ from prometheus_client.core import Metric
 from rayfwd import __version__
 from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
+from rayfwd.daemon.canary import CanaryVerb
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
 from rayfwd.history import History
 from rayfwd.logs import get_logger
@@ -30,8 +31,12 @@ from rayfwd.mux import MuxStream
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.stream import ResetReason
+from rayfwd.watch.board import Board
+from rayfwd.watch.canary import Canary, Situation
+from rayfwd.watch.reach import Peer, Reach
 
 log = get_logger(__name__)
 
@@ -60,6 +65,12 @@ class Daemon:
         self._metrics: MetricsServer | None = None
         if config.metrics.listen is not None:
             self._metrics = MetricsServer(config.metrics.listen, self._families, self.changed)
+        self.board = Board(self.board_changed)
+        self.canary = Canary(
+            config.canary, config.ray, config.name, self.board, self.situation, self.changed
+        )
+        self.reach = Reach(config.name, self.peers, self.board)
+        self._canary_verb = CanaryVerb(self.canary)
 
     # -- what head and worker fill in --------------------------------------------------------
 
@@ -87,11 +98,36 @@ class Daemon:
         """What the role's links have been through, by the peer's name in the metrics."""
         raise NotImplementedError
 
+    def peers(self) -> Mapping[str, Peer]:
+        """The nodes whose Ray this one ought to reach now."""
+        raise NotImplementedError
+
+    async def canary_targets(self) -> list[NodeSeen]:
+        """The nodes that a canary is sent to. Raises ProblemError."""
+        raise NotImplementedError
+
+    def situation(self) -> Situation | None:
+        """What a canary needs to know; None while this node's Ray is not up."""
+        head, env = self._node_named("head"), self.ray.environment
+        if self.own is None or head is None or env is None or self.ray.state.phase != "up":
+            return None
+        return Situation(
+            own=self.own,
+            gcs=f"{head.address}:{head.services['gcs']}",
+            env=env,
+            plans={node.address: node for node in self.nodes},
+            targets=self.canary_targets,
+        )
+
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         """Drop a node from the roster; a head can."""
         raise ProblemError(
             Problem("not_a_head", "this node is a worker", "ask on the head: the roster is there")
         )
+
+    def board_changed(self) -> None:
+        """What the watchers find has changed."""
+        self.changed()
 
     # -- life --------------------------------------------------------
 
@@ -111,7 +147,12 @@ class Daemon:
             log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
             control = ControlServer(
                 config.control_socket,
-                {"status": self._status_verb, "plan": self._plan_verb, "forget": self.forget},
+                {
+                    "status": self._status_verb,
+                    "plan": self._plan_verb,
+                    "forget": self.forget,
+                    "canary": self._canary_verb,
+                },
             )
             await control.start()
             try:
@@ -126,6 +167,8 @@ class Daemon:
             self._task(self.serve(), "serve"),
             self._task(self.doors.run(), "doors"),
             self._task(self.ray.run(), "ray"),
+            self._task(self.canary.run(), "canary"),
+            self._task(self.reach.run(), "reach"),
             self._task(self._notify(), "notify"),
         ]
         if self._metrics is not None:
@@ -140,6 +183,7 @@ class Daemon:
             await self.end()
             for task in [stopping, *parts]:
                 task.cancel()
+            await self._canary_verb.close()
             results = await asyncio.gather(*parts, return_exceptions=True)
             await self.dialer.close()
         for result in results:
@@ -240,6 +284,7 @@ class Daemon:
                 found.append(problem.to_wire() | {"subject": forward.listen})
         if self._metrics is not None and self._metrics.problem is not None:
             found.append(self._metrics.problem.to_wire() | {"subject": self.config.name})
+        found += [p.to_wire() for p in self.board.problems]
         if self.cluster is not None:
             found += [dict(problem) for problem in self.cluster.to_wire().get("problems", [])]
         return found
@@ -287,6 +332,7 @@ class Daemon:
                 "command": ray.command,
             },
             "cluster": self.cluster.to_wire() if self.cluster else None,
+            "canary": self.canary.last.to_wire() if self.canary.last else None,
         }
 
     def _families(self) -> Iterable[Metric]:

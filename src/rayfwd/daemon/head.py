@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rayfwd.config import Config
+from rayfwd.daemon import advertise
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
 from rayfwd.history import History
-from rayfwd.hub import Hub
+from rayfwd.hub import Hub, HubNode
+from rayfwd.logs import get_logger
 from rayfwd.plan import PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.nodes import NodeSeen
 from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
+from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster import ClusterWatch
+from rayfwd.watch.flapping import flapping
+from rayfwd.watch.reach import Peer
+
+log = get_logger(__name__)
 
 
 class HeadDaemon(Daemon):
@@ -29,6 +39,7 @@ class HeadDaemon(Daemon):
 
     def __init__(self, config: Config) -> None:
         self._workers_ray: dict[str, dict[str, Any]] = {}
+        self._dial_back = advertise.DialBack()
         super().__init__(config)
 
     async def serve(self) -> None:
@@ -54,6 +65,7 @@ class HeadDaemon(Daemon):
             on_change=self._hub_changed,
         )
         self._hub_changed()
+        hub.features = frozenset({advertise.FEATURE})
         await hub.start()
         self._listening = True
         self.ray.set_plan(own, own, None, config.ride_through)
@@ -64,13 +76,21 @@ class HeadDaemon(Daemon):
         await self._watch.run()
 
     async def end(self) -> None:
+        await self._dial_back.close()
         if self._hub is not None:
             await self._hub.close("the head's rayfwd was stopped")
 
     def _hub_changed(self) -> None:
         """A node came, went or changed."""
         self.nodes = self._roster.plans()
+        there = {self.config.name}
+        there |= {n.plan.name for n in self._nodes_of_hub() if n.state != "away"}
+        self._dial_back.keep(there)
+        self.board.keep(there)
         self.plan_changed()
+
+    def _nodes_of_hub(self) -> list[HubNode]:
+        return list(self._hub.nodes.values()) if self._hub is not None else []
 
     def _versions(self) -> tuple[str | None, str | None]:
         versions = self.ray.state.versions
@@ -78,17 +98,33 @@ class HeadDaemon(Daemon):
 
     def _declared(self) -> dict[str, dict[str, float]]:
         """What the configurations of the nodes say that they bring, by address."""
-        nodes = self._hub.nodes.values() if self._hub is not None else ()
+        nodes = self._nodes_of_hub()
         return {n.plan.address: dict(n.hello.resources) for n in nodes if n.hello is not None}
 
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
-        if self._hub is not None:
-            self._hub.tell_all({"type": "cluster", "report": report.to_wire()})
+        plans = {n.plan.address: n.plan for n in self._nodes_of_hub() if n.state != "away"}
+        self.board.put("flapping", flapping(report.nodes, plans, time.time()))
+        self._tell_report()
         self.changed()
 
+    def _tell_report(self) -> None:
+        """Workers hear of what was found of every node."""
+        if self._hub is not None and self.cluster is not None:
+            found = self.cluster.problems + self.board.problems
+            report = replace(self.cluster, problems=found)
+            self._hub.tell_all({"type": "cluster", "report": report.to_wire()})
+
+    def board_changed(self) -> None:
+        self._tell_report()
+        super().board_changed()
+
     def _message(self, node: str, message: dict[str, Any]) -> None:
-        """A worker says how its Ray is; anything else is for a later version."""
+        """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
+        try:
+            self._message_of_check(node, message)
+        except ValueError as exc:
+            log.warning("message_malformed", node=node, cause=str(exc))
         if message.get("type") == "ray":
             self._workers_ray[node] = {
                 key: None if message.get(key) is None else str(message[key])[:64]
@@ -98,11 +134,43 @@ class HeadDaemon(Daemon):
                 self._watch.look_soon()
             self.changed()
 
+    def _message_of_check(self, name: str, message: dict[str, Any]) -> None:
+        node = self._hub.nodes.get(name) if self._hub is not None else None
+        if node is None or node.mux is None:
+            return
+        mux = node.mux
+
+        def send(answer: dict[str, Any]) -> bool:
+            mux.send_message(answer)
+            return not mux.session.ended
+
+        match message.get("type"):
+            case "dial_back":
+                self._dial_back.asked(node.plan, message, send)
+            case "advertise":
+                self.board.put_one("advertise", name, advertise.read_verdict(message))
+
     def changed(self) -> None:
         if self._hub is not None and self._versions() != self._told_versions:
             self._told_versions = ray, python = self._versions()
             self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
         super().changed()
+
+    def peers(self) -> dict[str, Peer]:
+        if self._hub is None or self.cluster is None or self.ray.state.phase != "up":
+            return {}
+        alive = {node.address for node in self.cluster.nodes if node.state == "ALIVE"}
+        return {
+            node.plan.name: Peer(node.plan, (node.session, node.cuts))
+            for node in self._hub.nodes.values()
+            if node.state == "up"
+            and node.plan.address in alive
+            and (self._workers_ray.get(node.plan.name) or {}).get("phase") == "up"
+        }
+
+    async def canary_targets(self) -> list[NodeSeen]:
+        assert self.own is not None, "a canary is sent once the plan is there"
+        return await alive_nodes(self.own, self.ray.environment or {})
 
     def route(self, target: Target, pump: Pump) -> None:
         if self._hub is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rayfwd import __version__
 from rayfwd.config import Config
+from rayfwd.daemon.advertise import AdvertiseCheck
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import mux_status, roster_rows, streams_status
 from rayfwd.doors import Pump, Target
@@ -22,11 +23,14 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.install import Versions
+from rayfwd.ray.nodes import NodeSeen
 from rayfwd.roster import write_file
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
+from rayfwd.watch.canary import alive_nodes
+from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
 
@@ -41,6 +45,9 @@ class WorkerDaemon(Daemon):
         self._kept_plan = b""
         self._told_ray: dict[str, Any] | None = None
         self._head_versions: Versions | None = None
+        self._hub_features: frozenset[str] = frozenset()
+        self._advertise = AdvertiseCheck(self._send, lambda: self._hub_features)
+        self.ray.before_start = self._before_start
         self._network = config.hub.network
         self._ride_through = config.ride_through
         self._link = Link(
@@ -91,6 +98,7 @@ class WorkerDaemon(Daemon):
             return
         if welcome.ray is not None and welcome.python is not None:
             self._head_versions = Versions(welcome.ray, welcome.python)
+        self._hub_features = welcome.features
         self._network = welcome.network
         self._ride_through = welcome.ride_through
         if own != self.own:
@@ -141,11 +149,24 @@ class WorkerDaemon(Daemon):
                     if message["ray"] and message["python"]:
                         self._head_versions = Versions(str(message["ray"]), str(message["python"]))
                         self._tell_ray()
+                case "dialled_back":
+                    self._advertise.answered(message)
                 case "cluster":
                     self.cluster = ClusterReport.from_wire(message["report"])
                     self.changed()
         except (KeyError, TypeError, ValueError) as exc:
             log.warning("message_malformed", cause=repr(exc))
+
+    async def _before_start(self, own: NodePlan) -> None:
+        if own.advertised and self.config.ray.advertise_check:
+            await self._advertise.run(own)
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        mux = self._link.mux
+        if mux is None or mux.session.ended:
+            return False
+        mux.send_message(message)
+        return True
 
     def _link_changed(self) -> None:
         self.ray.set_link_up(self._link.state == "up")
@@ -169,6 +190,22 @@ class WorkerDaemon(Daemon):
         if mux is not None and told != self._told_ray:
             self._told_ray = told
             mux.send_message(told)
+
+    def peers(self) -> dict[str, Peer]:
+        """The head; how the other workers reach each other is seen by canaries of their own."""
+        link, head = self._link, self._node_named("head")
+        if head is None or link.state != "up" or self.ray.state.phase != "up":
+            return {}
+        return {head.name: Peer(head, (link.since, link.cuts))}
+
+    async def canary_targets(self) -> list[NodeSeen]:
+        """The head and this node itself: what the head's own canary sees from the other side."""
+        head = self._node_named("head")
+        assert head is not None, "a canary is sent once the plan is there"
+        assert self.own is not None
+        both = {head.address, self.own.address}
+        alive = await alive_nodes(head, self.ray.environment or {})
+        return [node for node in alive if node.address in both]
 
     # -- streams --------------------------------------------------------
 

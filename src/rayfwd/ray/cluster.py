@@ -20,6 +20,9 @@ class NodeProblem:
     """Seconds since the epoch."""
     problem: Problem
 
+    def to_wire(self) -> dict[str, Any]:
+        return {"subject": self.subject, "since": self.since, **self.problem.to_wire()}
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterReport:
@@ -48,10 +51,7 @@ class ClusterReport:
                 }
                 for node in self.nodes
             ],
-            "problems": [
-                {"subject": p.subject, "since": p.since, **p.problem.to_wire()}
-                for p in self.problems
-            ],
+            "problems": [p.to_wire() for p in self.problems],
         }
 
     @classmethod

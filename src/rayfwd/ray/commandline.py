@@ -160,7 +160,7 @@ def digest(own: NodePlan, head: NodePlan, ray: RayConfig, ride_through: float, n
     Made of what goes in, not of the finished command, so that it can be had while `ray` itself is
     missing. What does not reach Ray (the head's name, how often its status is read) is left out.
     """
-    told = ray.model_dump(mode="json", exclude={"status_interval", "advertise"})
+    told = ray.model_dump(mode="json", exclude={"status_interval", "advertise", "advertise_check"})
     parts = {
         "own": own.to_wire(),
         "head": [head.address, dict(head.head_services)],

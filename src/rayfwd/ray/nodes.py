@@ -27,6 +27,12 @@ class NodeSeen:
     state: str
     """ALIVE or DEAD."""
     resources_total: dict[str, float]
+    started: float | None = None
+    """Seconds since the epoch; None: not told."""
+    ended: float | None = None
+    """Likewise, of a node that is DEAD."""
+    message: str | None = None
+    """Why it is in this state (2.40 and later)."""
 
 
 async def fetch(host: str, port: int, token: str | None = None) -> list[NodeSeen]:
@@ -61,11 +67,18 @@ def parse(answer: Any) -> list[NodeSeen]:
                 is_head=bool(row["is_head_node"]),
                 state=str(row["state"]),
                 resources_total={str(k): float(v) for k, v in row["resources_total"].items()},
+                started=_seconds(row.get("start_time_ms")),
+                ended=_seconds(row.get("end_time_ms")),
+                message=str(row["state_message"]) if row.get("state_message") else None,
             )
             for row in rows
         ]
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError(f"not a node table: {exc!r}") from exc
+
+
+def _seconds(milliseconds: Any) -> float | None:
+    return milliseconds / 1000 if isinstance(milliseconds, int) and milliseconds > 0 else None
 
 
 def _get(host: str, port: int, token: str | None) -> bytes:

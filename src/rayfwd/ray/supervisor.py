@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -54,6 +54,10 @@ GOOD_RUN = 300.0
 SHOWN_LINES = 6
 
 _log = get_logger(__name__)
+
+BeforeStart = Callable[[NodePlan], Awaitable[None]]
+"""Awaited before each start of our own, with the ports known to be free; raises ProblemError where
+Ray is not to be started yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ class RaySupervisor:
         self._command_told: str | None = None
         self._failures = 0
         self._starts = 0
+        self.before_start: BeforeStart | None = None
 
     @property
     def environment(self) -> dict[str, str] | None:
@@ -210,14 +215,20 @@ class RaySupervisor:
             await self._sleep(None)
         else:
             process = await self._start(wanted)
-            await self._watch(process, wanted)
+            if process is not None:
+                await self._watch(process, wanted)
 
-    async def _start(self, wanted: _Wanted) -> RayProcess:
+    async def _start(self, wanted: _Wanted) -> RayProcess | None:
+        """None: meanwhile the link has gone, or the plan has changed."""
         ray = self._config.ray
         env = self._environment(wanted)
         install = await find(ray.command, env)
         check_versions(install, wanted.head_versions, env)
         await asyncio.to_thread(ports.check_free, wanted.own.ports)
+        if self.before_start is not None:
+            await self.before_start(wanted.own)
+            if not self._link_up or self._plan_changed(wanted):
+                return None
         argv = commandline.start_command(wanted.own, wanted.head, ray, install)
         command = shlex.join(commandline.shown(argv))
         try:

@@ -96,6 +96,8 @@ class Welcome:
     ride_through: float
     ray: str | None = None
     python: str | None = None
+    features: frozenset[str] = frozenset()
+    """What this hub can do besides, by name."""
 
     def encode(self) -> bytes:
         body = {
@@ -106,6 +108,7 @@ class Welcome:
             "ride_through": self.ride_through,
             "ray": self.ray,
             "python": self.python,
+            "features": sorted(self.features),
         }
         return encode(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode())
 
@@ -125,6 +128,7 @@ class Welcome:
                 ride_through=float(_number(body, "ride_through", 1, 86400)),
                 ray=_optional_text(body, "ray"),
                 python=_optional_text(body, "python"),
+                features=_features(body.get("features", [])),
             )
         except (KeyError, ValueError, TypeError) as exc:
             raise ProtocolError("welcome_malformed", f"WELCOME: {exc!r}") from exc
@@ -183,6 +187,12 @@ def _text(body: Mapping[str, Any], key: str, longest: int) -> str:
 
 def _optional_text(body: Mapping[str, Any], key: str) -> str | None:
     return None if body.get(key) is None else _text(body, key, 64)
+
+
+def _features(value: Any) -> frozenset[str]:
+    if not isinstance(value, list) or len(value) > 64:
+        raise ValueError("features must be a list of at most 64 names")
+    return frozenset(_text({"a feature": name}, "a feature", 64) for name in value)
 
 
 def _number(body: Mapping[str, Any], key: str, least: float, most: float) -> int:

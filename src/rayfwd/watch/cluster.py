@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from rayfwd.config import RayConfig
 from rayfwd.logs import get_logger
@@ -17,6 +16,7 @@ from rayfwd.ray import status as ray_status
 from rayfwd.ray.cluster import ClusterReport, NodeProblem
 from rayfwd.ray.install import find
 from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.ray.token import read_token
 from rayfwd.watch import rules
 
 SOON = 5.0
@@ -90,7 +90,7 @@ class ClusterWatch:
         services = self._head.services
         gcs = f"{self._head.address}:{services['gcs']}"
         status = await ray_status.ask(install.command, gcs, env)
-        token = await asyncio.to_thread(_token, env)
+        token = await asyncio.to_thread(read_token, env)
         # The table after the totals: what joins in between is confirmed by the next look.
         seen = await node_table.fetch(self._head.address, services["dashboard"], token)
         names = {plan.address: plan.name for plan in self._plans()}
@@ -145,15 +145,3 @@ def _tell(change: rules.Change, now: float) -> None:
             remedy=problem.remedy,
             for_seconds=lasted,
         )
-
-
-def _token(env: Mapping[str, str]) -> str | None:
-    """Ray's own token, from where Ray itself takes it (`ray-security/token-auth` in its manual)."""
-    if env.get("RAY_AUTH_MODE", "").lower() != "token":
-        return None
-    if given := env.get("RAY_AUTH_TOKEN"):
-        return given.strip()
-    path = env.get("RAY_AUTH_TOKEN_PATH") or f"{env.get('HOME', '~')}/.ray/auth_token"
-    with suppress(OSError, RuntimeError):
-        return Path(path).expanduser().read_text().strip() or None
-    return None

@@ -1,0 +1,72 @@
+"""Send the canary now: a tiny task on each node, and 1 MB there and back. Exit code 0: all well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rayfwd.cli import FAULT, OK
+from rayfwd.cli.common import control_socket, load_config, quiet_logs, table
+from rayfwd.control import ask
+from rayfwd.logs import escaped
+from rayfwd.problems import Problem, ProblemError
+
+PAUSE = 0.5
+"""Seconds between two questions whether it is back."""
+
+MARGIN = 120.0
+"""Seconds besides its time-out after which it is not waited for any more."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args)
+    quiet_logs()
+    socket = control_socket(config)
+    answer = ask(socket, "canary", {"send": True})
+    deadline = time.monotonic() + config.canary.timeout + MARGIN
+    while answer.get("running"):
+        if time.monotonic() > deadline:
+            raise ProblemError(
+                Problem("canary_lost", "the canary does not come back", "look into the log")
+            )
+        time.sleep(PAUSE)
+        answer = ask(socket, "canary")
+    if args.json:
+        print(json.dumps(answer, indent=2))
+    else:
+        print("\n".join(escaped(line).rstrip() for line in lines(answer)))
+    return OK if answer.get("ok") is True else FAULT
+
+
+def lines(answer: Mapping[str, Any]) -> list[str]:
+    """A line a node, and what is wrong below it."""
+    rows = []
+    for node in answer.get("nodes", []):
+        stages = node.get("stages", {})
+        shown = [_stage(stages, *pair) for pair in _STAGES]
+        rows.append((str(node["name"]), "ok" if node["ok"] else "FAILED", *shown))
+    out = table(rows)
+    for node in answer.get("nodes", []):
+        if problem := node.get("problem"):
+            out += [f"{problem['code']}  {node['name']}", f"  {problem['cause']}"]
+            out += [f"  {problem['remedy']}"]
+    if problem := answer.get("problem"):
+        out += [problem["code"], f"  {problem['cause']}", f"  {problem['remedy']}"]
+    return out
+
+
+_STAGES = (("task", "task"), ("to", "1 MB to it"), ("from", "1 MB from it"))
+
+
+def _stage(stages: Mapping[str, Any], key: str, label: str) -> str:
+    stage = stages.get(key)
+    if stage is None:
+        return f"{label}: not tried"
+    return f"{label}: {stage['seconds']:.2f} s" if stage["ok"] else f"{label}: no"

@@ -1,0 +1,160 @@
+"""The check of an advertised address before Ray is started there: dial-back and self-dial.
+
+The worker holds the ports of its block for a moment, dials them itself, and has the hub dial them;
+Ray is not started while one of the two fails. The head shows the worker's verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any
+
+from rayfwd import probe
+from rayfwd.logs import get_logger
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+
+log = get_logger(__name__)
+
+FEATURE = "dial_back"
+"""What a hub that dials back says of itself in its WELCOME."""
+
+ANSWER_WAIT = 6.0
+"""Seconds that a worker waits for the hub's results: its patience, and the link's way."""
+
+Send = Callable[[dict[str, Any]], bool]
+"""Sends a control message; False: there is no session."""
+
+
+class AdvertiseCheck:
+    """Of a worker. `run` is awaited before each `ray start`."""
+
+    def __init__(self, send: Send, hub_features: Callable[[], frozenset[str]]) -> None:
+        self._send = send
+        self._hub_features = hub_features
+        self._asked = 0
+        self._answer: asyncio.Future[Any] | None = None
+
+    async def run(self, own: NodePlan) -> None:
+        """Raises ProblemError where the address cannot be reached; tells the head either way."""
+        if FEATURE not in self._hub_features():
+            log.warning(
+                "advertise_not_checked",
+                cause="the head's rayfwd is older and does not dial back",
+                remedy="run the same version of rayfwd on both sides",
+            )
+            return
+        problem = await self._check(own)
+        self._send({"type": "advertise", "problem": problem.to_wire() if problem else None})
+        if problem is not None:
+            raise ProblemError(problem)
+        log.info("advertise_checked", address=own.address)
+
+    async def _check(self, own: NodePlan) -> Problem | None:
+        nonce = secrets.token_hex(16)
+        ports = probe.sample(own)
+        async with probe.Listeners(own.address, ports, nonce) as listeners:
+            results, mine = await asyncio.gather(
+                self._dial_back(ports, nonce), probe.dial_all(own.address, ports, nonce)
+            )
+            if results is None:
+                return Problem(
+                    "advertise_unchecked",
+                    f"the head did not say in {ANSWER_WAIT:.0f} s whether it reaches {own.address}",
+                    "nothing, if the link comes back: it is asked again; "
+                    "ray.advertise_check = false starts Ray all the same",
+                )
+            return probe.judge_dial_back(own, results) or probe.judge_self_dial(
+                own, mine, listeners.translated
+            )
+
+    async def _dial_back(self, ports: list[int], nonce: str) -> dict[int, str] | None:
+        self._asked += 1
+        self._answer = asyncio.get_running_loop().create_future()
+        message = {"type": "dial_back", "id": self._asked, "ports": ports, "nonce": nonce}
+        try:
+            if not self._send(message):
+                return None
+            async with asyncio.timeout(ANSWER_WAIT):
+                return probe.read_results(await self._answer, ports)
+        except TimeoutError:
+            return None
+        except ValueError as exc:
+            log.warning("message_malformed", cause=repr(exc))
+            return None
+        finally:
+            self._answer = None
+
+    def answered(self, message: dict[str, Any]) -> None:
+        """The hub's `dialled_back`."""
+        answer = self._answer
+        if answer is not None and not answer.done() and message.get("id") == self._asked:
+            answer.set_result(message.get("results"))
+
+
+class DialBack:
+    """Of a head. Owns one attempt a node; a newer one takes its place."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def asked(self, plan: NodePlan, message: dict[str, Any], send: Send) -> None:
+        """A worker's `dial_back`. Raises ValueError where it is not as protocol.md has it.
+
+        Only the address and the ports that the plan gives to that very node are dialled.
+        """
+        number, ports, nonce = message.get("id"), message.get("ports"), message.get("nonce")
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 53:
+            raise ValueError("dial_back: id must be a number")
+        if not isinstance(nonce, str) or not probe.NONCE.fullmatch(nonce):
+            raise ValueError("dial_back: nonce must be 32 hexadecimal digits")
+        if not isinstance(ports, list) or not 0 < len(ports) <= probe.MOST_PORTS:
+            raise ValueError(f"dial_back: ports must be 1 to {probe.MOST_PORTS} numbers")
+        own = set(plan.ports)
+        if not plan.advertised or not all(type(port) is int and port in own for port in ports):
+            raise ValueError(f"dial_back: not ports that {plan.name} advertises")
+        self.forget(plan.name)
+        self._tasks[plan.name] = asyncio.create_task(
+            self._dial(plan.address, number, ports, nonce, send), name=f"dial back {plan.name}"
+        )
+
+    async def _dial(
+        self, address: str, number: int, ports: list[int], nonce: str, send: Send
+    ) -> None:
+        results = await probe.dial_all(address, ports, nonce)
+        send({"type": "dialled_back", "id": number, "results": results})
+
+    def forget(self, name: str) -> None:
+        """End the node's attempt, if there is one."""
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
+
+    def keep(self, names: Collection[str]) -> None:
+        """The other nodes have gone."""
+        for name in [n for n in self._tasks if n not in names]:
+            self.forget(name)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for name in list(self._tasks):
+            self.forget(name)
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def read_verdict(message: dict[str, Any]) -> Problem | None:
+    """The problem in a worker's `advertise`, cut to a refusal's lengths. Raises ValueError."""
+    problem = message.get("problem")
+    if problem is None:
+        return None
+    try:
+        code, cause, remedy = (problem[part] for part in ("code", "cause", "remedy"))
+    except (KeyError, TypeError) as exc:
+        raise ValueError(f"advertise: {exc!r}") from exc
+    if not isinstance(code, str) or not code.isidentifier() or not code.startswith("advertise_"):
+        raise ValueError("advertise: code must be one of the check's")
+    return Problem(code[:64], str(cause)[:2000], str(remedy)[:2000])

@@ -1,0 +1,4 @@
+"""The canary: `task.py` is run by the user's own Python, `run.py` starts, bounds and ends it.
+
+The script has a directory of its own, because Python and Ray put that on the path for imports.
+"""

@@ -1,0 +1,297 @@
+"""Sends the canary every so often and on demand, and says what is wrong with nodes that fail it.
+
+The judgement is pure: `judge` takes the script's results and what was found behind the ports of
+the nodes that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rayfwd.config import CanaryConfig, RayConfig
+from rayfwd.logs import get_logger
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import nodes as node_table
+from rayfwd.ray.canary import run as canary
+from rayfwd.ray.install import find
+from rayfwd.ray.nodes import NodeSeen
+from rayfwd.ray.token import read_token
+from rayfwd.watch import reach
+from rayfwd.watch.board import Board
+
+FIRST_AFTER = 20.0
+"""Seconds after Ray came up until the first canary: nodes that start together are all there."""
+
+WATCHER = "canary"
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One canary, as it is kept and shown."""
+
+    began: float
+    """Seconds since the epoch."""
+    seconds: float
+    nodes: tuple[dict[str, Any], ...]
+    """A node each: name, address, ok, stages {stage: {ok, seconds, error}}, problem | null."""
+    problem: Problem | None
+    """What kept the canary itself from its work."""
+    cost: Mapping[str, float]
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None and all(node["ok"] for node in self.nodes)
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "began": self.began,
+            "seconds": self.seconds,
+            "ok": self.ok,
+            "problem": self.problem.to_wire() if self.problem else None,
+            "nodes": list(self.nodes),
+            "cost": dict(self.cost),
+        }
+
+
+class Canary:
+    """Owns the canary's process. `run` sends it every `interval`; `ask` at once."""
+
+    def __init__(
+        self,
+        config: CanaryConfig,
+        ray: RayConfig,
+        own_name: str,
+        board: Board,
+        situation: Callable[[], Situation | None],
+        on_round: Callable[[], None],
+    ) -> None:
+        """`situation` tells what is there now; None while this node's Ray is not up."""
+        self.last: Round | None = None
+        self._config = config
+        self._ray = ray
+        self._own_name = own_name
+        self._board = board
+        self._situation = situation
+        self._on_round = on_round
+        self._running: asyncio.Task[Round] | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            while True:
+                if not self._config.enabled or self._situation() is None:
+                    await asyncio.sleep(1.0)
+                    continue
+                await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
+                if self._situation() is not None:
+                    with suppress(ProblemError):
+                        await self.send()
+        finally:
+            if self._running is not None:
+                self._running.cancel()
+                await asyncio.wait({self._running})
+
+    async def send(self) -> Round:
+        """One canary now, or the one that is under way. Raises ProblemError (ray_not_up)."""
+        if self._running is None or self._running.done():
+            situation = self._situation()
+            if situation is None:
+                raise ProblemError(
+                    Problem(
+                        "ray_not_up",
+                        f"Ray is not up on {self._own_name}, so nothing can be sent from it",
+                        "wait until `rayfwd status` says that Ray is up",
+                    )
+                )
+            self._running = asyncio.create_task(self._round(situation), name="canary round")
+        return await asyncio.shield(self._running)
+
+    async def _round(self, situation: Situation) -> Round:
+        began, clock = time.time(), time.monotonic()
+        problem: Problem | None = None
+        rows: tuple[dict[str, Any], ...] = ()
+        found: dict[str, Problem] = {}
+        result = canary.CanaryRun()
+        try:
+            seen = await situation.targets()
+            install = await find(self._ray.command, situation.env)
+            result = await canary.run(
+                install,
+                situation.env,
+                situation.gcs,
+                situation.own.address,
+                [node.node_id for node in seen],
+                self._config.timeout,
+            )
+            problem = _own_failure(result)
+            if problem is None:
+                ports = await _look_behind(result, seen, situation.plans)
+                found = judge(result, seen, situation.plans, ports, self._own_name)
+            rows = _rows(result, seen, situation.plans, found)
+        except ProblemError as exc:
+            problem = exc.problem
+        done = Round(began, round(time.monotonic() - clock, 1), rows, problem, result.cost)
+        self._tell(done, found)
+        return done
+
+    def _tell(self, done: Round, found: Mapping[str, Problem]) -> None:
+        self.last = done
+        failed = [node["name"] for node in done.nodes if not node["ok"]]
+        log = _log.info if done.ok else _log.warning
+        cause = done.problem.cause if done.problem else None
+        log("canary_back", ok=done.ok, seconds=done.seconds, failed=failed, cause=cause)
+        own = {self._own_name: done.problem} if done.problem else {}
+        self._board.put(WATCHER, {**found, **own})
+        self._on_round()
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a canary needs to know before it is sent."""
+
+    own: NodePlan
+    gcs: str
+    env: Mapping[str, str]
+    plans: Mapping[str, NodePlan]
+    """By address."""
+    targets: Callable[[], Awaitable[list[NodeSeen]]]
+    """The nodes it is sent to. Raises ProblemError."""
+
+
+async def alive_nodes(head: NodePlan, env: Mapping[str, str]) -> list[NodeSeen]:
+    """Every node that is ALIVE in the node table. Raises ProblemError (ray_nodes_failed)."""
+    token = await asyncio.to_thread(read_token, env)
+    seen = await node_table.fetch(head.address, head.services["dashboard"], token)
+    return [node for node in seen if node.state == "ALIVE"]
+
+
+def _own_failure(result: canary.CanaryRun) -> Problem | None:
+    if result.connected and (result.complete or result.stages):
+        return None
+    did = "did not get to its end" if result.connected else "could not connect to this node's Ray"
+    return Problem(
+        "canary_failed",
+        f"the canary {did}; it last said: {result.said or 'nothing'}",
+        "see that a driver on this node works (`ray.init()` with the Python beside ray.command), "
+        "and raise canary.timeout where the machine is slow",
+    )
+
+
+def failed_stage(result: canary.CanaryRun, node_id: str) -> str | None:
+    """The first stage that did not go well on a node; None: all did."""
+    stages = result.stages.get(node_id, {})
+    for name in canary.STAGES:
+        stage = stages.get(name)
+        if stage is None or not stage.ok:
+            return name
+    return None
+
+
+async def _look_behind(
+    result: canary.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan]
+) -> dict[str, dict[int, str]]:
+    """Dead ports of the nodes that failed, by address."""
+    found: dict[str, dict[int, str]] = {}
+    for node in seen:
+        plan = plans.get(node.address)
+        if plan is None or failed_stage(result, node.node_id) is None:
+            continue
+        servers, workers = await asyncio.gather(
+            reach.dead_ports(plan, reach.servers(plan), reach.PATIENCE),
+            reach.dead_worker_ports(plan),
+        )
+        found[node.address] = servers | workers
+    return found
+
+
+def judge(
+    result: canary.CanaryRun,
+    seen: Iterable[NodeSeen],
+    plans: Mapping[str, NodePlan],
+    ports: Mapping[str, Mapping[int, str]],
+    near: str,
+) -> dict[str, Problem]:
+    """What is wrong with each node that failed, by name."""
+    found: dict[str, Problem] = {}
+    for node in seen:
+        stage = failed_stage(result, node.node_id)
+        if stage is None:
+            continue
+        plan = plans.get(node.address)
+        name = plan.name if plan else node.address
+        stages = result.stages.get(node.node_id, {})
+        bad = ports.get(node.address, {})
+        behind = reach.explain(plan, bad, near) if plan is not None and bad else None
+        found[name] = _no_task(name, near, stages, behind) or _no_objects(
+            name, near, stages, behind
+        )
+    return found
+
+
+def _no_task(
+    name: str, near: str, stages: Mapping[str, canary.Stage], behind: Problem | None
+) -> Problem | None:
+    task = stages.get("task")
+    if task is not None and task.ok:
+        return None
+    why = task.error if task is not None and task.error else "the canary did not get to it"
+    return Problem(
+        "canary_no_task",
+        f"node {name} does not run tasks sent from {near} ({why})"
+        + (f": {behind.cause}" if behind else "; its ports answer"),
+        behind.remedy
+        if behind
+        else f"look at raylet.out and the worker-*.err files in Ray's session directory on {name}",
+    )
+
+
+def _no_objects(
+    name: str, near: str, stages: Mapping[str, canary.Stage], behind: Problem | None
+) -> Problem:
+    ways = [
+        f"from {a} to {b} ({stage.error if stage is not None else 'not tried'})"
+        for key, a, b in (("to", near, name), ("from", name, near))
+        if (stage := stages.get(key)) is None or not stage.ok
+    ]
+    return Problem(
+        "canary_no_objects",
+        f"a 1 MB object does not arrive {' nor '.join(ways)}"
+        + (f": {behind.cause}" if behind else "; the ports of both ends answer"),
+        behind.remedy
+        if behind
+        else f"look at raylet.out on {near} and on {name}: object transfers are in it",
+    )
+
+
+def _rows(
+    result: canary.CanaryRun,
+    seen: Iterable[NodeSeen],
+    plans: Mapping[str, NodePlan],
+    found: Mapping[str, Problem],
+) -> tuple[dict[str, Any], ...]:
+    rows = []
+    for node in seen:
+        plan = plans.get(node.address)
+        name = plan.name if plan else node.address
+        problem = found.get(name)
+        rows.append(
+            {
+                "name": name,
+                "address": node.address,
+                "ok": failed_stage(result, node.node_id) is None,
+                "stages": {
+                    stage: {"ok": s.ok, "seconds": s.seconds, "error": s.error}
+                    for stage, s in result.stages.get(node.node_id, {}).items()
+                },
+                "problem": problem.to_wire() if problem else None,
+            }
+        )
+    return tuple(sorted(rows, key=lambda row: str(row["name"])))

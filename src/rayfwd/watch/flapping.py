@@ -1,0 +1,74 @@
+"""Finds nodes that joined and were gone soon after, from the node table (pure: time is passed in).
+
+The head's Ray gives up a node whose ports it cannot reach; the node starts again, joins again, and
+is given up again. Nothing of it is in the node's own log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.ray.nodes import NodeSeen
+
+SHORT_LIFE = 300.0
+"""Seconds: a node that was given up sooner after it joined was never a part of the cluster."""
+
+RECENT = 900.0
+"""Seconds since then in which it counts; a node that has lived for `SHORT_LIFE` since is well."""
+
+GIVEN_UP = ("health check", "heartbeat", "unreachable")
+"""What the GCS says of a node that it gave up, and not of one that ended by itself (the state
+message of 2.40 and 2.60; 2.9 has none)."""
+
+
+def flapping(
+    nodes: Iterable[NodeSeen], plans: Mapping[str, NodePlan], wall_time: float
+) -> dict[str, Problem]:
+    """By name, the nodes of these plans (by address) that joined and were gone."""
+    seen: dict[str, list[NodeSeen]] = {}
+    for node in nodes:
+        if node.address in plans and not node.is_head:
+            seen.setdefault(node.address, []).append(node)
+    found: dict[str, Problem] = {}
+    for address, rows in seen.items():
+        lives = [life for row in rows if (life := _short_life(row, wall_time)) is not None]
+        told = any(row.message for row in rows)
+        well = any(
+            row.state == "ALIVE" and row.started and wall_time - row.started > SHORT_LIFE
+            for row in rows
+        )
+        if lives and not well and (told or len(lives) > 1):
+            found[plans[address].name] = _problem(plans[address], lives, rows)
+    return found
+
+
+def _short_life(row: NodeSeen, wall_time: float) -> float | None:
+    """How long a dead node lived, where that was short, recent and by the GCS's verdict."""
+    if row.state != "DEAD" or not row.started or not row.ended:
+        return None
+    given_up = row.message is None or any(word in row.message.lower() for word in GIVEN_UP)
+    life = row.ended - row.started
+    return life if given_up and life < SHORT_LIFE and wall_time - row.ended < RECENT else None
+
+
+def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen]) -> Problem:
+    times = "once" if len(lives) == 1 else f"{len(lives)} times"
+    last = max(rows, key=lambda row: row.started or 0.0)
+    now = "is up again" if last.state == "ALIVE" else "is gone now"
+    said = next((row.message for row in reversed(rows) if row.message), None)
+    ports = f"{plan.base}-{plan.last_worker_port}"
+    remedy = (
+        f"see that the head reaches {plan.address} (ray.advertise of {plan.name}) on ports {ports}"
+        + ": ray.advertise_check = true would say before Ray is started"
+        if plan.advertised
+        else f"see `rayfwd status` on {plan.name}, and gcs_server.out on the head for the reason"
+    )
+    return Problem(
+        "ray_node_flapping",
+        f"node {plan.name} ({plan.address}) joined and was given up by the head's Ray {times} in "
+        f"the last {RECENT / 60:.0f} min, {min(lives):.0f} s after it had joined; it {now}"
+        + (f". Ray says: {said[:300]}" if said else ""),
+        remedy,
+    )

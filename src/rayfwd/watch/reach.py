@@ -1,0 +1,167 @@
+"""Dials the servers of other nodes' Ray where this node's Ray dials them, and says which is dead.
+
+A gRPC server speaks first, so a connection that brings nothing tells of a door that is shut, a
+port that is dead or a way that swallows packets, without Ray's help and before Ray gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from rayfwd import probe
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.watch.board import Board
+
+INTERVAL = 20.0
+"""Seconds between two looks; a look costs a node two or three connections that carry nothing."""
+
+PATIENCE = 5.0
+"""Seconds for a server's first bytes."""
+
+CONFIRM_AFTER = 3.0
+"""Seconds until what did not answer is asked once more, with twice the patience."""
+
+MOST_WORKER_PORTS = 128
+"""Worker ports that are dialled to find one that answers."""
+
+WATCHER = "reach"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node that ought to be reachable now: its Ray is up, and so is the way to it."""
+
+    plan: NodePlan
+    epoch: object = None
+    """Whatever changes when the way was interrupted: what was seen across that counts for nothing.
+    """
+
+
+class Reach:
+    """`run` looks until cancelled. `peers` gives, by name, who ought to be reachable at present."""
+
+    def __init__(
+        self,
+        own_name: str,
+        peers: Callable[[], Mapping[str, Peer]],
+        board: Board,
+        interval: float = INTERVAL,
+    ) -> None:
+        self._own_name = own_name
+        self._peers = peers
+        self._board = board
+        self._interval = interval
+
+    async def run(self) -> None:
+        while True:
+            self._board.put(WATCHER, await self.look())
+            await asyncio.sleep(self._interval)
+
+    async def look(self) -> dict[str, Problem]:
+        """What is wrong now, by node; a failure is confirmed once before it counts."""
+        before = dict(self._peers())
+        first = await self._dial(before, PATIENCE)
+        if any(first.values()):
+            await asyncio.sleep(CONFIRM_AFTER)
+            again = {name: before[name] for name, bad in first.items() if bad}
+            second = await self._dial(again, 2 * PATIENCE)
+            now = self._peers()
+            # What was asked again and is still a peer, by a way that stood all the time.
+            return {
+                name: explain(before[name].plan, bad, self._own_name)
+                for name, bad in second.items()
+                if bad and now.get(name) == before[name]
+            }
+        return {}
+
+    async def _dial(self, peers: Mapping[str, Peer], patience: float) -> dict[str, dict[int, str]]:
+        bad = await asyncio.gather(
+            *(dead_ports(peer.plan, servers(peer.plan), patience) for peer in peers.values())
+        )
+        return dict(zip(peers, bad, strict=True))
+
+
+def servers(plan: NodePlan) -> list[int]:
+    """The ports on which a node's Ray always serves gRPC."""
+    services = plan.services
+    names = ("gcs", "node_manager", "object_manager")
+    return [services[name] for name in names if name in services]
+
+
+async def dead_ports(plan: NodePlan, ports: Iterable[int], patience: float) -> dict[int, str]:
+    """Those of the ports that do not greet, and how the attempt ended."""
+    wanted = list(ports)
+    outcomes = await asyncio.gather(*(probe.greets(plan.address, p, patience) for p in wanted))
+    return {p: o for p, o in zip(wanted, outcomes, strict=True) if o != probe.ANSWERED}
+
+
+async def dead_worker_ports(plan: NodePlan) -> dict[int, str]:
+    """The worker ports, if not one of them answers although a worker must be there; else none.
+
+    Which port has a process behind it only Ray knows. One that has none is refused by the node
+    itself, which is no fault; so nothing is returned either where all are.
+    """
+    count = min(MOST_WORKER_PORTS, plan.worker_ports)
+    step = (plan.worker_ports - 1) / max(count - 1, 1)
+    ports = [plan.first_worker_port + round(i * step) for i in range(count)]
+    dead = await dead_ports(plan, ports, PATIENCE)
+    unused = probe.REFUSED if plan.advertised else probe.RESET
+    if len(dead) < len(ports) or all(outcome == unused for outcome in dead.values()):
+        return {}
+    return {port: outcome for port, outcome in dead.items() if outcome != unused}
+
+
+def explain(plan: NodePlan, bad: Mapping[int, str], near: str) -> Problem:
+    """What a node's dead ports mean, seen from node `near`."""
+    outcome = max(sorted(set(bad.values())), key=lambda o: sum(b == o for b in bad.values()))
+    what = probe.purposes(plan, bad)
+    span = f"{min(bad)}-{max(bad)}" if len(bad) > 1 else f"{next(iter(bad))}"
+    way = "" if plan.advertised else "the door at "
+    cause = f"{near} does not reach port {what} of {plan.name} by {way}{plan.address}: "
+    for_what = _for_what(plan, bad)
+    if plan.advertised:
+        how = {
+            probe.DROPPED: "packets are dropped",
+            probe.REFUSED: "connections are refused",
+            probe.RESET: "connections are reset",
+            probe.SILENT: "connections are made, and nothing answers",
+        }.get(outcome, "there is no route")
+        remedy = (
+            f"let {near} in: allow inbound TCP to ports {plan.base}-{plan.last_worker_port} of "
+            f"{plan.address}; if they are open, see that {plan.name}'s Ray runs"
+        )
+    elif outcome in {probe.DROPPED, probe.REFUSED, probe.UNROUTABLE}:
+        verb = "drops packets" if outcome == probe.DROPPED else "refuses connections"
+        how = f"something on {near} itself {verb} to it"
+        remedy = (
+            f"see {near}'s firewall: programs on {near} must reach {plan.address} port {span} on "
+            "the loopback interface (`nft list ruleset`); and `rayfwd status` for blocked doors"
+        )
+    elif outcome == probe.RESET:
+        how = f"nothing listens on it on {plan.name}"
+        remedy = f"look at raylet.out on {plan.name}; restarting Ray there opens its ports again"
+    else:
+        how = f"connections reach {plan.name}'s side and nothing answers"
+        remedy = (
+            f"see {plan.name}'s firewall: rayfwd there must reach {plan.address} port {span} on "
+            "the loopback interface; if that is open, Ray's process hangs (`py-spy dump`)"
+        )
+    return Problem("ray_port_unreachable", f"{cause}{how}. {for_what}", remedy)
+
+
+def _for_what(plan: NodePlan, bad: Iterable[int]) -> str:
+    """What does not work without these ports."""
+    names = {port: name for name, port in plan.services.items()}
+    needs = {
+        "gcs": "the node cannot join or stay without it",
+        "node_manager": "no task is placed there without it, and Ray gives the node up",
+        "object_manager": "no object over 100 KB is passed to or from it without it",
+    }
+    found = list(dict.fromkeys(needs.get(names.get(port, ""), "") for port in sorted(bad)))
+    said = [need for need in found if need]
+    if any(port not in names for port in bad):
+        said.append("no task runs there without them, and no result comes back")
+    return "; ".join(said).capitalize()
