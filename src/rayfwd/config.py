@@ -223,6 +223,8 @@ class RayConfig(_Section):
     """Of a worker that others reach directly: the IP address they use."""
     advertise_check: YesNo = True
     """Ray is started only once the head, and this machine itself, reach the advertised address."""
+    auth: Literal["auto", "token", "off"] = "auto"
+    """Ray's token, which the head hands to the workers; see `rayfwd.ray.token.decide`."""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
     """Seconds between two looks at `ray status` (about one second of CPU each)."""
 

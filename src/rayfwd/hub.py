@@ -258,6 +258,8 @@ class Hub:
         self._closing = False
         self.features: frozenset[str] = frozenset()
         """What its WELCOMEs say that this head can do besides."""
+        self.ray_auth: dict[str, Any] | None = None
+        """Ray's token, as its WELCOMEs hand it over."""
         self._refusals: dict[tuple[str, int, str], float] = {}
         """When a refusal was last said, by node, uid and code."""
 
@@ -361,6 +363,7 @@ class Hub:
             ray=ray,
             python=python,
             features=self.features,
+            ray_auth=self.ray_auth,
         )
         was = node.state
         node.hello = hello

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
+from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab
 
 VERSIONS = ("2.9.3", "2.40.0")
@@ -34,6 +36,13 @@ def test_essential_work(cluster: Cluster, driver: str) -> None:
     assert status["ray"]["version"] == cluster.ray_version
     lines = cluster.driver(driver, ["--checks", "essential"])
     verify(lines, driver, [node["address"] for node in status["roster"]])
+
+
+def test_canary(cluster: Cluster) -> None:
+    """Its script is run by that Ray's own Python."""
+    argv = [str(cluster.lab.rayfwd), "canary", "--json", "--config", CONFIG]
+    answer = json.loads(cluster.lab.machine("head").run(argv, timeout=150).stdout)
+    assert [node["name"] for node in answer["nodes"] if node["ok"]] == ["head", "w1", "w2"]
 
 
 def test_totals_are_read(cluster: Cluster) -> None:

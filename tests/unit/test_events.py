@@ -39,8 +39,8 @@ class Event:
 
 def calls() -> Iterator[tuple[Path, ast.Call]]:
     for path in sorted(SOURCE.rglob("*.py")):
-        if "demo" in path.relative_to(SOURCE).parts:
-            continue  # it logs nothing; it has a `say` of its own
+        if {"demo", "script"} & set(path.relative_to(SOURCE).parts):
+            continue  # they log nothing; they have a `say` of their own
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 yield path, node

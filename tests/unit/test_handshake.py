@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ WELCOME = Welcome(
     ride_through=90.0,
     ray=None,
     python="3.11.7",
+    features=frozenset({"dial_back"}),
+    ray_auth={"mode": "token", "token": "sesame"},
 )
 REFUSAL = Refusal("name_taken", "the name is taken", "choose another")
 
@@ -62,6 +65,30 @@ def test_what_is_said_comes_back(said: Hello | Welcome | Refusal) -> None:
 
 def test_a_later_version_may_add_keys() -> None:
     assert Hello.decode(hello_with(colour="blue")) == HELLO
+
+
+def test_an_older_hub_has_no_features_and_says_nothing_of_rays_token() -> None:
+    body = json.loads(WELCOME.encode()[20:])
+    del body["features"], body["ray_auth"]
+    older = Welcome.decode(Frame(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode()))
+    assert older == replace(WELCOME, features=frozenset(), ray_auth=None)
+
+
+BAD_FEATURES: list[Any] = [None, "dial_back", {}, [5], [""], ["x" * 65], ["x"] * 65]
+BAD_AUTH: list[Any] = [5, "token", [], [{"mode": "off"}]]
+
+
+@pytest.mark.parametrize(
+    "fields", [*({"features": f} for f in BAD_FEATURES), *({"ray_auth": a} for a in BAD_AUTH)]
+)
+def test_a_welcome_whose_further_keys_are_malformed(fields: dict[str, Any]) -> None:
+    body = json.loads(WELCOME.encode()[20:]) | fields
+    frame = Frame(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+    assert code(frame, Welcome) == "welcome_malformed"
+
+
+def test_rays_token_is_not_shown() -> None:
+    assert "sesame" not in repr(WELCOME)
 
 
 def test_another_protocol_version_is_told_apart_and_its_refusal_is_understood() -> None:

@@ -54,6 +54,8 @@ def lines(answer: Mapping[str, Any]) -> list[str]:
         rows.append((str(node["name"]), "ok" if node["ok"] else "FAILED", *shown))
     out = table(rows)
     for node in answer.get("nodes", []):
+        if not node["ok"] and not node.get("judged"):
+            out.append(f"{node['name']}: its link or its Ray was down meanwhile; see rayfwd status")
         if problem := node.get("problem"):
             out += [f"{problem['code']}  {node['name']}", f"  {problem['cause']}"]
             out += [f"  {problem['remedy']}"]

@@ -15,7 +15,7 @@ from rayfwd.config import Config
 from rayfwd.control import ask
 from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
-from rayfwd.ray import commandline, install
+from rayfwd.ray import commandline, install, token
 from rayfwd.roster import read, settle
 
 
@@ -109,7 +109,13 @@ def _command(config: Config, plan: Plan) -> list[str]:
         found = None
         unknown = [f"({exc.problem.cause}: the flags are those of the newest Ray known.)"]
     line = commandline.by_hand(
-        plan.own, plan.head, config.ray, plan.ride_through, plan.network, found
+        plan.own,
+        plan.head,
+        config.ray,
+        plan.ride_through,
+        plan.network,
+        found,
+        token.environment(token.kept_auth(config.state_dir), config.state_dir),
     )
     if config.ray.start:
         does = "`rayfwd run` starts Ray on this node, with --block added. By hand it would be:"

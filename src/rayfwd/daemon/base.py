@@ -30,9 +30,11 @@ from rayfwd.metrics import MetricsServer, families
 from rayfwd.mux import MuxStream
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.ray.token import RayAuth
 from rayfwd.session.stream import ResetReason
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
@@ -42,6 +44,10 @@ log = get_logger(__name__)
 
 STATUS_SCHEMA = 1
 """Raised when a key of the status changes its meaning or goes; new keys may come."""
+
+
+TOKEN_INTERVAL = 15.0
+"""Seconds between two looks at Ray's token: two small requests to the head's dashboard."""
 
 
 class Daemon:
@@ -67,10 +73,18 @@ class Daemon:
             self._metrics = MetricsServer(config.metrics.listen, self._families, self.changed)
         self.board = Board(self.board_changed)
         self.canary = Canary(
-            config.canary, config.ray, config.name, self.board, self.situation, self.changed
+            config.canary,
+            config.ray,
+            config.name,
+            self.board,
+            self.situation,
+            self.peers,
+            self.changed,
         )
         self.reach = Reach(config.name, self.peers, self.board)
         self._canary_verb = CanaryVerb(self.canary)
+        self.auth: RayAuth | None = None
+        """Ray's token as the head has decided; None: not known, or an older head's."""
 
     # -- what head and worker fill in --------------------------------------------------------
 
@@ -118,6 +132,21 @@ class Daemon:
             plans={node.address: node for node in self.nodes},
             targets=self.canary_targets,
         )
+
+    async def _watch_token(self) -> None:
+        """Whether this node's Ray and its user's drivers have the token that the cluster wants."""
+        while True:
+            await asyncio.sleep(TOKEN_INTERVAL)
+            found: Problem | None = None
+            situation, head = self.situation(), self._node_named("head")
+            if situation is not None and head is not None and not self.link_problems():
+                host, port = head.address, head.services["dashboard"]
+                found = await token.check(host, port, situation.env)
+            if found is None and self.auth is not None:
+                found = await asyncio.to_thread(
+                    token.provide, self.auth, os.environ, self.config.state_dir
+                )
+            self.board.put("token", {} if found is None else {self.config.name: found})
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         """Drop a node from the roster; a head can."""
@@ -169,6 +198,7 @@ class Daemon:
             self._task(self.ray.run(), "ray"),
             self._task(self.canary.run(), "canary"),
             self._task(self.reach.run(), "reach"),
+            self._task(self._watch_token(), "token"),
             self._task(self._notify(), "notify"),
         ]
         if self._metrics is not None:

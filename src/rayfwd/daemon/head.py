@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +18,13 @@ from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.hub import Hub, HubNode
 from rayfwd.logs import get_logger
-from rayfwd.plan import PlanError
+from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.ray.token import RayAuth
 from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
 from rayfwd.watch.canary import alive_nodes
@@ -27,6 +33,9 @@ from rayfwd.watch.flapping import flapping
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
+
+FIND_SECONDS = 5.0
+"""Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
 
 
 class HeadDaemon(Daemon):
@@ -66,14 +75,49 @@ class HeadDaemon(Daemon):
         )
         self._hub_changed()
         hub.features = frozenset({advertise.FEATURE})
+        self.ray.before_start = self._before_start
+        with suppress(ProblemError, TimeoutError):
+            # Where Ray cannot be found now, or not soon, the start of Ray decides.
+            async with asyncio.timeout(FIND_SECONDS):
+                install = await find(config.ray.command, os.environ)
+                await self._settle_auth(install.versions.ray)
+        if self.auth is None:
+            self._set_auth(token.kept_auth(config.state_dir) or RayAuth("off"))
         await hub.start()
         self._listening = True
-        self.ray.set_plan(own, own, None, config.ride_through)
+        self._set_plan()
         self.changed()
         self._watch = ClusterWatch(
             config.ray, own, self.ray, roster.plans, self._report, self._declared
         )
         await self._watch.run()
+
+    def _set_plan(self) -> None:
+        if self.own is not None:
+            ride_through = self.config.ride_through
+            self.ray.set_plan(self.own, self.own, None, ride_through, auth=self.auth)
+
+    async def _settle_auth(self, version: str) -> None:
+        """Decide whether Ray asks for a token. Raises ProblemError."""
+        config = self.config
+        env = {**os.environ, **config.ray.env}
+        auth = await asyncio.to_thread(
+            token.decide, config.ray.auth, version, env, config.state_dir
+        )
+        await asyncio.to_thread(token.provide, auth, os.environ, config.state_dir)
+        self._set_auth(auth)
+
+    def _set_auth(self, auth: RayAuth) -> None:
+        assert self._hub is not None, "the hub is made first"
+        if auth != self.auth:
+            self.auth = auth
+            self._hub.ray_auth = auth.to_wire()
+            self._hub.tell_all({"type": "ray_auth", **auth.to_wire()})
+            log.info("ray_auth_settled", mode=auth.mode)
+
+    async def _before_start(self, own: NodePlan, install: RayInstall) -> None:
+        await self._settle_auth(install.versions.ray)
+        self._set_plan()
 
     async def end(self) -> None:
         await self._dial_back.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +22,11 @@ from rayfwd.metrics import HEAD
 from rayfwd.mux import MuxStream, StreamOwner
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
-from rayfwd.ray.install import Versions
+from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.ray.token import RayAuth
 from rayfwd.roster import write_file
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
@@ -99,6 +102,10 @@ class WorkerDaemon(Daemon):
         if welcome.ray is not None and welcome.python is not None:
             self._head_versions = Versions(welcome.ray, welcome.python)
         self._hub_features = welcome.features
+        try:
+            self._take_auth(welcome.ray_auth)
+        except ValueError as exc:
+            log.warning("message_malformed", cause=str(exc))
         self._network = welcome.network
         self._ride_through = welcome.ride_through
         if own != self.own:
@@ -120,7 +127,12 @@ class WorkerDaemon(Daemon):
     def _tell_ray(self) -> None:
         if self.own is not None and self.nodes:
             self.ray.set_plan(
-                self.own, self.nodes[0], self._head_versions, self._ride_through, self._network
+                self.own,
+                self.nodes[0],
+                self._head_versions,
+                self._ride_through,
+                self._network,
+                self.auth,
             )
 
     def _keep_plan(self) -> None:
@@ -149,6 +161,9 @@ class WorkerDaemon(Daemon):
                     if message["ray"] and message["python"]:
                         self._head_versions = Versions(str(message["ray"]), str(message["python"]))
                         self._tell_ray()
+                case "ray_auth":
+                    self._take_auth(message)
+                    self._tell_ray()
                 case "dialled_back":
                     self._advertise.answered(message)
                 case "cluster":
@@ -157,7 +172,39 @@ class WorkerDaemon(Daemon):
         except (KeyError, TypeError, ValueError) as exc:
             log.warning("message_malformed", cause=repr(exc))
 
-    async def _before_start(self, own: NodePlan) -> None:
+    def _take_auth(self, data: Mapping[str, Any] | None) -> None:
+        """Ray's token, or that there is none; an older head does not say. Raises ValueError."""
+        if data is None or self.config.ray.auth == "off":
+            self.auth = None if data is None else RayAuth("off")
+            return
+        auth = RayAuth.from_wire(data)
+        if auth != self.auth:
+            self.auth = auth
+            try:
+                token.keep(auth, self.config.state_dir)
+            except ProblemError as exc:
+                log.error(exc.problem.code, cause=exc.problem.cause, remedy=exc.problem.remedy)
+            token.provide(auth, os.environ, self.config.state_dir)
+
+    async def _check_token(self) -> None:
+        """Raises ProblemError where the head's Ray would refuse this node's."""
+        if self.config.ray.auth == "token" and (self.auth is None or self.auth.mode == "off"):
+            raise ProblemError(
+                Problem(
+                    "ray_auth_differs",
+                    'ray.auth = "token" on this node, and the head hands out no token',
+                    'set ray.auth = "token" on the head, or "auto" here',
+                )
+            )
+        head = self._node_named("head")
+        if head is not None:
+            env = self.ray.environment or {}
+            problem = await token.check(head.address, head.services["dashboard"], env)
+            if problem is not None:
+                raise ProblemError(problem)
+
+    async def _before_start(self, own: NodePlan, install: RayInstall) -> None:
+        await self._check_token()
         if own.advertised and self.config.ray.advertise_check:
             await self._advertise.run(own)
 

@@ -48,6 +48,9 @@ class ClusterReport:
                     "is_head": node.is_head,
                     "state": node.state,
                     "resources_total": dict(node.resources_total),
+                    "started": node.started,
+                    "ended": node.ended,
+                    "message": node.message,
                 }
                 for node in self.nodes
             ],
@@ -72,6 +75,9 @@ class ClusterReport:
                         is_head=bool(n["is_head"]),
                         state=str(n["state"]),
                         resources_total={str(k): float(v) for k, v in n["resources_total"].items()},
+                        started=_optional_time(n.get("started")),
+                        ended=_optional_time(n.get("ended")),
+                        message=None if n.get("message") is None else str(n["message"]),
                     )
                     for n in data["nodes"]
                 ),
@@ -86,3 +92,8 @@ class ClusterReport:
             )
         except (KeyError, TypeError, AttributeError) as exc:
             raise ValueError(f"not a cluster report: {exc!r}") from exc
+
+
+def _optional_time(value: Any) -> float | None:
+    """Older heads do not tell it."""
+    return None if value is None else float(value)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from rayfwd.config import RayConfig
 from rayfwd.plan import NodePlan
 from rayfwd.ray.install import RayInstall, version_key
+from rayfwd.ray.token import RayAuth
 
 MARKER = "RAYFWD_NODE"
 """Environment variable by which our own Ray processes are known again; see `ray.process`."""
@@ -56,6 +57,9 @@ _NOT_FOR_RAY = frozenset(
     }
 )
 
+AUTH_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"})
+"""What rayfwd decides where it decides on Ray's token; the first that is set wins in Ray."""
+
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(S)?$", re.IGNORECASE)
 
 
@@ -73,13 +77,16 @@ def start_environment(
     own: NodePlan,
     network: str,
     base_env: Mapping[str, str],
+    auth: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The environment for Ray: `base_env` without what is rayfwd's own, and our additions.
 
-    What the user says in `ray.env` wins over everything.
+    `auth` is what `rayfwd.ray.token.environment` says. What the user says in `ray.env` wins over
+    everything.
     """
-    env = {name: value for name, value in base_env.items() if name not in _NOT_FOR_RAY}
-    return env | _additions(ride_through, ray, own, network, base_env)
+    left_out = _NOT_FOR_RAY | (AUTH_NAMES if auth else frozenset())
+    env = {name: value for name, value in base_env.items() if name not in left_out}
+    return env | _additions(ride_through, ray, own, network, base_env, auth)
 
 
 def by_hand(
@@ -89,15 +96,16 @@ def by_hand(
     ride_through: float,
     network: str,
     install: RayInstall | None = None,
+    auth: Mapping[str, str] | None = None,
 ) -> str:
     """One shell line that starts this node in the background, for whoever runs Ray by hand.
 
     Without `install` the flags are those of the newest Ray known. A value of `ray.env` whose name
     says that it is secret appears as a reference to the caller's own variable.
     """
-    additions = _additions(ride_through, ray, own, network, {})
+    additions = _additions(ride_through, ray, own, network, {}, auth)
     assignments = [
-        f'{name}="${name}"' if _SECRET_NAME.search(name) else f"{name}={shlex.quote(value)}"
+        f'{name}="${name}"' if _is_secret(name) else f"{name}={shlex.quote(value)}"
         for name, value in sorted(additions.items())
     ]
     command = install.command if install else ray.command
@@ -154,13 +162,22 @@ def timeouts(ride_through: float) -> dict[str, str]:
     }
 
 
-def digest(own: NodePlan, head: NodePlan, ray: RayConfig, ride_through: float, network: str) -> str:
+def digest(
+    own: NodePlan,
+    head: NodePlan,
+    ray: RayConfig,
+    ride_through: float,
+    network: str,
+    auth: RayAuth | None = None,
+) -> str:
     """Tells whether a running Ray was started from the same plan and the same configuration.
 
     Made of what goes in, not of the finished command, so that it can be had while `ray` itself is
     missing. What does not reach Ray (the head's name, how often its status is read) is left out.
     """
-    told = ray.model_dump(mode="json", exclude={"status_interval", "advertise", "advertise_check"})
+    told = ray.model_dump(
+        mode="json", exclude={"status_interval", "advertise", "advertise_check", "auth"}
+    )
     parts = {
         "own": own.to_wire(),
         "head": [head.address, dict(head.head_services)],
@@ -168,6 +185,8 @@ def digest(own: NodePlan, head: NodePlan, ray: RayConfig, ride_through: float, n
         "timeouts": timeouts(ride_through),
         "network": network,
     }
+    if auth is not None and auth.mode == "token":
+        parts["auth"] = auth.fingerprint
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -241,6 +260,7 @@ def _additions(
     own: NodePlan,
     network: str,
     base_env: Mapping[str, str],
+    auth: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     added = timeouts(ride_through)
     # Ray's HTTP clients (jobs, state, dashboard) honour http_proxy, and no proxy reaches these
@@ -259,7 +279,12 @@ def _additions(
         if "GRPC_ENABLE_FORK_SUPPORT" not in base_env:
             added["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     added["RAY_USAGE_STATS_ENABLED"] = "0"
-    return added | ray.env
+    return added | dict(auth or {}) | ray.env
+
+
+def _is_secret(name: str) -> bool:
+    """A path to a secret is none."""
+    return _SECRET_NAME.search(name) is not None and not name.upper().endswith("_PATH")
 
 
 def _quoted_command(command: str) -> str:

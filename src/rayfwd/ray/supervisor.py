@@ -28,9 +28,10 @@ from rayfwd.config import Config
 from rayfwd.logs import get_logger
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.ray import commandline, ports, procfs
+from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
+from rayfwd.ray.token import RayAuth
 
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -55,7 +56,7 @@ SHOWN_LINES = 6
 
 _log = get_logger(__name__)
 
-BeforeStart = Callable[[NodePlan], Awaitable[None]]
+BeforeStart = Callable[[NodePlan, RayInstall], Awaitable[None]]
 """Awaited before each start of our own, with the ports known to be free; raises ProblemError where
 Ray is not to be started yet."""
 
@@ -87,6 +88,7 @@ class _Wanted:
     head_versions: Versions | None
     ride_through: float
     digest: str
+    auth: RayAuth | None
 
 
 class RaySupervisor:
@@ -123,14 +125,15 @@ class RaySupervisor:
         head_versions: Versions | None,
         ride_through: float,
         network: str | None = None,
+        auth: RayAuth | None = None,
     ) -> None:
         """What Ray is to be, and the plan's network where the hub names another than expected.
 
         A change that reaches Ray restarts it; any other does not.
         """
         self._network = network or self._network
-        digest = commandline.digest(own, head, self._config.ray, ride_through, self._network)
-        wanted = _Wanted(own, head, head_versions, ride_through, digest)
+        digest = commandline.digest(own, head, self._config.ray, ride_through, self._network, auth)
+        wanted = _Wanted(own, head, head_versions, ride_through, digest, auth)
         if wanted != self._wanted:
             self._wanted = wanted
             self._wake.set()
@@ -226,7 +229,7 @@ class RaySupervisor:
         check_versions(install, wanted.head_versions, env)
         await asyncio.to_thread(ports.check_free, wanted.own.ports)
         if self.before_start is not None:
-            await self.before_start(wanted.own)
+            await self.before_start(wanted.own, install)
             if not self._link_up or self._plan_changed(wanted):
                 return None
         argv = commandline.start_command(wanted.own, wanted.head, ray, install)
@@ -343,6 +346,7 @@ class RaySupervisor:
             wanted.ride_through,
             self._network,
             install,
+            self._auth(wanted),
         )
         self._set(
             phase="by_hand",
@@ -389,8 +393,16 @@ class RaySupervisor:
 
     def _environment(self, wanted: _Wanted) -> dict[str, str]:
         return commandline.start_environment(
-            wanted.ride_through, self._config.ray, wanted.own, self._network, os.environ
+            wanted.ride_through,
+            self._config.ray,
+            wanted.own,
+            self._network,
+            os.environ,
+            self._auth(wanted),
         )
+
+    def _auth(self, wanted: _Wanted) -> dict[str, str]:
+        return token.environment(wanted.auth, self._config.state_dir)
 
     def _plan_changed(self, wanted: _Wanted) -> bool:
         return self._wanted is not None and self._wanted.digest != wanted.digest

@@ -1,23 +1,293 @@
-"""Ray's own token (Ray 2.52 and later): where it is read from."""
+"""Ray's own token (Ray 2.52 on): whether there is one, which, where it lies, whether it fits.
+
+Read from Ray 2.60.0 (`_private/authentication`) and tried: a driver whose `ray.init()` gets no
+address, or "auto", turns to a token by itself where `~/.ray/auth_token` is there. One with an
+explicit address, `ray status`, `ray job submit` and `ray list` do so only with RAY_AUTH_MODE=token
+in their environment; without it they are refused. From 2.61 on (by its manual) all of them do.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import http.client
+import json
+import os
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.install import version_key
+from rayfwd.roster import write_file
+
+FIRST = (2, 52)
+"""First Ray that knows tokens."""
+BY_DEFAULT = (2, 61)
+"""First Ray that asks for one unless told otherwise, and whose tools all find it."""
+
+RECORD = "ray_auth.json"
+TOKEN_FILE = "ray_token"
+TIMEOUT = 5.0
+LONGEST = 512
+
+MODE, VALUE, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+@dataclass(frozen=True, slots=True)
+class RayAuth:
+    """Whether the cluster's Ray asks for a token, and which."""
+
+    mode: Literal["token", "off"]
+    token: str = field(default="", repr=False)
+
+    def to_wire(self) -> dict[str, Any]:
+        """For the link only: it holds the token."""
+        return {"mode": self.mode, "token": self.token or None}
+
+    @classmethod
+    def from_wire(cls, data: Any) -> RayAuth:
+        """Raises ValueError, which does not show the token."""
+        if not isinstance(data, dict) or data.get("mode") not in ("token", "off"):
+            raise ValueError("ray_auth: mode must be token or off")
+        token = data.get("token")
+        if data["mode"] == "off":
+            return cls("off")
+        if not isinstance(token, str) or not 0 < len(token) <= LONGEST:
+            raise ValueError(f"ray_auth: token must be text of 1 to {LONGEST} characters")
+        if not (token.isascii() and token.isprintable()) or token != token.strip():
+            raise ValueError("ray_auth: token must be printable ASCII without spaces around it")
+        return cls("token", token)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells one from another without telling the token."""
+        return f"{self.mode}:{_digest(self.token)}"
 
 
 def read_token(env: Mapping[str, str]) -> str | None:
     """The token that a Ray process with this environment uses, from where Ray itself takes it.
 
-    None where its mode is not `token`, or nothing can be read (`ray-security/token-auth` in Ray's
-    manual). Reads a file.
+    None where its mode is not `token`, or nothing can be read. Reads a file.
     """
-    if env.get("RAY_AUTH_MODE", "").lower() != "token":
+    if env.get(MODE, "").lower() != "token":
         return None
-    if given := env.get("RAY_AUTH_TOKEN"):
-        return given.strip()
-    path = env.get("RAY_AUTH_TOKEN_PATH") or f"{env.get('HOME', '~')}/.ray/auth_token"
-    with suppress(OSError, RuntimeError):
-        return Path(path).expanduser().read_text().strip() or None
+    return _token_of(env)
+
+
+def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir: Path) -> RayAuth:
+    """Of a head: whether its Ray of that version (None: not known yet) asks for a token, and which.
+
+    "auto" is a token where that takes no further step of anybody's: where every tool of that Ray
+    finds it (2.61 on), and where this user has chosen it already (RAY_AUTH_MODE=token, or a file
+    ~/.ray/auth_token when the cluster is first started: then Ray asks for it anyway). It holds from
+    then on, so that a file that comes or goes later restarts nothing.
+
+    Reads and writes files. Raises ProblemError (ray_auth_unsupported, ray_auth_unwritable).
+    """
+    kept = kept_auth(state_dir)
+    key = version_key(version) if version is not None else None
+    said = env.get(MODE, "").lower()
+    if setting == "token" and key is not None and key < FIRST:
+        raise ProblemError(
+            Problem(
+                "ray_auth_unsupported",
+                f'ray.auth = "token", but Ray {version} knows no token',
+                'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
+            )
+        )
+    if setting in {"token", "off"}:
+        on = setting == "token"
+    elif key is not None and key < FIRST:
+        return RayAuth("off")
+    elif said:
+        on = said == "token"
+    elif key is not None and key >= BY_DEFAULT:
+        on = True
+    elif kept is not None:
+        on = kept.mode == "token"
+    elif key is None:
+        return RayAuth("off")  # until it is known
+    else:
+        on = _token_of(env) is not None
+    auth = RayAuth("token", _chosen(env, kept)) if on else RayAuth("off")
+    keep(auth, state_dir)
+    return auth
+
+
+def _chosen(env: Mapping[str, str], kept: RayAuth | None) -> str:
+    """The token: the environment's, else the one kept, else the user's own, else a new one."""
+    explicit = {name: env[name] for name in (VALUE, PATH) if env.get(name)}
+    found = (
+        (_token_of(explicit) if explicit else None)
+        or (kept.token if kept is not None else None)
+        or _token_of(env)
+    )
+    return found or secrets.token_hex(32)
+
+
+def kept_auth(state_dir: Path) -> RayAuth | None:
+    """What was decided, or heard from the head, before."""
+    with suppress(OSError, ValueError):
+        return RayAuth.from_wire(json.loads((state_dir / RECORD).read_bytes()))
     return None
+
+
+def keep(auth: RayAuth, state_dir: Path) -> None:
+    """On disk, mode 0600; with the file that Ray reads. Raises ProblemError."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        written = _written(state_dir)
+        if kept_auth(state_dir) != auth:
+            _record(auth, written, state_dir)
+        if auth.mode == "token" and _read(state_dir / TOKEN_FILE) != auth.token:
+            write_file(state_dir / TOKEN_FILE, auth.token.encode() + b"\n")
+    except OSError as exc:
+        raise ProblemError(
+            Problem(
+                "ray_auth_unwritable",
+                f"Ray's token cannot be kept in {state_dir}: {exc.strerror or exc}",
+                "make state_dir writable for this user and see that its disk is not full",
+            )
+        ) from exc
+
+
+def environment(auth: RayAuth | None, state_dir: Path) -> dict[str, str]:
+    """What tells Ray of it. A path, not the token: an environment is shown in many places."""
+    if auth is None:
+        return {}
+    if auth.mode == "off":
+        return {MODE: "disabled"}
+    return {MODE: "token", PATH: str(state_dir / TOKEN_FILE)}
+
+
+def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem | None:
+    """Give the token to this user's own drivers, as `~/.ray/auth_token`; a file that is not of our
+    making is left alone. What was given before and holds no more is taken away.
+
+    Returns what is wrong.
+    """
+    path = _home(env) / ".ray" / "auth_token"
+    written = _written(state_dir)
+    try:
+        there = _read(path)
+        ours = there is not None and _digest(there) == written
+        if auth.mode == "off":
+            if ours:
+                path.unlink()
+                _record(auth, "", state_dir)
+            return None
+        if there == auth.token:
+            return None
+        if there is None or ours:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _record(auth, _digest(auth.token), state_dir)
+            write_file(path, auth.token.encode() + b"\n")
+            return None
+    except OSError as exc:
+        return Problem(
+            "ray_token_file_unwritable",
+            f"{path} cannot be written: {exc.strerror or exc}; this user's drivers do not find the "
+            "cluster's token there",
+            f"make it writable, or give drivers {MODE}=token and "
+            f"{PATH}={state_dir / TOKEN_FILE} as environment",
+        )
+    return Problem(
+        "ray_token_file_differs",
+        f"{path} holds another token than the cluster's; this user's drivers are refused",
+        f"move it away (the cluster's token is put there then), or give drivers "
+        f"{PATH}={state_dir / TOKEN_FILE} as environment",
+    )
+
+
+async def check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
+    """Whether a Ray process with this environment is welcome at the head's Ray, as the dashboard
+    at `host` tells. None too where nothing answers, or where that Ray knows no token.
+    """
+    return await asyncio.to_thread(_check, host, port, env)
+
+
+def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
+    try:
+        status, body = _ask(host, port, "GET", "/api/authentication_mode", None)
+        mode = json.loads(body).get("authentication_mode") if status == http.client.OK else None
+        on = env.get(MODE, "").lower() == "token"
+        token = read_token(env)
+        if mode == "disabled" and on:
+            return Problem(
+                "ray_auth_differs",
+                "this node's Ray has a token, and the head's Ray asks for none: neither would "
+                "understand the other",
+                "start the head's Ray by rayfwd, or set the same ray.auth on both",
+            )
+        if mode != "token":
+            return None
+        if not on or token is None:
+            return Problem(
+                "ray_token_missing",
+                "the head's Ray asks for a token, and this node has none"
+                + ("" if on else f" ({MODE} is {env.get(MODE) or 'not set'})"),
+                'set ray.auth = "auto" here, and take RAY_AUTH_* out of ray.env: the head hands '
+                "its token over the link; run the same rayfwd on both sides",
+            )
+        status, _ = _ask(host, port, "POST", "/api/authenticate", token)
+        if status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
+            return Problem(
+                "ray_token_wrong",
+                "the head's Ray refuses this node's token",
+                "take RAY_AUTH_* out of ray.env; if the head's Ray was started by hand, it was "
+                "with another token than rayfwd's (`rayfwd plan` there shows the command)",
+            )
+    except (OSError, http.client.HTTPException, ValueError, AttributeError):
+        pass
+    return None
+
+
+def _ask(host: str, port: int, method: str, path: str, token: str | None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    try:
+        headers = {"User-Agent": "rayfwd"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read(65536)
+    finally:
+        connection.close()
+
+
+def _token_of(env: Mapping[str, str]) -> str | None:
+    if given := env.get(VALUE):
+        return given.strip() or None
+    if path := env.get(PATH):
+        return _read(Path(path).expanduser())
+    return _read(_home(env) / ".ray" / "auth_token") if "HOME" in env else None
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    return Path(env.get("HOME") or os.path.expanduser("~"))
+
+
+def _read(path: Path) -> str | None:
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="ascii").strip() or None
+    return None
+
+
+def _written(state_dir: Path) -> str:
+    """The digest of the token that we put into the user's home; empty: none."""
+    with suppress(OSError, ValueError, AttributeError):
+        return str(json.loads((state_dir / RECORD).read_bytes()).get("given", ""))
+    return ""
+
+
+def _record(auth: RayAuth, given: str, state_dir: Path) -> None:
+    data = {**auth.to_wire(), "given": given}
+    write_file(state_dir / RECORD, json.dumps(data).encode() + b"\n")
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -98,6 +98,8 @@ class Welcome:
     python: str | None = None
     features: frozenset[str] = frozenset()
     """What this hub can do besides, by name."""
+    ray_auth: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Whether the cluster's Ray asks for a token, and which; None: an older hub does not say."""
 
     def encode(self) -> bytes:
         body = {
@@ -109,6 +111,7 @@ class Welcome:
             "ray": self.ray,
             "python": self.python,
             "features": sorted(self.features),
+            "ray_auth": None if self.ray_auth is None else dict(self.ray_auth),
         }
         return encode(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode())
 
@@ -129,6 +132,7 @@ class Welcome:
                 ray=_optional_text(body, "ray"),
                 python=_optional_text(body, "python"),
                 features=_features(body.get("features", [])),
+                ray_auth=_optional_object(body, "ray_auth"),
             )
         except (KeyError, ValueError, TypeError) as exc:
             raise ProtocolError("welcome_malformed", f"WELCOME: {exc!r}") from exc
@@ -187,6 +191,13 @@ def _text(body: Mapping[str, Any], key: str, longest: int) -> str:
 
 def _optional_text(body: Mapping[str, Any], key: str) -> str | None:
     return None if body.get(key) is None else _text(body, key, 64)
+
+
+def _optional_object(body: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+    value = body.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{key} must be an object")
+    return value
 
 
 def _features(value: Any) -> frozenset[str]:

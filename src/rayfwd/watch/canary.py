@@ -24,6 +24,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
 from rayfwd.watch import reach
 from rayfwd.watch.board import Board
+from rayfwd.watch.reach import Peer
 
 FIRST_AFTER = 20.0
 """Seconds after Ray came up until the first canary: nodes that start together are all there."""
@@ -41,7 +42,8 @@ class Round:
     """Seconds since the epoch."""
     seconds: float
     nodes: tuple[dict[str, Any], ...]
-    """A node each: name, address, ok, stages {stage: {ok, seconds, error}}, problem | null."""
+    """A node each: name, address, ok, stages {stage: {ok, seconds, error}}, problem | null, judged
+    (false: it failed while its link or its Ray was down, which is not the canary's to judge)."""
     problem: Problem | None
     """What kept the canary itself from its work."""
     cost: Mapping[str, float]
@@ -71,15 +73,21 @@ class Canary:
         own_name: str,
         board: Board,
         situation: Callable[[], Situation | None],
+        peers: Callable[[], Mapping[str, Peer]],
         on_round: Callable[[], None],
     ) -> None:
-        """`situation` tells what is there now; None while this node's Ray is not up."""
+        """`situation` tells what is there now; None while this node's Ray is not up.
+
+        `peers` gives the nodes whose Ray and whose link are up: only while they are so all the
+        time is a failure theirs. A link that is down is said by others, and Ray waits for it.
+        """
         self.last: Round | None = None
         self._config = config
         self._ray = ray
         self._own_name = own_name
         self._board = board
         self._situation = situation
+        self._peers = peers
         self._on_round = on_round
         self._running: asyncio.Task[Round] | None = None
 
@@ -87,7 +95,9 @@ class Canary:
         """Until cancelled."""
         try:
             while True:
-                if not self._config.enabled or self._situation() is None:
+                # One that was sent by hand and failed is sent again, so that the end of it is seen.
+                failed = self.last is not None and not self.last.ok
+                if not (self._config.enabled or failed) or self._situation() is None:
                     await asyncio.sleep(1.0)
                     continue
                 await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
@@ -120,6 +130,7 @@ class Canary:
         rows: tuple[dict[str, Any], ...] = ()
         found: dict[str, Problem] = {}
         result = canary.CanaryRun()
+        before = dict(self._peers())
         try:
             seen = await situation.targets()
             install = await find(self._ray.command, situation.env)
@@ -134,8 +145,10 @@ class Canary:
             problem = _own_failure(result)
             if problem is None:
                 ports = await _look_behind(result, seen, situation.plans)
-                found = judge(result, seen, situation.plans, ports, self._own_name)
-            rows = _rows(result, seen, situation.plans, found)
+                judged = judge(result, seen, situation.plans, ports, self._own_name)
+                after = dict(self._peers())
+                found = only_theirs(judged, situation.plans, before, after, self._own_name)
+                rows = _rows(result, seen, situation.plans, found)
         except ProblemError as exc:
             problem = exc.problem
         done = Round(began, round(time.monotonic() - clock, 1), rows, problem, result.cost)
@@ -183,6 +196,22 @@ def _own_failure(result: canary.CanaryRun) -> Problem | None:
         "see that a driver on this node works (`ray.init()` with the Python beside ray.command), "
         "and raise canary.timeout where the machine is slow",
     )
+
+
+def only_theirs(
+    judged: Mapping[str, Problem],
+    plans: Mapping[str, NodePlan],
+    before: Mapping[str, Peer],
+    after: Mapping[str, Peer],
+    near: str,
+) -> dict[str, Problem]:
+    """Without the nodes of the plan to which there was no way all the time."""
+    elsewhere = {plan.name for plan in plans.values()} - {near}
+    return {
+        name: problem
+        for name, problem in judged.items()
+        if name not in elsewhere or (name in before and before[name] == after.get(name))
+    }
 
 
 def failed_stage(result: canary.CanaryRun, node_id: str) -> str | None:
@@ -292,6 +321,7 @@ def _rows(
                     for stage, s in result.stages.get(node.node_id, {}).items()
                 },
                 "problem": problem.to_wire() if problem else None,
+                "judged": problem is not None or failed_stage(result, node.node_id) is None,
             }
         )
     return tuple(sorted(rows, key=lambda row: str(row["name"])))

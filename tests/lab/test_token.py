@@ -1,0 +1,146 @@
+"""Ray's token: the head makes one, the link hands it over, and nobody gets in without it."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.checks import ESSENTIAL, verify
+from tests.lab.cluster import STATE_DIR, Cluster
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import HOME, until
+
+pytestmark = pytest.mark.ray
+
+TOKEN_FILE = f"{HOME}/.ray/auth_token"
+WITHIN = 30.0
+MODE = {"RAY_AUTH_MODE": "token"}
+
+REQUEST = """
+import http.client, sys
+connection = http.client.HTTPConnection(sys.argv[1], 8265, timeout=20)
+connection.request("GET", "/api/v0/nodes", headers={"User-Agent": "x"})
+print(connection.getresponse().status)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    cluster = Cluster(module_lab, head={"ray.auth": "token"})
+    cluster.start()
+    cluster.wait_ready()
+    yield cluster
+    cluster.stop()
+
+
+def token(machine: Machine) -> str:
+    return machine.host_path(TOKEN_FILE).read_text().strip()
+
+
+def ray_status(machine: Machine, env: dict[str, str] | None = None) -> Any:
+    return machine.run(
+        [str(machine.ray()), "status", "--address=127.77.0.1:6379"],
+        env=env,
+        check=False,
+        timeout=90,
+    )
+
+
+@pytest.mark.parametrize("driver", ["head", "w1", "w2"])
+def test_drivers_need_no_further_step(cluster: Cluster, driver: str) -> None:
+    checks = ESSENTIAL if driver == "w1" else ["small_tasks", "large_results", "actors"]
+    lines = cluster.driver(driver, ["--checks", ",".join(checks)])
+    addresses = [node["address"] for node in cluster.head.status()["roster"]]
+    verify(lines, driver, addresses, checks)
+
+
+def test_everybody_has_the_heads_token(cluster: Cluster) -> None:
+    (value,) = {token(machine) for machine in cluster.lab.machines}
+    assert len(value) == 64
+
+
+def test_tools_with_an_address_need_the_mode(cluster: Cluster) -> None:
+    """What the README says of Ray before 2.61."""
+    w1 = cluster.lab.machine("w1")
+    assert ray_status(w1).returncode != 0
+    assert "3.0 CPU" in ray_status(w1, MODE).stdout
+    argv = [str(w1.ray()), "job", "submit", "--address=http://127.0.0.1:8265", "--", "echo", "done"]
+    assert "succeeded" in w1.run(argv, env=MODE, timeout=120).stdout
+
+
+def test_nobody_gets_in_without_it(cluster: Cluster) -> None:
+    head = cluster.lab.machine("head")
+    assert head.run([str(head.ray_python()), "-c", REQUEST, "127.77.0.1"]).stdout == "401\n"
+    refused = ray_status(head, {**MODE, "RAY_AUTH_TOKEN": "not the token"})
+    assert refused.returncode != 0
+
+
+def test_it_is_told_nowhere(cluster: Cluster) -> None:
+    value = token(cluster.lab.machine("head")).encode()
+    for machine in cluster.lab.machines:
+        for pid in machine.pids():
+            # Not in the environment either: Ray is given the path.
+            for name in ("cmdline", "environ"):
+                try:
+                    assert value not in Path(f"/proc/{pid}/{name}").read_bytes()
+                except OSError:
+                    pass
+        found = machine.run(
+            ["grep", "-rlF", value.decode(), HOME, "/tmp"], check=False, timeout=60
+        ).stdout.split()
+        allowed = [TOKEN_FILE, f"{STATE_DIR}/ray_auth.json", f"{STATE_DIR}/ray_token"]
+        assert sorted(found) == sorted(allowed), "and in no log of Ray's"
+        for path in allowed:
+            assert stat.S_IMODE(machine.host_path(path).stat().st_mode) == 0o600
+    for daemon in cluster.daemons:
+        assert value.decode() not in daemon.log.read_text()
+        assert value.decode() not in str(daemon.status())
+
+
+def test_the_watch_and_the_canary_go_on(cluster: Cluster) -> None:
+    status = cluster.head.wait_status(lambda s: (s["cluster"] or {}).get("totals"), 60)
+    assert status["cluster"]["totals"]["CPU"][1] == 3.0
+    assert status["problems"] == []
+    argv = [str(cluster.lab.rayfwd), "canary", "--config", f"{HOME}/rayfwd.toml"]
+    assert cluster.lab.machine("head").run(argv, timeout=150).stdout.count(" ok ") == 3
+
+
+def test_another_token_in_the_users_home(cluster: Cluster) -> None:
+    w1 = cluster.lab.machine("w1")
+    value = token(w1)
+    w1.write(TOKEN_FILE, "another\n")
+    worker = cluster.worker("w1")
+    status = worker.wait_status(lambda s: s["problems"], WITHIN)
+    assert [problem["code"] for problem in status["problems"]] == ["ray_token_file_differs"]
+    assert token(w1) == "another", "a user's own file is left alone"
+    w1.run(["rm", TOKEN_FILE])
+    worker.wait_status(lambda s: not s["problems"], WITHIN)
+    until(lambda: token(w1) == value, 5, lambda: "the cluster's token is back")
+
+
+@pytest.mark.parametrize(
+    ("env", "code"),
+    [
+        ({"RAY_AUTH_TOKEN": "wrong"}, "ray_token_wrong"),
+        ({"RAY_AUTH_MODE": "disabled"}, "ray_token_missing"),
+    ],
+)
+def test_a_worker_with_a_wrong_token_or_none(
+    cluster: Cluster, env: dict[str, str], code: str
+) -> None:
+    """It is named before Ray is started with it."""
+    w2 = cluster.worker("w2")
+    if w2.process.poll() is None:
+        assert w2.stop() == 0
+    cluster.configs["w2"]["ray"]["env"] = env
+    w2 = cluster.start_node("w2")
+    said = w2.wait_event(code, WITHIN)
+    assert "wrong" not in said["cause"]
+    status = w2.wait_status(lambda s: s["state"] == "waiting", 20)
+    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+    assert w2.events("ray_starting") == []
+    assert w2.stop() == 0

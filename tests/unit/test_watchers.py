@@ -1,0 +1,286 @@
+"""What the watchers make of what they saw: dead ports, canaries, nodes that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rayfwd import probe
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.ray.canary.run import CanaryRun
+from rayfwd.ray.nodes import NodeSeen
+from rayfwd.watch import canary, reach
+from rayfwd.watch.board import Board
+from rayfwd.watch.flapping import flapping
+from rayfwd.watch.reach import Peer, Reach
+from tests.unit.cluster import free_place
+from tests.unit.loops import log_events, of, run
+
+PLAN = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
+DIRECT = replace(PLAN, address="203.0.113.7", advertised=True)
+RAYLET, OBJECTS = 20046, 20047
+WORKERS = range(20054, 20094)
+
+
+# -- dead ports
+
+
+@pytest.mark.parametrize(
+    ("plan", "bad", "said", "remedy"),
+    [
+        (PLAN, {RAYLET: "dropped"}, "something on head itself drops packets", "head's firewall"),
+        (PLAN, {RAYLET: "refused"}, "something on head itself refuses", "head's firewall"),
+        (PLAN, {OBJECTS: "reset"}, "nothing listens on it on gpu-1", "raylet.out on gpu-1"),
+        (PLAN, {OBJECTS: "silent"}, "connections reach gpu-1's side", "gpu-1's firewall"),
+        (DIRECT, {RAYLET: "dropped"}, "packets are dropped", "inbound TCP to ports 20046-20093"),
+        (DIRECT, {RAYLET: "refused"}, "connections are refused", "inbound TCP"),
+        (DIRECT, {RAYLET: "unroutable"}, "there is no route", "inbound TCP"),
+    ],
+)
+def test_where_a_port_is_dead(plan: NodePlan, bad: dict[int, str], said: str, remedy: str) -> None:
+    problem = reach.explain(plan, bad, "head")
+    assert problem.code == "ray_port_unreachable"
+    assert said in problem.cause
+    assert remedy in problem.remedy
+    assert ("the door at 127.77.0.2" in problem.cause) is not plan.advertised
+
+
+def test_what_a_port_is_for() -> None:
+    cause = reach.explain(PLAN, dict.fromkeys(WORKERS, "dropped"), "head").cause
+    assert "port 20054-20093 (workers) of gpu-1" in cause
+    assert cause.endswith("No task runs there without them, and no result comes back")
+    cause = reach.explain(PLAN, {RAYLET: "dropped", OBJECTS: "dropped"}, "head").cause
+    assert "20046 (the raylet), 20047 (the object manager)" in cause
+    assert "No task is placed there" in cause
+    assert "no object over 100 kb" in cause
+
+
+async def greeter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Speaks first, as a gRPC server does, and waits for the other side."""
+    writer.write(b"\0\0\0\4\0\0\0\0\0")
+    try:
+        await reader.read()
+    except ConnectionError:
+        pass
+    writer.close()
+
+
+def test_a_dead_server_is_found_and_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "CONFIRM_AFTER", 0.01)
+    monkeypatch.setattr(reach, "PATIENCE", 0.5)
+
+    async def body() -> None:
+        place = free_place()
+        plan = NodePlan("w", "worker", place.address, place.port, 8)
+        peers: dict[str, Peer] = {"w": Peer(plan, 1)}
+        looks = Reach("head", lambda: dict(peers), Board(lambda: None))
+        servers = [
+            await asyncio.start_server(greeter, place.address, plan.services[name])
+            for name in ("node_manager", "object_manager")
+        ]
+        assert await looks.look() == {}
+        servers[1].close()
+        (problem,) = (await looks.look()).values()
+        assert f"{place.port + 1} (the object manager)" in problem.cause
+        assert "(the raylet)" not in problem.cause
+
+        # The way was interrupted meanwhile: what was seen counts for nothing.
+        count = 0
+
+        def interrupted() -> Mapping[str, Peer]:
+            nonlocal count
+            count += 1
+            return {"w": Peer(plan, count)}
+
+        assert await Reach("head", interrupted, Board(lambda: None)).look() == {}
+        servers[0].close()
+
+    run(body)
+
+
+def test_worker_ports_one_of_which_answers_are_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reach, "PATIENCE", 0.5)
+
+    async def body() -> None:
+        place = free_place()
+        plan = NodePlan("w", "worker", place.address, place.port, 8)
+        # No worker at all: each port is refused (here by the door), and none is called dead.
+        direct = replace(plan, advertised=True)
+        assert await reach.dead_worker_ports(direct) == {}
+        assert set((await reach.dead_worker_ports(plan)).values()) == {"refused"}
+        server = await asyncio.start_server(greeter, place.address, plan.first_worker_port + 3)
+        assert await reach.dead_worker_ports(plan) == {}
+        server.close()
+
+    run(body)
+
+
+# -- the canary
+
+SEEN = [
+    NodeSeen("a" * 8, "127.77.0.1", True, "ALIVE", {}),
+    NodeSeen("b" * 8, "127.77.0.2", False, "ALIVE", {}),
+]
+PLANS = {"127.77.0.2": PLAN}
+
+
+def found(*lines: str) -> CanaryRun:
+    run_ = CanaryRun()
+    for line in lines:
+        run_.read(line.encode())
+    return run_
+
+
+def stage(node: str, name: str, ok: bool = True, error: str = "not done in 30 s") -> str:
+    said = "null" if ok else f'"{error}"'
+    return (
+        f'{{"canary": "stage", "node": "{node * 8}", "stage": "{name}", "ok": {str(ok).lower()}, '
+        f'"seconds": 0.1, "error": {said}}}'
+    )
+
+
+WELL = [stage("a", s) for s in ("task", "to", "from")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "ports", "code", "said"),
+    [
+        ([stage("b", s) for s in ("task", "to", "from")], {}, None, ""),
+        ([stage("b", "task", False)], {RAYLET: "dropped"}, "canary_no_task", "20046 (the raylet)"),
+        ([stage("b", "task", False)], {}, "canary_no_task", "its ports answer"),
+        ([stage("b", "task", False, "No available ports")], {}, "canary_no_task", "No available"),
+        ([], {}, "canary_no_task", "did not get to it"),
+        (
+            [stage("b", "task"), stage("b", "to", False), stage("b", "from")],
+            {},
+            "canary_no_objects",
+            "does not arrive from head to gpu-1 (not done in 30 s); the ports of both ends",
+        ),
+        (
+            [stage("b", "task"), stage("b", "to"), stage("b", "from", False)],
+            {OBJECTS: "silent"},
+            "canary_no_objects",
+            "does not arrive from gpu-1 to head (not done in 30 s): head does not reach port 20047",
+        ),
+        (
+            [stage("b", "task"), stage("b", "to", False), stage("b", "from", False)],
+            {},
+            "canary_no_objects",
+            "from head to gpu-1 (not done in 30 s) nor from gpu-1 to head (not done in 30 s)",
+        ),
+    ],
+)
+def test_what_a_canary_says(
+    lines: list[str], ports: dict[int, str], code: str | None, said: str
+) -> None:
+    result = found('{"canary": "connected", "seconds": 1}', *WELL, *lines)
+    problems = canary.judge(result, SEEN, PLANS, {"127.77.0.2": ports}, "head")
+    if code is None:
+        assert problems == {}
+        return
+    assert problems.keys() == {"gpu-1"}
+    assert problems["gpu-1"].code == code
+    assert said in problems["gpu-1"].cause
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("", "x", "{}", '{"canary": ', '{"canary": 5}', '{"canary": "stage"}'),
+        '{"canary": ["stage"]}',
+        '{"canary": "stage", "node": 1, "stage": 2, "ok": 3, "seconds": [], "error": null}',
+    ],
+)
+def test_lines_that_are_none_of_the_scripts(line: str) -> None:
+    result = found(line)
+    assert not result.connected
+    assert not result.stages
+    assert not result.complete
+
+
+def test_a_node_whose_way_was_cut_is_not_judged() -> None:
+    problems = {name: Problem("canary_no_task", "x", "y") for name in ("head", "gpu-1", "10.0.0.9")}
+    plans = {"127.77.0.2": PLAN, "127.77.0.1": replace(PLAN, name="head", address="127.77.0.1")}
+
+    def judged(before: Mapping[str, Peer], after: Mapping[str, Peer]) -> set[str]:
+        return set(canary.only_theirs(problems, plans, before, after, "head"))
+
+    up, later = {"gpu-1": Peer(PLAN, 1)}, {"gpu-1": Peer(PLAN, 2)}
+    assert judged(up, up) == {"head", "gpu-1", "10.0.0.9"}
+    for before, after in ((up, later), (up, {}), ({}, up), ({}, {})):
+        assert judged(before, after) == {"head", "10.0.0.9"}
+
+
+# -- nodes that come and go
+
+NOW = 10_000.0
+
+
+def row(
+    state: str, began: float, ended: float | None, said: str | None, number: int = 1
+) -> NodeSeen:
+    return NodeSeen(f"{number:08x}", PLAN.address, False, state, {}, began, ended, said)
+
+
+MISSED = "health check failed due to missing too many heartbeats"
+
+
+@pytest.mark.parametrize(
+    ("rows", "flaps"),
+    [
+        ([row("ALIVE", NOW - 20, None, None)], False),
+        ([row("DEAD", NOW - 90, NOW - 20, MISSED)], True),
+        ([row("DEAD", NOW - 90, NOW - 20, MISSED), row("ALIVE", NOW - 10, None, None)], True),
+        # Up again for long; long ago; after a long life; ended by itself.
+        ([row("DEAD", NOW - 590, NOW - 520, MISSED), row("ALIVE", NOW - 500, None, None)], False),
+        ([row("DEAD", NOW - 2000, NOW - 1930, MISSED)], False),
+        ([row("DEAD", NOW - 5000, NOW - 20, MISSED)], False),
+        ([row("DEAD", NOW - 90, NOW - 20, "Expected termination: received SIGTERM")], False),
+        # 2.9 does not say why: once may be a restart.
+        ([row("DEAD", NOW - 90, NOW - 20, None)], False),
+        ([row("DEAD", NOW - 90, NOW - 20, None), row("DEAD", NOW - 190, NOW - 120, None)], True),
+        ([row("DEAD", 0.0, None, MISSED)], False),
+    ],
+)
+def test_joined_and_gone(rows: list[NodeSeen], flaps: bool) -> None:
+    problems = flapping(rows, {PLAN.address: PLAN}, NOW)
+    assert bool(problems) is flaps
+    if flaps:
+        assert problems["gpu-1"].code == "ray_node_flapping"
+        assert "70 s after it had joined" in problems["gpu-1"].cause
+    assert flapping(rows, {}, NOW) == {}
+
+
+# -- the board
+
+
+def test_the_board_says_it_once_and_over_once() -> None:
+    changes: list[Any] = []
+    board = Board(lambda: changes.append(board.problems))
+    first, other = Problem("a_code", "cause", "remedy"), Problem("b_code", "cause", "remedy")
+    with log_events() as log:
+        board.put("one", {"w1": first})
+        board.put("one", {"w1": first})
+        board.put("one", {"w1": replace(first, cause="cause 2")})
+        board.put_one("two", "w2", other)
+        since = board.problems[0].since
+        assert len(of(log, "a_code")) == 1
+        assert [p.problem.cause for p in board.problems] == ["cause 2", "cause"]
+        assert board.problems[0].since == since
+        board.put("one", {"w1": other})
+        assert [e["code"] for e in of(log, "problem_over")] == ["a_code"]
+        board.keep({"w2"})
+        assert [p.subject for p in board.problems] == ["w2"]
+        board.put_one("two", "w2", None)
+        assert [e["code"] for e in of(log, "problem_over")] == ["a_code", "b_code", "b_code"]
+    assert len(changes) == 6
+    assert changes[-1] == ()
+
+
+def test_outcomes_are_words_of_the_protocol() -> None:
+    assert {"answered", "refused", "dropped", "unroutable", "stranger"} == probe.OUTCOMES
