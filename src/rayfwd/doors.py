@@ -242,6 +242,16 @@ class Doors:
         return len(self._servers)
 
     @property
+    def wanted(self) -> int:
+        """How many doors there are to be."""
+        return len(self._wanted)
+
+    @property
+    def blocked_at(self) -> dict[Target, Problem]:
+        """What keeps doors from opening, by where they would listen."""
+        return dict(self._blocked)
+
+    @property
     def blocked(self) -> tuple[Problem, ...]:
         """Doors that could not be opened, and why."""
         return tuple(self._blocked.values())

@@ -37,6 +37,10 @@ class History:
     last_cut: Cut | None = None
     counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
     """Ride-throughs by class; the last class has no upper bound."""
+    lanes_lost: dict[str, int] = field(default_factory=dict)
+    """How often a lane was lost, by its name."""
+    lane_loss: str = ""
+    """Why the last of them was."""
     ridden_seconds: float = 0.0
     """All ride-throughs together."""
     _given_up_seconds: float = 0.0
@@ -46,6 +50,11 @@ class History:
     def began(self) -> None:
         """A session began."""
         self.sessions += 1
+
+    def lane_lost(self, lane: str, why: str) -> None:
+        """A lane was lost, not closed."""
+        self.lanes_lost[lane] = self.lanes_lost.get(lane, 0) + 1
+        self.lane_loss = why
 
     def parked(self, wall: float, now: float) -> None:
         """Every lane is lost."""

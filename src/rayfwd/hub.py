@@ -40,8 +40,12 @@ IN_USE = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
+REFUSAL_LASTS = 45.0
+"""Seconds since the last refusal after which it is over: workers dial again within 18 s."""
 REFUSAL_REPEAT = 600.0
 """Seconds in which the same refusal is said once."""
+PASSING = frozenset({"session_unknown", "session_stale", "hello_missing"})
+"""Refusals after which a worker goes on by itself, or which no worker of ours gets."""
 MAX_REFUSALS = 256
 """Different refusals that are said in that time, at most."""
 
@@ -57,6 +61,8 @@ class HubNode:
     since: float = field(default_factory=time.time)
     """Wall-clock seconds of the last change between up, parked and away."""
     history: History = field(default_factory=History)
+    lost: str | None = None
+    """Why there is no session, where it did not end in order; None: there is one, or it did."""
     waiting: list[tuple[Target, Pump]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
 
@@ -262,6 +268,8 @@ class Hub:
         """Ray's token, as its WELCOMEs hand it over."""
         self._refusals: dict[tuple[str, int, str], float] = {}
         """When a refusal was last said, by node, uid and code."""
+        self._refused_lately: dict[tuple[str, str], tuple[Refusal, float]] = {}
+        """The last refusals by node and code, and when they were."""
 
     # -- life ----------------------------------------------------------------------------
 
@@ -324,6 +332,12 @@ class Hub:
     def refused(self, lane: _HubLane, refusal: Refusal) -> None:
         """Say it; a worker that tries again and again is said seldom."""
         now = time.monotonic()
+        if refusal.code not in PASSING and len(self._refused_lately) < MAX_REFUSALS:
+            first = (lane.node, refusal.code) not in self._refused_lately
+            self._refused_lately[lane.node, refusal.code] = (refusal, now)
+            asyncio.get_running_loop().call_later(REFUSAL_LASTS + 0.1, self._forget_refusals)
+            if first:
+                self._on_change()
         key = (lane.node, lane.uid, refusal.code)
         self._refusals = {k: t for k, t in self._refusals.items() if now - t < REFUSAL_REPEAT}
         if key not in self._refusals and len(self._refusals) < MAX_REFUSALS:
@@ -332,9 +346,25 @@ class Hub:
                 "lane_refused", node=lane.node, uid=lane.uid, code=refusal.code, cause=refusal.cause
             )
 
+    def refused_lately(self) -> list[tuple[str, Refusal]]:
+        """The refusals of the last `REFUSAL_LASTS` seconds, with the name that was claimed."""
+        return [(name, refusal) for (name, _), (refusal, _) in self._refused_lately.items()]
+
+    def _forget_refusals(self) -> None:
+        now, before = time.monotonic(), len(self._refused_lately)
+        self._refused_lately = {
+            key: (refusal, at)
+            for key, (refusal, at) in self._refused_lately.items()
+            if now - at < REFUSAL_LASTS
+        }
+        if len(self._refused_lately) < before and not self._closing:
+            self._on_change()
+
     def lane_lost(self, lane: _HubLane, why: str) -> None:
         if not self._closing:
             log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
+            if (node := self.nodes.get(lane.node)) is not None:
+                node.history.lane_lost(lane.kind, why)
             self._on_change()
 
     def greeted(self, lane: _HubLane, hello: Hello) -> None:
@@ -439,7 +469,7 @@ class Hub:
             lambda message: self._on_message(node.plan.name, message),
             lambda event: self._changed(node, mux, event),
         )
-        node.mux, node.session = mux, hello.session
+        node.mux, node.session, node.lost = mux, hello.session, None
         node.history.began()
         log.info("session_started", node=node.plan.name, version=hello.version)
 
@@ -460,6 +490,8 @@ class Hub:
                 node.history.resumed(seconds)
                 log.info("link_resumed", node=node.plan.name, parked_seconds=round(seconds, 1))
             case SessionEnded(why):
+                cut = node.history.last_cut
+                node.lost = why if cut is not None and cut.seconds is None else None
                 node.history.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
                 node.mux, node.session = None, ""
                 if not self._closing:

@@ -399,6 +399,7 @@ class Link:
         slot.problem = Problem(
             "lane_lost", f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
         )
+        self.history.lane_lost(slot.name, why)
         up = None if up_since is None else round(time.time() - up_since, 1)
         log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
         self._on_change()

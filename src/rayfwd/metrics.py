@@ -217,10 +217,17 @@ def _cluster(status: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _conditions(*kinds: Iterable[Mapping[str, Any]]) -> Metric:
-    family = GaugeMetricFamily("rayfwd_conditions", "What is wrong now, by code.", labels=["code"])
-    counts = Counter(str(condition["code"]) for kind in kinds for condition in kind)
-    for code, count in sorted(counts.items())[:CODES]:
-        family.add_metric([code], count)
+    family = GaugeMetricFamily(
+        "rayfwd_conditions", "What is wrong now, by code.", labels=["code", "severity"]
+    )
+    counts = Counter(
+        (str(condition["code"]), str(condition["severity"]))
+        for kind in kinds
+        for condition in kind
+        if condition.get("explained_by") is None
+    )
+    for labels, count in sorted(counts.items())[:CODES]:
+        family.add_metric(labels, count)
     return family
 
 

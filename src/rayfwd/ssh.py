@@ -59,6 +59,7 @@ class Dialer:
         """
         known: list[str] = []
         host = self._head.ssh_target()[1]
+        options: asyncssh.SSHClientConnectionOptions | None = None
         try:
             options = await self._options()
             known = _known_hosts_files(self._head, options)
@@ -70,7 +71,10 @@ class Dialer:
             sock = await _first_to_answer(host, options)
             return await self._hasty(host, options, trusted, sock)
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
-            raise ProblemError(explain(exc, self._head, host, known)) from exc
+            problem = explain(exc, self._head, host, known)
+            if problem.code == "ssh_lost" and options is not None and not hasty:
+                problem = await _turned_away(host, options, self._head) or problem
+            raise ProblemError(problem) from exc
 
     async def _hasty(
         self,
@@ -169,6 +173,39 @@ class Dialer:
                 else "allow sessions for this key on the head (MaxSessions, authorized_keys)",
             )
         return await look_at_socket(connection, self._head.socket, exc.reason)
+
+
+async def _turned_away(
+    host: str, options: asyncssh.SSHClientConnectionOptions, head: HeadConfig
+) -> Problem | None:
+    """Whether sshd closes connections before it has said what it is; AsyncSSH does not tell.
+
+    OpenSSH does so from MaxStartups on (`drop_connection` in sshd.c), and what bars addresses too.
+    """
+    if options.tunnel or options.proxy_command:
+        return None
+    writer = None
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            reader, writer = await asyncio.open_connection(host, options.port)
+            try:
+                said = await reader.read(256)
+            except ConnectionResetError:
+                said = b""
+    except (OSError, TimeoutError):
+        return None
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+    if said.startswith(b"SSH-"):
+        return None
+    words = said.decode(errors="replace").strip()
+    return Problem(
+        "ssh_turned_away",
+        f"the sshd of {head.ssh} closes connections at once: {words or 'it says nothing'}",
+        "raise MaxStartups in the head's sshd_config (too many logins are under way), and see "
+        "whether something there bars this machine (fail2ban, hosts.deny); it is tried again",
+    )
 
 
 async def _first_to_answer(

@@ -88,6 +88,7 @@ def check_said_once(daemon: Daemon, code: str, cause: str, remedy: str) -> None:
         "code": code,
         "cause": event["cause"],
         "remedy": event["remedy"],
+        "severity": "error",
     }
 
 

@@ -108,7 +108,7 @@ def test_the_metrics_are_as_documented(cluster: Cluster) -> None:
 def test_the_dashboard_finds_what_it_asks_for(cluster: Cluster) -> None:
     # What a healthy cluster without a canary does not have, as docs/metrics.md has it.
     more = (
-        'rayfwd_conditions{code="x"} 1\n'
+        'rayfwd_conditions{code="x",severity="error"} 1\n'
         "rayfwd_canary_timestamp_seconds 1\n"
         'rayfwd_canary_success{node="w1"} 1\n'
         'rayfwd_canary_stage_seconds{node="w1",stage="task"} 1\n'

@@ -120,7 +120,7 @@ def test_values_of_a_worker() -> None:
     assert text["rayfwd_link_lanes", ("bulk", "head", "up")] == 0
     assert ("rayfwd_link_round_trip_seconds", ("bulk", "head")) not in text
     (waits,) = json.loads(recording("worker-parked").read_text())["status"]["waiting_for"]
-    assert text["rayfwd_conditions", (waits["code"],)] == 1
+    assert text["rayfwd_conditions", (waits["code"], "note")] == 1
     assert text["rayfwd_link_cuts_total", ("head",)] == 6
     assert text["rayfwd_link_parked_seconds_total", ("head",)] == pytest.approx(5007.2 + 2 + 5)
     bucket = "rayfwd_link_ride_through_seconds_bucket"
@@ -151,7 +151,7 @@ def test_values_of_a_head() -> None:
 def test_labels_are_bounded() -> None:
     data = json.loads(recording("head-ready").read_text())["status"]
     data["cluster"]["totals"] = {f"r{i}": [0, 1] for i in range(1000)}
-    data["problems"] = [{"code": f"c{i}"} for i in range(1000)]
+    data["problems"] = [{"code": f"c{i}", "severity": "error"} for i in range(1000)]
     text = values(generate_latest(registry(lambda: families(data, {}, 0.0))).decode())
     assert sum(name == "rayfwd_cluster_resource_used" for name, _ in text) == metrics.RESOURCES
     assert sum(name == "rayfwd_conditions" for name, _ in text) == metrics.CODES

@@ -1,12 +1,12 @@
-"""Nodes whose resources are missing from the totals: what is flagged, and when it is told."""
+"""What one look at a cluster says: which nodes are flagged, and with what."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import pytest
 
-from rayfwd.problems import Problem
+from rayfwd.plan import NodePlan
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
 from rayfwd.watch import rules
@@ -32,7 +32,6 @@ class Case:
     status: RayStatus
     nodes: list[NodeSeen]
     flagged: list[str]
-    declared: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 HEAD = node("head", CPU=2, memory=4 * GIB)
@@ -80,81 +79,88 @@ CASES = [
         ["w1"],
     ),
     Case("no resources at all", totals(["head"], CPU=2, memory=4 * GIB), [HEAD, node("w1")], []),
-    Case(
-        "registered without what its configuration declares",
-        totals(["head", "w1"], CPU=2, memory=4 * GIB),
-        [HEAD, node("w1")],
-        ["w1"],
-        {ADDRESSES["w1"]: {"CPU": 4.0}},
-    ),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.about for c in CASES])
 def test_flagged(case: Case) -> None:
-    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, 1010.0, case.declared)
-    assert sorted(found) == sorted(case.flagged)
-    assert {p.code for p in found.values()} <= {"ray_node_without_resources"}
+    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, 1010.0)
+    assert sorted(s.subject for s in found) == sorted(case.flagged)
+    assert {s.problem.code for s in found} <= {"ray_node_without_resources"}
 
 
 def test_the_problem_names_what_is_missing() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 1010.0)["w1"]
+    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 1010.0)[0].problem
     assert "node w1 (127.77.0.2)" in found.cause
     assert "CPU 2 of 6, r1 0 of 1" in found.cause
     assert "raylet.out on w1" in found.remedy
-    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 2000.0)["w1"]
+    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 2000.0)[0].problem
     assert "1000 s old" in stale.cause
     assert "monitor.log" in stale.remedy
 
 
 def test_a_node_outside_of_the_roster_goes_by_its_address() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    assert list(rules.nodes_without_resources(status, [HEAD, W1], {}, 0.0)) == ["127.77.0.2"]
-
-
-FAULT = Problem("ray_node_without_resources", "c", "r")
-
-
-def follow(looks: list[tuple[float, bool]]) -> list[tuple[float, str]]:
-    """What is told, and when, over looks that found the fault or not."""
-    tracked: dict[str, rules.Tracked] = {}
-    told: list[tuple[float, str]] = []
-    for now, found in looks:
-        tracked, changes = rules.step(tracked, {"w1": FAULT} if found else {}, now)
-        told += [(now, change.kind) for change in changes]
-    return told
+    (found,) = rules.nodes_without_resources(status, [HEAD, W1], {}, 0.0)
+    assert found.subject == "127.77.0.2"
 
 
 @pytest.mark.parametrize(
-    ("looks", "told"),
+    ("age", "ageing", "stale"), [(4, False, False), (12, True, False), (25, True, True)]
+)
+def test_totals_that_are_not_renewed(age: float, ageing: bool, stale: bool) -> None:
+    status = totals(["head"], 1000.0, CPU=2)
+    assert rules.ageing(status, 1000.0 + age) is ageing
+    found = rules.stale_totals(status, "head", 1000.0 + age)
+    assert [(s.subject, s.problem.code) for s in found] == [("head", "ray_totals_stale")] * stale
+    assert not rules.stale_totals(totals([], None), "head", 5000.0), "there are none yet"
+
+
+def of_w1(resources: dict[str, float]) -> NodeSeen:
+    return replace(W1, resources_total={"node:127.77.0.2": 1.0, **resources})
+
+
+PLANS = {address: NodePlan(name, "worker", address, 20000, 8) for address, name in NAMES.items()}
+
+
+@pytest.mark.parametrize(
+    ("has", "declared", "code", "said"),
     [
-        ([(0, True)], []),
-        ([(0, True), (5, False), (10, True), (15, False)], []),
-        ([(0, True), (5, True)], []),
-        ([(0, True), (5, True), (10, True)], [(10, "raised")]),
-        ([(0, True), (30, True)], [(30, "raised")]),
-        ([(0, True), (30, True), (60, True), (90, False)], [(30, "raised"), (90, "cleared")]),
-        (
-            [(0, True), (30, True), (60, False), (90, True), (120, True)],
-            [(30, "raised"), (60, "cleared"), (120, "raised")],
-        ),
+        ({"CPU": 4.0}, {"CPU": 4.0}, None, ""),
+        ({"CPU": 4.0}, {}, None, ""),
+        ({"CPU": 8.0, "disk": 2.0}, {"CPU": 4.0, "disk": 2.0}, None, ""),
+        ({"CPU": 2.0}, {"CPU": 4.0}, "ray_resources_fewer", "CPU 2 of 4"),
+        ({"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}, "ray_resources_fewer", "GPU 0 of 1"),
+        ({"GPU": 1.0}, {"CPU": 0.0, "GPU": 1.0}, None, ""),
+        ({}, {"CPU": 4.0}, "ray_resources_none", "with no resources: CPU 0 of 4"),
+        ({}, {}, "ray_resources_none", "joined with no resources"),
+        ({}, {"CPU": 0.0}, None, ""),
+        ({"memory": GIB, "object_store_memory": GIB}, {}, "ray_resources_none", "no resources"),
+        ({"accelerator_type:T4": 1.0}, {}, "ray_resources_none", "no resources"),
+        ({"CPU": 2.0}, None, None, ""),  # nobody said what it declares
     ],
 )
-def test_told_once_it_has_lasted_and_once_when_it_ends(
-    looks: list[tuple[float, bool]], told: list[tuple[float, str]]
+def test_fewer_than_declared(
+    has: dict[str, float], declared: dict[str, float] | None, code: str | None, said: str
 ) -> None:
-    assert follow(looks) == told
+    told = {} if declared is None else {ADDRESSES["w1"]: declared}
+    found = rules.fewer_than_declared([of_w1(has)], PLANS, told)
+    assert [(s.subject, s.problem.code) for s in found] == ([("w1", code)] if code else [])
+    assert not code or said in found[0].problem.cause
+    assert not rules.fewer_than_declared([replace(of_w1(has), state="DEAD")], PLANS, told)
+    assert not rules.fewer_than_declared([of_w1(has)], {}, told), "not one of ours"
 
 
-def test_repeated_every_quarter_of_an_hour() -> None:
-    looks = [(float(now), True) for now in range(0, 2000, 30)]
-    assert follow(looks) == [(30, "raised"), (930, "repeated"), (1830, "repeated")]
+def test_one_address_twice() -> None:
+    twin = replace(W1, node_id="id-twin")
+    assert not rules.one_address_twice([HEAD, W1, replace(twin, state="DEAD")], NAMES)
+    (found,) = rules.one_address_twice([HEAD, W1, twin], NAMES)
+    assert (found.subject, found.problem.code) == ("w1", "ray_address_twice")
+    assert "2 nodes" in found.problem.cause
 
 
-def test_subjects_are_followed_apart() -> None:
-    tracked, _ = rules.step({}, {"w1": FAULT}, 0)
-    tracked, changes = rules.step(tracked, {"w1": FAULT, "w2": FAULT}, 30)
-    assert [(c.kind, c.subject) for c in changes] == [("raised", "w1")]
-    _, changes = rules.step(tracked, {"w2": FAULT}, 60)
-    assert [(c.kind, c.subject) for c in changes] == [("raised", "w2"), ("cleared", "w1")]
+def test_up_and_not_listed() -> None:
+    up = [PLANS[ADDRESSES[name]] for name in ("w1", "w2")]
+    found = rules.not_listed([HEAD, W1, node("w2", "DEAD")], up)
+    assert [(s.subject, s.problem.code) for s in found] == [("w2", "ray_not_listed")]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.problems import Problem
 from rayfwd.ray import nodes, status
-from rayfwd.ray.cluster import ClusterReport, NodeProblem
+from rayfwd.ray.cluster import ClusterReport
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "ray_status"
 VERSIONS = ["2.9.3", "2.40.0", "2.60.0"]
@@ -122,7 +121,6 @@ def test_report_goes_over_the_wire_unchanged() -> None:
         as_of=1.5,
         totals={"CPU": (0.0, 2.0)},
         nodes=tuple(nodes.parse(answer)),
-        problems=(NodeProblem("w1", 2.5, Problem("c", "cause", "remedy")),),
     )
     assert ClusterReport.from_wire(json.loads(json.dumps(report.to_wire()))) == report
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,7 @@ from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.reach import Peer, Reach
 from tests.unit.cluster import free_place
-from tests.unit.loops import log_events, of, run
+from tests.unit.loops import run
 
 PLAN = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
 DIRECT = replace(PLAN, address="203.0.113.7", advertised=True)
@@ -254,32 +253,6 @@ def test_joined_and_gone(rows: list[NodeSeen], flaps: bool) -> None:
         assert problems["gpu-1"].code == "ray_node_flapping"
         assert "70 s after it had joined" in problems["gpu-1"].cause
     assert flapping(rows, {}, NOW) == {}
-
-
-# -- the board
-
-
-def test_the_board_says_it_once_and_over_once() -> None:
-    changes: list[Any] = []
-    board = Board(lambda: changes.append(board.problems))
-    first, other = Problem("a_code", "cause", "remedy"), Problem("b_code", "cause", "remedy")
-    with log_events() as log:
-        board.put("one", {"w1": first})
-        board.put("one", {"w1": first})
-        board.put("one", {"w1": replace(first, cause="cause 2")})
-        board.put_one("two", "w2", other)
-        since = board.problems[0].since
-        assert len(of(log, "a_code")) == 1
-        assert [p.problem.cause for p in board.problems] == ["cause 2", "cause"]
-        assert board.problems[0].since == since
-        board.put("one", {"w1": other})
-        assert [e["code"] for e in of(log, "problem_over")] == ["a_code"]
-        board.keep({"w2"})
-        assert [p.subject for p in board.problems] == ["w2"]
-        board.put_one("two", "w2", None)
-        assert [e["code"] for e in of(log, "problem_over")] == ["a_code", "b_code", "b_code"]
-    assert len(changes) == 6
-    assert changes[-1] == ()
 
 
 def test_outcomes_are_words_of_the_protocol() -> None:

@@ -31,6 +31,7 @@ VERBS = {
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",
     "canary": "send a tiny task and 1 MB to every node and back, and say how it went",
+    "explain": "say what a code of the log or of the status means, and what to do",
     "attach": "join standard input and output to the hub (a forced command for sshd)",
     "forget": "on the head: drop a worker, and free its name, address and ports",
     "demo": "show it at work on this machine alone",

@@ -17,6 +17,9 @@ from rich.text import Text
 
 from rayfwd.logs import escaped
 
+SYMPTOMS = 5
+"""Symptoms that are named below their root."""
+
 WIDE = 110
 """Columns from which on tables have what is nice to know, too."""
 
@@ -80,6 +83,7 @@ class Screen:
         status = self.status
         ray, link = _object(status.get("ray")), _object(status.get("link"))
         told: set[tuple[str, str]] = set()
+        explained = self._explained()
         for tag, problems in (
             ("waiting", _objects(status.get("waiting_for"))),
             ("problem", _objects(status.get("problems"))),
@@ -88,13 +92,30 @@ class Screen:
         ):
             for problem in problems:
                 key = (_text(problem.get("code")), _text(problem.get("cause")))
-                if key not in told:
+                if key not in told and problem not in explained.get(None, ()):
                     told.add(key)
                     yield Text()
-                    yield self._problem(tag, problem)
+                    yield self._problem(tag, problem, explained.get(_root(problem, self._name), ()))
 
-    def _problem(self, tag: str, problem: Mapping[str, Any]) -> RenderableType:
-        shown = _text(problem.get("severity") or tag)
+    def _explained(self) -> dict[tuple[str, str] | None, list[Mapping[str, Any]]]:
+        """What is explained by another that is shown, by that other; under None all of them."""
+        status = self.status
+        waits = _objects(status.get("waiting_for"))
+        problems = _objects(status.get("problems"))
+        roots = {_root(p, self._name) for p in [*waits, *problems] if not p.get("explained_by")}
+        found: dict[tuple[str, str] | None, list[Mapping[str, Any]]] = {}
+        for problem in problems:
+            root = _root(_object(problem.get("explained_by")), self._name)
+            if problem.get("explained_by") and root in roots:
+                found.setdefault(root, []).append(problem)
+                found.setdefault(None, []).append(problem)
+        return found
+
+    def _problem(
+        self, tag: str, problem: Mapping[str, Any], more: Sequence[Mapping[str, Any]]
+    ) -> RenderableType:
+        """`more` are those that it explains."""
+        shown = tag if tag == "waiting" else _text(problem.get("severity") or tag)
         title = Text.assemble((_text(problem.get("code")), "bold"))
         if problem.get("subject"):
             title.append(f"  {_text(problem['subject'])}")
@@ -108,6 +129,10 @@ class Screen:
             body.add_row("", Text(_text(problem["cause"])))
         if problem.get("remedy"):
             body.add_row(Text("do", "bold", justify="right"), Text(_text(problem["remedy"])))
+        if more:
+            names = [f"{_text(p.get('code'))} {_text(p.get('subject'))}" for p in more]
+            rest = f" and {len(names) - SYMPTOMS} more" if len(names) > SYMPTOMS else ""
+            body.add_row("", Text(f"explains {', '.join(names[:SYMPTOMS])}{rest}", _DIM))
         return body
 
     def _facts(self) -> RenderableType:
@@ -438,6 +463,11 @@ def _text(value: Any) -> str:
 
 def _object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _root(problem: Mapping[str, Any], own: Any) -> tuple[str, str]:
+    """Code and subject; what this node waits for has no subject but itself."""
+    return _text(problem.get("code")), _text(problem.get("subject", own))
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

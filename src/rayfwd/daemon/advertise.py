@@ -1,7 +1,7 @@
 """The check of an advertised address before Ray is started there: dial-back and self-dial.
 
 The worker holds the ports of its block for a moment, dials them itself, and has the hub dial them;
-Ray is not started while one of the two fails. The head shows the worker's verdict.
+Ray is not started while one of the two fails.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AdvertiseCheck:
         self._answer: asyncio.Future[Any] | None = None
 
     async def run(self, own: NodePlan) -> None:
-        """Raises ProblemError where the address cannot be reached; tells the head either way."""
+        """Raises ProblemError where the address cannot be reached."""
         if FEATURE not in self._hub_features():
             log.warning(
                 "advertise_not_checked",
@@ -48,7 +48,6 @@ class AdvertiseCheck:
             )
             return
         problem = await self._check(own)
-        self._send({"type": "advertise", "problem": problem.to_wire() if problem else None})
         if problem is not None:
             raise ProblemError(problem)
         log.info("advertise_checked", address=own.address)
@@ -144,17 +143,3 @@ class DialBack:
             self.forget(name)
         with suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def read_verdict(message: dict[str, Any]) -> Problem | None:
-    """The problem in a worker's `advertise`, cut to a refusal's lengths. Raises ValueError."""
-    problem = message.get("problem")
-    if problem is None:
-        return None
-    try:
-        code, cause, remedy = (problem[part] for part in ("code", "cause", "remedy"))
-    except (KeyError, TypeError) as exc:
-        raise ValueError(f"advertise: {exc!r}") from exc
-    if not isinstance(code, str) or not code.isidentifier() or not code.startswith("advertise_"):
-        raise ValueError("advertise: code must be one of the check's")
-    return Problem(code[:64], str(cause)[:2000], str(remedy)[:2000])

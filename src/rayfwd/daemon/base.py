@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rayfwd import __version__
 from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
 from rayfwd.daemon.canary import CanaryVerb
+from rayfwd.daemon.watches import Watches
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
 from rayfwd.history import History
 from rayfwd.logs import get_logger
@@ -38,6 +39,8 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session.stream import ResetReason
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
+from rayfwd.watch.conditions import Seen, Severity, kind_of, worst
+from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer, Reach
 
 log = get_logger(__name__)
@@ -71,7 +74,8 @@ class Daemon:
         self._metrics: MetricsServer | None = None
         if config.metrics.listen is not None:
             self._metrics = MetricsServer(config.metrics.listen, self._families, self.changed)
-        self.board = Board(self.board_changed)
+        self.board = Board(self.board_changed, config.name, _later)
+        self.watches = Watches(self)
         self.canary = Canary(
             config.canary,
             config.ray,
@@ -122,7 +126,7 @@ class Daemon:
 
     def situation(self) -> Situation | None:
         """What a canary needs to know; None while this node's Ray is not up."""
-        head, env = self._node_named("head"), self.ray.environment
+        head, env = self.node_named("head"), self.ray.environment
         if self.own is None or head is None or env is None or self.ray.state.phase != "up":
             return None
         return Situation(
@@ -138,7 +142,7 @@ class Daemon:
         while True:
             await asyncio.sleep(TOKEN_INTERVAL)
             found: Problem | None = None
-            situation, head = self.situation(), self._node_named("head")
+            situation, head = self.situation(), self.node_named("head")
             if situation is not None and head is not None and not self.link_problems():
                 host, port = head.address, head.services["dashboard"]
                 found = await token.check(host, port, situation.env)
@@ -155,8 +159,21 @@ class Daemon:
         )
 
     def board_changed(self) -> None:
-        """What the watchers find has changed."""
-        self.changed()
+        """What is wrong has changed."""
+        self._changed.set()
+
+    def link_conditions(self) -> list[Seen]:
+        """What is wrong with the role's links; the link or the hub has logged it."""
+        raise NotImplementedError
+
+    def links_seen(self) -> Mapping[str, LinkSeen]:
+        """The role's links that are up, by the worker's name."""
+        raise NotImplementedError
+
+    @property
+    def metrics_problem(self) -> Problem | None:
+        """What keeps the metrics from being asked for."""
+        return self._metrics.problem if self._metrics is not None else None
 
     # -- life --------------------------------------------------------
 
@@ -199,6 +216,8 @@ class Daemon:
             self._task(self.canary.run(), "canary"),
             self._task(self.reach.run(), "reach"),
             self._task(self._watch_token(), "token"),
+            self._task(self.watches.run_links(), "links"),
+            self._task(self.watches.run_machine(), "machine"),
             self._task(self._notify(), "notify"),
         ]
         if self._metrics is not None:
@@ -230,6 +249,7 @@ class Daemon:
 
     def changed(self) -> None:
         """Something that status or readiness depend on has changed."""
+        self.watches.put_own()
         self._changed.set()
 
     # -- the plan --------------------------------------------------------
@@ -242,7 +262,7 @@ class Daemon:
                 wanted |= doors_for(node.address, node.ports)
         for forward in self.forwards():
             name, port = forward.target()
-            node_ = self._node_named(name)
+            node_ = self.node_named(name)
             if node_ is not None:
                 wanted[Target(*forward.listen_address())] = Target(node_.address, port)
         self.doors.set_wanted(wanted)
@@ -250,13 +270,13 @@ class Daemon:
 
     def forwards(self) -> tuple[ForwardConfig, ...]:
         """The further doors; a worker's default leads to the dashboard, where the head has it."""
-        head = self._node_named("head")
+        head = self.node_named("head")
         if self.config.role == "worker" and self.config.forward is None and head is not None:
             port = head.services["dashboard"]
             return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
         return self.config.forwards
 
-    def _node_named(self, name: str) -> NodePlan | None:
+    def node_named(self, name: str) -> NodePlan | None:
         return next(
             (n for n in self.nodes if n.name == name or (name == "head" and n.role == "head")), None
         )
@@ -295,29 +315,27 @@ class Daemon:
         waits = self.waiting_for()
         if waits:
             return f"waiting: {waits[0].cause}"
-        problems = self.problems()
-        if problems:
-            return f"ready, but: {problems[0]['cause']}"
-        return f"ready: {len(self.nodes)} nodes in the plan, {self.doors.open} doors"
+        bad = worst(self.board.conditions)
+        if bad is not None and bad.severity != "note":
+            return f"ready, but: {bad.cause}"
+        note = f"; {bad.cause}" if bad is not None else ""
+        return f"ready: {len(self.nodes)} nodes in the plan, {self.doors.open} doors{note}"
 
     def problems(self) -> list[dict[str, Any]]:
-        """Everything wrong now, readiness apart."""
-        found = [p.to_wire() | {"subject": self.config.name} for p in self.doors.blocked]
-        for forward in self.forwards():
-            name = forward.target()[0]
-            if self.nodes and self._node_named(name) is None:
-                problem = Problem(
-                    "forward_target_unknown",
-                    f"[[forward]] to = {forward.to}: no node {name} is in the plan",
-                    "correct the name; it opens by itself when the node joins",
-                )
-                found.append(problem.to_wire() | {"subject": forward.listen})
-        if self._metrics is not None and self._metrics.problem is not None:
-            found.append(self._metrics.problem.to_wire() | {"subject": self.config.name})
-        found += [p.to_wire() for p in self.board.problems]
-        if self.cluster is not None:
-            found += [dict(problem) for problem in self.cluster.to_wire().get("problems", [])]
-        return found
+        """Every condition, here and elsewhere, but what `waiting_for` has; roots first."""
+        waits = {p.code for p in self.waiting_for()}
+        own = self.config.name
+        return [
+            c.to_wire()
+            for c in self.board.conditions
+            if not (c.code in waits and c.subject == own and c.seen_by == own)
+        ]
+
+    def _severity(self, waited_for: Problem) -> Severity:
+        """A link that is parked is not as bad as one that is down, for the same reason."""
+        code, own = waited_for.code, self.config.name
+        shown = (c.severity for c in self.board.conditions if (c.code, c.subject) == (code, own))
+        return next(shown, kind_of(code).severity)
 
     def state(self) -> str:
         """`starting`, `waiting`, `ready` or `stopping`."""
@@ -342,7 +360,9 @@ class Daemon:
             "uptime": round(time.time() - self._started, 1),
             "state": self.state(),
             "summary": self.summary(),
-            "waiting_for": [p.to_wire() for p in self.waiting_for()],
+            "waiting_for": [
+                {**p.to_wire(), "severity": self._severity(p)} for p in self.waiting_for()
+            ],
             "problems": self.problems(),
             "node": None if self.own is None else self.own.to_wire(),
             **self.role_status(),
@@ -376,7 +396,7 @@ class Daemon:
 
     def plan_wire(self) -> dict[str, Any]:
         """The plan as `rayfwd plan` reads it."""
-        head = self._node_named("head")
+        head = self.node_named("head")
         return {
             "own": None if self.own is None else self.own.to_wire(),
             "head": None if head is None else head.to_wire(),
@@ -401,6 +421,10 @@ class Daemon:
 
     def _tell(self, line: str) -> None:
         self._notifier.notify(line.replace("\n", " "))
+
+
+def _later(seconds: float, function: Callable[[], None]) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(seconds, function)
 
 
 def make_directory(path: Path, mode: int) -> None:

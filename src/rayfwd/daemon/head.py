@@ -7,13 +7,20 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from rayfwd.config import Config
 from rayfwd.daemon import advertise
 from rayfwd.daemon.base import Daemon
-from rayfwd.daemon.views import mux_status, roster_rows, streams_status
+from rayfwd.daemon.views import (
+    declared_resources,
+    link_seen,
+    mux_status,
+    parked_problem,
+    roster_rows,
+    streams_status,
+)
+from rayfwd.daemon.watches import LINK
 from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.hub import Hub, HubNode
@@ -28,8 +35,10 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
 from rayfwd.watch.canary import alive_nodes
-from rayfwd.watch.cluster import ClusterWatch
+from rayfwd.watch.cluster import ClusterWatch, DashboardWatch
+from rayfwd.watch.conditions import Seen
 from rayfwd.watch.flapping import flapping
+from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
@@ -49,6 +58,10 @@ class HeadDaemon(Daemon):
     def __init__(self, config: Config) -> None:
         self._workers_ray: dict[str, dict[str, Any]] = {}
         self._dial_back = advertise.DialBack()
+        self._known: set[str] = set()
+        """Nodes that were there once."""
+        self._heard: dict[str, str] = {}
+        """The session in which a worker was last told of all conditions."""
         super().__init__(config)
 
     async def serve(self) -> None:
@@ -88,9 +101,19 @@ class HeadDaemon(Daemon):
         self._set_plan()
         self.changed()
         self._watch = ClusterWatch(
-            config.ray, own, self.ray, roster.plans, self._report, self._declared
+            config.ray,
+            own,
+            self.ray,
+            self.board,
+            roster.plans,
+            self._up,
+            self._declared,
+            self._report,
         )
-        await self._watch.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch.run(), name="cluster watch")
+            dashboard = DashboardWatch(own, self.ray, self.board)
+            group.create_task(dashboard.run(), name="dashboard watch")
 
     def _set_plan(self) -> None:
         if self.own is not None:
@@ -130,7 +153,12 @@ class HeadDaemon(Daemon):
         there = {self.config.name}
         there |= {n.plan.name for n in self._nodes_of_hub() if n.state != "away"}
         self._dial_back.keep(there)
-        self.board.keep(there)
+        self._known |= there
+        gone = self._known - there
+        for name in gone:
+            self.watches.unheard(name)
+        self.board.drop(gone, but=(LINK,))
+        self._tell_newcomers()
         self.plan_changed()
 
     def _nodes_of_hub(self) -> list[HubNode]:
@@ -143,7 +171,20 @@ class HeadDaemon(Daemon):
     def _declared(self) -> dict[str, dict[str, float]]:
         """What the configurations of the nodes say that they bring, by address."""
         nodes = self._nodes_of_hub()
-        return {n.plan.address: dict(n.hello.resources) for n in nodes if n.hello is not None}
+        told = {n.plan.address: dict(n.hello.resources) for n in nodes if n.hello is not None}
+        own = {self.own.address: declared_resources(self.config)} if self.own is not None else {}
+        return told | own
+
+    def _up(self) -> list[NodePlan]:
+        """The nodes whose own rayfwd has Ray up, with a link that is up."""
+        return [
+            node.plan
+            for node in self._nodes_of_hub()
+            if node.state == "up" and self._phase(node.plan.name) == "up"
+        ]
+
+    def _phase(self, name: str) -> str | None:
+        return (self._workers_ray.get(name) or {}).get("phase")
 
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
@@ -153,20 +194,30 @@ class HeadDaemon(Daemon):
         self.changed()
 
     def _tell_report(self) -> None:
-        """Workers hear of what was found of every node."""
         if self._hub is not None and self.cluster is not None:
-            found = self.cluster.problems + self.board.problems
-            report = replace(self.cluster, problems=found)
-            self._hub.tell_all({"type": "cluster", "report": report.to_wire()})
+            self._hub.tell_all({"type": "cluster", "report": self.cluster.to_wire()})
 
     def board_changed(self) -> None:
-        self._tell_report()
+        """Workers hear of what was found of every node."""
         super().board_changed()
+        if self._hub is not None and (told := self.watches.message(all_of_them=True)) is not None:
+            self._hub.tell_all(told)
+
+    def _tell_newcomers(self) -> None:
+        """A worker with a new session has heard nothing yet."""
+        told = self.watches.told
+        for node in self._nodes_of_hub():
+            if node.session != self._heard.get(node.plan.name, ""):
+                self._heard[node.plan.name] = node.session
+                if node.mux is not None and told is not None:
+                    node.mux.send_message(told)
 
     def _message(self, node: str, message: dict[str, Any]) -> None:
         """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
         try:
             self._message_of_check(node, message)
+            if message.get("type") == "conditions":
+                self.watches.heard(message, node, speaks_for_all=False)
         except ValueError as exc:
             log.warning("message_malformed", node=node, cause=str(exc))
         if message.get("type") == "ray":
@@ -188,11 +239,8 @@ class HeadDaemon(Daemon):
             mux.send_message(answer)
             return not mux.session.ended
 
-        match message.get("type"):
-            case "dial_back":
-                self._dial_back.asked(node.plan, message, send)
-            case "advertise":
-                self.board.put_one("advertise", name, advertise.read_verdict(message))
+        if message.get("type") == "dial_back":
+            self._dial_back.asked(node.plan, message, send)
 
     def changed(self) -> None:
         if self._hub is not None and self._versions() != self._told_versions:
@@ -209,7 +257,7 @@ class HeadDaemon(Daemon):
             for node in self._hub.nodes.values()
             if node.state == "up"
             and node.plan.address in alive
-            and (self._workers_ray.get(node.plan.name) or {}).get("phase") == "up"
+            and self._phase(node.plan.name) == "up"
         }
 
     async def canary_targets(self) -> list[NodeSeen]:
@@ -230,6 +278,37 @@ class HeadDaemon(Daemon):
         if self._listening:
             return []
         return [Problem("hub_starting", "the hub does not listen yet", "nothing: this is brief")]
+
+    def link_conditions(self) -> list[Seen]:
+        found = []
+        for node in self._nodes_of_hub():
+            name, mux = node.plan.name, node.mux
+            if node.state == "parked" and mux is not None:
+                found.append(Seen(name, parked_problem(f"{name}'s link", mux)))
+            elif node.state == "away" and node.lost is not None:
+                found.append(
+                    Seen(
+                        name,
+                        Problem(
+                            "link_down",
+                            f"{name}'s link is down, and what it carried is lost: {node.lost}",
+                            f"nothing, if it comes back; else see `rayfwd status` on {name}, "
+                            "whether that machine is up, and this machine's sshd",
+                        ),
+                    )
+                )
+        for name, refusal in self._hub.refused_lately() if self._hub is not None else ():
+            problem = Problem(refusal.code, f"turned away: {refusal.cause}", refusal.remedy)
+            # Another machine, perhaps: the node of that name may be well.
+            found.append(Seen(name or self.config.name, problem, explains=False))
+        return found
+
+    def links_seen(self) -> Mapping[str, LinkSeen]:
+        return {
+            n.plan.name: link_seen(n.mux, n.history)
+            for n in self._nodes_of_hub()
+            if n.state != "away"
+        }
 
     def histories(self) -> Mapping[str, History]:
         nodes = self._hub.nodes if self._hub is not None else {}

@@ -1,4 +1,4 @@
-"""How sessions and lanes look in the status."""
+"""How sessions and lanes look in the status, and to the rules that watch them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rayfwd.config import Config
 from rayfwd.doors import Doors
 from rayfwd.history import History
 from rayfwd.mux import Mux
 from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.session.lane import LaneClass
+from rayfwd.watch.links import LinkSeen
 
 
 def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
@@ -76,3 +80,37 @@ def roster_rows(
             }
         )
     return rows
+
+
+def declared_resources(config: Config) -> dict[str, float]:
+    """What the configuration declares to Ray; what Ray finds by itself is not in it."""
+    ray = config.ray
+    declared = {str(name): float(amount) for name, amount in ray.resources.items()}
+    if ray.num_cpus is not None:
+        declared["CPU"] = float(ray.num_cpus)
+    if ray.num_gpus is not None:
+        declared["GPU"] = float(ray.num_gpus)
+    return declared
+
+
+def link_seen(mux: Mux | None, history: History) -> LinkSeen:
+    """A link as the rules of `watch/links.py` look at it."""
+    trips = [
+        lane.rtt
+        for number, record in (mux.lanes.items() if mux is not None else ())
+        if record.kind is LaneClass.INTERACTIVE
+        and mux is not None
+        and (lane := mux.session.lanes.get(number)) is not None
+        and lane.rtt is not None
+    ]
+    return LinkSeen(dict(history.lanes_lost), min(trips, default=None), history.lane_loss)
+
+
+def parked_problem(link: str, mux: Mux) -> Problem:
+    """A link without a lane whose streams are held."""
+    return Problem(
+        "link_parked",
+        f"every lane of {link} is lost; its {max(len(mux.session.streams) - 1, 0)} streams are "
+        f"held for {mux.session.ride_through:g} s",
+        "nothing, if it comes back within that time; else look at the network between the two",
+    )

@@ -13,7 +13,14 @@ from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
 from rayfwd.daemon.base import Daemon
-from rayfwd.daemon.views import mux_status, roster_rows, streams_status
+from rayfwd.daemon.views import (
+    declared_resources,
+    link_seen,
+    mux_status,
+    parked_problem,
+    roster_rows,
+    streams_status,
+)
 from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.link import Link
@@ -33,6 +40,8 @@ from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.watch.canary import alive_nodes
+from rayfwd.watch.conditions import Seen, Severity
+from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
@@ -166,6 +175,8 @@ class WorkerDaemon(Daemon):
                     self._tell_ray()
                 case "dialled_back":
                     self._advertise.answered(message)
+                case "conditions":
+                    self.watches.heard(message, HEAD, speaks_for_all=True)
                 case "cluster":
                     self.cluster = ClusterReport.from_wire(message["report"])
                     self.changed()
@@ -196,7 +207,7 @@ class WorkerDaemon(Daemon):
                     'set ray.auth = "token" on the head, or "auto" here',
                 )
             )
-        head = self._node_named("head")
+        head = self.node_named("head")
         if head is not None:
             env = self.ray.environment or {}
             problem = await token.check(head.address, head.services["dashboard"], env)
@@ -219,7 +230,20 @@ class WorkerDaemon(Daemon):
         self.ray.set_link_up(self._link.state == "up")
         if self._link.mux is None:
             self._told_ray = None  # a new session knows nothing of it
+            self.watches.forget_told()
+            self.watches.unheard(HEAD)
         self.changed()
+        self._tell_conditions()
+
+    def board_changed(self) -> None:
+        super().board_changed()
+        self._tell_conditions()
+
+    def _tell_conditions(self) -> None:
+        """The head hears of what was found here."""
+        mux = self._link.mux
+        if mux is not None and (told := self.watches.message(all_of_them=False)) is not None:
+            mux.send_message(told)
 
     def changed(self) -> None:
         self._tell_head_of_ray()
@@ -240,14 +264,14 @@ class WorkerDaemon(Daemon):
 
     def peers(self) -> dict[str, Peer]:
         """The head; how the other workers reach each other is seen by canaries of their own."""
-        link, head = self._link, self._node_named("head")
+        link, head = self._link, self.node_named("head")
         if head is None or link.state != "up" or self.ray.state.phase != "up":
             return {}
         return {head.name: Peer(head, (link.since, link.cuts))}
 
     async def canary_targets(self) -> list[NodeSeen]:
         """The head and this node itself: what the head's own canary sees from the other side."""
-        head = self._node_named("head")
+        head = self.node_named("head")
         assert head is not None, "a canary is sent once the plan is there"
         assert self.own is not None
         both = {head.address, self.own.address}
@@ -281,6 +305,24 @@ class WorkerDaemon(Daemon):
             return [link.problem]
         return [Problem("link_starting", f"dialling {link.head.ssh}", "nothing: this is brief")]
 
+    def link_conditions(self) -> list[Seen]:
+        link, own = self._link, self.config.name
+        # While streams are held, what keeps the link from coming back is a part of that.
+        kept: Severity | None = "note" if link.state == "parked" else None
+        if link.state == "up":
+            return [
+                Seen(f"{own}/{slot.name}", slot.problem, severity="warning", explains=False)
+                for slot in link.slots
+                if slot.problem is not None and slot.number is None
+            ]
+        found = [Seen(own, link.problem, severity=kept)] if link.problem is not None else []
+        if link.state == "parked" and link.mux is not None:
+            found.append(Seen(own, parked_problem(f"the link to {link.head.ssh}", link.mux)))
+        return found
+
+    def links_seen(self) -> Mapping[str, LinkSeen]:
+        return {self.config.name: link_seen(self._link.mux, self._link.history)}
+
     def histories(self) -> Mapping[str, History]:
         return {HEAD: self._link.history}
 
@@ -300,17 +342,6 @@ class WorkerDaemon(Daemon):
             **streams_status([(link.mux, link.history)]),
             "roster": roster_rows(self.nodes, None, self.doors),
         }
-
-
-def declared_resources(config: Config) -> dict[str, float]:
-    """What the configuration declares to Ray; what Ray finds by itself is not in it."""
-    ray = config.ray
-    declared = {str(name): float(amount) for name, amount in ray.resources.items()}
-    if ray.num_cpus is not None:
-        declared["CPU"] = float(ray.num_cpus)
-    if ray.num_gpus is not None:
-        declared["GPU"] = float(ray.num_gpus)
-    return declared
 
 
 def node_key(path: Path) -> str:

@@ -6,22 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
-
-
-@dataclass(frozen=True, slots=True)
-class NodeProblem:
-    """Something wrong with one node of the cluster."""
-
-    subject: str
-    """The node's name."""
-    since: float
-    """Seconds since the epoch."""
-    problem: Problem
-
-    def to_wire(self) -> dict[str, Any]:
-        return {"subject": self.subject, "since": self.since, **self.problem.to_wire()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +19,6 @@ class ClusterReport:
     """Resource to used and total; memory in bytes."""
     nodes: tuple[NodeSeen, ...] = ()
     """The node table, with nodes that are dead."""
-    problems: tuple[NodeProblem, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """As a JSON object, for the link and for `rayfwd status --json`."""
@@ -54,7 +38,6 @@ class ClusterReport:
                 }
                 for node in self.nodes
             ],
-            "problems": [p.to_wire() for p in self.problems],
         }
 
     @classmethod
@@ -80,14 +63,6 @@ class ClusterReport:
                         message=None if n.get("message") is None else str(n["message"]),
                     )
                     for n in data["nodes"]
-                ),
-                problems=tuple(
-                    NodeProblem(
-                        str(p["subject"]),
-                        float(p["since"]),
-                        Problem(str(p["code"]), str(p["cause"]), str(p["remedy"])),
-                    )
-                    for p in data["problems"]
                 ),
             )
         except (KeyError, TypeError, AttributeError) as exc:

@@ -54,6 +54,27 @@ async def fetch(host: str, port: int, token: str | None = None) -> list[NodeSeen
         ) from None
 
 
+async def no_answer(host: str, port: int, patience: float) -> str | None:
+    """Why nobody answers HTTP there, a refusal for want of a token included; None: somebody does.
+
+    `patience` is in seconds.
+    """
+    try:
+        await asyncio.to_thread(_ask_version, host, port, patience)
+    except (OSError, http.client.HTTPException) as exc:
+        return str(exc) or type(exc).__name__
+    return None
+
+
+def _ask_version(host: str, port: int, patience: float) -> None:
+    connection = http.client.HTTPConnection(host, port, timeout=patience)
+    try:
+        connection.request("GET", "/api/version", headers={"User-Agent": "rayfwd"})
+        connection.getresponse()
+    finally:
+        connection.close()
+
+
 def parse(answer: Any) -> list[NodeSeen]:
     """The rows of `GET /api/v0/nodes`. Raises ValueError for anything else."""
     try:

@@ -148,6 +148,11 @@ def _all() -> Iterator[Process]:
             yield process
 
 
+def listening() -> frozenset[int]:
+    """The TCP ports with a listening socket on any address of this machine."""
+    return frozenset(port for port, _ in _listeners())
+
+
 def _read_list(pid: int, what: str) -> list[bytes]:
     """A list of strings that end in NUL, or nothing where the process is another user's."""
     if not _is_of_our_user(pid):
@@ -176,6 +181,11 @@ def _same_machine(pid: int) -> bool:
 
 
 def _listening_inodes(port: int) -> Iterator[str]:
+    return (inode for used, inode in _listeners() if used == port)
+
+
+def _listeners() -> Iterator[tuple[int, str]]:
+    """Port and inode of every listening TCP socket."""
     for table in ("tcp", "tcp6"):
         try:
             lines = (PROC / "net" / table).read_text().splitlines()[1:]
@@ -183,5 +193,5 @@ def _listening_inodes(port: int) -> Iterator[str]:
             continue
         for line in lines:
             fields = line.split()
-            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                yield fields[9]
+            if fields[3] == LISTEN:
+                yield int(fields[1].rpartition(":")[2], 16), fields[9]

@@ -118,6 +118,11 @@ class RaySupervisor:
         wanted = self._wanted
         return self._environment(wanted) if wanted else None
 
+    @property
+    def session_dir(self) -> str | None:
+        """Ray's directory of this run; None where it is not known."""
+        return self._process.session_dir if self._process is not None else None
+
     def set_plan(
         self,
         own: NodePlan,

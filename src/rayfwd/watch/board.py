@@ -1,58 +1,143 @@
-"""What several watchers find wrong with nodes: said once, kept with its time, over once.
+"""What is wrong, of all watchers together: said once, kept with its time, over once.
 
-Each watcher puts up all that it finds at present; what it no longer finds is over.
+Each watcher puts up all that it finds at present; what it no longer finds is over. When it shows
+and what explains it is decided by `conditions.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from rayfwd.logs import get_logger
 from rayfwd.problems import Problem
-from rayfwd.ray.cluster import NodeProblem
+from rayfwd.watch import conditions
+from rayfwd.watch.conditions import Condition, Key, Seen, Tracked
 
 _log = get_logger(__name__)
 
+Later = Callable[[float, Callable[[], None]], Any]
+"""Calls a function after so many seconds, as `loop.call_later` does."""
+
 
 class Board:
-    """Belongs to the daemon. `on_change` is called in the loop after a change."""
+    """Belongs to the daemon. `on_change` is called in the loop after a change of what shows.
 
-    def __init__(self, on_change: Callable[[], None]) -> None:
-        self._found: dict[str, dict[str, NodeProblem]] = {}
+    `later` wakes it when something has lasted long enough; without it, the next look does.
+    """
+
+    def __init__(
+        self,
+        on_change: Callable[[], None],
+        own: str = "",
+        later: Later | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.head = ""
+        """The head's name, whose faults explain other nodes'; empty: not known yet."""
+        self._found: dict[str, dict[Key, Tracked]] = {}
+        self._quiet: set[str] = set()
+        self._said: dict[tuple[str, Key], bool] = {}
+        """Which were logged: True as a root, False as explained by another."""
+        self._shown: tuple[Condition, ...] = ()
         self._on_change = on_change
+        self._own = own
+        self._later = later
+        self._clock = clock
+        self._woken_at: float | None = None
 
     @property
-    def problems(self) -> tuple[NodeProblem, ...]:
-        """Everything, in the order of the watchers."""
-        return tuple(p for found in self._found.values() for p in found.values())
+    def conditions(self) -> tuple[Condition, ...]:
+        """All that shows, the roots before the rest, in the order of the watchers."""
+        return self._shown
 
     def put(self, watcher: str, found: Mapping[str, Problem]) -> None:
-        """All that this watcher finds now, by the node's name."""
+        """All that this watcher finds now, one a subject."""
+        self.put_all(watcher, [Seen(subject, problem) for subject, problem in found.items()])
+
+    def put_all(self, watcher: str, found: Iterable[Seen], quiet: bool = False) -> None:
+        """All that this watcher finds now. `quiet`: somebody else logs it."""
+        if quiet:
+            self._quiet.add(watcher)
         before = self._found.get(watcher, {})
-        after: dict[str, NodeProblem] = {}
-        for subject, problem in found.items():
-            old = before.get(subject)
-            if old is not None and old.problem.code == problem.code:
-                after[subject] = NodeProblem(subject, old.since, problem)
-                continue
-            after[subject] = NodeProblem(subject, time.time(), problem)
-            _log.error(problem.code, node=subject, cause=problem.cause, remedy=problem.remedy)
-        for subject, old in before.items():
-            now = after.get(subject)
-            if now is None or now.problem.code != old.problem.code:
-                lasted = round(time.time() - old.since)
-                _log.info("problem_over", node=subject, code=old.problem.code, after_seconds=lasted)
+        self._replace(watcher, conditions.step(before, found, self._clock(), time.time()))
+
+    def drop(self, gone: Collection[str], but: Collection[str] = ()) -> None:
+        """These nodes have gone: nothing is said of them any more, but by the watchers named."""
+        for watcher, found in list(self._found.items()):
+            left = {k: t for k, t in found.items() if conditions.node_of(k[1]) not in gone}
+            if watcher not in but and len(left) < len(found):
+                self._replace(watcher, left)
+
+    def _replace(self, watcher: str, after: dict[Key, Tracked]) -> None:
+        before = self._found.get(watcher, {})
         self._found[watcher] = after
-        if before != after:
+        for key, old in before.items():
+            if key not in after and self._said.pop((watcher, key), None) is not None:
+                code, subject, _ = key
+                lasted = round(time.time() - old.since)
+                _log.info("problem_over", node=subject, code=code, after_seconds=lasted)
+        self._settle()
+
+    def pending(self, watcher: str) -> bool:
+        """Whether something that it found waits to be confirmed."""
+        return any(not t.shown for t in self._found.get(watcher, {}).values())
+
+    def _settle(self) -> None:
+        """What has lasted shows, roots are found, what is new is logged."""
+        now = self._clock()
+        flat: dict[Key, Tracked] = {}
+        for found in self._found.values():
+            flat |= {key: t for key, t in found.items() if key not in flat}
+        shown = {key: t for key, t in conditions.show(flat, now).items() if t.shown}
+        explained = conditions.explain(shown, self.head, now)
+        for found in self._found.values():
+            for key, t in list(found.items()):
+                if key in explained:
+                    one = explained[key]
+                    found[key] = replace(t, shown=True, root=one.root, root_over=one.root_over)
+        for watcher, found in self._found.items():
+            if watcher not in self._quiet:
+                for key, t in found.items():
+                    if t.shown:
+                        self._say(watcher, key, t)
+        before = self._shown
+        rows = [t.condition(self._own) for t in explained.values()]
+        self._shown = tuple(sorted(rows, key=lambda c: c.explained_by is not None))
+        self._wake_later(now)
+        if before != self._shown:
             self._on_change()
 
-    def put_one(self, watcher: str, subject: str, problem: Problem | None) -> None:
-        """As `put`, where only one node was looked at; None: nothing is wrong with it."""
-        found = {s: p.problem for s, p in self._found.get(watcher, {}).items() if s != subject}
-        self.put(watcher, found if problem is None else found | {subject: problem})
+    def _say(self, watcher: str, key: Key, t: Tracked) -> None:
+        """Once as it shows; once more if it turns out to be a root after all."""
+        said = self._said.get((watcher, key))
+        if said or (said is False and t.root is not None):
+            return
+        self._said[watcher, key] = t.root is None
+        problem = t.seen.problem
+        fields = {"node": t.seen.subject, "cause": problem.cause, "remedy": problem.remedy}
+        if t.seen.seen_by:
+            fields["seen_by"] = t.seen.seen_by
+        if t.root is not None:
+            _log.info(problem.code, **fields, explained_by=" ".join(t.root))
+            return
+        say = {"error": _log.error, "warning": _log.warning, "note": _log.info}[t.severity]
+        say(problem.code, **fields)
 
-    def keep(self, subjects: Collection[str]) -> None:
-        """The other nodes have gone: nothing is said of them any more."""
-        for watcher, found in list(self._found.items()):
-            self.put(watcher, {s: p.problem for s, p in found.items() if s in subjects})
+    def _wake_later(self, now: float) -> None:
+        """Have `_settle` called when the next one is to show, or is no longer explained."""
+        if self._later is None:
+            return
+        every = [t for found in self._found.values() for t in found.values()]
+        times = [t.due for t in every if t.due is not None]
+        times += [t.root_over + conditions.LINGER for t in every if t.root_over is not None]
+        at = max(min(times), now + 0.01) if times else None
+        if at is not None and (self._woken_at is None or at < self._woken_at):
+            self._woken_at = at
+            self._later(at - now, self._wake)
+
+    def _wake(self) -> None:
+        self._woken_at = None
+        self._settle()

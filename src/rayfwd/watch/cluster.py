@@ -1,4 +1,8 @@
-"""Looks at the cluster from the head every so often, applies the rules and tells what changed."""
+"""Looks at the cluster from the head every so often, and applies the rules to what it saw.
+
+`ClusterWatch` runs `ray status` and reads the node table; `DashboardWatch` asks the dashboard for
+no more than an answer, and more often.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import nodes as node_table
 from rayfwd.ray import status as ray_status
-from rayfwd.ray.cluster import ClusterReport, NodeProblem
+from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.install import find
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
 from rayfwd.watch import rules
+from rayfwd.watch.board import Board
 
 SOON = 5.0
 """Seconds until the next look while something is being confirmed, or could not be seen."""
@@ -25,14 +30,19 @@ SOON = 5.0
 SETTLE = 6.0
 """Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
 
+WATCHER = "cluster"
+LOOKING = "cluster look"
+"""As the watcher that finds what kept from looking."""
+
 _log = get_logger(__name__)
 
 
 class ClusterWatch:
     """Of a head. One task, `run`, owns it; `report` is its last look, None before the first.
 
-    `plans` gives the nodes of the roster, `declared` what their configurations say they bring, by
-    address. `on_report` is called in the loop after every look.
+    `plans` gives the nodes of the roster, `up` those of them whose own rayfwd has Ray up,
+    `declared` what their configurations say they bring, by address. `on_report` is called in the
+    loop after every look.
     """
 
     def __init__(
@@ -40,21 +50,22 @@ class ClusterWatch:
         ray: RayConfig,
         head: NodePlan,
         supervisor: RaySupervisor,
+        board: Board,
         plans: Callable[[], Iterable[NodePlan]],
+        up: Callable[[], Iterable[NodePlan]],
+        declared: Callable[[], Mapping[str, Mapping[str, float]]],
         on_report: Callable[[ClusterReport], None],
-        declared: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
     ) -> None:
         self.report: ClusterReport | None = None
         self._ray = ray
         self._head = head
         self._supervisor = supervisor
+        self._board = board
         self._plans = plans
-        self._on_report = on_report
+        self._up = up
         self._declared = declared
-        self._tracked: dict[str, rules.Tracked] = {}
+        self._on_report = on_report
         self._totals_told: dict[str, float] | None = None
-        self._failures: list[str] = []
-        """Codes of the looks in a row that failed."""
         self._soon = asyncio.Event()
 
     def look_soon(self) -> None:
@@ -69,10 +80,13 @@ class ClusterWatch:
             if self._supervisor.state.phase == "up":
                 try:
                     pending = await self._look()
-                    self._failures.clear()
+                    self._board.put(LOOKING, {})
                 except ProblemError as exc:
                     pending = True
-                    self._tell_failure(exc.problem)
+                    self._board.put(LOOKING, {self._head.name: exc.problem})
+            else:
+                self._board.put(LOOKING, {})
+                self._board.put(WATCHER, {})
             interval = min(SOON, self._ray.status_interval) if pending else None
             wait = interval or (
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
@@ -93,26 +107,22 @@ class ClusterWatch:
         token = await asyncio.to_thread(read_token, env)
         # The table after the totals: what joins in between is confirmed by the next look.
         seen = await node_table.fetch(self._head.address, services["dashboard"], token)
-        names = {plan.address: plan.name for plan in self._plans()}
-        found = rules.nodes_without_resources(status, seen, names, time.time(), self._declared())
-        now = time.monotonic()
-        self._tracked, changes = rules.step(self._tracked, found, now)
-        for change in changes:
-            _tell(change, now)
+        plans = {plan.address: plan for plan in self._plans()}
+        names = {address: plan.name for address, plan in plans.items()}
+        now = time.time()
+        found = [
+            *rules.stale_totals(status, self._head.name, now),
+            *rules.fewer_than_declared(seen, plans, self._declared()),
+            *rules.one_address_twice(seen, names),
+            *rules.not_listed(seen, self._up()),
+            *rules.nodes_without_resources(status, seen, names, now),
+        ]
         self._tell_totals(status, seen)
-        offset = time.time() - now
-        self.report = ClusterReport(
-            as_of=status.as_of,
-            totals=status.totals,
-            nodes=tuple(seen),
-            problems=tuple(
-                NodeProblem(subject, t.first + offset, t.problem)
-                for subject, t in sorted(self._tracked.items())
-                if t.told is not None
-            ),
-        )
+        self.report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
+        self._board.put_all(WATCHER, found)
         self._on_report(self.report)
-        return status.as_of is None or any(t.told is None for t in self._tracked.values())
+        waits = status.as_of is None or rules.ageing(status, now)
+        return waits or self._board.pending(WATCHER)
 
     def _tell_totals(
         self, status: ray_status.RayStatus, seen: Iterable[node_table.NodeSeen]
@@ -125,23 +135,54 @@ class ClusterWatch:
             alive = sum(node.state == "ALIVE" for node in seen)
             _log.info("ray_totals", totals=totals, nodes_alive=alive)
 
-    def _tell_failure(self, problem: Problem) -> None:
-        """Once, at the second in a row: a dashboard that starts answers with errors for a while."""
-        self._failures.append(problem.code)
-        if self._failures.count(problem.code) == 2:
-            _log.warning(problem.code, cause=problem.cause, remedy=problem.remedy)
 
+class DashboardWatch:
+    """Of a head. `run` asks the dashboard for its version until it is cancelled."""
 
-def _tell(change: rules.Change, now: float) -> None:
-    problem = change.tracked.problem
-    lasted = round(now - change.tracked.first)
-    if change.kind == "cleared":
-        _log.info("ray_node_resources_back", node=change.subject, after_seconds=lasted)
-    else:
-        _log.error(
-            problem.code,
-            node=change.subject,
-            cause=problem.cause,
-            remedy=problem.remedy,
-            for_seconds=lasted,
+    INTERVAL = 8.0
+    """Seconds between two questions; one costs the dashboard a millisecond."""
+    AGAIN = 3.0
+    """Seconds until the next one after a failure."""
+    PATIENCE = 6.0
+    """Seconds for an answer."""
+    GRACE = 60.0
+    """Seconds after Ray came up in which a dashboard that never answered may still be starting."""
+
+    def __init__(self, head: NodePlan, supervisor: RaySupervisor, board: Board) -> None:
+        self._head = head
+        self._supervisor = supervisor
+        self._board = board
+        self._answered = 0.0
+        """Since when Ray was up as it answered last."""
+
+    async def run(self) -> None:
+        while True:
+            why = await self._look()
+            self._board.put(
+                "dashboard", {} if why is None else {self._head.name: self._problem(why)}
+            )
+            await asyncio.sleep(self.INTERVAL if why is None else self.AGAIN)
+
+    async def _look(self) -> str | None:
+        """What is wrong with it; None: nothing, or it is not to be expected now."""
+        state = self._supervisor.state
+        if state.phase != "up":
+            return None
+        host, port = self._head.address, self._head.services["dashboard"]
+        why = await node_table.no_answer(host, port, self.PATIENCE)
+        if why is None:
+            self._answered = state.since
+        elif self._answered != state.since and time.time() - state.since < self.GRACE:
+            return None
+        now = self._supervisor.state
+        return why if (now.phase, now.since) == (state.phase, state.since) else None
+
+    def _problem(self, why: str) -> Problem:
+        where = f"{self._head.address}:{self._head.services['dashboard']}"
+        return Problem(
+            "ray_dashboard_absent",
+            f"Ray's dashboard does not answer at http://{where}: {why}",
+            "look at dashboard.log and dashboard.err in Ray's session directory on the head; "
+            "without it there are no job submissions, no state API and no node table. It comes "
+            'with `pip install "ray[default]"`, and back with a restart of the head\'s Ray',
         )

@@ -1,32 +1,27 @@
-"""Decides from what was observed what is wrong, and when to say so (pure: time is passed in).
+"""Decides from one look at the cluster what is wrong with it (pure: time is passed in).
 
-`nodes_without_resources` judges one observation. `step` carries a judgement over time: a fault
-must last before it shows, is told once and again seldom, and its end is told once.
+How long a fault must last before it shows is in `conditions.py`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import combinations
 from math import comb
-from typing import Literal
 
+from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
+from rayfwd.watch.conditions import Seen
 
-CONFIRM_LOOKS = 2
-"""Looks in a row that must show a fault: a node that has just joined is in the node table some
-seconds before it is in the totals, which are renewed every 5 s."""
-
-CONFIRM_SECONDS = 10.0
-"""And for so long at least, however close the looks are."""
-
-REPEAT_SECONDS = 900.0
-STALE_SECONDS = 60.0
+STALE_SECONDS = 20.0
 """Totals older than this are no longer renewed (Ray does it every 5 s)."""
+
+AGEING_SECONDS = 10.0
+"""Totals older than this are looked at again soon."""
 
 TOLERANCE = 0.01
 """Part of an amount: memory is printed with two decimals."""
@@ -34,51 +29,109 @@ TOLERANCE = 0.01
 SETS_LIMIT = 5000
 """Sets of nodes of one size that are tried as the explanation of what is missing."""
 
-
-@dataclass(frozen=True, slots=True)
-class Tracked:
-    """A fault as it is followed."""
-
-    problem: Problem
-    first: float
-    """Seconds, on the clock given to `step`, of the first look that showed it."""
-    looks: int
-    told: float | None = None
-    """When it was last told; None: not confirmed yet."""
+_UNCOUNTED = ("memory", "object_store_memory")
+_OF_RAY = ("node:", "accelerator_type:", "bundle")
+"""Resources by which no node's owner counts: every node has them, or Ray makes them up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Something to tell."""
-
-    kind: Literal["raised", "repeated", "cleared"]
-    subject: str
-    tracked: Tracked
+def ageing(status: RayStatus, wall_time: float) -> bool:
+    """The totals are older than they are when all is well."""
+    return status.as_of is not None and wall_time - status.as_of > AGEING_SECONDS
 
 
-def step(
-    before: Mapping[str, Tracked], found: Mapping[str, Problem], now: float
-) -> tuple[dict[str, Tracked], list[Change]]:
-    """Follow the faults of one rule, by subject, through one more look."""
-    after: dict[str, Tracked] = {}
-    changes: list[Change] = []
-    for subject, problem in found.items():
-        old = before.get(subject)
-        new = (
-            replace(old, problem=problem, looks=old.looks + 1) if old else Tracked(problem, now, 1)
+def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Seen]:
+    """The head, where Ray's totals are not renewed any more."""
+    if status.as_of is None or wall_time - status.as_of <= STALE_SECONDS:
+        return []
+    stamp = datetime.fromtimestamp(status.as_of).isoformat(" ", "seconds")
+    problem = Problem(
+        "ray_totals_stale",
+        f"`ray status` on {head} is of {stamp}, {wall_time - status.as_of:.0f} s old: Ray's "
+        "monitor process, which renews it every 5 s, has ended or hangs",
+        "look at monitor.log and monitor.err in Ray's session directory on the head, and restart "
+        "Ray there; until then nobody sees what joins, and tasks run as before",
+    )
+    return [Seen(head, problem)]
+
+
+def fewer_than_declared(
+    nodes: Iterable[NodeSeen],
+    plans: Mapping[str, NodePlan],
+    declared: Mapping[str, Mapping[str, float]],
+) -> list[Seen]:
+    """Nodes that are ALIVE with less than their configuration declares, or with nothing.
+
+    `plans` and `declared` are by address; a node without either is left out. What is not declared
+    Ray finds by itself, a CPU at least.
+    """
+    found = []
+    for node in nodes:
+        plan, wanted = plans.get(node.address), declared.get(node.address)
+        if node.state != "ALIVE" or plan is None or wanted is None:
+            continue
+        has = {r: a for r, a in node.resources_total.items() if _counts(r) and a > 0}
+        short = {
+            r: amount for r, amount in wanted.items() if has.get(r, 0.0) < amount * (1 - TOLERANCE)
+        }
+        none = not has and wanted.get("CPU", 1.0) > 0
+        if not short and not none:
+            continue
+        said = ", ".join(
+            f"{r} {_number(has.get(r, 0.0))} of {_number(a)}" for r, a in short.items()
         )
-        if new.told is None:
-            if new.looks >= CONFIRM_LOOKS and now - new.first >= CONFIRM_SECONDS:
-                new = replace(new, told=now)
-                changes.append(Change("raised", subject, new))
-        elif now - new.told >= REPEAT_SECONDS:
-            new = replace(new, told=now)
-            changes.append(Change("repeated", subject, new))
-        after[subject] = new
-    for subject, old in before.items():
-        if subject not in found and old.told is not None:
-            changes.append(Change("cleared", subject, old))
-    return after, changes
+        problem = Problem(
+            "ray_resources_none" if not has else "ray_resources_fewer",
+            f"node {plan.name} ({plan.address}) joined "
+            + ("with no resources" if not has else "with fewer resources than declared")
+            + (f": {said}" if said else ""),
+            f"restart Ray on {plan.name} with what its configuration says (`rayfwd plan` there "
+            "prints the command), or correct ray.num_cpus, ray.num_gpus and ray.resources",
+        )
+        found.append(Seen(plan.name, problem))
+    return found
+
+
+def _counts(resource: str) -> bool:
+    return resource not in _UNCOUNTED and not resource.startswith(_OF_RAY)
+
+
+def one_address_twice(nodes: Iterable[NodeSeen], names: Mapping[str, str]) -> list[Seen]:
+    """Addresses with which several nodes are ALIVE."""
+    count = Counter(node.address for node in nodes if node.state == "ALIVE")
+    return [
+        Seen(
+            names.get(address, address),
+            Problem(
+                "ray_address_twice",
+                f"{times} nodes are ALIVE with the address {address}: connections meant for one "
+                "reach the other",
+                "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
+                "on the node has the pid of the one that rayfwd watches)",
+            ),
+        )
+        for address, times in count.items()
+        if times > 1
+    ]
+
+
+def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Seen]:
+    """Nodes (of `up`: their own rayfwd has Ray up) that the node table does not have ALIVE."""
+    alive = {node.address for node in nodes if node.state == "ALIVE"}
+    return [
+        Seen(
+            plan.name,
+            Problem(
+                "ray_not_listed",
+                f"Ray is up on {plan.name} ({plan.address}), and the head's node table "
+                "does not have it: it belongs to an earlier run of the head's Ray, or does not "
+                "reach the GCS",
+                f"nothing, if it passes: Ray's raylet on {plan.name} ends by itself and rayfwd "
+                f"starts it again; else look at raylet.out on {plan.name}",
+            ),
+        )
+        for plan in up
+        if plan.address not in alive
+    ]
 
 
 def nodes_without_resources(
@@ -86,18 +139,17 @@ def nodes_without_resources(
     nodes: Iterable[NodeSeen],
     names: Mapping[str, str],
     wall_time: float,
-    declared: Mapping[str, Mapping[str, float]] | None = None,
-) -> dict[str, Problem]:
+) -> list[Seen]:
     """Nodes that are ALIVE in the node table while the totals lack what they bring.
 
-    `names` gives a node's name for its address, `declared` what its configuration says it has.
+    `names` gives a node's name for its address.
     Ray's totals do not say which node brought what, so a node is suspected where they fall short
     of the sum over all nodes by at least what it has, in every resource it has. Where the status
     lists nodes one by one and lists some of the suspects, only the others are flagged; else the
     fewest whose resources make up exactly what is missing (of several that do equally, all).
     """
     alive = [n for n in nodes if n.state == "ALIVE"]
-    brings = {n.node_id: _brings(n, (declared or {}).get(n.address, {})) for n in alive}
+    brings = {n.node_id: _brings(n) for n in alive}
     expected: dict[str, float] = {}
     for amounts in brings.values():
         for resource, amount in amounts.items():
@@ -122,12 +174,11 @@ def nodes_without_resources(
     if suspects and (not unlisted or len(unlisted) == len(suspects)):
         suspects = _fewest_that_explain(short, suspects, brings, expected)
         unlisted = []
-    return {
-        names.get(n.address, n.address): _problem(
-            names.get(n.address, n.address), n, brings[n.node_id], status, expected, wall_time
-        )
+    return [
+        Seen(name, _problem(name, n, brings[n.node_id], status, expected, wall_time))
         for n in unlisted or suspects
-    }
+        if (name := names.get(n.address, n.address))
+    ]
 
 
 def _fewest_that_explain(
@@ -154,13 +205,9 @@ def _fewest_that_explain(
     return suspects
 
 
-def _brings(node: NodeSeen, declared: Mapping[str, float]) -> dict[str, float]:
+def _brings(node: NodeSeen) -> dict[str, float]:
     """What a node adds to the totals. `node:…` resources are Ray's own and not in the totals."""
-    amounts = {
-        resource: max(node.resources_total.get(resource, 0.0), declared.get(resource, 0.0))
-        for resource in {*node.resources_total, *declared}
-    }
-    return {r: a for r, a in amounts.items() if a > 0 and not r.startswith("node:")}
+    return {r: a for r, a in node.resources_total.items() if a > 0 and not r.startswith("node:")}
 
 
 def _problem(

@@ -1,0 +1,66 @@
+"""Say what a code of log or status means and what to do; without a code: which there are."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+from rayfwd.cli import OK
+from rayfwd.cli.common import table
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.watch.conditions import CATALOGUE
+
+NEAREST = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("code", nargs="?", metavar="CODE", help="for example ray_died")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.code is None:
+        rows = [(code, kind.severity) for code, kind in sorted(CATALOGUE.items()) if kind.counted]
+        print("\n".join(table(rows)))
+    else:
+        print(explanation(args.code))
+    return OK
+
+
+def document() -> str:
+    """docs/conditions.md: a part of the package, or beside it in a checkout."""
+    packaged = resources.files("rayfwd") / "conditions.md"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return (Path(__file__).parents[3] / "docs" / "conditions.md").read_text(encoding="utf-8")
+
+
+def sections(text: str) -> dict[str, str]:
+    """The text below each code's heading."""
+    parts = re.split(r"(?m)^### (\w+)\n|^## .*\n", text)[1:]
+    return {code: body.strip() for code, body in zip(parts[::2], parts[1::2], strict=True) if code}
+
+
+def explanation(code: str) -> str:
+    """A code's section. Raises ProblemError (condition_unknown)."""
+    known = sections(document())
+    wanted = code.strip().lower().replace("-", "_")
+    if wanted in known:
+        return f"{wanted}\n\n{known[wanted].replace('**Do:**', 'Do:').replace('`', '')}"
+    words = set(wanted.split("_"))
+    near = get_close_matches(wanted, known, NEAREST, 0.6)
+    near += sorted(
+        (other for other in known if words & set(other.split("_")) and other not in near),
+        key=lambda other: (-len(words & set(other.split("_"))), other),
+    )
+    raise ProblemError(
+        Problem(
+            "condition_unknown",
+            f'there is no code "{code}"',
+            f"did you mean {', '.join(near[:NEAREST])}?"
+            if near
+            else "`rayfwd explain` lists the codes",
+        )
+    )

@@ -1,0 +1,126 @@
+"""What this machine itself is short of: file descriptors, disk, ports for Ray's workers.
+
+The rules are pure; `look` reads what they need from the kernel and may block for milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.ray import procfs
+
+INTERVAL = 10.0
+"""Seconds between two looks."""
+
+OWN_DESCRIPTORS = 64
+"""What the daemon needs for itself: lanes, logs, the control socket, the metrics."""
+NODE_DESCRIPTORS = 64
+"""Connections that one other node's Ray keeps open through the doors here, at least: an idle
+cluster of three has 20 to 40 a node."""
+
+DISK_FULL = 0.95
+"""Part of the disk from which on Ray creates no more objects there
+(`RAY_local_fs_capacity_threshold`, Ray 2.9 to 2.60)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSeen:
+    """What was looked at. Sizes in bytes."""
+
+    doors: int
+    """Doors that there are to be here."""
+    others: int
+    """Nodes that reach this one, or are reached, through doors."""
+    limit: int
+    """File descriptors that the daemon may have open."""
+    disks: Mapping[str, tuple[int, int]]
+    """Directory to what is free there for a user, and what there is."""
+    listening: Collection[int]
+    """Ports with a listening socket on this machine."""
+    workers: range
+    """Ports that are Ray's for worker processes here; empty: Ray is not up."""
+
+
+def look(
+    doors: int, nodes: Collection[NodePlan], own: NodePlan | None, disks: Collection[str], up: bool
+) -> MachineSeen:
+    """Look now. Directories that cannot be looked at are left out."""
+    found = {}
+    for directory in disks:
+        try:
+            stat = os.statvfs(_there(Path(directory)))
+        except OSError:
+            continue
+        if stat.f_blocks:
+            # As Ray counts it: what only root may use is not there.
+            total = (stat.f_blocks - stat.f_bfree + stat.f_bavail) * stat.f_frsize
+            found[directory] = (stat.f_bavail * stat.f_frsize, total)
+    workers = range(own.first_worker_port, own.last_worker_port + 1) if own and up else range(0)
+    return MachineSeen(
+        doors=doors,
+        others=max(0, len(nodes) - 1),
+        limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        disks=found,
+        listening=procfs.listening() if workers else (),
+        workers=workers,
+    )
+
+
+def _there(path: Path) -> Path:
+    """The directory, or the nearest above it that there is."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def judge(seen: MachineSeen) -> list[Problem]:
+    """What is short."""
+    found = [*_descriptors(seen), *_ports(seen)]
+    for directory, (free, total) in seen.disks.items():
+        if total > 0 and 1 - free / total >= DISK_FULL:
+            found.append(
+                Problem(
+                    "disk_nearly_full",
+                    f"the disk of {directory}, where Ray keeps logs and spilt objects, is "
+                    f"{100 * (1 - free / total):.0f} % full ({free / 1e6:.0f} MB free)",
+                    "remove old sessions of Ray there (the one that runs is session_latest), or "
+                    'give Ray another place: ray.extra_args = ["--temp-dir=…"]',
+                )
+            )
+            break  # one disk, as a rule
+    return found
+
+
+def _descriptors(seen: MachineSeen) -> list[Problem]:
+    need = OWN_DESCRIPTORS + seen.doors + NODE_DESCRIPTORS * seen.others
+    if seen.limit < 0 or seen.limit >= need:
+        return []
+    return [
+        Problem(
+            "descriptors_low",
+            f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.doors} "
+            f"doors, and connections of {seen.others} other nodes",
+            f"raise the limit to {2 * need} at least: LimitNOFILE= of the service, or `ulimit -Hn`",
+        )
+    ]
+
+
+def _ports(seen: MachineSeen) -> list[Problem]:
+    if not seen.workers or not set(seen.workers) <= set(seen.listening):
+        return []
+    span = f"{seen.workers[0]}-{seen.workers[-1]}"
+    return [
+        Problem(
+            "ray_worker_ports_exhausted",
+            f"all {len(seen.workers)} ports for Ray's worker processes ({span}) are in use: Ray "
+            'starts no more of them here (raylet.out has "No available ports")',
+            f"set ray.worker_ports = {2 * len(seen.workers)} or more on this node and restart "
+            "rayfwd there; an actor, a task that runs and a driver take one each",
+        )
+    ]

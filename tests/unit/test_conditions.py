@@ -1,0 +1,474 @@
+"""Conditions: when they show, what explains them, what is said of them, and their document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfwd.cli import explain
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.watch import conditions, machine
+from rayfwd.watch.board import Board
+from rayfwd.watch.conditions import CATALOGUE, Condition, Kind, Seen, worst
+from rayfwd.watch.links import LinkRules, LinkSeen
+from rayfwd.watch.machine import MachineSeen
+from tests.unit.loops import log_events, of
+from tests.unit.test_events import codes
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "conditions.md").read_text()
+NAMED_BY = {"the link's": conditions.LINK_CODES, "Ray's": conditions.RAY_CODES}
+"""How the document names the codes of a whole part."""
+
+
+def meta(kind: Kind) -> str:
+    """The line below a code's heading."""
+    if not kind.counted:
+        return "*An answer or an ending, never in the status.*"
+    looks = "in two looks in a row" if kind.looks == 2 else ""
+    lasts = f"for {kind.hold:g} s" if kind.hold else ""
+    when = " and ".join(part for part in (looks, lasts) if part)
+    parts = [
+        kind.severity.capitalize(),
+        f"shows when it was there {when}" if when else "shows at once",
+    ]
+    by = set(kind.explained_by)
+    names = []
+    for name, whole in NAMED_BY.items():
+        if len(by & whole) > 8:
+            names.append(name)
+            by -= whole
+    if by or names:
+        parts.append("explained by " + ", ".join([*names, *sorted(f"`{code}`" for code in by)]))
+    return f"*{'; '.join(parts)}.*"
+
+
+# -- the document
+
+
+def test_every_code_of_the_source_is_in_the_catalogue() -> None:
+    assert sorted(codes() - CATALOGUE.keys()) == []
+
+
+def test_every_code_of_the_catalogue_has_a_section_and_none_besides() -> None:
+    assert explain.sections(DOCUMENT).keys() == CATALOGUE.keys()
+
+
+@pytest.mark.parametrize("code", CATALOGUE)
+def test_a_section_says_when_it_shows_and_what_to_do(code: str) -> None:
+    first, what, *do = explain.sections(DOCUMENT)[code].split("\n\n")
+    assert first == meta(CATALOGUE[code])
+    assert len(what) > 20
+    assert re.fullmatch(r"\*\*Do:\*\* .+", do[0], re.DOTALL)
+    assert len(do) == 1
+
+
+def test_what_explains_is_a_code() -> None:
+    assert {by for kind in CATALOGUE.values() for by in kind.explained_by} <= CATALOGUE.keys()
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain.run(argparse.Namespace(code="ray_died")) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ray_died\n\n*Error; shows at once")
+    assert "Do: Look at raylet.out" in said
+    assert "###" not in said
+    assert explain.run(argparse.Namespace(code=None)) == 0
+    rows = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert rows["link_slow"] == "warning"
+    assert "daemon_not_running" not in rows
+
+
+@pytest.mark.parametrize(
+    ("code", "near"),
+    [
+        ("ray_dyed", "ray_died"),
+        ("link_lost", "link_slow"),
+        ("disk_full", "disk_nearly_full"),
+        ("canary", "canary_failed"),
+        ("%%", "lists the codes"),
+    ],
+)
+def test_explain_what_there_is_not(code: str, near: str) -> None:
+    with pytest.raises(ProblemError) as caught:
+        explain.explanation(code)
+    assert caught.value.problem.code == "condition_unknown"
+    assert near in caught.value.problem.remedy
+
+
+# -- over time
+
+
+@dataclass
+class Desk:
+    """A board with a clock that is turned."""
+
+    now: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.wakes: list[tuple[float, Callable[[], None]]] = []
+        self.changes = 0
+        self.board = Board(self._changed, "head", self._later, lambda: self.now)
+        self.board.head = "head"
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def _later(self, seconds: float, wake: Callable[[], None]) -> None:
+        assert seconds > 0
+        self.wakes.append((self.now + seconds, wake))
+
+    def until(self, now: float) -> None:
+        """Let time pass, and be woken in it."""
+        while self.wakes and min(at for at, _ in self.wakes) <= now:
+            at, wake = min(self.wakes, key=lambda pair: pair[0])
+            self.wakes.remove((at, wake))
+            self.now = max(self.now, at)
+            wake()
+        self.now = now
+
+    def put(self, watcher: str, *rows: tuple[str, str] | Seen) -> None:
+        self.board.put_all(watcher, [r if isinstance(r, Seen) else seen(*r) for r in rows])
+
+    @property
+    def shown(self) -> list[str]:
+        """`code subject`, and behind it the root's."""
+        return [
+            f"{c.code} {c.subject}" + (f" < {' '.join(c.explained_by)}" if c.explained_by else "")
+            for c in self.board.conditions
+        ]
+
+
+def seen(code: str, subject: str, cause: str = "cause", **fields: Any) -> Seen:
+    return Seen(subject, Problem(code, cause, "remedy"), **fields)
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes whose times are easily reckoned with."""
+    made = {
+        "now": Kind("error"),
+        "held": Kind("warning", hold=10.0),
+        "twice": Kind("error", looks=2),
+        "both": Kind("error", hold=10.0, looks=2),
+        "leaf": Kind("error", explained_by=frozenset({"root", "twig", "leaf"})),
+        "twig": Kind("error", explained_by=frozenset({"root"})),
+        "root": Kind("error"),
+        "aside": Kind("note"),
+    }
+    monkeypatch.setattr(conditions, "CATALOGUE", made)
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    ("code", "looks", "shows_at"),
+    [
+        ("now", [0], 0),
+        ("of another version", [0], 0),
+        ("held", [0], 10),
+        ("twice", [0, 3], 3),
+        ("both", [0, 3], 10),
+        ("both", [0, 12], 12),
+        ("both", [0], None),
+        ("twice", [0], None),
+    ],
+)
+def test_when_it_shows(code: str, looks: list[float], shows_at: float | None) -> None:
+    desk = Desk()
+    when = None
+    for moment in range(40):
+        desk.until(moment)
+        if moment in looks:
+            desk.put("a", (code, "w1"))
+        if desk.shown and when is None:
+            when = moment
+    assert when == shows_at
+
+
+@pytest.mark.usefixtures("kinds")
+def test_what_ends_before_it_shows_is_never_told() -> None:
+    desk = Desk()
+    with log_events() as log:
+        desk.put("a", ("held", "w1"), ("twice", "w1"))
+        assert desk.board.pending("a")
+        desk.until(9)
+        desk.put("a")
+        assert not desk.board.pending("a")
+        desk.until(60)
+        desk.put("a", ("twice", "w1"))  # not the second in a row
+    assert log == []
+    assert desk.changes == 0
+
+
+@pytest.mark.usefixtures("kinds")
+def test_raised_once_and_cleared_once() -> None:
+    desk = Desk()
+    with log_events() as log:
+        desk.put("a", ("now", "w1"))
+        since = desk.board.conditions[0].since
+        desk.until(5)
+        desk.put("a", seen("now", "w1", "another number"))
+        assert desk.board.conditions[0].cause == "another number"
+        assert desk.board.conditions[0].since == since
+        desk.put("b", ("aside", "w2"))
+        desk.put("a")
+        desk.put("b")
+    assert [(e["event"], e["log_level"], e["node"]) for e in log] == [
+        ("now", "error", "w1"),
+        ("aside", "info", "w2"),
+        ("problem_over", "info", "w1"),
+        ("problem_over", "info", "w2"),
+    ]
+    assert desk.changes == 5
+
+
+@pytest.mark.usefixtures("kinds")
+def test_what_somebody_else_logs_is_not_logged() -> None:
+    desk = Desk()
+    with log_events() as log:
+        desk.board.put_all("a", [seen("now", "w1")], quiet=True)
+        assert desk.shown == ["now w1"]
+        desk.board.put_all("a", [], quiet=True)
+    assert log == []
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_node_that_has_gone() -> None:
+    desk = Desk()
+    desk.put("a", ("now", "w1"), ("now", "w1/bulk"), ("now", "w2"))
+    desk.put("link", ("root", "w1"))
+    with log_events() as log:
+        desk.board.drop({"w1"}, but=("link",))
+    assert desk.shown == ["now w2", "root w1"]
+    assert [e["node"] for e in of(log, "problem_over")] == ["w1", "w1/bulk"]
+
+
+# -- what explains what
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ([seen("leaf", "w1"), seen("root", "w1")], ["root w1", "leaf w1 < root w1"]),
+        # Down to the first cause.
+        (
+            [seen("leaf", "w1"), seen("twig", "w1"), seen("root", "w1")],
+            ["root w1", "leaf w1 < root w1", "twig w1 < root w1"],
+        ),
+        # The head's explains everybody's, another node's nobody else's.
+        ([seen("leaf", "w1"), seen("root", "head")], ["root head", "leaf w1 < root head"]),
+        ([seen("leaf", "w1"), seen("root", "w2")], ["leaf w1", "root w2"]),
+        ([seen("leaf", "head"), seen("root", "w1")], ["leaf head", "root w1"]),
+        # Of a lane or a door: its node.
+        ([seen("leaf", "w1/bulk"), seen("root", "w1")], ["root w1", "leaf w1/bulk < root w1"]),
+        # The same code: the head's explains the workers'.
+        ([seen("leaf", "w1"), seen("leaf", "head")], ["leaf head", "leaf w1 < leaf head"]),
+        ([seen("leaf", "w1"), seen("leaf", "w2")], ["leaf w1", "leaf w2"]),
+        # A node speaks for itself, and the head for all.
+        (
+            [seen("leaf", "w1"), seen("root", "w1", seen_by="w1")],
+            ["root w1", "leaf w1 < root w1"],
+        ),
+        ([seen("leaf", "w1"), seen("root", "w1", seen_by="w2")], ["leaf w1", "root w1"]),
+        # What explains nothing.
+        ([seen("leaf", "w1"), seen("root", "w1", explains=False)], ["leaf w1", "root w1"]),
+    ],
+)
+def test_the_root_is_shown_first(found: list[Seen], shown: list[str]) -> None:
+    desk = Desk()
+    desk.put("a", *found)
+    assert desk.shown == shown
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_symptom_outlives_its_root_for_a_while() -> None:
+    desk = Desk()
+    with log_events() as log:
+        desk.put("a", ("root", "w1"))
+        desk.put("b", ("leaf", "w1"))
+        desk.until(100)
+        desk.put("a")
+        desk.until(100 + conditions.LINGER - 1)
+        assert desk.shown == ["leaf w1 < root w1"]
+        desk.until(100 + conditions.LINGER + 1)
+        assert desk.shown == ["leaf w1"]
+        desk.put("b")
+    assert [(e["event"], e["log_level"], e.get("explained_by")) for e in log] == [
+        ("root", "error", None),
+        ("leaf", "info", "root w1"),
+        ("problem_over", "info", None),
+        ("leaf", "error", None),
+        ("problem_over", "info", None),
+    ]
+
+
+@pytest.mark.usefixtures("kinds")
+def test_the_worst_is_a_root() -> None:
+    desk = Desk()
+    assert worst(desk.board.conditions) is None
+    desk.put("a", ("aside", "w1"), ("held", "w1"), ("root", "w2"), ("leaf", "w2"))
+    first = worst(desk.board.conditions)
+    assert first is not None
+    assert (first.code, first.subject) == ("root", "w2")
+
+
+# -- between nodes
+
+
+def condition(code: str, severity: Any = "error", cause: str = "cause") -> Condition:
+    return Condition(code, severity, "w1", 5.0, cause, "remedy", "w1", None)
+
+
+def test_conditions_go_over_the_wire() -> None:
+    message = json.loads(json.dumps(conditions.message([condition("ray_died")])))
+    (told,) = conditions.from_message(message, None)
+    assert told == Seen("w1", Problem("ray_died", "cause", "remedy"), "w1", "error")
+    (told,) = conditions.from_message(message, "w2")
+    assert told.seen_by == "w2", "a worker speaks for itself"
+
+
+def test_too_much_to_tell_is_the_worst_of_it() -> None:
+    rows = [condition("link_parked", "note", "x" * 5000)] * 200 + [condition("ray_died")]
+    message = conditions.message(rows)
+    assert len(json.dumps(message)) < 1 << 18
+    told = conditions.from_message(message, None)
+    assert told[0].problem.code == "ray_died"
+    assert len(told) == conditions.MOST_TOLD
+
+
+ROW = {
+    "code": "x", "severity": "note", "subject": "w1", "cause": "c", "remedy": "r", "seen_by": "w1"
+}  # fmt: skip
+
+
+def bad_messages() -> Iterable[dict[str, Any]]:
+    yield {}
+    yield {"conditions": 5}
+    yield {"conditions": [5]}
+    for key in ROW:
+        yield {"conditions": [{k: v for k, v in ROW.items() if k != key}]}
+        if key != "severity":  # another version's is taken for its code's own
+            yield {"conditions": [{**ROW, key: 5}]}
+    yield {"conditions": [{**ROW, "code": "sudo rm"}]}
+
+
+@pytest.mark.parametrize("message", list(bad_messages()))
+def test_messages_that_are_none(message: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        conditions.from_message(message, None)
+
+
+# -- links
+
+
+def trips(*spans: tuple[float, float | None]) -> list[tuple[float, float | None]]:
+    """A round-trip time every 2 s, over spans of (seconds, milliseconds)."""
+    out: list[tuple[float, float | None]] = []
+    for seconds, value in spans:
+        out += [
+            (2.0 * (len(out) + i), None if value is None else value / 1000)
+            for i in range(int(seconds / 2))
+        ]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("spans", "slow"),
+    [
+        ([(3600, 40)], []),
+        ([(60, 1), (20, 400)], [(66, 78)]),
+        ([(60, 1), (4, 400), (10, 1), (4, 400), (10, 1)], []),  # never for long enough
+        ([(60, 1), (20, 400), (20, 1)], [(66, 78)]),
+        ([(60, 1), (20, 100)], []),  # a hundred times as long, and still short
+        ([(60, 200), (20, 700)], []),  # half a second more, and less than five times as long
+        ([(60, 200), (20, 1200)], [(66, 78)]),
+        ([(10, 1), (30, 400)], []),  # no past to speak of
+        ([(60, 1), (4, 400), (10, None), (6, 400)], []),  # it went, and came back
+        ([(60, 1), (7200, 400)], [(66, 654)]),  # what lasts is usual one day
+        ([(60, 1), (300, 400)], [(66, 358)]),
+    ],
+)
+def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, float]]) -> None:
+    rules = LinkRules()
+    found = [
+        now
+        for now, trip in trips(*spans)
+        if any(s.problem.code == "link_slow" for s in rules.look({"w1": LinkSeen({}, trip)}, now))
+    ]
+    assert found == [float(t) for first, last in slow for t in range(int(first), int(last) + 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("lost_at", "flaps"),
+    [
+        ([10, 20, 30], None),
+        ([10, 20, 30, 40], (40, 100)),
+        ([10, 50, 90, 128], (128, 188)),
+        ([10, 60, 110, 160], None),
+        ([10, 20, 30, 40, 80], (40, 140)),
+    ],
+)
+def test_flapping(lost_at: list[float], flaps: tuple[float, float] | None) -> None:
+    rules = LinkRules()
+    count = 7  # of before
+    found = []
+    for now in range(0, 300, 2):
+        count += now in lost_at
+        losses = {"bulk": count, "interactive": 3}
+        for one in rules.look({"w1": LinkSeen(losses, None, "reset")}, float(now)):
+            assert (one.subject, one.problem.code) == ("w1/bulk", "lane_flapping")
+            assert "the last time: reset" in one.problem.cause
+            found.append(now)
+    assert (found[0], found[-1]) == flaps if flaps else found == []
+
+
+# -- the machine
+
+
+FINE = MachineSeen(
+    doors=100, others=2, limit=1024, disks={"/tmp/ray": (50, 100)}, listening=(22, 20054),
+    workers=range(20054, 20062),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({}, None, ""),
+        ({"limit": -1, "doors": 10_000}, None, ""),
+        ({"limit": 256}, "descriptors_low", "may have 256 files open, and the plan needs 292"),
+        ({"others": 20}, "descriptors_low", "20 other nodes"),
+        ({"disks": {"/tmp/ray": (6, 100)}}, None, ""),
+        ({"disks": {"/tmp/ray": (4_000_000, 100_000_000)}}, "disk_nearly_full", "96 % full (4 MB"),
+        ({"disks": {}}, None, ""),
+        ({"listening": range(20053, 20070)}, "ray_worker_ports_exhausted", "all 8 ports"),
+        ({"listening": range(20054, 20061)}, None, ""),
+        ({"listening": range(20053, 20070), "workers": range(0)}, None, ""),
+    ],
+)
+def test_what_the_machine_is_short_of(changes: dict[str, Any], code: str | None, said: str) -> None:
+    found = machine.judge(replace(FINE, **changes))
+    assert [problem.code for problem in found] == ([code] if code else [])
+    assert not code or said in found[0].cause
+
+
+def test_this_machine_is_looked_at(tmp_path: Path) -> None:
+    import socket
+
+    plan = NodePlan("w1", "worker", "127.77.0.2", 20046, 8)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        seen_ = machine.look(5, [plan, plan], plan, [f"{tmp_path}/not/there"], True)
+        assert server.getsockname()[1] in seen_.listening
+    ((free, total),) = seen_.disks.values()
+    assert 0 < free < total
+    assert seen_.limit > 100
+    assert list(seen_.workers) == list(range(20054, 20062))
+    assert not machine.look(5, [plan], plan, [], False).workers
