@@ -23,7 +23,9 @@ endif
 
 # The fast ones first, so that a plain mistake is seen in seconds.
 OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
-PYTEST = $(BIN)/python -m pytest tests/unit $(OTHER_TESTS)
+# Two files at a time, each whole on one side: most tests of the lab wait more than they compute.
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
 .PHONY: test demo bench checks lint types fast packages ray-envs show-pytest clean
 .DEFAULT_GOAL := test
@@ -50,7 +52,7 @@ types: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 fast: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
 
 # How `make test` calls pytest, for .ci/run.
 show-pytest:

@@ -2,15 +2,19 @@
 
 Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs root and its tools
 (everything below tests/lab/ has it). Without them a test is skipped with a reason, or fails where
-RAYFWD_REQUIRE=all.
+RAYFWD_REQUIRE=all. `alone` is for a file that measures how long something takes: where files run
+side by side (`pytest -n 2`), none runs beside it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_ray
@@ -20,6 +24,10 @@ ORDER = ("unit", "ray", "lab", "demo")
 
 LIMITS = {"unit": 60, "ray": 200, "lab": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
+
+# A slow moment of the machine is no fault of what is tested.
+settings.register_profile("rayfwd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rayfwd")
 
 
 def folder(item: pytest.Item) -> str:
@@ -40,6 +48,55 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.lab)
         if item.get_closest_marker("timeout") is None and where in LIMITS:
             item.add_marker(pytest.mark.timeout(LIMITS[where]))
+
+
+class Turn:
+    """What keeps an `alone` file apart from all others, in this checkout's other runs too.
+
+    Two locks of the kernel's, on directories that are there anyway: whoever waits for `room` holds
+    `gate`, so that no file can overtake one that waits to be alone.
+    """
+
+    def __init__(self) -> None:
+        self._room: int | None = None
+
+    def take(self, alone: bool) -> None:
+        """Begin a file, when its turn has come."""
+        gate = os.open(CHECKOUT / "tests", os.O_RDONLY)
+        try:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            self._room = os.open(CHECKOUT / "tests" / "lab", os.O_RDONLY)
+            fcntl.flock(self._room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        finally:
+            os.close(gate)
+
+    def leave(self) -> None:
+        """End it."""
+        if self._room is not None:
+            os.close(self._room)
+            self._room = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether a file has begun."""
+        return self._room is not None
+
+
+turn = Turn()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the waiting is not on a test's own time limit
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Hold a turn from a file's first test until the fixtures of its last are gone."""
+    if not turn.taken:
+        turn.take(item.get_closest_marker("alone") is not None)
+    try:
+        return (yield)
+    finally:
+        if nextitem is None or nextitem.path != item.path:
+            turn.leave()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -23,7 +23,7 @@ from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
 from tests.lab.process import until
 from tests.lab.toll import ECHO, Echoes, Job, doors
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.alone]
 
 NOTICED = 6.0
 """Seconds in which a silent peer is noticed."""

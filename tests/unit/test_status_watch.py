@@ -109,11 +109,12 @@ def test_it_refreshes_says_a_restart_and_ends_cleanly(place: Path, opened: list[
     assert "READY" in after, "the last one stays to be read"
 
 
-def test_sigterm_puts_the_terminal_back(place: Path, opened: list[Terminal]) -> None:
+@pytest.mark.parametrize("at", [ALTERNATE, "gpu-1"])
+def test_sigterm_puts_the_terminal_back(place: Path, opened: list[Terminal], at: str) -> None:
     with daemon(place, status=STATUS):
         seen = Terminal(place, "--watch")
         opened.append(seen)
-        seen.read_until("gpu-1")
+        seen.read_until(at)
         assert seen.end(signal.SIGTERM) == 128 + signal.SIGTERM
     assert seen.written.count(USUAL) == seen.written.count(ALTERNATE) == 1
     assert seen.written.rindex(USUAL) > seen.written.rindex(ALTERNATE)

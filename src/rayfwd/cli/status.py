@@ -133,13 +133,16 @@ class Watch:
                 out.print()
                 time.sleep(self._interval)
                 shown = self.screen()
+        live = Live(shown, console=out, screen=True, auto_refresh=False)
         try:
-            with Live(shown, console=out, screen=True, auto_refresh=False) as live:
-                while True:
-                    time.sleep(self._interval)
-                    shown = self.screen()
-                    live.update(shown, refresh=True)
+            with _signals_held():  # one that ended it half-way would leave the other screen on
+                live.start(refresh=True)
+            while True:
+                time.sleep(self._interval)
+                shown = self.screen()
+                live.update(shown, refresh=True)
         finally:
+            live.stop()
             out.print(shown)  # the terminal is as it was before: the last one stays to be read
 
     def screen(self) -> RenderableType:
@@ -177,6 +180,16 @@ class Watch:
         if self._last is not None:
             lines += [Text(), Text("as it was:", "dim"), Screen(*self._last)]
         return Group(*lines)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """SIGTERM and Ctrl-C wait until this is done."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
