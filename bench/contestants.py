@@ -81,6 +81,12 @@ def cpu_seconds(root: int) -> float:
     return total
 
 
+def nanoseconds(pid: int) -> int:
+    """Processor time of a process, all its threads: finer than clock ticks."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+
+
 class Sshd:
     """Debian's sshd with its defaults, keys of its own, on a port of this machine."""
 
@@ -234,3 +240,30 @@ def wait_until_up(config: Path, directory: Path) -> None:
         time.sleep(0.2)
     logs = "".join(path.read_text()[-2000:] for path in directory.glob("*.log"))
     raise TimeoutError(f"the link did not come up:\n{logs}")
+
+
+@contextlib.contextmanager
+def hub_alone(server: int, directory: Path) -> Iterator[tuple[Path, int]]:
+    """A head's daemon without workers: the hub's socket, and the daemon's process."""
+    processes = Processes()
+    network = f"127.{64 + os.getpid() % 60}.0.0/16"
+    (directory / "head.toml").write_text(
+        f"role = 'head'\nname = 'head'\nexpose = [{server}]\n"
+        f"state_dir = '{directory}/state'\nruntime_dir = '{directory}/run'\n"
+        f"[hub]\nport_base = 24000\nnetwork = '{network}'\n"
+        "[ray]\nstart = false\ncommand = 'none'\nworker_ports = 8\n"
+    )
+    try:
+        daemon = processes.start(
+            [sys.executable, "-m", "rayfwd", "run", "--config", f"{directory}/head.toml"],
+            directory / "head.log",
+        )
+        path = directory / "run" / "hub.sock"
+        end = time.monotonic() + 30
+        while not path.exists():
+            if time.monotonic() > end:
+                raise TimeoutError((directory / "head.log").read_text()[-2000:])
+            time.sleep(0.05)
+        yield path, daemon.pid
+    finally:
+        processes.close()

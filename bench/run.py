@@ -1,7 +1,8 @@
 """`make bench`: rayfwd beside what people use today, in one run: medians and ratios.
 
-Everything goes through one sshd on this machine's loopback. The table is written to
-docs/benchmarks.md. Run it as root (sshd wants it) on a machine that does nothing else.
+Everything goes through one sshd on this machine's loopback. Run it as root (sshd wants it) on a
+machine that does nothing else. It is done in pieces (`--only PIECE`), each of a few minutes; what
+was measured is kept in docs/benchmarks.json, and docs/benchmarks.md is written from that.
 """
 
 from __future__ import annotations
@@ -9,107 +10,203 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import contestants, peers
+from bench import contestants, page, peers
+from bench.page import GCM, REFERENCE, Results
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "benchmarks.md"
 MB = 1 << 20
-REFERENCE = "ssh -L"
-GCM = "aes128-gcm@openssh.com"
-
 Way = contextlib.AbstractContextManager[tuple[int, list[int]]]
-Results = dict[str, dict[str, list[float]]]
-
-MEASURES = {
-    "worker to head": ("MB/s", True),
-    "head to worker": ("MB/s", True),
-    "processor time": ("s/GB", False),
-    "round trip, p50": ("µs", False),
-    "round trip, p99": ("µs", False),
-    "beside bulk up, p99": ("µs", False),
-    "beside bulk down, p99": ("µs", False),
-}
-"""What is measured: the unit, and whether more is better."""
+Make = Callable[[int, Path], Way]
+"""A way by the sshd at a port (its own or a relay's)."""
 
 
 @contextlib.contextmanager
-def direct(server: int) -> Iterator[tuple[int, list[int]]]:
+def direct(port: int) -> Iterator[tuple[int, list[int]]]:
     """No way at all."""
-    yield server, []
+    yield port, []
 
 
-def ways(sshd: contestants.Sshd, server: int) -> dict[str, Callable[[Path], Way]]:
-    """Every contestant, by name."""
-    return {
-        "direct": lambda _: direct(server),
-        REFERENCE: lambda d: contestants.openssh(sshd, sshd.port, server, d, None),
-        f"ssh -L, {GCM}": lambda d: contestants.openssh(sshd, sshd.port, server, d, GCM),
-        "AsyncSSH's forwarding": lambda d: contestants.asyncssh_plain(sshd, sshd.port, server, d),
-        "rayfwd": lambda d: contestants.rayfwd(sshd, sshd.port, server, d),
-        "rayfwd, worker to worker": lambda d: contestants.rayfwd(
-            sshd, sshd.port, server, d, workers=2
-        ),
-    }
+class Bench:
+    """An sshd, a server behind it, a directory, and what was asked for."""
+
+    def __init__(self, directory: Path, rounds: int, megabytes: int, seconds: float) -> None:
+        self.directory, self.rounds = directory, rounds
+        self.size, self.seconds = megabytes * MB, seconds
+        self.server = contestants.free_port()
+        self._serving = self.python("bench.peers", self.server)
+        self.sshd = contestants.Sshd(directory)
+        contestants.wait_for_port(self.server)
+        self._places = 0
+
+    def close(self) -> None:
+        self.sshd.close()
+        end(self._serving)
+
+    def python(self, module: str, *args: object) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)],
+            cwd=page.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def place(self) -> Path:
+        """A directory for one contestant of one round."""
+        self._places += 1
+        place = self.directory / str(self._places)
+        place.mkdir()
+        return place
+
+    def ways(self) -> dict[str, Make]:
+        """Every contestant, by name."""
+        sshd, server = self.sshd, self.server
+        return {
+            REFERENCE: lambda via, d: contestants.openssh(sshd, via, server, d, None),
+            f"ssh -L, {GCM}": lambda via, d: contestants.openssh(sshd, via, server, d, GCM),
+            "AsyncSSH's forwarding": lambda via, d: contestants.asyncssh_plain(
+                sshd, via, server, d
+            ),
+            "rayfwd": lambda via, d: contestants.rayfwd(sshd, via, server, d),
+            "rayfwd, worker to worker": lambda via, d: contestants.rayfwd(
+                sshd, via, server, d, workers=2
+            ),
+        }
+
+    def each(
+        self, ways: dict[str, Make], via: int, look: Callable[..., dict[str, float]]
+    ) -> Results:
+        """`look` at each contestant, round after round."""
+        results: Results = defaultdict(lambda: defaultdict(list))
+        for number in range(self.rounds):
+            for name, make in ways.items():
+                with make(via, self.place()) as (port, pids):
+                    figures = look(port, pids)
+                for key, value in figures.items():
+                    results[name][key].append(value)
+                shown = ", ".join(f"{k} {v:,.3g}" for k, v in figures.items())
+                print(f"round {number + 1}, {name}: {shown}", flush=True)
+        return results
 
 
-def measure(port: int, pids: list[int], size: int, seconds: float) -> dict[str, float]:
-    """One round of one contestant."""
-    peers.upload(port, 16 * MB)  # windows open, caches warm
-    before = sum(map(contestants.cpu_seconds, pids))
-    up, down = peers.upload(port, size), peers.download(port, size)
-    spent = sum(map(contestants.cpu_seconds, pids)) - before
-    idle = peers.round_trips(port, seconds)
-    beside_up = peers.round_trips_beside_bulk(port, seconds, upward=True)
-    beside_down = peers.round_trips_beside_bulk(port, seconds, upward=False)
-    return {
-        "worker to head": size / 1e6 / up,
-        "head to worker": size / 1e6 / down,
-        "processor time": spent / (2 * size / 1e9),
-        "round trip, p50": peers.median(idle) * 1e6,
-        "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
-        "beside bulk up, p99": peers.percentile(beside_up, 0.99) * 1e6,
-        "beside bulk down, p99": peers.percentile(beside_down, 0.99) * 1e6,
-    }
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
-def table(results: Results) -> list[str]:
-    """Medians, and in brackets the ratio to `ssh -L` of the same round, its median."""
-    lines = ["| | " + " | ".join(f"{name} ({unit})" for name, (unit, _) in MEASURES.items()) + " |"]
-    lines.append("|---" * (len(MEASURES) + 1) + "|")
-    for name, measured in results.items():
-        cells = []
-        for key in MEASURES:
-            values, reference = measured[key], results[REFERENCE][key]
-            ratios = [v / r for v, r in zip(values, reference, strict=True) if r]
-            ratio = f" ({peers.median(ratios):.2f} x)" if ratios else ""
-            cells.append(f"{peers.median(values):,.3g}{ratio}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+def near(bench: Bench) -> Results:
+    """Streams, processor time and round trips without any delay."""
+
+    def look(port: int, pids: list[int]) -> dict[str, float]:
+        peers.upload(port, 16 * MB)  # windows open, caches warm
+        before = sum(map(contestants.cpu_seconds, pids))
+        up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
+        spent = sum(map(contestants.cpu_seconds, pids)) - before
+        idle = peers.round_trips(port, bench.seconds)
+        beside_up = peers.round_trips_beside_bulk(port, bench.seconds, upward=True)
+        beside_down = peers.round_trips_beside_bulk(port, bench.seconds, upward=False)
+        return {
+            "worker to head": bench.size / 1e6 / up,
+            "head to worker": bench.size / 1e6 / down,
+            "processor time": spent / (2 * bench.size / 1e9),
+            "round trip, p50": peers.median(idle) * 1e6,
+            "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
+            "beside bulk up, p99": peers.percentile(beside_up, 0.99) * 1e6,
+            "beside bulk down, p99": peers.percentile(beside_down, 0.99) * 1e6,
+        }
+
+    ways: dict[str, Make] = {"direct": lambda *_: direct(bench.server), **bench.ways()}
+    return bench.each(ways, bench.sshd.port, look)
 
 
-def describe() -> list[str]:
-    """The machine, as far as it matters."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown processor",
-    )
-    ssh = subprocess.run(["ssh", "-V"], capture_output=True, text=True, check=True).stderr.strip()
-    return [
-        f"- {os.cpu_count()} cores, {model}, shared by all parts; Linux {platform.release()}",
-        f"- {ssh}; Python {platform.python_version()}",
+def far(bench: Bench) -> Results:
+    """One bulk stream where a round trip takes 50 ms."""
+
+    def look(port: int, _: list[int]) -> dict[str, float]:
+        peers.upload(port, 16 * MB)
+        up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
+        return {"far, up": bench.size / 1e6 / up, "far, down": bench.size / 1e6 / down}
+
+    through, plain = contestants.free_port(), contestants.free_port()
+    relays = [
+        bench.python("bench.delay", through, bench.sshd.port, 50),
+        bench.python("bench.delay", plain, bench.server, 50),
     ]
+    try:
+        contestants.wait_for_port(through)
+        contestants.wait_for_port(plain)
+        names = (REFERENCE, f"ssh -L, {GCM}", "rayfwd")
+        ways = {name: make for name, make in bench.ways().items() if name in names}
+        return bench.each({"the relay alone": lambda *_: direct(plain), **ways}, through, look)
+    finally:
+        for relay in relays:
+            end(relay)
+
+
+def idle(bench: Bench) -> Results:
+    """What a worker's daemon takes with two other nodes, when nothing is asked of it."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    for _ in range(bench.rounds):
+        way = contestants.rayfwd(
+            bench.sshd, bench.sshd.port, bench.server, bench.place(), workers=2
+        )
+        with way as (_, pids):
+            time.sleep(5)  # what follows a start is over
+            for name, pid in zip(("head", "worker"), pids[1:3], strict=True):
+                results[f"{name}'s daemon"]["processor"].append(share(pid, 15))
+                results[f"{name}'s daemon"]["memory"].append(memory(pid))
+    return results
+
+
+def hub(bench: Bench) -> Results:
+    """The hub with ever more workers, 20 streams each: at rest, then every stream in use."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    for links in (1, 50, 100, 200):
+        port, name = contestants.free_port(), f"{links} links, {links * 20:,} streams"
+        with contestants.hub_alone(port, bench.place()) as (path, pid):
+            many = bench.python("bench.many", path, port, links, links * 20)
+            try:
+                assert many.stdin is not None
+                assert many.stdout is not None
+                assert many.stdout.readline() == "ready\n", name
+                time.sleep(5)
+                row = results[name]
+                row["processor"].append(share(pid, 15))
+                row["memory"].append(memory(pid))
+                before = contestants.nanoseconds(pid)
+                many.stdin.write("5\n")
+                many.stdin.flush()
+                row["messages"].append(int(many.stdout.readline()) / 5)
+                row["processor, in use"].append((contestants.nanoseconds(pid) - before) / 5e7)
+                row["memory, in use"].append(memory(pid))
+            finally:
+                end(many)
+        print(f"{name}: {dict(results[name])}", flush=True)
+    return results
+
+
+def share(pid: int, seconds: float) -> float:
+    """Percent of a core that a process takes over so many seconds."""
+    before = contestants.nanoseconds(pid)
+    time.sleep(seconds)
+    return (contestants.nanoseconds(pid) - before) / seconds / 1e7
+
+
+def memory(pid: int) -> float:
+    """MB that a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+PIECES: dict[str, Callable[[Bench], Results]] = {"near": near, "far": far, "idle": idle, "hub": hub}
 
 
 def main() -> None:
@@ -117,48 +214,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--only", action="append", help="a contestant, besides ssh -L")
+    parser.add_argument("--only", action="append", choices=[*PIECES, "nothing"], help="a piece")
     options = parser.parse_args()
-    results: Results = defaultdict(lambda: defaultdict(list))
-    with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as name:
-        directory = Path(name)
-        server = contestants.free_port()
-        serving = subprocess.Popen([sys.executable, "-m", "bench.peers", str(server)], cwd=ROOT)
-        sshd = contestants.Sshd(directory)
-        try:
-            contestants.wait_for_port(server)
-            for number in range(options.rounds):
-                for index, (way, make) in enumerate(ways(sshd, server).items()):
-                    if options.only and way not in {REFERENCE, *options.only}:
-                        continue
-                    place = directory / f"{number}{index}"
-                    place.mkdir()
-                    with make(place) as (port, pids):
-                        figures = measure(port, pids, options.megabytes * MB, options.seconds)
-                    for key, value in figures.items():
-                        results[way][key].append(value)
-                    shown = ", ".join(f"{k} {v:,.3g}" for k, v in figures.items())
-                    print(f"round {number + 1}, {way}: {shown}", flush=True)
-        finally:
-            sshd.close()
-            serving.kill()
-            serving.wait()
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`: medians of "
-        f"{options.rounds} rounds, in brackets the ratio to `{REFERENCE}` in the same round.",
-        "",
-        *table(results),
-        "",
-        "The machine:",
-        "",
-        *describe(),
-        "",
-    ]
-    print("\n".join(lines))
-    if not options.only:
-        PAGE.write_text("\n".join(lines))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for name in options.only or PIECES:
+        if name in PIECES:
+            with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as directory:
+                bench = Bench(Path(directory), options.rounds, options.megabytes, options.seconds)
+                try:
+                    results = PIECES[name](bench)
+                finally:
+                    bench.close()
+            page.keep(name, results)
+    page.write()
 
 
 if __name__ == "__main__":

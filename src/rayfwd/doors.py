@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 
 from rayfwd.logs import get_logger
 from rayfwd.mux import MuxStream
+from rayfwd.pace import pace
 from rayfwd.problems import Problem
 from rayfwd.session.stream import ResetReason
 
@@ -95,6 +96,7 @@ class Pump(asyncio.Protocol):
         assert self._transport is not None
         if not self._stream.send(data) and not self._over:
             self._transport.pause_reading()
+        pace.after_read(self._transport, len(data))
 
     def eof_received(self) -> bool:
         if self._stream is not None:

@@ -27,6 +27,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from rayfwd.logs import get_logger
+from rayfwd.pace import pace
 
 log = get_logger(__name__)
 
@@ -122,6 +123,7 @@ class FastPath(asyncio.Protocol):
             self._connection.data_received(data)
             self._align()
             return
+        pace.after_read(self._transport, len(data))
         if self._rest:
             data = self._rest + data
         view = memoryview(data)

@@ -20,6 +20,7 @@ from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
+from rayfwd.pace import pace
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.roster import Roster
@@ -110,6 +111,7 @@ class _HubLane(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._mux is not None:
             self._mux.lane_data(self._number, data)
+            pace.after_read(self._transport, len(data))
             return
         if self._transport is None or self._transport.is_closing():
             return

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayfwd.logs import get_logger
+from rayfwd.pace import pace
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import (
@@ -36,6 +37,8 @@ log = get_logger(__name__)
 
 FLUSH_BYTES = 1 << 18
 """Bytes that are asked of the session for one write."""
+TIMER_SLACK = 0.1
+"""Seconds that a timer may come late: one that is due by then is not set anew after each message."""
 LATE = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
 
@@ -159,7 +162,14 @@ class Mux:
             log.error("session_broken", code=exc.code, cause=str(exc))
             self.close(f"{exc.code}: {exc}")
             return
+        if events and len(self.lanes) > 1 and self._is_interactive(number):
+            if any(isinstance(event, DataReceived) for event in events):
+                pace.short_message()
         self._run(events)
+
+    def _is_interactive(self, number: int) -> bool:
+        record = self.lanes.get(number)
+        return record is not None and record.kind is LaneClass.INTERACTIVE
 
     def lane_lost(self, number: int) -> None:
         """A lane's transport is gone."""
@@ -213,6 +223,8 @@ class Mux:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+            return
+        if self._timer is not None and self._timer.when() <= now + TIMER_SLACK:
             return
         due = self.session.deadline(now)
         if self._timer is not None:

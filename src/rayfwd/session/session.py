@@ -27,7 +27,7 @@ from rayfwd.session.frames import (
     header,
 )
 from rayfwd.session.lane import Lane, LaneClass
-from rayfwd.session.stream import ResetReason, SendSide, Stream, StreamState
+from rayfwd.session.stream import ReceiveSide, ResetReason, SendSide, Stream, StreamState
 
 CONTROL_STREAM = 0
 """Always open, never ends: messages of worker and hub to each other, each with a u32 length."""
@@ -360,16 +360,24 @@ class Session:
             return
         receive = stream.receive
         receive.consumed += size
-        rtt = max((lane.rtt or 0.0 for lane in self.lanes.values()), default=0.0)
+        rtt = 0.001
+        for lane in self.lanes.values():
+            if lane.rtt is not None and lane.rtt > rtt:
+                rtt = lane.rtt
+        if now - receive.mark_time >= rtt:
+            self._widen(receive, rtt, now)
+        self._schedule_ack(stream, now)
+
+    def _widen(self, receive: ReceiveSide, rtt: float, now: float) -> None:
+        """Give more credit to a stream whose reader keeps up."""
         ceiling = min(
             self.limits.window_ceiling,
             receive.window + self.limits.window_budget - self._window_spent,
         )
-        window = receive.wanted_window(now, max(rtt, 0.001), ceiling)
+        window = receive.wanted_window(now, rtt, ceiling)
         if window > receive.window:
             self._window_spent += window - receive.window
             receive.window = window
-        self._schedule_ack(stream, now)
 
     def send_message(self, data: bytes) -> None:
         """Send a message to the peer: reliable, in order."""
@@ -397,6 +405,12 @@ class Session:
             out.append(self._closing)
             del self.lanes[number]
             return out
+        if (
+            not (lane.pongs or self._acks or self._gone)
+            and not (self._queues[False] or self._queues[True])
+            and not lane.wants_ping(now)
+        ):
+            return out  # most often so: each lane is asked after each message
         size = 0
         while lane.pongs:
             out.append(header(Kind.PONG, 0, lane.pongs.popleft(), 0))
@@ -664,12 +678,10 @@ class Session:
 
     def _classes(self, lane: Lane) -> tuple[bool, ...]:
         """Which queues this lane serves, in order."""
-        other = any(
-            beside.kind is not lane.kind and not beside.suspect for beside in self.lanes.values()
-        )
-        if not other:
-            return (False, True)
-        return (lane.kind is LaneClass.BULK,)
+        for beside in self.lanes.values():
+            if beside.kind is not lane.kind and not beside.suspect:
+                return (lane.kind is LaneClass.BULK,)
+        return (False, True)
 
     @staticmethod
     def _is_bulk(stream: Stream) -> bool:

@@ -1,0 +1,178 @@
+"""Many workers in one process: sessions of two lanes each at a real hub, the SSH left out.
+
+`python -m bench.many SOCKET PORT LINKS STREAMS`: LINKS workers with STREAMS streams in all, opened to
+an echo server of this process at PORT, which the head is to expose. Prints `ready` when all have
+echoed; then each line read from stdin, a number of seconds, lets every stream send 200 bytes again
+whenever they came back, for that long, and prints how many did. Ends with stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from rayfwd.doors import Target
+from rayfwd.mux import Mux, MuxStream
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, first_frame
+from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits, Session
+from rayfwd.session.stream import ResetReason
+
+MESSAGE = bytes(200)
+
+
+class Lane(asyncio.Protocol):
+    """A lane over the hub's socket, as a worker has it."""
+
+    def __init__(self) -> None:
+        self.answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self.paused = False
+        self._buffer = bytearray()
+        self._mux: Mux | None = None
+        self._number = 0
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._mux is not None:
+            self._mux.lane_data(self._number, data)
+            return
+        self._buffer += data
+        frame = first_frame(self._buffer, MAX_PAYLOAD)
+        if frame is not None:
+            assert frame.kind is Kind.WELCOME, bytes(frame.payload)
+            self.answer.set_result(Welcome.decode(frame))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        sys.exit(f"the hub closed a lane: {exc}")
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self._mux is not None:
+            self._mux.flush()
+
+    def join(self, mux: Mux, kind: LaneClass) -> None:
+        self._mux = mux
+        self._number = mux.add_lane(self, kind)
+        if self._buffer:
+            mux.lane_data(self._number, bytes(self._buffer))
+
+    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+        self._transport.writelines(chunks)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def abort(self, why: str) -> None:
+        sys.exit(f"a lane was given up: {why}")
+
+
+class Caller:
+    """A stream to the echo server."""
+
+    until = 0.0
+    echoes = 0
+
+    def __init__(self) -> None:
+        self.stream: MuxStream | None = None
+        self.first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._came = 0
+
+    def stream_data(self, data: bytes) -> None:
+        assert self.stream is not None
+        self._came += len(data)
+        self.stream.consumed(len(data))
+        if self._came >= len(MESSAGE):
+            self._came = 0
+            Caller.echoes += 1
+            if not self.first.done():
+                self.first.set_result(None)
+            if time.monotonic() < Caller.until:
+                self.stream.send(MESSAGE)
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        sys.exit(f"a stream was reset: {reason} {text}")
+
+    def stream_ended(self) -> None: ...
+
+    def stream_writable(self) -> None: ...
+
+    def stream_finished(self) -> None: ...
+
+
+class Echo(asyncio.Protocol):
+    """A connection of the echo server."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(data)
+
+
+async def link(path: str, number: int) -> tuple[Mux, str]:
+    """A worker's session with its two lanes, and the head's address."""
+    loop = asyncio.get_running_loop()
+    hello = Hello(
+        node=f"m{number}",
+        key=f"the key of m{number}".ljust(32, "."),
+        session=f"{time.time_ns():x}",
+        resumes=False,
+        lane=LaneClass.INTERACTIVE,
+        version="0",
+        worker_ports=8,
+    )
+    _, lane = await loop.create_unix_connection(Lane, path)
+    lane.write([hello.encode()])
+    welcome = await lane.answer
+    core = Session("worker", welcome.ride_through, Limits(), loop.time())
+    mux = Mux(core, lambda *_: None, lambda _: None, lambda _: None)
+    lane.join(mux, LaneClass.INTERACTIVE)
+    _, lane = await loop.create_unix_connection(Lane, path)
+    lane.write([replace(hello, resumes=True, lane=LaneClass.BULK).encode()])
+    await lane.answer
+    lane.join(mux, LaneClass.BULK)
+    return mux, str(welcome.nodes[0]["address"])
+
+
+async def main() -> None:
+    path, port, links, streams = sys.argv[1], *map(int, sys.argv[2:])
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Echo, "127.0.0.1", port, backlog=1024)
+    callers: list[Caller] = []
+    kept: list[Mux] = []
+    for number in range(links):
+        mux, head = await link(path, number)
+        kept.append(mux)
+        target = Target(head, port).encode()
+        fresh = [Caller() for _ in range(streams // links)]
+        for caller in fresh:
+            caller.stream = mux.open(target, caller)
+            caller.stream.send(MESSAGE)
+        await asyncio.gather(*(caller.first for caller in fresh))
+        callers += fresh
+    print("ready", flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        Caller.echoes, Caller.until = 0, time.monotonic() + float(line)
+        for caller in callers:
+            assert caller.stream is not None
+            caller.stream.send(MESSAGE)
+        await asyncio.sleep(float(line))
+        print(Caller.echoes, flush=True)
+    server.close()
+    os._exit(0)  # 4,000 streams need no farewell
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,167 @@
+"""docs/benchmarks.json, where results are kept, and docs/benchmarks.md and its plot made from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+KEPT = DOCS / "benchmarks.json"
+NOTES = ROOT / "bench" / "notes.md"
+"""What is to be said of the figures; it is put behind them."""
+REFERENCE = "ssh -L"
+GCM = "aes128-gcm@openssh.com"
+
+Results = dict[str, dict[str, list[float]]]
+"""Of each contestant, each measure's value in each round."""
+
+UNITS = {
+    "worker to head": "MB/s",
+    "head to worker": "MB/s",
+    "processor time": "s/GB",
+    "round trip, p50": "µs",
+    "round trip, p99": "µs",
+    "beside bulk up, p99": "µs",
+    "beside bulk down, p99": "µs",
+    "far, up": "MB/s",
+    "far, down": "MB/s",
+    "processor": "% of a core",
+    "memory": "MB",
+    "messages": "echoes/s",
+    "processor, in use": "% of a core",
+    "memory, in use": "MB",
+}
+TITLES = {
+    "near": "Beside each other on one machine",
+    "far": "One bulk stream, 50 ms there and back",
+    "idle": "Idle: daemons of a cluster of three nodes, without Ray",
+    "hub": "The hub with many workers",
+}
+
+
+def keep(name: str, results: Results) -> None:
+    """Keep what a piece found, with the commit and the time; what it found before is replaced."""
+    data = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    data[name] = {
+        "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "machine": describe(),
+        "results": {
+            way: {key: [float(f"{v:.4g}") for v in values] for key, values in found.items()}
+            for way, found in results.items()
+        },
+    }
+    KEPT.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def describe() -> list[str]:
+    """The machine, as far as it matters."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return [
+        f"{os.cpu_count()} cores, {models[0] if models else 'unknown processor'}, shared by all "
+        f"parts; Linux {platform.release()}",
+        f"{_said('ssh', '-V')}; Python {platform.python_version()}",
+    ]
+
+
+def _said(*argv: str) -> str:
+    ran = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return (ran.stdout + ran.stderr).strip()
+
+
+def ratio(results: Results, way: str, key: str) -> float | None:
+    """The median of the ratios to `ssh -L` in the same round."""
+    reference = results.get(REFERENCE, {}).get(key)
+    if reference is None:
+        return None
+    pairs = zip(results[way][key], reference, strict=True)
+    ratios = [value / other for value, other in pairs if other]
+    return statistics.median(ratios) if ratios else None
+
+
+def table(results: Results) -> list[str]:
+    """Medians, in brackets the ratio to `ssh -L`."""
+    keys = list(next(iter(results.values())))
+    lines = ["| | " + " | ".join(f"{key} ({UNITS[key]})" for key in keys) + " |"]
+    lines.append("|---" * (len(keys) + 1) + "|")
+    for way, found in results.items():
+        cells = []
+        for key in keys:
+            times = ratio(results, way, key)
+            more = "" if times is None else f" ({times:.2f} ×)"
+            value = statistics.median(found[key])
+            cells.append(f"{value:,.0f}{more}" if value >= 100 else f"{value:.2g}{more}")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(results: Results) -> str:
+    """The ratios of rayfwd and the others to `ssh -L` as bars, in SVG."""
+    ways = [way for way in results if way not in {REFERENCE, "direct"}]
+    keys = list(results[REFERENCE])
+    colours = ("#999999", "#c8a24a", "#1f6f8b", "#7fb7c9")
+    out: list[str] = []
+    y = 30
+    for key in keys:
+        out.append(f'<text x="8" y="{y + 34}">{key}</text>')
+        for way, colour in zip(ways, colours, strict=True):
+            times = ratio(results, way, key)
+            if times is not None:
+                width = min(times, 4.0) * 110
+                out.append(
+                    f'<rect x="170" y="{y}" width="{width:.0f}" height="13" fill="{colour}"/>'
+                )
+                out.append(f'<text x="{174 + width:.0f}" y="{y + 11}">{times:.2f}</text>')
+            y += 15
+        y += 14
+    out.append(f'<line x1="280" x2="280" y1="24" y2="{y - 8}" stroke="#c00"/>')
+    out.append('<text x="252" y="18" fill="#c00">ssh -L = 1</text>')
+    for way, colour in zip(ways, colours, strict=True):
+        out.append(f'<rect x="170" y="{y}" width="13" height="13" fill="{colour}"/>')
+        out.append(f'<text x="190" y="{y + 11}">{way}</text>')
+        y += 18
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{y + 8}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>\n'
+        + "\n".join(out)
+        + "\n</svg>\n"
+    )
+
+
+def section(name: str, piece: Mapping[str, object], results: Results) -> Sequence[str]:
+    rounds = len(next(iter(next(iter(results.values())).values())))
+    plural = "round" if rounds == 1 else "rounds"
+    return [
+        f"## {TITLES[name]}",
+        "",
+        f"Medians of {rounds} {plural}, {piece['at']}, code {piece['commit']}."
+        + (" In brackets the ratio to `ssh -L` in the same round." if REFERENCE in results else ""),
+        "",
+        *table(results),
+        "",
+    ]
+
+
+def write() -> None:
+    """Write docs/benchmarks.md and docs/benchmarks.svg from what is kept."""
+    data = json.loads(KEPT.read_text())
+    lines = ["# Benchmarks", "", "Written by `make bench` from docs/benchmarks.json.", ""]
+    machines = list(dict.fromkeys(line for piece in data.values() for line in piece["machine"]))
+    lines += ["The machine:", "", *(f"- {line}" for line in machines), ""]
+    for name in TITLES:
+        if name in data:
+            lines += section(name, data[name], data[name]["results"])
+            if name == "near":
+                (DOCS / "benchmarks.svg").write_text(plot(data[name]["results"]))
+                lines += ["![The ratios of this table](benchmarks.svg)", ""]
+    if NOTES.exists():
+        lines.append(NOTES.read_text())
+    (DOCS / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")
