@@ -1,7 +1,7 @@
 """Many workers in one process: sessions of two lanes each at a real hub, the SSH left out.
 
-`python -m bench.many SOCKET PORT LINKS STREAMS`: LINKS workers with STREAMS streams in all, opened to
-an echo server of this process at PORT, which the head is to expose. Prints `ready` when all have
+`python -m bench.many SOCKET PORT LINKS STREAMS`: LINKS workers with STREAMS streams in all, opened
+to an echo server of this process at PORT, which the head is to expose. Prints `ready` when all have
 echoed; then each line read from stdin, a number of seconds, lets every stream send 200 bytes again
 whenever they came back, for that long, and prints how many did. Ends with stdin.
 """

@@ -1,4 +1,4 @@
-"""docs/benchmarks.json, where results are kept, and docs/benchmarks.md and its plot made from it."""
+"""Keeps results in docs/benchmarks.json; makes docs/benchmarks.md and its plot from that."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def table(results: Results) -> list[str]:
         cells = []
         for key in keys:
             times = ratio(results, way, key)
-            more = "" if times is None else f" ({times:.2f} ×)"
+            more = "" if times is None else f" ({times:.2f} x)"
             value = statistics.median(found[key])
             cells.append(f"{value:,.0f}{more}" if value >= 100 else f"{value:.2g}{more}")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")

@@ -38,7 +38,7 @@ log = get_logger(__name__)
 FLUSH_BYTES = 1 << 18
 """Bytes that are asked of the session for one write."""
 TIMER_SLACK = 0.1
-"""Seconds that a timer may come late: one that is due by then is not set anew after each message."""
+"""Seconds that a timer may come late: one that is due by then is left as it is."""
 LATE = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
 
@@ -162,9 +162,12 @@ class Mux:
             log.error("session_broken", code=exc.code, cause=str(exc))
             self.close(f"{exc.code}: {exc}")
             return
-        if events and len(self.lanes) > 1 and self._is_interactive(number):
-            if any(isinstance(event, DataReceived) for event in events):
-                pace.short_message()
+        if (
+            len(self.lanes) > 1
+            and self._is_interactive(number)
+            and any(isinstance(event, DataReceived) for event in events)
+        ):
+            pace.short_message()
         self._run(events)
 
     def _is_interactive(self, number: int) -> bool:
