@@ -9,6 +9,16 @@ from pathlib import Path
 
 DEFAULT_CONFIG = Path("/etc/rayfwd.toml")
 
+
+def usual_config(env: Mapping[str, str]) -> Path:
+    """The file that is read where none is named: a user's own, where there is one."""
+    if os.geteuid() != 0:
+        own = _home(env) / ".config" / "rayfwd.toml"
+        if own.exists():
+            return own
+    return DEFAULT_CONFIG
+
+
 SERVICE_RUNTIME_DIR = Path("/run/rayfwd")
 """The runtime directory of root's rayfwd and of the systemd service, whatever user that has."""
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,27 @@ CIPHERS = (
     "aes256-ctr",
 )
 """In order of preference: with AES in the CPU, GCM moves about twice what chacha20 does."""
+HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha2-256")
+"""In order of preference, where no host key is known yet."""
 CHANNEL_WINDOW = 1 << 22
 """Bytes that the server may send ahead on a channel."""
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 Channel = asyncssh.SSHClientChannel[bytes] | asyncssh.SSHUNIXChannel[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class HostKey:
+    """What the head's sshd shows, unchecked."""
+
+    host: str
+    """Its name as files of known hosts have it."""
+    port: int
+    key: str
+    """Type and key."""
+    fingerprint: str
+    known: bool
+    """The files of known hosts have it."""
 
 
 class Dialer:
@@ -75,6 +92,33 @@ class Dialer:
             if problem.code == "ssh_lost" and options is not None and not hasty:
                 problem = await _turned_away(host, options, self._head) or problem
             raise ProblemError(problem) from exc
+
+    async def host_key(self) -> HostKey:
+        """The host key that the head shows now; nothing is sent to it.
+
+        Raises ProblemError where it cannot be reached, or is known with another key.
+        """
+        known: list[str] = []
+        host = self._head.ssh_target()[1]
+        try:
+            options = await self._options()
+            known = _known_hosts_files(self._head, options)
+            host = options.host or host
+            trusted = asyncssh.match_known_hosts(known, host, "", options.port)[0] if known else []
+            # A key of a type that is known, as the link will ask for it.
+            types = [a.decode() for k in trusted for a in k.sig_algorithms] or HOST_KEY_TYPES
+            key = await asyncssh.get_server_host_key(
+                host, options=options, server_host_key_algs=types
+            )
+            if key is None:
+                raise asyncssh.HostKeyNotVerifiable("the server shows no host key")
+            known_here = key.public_data in [k.public_data for k in trusted]
+            if trusted and not known_here:
+                raise asyncssh.HostKeyNotVerifiable("the host key has changed")
+        except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
+            raise ProblemError(explain(exc, self._head, host, known)) from exc
+        public = " ".join(key.export_public_key().decode().split()[:2])
+        return HostKey(host, options.port, public, key.get_fingerprint(), known_here)
 
     async def _hasty(
         self,

@@ -26,6 +26,7 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 VERBS = {
+    "init": "set this machine up as a head or as a worker",
     "run": "run the daemon in front (what the service does)",
     "check": "validate the configuration file and say what it amounts to",
     "plan": "show every node's address and ports, and the exact `ray start` command",
@@ -34,6 +35,7 @@ VERBS = {
     "explain": "say what a code of the log or of the status means, and what to do",
     "attach": "join standard input and output to the hub (a forced command for sshd)",
     "forget": "on the head: drop a worker, and free its name, address and ports",
+    "uninstall": "take away what init has made",
     "demo": "show it at work on this machine alone",
 }
 
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
-    what = "the configuration file (default: /etc/rayfwd.toml)"
+    what = "the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)"
     parser.add_argument("--config", metavar="PATH", type=Path, default=None, help=what)
     verbs = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, parser_class=_VerbParser

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd.cli import FAULT, OK, MistakeError
-from rayfwd.places import DEFAULT_CONFIG, default_runtime_dir, find_socket
+from rayfwd.places import default_runtime_dir, find_socket, usual_config
 
 _CHUNK = 262144
 _HUB_SOCKET = "hub.sock"
@@ -72,7 +72,7 @@ def hub_socket(config: Path | None) -> Path:
     """
     data: dict[str, Any] = {}
     try:
-        data = tomllib.loads((config or DEFAULT_CONFIG).read_text(encoding="utf-8"))
+        data = tomllib.loads((config or usual_config(os.environ)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         if config is not None:
             raise MistakeError([f"{config}: cannot be read: {exc}"]) from None

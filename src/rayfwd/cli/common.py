@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rayfwd import logs
 from rayfwd.cli import MistakeError
 from rayfwd.config import Config, ConfigError, LogConfig, load
-from rayfwd.places import DEFAULT_CONFIG, find_socket
+from rayfwd.places import find_socket, usual_config
 from rayfwd.plan import NodePlan, PlanError
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """The file of `--config`, or the usual one. Raises MistakeError."""
-    path: Path = args.config or DEFAULT_CONFIG
+    path: Path = args.config or usual_config(os.environ)
     try:
         return load(path)
     except ConfigError as exc:

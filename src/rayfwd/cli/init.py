@@ -1,0 +1,325 @@
+"""Set this machine up: user, configuration, SSH key, the head's host key, and the service.
+
+As root it makes the machine's service, as anybody else a service of that user. Said again, it
+changes nothing; what was edited is never overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import asyncssh
+
+from rayfwd.cli import OK, MistakeError
+from rayfwd.config import Config, ConfigError, load, parse
+from rayfwd.plan import check_name
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.setup import texts, units
+from rayfwd.setup.apply import apply
+from rayfwd.setup.look import Person, Seen, look
+from rayfwd.setup.manifest import Manifest
+from rayfwd.setup.plan import plan
+from rayfwd.setup.steps import public_key
+from rayfwd.setup.wishes import GROUP, Places, Wishes, system_places, user_places
+
+_HOST_KEYS = ("ed25519", "ecdsa", "rsa")
+"""In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("role", choices=["head", "worker"])
+    parser.add_argument("--head", metavar="USER@HOST", help="a worker's: how ssh reaches the head")
+    parser.add_argument("--ray", metavar="PATH", help="the `ray` command (default: looked for)")
+    parser.add_argument("--name", help="this node's name (default: the host's)")
+    parser.add_argument(
+        "--user",
+        help="who runs rayfwd and Ray (root only; default: the user that\n"
+        "owns the ray command, else rayfwd, which is made)",
+    )
+    parser.add_argument(
+        "--login",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="a head's: a further user that workers log in as",
+    )
+    parser.add_argument(
+        "--identity",
+        metavar="PATH",
+        type=Path,
+        help="a worker's: an SSH key to use (default: one is made)",
+    )
+    parser.add_argument(
+        "--head-rayfwd",
+        metavar="PATH",
+        help="a worker's: `rayfwd` on the head (default: as here)",
+    )
+    parser.add_argument(
+        "--fingerprint",
+        metavar="SHA256:…",
+        help="a worker's: of the head's host key; no question is asked",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say each step, and change nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_flags(args)
+    places = find_places(args.config)
+    before = _config_before(places.config, args.role)
+    shipped = units.shipped()
+    manifest = Manifest(places.manifest)
+    by_hand = before is not None and manifest.of(str(places.config)) is None
+    wishes, seen = _wishes(args, places, before, by_hand)
+    kind = "the machine's service" if places.system else "a service of this user's"
+    print(f"{args.role} {wishes.name}: {kind}, run by {wishes.user}")
+    if seen.ray_versions:
+        print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
+
+    def say(came: str, thing: str) -> None:
+        print(f"  {came:<9} {thing}")
+
+    outcome = apply(plan(wishes, places, shipped), manifest, places, args.dry_run, say)
+    if not outcome.changed:
+        print("Nothing was to be done: it is all there.")
+    elif args.dry_run:
+        print("Nothing was changed (--dry-run).")
+    for kept in outcome.kept:
+        print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
+    if args.role == "head":
+        _say_for_workers(wishes, places)
+    elif not by_hand:
+        _say_for_head(wishes, places)
+    if not places.system:
+        print("\nFor a service that starts at boot and stays after logging out, once:\n")
+        print(f"    loginctl enable-linger {wishes.user}")
+    print("\nNext, here:\n")
+    print(f"    {texts.next_command(places)}")
+    return OK
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    other = {
+        "head": ("head", "identity", "head_rayfwd", "fingerprint"),
+        "worker": ("login",),
+    }
+    wrong = [
+        f"--{name.replace('_', '-')}: belongs to a {'worker' if args.role == 'head' else 'head'}"
+        for name in other[args.role]
+        if getattr(args, name)
+    ]
+    if args.user and os.geteuid() != 0:
+        wrong.append(f"--user {args.user}: needs root; without it the service is your own")
+    if wrong:
+        raise MistakeError([f"rayfwd init {args.role}: {line}" for line in wrong])
+
+
+def find_places(config: Path | None) -> Places:
+    """Of the machine's service for root, of their own for others."""
+    given = Path(sys.argv[0])
+    own = Path(sys.prefix) / "bin" / "rayfwd"
+    if given.name == "rayfwd" and (found := shutil.which(str(given))):
+        own = Path(found).absolute()
+    config = config.absolute() if config is not None else None
+    if os.geteuid() == 0:
+        return system_places(str(own), sys.executable, config)
+    home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    return user_places(home, os.geteuid(), str(own), sys.executable, config)
+
+
+def _config_before(path: Path, role: str) -> Config | None:
+    """What an earlier run has written, whose answers hold again; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        before = load(path)
+    except ConfigError as exc:
+        raise MistakeError(str(exc).splitlines()) from None
+    if before.role != role:
+        raise MistakeError(
+            [f"{path}: has role = {before.role!r}; `rayfwd uninstall --purge` removes it"]
+        )
+    return before
+
+
+def _wishes(
+    args: argparse.Namespace, places: Places, before: Config | None, by_hand: bool
+) -> tuple[Wishes, Seen]:
+    """Every answer: from a flag, from the file that is there, looked for, or asked."""
+    head = None
+    if args.role == "worker":
+        was = before.head.ssh if before is not None and before.head is not None else None
+        head = args.head or was or _ask("--head", "How does ssh reach the head (user@host)? ")
+    ray = args.ray or (before.ray.command if before is not None else None) or _ray_beside()
+    if ray is not None and "/" in ray:
+        ray = str(Path(ray).expanduser().absolute())
+    person, is_new = _person(args.user or _user_before(places), ray)
+    name = args.name or (before.name if before else None) or socket.gethostname().split(".")[0]
+    try:
+        check_name(name)
+        if head is not None:
+            parse({"role": "worker", "name": name, "head": {"ssh": head}})
+    except ConfigError as exc:
+        raise MistakeError([f"rayfwd init: {line}" for line in exc.problems]) from None
+    except ValueError as exc:
+        raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
+    host_key = _host_key_before(places)
+    fetch = head if (host_key is None or args.fingerprint) and not by_hand else None
+    seen = look(person, ray or "ray", fetch)
+    if seen.ray is None and ray is None:
+        ray = _ask("--ray", "Where is the `ray` command of this machine? ")
+        seen = look(person, str(Path(ray).expanduser().absolute()), fetch)
+    if seen.ray is None:
+        assert seen.ray_problem is not None, "it was looked for and not found"
+        raise ProblemError(seen.ray_problem)
+    if head is not None and seen.host_key is not None:
+        host_key = _trust(args.fingerprint, seen, host_key)
+    if args.identity is not None and public_key(args.identity) is None:
+        raise MistakeError([f"--identity {args.identity}: no SSH key can be read there"])
+    identity = args.identity.absolute() if args.identity is not None else None
+    if before is not None and before.head is not None and identity is None:
+        kept = before.head.identity
+        identity = kept if kept not in {None, places.identity} else None
+    logins = args.login or (before.hub.users if before is not None else ())
+    wishes = Wishes(
+        role=args.role,
+        name=name,
+        user=person.name,
+        home=person.home,
+        user_is_new=is_new,
+        ray=seen.ray,
+        logins=tuple(logins),
+        head=head,
+        head_command=args.head_rayfwd or _head_command_before(before) or places.command,
+        identity=identity,
+        by_hand=by_hand,
+        host_key=host_key,
+    )
+    return wishes, seen
+
+
+def _ray_beside() -> str | None:
+    """The `ray` of rayfwd's own environment."""
+    beside = Path(sys.prefix) / "bin" / "ray"
+    return str(beside) if beside.exists() else None
+
+
+def _head_command_before(before: Config | None) -> str | None:
+    if before is None or before.head is None:
+        return None
+    command, space, verb = before.head.attach_command.rpartition(" ")
+    return command if space and verb == "attach" and "'" not in command else None
+
+
+def _user_before(places: Places) -> str | None:
+    """Whom the service that is there runs as."""
+    try:
+        lines = (places.units / units.SERVICE).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)
+
+
+def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
+    """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
+    if os.geteuid() != 0:
+        return _known(pwd.getpwuid(os.geteuid())), False
+    if asked is None and ray is not None and os.path.exists(ray):
+        owner = os.stat(ray).st_uid
+        if owner != 0:
+            asked = pwd.getpwuid(owner).pw_name
+    name = asked or GROUP
+    if name == "root":
+        raise MistakeError(["--user root: Ray runs whatever a job says; name an ordinary user"])
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        nobody = pwd.getpwnam("nobody")
+        home = Path("/var/lib/rayfwd")
+        return Person(name, nobody.pw_uid, nobody.pw_gid, (), home), True
+    person = _known(found)
+    # One that we have made stays one, so that a second run finds the same plan.
+    return person, person.home == Path("/var/lib/rayfwd")
+
+
+def _known(found: pwd.struct_passwd) -> Person:
+    groups = tuple(os.getgrouplist(found.pw_name, found.pw_gid))
+    return Person(found.pw_name, found.pw_uid, found.pw_gid, groups, Path(found.pw_dir))
+
+
+def _host_key_before(places: Places) -> str | None:
+    try:
+        return places.known_hosts.read_text()
+    except OSError:
+        return None
+
+
+def _trust(asked: str | None, seen: Seen, before: str | None) -> str | None:
+    """The line of known hosts that is to be written; None: the user's own files have the key.
+
+    Raises ProblemError for another fingerprint than was given, or a no.
+    """
+    assert seen.host_key is not None, "it was fetched"
+    line = texts.known_hosts_line(seen.host, seen.port, seen.host_key)
+    if asked is not None:
+        wanted = asked if asked.startswith("SHA256:") else f"SHA256:{asked}"
+        if wanted.rstrip("=") != seen.fingerprint.rstrip("="):
+            raise ProblemError(
+                Problem(
+                    "host_key_mismatch",
+                    f"{seen.host} shows the host key {seen.fingerprint}, and --fingerprint is "
+                    f"{wanted}",
+                    "find out on the head itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
+                    "ed25519_key.pub`, which is right; if neither, somebody is in between",
+                )
+            )
+        return None if seen.known and before is None else line
+    if seen.known:
+        return before
+    print(f"{seen.host} shows the host key {seen.fingerprint} ({seen.host_key.split()[0]}).")
+    print("On the head, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` prints what it must be.")
+    if _ask("--fingerprint", "Is it that one (yes/no)? ").strip().lower() != "yes":
+        raise ProblemError(
+            Problem(
+                "host_key_unknown",
+                f"the host key of {seen.host} was not confirmed; nothing was changed",
+                "ask the head's owner for its fingerprint, and give it as --fingerprint",
+            )
+        )
+    return line
+
+
+def _ask(flag: str, question: str) -> str:
+    """Ask whoever is there. Raises MistakeError where nobody is, naming the flag."""
+    if sys.stdin.isatty():
+        try:
+            if answer := input(question).strip():
+                return answer
+        except EOFError:
+            print()
+    raise MistakeError([f"rayfwd init: {flag}: must be given, there is nobody to ask"])
+
+
+def _say_for_workers(wishes: Wishes, places: Places) -> None:
+    prints = []
+    for kind in _HOST_KEYS:
+        path = Path(f"/etc/ssh/ssh_host_{kind}_key.pub")
+        try:
+            prints.append(asyncssh.read_public_key(path).get_fingerprint())
+        except (OSError, ValueError):
+            continue
+    line = texts.worker_command(wishes, places, socket.gethostname(), prints)
+    print("\nOn each worker, with this machine's name or address as seen from there:\n")
+    print(f"    {line}")
+
+
+def _say_for_head(wishes: Wishes, places: Places) -> None:
+    key = public_key(wishes.identity or places.identity) or "(the key that is to be made)"
+    user = (wishes.head or "").rpartition("@")[0] or wishes.user
+    print(f"\nOn the head, as a line of ~{user}/.ssh/authorized_keys:\n")
+    print(f"    {texts.authorized_line(wishes.head_command, key)}")

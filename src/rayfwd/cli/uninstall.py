@@ -1,0 +1,39 @@
+"""Take away what `rayfwd init` has made on this machine: exactly that, and nothing that was edited.
+
+The service is stopped first, which ends its Ray in order. Edited files and rayfwd's state stay,
+unless --purge is given. rayfwd itself stays installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rayfwd.cli import OK
+from rayfwd.cli.init import find_places
+from rayfwd.setup.apply import take_away
+from rayfwd.setup.manifest import Manifest
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--purge", action="store_true", help="edited files and the state directory as well"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say each step, and change nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    places = find_places(args.config)
+    manifest = Manifest(places.manifest)
+    if not manifest.entries:
+        print(f"There is nothing to take away: {places.manifest} is not there.")
+        return OK
+
+    def say(came: str, thing: str) -> None:
+        print(f"  {came:<9} {thing}")
+
+    kept = take_away(manifest, places, args.dry_run, args.purge, say)
+    if args.dry_run:
+        print("Nothing was changed (--dry-run).")
+    elif kept:
+        print("What was edited is kept; `rayfwd uninstall --purge` removes it.")
+    return OK

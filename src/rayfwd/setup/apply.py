@@ -1,0 +1,152 @@
+"""Goes through a plan, or back through a manifest, and says what comes of each step."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.setup.manifest import Entry, Manifest
+from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
+from rayfwd.setup.units import SERVICE
+from rayfwd.setup.wishes import Places
+
+Say = Callable[[str, str], None]
+"""Takes what came of a step, and the thing."""
+
+_WORDS = {
+    Verdict.THERE: ("is there", "is there"),
+    Verdict.NEEDED: ("made", "to make"),
+    Verdict.OUTDATED: ("renewed", "to renew"),
+    Verdict.KEPT: ("kept", "kept"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of a whole plan."""
+
+    changed: tuple[str, ...]
+    """Things made or renewed, or that would be."""
+    kept: tuple[str, ...]
+    """Things of other content that were left alone."""
+
+
+def apply(
+    steps: Sequence[Step], manifest: Manifest, places: Places, dry: bool, say: Say
+) -> Outcome:
+    """Make what is not there. `dry` changes nothing. Raises ProblemError; what is done stays."""
+    changed: list[str] = []
+    kept: list[str] = []
+    for step in steps:
+        verdict = step.look(manifest)
+        if verdict in {Verdict.NEEDED, Verdict.OUTDATED}:
+            changed.append(step.id)
+            if not dry:
+                try:
+                    manifest.add(step.do())
+                except OSError as exc:
+                    cause = f"{step.id}: {exc.strerror or exc}"
+                    raise ProblemError(
+                        Problem("setup_failed", cause, "mend it and say the same again")
+                    ) from None
+        elif verdict is Verdict.KEPT:
+            kept.append(step.id)
+        say(_WORDS[verdict][dry], step.id)
+    if any(name.startswith(f"{places.units}/") for name in changed) and manager_runs(places):
+        if not dry:
+            command([*manager(places), "daemon-reload"])
+        say("to do" if dry else "done", " ".join([*manager(places), "daemon-reload"]))
+    return Outcome(tuple(changed), tuple(kept))
+
+
+def take_away(
+    manifest: Manifest, places: Places, dry: bool, purge: bool, say: Say
+) -> tuple[str, ...]:
+    """Undo what the manifest has, last first; what was kept. Raises ProblemError."""
+    _end_service(manifest, places, dry, say)
+    kept: list[str] = []
+    directories: list[Entry] = []
+    units_changed = False
+    for entry in reversed(list(manifest.entries)):
+        if entry["kind"] == "directory":
+            directories.append(entry)
+            continue
+        came = _undo(entry, purge, dry)
+        units_changed |= str(entry.get("path", "")).startswith(f"{places.units}/")
+        say(came, entry["id"])
+        if came.startswith("kept"):
+            kept.append(entry["id"])
+        elif not dry:
+            manifest.drop(entry["id"])
+    if purge:
+        if not dry:
+            remove_tree(places.state)
+        say("to remove" if dry else "removed", f"{places.state} (state)")
+    # The manifest may lie in one of the directories.
+    if not dry and not kept:
+        manifest.path.unlink(missing_ok=True)
+    for entry in directories:
+        came = _undo(entry, purge, dry)
+        say(came, entry["id"])
+        if not dry and (not kept or not came.startswith("kept")):
+            manifest.entries.remove(entry)
+    if not dry and kept:
+        manifest.save()
+    if units_changed and not dry and manager_runs(places):
+        command([*manager(places), "daemon-reload"])
+    return tuple(kept)
+
+
+def _undo(entry: Entry, purge: bool, dry: bool) -> str:
+    try:
+        came = undo(entry, purge, really=not dry)
+    except OSError as exc:
+        cause = f"{entry['id']}: {exc.strerror or exc}"
+        raise ProblemError(
+            Problem("uninstall_failed", cause, "mend it and say the same again")
+        ) from None
+    return "to remove" if dry and came == "removed" else came
+
+
+def _end_service(manifest: Manifest, places: Places, dry: bool, say: Say) -> None:
+    """Stop and disable: rayfwd ends its Ray in order."""
+    made = [Path(e["path"]).name for e in manifest.entries if "path" in e]
+    units = [name for name in made if name.endswith((".service", ".socket"))]
+    if SERVICE not in units:
+        return
+    others = [name for name in units if name != SERVICE]
+    runs = manager_runs(places)
+    words = [*manager(places), "disable", *(["--now"] if runs else []), SERVICE]
+    if not dry:
+        if runs:
+            command(words)
+            if others:
+                command([*manager(places), "stop", *others])
+        for link in places.units.glob(f"*.wants/{SERVICE}"):
+            link.unlink()  # where no manager runs; nothing else of ours is there
+    say("to do" if dry else "done", " ".join(words))
+
+
+def manager(places: Places) -> list[str]:
+    """How systemd is spoken to."""
+    return ["systemctl"] if places.system else ["systemctl", "--user"]
+
+
+def manager_runs(places: Places) -> bool:
+    """Whether there is a systemd to speak to: in a container, or after `su`, there may be none."""
+    if places.system:
+        return Path("/run/systemd/system").is_dir()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if not runtime or not (Path(runtime) / "systemd").is_dir():
+        return False
+    try:
+        asked = subprocess.run(
+            [*manager(places), "show-environment"], check=False, capture_output=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0

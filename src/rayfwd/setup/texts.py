@@ -1,0 +1,131 @@
+"""The texts that are set up: the configuration, the units, the line for authorized_keys (pure)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+
+from rayfwd.setup.wishes import Places, Wishes
+
+_SHIPPED_COMMAND = "/opt/rayfwd/bin/rayfwd"
+_SHIPPED_PYTHON = "/opt/rayfwd/bin/python"
+_SHIPPED_USER = "ray"
+
+# What a user's service manager does not have, may not do, or has elsewhere. What is left of the
+# hardening is what a process may ask for itself (seccomp).
+_NOT_FOR_USERS = re.compile(
+    r"(?:User|SocketUser|Wants|WantedBy|CapabilityBoundingSet|Private\w+|Protect\w+|StateDirectory\w*"
+    r"|RemoveIPC)="
+)
+
+
+def config_text(wishes: Wishes, places: Places) -> str:
+    """The configuration, with what is known and nothing else."""
+    lines = [
+        "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.",
+        f"role = {_toml(wishes.role)}",
+        f"name = {_toml(wishes.name)}",
+        f"state_dir = {_toml(places.state)}",
+        f"runtime_dir = {_toml(places.runtime)}",
+    ]
+    if wishes.role == "worker":
+        identity = wishes.identity or places.identity
+        lines += ["", "[head]", f"ssh = {_toml(wishes.head)}", f"identity = {_toml(identity)}"]
+        if wishes.host_key is not None:
+            lines.append(f"known_hosts = {_toml(places.known_hosts)}")
+        lines += ['via = "exec"', f"attach_command = {_toml(attach_command(wishes.head_command))}"]
+    elif wishes.logins:
+        names = ", ".join(_toml(name) for name in wishes.logins)
+        lines += ["", "[hub]", f"users = [{names}]"]
+    lines += ["", "[ray]", f"command = {_toml(wishes.ray)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def attach_command(rayfwd: str) -> str:
+    """What a worker's key runs on the head, as a shell takes it."""
+    return f"{shlex.quote(rayfwd)} attach"
+
+
+def authorized_line(rayfwd: str, public_key: str) -> str:
+    """The line for the head's authorized_keys (sshd(8)): this key reaches the hub, nothing else."""
+    command = attach_command(rayfwd).replace("\\", "\\\\").replace('"', '\\"')
+    return f'restrict,command="{command}" {public_key.strip()}'
+
+
+def known_hosts_line(host: str, port: int, public_key: str) -> str:
+    """A line of known_hosts (sshd(8)) for what ssh calls `host` and `port`."""
+    kind, key = public_key.split()[:2]
+    name = host if port == 22 else f"[{host}]:{port}"
+    return f"{name} {kind} {key}\n"
+
+
+def unit_text(name: str, shipped: str, user: str, places: Places) -> str:
+    """A unit as shipped, for this user and these places. Raises ValueError where it has changed.
+
+    `shipped` expects the user `ray` and rayfwd in /opt/rayfwd.
+    """
+    body = shipped[re.search(r"(?m)^\[", shipped).start() :]  # type: ignore[union-attr]
+    run = f"{_exec_word(places.command)} run"
+    if not places.system or str(places.config) != "/etc/rayfwd.toml":
+        run = f"{_exec_word(places.command)} --config {_exec_word(str(places.config))} run"
+    out: list[str] = []
+    for line in body.splitlines():
+        if not places.system and _NOT_FOR_USERS.match(line):
+            if line.startswith("WantedBy="):
+                out.append("WantedBy=default.target")
+            continue
+        key, equals, value = line.partition("=")
+        if equals and key in {"User", "SocketUser"}:
+            if value != _SHIPPED_USER:
+                raise ValueError(f"{name}: {line}")
+            value = user
+        elif equals and key.startswith("Exec"):
+            if _SHIPPED_COMMAND not in value and _SHIPPED_PYTHON not in value:
+                raise ValueError(f"{name}: {line}")
+            value = value.replace(f"{_SHIPPED_COMMAND} run", run)
+            value = value.replace(_SHIPPED_COMMAND, run.removesuffix(" run"))
+            value = value.replace(_SHIPPED_PYTHON, _exec_word(places.python))
+        elif equals and not places.system and "/run/rayfwd" in value:
+            value = value.replace("/run/rayfwd", "%t/rayfwd")
+        elif equals and not places.system and key == "After":
+            kept = [w for w in value.split() if w.startswith("rayfwd")]
+            if not kept:
+                continue
+            value = " ".join(kept)
+        out.append(f"{key}={value}" if equals else line)
+    manager = "systemctl edit" if places.system else "systemctl --user edit"
+    first = (
+        "# Made by `rayfwd init`; `rayfwd uninstall` takes it away.\n"
+        f"# Changes: `{manager} {name}`.\n\n"
+    )
+    return first + "\n".join(out) + "\n"
+
+
+def _exec_word(word: str) -> str:
+    """A word of an Exec line (systemd.service(5))."""
+    escaped = word.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[\w./%$+@:-]+", escaped):
+        return escaped
+    return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def next_command(places: Places) -> str:
+    """What is to be said next on this machine."""
+    manager = "systemctl" if places.system else "systemctl --user"
+    return f"{manager} enable --now --no-block rayfwd"
+
+
+def worker_command(wishes: Wishes, places: Places, host: str, fingerprints: Sequence[str]) -> str:
+    """Of a head: what to say on each worker."""
+    login = wishes.logins[0] if wishes.logins else wishes.user
+    words = ["rayfwd", "init", "worker", "--head", f"{login}@{host}"]
+    words += ["--head-rayfwd", places.command]
+    if fingerprints:
+        words += ["--fingerprint", fingerprints[0]]
+    return shlex.join(words)
