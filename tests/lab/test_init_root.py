@@ -19,8 +19,13 @@ space=$1; shift
 mount -t tmpfs tmpfs "$space"
 mkdir "$space/upper" "$space/work" "$space/root"
 mount -t overlay -o "lowerdir=/,upperdir=$space/upper,workdir=$space/work" overlay "$space/root"
+umask 022
+mount -t tmpfs tmpfs "$space/root/tmp"
 while [ "$1" != -- ]; do
-    mkdir -p "$space/root$1"; mount --rbind "$1" "$space/root$1"; shift
+    mkdir -p "$space/root$1"; mount --rbind "$1" "$space/root$1"
+    above=$1  # the service's user is to run what is in there
+    while above=${above%/*} && [ -n "$above" ]; do chmod a+x "$space/root$above"; done
+    shift
 done
 shift
 mount --rbind /dev "$space/root/dev"
@@ -34,7 +39,8 @@ SCRIPT = r"""
 set -eu
 rayfwd=$1 ray=$2
 all() {
-    find /etc /var/lib /home ! -name '*-' ! -name '.pwd.lock' -printf '%p %m %U %G %s\n' \
+    find /etc /var/lib /home ! -name '*-' ! -name '.pwd.lock' \
+        \( -type d -printf '%p %m %U %G\n' -o -printf '%p %m %U %G %s\n' \) \
         | grep -v -e '^/etc [0-9]' -e '/etc/[a-z]*shadow' | sort
     cat /etc/passwd /etc/group
 }
@@ -63,12 +69,10 @@ def said(tmp_path_factory: pytest.TempPathFactory, rayfwd: Path) -> dict[str, st
     ray = ray_envs() / "ray-2.60.0" / "bin" / "ray"
     trees = list(dict.fromkeys(package.trees(rayfwd.parents[1]) + package.trees(ray.parents[1])))
     space = tmp_path_factory.mktemp("space")
-    for above in [space, *space.parents]:  # the service's user is to run what is in the trees
-        if above != Path("/tmp") and "pytest" in str(above):
-            above.chmod(0o755)
+    unshare = [tool("unshare"), "--mount", "--pid", "--fork", "--net", "--"]
+    copy = ["sh", "-c", IN_A_COPY, "copy", str(space), *trees, "--"]
     ran = subprocess.run(
-        [tool("unshare"), "--mount", "--pid", "--fork", "--net", "--", "sh", "-c", IN_A_COPY]
-        + ["copy", str(space), *trees, "--", SCRIPT, "script", str(rayfwd), str(ray)],
+        [*unshare, *copy, SCRIPT, "script", str(rayfwd), str(ray)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
 
-    def say(came: str, thing: str) -> None:
+    def tell(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    outcome = apply(plan(wishes, places, shipped), manifest, places, args.dry_run, say)
+    outcome = apply(plan(wishes, places, shipped), manifest, places, args.dry_run, tell)
     if not outcome.changed:
         print("Nothing was to be done: it is all there.")
     elif args.dry_run:

@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"There is nothing to take away: {places.manifest} is not there.")
         return OK
 
-    def say(came: str, thing: str) -> None:
+    def tell(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    kept = take_away(manifest, places, args.dry_run, args.purge, say)
+    kept = take_away(manifest, places, args.dry_run, args.purge, tell)
     if args.dry_run:
         print("Nothing was changed (--dry-run).")
     elif kept:

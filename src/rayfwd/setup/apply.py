@@ -14,7 +14,7 @@ from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
 from rayfwd.setup.units import SERVICE
 from rayfwd.setup.wishes import Places
 
-Say = Callable[[str, str], None]
+Tell = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
 
 _WORDS = {
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def apply(
-    steps: Sequence[Step], manifest: Manifest, places: Places, dry: bool, say: Say
+    steps: Sequence[Step], manifest: Manifest, places: Places, dry: bool, tell: Tell
 ) -> Outcome:
     """Make what is not there. `dry` changes nothing. Raises ProblemError; what is done stays."""
     changed: list[str] = []
@@ -55,19 +55,19 @@ def apply(
                     ) from None
         elif verdict is Verdict.KEPT:
             kept.append(step.id)
-        say(_WORDS[verdict][dry], step.id)
+        tell(_WORDS[verdict][dry], step.id)
     if any(name.startswith(f"{places.units}/") for name in changed) and manager_runs(places):
         if not dry:
             command([*manager(places), "daemon-reload"])
-        say("to do" if dry else "done", " ".join([*manager(places), "daemon-reload"]))
+        tell("to do" if dry else "done", " ".join([*manager(places), "daemon-reload"]))
     return Outcome(tuple(changed), tuple(kept))
 
 
 def take_away(
-    manifest: Manifest, places: Places, dry: bool, purge: bool, say: Say
+    manifest: Manifest, places: Places, dry: bool, purge: bool, tell: Tell
 ) -> tuple[str, ...]:
     """Undo what the manifest has, last first; what was kept. Raises ProblemError."""
-    _end_service(manifest, places, dry, say)
+    _end_service(manifest, places, dry, tell)
     kept: list[str] = []
     directories: list[Entry] = []
     units_changed = False
@@ -77,7 +77,7 @@ def take_away(
             continue
         came = _undo(entry, purge, dry)
         units_changed |= str(entry.get("path", "")).startswith(f"{places.units}/")
-        say(came, entry["id"])
+        tell(came, entry["id"])
         if came.startswith("kept"):
             kept.append(entry["id"])
         elif not dry:
@@ -85,13 +85,13 @@ def take_away(
     if purge:
         if not dry:
             remove_tree(places.state)
-        say("to remove" if dry else "removed", f"{places.state} (state)")
+        tell("to remove" if dry else "removed", f"{places.state} (state)")
     # The manifest may lie in one of the directories.
     if not dry and not kept:
         manifest.path.unlink(missing_ok=True)
     for entry in directories:
         came = _undo(entry, purge, dry)
-        say(came, entry["id"])
+        tell(came, entry["id"])
         if not dry and (not kept or not came.startswith("kept")):
             manifest.entries.remove(entry)
     if not dry and kept:
@@ -112,7 +112,7 @@ def _undo(entry: Entry, purge: bool, dry: bool) -> str:
     return "to remove" if dry and came == "removed" else came
 
 
-def _end_service(manifest: Manifest, places: Places, dry: bool, say: Say) -> None:
+def _end_service(manifest: Manifest, places: Places, dry: bool, tell: Tell) -> None:
     """Stop and disable: rayfwd ends its Ray in order."""
     made = [Path(e["path"]).name for e in manifest.entries if "path" in e]
     units = [name for name in made if name.endswith((".service", ".socket"))]
@@ -128,7 +128,7 @@ def _end_service(manifest: Manifest, places: Places, dry: bool, say: Say) -> Non
                 command([*manager(places), "stop", *others])
         for link in places.units.glob(f"*.wants/{SERVICE}"):
             link.unlink()  # where no manager runs; nothing else of ours is there
-    say("to do" if dry else "done", " ".join(words))
+    tell("to do" if dry else "done", " ".join(words))
 
 
 def manager(places: Places) -> list[str]:
