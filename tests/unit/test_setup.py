@@ -248,6 +248,17 @@ def test_what_was_not_edited_follows_the_wishes(places: Places, home: Path) -> N
     assert tree(home) == {}
 
 
+def test_a_key_that_was_moved_away_is_made_anew(places: Places, home: Path) -> None:
+    make(worker(home), places)
+    first = public_key(places.identity)
+    places.identity.unlink()
+    outcome, _ = make(worker(home), places)
+    assert outcome.changed == (str(places.identity),)
+    assert public_key(places.identity) != first
+    take_away(Manifest(places.manifest), places, False, False, Told())
+    assert tree(home) == {}
+
+
 def test_somebody_elses_file_is_kept_and_not_ours_to_remove(places: Places, home: Path) -> None:
     places.units.mkdir(parents=True)
     mine = places.units / units.SERVICE

@@ -169,7 +169,8 @@ def _wishes(
     except ValueError as exc:
         raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
     host_key = _host_key_before(places)
-    fetch = head if (host_key is None or args.fingerprint) and not by_hand else None
+    moved = before is not None and before.head is not None and before.head.ssh != head
+    fetch = head if (host_key is None or args.fingerprint or moved) and not by_hand else None
     seen = look(person, ray or "ray", fetch)
     if seen.ray is None and ray is None:
         ray = _ask("--ray", "Where is the `ray` command of this machine? ")
@@ -280,7 +281,7 @@ def _trust(asked: str | None, seen: Seen, before: str | None) -> str | None:
             )
         return None if seen.known and before is None else line
     if seen.known:
-        return before
+        return None
     print(f"{seen.host} shows the host key {seen.fingerprint} ({seen.host_key.split()[0]}).")
     print("On the head, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` prints what it must be.")
     if _ask("--fingerprint", "Is it that one (yes/no)? ").strip().lower() != "yes":
