@@ -49,6 +49,7 @@ RUN = {
     "rayfwd status": (INIT, '"status", "--json"'),
     "rayfwd status --watch": ("tests/unit/test_status_watch.py", "--watch"),
     "rayfwd canary": ("tests/lab/test_canary.py", '"canary"'),
+    "rayfwd explain": ("tests/unit/test_conditions.py", "explain.run"),
     "rayfwd forget": (CLI, '"forget"'),
     "rayfwd plan": (CLI, '"plan"'),
     "rayfwd run": (INIT, '"run"'),

@@ -159,7 +159,7 @@ class Directory:
                 return Verdict.THERE
         raise ProblemError(
             Problem(
-                "directory_unusable",
+                "setup_blocked",
                 f"{self.path} is there, and is no directory that only {self.owner or 'you'} may "
                 "change",
                 "move it away, or correct its owner and mode",
@@ -194,7 +194,7 @@ class File:
             return Verdict.NEEDED
         except OSError as exc:
             cause = f"{self.path}: {exc.strerror}"
-            raise ProblemError(Problem("file_unreadable", cause, "move it away")) from None
+            raise ProblemError(Problem("setup_blocked", cause, "move it away")) from None
         if found == self.text.encode():
             return Verdict.THERE
         made = manifest.of(self.id)

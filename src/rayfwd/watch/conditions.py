@@ -135,6 +135,13 @@ CATALOGUE: Mapping[str, Kind] = {
         "ray_not_up",
         counted=False,
     ),
+    # Of `rayfwd init` and `rayfwd uninstall`.
+    **_kinds(
+        "error",
+        "manifest_unusable rayfwd_not_executable setup_blocked setup_command_failed setup_failed "
+        "uninstall_failed",
+        counted=False,
+    ),
 }
 """Every code. What another version has besides is taken for an error that shows at once."""
 
