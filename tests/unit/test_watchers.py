@@ -18,7 +18,7 @@ from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.reach import Peer, Reach
 from tests.unit.cluster import free_place
-from tests.unit.loops import run
+from tests.unit.loops import run, until
 
 PLAN = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
 DIRECT = replace(PLAN, address="203.0.113.7", advertised=True)
@@ -69,9 +69,32 @@ async def greeter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
+def test_a_newcomer_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray gives up a node that it does not reach soon: it cannot wait for the next look."""
+    for name in ("CONFIRM_AFTER", "NEWCOMERS"):
+        monkeypatch.setattr(reach, name, 0.01)
+    for name in ("PATIENCE", "CONFIRM_PATIENCE"):
+        monkeypatch.setattr(reach, name, 0.5)
+
+    async def body() -> None:
+        place = free_place()
+        plan = NodePlan("w", "worker", place.address, place.port, 8)
+        peers: dict[str, Peer] = {}
+        board = Board(lambda: None)
+        task = asyncio.create_task(Reach("head", lambda: dict(peers), board, 3600).run())
+        await asyncio.sleep(0.1)  # its first look finds nobody
+        peers["w"] = Peer(plan, 1)
+        await until(lambda: board.conditions, 30)
+        assert board.conditions[0].code == "ray_port_unreachable"
+        task.cancel()
+
+    run(body)
+
+
 def test_a_dead_server_is_found_and_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "CONFIRM_AFTER", 0.01)
     monkeypatch.setattr(reach, "PATIENCE", 0.5)
+    monkeypatch.setattr(reach, "CONFIRM_PATIENCE", 0.5)
 
     async def body() -> None:
         place = free_place()

@@ -18,11 +18,18 @@ from rayfwd.watch.board import Board
 INTERVAL = 20.0
 """Seconds between two looks; a look costs a node two or three connections that carry nothing."""
 
+NEWCOMERS = 1.0
+"""Seconds in which a peer that has not been looked at yet is seen."""
+
 PATIENCE = 5.0
 """Seconds for a server's first bytes."""
 
-CONFIRM_AFTER = 3.0
-"""Seconds until what did not answer is asked once more, with twice the patience."""
+CONFIRM_AFTER = 2.0
+"""Seconds until what did not answer is asked once more."""
+
+CONFIRM_PATIENCE = 7.0
+"""Seconds for the first bytes then. Ray gives up a node that it does not reach some 25 s after that
+joined: all of a newcomer's look is to be over by then."""
 
 MOST_WORKER_PORTS = 128
 """Worker ports that are dialled to find one that answers."""
@@ -54,20 +61,30 @@ class Reach:
         self._peers = peers
         self._board = board
         self._interval = interval
+        self._looked: Mapping[str, Peer] = {}
 
     async def run(self) -> None:
         while True:
             self._board.put(WATCHER, await self.look())
-            await asyncio.sleep(self._interval)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Until the next look is due: at once where somebody has come."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._interval
+        while (left := due - loop.time()) > 0:
+            if any(self._looked.get(name) != peer for name, peer in self._peers().items()):
+                return
+            await asyncio.sleep(min(left, NEWCOMERS))
 
     async def look(self) -> dict[str, Problem]:
         """What is wrong now, by node; a failure is confirmed once before it counts."""
-        before = dict(self._peers())
+        before = self._looked = dict(self._peers())
         first = await self._dial(before, PATIENCE)
         if any(first.values()):
             await asyncio.sleep(CONFIRM_AFTER)
             again = {name: before[name] for name, bad in first.items() if bad}
-            second = await self._dial(again, 2 * PATIENCE)
+            second = await self._dial(again, CONFIRM_PATIENCE)
             now = self._peers()
             # What was asked again and is still a peer, by a way that stood all the time.
             return {
