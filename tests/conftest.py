@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import time
 from collections.abc import Generator, Iterator
 
@@ -24,6 +25,10 @@ ORDER = ("unit", "ray", "lab", "demo")
 
 LIMITS = {"unit": 60, "ray": 200, "lab": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
+
+# A shell's background job ignores Ctrl-C, and so would all that is started here and is to obey it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow moment of the machine is no fault of what is tested.
 settings.register_profile("rayfwd", deadline=None, suppress_health_check=[HealthCheck.too_slow])

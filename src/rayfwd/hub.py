@@ -472,6 +472,10 @@ class Hub:
             lambda event: self._changed(node, mux, event),
         )
         node.mux, node.session, node.lost = mux, hello.session, None
+        # Whoever was turned away under this name is in, or is turned away again soon.
+        self._refused_lately = {
+            key: value for key, value in self._refused_lately.items() if key[0] != node.plan.name
+        }
         node.history.began()
         log.info("session_started", node=node.plan.name, version=hello.version)
 

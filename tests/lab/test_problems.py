@@ -236,7 +236,8 @@ class TestNames:
         tries_on(cluster, "w2")
         check_said_once(second, "name_in_use", "w1", "node.key")
         assert first.status()["state"] == "ready", "the first one goes on"
-        assert errors(first) == []
+        told = [(event["event"], event["seen_by"]) for event in errors(first)]
+        assert told == [("name_in_use", "head")], "it hears of the other one, and nothing else"
         assert first.stop() == 0
         check_healed(second, "name_in_use")
 
