@@ -6,6 +6,7 @@ and works for any contestant, since each has one TCP connection or more to the S
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import threading
@@ -39,11 +40,8 @@ def one_way(source: socket.socket, sink: socket.socket, delay: float) -> None:
             with changed:
                 held -= len(data)
                 changed.notify_all()
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)  # the other direction lives on
 
     threading.Thread(target=write, daemon=True).start()
     data = b"more"

@@ -51,7 +51,7 @@ def keep(name: str, results: Results) -> None:
     data = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     data[name] = {
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "commit": _said("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit(),
         "machine": describe(),
         "results": {
             way: {key: [float(f"{v:.4g}") for v in values] for key, values in found.items()}
@@ -59,6 +59,13 @@ def keep(name: str, results: Results) -> None:
         },
     }
     KEPT.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def commit() -> str:
+    """The code that is measured: the page itself does not count as a change of it."""
+    git = ("git", "-C", str(ROOT))
+    changed = _said(*git, "status", "--porcelain", "--", "src", "bench")
+    return _said(*git, "rev-parse", "--short", "HEAD") + (" and changes to it" if changed else "")
 
 
 def describe() -> list[str]:
