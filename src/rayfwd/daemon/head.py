@@ -158,8 +158,8 @@ class HeadDaemon(Daemon):
         for name in gone:
             self.watches.unheard(name)
         self.board.drop(gone, but=(LINK,))
-        self._tell_newcomers()
         self.plan_changed()
+        self._tell_newcomers()  # what is so now that they are here
 
     def _nodes_of_hub(self) -> list[HubNode]:
         return list(self._hub.nodes.values()) if self._hub is not None else []
