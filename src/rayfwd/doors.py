@@ -229,10 +229,14 @@ Route = Callable[[Target, Pump], None]
 
 
 class Doors:
-    """The doors of this machine. `run` opens and closes them until it is cancelled."""
+    """The doors of this machine. `run` opens and closes them until it is cancelled.
 
-    def __init__(self, route: Route) -> None:
+    `on_change` is called in the loop after doors were opened, closed, blocked or unblocked.
+    """
+
+    def __init__(self, route: Route, on_change: Callable[[], None] | None = None) -> None:
         self._route = route
+        self._on_change = on_change
         self._wanted: dict[Target, Target] = {}
         self._servers: dict[Target, asyncio.Server] = {}
         self._blocked: dict[Target, Problem] = {}
@@ -280,7 +284,11 @@ class Doors:
         try:
             while True:
                 self._changed.clear()
+                before = (set(self._servers), self._blocked)
                 await self._reconcile()
+                after = (set(self._servers), self._blocked)
+                if before != after and self._on_change is not None:
+                    self._on_change()
                 try:
                     async with asyncio.timeout(DOOR_RETRY if self._blocked else None):
                         await self._changed.wait()
@@ -317,7 +325,8 @@ class Doors:
             sock.close()
             self._block(listen, exc)
             return False
-        if self._blocked.pop(listen, None):
+        if listen in self._blocked:
+            self._blocked = {d: p for d, p in self._blocked.items() if d != listen}
             log.info("door_unblocked", listen=str(listen))
         return True
 
@@ -343,7 +352,7 @@ class Doors:
                 "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
             )
         if self._blocked.get(listen) != problem:
-            self._blocked[listen] = problem
+            self._blocked = self._blocked | {listen: problem}
             log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
 
 

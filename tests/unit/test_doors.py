@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -413,14 +413,38 @@ def refuse(_target: Target, pump: Pump) -> None:
 
 
 @asynccontextmanager
-async def doors_at_work() -> AsyncIterator[Doors]:
-    doors = Doors(refuse)
+async def doors_at_work(on_change: Callable[[], None] | None = None) -> AsyncIterator[Doors]:
+    doors = Doors(refuse, on_change)
     task = asyncio.create_task(doors.run())
     try:
         yield doors
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def test_who_shows_them_hears_of_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doors_module, "DOOR_RETRY", 0.05)
+
+    async def main() -> None:
+        taken, free = free_place(), free_place()
+        told: list[tuple[int, int]] = []
+        with socket.socket() as other:
+            other.bind(taken)
+            other.listen()
+            async with doors_at_work(
+                lambda: told.append((doors.open, len(doors.blocked)))
+            ) as doors:
+                doors.set_wanted({taken: taken, free: free})
+                await until(lambda: told == [(1, 1)])
+                await asyncio.sleep(0.3)  # tried again some times, to no avail
+                assert told == [(1, 1)]
+                other.close()
+                await until(lambda: told == [(1, 1), (2, 0)])
+                doors.set_wanted({})
+                await until(lambda: told[-1] == (0, 0))
+
+    run(main)
 
 
 def test_a_door_whose_port_is_taken_is_said_once_and_opens_when_it_is_free(

@@ -61,7 +61,7 @@ class Daemon:
         self.own: NodePlan | None = None
         self.nodes: tuple[NodePlan, ...] = ()
         self.cluster: ClusterReport | None = None
-        self.doors = Doors(self.route)
+        self.doors = Doors(self.route, self.changed)
         self.dialer = Dialer()
         self._started = time.time()
         self._stop = asyncio.Event()
