@@ -9,6 +9,7 @@ import pytest
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Event, Limits, Session
+from rayfwd.session.snapshot import Tree
 from rayfwd.session.stream import ReceiveSide, SendSide
 from tests.unit.wire import Wire
 
@@ -51,6 +52,10 @@ def test_what_went_in_comes_out(batch: int) -> None:
             raise AssertionError(f"schedule of seed {seed}: {exc!r}") from exc
 
 
+def test_the_schedules_hand_sessions_over() -> None:
+    assert sum(run_schedule(seed).handovers for seed in range(10)) > 10
+
+
 def _nothing_lost(_self: SendSide, _lane: int) -> bool:
     return False
 
@@ -71,9 +76,39 @@ def _keeps_waiting(_self: Session) -> list[Event]:
     return []
 
 
+def _forgets_what_was_read(self: ReceiveSide) -> Tree:
+    return {**SNAPSHOT(self), "consumed": 0}
+
+
+def _forgets_a_gap(self: Session) -> Tree:
+    return {**SESSION_SNAPSHOT(self), "peer_gaps": []}
+
+
+def _forgets_half_a_message(self: Session) -> Tree:
+    return {**SESSION_SNAPSHOT(self), "message": b""}
+
+
+def _joins_segments(self: SendSide) -> Tree:
+    """What is sent again is cut otherwise than it was."""
+    tree = SEND_SNAPSHOT(self)
+    whole = [segment for segment in tree["unacked"] if not segment[2]]
+    if len(whole) > 1:
+        joined = b"".join(segment[1] for segment in whole)
+        tree["unacked"] = [[whole[0][0], joined[:-1], False], *tree["unacked"][len(whole) :]]
+    return tree
+
+
+SNAPSHOT, SEND_SNAPSHOT = ReceiveSide.snapshot, SendSide.snapshot
+SESSION_SNAPSHOT = Session.snapshot
+
+
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [
+        (ReceiveSide, "snapshot", _forgets_what_was_read),
+        (Session, "snapshot", _forgets_a_gap),
+        (Session, "snapshot", _forgets_half_a_message),
+        (SendSide, "snapshot", _joins_segments),
         (SendSide, "lane_lost", _nothing_lost),
         (ReceiveSide, "_keep_early", _drops_early),
         (Session, "_note_opened", _forgets_gaps),

@@ -10,6 +10,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+from rayfwd.session import snapshot
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import (
     DataReceived,
@@ -22,6 +23,7 @@ from rayfwd.session.session import (
     Resumed,
     Session,
     SessionEnded,
+    SessionState,
     StreamFinished,
     StreamOpened,
     StreamReset,
@@ -89,6 +91,7 @@ class Wire:
         self.messages: dict[str, list[bytes]] = {"worker": [], "hub": []}
         self.messages_sent: dict[str, list[bytes]] = {"worker": [], "hub": []}
         self.parked = {"worker": 0, "hub": 0}
+        self.handovers = 0
         self.ended: dict[str, str] = {}
         self.sizes = (
             (1, 10, 1000, LARGEST) if limits.window < 1 << 16 else (1, 1000, LARGEST, 70_000)
@@ -111,6 +114,18 @@ class Wire:
         lane.dead.add(first)
         lane.under_way[first].clear()
         self._take(first, self.sides[first].lane_down(lane.numbers[first], self.now))
+
+    def hand_over(self, side: str) -> None:
+        """`side` is restarted, and the process that comes after it goes on with its session."""
+        for lane in self.lanes:
+            if side not in lane.dead:
+                self.kill(lane, side)
+        if self.sides[side].state is not SessionState.PARKED:
+            return  # it never had a lane
+        data = b"".join(snapshot.dump({"core": self.sides[side].snapshot()}))
+        self.sides[side] = Session.restored(snapshot.load(data)["core"], self.now)
+        self._take(side, self.sides[side].drained())
+        self.handovers += 1
 
     def bury(self) -> None:
         """Lanes that both sides know to be gone are no more."""
@@ -260,6 +275,8 @@ class Wire:
             self.kill(lane, side)
         elif roll < 0.99 and len(self.lanes) < 4:
             self.add_lane(rng.choice((LaneClass.INTERACTIVE, LaneClass.BULK)))
+        elif roll >= 0.99:
+            self.hand_over(side)
         self.bury()
         self._check_bounds()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from rayfwd.session.frames import (
     header,
 )
 from rayfwd.session.lane import Lane, LaneClass
+from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ReceiveSide, ResetReason, SendSide, Stream, StreamState
 
 CONTROL_STREAM = 0
@@ -238,8 +239,7 @@ class Session:
         del self._decoders[number]
         self._reclaim(number)
         for stream in self.streams.values():
-            if stream.receive.next or not stream.mine:
-                self._acks[stream.id] = None  # the last one may have gone down with the lane
+            self._acknowledge_again(stream)
         if self.lanes:
             return []
         self.cuts += 1
@@ -390,6 +390,65 @@ class Session:
         events = self._end(why) if not self.ended else []
         self._closing = encode(Kind.CLOSE, payload=why.encode()[:1024])
         return events
+
+    # -- for a process that comes after this one -------------------------------------------------
+
+    def snapshot(self) -> Tree:
+        """Everything that `restored` needs to go on. Raises ValueError unless it is parked.
+
+        What events have told is the driver's to keep: it is not told again. What the peer has no
+        answer to is not here either, since it sends that again: bytes that came too early, OPENs
+        and RESETs.
+        """
+        if self.state is not SessionState.PARKED:
+            raise ValueError(f"a snapshot of a session that is {self.state.value}")
+        return {
+            "side": "hub" if self._peer_parity else "worker",
+            "ride_through": self.ride_through,
+            "limits": asdict(self.limits),
+            "parked_at": self.parked_at,
+            "cuts": self.cuts,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "next_stream": self._next_stream,
+            "peer_opened": self._peer_opened,
+            "peer_gaps": sorted(self._peer_gaps),
+            "message": bytes(self._message),
+            "streams": [stream.snapshot() for stream in self.streams.values()],
+        }
+
+    @classmethod
+    def restored(cls, tree: Tree, now: float) -> Session:
+        """The session of a snapshot, parked since it was taken; `now` is of the same clock.
+
+        Raises SnapshotError.
+        """
+        try:
+            session = cls(tree["side"], tree["ride_through"], Limits(**tree["limits"]), now)
+            session._set_state(SessionState.PARKED)
+            session.parked_at = float(tree["parked_at"])
+            session.cuts = tree["cuts"]
+            session.bytes_in, session.bytes_out = tree["bytes_in"], tree["bytes_out"]
+            session._next_stream = tree["next_stream"]
+            session._peer_opened = tree["peer_opened"]
+            session._peer_gaps.update(tree["peer_gaps"])
+            session._message += tree["message"]
+            session._freed = True
+            for each in tree["streams"]:
+                session._take_in(Stream.restored(each, now))
+        except (KeyError, TypeError, ValueError, AttributeError, ProtocolError) as exc:
+            raise SnapshotError(f"a session that does not fit: {exc!r}") from exc
+        return session
+
+    def _take_in(self, stream: Stream) -> None:
+        self.streams[stream.id] = stream
+        self.buffered += stream.send.buffered
+        if stream.state is not StreamState.RESETTING:
+            self._window_spent += stream.receive.window - self.limits.window
+        if stream.paused:
+            self._paused[stream.id] = None
+        self._acknowledge_again(stream)
+        self._enqueue(stream)
 
     # -- what the driver takes ----------------------------------------------------------------
 
@@ -730,6 +789,11 @@ class Session:
             self._acks[stream.id] = None
         elif stream.receive.ack_due():
             self._lazy(stream, now)
+
+    def _acknowledge_again(self, stream: Stream) -> None:
+        """Its last ACK may have gone down with a lane."""
+        if stream.receive.next or not stream.mine:
+            self._acks[stream.id] = None
 
     def _lazy(self, stream: Stream, now: float) -> None:
         if not self._lazy_acks:

@@ -12,6 +12,7 @@ from collections import deque
 from enum import Enum, IntEnum
 
 from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, ProtocolError
+from rayfwd.session.snapshot import Tree
 
 FRAME_BYTES = 1 << 16
 """Bytes of data in one frame, at most: what an urgent frame may have to wait behind."""
@@ -209,6 +210,32 @@ class SendSide:
         self._resend.appendleft(self.unacked[0])
         return True
 
+    def snapshot(self) -> Tree:
+        """For `restored`. Nothing may be under way."""
+        return {
+            "next": self.next,
+            "acked": self.acked,
+            "limit": self.limit,
+            "end_wanted": self._end_wanted,
+            "end_sent": self.end_sent,
+            # Each as it was cut: what is sent again is cut as it was the first time.
+            "unacked": [[s.offset, s.data, s.end] for s in self.unacked],
+            "pending": b"".join(self._pending),
+        }
+
+    @classmethod
+    def restored(cls, tree: Tree) -> SendSide:
+        side = cls(tree["limit"])
+        side.next, side.acked = tree["next"], tree["acked"]
+        side._end_wanted, side.end_sent = tree["end_wanted"], tree["end_sent"]
+        side.unacked.extend(Segment(*segment) for segment in tree["unacked"])
+        side.unacked_bytes = sum(len(segment.data) for segment in side.unacked)
+        side._resend.extend(side.unacked)
+        if tree["pending"]:
+            side._pending.append(tree["pending"])
+            side.pending_bytes = len(tree["pending"])
+        return side
+
 
 class ReceiveSide:
     """What this side receives: bytes in order, bytes that came too early, and the credit given."""
@@ -239,10 +266,15 @@ class ReceiveSide:
         return self.end_at is not None and self.next > self.end_at
 
     @property
+    def unread(self) -> int:
+        """Bytes received in order that the reader has not reported as consumed."""
+        in_order = self.next - 1 if self.complete else self.next
+        return in_order - self.consumed
+
+    @property
     def held(self) -> int:
         """Bytes received and not yet taken by the reader, those out of order too."""
-        in_order = self.next - 1 if self.complete else self.next
-        return in_order - self.consumed + self.early_bytes
+        return self.unread + self.early_bytes
 
     def data(self, offset: int, payload: bytes) -> list[bytes]:
         """Take in a DATA frame; returns what is now in order. Raises ProtocolError."""
@@ -340,6 +372,26 @@ class ReceiveSide:
             return min(self.window * 2, ceiling)
         return self.window
 
+    def snapshot(self) -> Tree:
+        """For `restored`. What came too early is not acknowledged: it is sent again."""
+        return {
+            "next": self.next,
+            "consumed": self.consumed,
+            "end_at": self.end_at,
+            "window": self.window,
+            "limit_sent": self.limit_sent,
+            "ack_sent": self.ack_sent,
+        }
+
+    @classmethod
+    def restored(cls, tree: Tree, now: float) -> ReceiveSide:
+        side = cls(tree["window"], now)
+        side.next, side.consumed = tree["next"], tree["consumed"]
+        side.end_at = tree["end_at"]
+        side.limit_sent, side.ack_sent = tree["limit_sent"], tree["ack_sent"]
+        side.mark_consumed = side.consumed
+        return side
+
 
 class Stream:
     """A stream as one of its two ends sees it."""
@@ -382,6 +434,34 @@ class Stream:
         if self.state is StreamState.RESETTING:
             return self.reset_due
         return self.open_due or self.send.ready
+
+    def snapshot(self) -> Tree:
+        """For `restored`. Nothing may be under way."""
+        return {
+            "id": self.id,
+            "mine": self.mine,
+            "target": self.target,
+            "state": self.state.value,
+            "send": self.send.snapshot(),
+            "receive": self.receive.snapshot(),
+            "reason": int(self.reason),
+            "text": self.text,
+            "bulk": self.bulk,
+            "paused": self.paused,
+        }
+
+    @classmethod
+    def restored(cls, tree: Tree, now: float) -> Stream:
+        stream = cls(tree["id"], tree["mine"], tree["target"], 0, 0, now)
+        stream.state = StreamState(tree["state"])
+        stream.send = SendSide.restored(tree["send"])
+        stream.receive = ReceiveSide.restored(tree["receive"], now)
+        stream.reason, stream.text = ResetReason(tree["reason"]), tree["text"]
+        stream.bulk, stream.paused = tree["bulk"], tree["paused"]
+        # What was not answered goes out again.
+        stream.open_due = stream.state is StreamState.OPENING
+        stream.reset_due = stream.state is StreamState.RESETTING
+        return stream
 
 
 assert FRAME_BYTES <= MAX_PAYLOAD
