@@ -3,7 +3,8 @@
 # make bench   rayfwd beside ssh -L and others; writes docs/benchmarks.md
 # make fast    unit tests only;  make lint, make types, make checks: what they say;  make clean
 #
-# All is made in this checkout: the environment in .venv, Ray's environments in .cache/ray-envs.
+# All is made in this checkout: the environment in .venv, Ray's environments in .cache/ray-envs, the
+# Debian roots that are booted in .cache/roots.
 
 SHELL := /bin/sh
 VENV := .venv
@@ -27,10 +28,10 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench checks lint types fast packages ray-envs show-pytest clean
+.PHONY: test demo bench checks lint types fast packages ray-envs roots show-pytest clean
 .DEFAULT_GOAL := test
 
-test: packages checks ray-envs
+test: packages checks ray-envs roots
 	$(PYTEST)
 
 demo: packages $(VENV)/.installed
@@ -65,6 +66,10 @@ packages:
 ray-envs: $(VENV)/.installed
 	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_envs.py; \
 	else echo "not root: the lab with its real Ray is not run"; fi
+
+roots: $(VENV)/.installed
+	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_roots.py; \
+	else echo "not root: the machines that are booted are not made"; fi
 
 $(VENV)/.installed: pyproject.toml | packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }

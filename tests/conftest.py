@@ -1,9 +1,10 @@
 """What all tests share: their order, their time limits, what they need, and that nothing is left.
 
 Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs root and its tools
-(everything below tests/lab/ has it). Without them a test is skipped with a reason, or fails where
-RAYFWD_REQUIRE=all. `alone` is for a file that measures how long something takes: where files run
-side by side (`pytest -n 2`), none runs beside it.
+(everything below tests/lab/ has it), `systemd` boots machines (everything below tests/systemd/).
+Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all. `alone` is for a
+file that measures how long something takes: where files run side by side (`pytest -n 2`), none
+runs beside it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.lab.machines import left_over
-from tests.need import CHECKOUT, need, no_lab, no_ray
+from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
 
-ORDER = ("unit", "ray", "lab", "demo")
+ORDER = ("unit", "ray", "lab", "systemd", "demo")
 """Directories below tests/, the quick ones first."""
 
-LIMITS = {"unit": 60, "ray": 200, "lab": 300, "demo": 300}
+LIMITS = {"unit": 60, "ray": 200, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
 
 # A shell's background job ignores Ctrl-C, and so would all that is started here and is to obey it.
@@ -49,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(folder(item), len(ORDER)))
     for item in items:
         where = folder(item)
-        if where == "lab":
-            item.add_marker(pytest.mark.lab)
+        if where in {"lab", "systemd"}:
+            item.add_marker(getattr(pytest.mark, where))
         if item.get_closest_marker("timeout") is None and where in LIMITS:
             item.add_marker(pytest.mark.timeout(LIMITS[where]))
 
@@ -108,6 +109,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, or fail, a test whose needs are not met, before its fixtures are made."""
     if item.get_closest_marker("lab") is not None:
         need(no_lab())
+    if item.get_closest_marker("systemd") is not None:
+        need(no_machines())
     if (marker := item.get_closest_marker("ray")) is not None:
         for version in marker.args or ("2.60.0",):
             need(no_ray(version))

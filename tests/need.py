@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import setup_roots
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -42,6 +44,17 @@ def no_ray(version: str) -> str | None:
     if command.exists():
         return None
     return f"there is no {command}: run tests/setup_envs.py {version} (see RAYFWD_RAY_ENVS)"
+
+
+@cache
+def no_machines() -> str | None:
+    """Why no machine can be booted here (tests/systemd/); None: they can."""
+    if (lab := no_lab()) is not None:
+        return lab
+    for name, package in (("systemd-nspawn", "systemd-container"), ("debootstrap", "debootstrap")):
+        if not os.path.isabs(tool(name)):
+            return f"the machines that are booted need {name} (Debian package {package})"
+    return next(filter(None, map(setup_roots.missing, setup_roots.SUITES)), None)
 
 
 @cache

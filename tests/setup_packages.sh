@@ -25,6 +25,8 @@ need sshd openssh-server "the lab's SSH servers"
 need ssh-keygen openssh-client "the lab's keys"
 need ps procps "the lab's look at processes"
 need unshare util-linux "the lab and the demo"
+need systemd-nspawn systemd-container "the machines that are booted (tests/systemd)"
+need debootstrap debootstrap "their Debian"
 
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then

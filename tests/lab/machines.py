@@ -105,7 +105,7 @@ def _own_spaces() -> list[str]:
     return [os.readlink(f"/proc/self/ns/{kind}") for kind in SPACES]
 
 
-def _command(pid: int, *argv: str, text: str | None = None) -> str:
+def network_command(pid: int, *argv: str, text: str | None = None) -> str:
     """Run one of this host's commands in the network of process `pid` alone."""
     ran = subprocess.run(
         [tool("nsenter"), f"--target={pid}", "--net", "--", tool(argv[0]), *argv[1:]],
@@ -219,11 +219,11 @@ class Machine:
         """Plug the machine into the lab's network."""
         own = ("address", self.hardware)
         peer = ("peer", "name", "eth0", *own, "netns", str(self._init.pid))
-        _command(switch.pid, "ip", "link", "add", self.port, "type", "veth", *peer)
-        _command(switch.pid, "ip", "link", "set", self.port, "master", "br0", "up")
-        _command(self._init.pid, "ip", "link", "set", "lo", "up")
-        _command(self._init.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
-        _command(self._init.pid, "ip", "link", "set", "eth0", "up")
+        network_command(switch.pid, "ip", "link", "add", self.port, "type", "veth", *peer)
+        network_command(switch.pid, "ip", "link", "set", self.port, "master", "br0", "up")
+        network_command(self._init.pid, "ip", "link", "set", "lo", "up")
+        network_command(self._init.pid, "ip", "addr", "add", f"{self.address}/24", "dev", "eth0")
+        network_command(self._init.pid, "ip", "link", "set", "eth0", "up")
 
     def meet(self, other: Machine) -> None:
         """Know the other's hardware address for good.
@@ -232,7 +232,7 @@ class Machine:
         connect does at once, with "No route to host". Behind a router nobody would say so.
         """
         entry = (other.address, "lladdr", other.hardware, "dev", "eth0")
-        _command(self._init.pid, "ip", "neigh", "replace", *entry, "nud", "permanent")
+        network_command(self._init.pid, "ip", "neigh", "replace", *entry, "nud", "permanent")
 
     def firewall(self, accept_tcp: Sequence[int] = (), strict: bool = False) -> None:
         """Drop what comes in but for loopback, answers, and these TCP ports.
@@ -257,15 +257,15 @@ class Machine:
             "}",
             "}",
         ]
-        _command(self._init.pid, "nft", "-f", "-", text="\n".join(lines) + "\n")
+        network_command(self._init.pid, "nft", "-f", "-", text="\n".join(lines) + "\n")
 
     def nft(self, text: str) -> None:
         """Add to the firewall, or take away from it."""
-        _command(self._init.pid, "nft", "-f", "-", text=text)
+        network_command(self._init.pid, "nft", "-f", "-", text=text)
 
     def network_command(self, *argv: str) -> str:
         """Run ip, nft or ss of the host in this machine's network; what it wrote."""
-        return _command(self._init.pid, *argv)
+        return network_command(self._init.pid, *argv)
 
     # SSH
 
@@ -385,13 +385,13 @@ class Lab:
     def _make(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._switch = Init("switch", {"bare": True, "tag": f"{tag()}-switch"})
-        _command(self._switch.pid, "ip", "link", "add", "br0", "type", "bridge")
-        _command(self._switch.pid, "ip", "link", "set", "br0", "up")
+        network_command(self._switch.pid, "ip", "link", "add", "br0", "type", "bridge")
+        network_command(self._switch.pid, "ip", "link", "set", "br0", "up")
         addresses = {name: f"198.51.100.{k}" for k, name in enumerate(NAMES, 1)}
         keep = self._trees()
         for name, address in addresses.items():
             for kind in ("user", "host"):
-                _keygen(self.folder / f"{name}-{kind}", f"{kind}@{name}")
+                keygen(self.folder / f"{name}-{kind}", f"{kind}@{name}")
             spec = {
                 "bare": False,
                 "tag": f"{tag()}-{name}",
@@ -440,7 +440,7 @@ class Lab:
     def _switch_port(self, machine: Machine, *words: str) -> None:
         # Unplugged on the switch's side: the machine's own interface shows nothing of it.
         assert self._switch is not None
-        _command(self._switch.pid, "ip", "link", "set", machine.port, *words)
+        network_command(self._switch.pid, "ip", "link", "set", machine.port, *words)
 
     def drop_one_way(self, source: Machine | None = None, target: Machine | None = None) -> None:
         """Let no packet of `source` through to `target`, but those of the other way (None: all).
@@ -453,13 +453,13 @@ class Lab:
         text = f"""table bridge dropped {{
             chain forward {{ type filter hook forward priority 0; policy accept; {rule} drop; }}
         }}"""
-        _command(self._switch.pid, "nft", "-f", "-", text=text)
+        network_command(self._switch.pid, "nft", "-f", "-", text=text)
 
     def drop_nothing(self) -> None:
         """Undo `drop_one_way`; `cut` stays."""
         assert self._switch is not None
         text = "table bridge dropped\ndelete table bridge dropped\n"  # there or not
-        _command(self._switch.pid, "nft", "-f", "-", text=text)
+        network_command(self._switch.pid, "nft", "-f", "-", text=text)
 
     def reset_connections(self, machine: Machine) -> int:
         """Break every TCP connection between that machine and others, at both ends; how many."""
@@ -487,7 +487,7 @@ class Lab:
             self._switch = None
 
 
-def _keygen(path: Path, comment: str) -> None:
+def keygen(path: Path, comment: str) -> None:
     if not path.exists():
         argv = [tool("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)]
         subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tests.need import CHECKOUT
 
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+
 _installed: Path | None = None
 
 
@@ -19,20 +21,25 @@ def install(folder: Path) -> Path:
     Its dependencies come from the package index that pip is set up for, or from pip's cache.
     """
     global _installed  # noqa: PLW0603  # one a test run
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
-    wheels, env = folder / "wheels", folder / "rayfwd"
-    pip = ["-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = ["wheel", "--no-deps", *isolation, f"--wheel-dir={wheels}", str(CHECKOUT)]
+    env = folder / "rayfwd"
     old = os.umask(0o022)  # the machines' ordinary user is to run it
     try:
-        _run([sys.executable, *pip, *build])
-        (wheel,) = wheels.glob("rayfwd-*.whl")
+        built = wheel(folder / "wheels")
         _run([sys.executable, "-m", "venv", str(env)])
-        _run([str(env / "bin" / "python"), *pip, "install", str(wheel)])
+        _run([str(env / "bin" / "python"), *PIP, "install", str(built)])
     finally:
         os.umask(old)
     _installed = env / "bin" / "rayfwd"
     return _installed
+
+
+def wheel(folder: Path) -> Path:
+    """Build the wheel of this checkout into `folder`, which has no other."""
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    build = ["wheel", "--no-deps", *isolation, f"--wheel-dir={folder}", str(CHECKOUT)]
+    _run([sys.executable, *PIP, *build])
+    (built,) = folder.glob("rayfwd-*.whl")
+    return built
 
 
 def current() -> Path | None:

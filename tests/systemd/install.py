@@ -1,0 +1,93 @@
+"""rayfwd installed on a Debian root as the README says, from a wheel of this checkout.
+
+What the installation writes is kept as a layer above the root, named after the wheel and the root:
+it is made once for each state of the sources.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import setup_roots
+from tests.lab import package
+
+README = (
+    "python3 -m venv /opt/rayfwd && /opt/rayfwd/bin/pip install {wheel}"
+    " && ln -s /opt/rayfwd/bin/rayfwd /usr/local/bin/"
+)
+"""The README's commands, with the wheel in place of the checkout that it is made of."""
+
+INSTALL = r"""
+set -eu
+tree=$1 layer=$2 wheels=$3 command=$4
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/root
+mount -t overlay -o "lowerdir=$tree,upperdir=$layer/upper,workdir=$layer/work" overlay /mnt/root
+mkdir /mnt/root/wheels
+mount --bind "$wheels" /mnt/root/wheels
+mount -t proc proc /mnt/root/proc
+chroot /mnt/root env -i PATH=/usr/bin:/bin LANG=C.UTF-8 PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels \
+    PIP_ROOT_USER_ACTION=ignore sh -c "umask 022; $command"
+umount /mnt/root/proc /mnt/root/wheels
+rmdir /mnt/root/wheels
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A root with rayfwd on it."""
+
+    suite: str
+    lower: tuple[Path, ...]
+    """Directories for an overlay, the uppermost first."""
+    wheels: Path
+    """rayfwd's wheel and those of all that it needs."""
+
+
+def installed(suite: str) -> Installed:
+    """Install rayfwd on that root, where that has not been done. Raises RuntimeError."""
+    root = setup_roots.place(suite)
+    layers = setup_roots.default_root() / "rayfwd"
+    layers.mkdir(exist_ok=True)
+    with (layers / f".{suite}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fresh = layers / f"{suite}-new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        (fresh / "wheels").mkdir(parents=True)
+        wheel = package.wheel(fresh / "wheels")
+        inputs = wheel.read_bytes() + root.name.encode() + (README + INSTALL).encode()
+        layer = layers / f"{suite}-{hashlib.sha256(inputs).hexdigest()[:12]}"
+        if not layer.exists():
+            _install(root, fresh, wheel)
+            fresh.rename(layer)
+        shutil.rmtree(fresh, ignore_errors=True)
+        # Those of other states, a run of which may still be under way: not the last few.
+        old = sorted(layers.glob(f"{suite}-*"), key=lambda path: path.stat().st_mtime)
+        for path in old[:-4]:
+            shutil.rmtree(path)
+    return Installed(suite, (layer / "upper", root / "tree"), layer / "wheels")
+
+
+def _install(root: Path, fresh: Path, wheel: Path) -> None:
+    for path in (fresh / "upper", fresh / "work"):
+        path.mkdir()
+    for path in (root / "wheels").iterdir():
+        os.link(path, fresh / "wheels" / path.name)
+    command = README.format(wheel=f"/wheels/{wheel.name}")
+    words = [str(root / "tree"), str(fresh), str(fresh / "wheels"), command]
+    ran = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", INSTALL, "install", *words],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=300,
+    )
+    if ran.returncode != 0:
+        raise RuntimeError(f"{command}: {ran.stdout[-4000:]}\n{ran.stderr[-4000:]}")
+    shutil.rmtree(fresh / "work")
