@@ -40,11 +40,13 @@ class ControlServer:
         verbs: Mapping[str, Verb],
         request_seconds: float = REQUEST_SECONDS,
         verb_seconds: float = VERB_SECONDS,
+        request_limit: int = REQUEST_LIMIT,
     ) -> None:
         self._path = path
         self._verbs = dict(verbs)
         self._request_seconds = request_seconds
         self._verb_seconds = verb_seconds
+        self._request_limit = request_limit
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -54,7 +56,7 @@ class ControlServer:
         listener = unixsocket.bind(self._path, 0o600)
         self._inode = self._path.stat().st_ino
         self._server = await asyncio.start_unix_server(
-            self._connected, sock=listener, limit=REQUEST_LIMIT
+            self._connected, sock=listener, limit=self._request_limit
         )
 
     async def close(self) -> None:
@@ -130,7 +132,7 @@ class ControlServer:
             cause = f"no whole line came within {self._request_seconds:g} s"
             raise _bad(cause) from None
         except ValueError:
-            raise _bad(f"the line is longer than {REQUEST_LIMIT} bytes") from None
+            raise _bad(f"the line is longer than {self._request_limit} bytes") from None
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):

@@ -44,7 +44,7 @@ VERBS = {"echo": echo, "broken": broken, "refusing": refusing, "endless": endles
 
 
 @asynccontextmanager
-async def server(path: Path, **limits: float) -> AsyncIterator[ControlServer]:
+async def server(path: Path, **limits: Any) -> AsyncIterator[ControlServer]:
     made = ControlServer(path, VERBS, **limits)
     await made.start()
     try:

@@ -54,6 +54,7 @@ RUN = {
     "rayfwd plan": (CLI, '"plan"'),
     "rayfwd run": (INIT, '"run"'),
     "rayfwd attach": (INIT, "attach"),
+    "rayfwd keeper": ("tests/unit/test_keeper.py", '"keeper"'),
     "rayfwd demo": ("Makefile", "rayfwd demo"),
     "python3 -m venv": ("tests/lab/package.py", '"venv"'),
     "make test": (".ci/run", "checks ray-envs roots"),

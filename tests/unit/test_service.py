@@ -1,4 +1,4 @@
-"""systemd/rayfwd.service: systemd accepts it, and it fits what the daemon does."""
+"""The units in systemd/: systemd accepts them, and they fit what daemon and keeper do."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from pathlib import Path
 import pytest
 
 from rayfwd import cli
+from rayfwd.ray import launcher
 
-UNIT = Path(__file__).parents[2] / "systemd" / "rayfwd.service"
+UNITS = Path(__file__).parents[2] / "systemd"
+DAEMON, KEEPER = "rayfwd.service", "rayfwd-ray.service"
+
+ADDED_UP = {"SystemCallFilter"}
+"""Settings that may be there more than once."""
 
 
-def settings() -> dict[str, str]:
+def settings(unit: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for line in UNIT.read_text().splitlines():
+    for line in (UNITS / unit).read_text().splitlines():
         name, equals, value = line.partition("=")
         if equals and not line.startswith("#"):
-            assert name not in found, f"{name} is there twice"
+            assert name not in found or name in ADDED_UP, f"{name} is there twice"
             found[name] = value
     return found
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
-def test_systemd_accepts_it(tmp_path: Path) -> None:
-    copy = tmp_path / "rayfwd.service"
-    text = UNIT.read_text()
-    assert "/opt/rayfwd/bin/rayfwd" in text
-    copy.write_text(text.replace("/opt/rayfwd/bin/rayfwd", "/bin/true"))
+def test_systemd_accepts_them(tmp_path: Path) -> None:
+    copies = [tmp_path / DAEMON, tmp_path / KEEPER]
+    for copy in copies:
+        text = (UNITS / copy.name).read_text()
+        assert "/opt/rayfwd/bin/rayfwd" in text
+        copy.write_text(text.replace("/opt/rayfwd/bin/rayfwd", "/bin/true"))
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(copy)],
+        ["systemd-analyze", "verify", "--man=no", *map(str, copies)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -39,11 +45,35 @@ def test_systemd_accepts_it(tmp_path: Path) -> None:
     assert (done.returncode, ours) == (0, [])
 
 
-def test_it_fits_the_daemon() -> None:
-    unit = settings()
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_part_that_talks_to_the_network_is_confined() -> None:
+    asked = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager"]
+    done = subprocess.run([*asked, str(UNITS / DAEMON)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+def test_they_fit_daemon_and_keeper() -> None:
+    unit, keeper = settings(DAEMON), settings(KEEPER)
     assert unit["ExecStart"].endswith("/rayfwd run")
+    name, _, socket = unit["Environment"].partition("=")
+    assert name == launcher.KEEPER
+    assert keeper["ExecStart"].endswith(f"/rayfwd keeper {socket}")
+    assert socket.startswith(f"%t/{keeper['RuntimeDirectory']}/")
+    assert unit["User"] == keeper["User"]
     assert unit["RestartPreventExitStatus"] == str(cli.MISTAKE)
-    assert unit["Type"] == "notify"
+    assert unit["Type"] == keeper["Type"] == "notify"
     assert unit["TimeoutStartSec"] == "infinity", "READY waits for a head that may be away"
-    assert int(unit["TimeoutStopSec"]) > 30 + 30, "Ray's drain time, and ending what is left"
+    for each in (unit, keeper):
+        assert int(each["TimeoutStopSec"]) > 30 + 30, "Ray's drain time, and ending what is left"
+        assert each["StartLimitIntervalSec"] == "0", "transient faults are never given up"
     assert unit["RuntimeDirectory"] == unit["StateDirectory"] == "rayfwd"
+    assert KEEPER in unit["Wants"].split()
+    assert KEEPER in unit["After"].split(), "it is there before, and stopped after"
+
+
+def test_ray_stop_does_not_take_the_keeper_for_ray() -> None:
+    """`ray stop` kills by words in names and command lines (RAY_PROCESSES, Ray 2.60.0)."""
+    words = "raylet plasma_store monitor.py ray.util.client.server _worker.py ray:: reporter.py "
+    words += "agent.py dashboard.py reaper.py gcs_server"
+    for unit in (DAEMON, KEEPER):
+        assert not [w for w in words.split() if w in settings(unit)["ExecStart"]]

@@ -151,6 +151,7 @@ class TestUnits:
             if name == units.SERVICE:
                 assert f"ExecStart={COMMAND} --config {places.config} run" in made
                 assert "WantedBy=default.target" in made
+                assert "Wants=rayfwd-ray.service\nAfter=rayfwd-ray.service" in made
                 assert "NoNewPrivileges=yes" in made
 
     def test_paths_with_anything_in_them(self) -> None:

@@ -34,6 +34,7 @@ VERBS = {
     "canary": "send a tiny task and 1 MB to every node and back, and say how it went",
     "explain": "say what a code of the log or of the status means, and what to do",
     "attach": "join standard input and output to the hub (a forced command for sshd)",
+    "keeper": "keep Ray for the daemon (what the service rayfwd-ray does)",
     "forget": "on the head: drop a worker, and free its name, address and ports",
     "uninstall": "take away what init has made",
     "demo": "show it at work on this machine alone",

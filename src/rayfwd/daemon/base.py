@@ -16,12 +16,12 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import sdnotify
 from prometheus_client.core import Metric
 
 from rayfwd import __version__
 from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
+from rayfwd.daemon import service
 from rayfwd.daemon.canary import CanaryVerb
 from rayfwd.daemon.watches import Watches
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
@@ -29,6 +29,7 @@ from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.metrics import MetricsServer, families
 from rayfwd.mux import MuxStream
+from rayfwd.notify import Notifier
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -68,7 +69,7 @@ class Daemon:
         self._changed = asyncio.Event()
         self._ready_said = False
         self._stopping = False
-        self._notifier = sdnotify.SystemdNotifier()
+        self._notifier = Notifier()
         self._notified = ""
         self.ray = RaySupervisor(config, config.hub.network, self.changed)
         self._metrics: MetricsServer | None = None
@@ -227,7 +228,11 @@ class Daemon:
             self._stopping = True
             self._tell("STOPPING=1")
             if self._stop.is_set():
-                await self.ray.stop()
+                # Its connections stand until it has ended, or is left to the next daemon.
+                if await service.being_restarted(os.environ):
+                    await self.ray.leave()
+                else:
+                    await self.ray.stop()
         finally:
             await self.end()
             for task in [stopping, *parts]:
@@ -420,7 +425,7 @@ class Daemon:
             await self._changed.wait()
 
     def _tell(self, line: str) -> None:
-        self._notifier.notify(line.replace("\n", " "))
+        self._notifier.send(line)
 
 
 def _later(seconds: float, function: Callable[[], None]) -> asyncio.TimerHandle:

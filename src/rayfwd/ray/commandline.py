@@ -38,6 +38,7 @@ _NOT_FOR_RAY = frozenset(
         "NOTIFY_SOCKET",
         "WATCHDOG_PID",
         "WATCHDOG_USEC",
+        "RAYFWD_KEEPER",
         "LISTEN_PID",
         "LISTEN_FDS",
         "LISTEN_FDNAMES",

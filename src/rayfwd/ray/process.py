@@ -1,10 +1,10 @@
 """One `ray start --block` of ours: starting it, knowing it again, its output, ending all of it.
 
 Ray must outlive rayfwd: it runs in a session of its own and writes to a file, not to a pipe, so
-that neither a signal nor the end of the daemon reaches it. `ray.json` in the state directory
-tells the next daemon what runs. Everything that Ray starts is in that session or has inherited the
-variable RAYFWD_NODE, whose value is used once: that is ours to end, whoever its parent is by now,
-and nothing else is.
+that neither a signal nor the end of the daemon reaches it (`launcher.py`: whose child it is).
+`ray.json` in the state directory tells the next daemon what runs. Everything that Ray starts is in
+that session or has inherited the variable RAYFWD_NODE, whose value is used once: that is ours to
+end, whoever its parent is by now, and nothing else is.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
+from rayfwd.ray.launcher import OUTPUT, Direct, Launcher
 
 RECORD = "ray.json"
-OUTPUT = "ray.log"
 
 STARTED = "Ray runtime started"
 """What `ray start` prints when every process of the node is up (Ray 2.9 to 2.60)."""
@@ -102,11 +102,12 @@ class Record:
 class RayProcess:
     """Our own `ray start` and all that came of it. Not safe to share between tasks."""
 
-    def __init__(self, state_dir: Path, record: Record) -> None:
+    def __init__(self, state_dir: Path, record: Record, launcher: Launcher) -> None:
         self._state_dir = state_dir
+        self._launcher = launcher
         self.record = record
         self.exit_code: int | None = None
-        """Of `ray start`, where it was our child; minus the signal's number if by a signal."""
+        """Of `ray start`, where its launcher knows; minus the signal's number if by a signal."""
         self.daemons: dict[str, procfs.Process] = {}
         """Those of `DAEMONS` seen so far."""
         self.session_dir: str | None = None
@@ -115,6 +116,7 @@ class RayProcess:
         """`ray start` reported that every process of the node is up."""
         self._main = procfs.Process(record.pid, 0, record.start, record.pid, "")
         self._partial = b""
+        self._ended = False
 
     @classmethod
     def spawn(
@@ -126,8 +128,10 @@ class RayProcess:
         digest: str,
         versions: Versions,
         command: str,
+        launcher: Launcher,
     ) -> RayProcess:
-        """Start `argv`. Raises OSError where that, or writing the record, fails.
+        """Start `argv`. Raises OSError where that, or writing the record, fails, and what
+        `launcher` raises.
 
         There is no pause in it, so a task that is cancelled has started either nothing or all.
         """
@@ -143,33 +147,15 @@ class RayProcess:
         )
         # First the token: should we be killed right after the start, it finds what was started.
         _write(state_dir / RECORD, record)
-        output = os.open(
-            state_dir / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600
-        )
-        try:
-            pid = os.posix_spawn(
-                argv[0],
-                argv,
-                {**env, MARKER: record.token},
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, output, 1),
-                    (os.POSIX_SPAWN_DUP2, output, 2),
-                ],
-                setsid=True,
-                setsigmask=(),
-                # Python ignores these two and what is ignored stays so across exec.
-                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
-            )
-        finally:
-            os.close(output)
+        pid = launcher.spawn(argv, {**env, MARKER: record.token}, state_dir)
         seen = procfs.look_up(pid)
-        process = cls(state_dir, replace(record, pid=pid, start=seen.start if seen else 0))
+        found = replace(record, pid=pid, start=seen.start if seen else 0)
+        process = cls(state_dir, found, launcher)
         process._save()
         return process
 
     @classmethod
-    def recover(cls, state_dir: Path) -> RayProcess | None:
+    def recover(cls, state_dir: Path, launcher: Launcher | None = None) -> RayProcess | None:
         """What an earlier daemon left: the Ray of its record, which may be dead or half dead."""
         try:
             record = Record.from_wire(json.loads((state_dir / RECORD).read_text()))
@@ -182,7 +168,7 @@ class RayProcess:
         if record.boot != _boot_id():
             (state_dir / RECORD).unlink(missing_ok=True)
             return None
-        process = cls(state_dir, record)
+        process = cls(state_dir, record, launcher or Direct())
         process.find_daemons()
         return process
 
@@ -195,15 +181,14 @@ class RayProcess:
         return self.record.pid
 
     def alive(self) -> bool:
-        """Whether `ray start` runs. Reaps it where it was our child."""
-        if self.record.pid == 0:
+        """Whether `ray start` runs. Learns its exit code once it does not."""
+        if self.record.pid == 0 or self._ended:
             return False
-        if self.exit_code is None:
-            with suppress(ChildProcessError):
-                pid, status = os.waitpid(self.record.pid, os.WNOHANG)
-                if pid:
-                    self.exit_code = os.waitstatus_to_exitcode(status)
-        return self.exit_code is None and procfs.is_alive(self._main)
+        if procfs.is_alive(self._main):
+            return True
+        self._ended = True
+        self.exit_code = self._launcher.exit_code(self.record.pid)
+        return False
 
     def dead_daemons(self) -> list[str]:
         """Those that were seen and have gone."""

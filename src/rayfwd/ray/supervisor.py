@@ -30,6 +30,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
+from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
 from rayfwd.ray.token import RayAuth
 
@@ -94,8 +95,16 @@ class _Wanted:
 class RaySupervisor:
     """Owns Ray on this machine. `on_change` is called in the loop after every change of `state`."""
 
-    def __init__(self, config: Config, network: str, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        network: str,
+        on_change: Callable[[], None],
+        launcher: Launcher | None = None,
+    ) -> None:
+        """`launcher`: None is the one that the environment names."""
         self.state = RayState("waiting", time.time())
+        self._launcher = launcher or launcher_of(os.environ)
         self._config = config
         self._network = network
         self._on_change = on_change
@@ -163,22 +172,36 @@ class RaySupervisor:
 
     async def stop(self) -> None:
         """End our own Ray in order, within its drain time, and all that came of it."""
+        await self._cease()
+        if self._process is None:
+            self._process = await self._recover()
+        if self._process is not None:
+            await self._end("stop")
+        elif self.state.phase == "up":
+            _log.info("ray_left_running", pid=self.state.pid, ours=False)
+        await asyncio.to_thread(self._launcher.done)
+        self._set(phase="off", pid=None)
+
+    async def leave(self) -> None:
+        """Watch no more. Ray goes on, and the next daemon adopts it."""
+        await self._cease()
+        if self.state.pid is not None:
+            _log.info("ray_left_running", pid=self.state.pid, ours=self._process is not None)
+
+    async def _cease(self) -> None:
         self._stopping = True
         if self._inner is not None and not self._inner.done():
             self._inner.cancel()
             await asyncio.wait({self._inner})
-        if self._process is None:
-            self._process = await asyncio.to_thread(RayProcess.recover, self._config.state_dir)
-        if self._process is not None:
-            await self._end("stop")
-        elif self.state.phase == "up":
-            _log.info("ray_left_running", pid=self.state.pid)
-        self._set(phase="off", pid=None)
+
+    async def _recover(self) -> RayProcess | None:
+        state_dir = self._config.state_dir
+        return await asyncio.to_thread(RayProcess.recover, state_dir, self._launcher)
 
     # The loop
 
     async def _loop(self) -> None:
-        self._process = await asyncio.to_thread(RayProcess.recover, self._config.state_dir)
+        self._process = await self._recover()
         while True:
             wanted = self._wanted
             if wanted is None:
@@ -247,7 +270,12 @@ class RaySupervisor:
                 digest=wanted.digest,
                 versions=install.versions,
                 command=command,
+                launcher=self._launcher,
             )
+        except ProblemError as exc:
+            if exc.problem.code == "keeper_silent":  # it may have been started all the same
+                self._process = await self._recover()
+            raise
         except OSError as exc:
             raise ProblemError(
                 Problem(

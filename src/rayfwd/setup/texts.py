@@ -16,7 +16,7 @@ _SHIPPED_USER = "ray"
 # What a user's service manager does not have, may not do, or has elsewhere. What is left of the
 # hardening is what a process may ask for itself (seccomp).
 _NOT_FOR_USERS = re.compile(
-    r"(?:User|SocketUser|Wants|WantedBy|CapabilityBoundingSet|Private\w+|Protect\w+|StateDirectory\w*"
+    r"(?:User|SocketUser|WantedBy|CapabilityBoundingSet|Private\w+|Protect\w+|StateDirectory\w*"
     r"|RemoveIPC)="
 )
 
@@ -93,7 +93,7 @@ def unit_text(name: str, shipped: str, user: str, places: Places) -> str:
             value = value.replace(_SHIPPED_PYTHON, _exec_word(places.python))
         elif equals and not places.system and "/run/rayfwd" in value:
             value = value.replace("/run/rayfwd", "%t/rayfwd")
-        elif equals and not places.system and key == "After":
+        elif equals and not places.system and key in {"After", "Wants"}:
             kept = [w for w in value.split() if w.startswith("rayfwd")]
             if not kept:
                 continue

@@ -62,7 +62,8 @@ _ADVERTISE = (
 )
 _RAY_WORDS = (
     "ray_not_found ray_not_usable ray_version_unsupported ray_version_differs "
-    "python_version_differs ray_auth_differs ray_auth_unsupported ray_auth_unwritable port_in_use"
+    "python_version_differs ray_auth_differs ray_auth_unsupported ray_auth_unwritable port_in_use "
+    "keeper_absent keeper_silent"
 )
 LINK_CODES = frozenset({*_LINK_WORDS.split(), "ssh_lost", "lane_lost", "link_parked", "link_down"})
 RAY_CODES = frozenset(

@@ -1,0 +1,125 @@
+"""Whose child Ray is: the daemon's own, or a keeper's, which outlives the daemon.
+
+A service has a keeper (`keeper.py`), a small process in a unit of its own: Ray needs rights that
+the part that talks to the network has not, and goes on while that part is restarted. Its unit names
+the keeper's socket as RAYFWD_KEEPER; where it is not named, the daemon starts Ray itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from rayfwd.control import ask
+from rayfwd.problems import Problem, ProblemError
+
+KEEPER = "RAYFWD_KEEPER"
+"""The environment variable that has the path of the keeper's socket."""
+
+OUTPUT = "ray.log"
+"""In the state directory: what `ray start` writes."""
+
+ANSWER_SECONDS = 2.0
+"""For the keeper's answer, which takes it a millisecond. The event loop waits for it."""
+
+
+class Launcher(Protocol):
+    """Starts `ray start`, and knows how it ended."""
+
+    def spawn(self, argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
+        """The process id of `argv`, in a session of its own, writing to `OUTPUT` in `state_dir`.
+
+        Raises OSError where it cannot be started, and ProblemError where nobody can start it now.
+        """
+        ...
+
+    def exit_code(self, pid: int) -> int | None:
+        """Of one that has ended: minus the signal's number if by a signal; None: not known."""
+        ...
+
+    def done(self) -> None:
+        """Everything has ended, and nothing is to be started any more."""
+        ...
+
+
+def launcher_of(env: Mapping[str, str]) -> Launcher:
+    """The one that this environment names."""
+    path = env.get(KEEPER)
+    return ByKeeper(Path(path)) if path else Direct()
+
+
+def spawn(argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
+    """Start a child of this process, as `Launcher.spawn` says."""
+    output = os.open(state_dir / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    try:
+        return os.posix_spawn(
+            argv[0],
+            list(argv),
+            dict(env),
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output, 1),
+                (os.POSIX_SPAWN_DUP2, output, 2),
+            ],
+            setsid=True,
+            setsigmask=(),
+            # Python ignores these two and what is ignored stays so across exec.
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+        )
+    finally:
+        os.close(output)
+
+
+class Direct:
+    """Ray is the daemon's own child."""
+
+    def spawn(self, argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
+        return spawn(argv, env, state_dir)
+
+    def exit_code(self, pid: int) -> int | None:
+        with suppress(ChildProcessError):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+        return None  # an earlier daemon's child
+
+    def done(self) -> None: ...
+
+
+class ByKeeper:
+    """Ray is the keeper's child."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    def spawn(self, argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
+        args = {"argv": list(argv), "env": dict(env), "state_dir": str(state_dir)}
+        answer = self._ask("spawn", args)
+        if "errno" in answer:
+            raise OSError(int(answer["errno"]), os.strerror(int(answer["errno"])))
+        return int(answer["pid"])
+
+    def exit_code(self, pid: int) -> int | None:
+        with suppress(ProblemError):
+            code = self._ask("exit_code", {"pid": pid})["exit_code"]
+            return None if code is None else int(code)
+        return None
+
+    def done(self) -> None:
+        with suppress(ProblemError):  # it has ended already
+            self._ask("done", {})
+
+    def _ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return ask(self._socket, verb, args, ANSWER_SECONDS)
+        except ProblemError as exc:
+            cause = f"the keeper of Ray: {exc.problem.cause}"
+            if exc.problem.code == "daemon_not_answering":
+                remedy = "see its log; restart the service rayfwd-ray, which ends Ray"
+                raise ProblemError(Problem("keeper_silent", cause, remedy)) from None
+            remedy = "start the service rayfwd-ray (as root: `systemctl start rayfwd-ray`)"
+            raise ProblemError(Problem("keeper_absent", cause, remedy)) from None
