@@ -19,12 +19,13 @@ LISTED = "147 other.service  start   waiting\n151 rayfwd.service restart running
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-def test_notifications(abstract: bool, tmp_path: Path) -> None:
+def test_notifications(abstract: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"rayfwd-test-{os.getpid()}" if abstract else str(tmp_path / "n")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.settimeout(5)
         listener.bind("\0" + name if abstract else name)
-        notifier = Notifier({"NOTIFY_SOCKET": f"@{name}" if abstract else name})
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
+        notifier = Notifier()
         assert notifier
         assert notifier.send("READY=1", "STATUS=zwei\nZeilen …")
         assert listener.recv(4096).decode() == "READY=1\nSTATUS=zwei Zeilen …"
@@ -34,11 +35,14 @@ def test_notifications(abstract: bool, tmp_path: Path) -> None:
         assert (data, kind) == (b"FDSTORE=1", socket.SCM_RIGHTS)
         os.close(array.array("i", passed)[0])
     assert not notifier.send("READY=1"), "nobody listens any more"
+    notifier.close()
+    assert not notifier
 
 
-def test_nobody_to_notify() -> None:
-    assert not Notifier({})
-    assert not Notifier({}).send("READY=1")
+def test_nobody_to_notify(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not Notifier()
+    assert not Notifier().send("READY=1")
 
 
 def test_whose_service_this_is() -> None:
