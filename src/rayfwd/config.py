@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -146,7 +146,7 @@ Command = Annotated[str, AfterValidator(_not_empty)]
 
 
 class HeadConfig(_Section):
-    """Of a worker: how it reaches the head."""
+    """Of a worker or a client: how it reaches the head."""
 
     ssh: Annotated[str, AfterValidator(_check_ssh)]
     """`user@host`, `user@host:port`, or an alias of the SSH configuration."""
@@ -260,6 +260,16 @@ class CanaryConfig(_Section):
     """Seconds for a node; half of it for the task, a quarter for each way of the object."""
 
 
+class ClientConfig(_Section):
+    """Of a client: where it listens on 127.0.0.1.
+
+    None: the usual port, or the next one that is free.
+    """
+
+    dashboard_port: Port | None = None
+    client_port: Port | None = None
+
+
 class ForwardConfig(_Section):
     """A further door, on loopback only."""
 
@@ -277,7 +287,7 @@ class ForwardConfig(_Section):
 class Config(_Section):
     """The whole file."""
 
-    role: Literal["head", "worker"]
+    role: Literal["head", "worker", "client"]
     name: Annotated[str, AfterValidator(check_name)] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0], validate_default=True
     )
@@ -292,6 +302,7 @@ class Config(_Section):
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     canary: CanaryConfig = CanaryConfig()
+    client: ClientConfig = ClientConfig()
     forward: tuple[ForwardConfig, ...] | None = None
     """None: on a worker the dashboard at 127.0.0.1, as in the recipe; on a head nothing."""
 
@@ -305,6 +316,8 @@ class Config(_Section):
             mistakes.append('name = "head": must be another name on a worker')
         if self.role == "head" and self.ray.advertise is not None:
             mistakes.append('ray.advertise: belongs to a worker, and this file has role = "head"')
+        if self.role == "client":
+            mistakes += _beyond_a_client(self.forward or ())
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -328,6 +341,13 @@ class Config(_Section):
             seen.setdefault(forward.listen, key)
         if self.forward is None:
             seen |= {forward.listen: "the default [[forward]]" for forward in self.forwards}
+        for key, own in (
+            ("client.dashboard_port", self.client.dashboard_port),
+            ("client.client_port", self.client.client_port),
+        ):
+            if own is not None and (place := f"127.0.0.1:{own}") in seen:
+                yield f"{key} = {own}: must differ from {seen[place]}"
+            seen.setdefault(f"127.0.0.1:{own}", key)
         if (listen := self.metrics.listen) in seen:
             yield f'metrics.listen = "{listen}": must differ from {seen[listen]}'
 
@@ -393,6 +413,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "ray": RayConfig,
     "metrics": MetricsConfig,
     "canary": CanaryConfig,
+    "client": ClientConfig,
     "forward": ForwardConfig,
 }
 
@@ -423,15 +444,36 @@ def parse(data: dict[str, Any], path: Path = DEFAULT_PATH) -> Config:
     return config
 
 
+_OF_OTHERS: Mapping[object, Mapping[str, str]] = {
+    "head": {"head": "a worker", "client": "a client"},
+    "worker": {"hub": "a head", "client": "a client"},
+    "client": {
+        "hub": "a head",
+        "expose": "a node",
+        "ray": "a node",
+        "metrics": "a node",
+        "canary": "a node",
+    },
+}
+"""Keys that a role does not have, and whose they are."""
+
+
 def _role_mistakes(role: object, given: Mapping[str, object]) -> list[str]:
-    if role == "worker":
-        mistakes = ['hub: belongs to a head, and this file has role = "worker"'] * ("hub" in given)
-        if "head" not in given:
-            mistakes.append("head: must be given on a worker: a [head] section with ssh in it")
-        return mistakes
-    if role == "head" and "head" in given:
-        return ['head: belongs to a worker, and this file has role = "head"']
-    return []
+    others = _OF_OTHERS.get(role, {}) if isinstance(role, str) else {}
+    mistakes = [
+        f'{key}: belongs to {whose}, and this file has role = "{role}"'
+        for key, whose in others.items()
+        if key in given
+    ]
+    if role in ("worker", "client") and "head" not in given:
+        mistakes.append(f"head: must be given on a {role}: a [head] section with ssh in it")
+    return mistakes
+
+
+def _beyond_a_client(forwards: Iterable[ForwardConfig]) -> Iterator[str]:
+    for index, forward in enumerate(forwards):
+        if forward.target()[0] != "head":
+            yield f'forward[{index}].to = "{forward.to}": a client reaches the head only: head:port'
 
 
 _ALLOWED = {
@@ -460,7 +502,9 @@ def _lines(error: Any) -> list[str]:
     elif kind == "extra_forbidden":
         return [f"{key}: unknown key{_meant(error['loc'])}"]
     elif kind == "missing":
-        return [f"{key}: must be given" + (': "head" or "worker"' if key == "role" else "")]
+        return [
+            f"{key}: must be given" + (': "head", "worker" or "client"' if key == "role" else "")
+        ]
     elif kind == "tuple_type" and key == "forward":
         message = "must be a list of sections, each written [[forward]]"
     elif kind == "literal_error":

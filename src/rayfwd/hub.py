@@ -1,12 +1,14 @@
 """The hub: where the workers' lanes end on the head, and where workers reach each other.
 
 It listens on a Unix socket, which workers reach through the head's sshd. Who connects is known by
-the socket's peer credentials, which node it is by the key that the node shows.
+the socket's peer credentials, which node it is by the key that the node shows. Clients, which are
+no nodes, come the same way: they reach some ports of the head, and nobody reaches them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import pwd
 import time
@@ -21,9 +23,9 @@ from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.pace import pace
-from rayfwd.plan import NodePlan
+from rayfwd.plan import NodePlan, check_name
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.roster import Roster
+from rayfwd.roster import KEY_MINIMUM, Roster
 from rayfwd.session.frames import ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
@@ -41,6 +43,9 @@ IN_USE = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
+MAX_CLIENTS = 64
+"""Clients at a time, those whose links are parked included."""
+
 REFUSAL_LASTS = 45.0
 """Seconds since the last refusal after which it is over: workers dial again within 18 s."""
 REFUSAL_REPEAT = 600.0
@@ -52,10 +57,10 @@ MAX_REFUSALS = 256
 
 
 @dataclass(slots=True)
-class HubNode:
-    """A worker as the hub knows it; its session may be up, parked or gone."""
+class HubPeer:
+    """Who is at the other end of a session, which may be up, parked or gone."""
 
-    plan: NodePlan
+    name: str
     mux: Mux | None = None
     session: str = ""
     hello: Hello | None = None
@@ -64,8 +69,11 @@ class HubNode:
     history: History = field(default_factory=History)
     lost: str | None = None
     """Why there is no session, where it did not end in order; None: there is one, or it did."""
-    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
-    """Connections that came before the node did, after a restart of the hub."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in the log."""
+        return self.name
 
     @property
     def cuts(self) -> int:
@@ -85,6 +93,28 @@ class HubNode:
         return "up" if self.mux.lanes else "parked"
 
 
+@dataclass(slots=True)
+class HubNode(HubPeer):
+    """A worker as the hub knows it."""
+
+    plan: NodePlan = field(kw_only=True)
+    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
+    """Connections that came before the node did, after a restart of the hub."""
+
+
+@dataclass(slots=True)
+class HubClient(HubPeer):
+    """A client: known by its key for as long as it has a session, and then forgotten."""
+
+    key_sha256: str = field(kw_only=True)
+    user: str = field(kw_only=True)
+    """The login name that it came as."""
+
+    @property
+    def label(self) -> str:
+        return f"client {self.name}"
+
+
 class _HubLane(asyncio.Protocol):
     """A connection to the hub's socket: first the handshake, then a lane of a session."""
 
@@ -98,6 +128,8 @@ class _HubLane(asyncio.Protocol):
         self._why_aborted = ""
         self.kind = ""
         self.node = ""
+        """What its HELLO says, as the log has it."""
+        self.peer: HubPeer | None = None
         self.uid = -1
         self.paused = False
 
@@ -160,14 +192,14 @@ class _HubLane(asyncio.Protocol):
             self._transport.write(refusal.encode())
             self._transport.close()
 
-    def welcome(self, welcome: Welcome, mux: Mux, hello: Hello) -> None:
+    def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:
         """Become a lane; bytes that followed the hello are the session's."""
         self._stop_timer()
         self._hub.went(self)
         assert self._transport is not None, "a lane that has gone is not welcomed"
         self._transport.write(welcome.encode())
         self._mux = mux
-        self.node, self.kind = hello.node, hello.lane.value
+        self.peer, self.kind = peer, hello.lane.value
         self._number = mux.add_lane(self, hello.lane)
         if self._buffer:
             rest = bytes(self._buffer)
@@ -249,7 +281,12 @@ class Hub:
     ) -> None:
         """`accept` takes streams to the head itself; `head_versions` gives Ray's and Python's."""
         self.path = path
-        self.nodes = {plan.name: HubNode(plan) for plan in roster.plans() if plan.role == "worker"}
+        workers = [plan for plan in roster.plans() if plan.role == "worker"]
+        self.nodes = {plan.name: HubNode(plan.name, plan=plan) for plan in workers}
+        self.clients: dict[str, HubClient] = {}
+        """Those that have a session, by the SHA-256 of their keys."""
+        self.client_ports: frozenset[int] = frozenset()
+        """The head's ports that clients may reach."""
         self._roster = roster
         self._uids = allowed_uids(users)
         self._shared = len(self._uids) > 1 and bool(tuple(users))
@@ -295,9 +332,9 @@ class Hub:
             self._grace_is_over()
         for lane in list(self._ungreeted):
             lane.close()
-        for node in self.nodes.values():
-            if node.mux is not None:
-                node.mux.close(why)
+        for peer in [*self.nodes.values(), *self.clients.values()]:
+            if peer.mux is not None:
+                peer.mux.close(why)
         await asyncio.sleep(0)
         self.path.unlink(missing_ok=True)
 
@@ -365,46 +402,77 @@ class Hub:
     def lane_lost(self, lane: _HubLane, why: str) -> None:
         if not self._closing:
             log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
-            if (node := self.nodes.get(lane.node)) is not None:
-                node.history.lane_lost(lane.kind, why)
+            if lane.peer is not None:
+                lane.peer.history.lane_lost(lane.kind, why)
             self._on_change()
 
     def greeted(self, lane: _HubLane, hello: Hello) -> None:
         """A hello: welcome the lane, or refuse it."""
-        lane.node = hello.node
+        lane.node = hello.node if hello.role == "worker" else f"client {hello.node[:63]}"
+        peer: HubNode | HubClient
         try:
-            node = self._admit(hello)
+            peer = self._admit(hello) if hello.role == "worker" else self._client(hello, lane.uid)
         except ProblemError as exc:
             problem = exc.problem
             lane.refuse(Refusal(problem.code, problem.cause, problem.remedy))
             return
-        refusal = self._session_refusal(node, hello)
+        refusal = self._session_refusal(peer, hello)
         if refusal is not None:
             lane.refuse(refusal)
             return
-        if node.session != hello.session or node.mux is None:
-            self._start_session(node, hello)
-        assert node.mux is not None, "a session was just made"
+        if peer.session != hello.session or peer.mux is None:
+            self._start_session(peer, hello)
+        assert peer.mux is not None, "a session was just made"
         ray, python = self._head_versions()
+        own, nodes = self._shown_to(peer)
         welcome = Welcome(
             version=__version__,
-            node=node.plan.to_wire(),
-            nodes=tuple(plan.to_wire() for plan in self._roster.plans()),
+            node=own,
+            nodes=nodes,
             network=self._network,
-            ride_through=node.mux.session.ride_through,
+            ride_through=peer.mux.session.ride_through,
             ray=ray,
             python=python,
             features=self.features,
             ray_auth=self.ray_auth,
         )
-        was = node.state
-        node.hello = hello
-        lane.welcome(welcome, node.mux, hello)
+        was = peer.state
+        peer.hello = hello
+        lane.welcome(welcome, peer, peer.mux, hello)
         if was != "up":
-            node.since = time.time()
-        log.info("lane_up", node=hello.node, lane=hello.lane.value)
-        self._serve_waiting(node)
+            peer.since = time.time()
+        log.info("lane_up", node=peer.label, lane=hello.lane.value)
+        if isinstance(peer, HubNode):
+            self._serve_waiting(peer)
         self._on_change()
+
+    def _shown_to(self, peer: HubPeer) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+        """Its own plan, and what it may know of the others'."""
+        if isinstance(peer, HubNode):
+            return peer.plan.to_wire(), tuple(plan.to_wire() for plan in self._roster.plans())
+        return {}, (self._roster.own.to_wire(),)
+
+    def _client(self, hello: Hello, uid: int) -> HubClient:
+        """The client of a hello, one that is there or a new one. Raises ProblemError."""
+        digest = hashlib.sha256(hello.key.encode()).hexdigest()
+        try:
+            check_name(hello.node)
+            if len(hello.key) < KEY_MINIMUM:
+                raise ValueError(f"its key has less than {KEY_MINIMUM} characters")
+        except ValueError as exc:
+            cause = f"client {hello.node[:63]!r} asked to connect: {exc}"
+            raise ProblemError(Problem("join_bad", cause, "correct it there")) from exc
+        if (known := self.clients.get(digest)) is not None:
+            return known
+        if len(self.clients) >= MAX_CLIENTS:
+            raise ProblemError(
+                Problem(
+                    "clients_full",
+                    f"{MAX_CLIENTS} clients are connected, which is all that this head takes",
+                    "end one that is not needed: `rayfwd status` on the head lists them",
+                )
+            )
+        return HubClient(hello.node, key_sha256=digest, user=_user_name(uid))
 
     def _admit(self, hello: Hello) -> HubNode:
         """The node of a hello, in the roster from now on. Raises ProblemError."""
@@ -412,7 +480,7 @@ class Hub:
         plan = self._roster.join(hello.node, hello.key, hello.worker_ports, hello.advertise)
         node = self.nodes.get(plan.name)
         if node is None:
-            node = self.nodes[plan.name] = HubNode(plan)
+            node = self.nodes[plan.name] = HubNode(plan.name, plan=plan)
             log.info(
                 "node_joined",
                 node=plan.name,
@@ -424,8 +492,8 @@ class Hub:
             self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
         return node
 
-    def _session_refusal(self, node: HubNode, hello: Hello) -> Refusal | None:
-        if node.mux is not None and node.session == hello.session:
+    def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Refusal | None:
+        if peer.mux is not None and peer.session == hello.session:
             return None
         if hello.resumes:
             return Refusal(
@@ -433,33 +501,33 @@ class Hub:
                 "the hub does not know this session: it was restarted, or gave the session up",
                 "nothing: a new session begins by itself",
             )
-        if node.mux is None:
+        if peer.mux is None:
             return None
-        if int(hello.session, 16) < int(node.session, 16):
+        if int(hello.session, 16) < int(peer.session, 16):
             return Refusal(
                 "session_stale",
                 "the node has a newer session than this",
                 "nothing, unless the clock of the node was set back",
             )
-        now = node.mux.now()
-        heard = max((lane.heard for lane in node.mux.session.lanes.values()), default=0.0)
+        now = peer.mux.now()
+        heard = max((lane.heard for lane in peer.mux.session.lanes.values()), default=0.0)
         if now - heard < IN_USE:
             return Refusal(
                 "name_in_use",
-                f"another rayfwd is connected as {node.plan.name} with the same key",
+                f"another rayfwd is connected as {peer.label} with the same key",
                 "two machines share one state directory (a cloned disk?): remove node.key from it "
                 "on one of them and give it another name",
             )
         return None
 
-    def _start_session(self, node: HubNode, hello: Hello) -> None:
-        if node.mux is not None:
-            node.mux.close("replaced by a new session of the same node")
+    def _start_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
+        if peer.mux is not None:
+            peer.mux.close("replaced by a new session of the same node")
         ride_through = min(self._ride_through, hello.ride_through)
-        if hello.ride_through != self._ride_through:
+        if hello.ride_through != self._ride_through and isinstance(peer, HubNode):
             log.warning(
                 "ride_through_differs",
-                node=node.plan.name,
+                node=peer.label,
                 own=self._ride_through,
                 theirs=hello.ride_through,
                 used=ride_through,
@@ -467,41 +535,47 @@ class Hub:
         core = Session("hub", ride_through, self._limits, asyncio.get_running_loop().time())
         mux = Mux(
             core,
-            lambda stream, target: self._route(node, stream, target),
-            lambda message: self._on_message(node.plan.name, message),
-            lambda event: self._changed(node, mux, event),
+            lambda stream, target: self._route(peer, stream, target),
+            lambda message: self._heard(peer, message),
+            lambda event: self._changed(peer, mux, event),
         )
-        node.mux, node.session, node.lost = mux, hello.session, None
+        if isinstance(peer, HubClient):
+            self.clients[peer.key_sha256] = peer
+        peer.mux, peer.session, peer.lost = mux, hello.session, None
         # Whoever was turned away under this name is in, or is turned away again soon.
         self._refused_lately = {
-            key: value for key, value in self._refused_lately.items() if key[0] != node.plan.name
+            key: value for key, value in self._refused_lately.items() if key[0] != peer.label
         }
-        node.history.began()
-        log.info("session_started", node=node.plan.name, version=hello.version)
+        peer.history.began()
+        log.info("session_started", node=peer.label, version=hello.version)
 
-    def _changed(self, node: HubNode, mux: Mux, event: Parked | Resumed | SessionEnded) -> None:
-        if node.mux is not mux:
+    def _changed(
+        self, peer: HubNode | HubClient, mux: Mux, event: Parked | Resumed | SessionEnded
+    ) -> None:
+        if peer.mux is not mux:
             return
-        node.since = time.time()
+        peer.since = time.time()
         match event:
             case Parked():
-                node.history.parked(node.since, mux.now())
+                peer.history.parked(peer.since, mux.now())
                 log.warning(
                     "link_parked",
-                    node=node.plan.name,
+                    node=peer.label,
                     streams=len(mux.session.streams) - 1,
                     ride_through=mux.session.ride_through,
                 )
             case Resumed(seconds):
-                node.history.resumed(seconds)
-                log.info("link_resumed", node=node.plan.name, parked_seconds=round(seconds, 1))
+                peer.history.resumed(seconds)
+                log.info("link_resumed", node=peer.label, parked_seconds=round(seconds, 1))
             case SessionEnded(why):
-                cut = node.history.last_cut
-                node.lost = why if cut is not None and cut.seconds is None else None
-                node.history.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
-                node.mux, node.session = None, ""
+                cut = peer.history.last_cut
+                peer.lost = why if cut is not None and cut.seconds is None else None
+                peer.history.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
+                peer.mux, peer.session = None, ""
+                if isinstance(peer, HubClient):
+                    del self.clients[peer.key_sha256]
                 if not self._closing:
-                    log.warning("session_ended", node=node.plan.name, cause=why)
+                    log.warning("session_ended", node=peer.label, cause=why)
         self._on_change()
 
     # -- streams -------------------------------------------------------------------------
@@ -526,14 +600,26 @@ class Hub:
     def _node_at(self, address: str) -> HubNode | None:
         return next((n for n in self.nodes.values() if n.plan.address == address), None)
 
-    def _route(self, source: HubNode, stream: MuxStream, data: bytes) -> StreamOwner | None:
-        """A worker opened a stream: to the head itself, or on to another worker."""
+    def _route(
+        self, source: HubNode | HubClient, stream: MuxStream, data: bytes
+    ) -> StreamOwner | None:
+        """A worker opened a stream: to the head itself, or on to another worker. A client's leads
+        to the head only, and there to `client_ports`.
+        """
         try:
             target = Target.decode(data)
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
-        if target.address == self._roster.own.address:
+        to_head = target.address == self._roster.own.address
+        if isinstance(source, HubClient) and not (to_head and target.port in self.client_ports):
+            ports = ", ".join(map(str, sorted(self.client_ports)))
+            stream.reset(
+                ResetReason.NOT_IN_PLAN,
+                f"{target} is not for clients: the head's ports {ports} are",
+            )
+            return None
+        if to_head:
             return self._accept(stream, target)
         node = self._node_at(target.address)
         if node is None or node is source:
@@ -549,11 +635,16 @@ class Hub:
 
     # -- messages ------------------------------------------------------------------------
 
-    def tell_all(self, message: dict[str, Any]) -> None:
-        """Send a message to every worker that has a session."""
-        for node in self.nodes.values():
-            if node.mux is not None:
-                node.mux.send_message(message)
+    def _heard(self, peer: HubNode | HubClient, message: dict[str, Any]) -> None:
+        """Clients have nothing to say."""
+        if isinstance(peer, HubNode):
+            self._on_message(peer.name, message)
+
+    def tell_all(self, message: dict[str, Any], clients: bool = False) -> None:
+        """Send a message to every worker that has a session, and to clients if so said."""
+        for peer in [*self.nodes.values(), *(self.clients.values() if clients else ())]:
+            if peer.mux is not None:
+                peer.mux.send_message(message)
 
     def forget(self, name: str) -> bool:
         """Drop a node from the roster and end its session. False if there is none."""

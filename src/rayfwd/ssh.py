@@ -429,7 +429,7 @@ def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Pr
 
 
 def _host_key(exc: Exception, host: str, head: HeadConfig, known: list[str]) -> Problem:
-    files = ", ".join(known) or "no file of known hosts"
+    files = ", ".join(known)
     port = head.ssh_target()[2] or 22
     name = host if port == 22 else f"[{host}]:{port}"
     if known and any(asyncssh.match_known_hosts(known, host, "", port)[:2]):
@@ -441,7 +441,7 @@ def _host_key(exc: Exception, host: str, head: HeadConfig, known: list[str]) -> 
         )
     return Problem(
         "host_key_unknown",
-        f"the host key of {host} is not in {files}",
+        f"the host key of {host} is {f'not in {files}' if known else 'in no file of known hosts'}",
         f"compare its fingerprint with the head's owner and add it: "
         f"`ssh-keyscan -p {port} {host} >> ~/.ssh/known_hosts`",
     )

@@ -225,8 +225,10 @@ class Cluster:
         self.workers: dict[str, Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def worker(self, name: str) -> Worker:
-        worker = self.workers[name] = Worker(name, self.hub.path, self.limits)
+    async def worker(self, name: str, called: str = "", **hello: Any) -> Worker:
+        """`called`: what it is called here; `hello`: what is else in its HELLO."""
+        worker = self.workers[called or name] = Worker(name, self.hub.path, self.limits)
+        worker.hello = replace(worker.hello, **hello)
         await worker.connect(INTERACTIVE)
         await worker.connect(BULK)
         self._tasks.append(asyncio.create_task(worker.doors.run()))

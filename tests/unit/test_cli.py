@@ -594,13 +594,14 @@ def test_attach_that_may_not(tmp_path: Path) -> None:
         receive, send = os.pipe()
         pid = os.fork()
         if pid == 0:  # not by exec: the checkout may be closed to the other user
+            code = 99
             try:
                 os.dup2(send, 2)
                 sys.stderr = os.fdopen(2, "w")
                 os.setresuid(12345, 12345, 12345)
                 import argparse
 
-                code = attach.run(argparse.Namespace(socket=path, config=None))
+                code = attach.run(argparse.Namespace(socket=path, config=None, client=False))
                 sys.stderr.flush()
             finally:
                 os._exit(code)

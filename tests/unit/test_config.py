@@ -22,9 +22,9 @@ def problems(text: str) -> list[str]:
 
 
 MISTAKES = {
-    "role missing": ("name = 'x'", ['role: must be given: "head" or "worker"']),
-    "role unknown": ('role = "boss"', ['role = "boss": must be "head" or "worker"']),
-    "role is a number": ("role = 1", ['role = 1: must be "head" or "worker"']),
+    "role missing": ("name = 'x'", ['role: must be given: "head", "worker" or "client"']),
+    "role unknown": ('role = "boss"', ['role = "boss": must be "head", "worker" or "client"']),
+    "role is a number": ("role = 1", ['role = 1: must be "head", "worker" or "client"']),
     "unknown key, near": (
         HEAD + "[ray]\nnum_cpu = 1",
         ["ray.num_cpu: unknown key; did you mean num_cpus?"],
@@ -271,7 +271,7 @@ def test_each_mistake_is_one_line(text: str, expected: list[str]) -> None:
 def test_error_text_names_the_file() -> None:
     with pytest.raises(ConfigError) as caught:
         parse({}, Path("/x/y.toml"))
-    assert str(caught.value) == '/x/y.toml: role: must be given: "head" or "worker"'
+    assert str(caught.value) == '/x/y.toml: role: must be given: "head", "worker" or "client"'
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

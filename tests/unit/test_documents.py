@@ -44,6 +44,7 @@ CLI = "tests/unit/test_cli.py"
 # The beginning of a command, and the file that runs it with a word that is found there.
 RUN = {
     "rayfwd init": (INIT, '"init", "worker"'),
+    "rayfwd connect": ("tests/lab/test_client.py", '"connect"'),
     "rayfwd uninstall": (ROOT, '"$rayfwd" uninstall --purge'),
     "rayfwd check": (ROOT, '"$rayfwd" check'),
     "rayfwd status": (INIT, '"status", "--json"'),

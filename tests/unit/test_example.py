@@ -31,6 +31,8 @@ FOUND_AT_RUN_TIME = {
     "ray.worker_ports",
     "ray.advertise",
     "metrics.listen",
+    "client.dashboard_port",
+    "client.client_port",
 }
 REQUIRED = {"role", "head.ssh"}
 
@@ -39,14 +41,26 @@ def uncommented(text: str) -> str:
     return re.sub(r"(?m)^#(?=\[|[a-z_]+ = )", "", text)
 
 
+def without(text: str, *sections: str) -> str:
+    for name in sections:
+        text = re.sub(rf"(?ms)^\[{name}\].*?(?=^\[|\Z)", "", text)
+    return text
+
+
 def head_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "head"')
-    without_head = re.sub(r"(?ms)^\[head\].*?(?=^\[ray\])", "", everything)
-    return re.sub(r"(?m)^advertise = .*\n", "", without_head)
+    return re.sub(r"(?m)^advertise = .*\n", "", without(everything, "head", "client"))
 
 
 def worker_variant(text: str) -> str:
-    return re.sub(r"(?ms)^\[hub\].*", "", uncommented(text))
+    return without(uncommented(text), "hub", "client")
+
+
+def client_variant(text: str) -> str:
+    everything = uncommented(text).replace('role = "worker"', 'role = "client"')
+    everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
+    nodes = without(everything, "hub", "ray", "metrics", "canary")
+    return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 
 def keys_of(data: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +93,7 @@ def test_it_loads_as_given_for_a_worker() -> None:
     assert config.ray == type(config.ray)()
 
 
-@pytest.mark.parametrize("variant", [worker_variant, head_variant])
+@pytest.mark.parametrize("variant", [worker_variant, head_variant, client_variant])
 def test_it_loads_with_every_key_given(variant: Any) -> None:
     parse(tomllib.loads(variant(EXAMPLE.read_text())))
 
@@ -111,15 +125,14 @@ def test_every_key_has_a_line_of_why() -> None:
 
 
 def test_defaults_found_at_run_time_are_explained() -> None:
-    text = EXAMPLE.read_text()
-    for key in FOUND_AT_RUN_TIME:
-        line = next(
-            found
-            for found in text.splitlines()
-            if re.match(rf"#{key.rpartition('.')[2]} = ", found)
-            and (key != "hub.socket" or "hub.sock in runtime_dir" in found)
-        )
-        assert "default: " in line, line
+    section, lines = "", {}
+    for line in EXAMPLE.read_text().splitlines():
+        if header := re.match(r"#?\[([a-z]+)\]", line):
+            section = f"{header[1]}."
+        if key := re.match(r"#?([a-z_]+) = ", line):
+            lines[section + key[1]] = line
+    for name in FOUND_AT_RUN_TIME:
+        assert "default: " in lines[name], lines[name]
 
 
 def test_worker_ports_shown_are_those_of_the_cpus_shown() -> None:

@@ -89,6 +89,14 @@ def test_a_severity_is_shown_where_there_is_one() -> None:
     assert "\nnote  link_slow\n" in drawn(STATUS | {"problems": [problem]}, 1000.0, 80)
 
 
+def test_clients_have_a_row_each() -> None:
+    client = dict(STATUS["link"], name="laptop", user="ray", streams={"open": 7}, bytes={"in": 1})
+    shown = drawn(STATUS | {"clients": [client, {}]}, 1000.0, 80)
+    (row,) = (line for line in shown.splitlines() if line.startswith("laptop"))
+    assert row.split()[:3] == ["laptop", "ray", STATUS["link"]["state"]]
+    assert row.split()[-4:] == ["7", "1", "B", "?"]
+
+
 def test_colour_is_beside_the_words_and_only_where_it_is_wanted() -> None:
     plain = drawn(STATUS, 1000.0, 80)
     assert "\x1b" not in plain

@@ -28,6 +28,7 @@ PIPE_CLOSED = 141
 VERBS = {
     "init": "set this machine up as a head or as a worker",
     "run": "run the daemon in front (what the service does)",
+    "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
     "check": "validate the configuration file and say what it amounts to",
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",

@@ -1,7 +1,8 @@
 """Join standard input and output to the hub's socket.
 
 Made for sshd: `restrict,command="rayfwd attach"` before a key in authorized_keys lets that key
-reach the hub and nothing else. What the client asked to run (SSH_ORIGINAL_COMMAND) is ignored.
+reach the hub and nothing else. What was asked to be run (SSH_ORIGINAL_COMMAND) is ignored.
+With --client the key is for `rayfwd connect` only: it cannot bring a node into the cluster.
 """
 
 # The standard library only: this is started for every lane, and may run as a user who cannot
@@ -11,21 +12,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import select
 import socket
 import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.places import default_runtime_dir, find_socket, usual_config
+from rayfwd.session.frames import Kind, ProtocolError, first_frame
 
 _CHUNK = 262144
 _HUB_SOCKET = "hub.sock"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
+_HELLO_LIMIT = 1 << 16
+_HELLO_SECONDS = 10.0
+"""As the hub has them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the hub's socket (default: the configuration file's, else /run/rayfwd/hub.sock)",
     )
+    parser.add_argument(
+        "--client",
+        action="store_true",
+        help="let clients through (`rayfwd connect`), and no node",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.socket or hub_socket(args.config)
+    begun = b""
+    if args.client:
+        begun = _read_hello()
+        if not _is_clients(begun):
+            return _refuse(
+                "client_only",
+                "this key is for `rayfwd connect`, and what came with it is no client",
+                "use a key whose line in authorized_keys has no --client",
+            )
     hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         hub.connect(str(path))
@@ -55,8 +76,40 @@ def run(args: argparse.Namespace) -> int:
             f"no hub answers on {path} ({exc.strerror or exc})",
             "start `rayfwd run` on the head, or correct the socket's path",
         )
+    if begun:
+        with contextlib.suppress(OSError):  # it has gone: its other half tells
+            hub.sendall(begun)
     join(hub)
     return OK
+
+
+def _read_hello() -> bytes:
+    """Standard input until its first frame is whole, or cannot be one, or does not come."""
+    buffer = b""
+    deadline = time.monotonic() + _HELLO_SECONDS
+    ready = select.poll()
+    ready.register(_STDIN, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0 and ready.poll(left * 1000):
+        data = os.read(_STDIN, _CHUNK)
+        buffer += data
+        try:
+            if not data or first_frame(bytearray(buffer), _HELLO_LIMIT) is not None:
+                break
+        except ProtocolError:
+            break
+    return buffer
+
+
+def _is_clients(begun: bytes) -> bool:
+    """Whether it begins with the HELLO of a client."""
+    try:
+        frame = first_frame(bytearray(begun), _HELLO_LIMIT)
+        if frame is None or frame.kind is not Kind.HELLO:
+            return False
+        body = json.loads(frame.payload)
+    except (ProtocolError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("role") == "client"
 
 
 def _refuse(code: str, cause: str, remedy: str) -> int:

@@ -59,6 +59,7 @@ class Screen:
         yield Text()
         yield self._facts()
         yield from self._links(wide)
+        yield from self._clients()
         yield from self._nodes(wide)
 
     # -- the parts, from above ------------------------------------------------------------------
@@ -292,6 +293,30 @@ class Screen:
                 row.append(Text(_text(streams.get("open"))))
                 row += [Text(size(volume.get(way))) for way in ("in", "out")]
             rows.append(row)
+        yield Text()
+        yield _table(columns, rows)
+
+    def _clients(self) -> Iterable[RenderableType]:
+        """Of a head: who is connected and is no node."""
+        clients = _objects(self.status.get("clients"))
+        if not clients:
+            return
+        columns = ["client", "as", "state", "for", ">lanes", ">cuts", ">streams", ">in", ">out"]
+        rows = []
+        for client in clients:
+            volume = _object(client.get("bytes"))
+            rows.append(
+                [
+                    Text(_text(client.get("name"))),
+                    Text(_text(client.get("user"))),
+                    _state(_text(client.get("state"))),
+                    Text(self._age(client.get("since")) or "?"),
+                    Text(str(len(_objects(client.get("lanes"))))),
+                    Text(_text(client.get("cuts"))),
+                    Text(_text(_object(client.get("streams")).get("open"))),
+                    *(Text(size(volume.get(way))) for way in ("in", "out")),
+                ]
+            )
         yield Text()
         yield _table(columns, rows)
 

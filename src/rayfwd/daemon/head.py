@@ -13,6 +13,7 @@ from rayfwd.config import Config
 from rayfwd.daemon import advertise
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.views import (
+    client_row,
     declared_resources,
     link_seen,
     mux_status,
@@ -88,6 +89,8 @@ class HeadDaemon(Daemon):
         )
         self._hub_changed()
         hub.features = frozenset({advertise.FEATURE})
+        services = own.head_services
+        hub.client_ports = frozenset({services["dashboard"], services["client"], *config.expose})
         self.ray.before_start = self._before_start
         with suppress(ProblemError, TimeoutError):
             # Where Ray cannot be found now, or not soon, the start of Ray decides.
@@ -135,7 +138,7 @@ class HeadDaemon(Daemon):
         if auth != self.auth:
             self.auth = auth
             self._hub.ray_auth = auth.to_wire()
-            self._hub.tell_all({"type": "ray_auth", **auth.to_wire()})
+            self._hub.tell_all({"type": "ray_auth", **auth.to_wire()}, clients=True)
             log.info("ray_auth_settled", mode=auth.mode)
 
     async def _before_start(self, own: NodePlan, install: RayInstall) -> None:
@@ -333,6 +336,7 @@ class HeadDaemon(Daemon):
                 }
                 for node in nodes
             ],
+            "clients": [] if hub is None else [client_row(c) for c in hub.clients.values()],
             **streams_status((node.mux, node.history) for node in nodes),
             "roster": roster_rows(self.nodes, states, self.doors),
         }

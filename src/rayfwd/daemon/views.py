@@ -9,6 +9,7 @@ from typing import Any
 from rayfwd.config import Config
 from rayfwd.doors import Doors
 from rayfwd.history import History
+from rayfwd.hub import HubClient
 from rayfwd.mux import Mux
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
@@ -58,6 +59,20 @@ def streams_status(links: Iterable[tuple[Mux | None, History]]) -> dict[str, Any
         moved["in"] += received
         moved["out"] += sent
     return {"streams": streams, "bytes": moved}
+
+
+def client_row(client: HubClient) -> dict[str, Any]:
+    """A client that has a session, of the head's status."""
+    return {
+        "name": client.name,
+        "user": client.user,
+        "version": None if client.hello is None else client.hello.version,
+        "state": client.state,
+        "since": client.since,
+        **client.history.to_wire(),
+        **streams_status([(client.mux, client.history)]),
+        "lanes": mux_status(client.mux),
+    }
 
 
 def roster_rows(

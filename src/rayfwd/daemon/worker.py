@@ -339,6 +339,7 @@ class WorkerDaemon(Daemon):
                 "lanes": mux_status(link.mux),
             },
             "workers": None,
+            "clients": None,
             **streams_status([(link.mux, link.history)]),
             "roster": roster_rows(self.nodes, None, self.doors),
         }

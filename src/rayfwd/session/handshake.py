@@ -1,4 +1,4 @@
-"""The first frames on a lane: HELLO from the worker, WELCOME or REFUSE from the hub (pure).
+"""The first frames on a lane: HELLO from worker or client, WELCOME or REFUSE from the hub (pure).
 
 The payloads are JSON objects. Unknown keys are ignored, so that a later version may add some;
 what a version needs is checked here, and nothing that comes in can raise anything but
@@ -10,23 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, cast
 
 from rayfwd.session.frames import Frame, Kind, ProtocolError, encode
 from rayfwd.session.lane import LaneClass
 
 PROTOCOL_VERSION = 1
+Role = Literal["worker", "client"]
+"""A client is no node: it has no address, no ports and no name that is kept."""
 MAX_HANDSHAKE = 1 << 16
 """Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a worker says of itself on each lane."""
+    """What a worker, or a client, says of itself on each lane."""
 
     node: str
     key: str
-    """A secret of the node, made once; the hub knows a node by it."""
+    """A secret of the node, made once; the hub knows a node by it. A client's: of its process."""
     session: str
     """Number of the session: hexadecimal, larger for each new session of the node."""
     resumes: bool
@@ -34,6 +36,8 @@ class Hello:
     lane: LaneClass
     version: str
     worker_ports: int
+    """A client has none: 0, which a hub that knows no clients refuses."""
+    role: Role = "worker"
     advertise: str | None = None
     ride_through: float = 120.0
     ray: str | None = None
@@ -50,6 +54,7 @@ class Hello:
             "lane": self.lane.value,
             "version": self.version,
             "worker_ports": self.worker_ports,
+            "role": self.role,
             "advertise": self.advertise,
             "ride_through": self.ride_through,
             "ray": self.ray,
@@ -63,6 +68,7 @@ class Hello:
         """Raises ProtocolError with one of the codes of a refusal."""
         body = _body(frame, Kind.HELLO)
         try:
+            role = _role(body.get("role", "worker"))
             hello = cls(
                 node=_text(body, "node", 63),
                 key=_text(body, "key", 128),
@@ -70,7 +76,8 @@ class Hello:
                 resumes=body["resumes"] is True,
                 lane=LaneClass(body["lane"]),
                 version=_text(body, "version", 64),
-                worker_ports=_number(body, "worker_ports", 1, 20000),
+                worker_ports=_number(body, "worker_ports", int(role == "worker"), 20000),
+                role=role,
                 advertise=_optional_text(body, "advertise"),
                 ride_through=float(_number(body, "ride_through", 1, 86400)),
                 ray=_optional_text(body, "ray"),
@@ -89,9 +96,9 @@ class Welcome:
 
     version: str
     node: Mapping[str, Any]
-    """The worker's own plan."""
+    """The worker's own plan; of a client, empty."""
     nodes: tuple[Mapping[str, Any], ...]
-    """The plans of all nodes, the head's first."""
+    """The plans of all nodes, the head's first; to a client, the head's alone."""
     network: str
     ride_through: float
     ray: str | None = None
@@ -198,6 +205,12 @@ def _optional_object(body: Mapping[str, Any], key: str) -> dict[str, Any] | None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{key} must be an object")
     return value
+
+
+def _role(value: Any) -> Role:
+    if value not in ("worker", "client"):
+        raise ValueError('role must be "worker" or "client"')
+    return cast(Role, value)
 
 
 def _features(value: Any) -> frozenset[str]:

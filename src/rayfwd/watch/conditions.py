@@ -54,7 +54,8 @@ _LINK_WORDS = (
     "ssh_auth_refused ssh_config_invalid ssh_failed ssh_file_unreadable ssh_key_unusable "
     "ssh_unreachable ssh_turned_away host_key_mismatch host_key_unknown channel_refused "
     "hub_absent hub_not_permitted hub_unreachable hub_silent hub_closed "
-    "user_not_allowed name_taken name_in_use address_taken plan_full join_bad roster_unwritable"
+    "user_not_allowed name_taken name_in_use address_taken plan_full join_bad roster_unwritable "
+    "client_only"
 )
 _ADVERTISE = (
     "advertise_dropped advertise_refused advertise_unroutable advertise_wrong_machine "
@@ -82,6 +83,7 @@ CATALOGUE: Mapping[str, Kind] = {
     **_kinds("note", "session_stale session_unknown"),
     **_kinds("error", "link_down"),
     **_kinds("warning", "lane_flapping link_slow", by=LINK_CODES),
+    **_kinds("warning", "clients_full"),
     # This machine.
     **_kinds("error", "door_blocked metrics_blocked"),
     **_kinds("warning", "descriptors_low"),
@@ -136,6 +138,8 @@ CATALOGUE: Mapping[str, Kind] = {
         "ray_not_up",
         counted=False,
     ),
+    # Of `rayfwd connect`.
+    **_kinds("error", "hub_too_old listen_taken", counted=False),
     # Of `rayfwd init` and `rayfwd uninstall`.
     **_kinds(
         "error",

@@ -1,0 +1,178 @@
+"""Hold the head's dashboard, job submission and Ray Client on this machine, which is no node.
+
+Needs a way to log in on the head by SSH (a key or an agent, and the head's host key known), no
+root and no file. It goes on until Ctrl-C, dials again whenever the link is lost, and holds what
+is open meanwhile, as a worker does. What it is called on the head: this host's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+from rayfwd import logs
+from rayfwd.cli import OK, MistakeError
+from rayfwd.cli.common import load_config
+from rayfwd.client import Client
+from rayfwd.config import Config, ConfigError, LogConfig, parse
+from rayfwd.places import usual_config
+
+_OPTIONS = {
+    "head.ssh": "HEAD",
+    "head.identity": "--identity",
+    "head.socket": "--socket",
+    "client.dashboard_port": "--dashboard-port",
+    "client.client_port": "--client-port",
+    "forward": "--forward",
+}
+"""Which option gives a key of the configuration."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "head",
+        metavar="HEAD",
+        nargs="?",
+        help="user@host, user@host:port, or an alias of ~/.ssh/config "
+        '(default: that of the configuration file, which has role = "client")',
+    )
+    parser.add_argument("-p", "--port", metavar="PORT", type=int, help="the head's SSH port")
+    parser.add_argument(
+        "-i", "--identity", metavar="FILE", help="the private key (default: as ssh would choose)"
+    )
+    parser.add_argument(
+        "--via",
+        choices=["socket", "exec"],
+        help="how the hub is reached there: its socket, or by running `rayfwd attach`\n"
+        "(default: the socket, else the command)",
+    )
+    parser.add_argument(
+        "--socket", metavar="PATH", help="the hub's socket there (default: /run/rayfwd/hub.sock)"
+    )
+    parser.add_argument(
+        "--dashboard-port",
+        metavar="PORT",
+        type=int,
+        help="where the dashboard is to be on 127.0.0.1 (default: 8265, or the next free one)",
+    )
+    parser.add_argument(
+        "--client-port",
+        metavar="PORT",
+        type=int,
+        help="where Ray Client is to be on 127.0.0.1 (default: 10001, or the next free one)",
+    )
+    parser.add_argument(
+        "--forward",
+        metavar="LISTEN=TO",
+        action="append",
+        default=[],
+        help="a further port of the head, as in 8000=head:8000; the head's file has it in expose",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log what happens on standard error"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _config(args)
+    if args.verbose or "log" in config.model_fields_set:
+        logs.setup(config.log)
+        return hold(config)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        # What a person should know of it is said besides, in sentences.
+        logs.setup(LogConfig(level="error"), stream=nowhere)
+        return hold(config)
+
+
+def hold(config: Config) -> int:
+    """Until SIGTERM or Ctrl-C. Raises ProblemError where it cannot begin."""
+    asyncio.run(Client(config, lambda line: print(line, flush=True)).run())
+    return OK
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """What file and options amount to. Raises MistakeError."""
+    given = _given(args)
+    if args.config is None and (args.head or not usual_config(os.environ).exists()):
+        if args.head is None:
+            raise MistakeError(["rayfwd connect: name the head, as in ray@head.example.org"])
+        return _parsed({"role": "client", "name": _own_name()}, given)
+    config = load_config(args)
+    if config.role != "client":
+        raise MistakeError(
+            [f'{config.path}: role = "{config.role}": must be "client", or name the head instead']
+        )
+    return _parsed(config.model_dump(mode="json", exclude_unset=True), given) if given else config
+
+
+def _parsed(base: dict[str, Any], given: dict[str, Any]) -> Config:
+    data = dict(base)
+    for key, value in given.items():
+        data[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
+    try:
+        return parse(data)
+    except ConfigError as exc:
+        raise MistakeError([f"rayfwd connect: {_as_option(p)}" for p in exc.problems]) from None
+
+
+def _as_option(problem: str) -> str:
+    """A mistake with the option that it came by instead of the key."""
+    key = re.match(r"[\w.]+", problem)
+    option = _OPTIONS.get(key[0]) if key is not None else None
+    return problem if key is None or option is None else option + problem[key.end() :]
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The options in the terms of the file."""
+    head = {
+        "ssh": _with_port(args.head, args.port),
+        "identity": args.identity and str(Path(args.identity).expanduser().absolute()),
+        "socket": args.socket,
+        "via": args.via,
+    }
+    ports = {"dashboard_port": args.dashboard_port, "client_port": args.client_port}
+    given = {
+        "head": {key: value for key, value in head.items() if value is not None},
+        "client": {key: value for key, value in ports.items() if value is not None},
+        "forward": [_forward(text) for text in args.forward],
+    }
+    return {key: value for key, value in given.items() if value}
+
+
+def _with_port(head: str | None, port: int | None) -> str | None:
+    if port is None:
+        return head
+    if head is None:
+        raise MistakeError(["rayfwd connect: --port: name the head as well"])
+    host = head.rpartition("@")[2]
+    if host.startswith("[") and host.endswith("]"):
+        return f"{head}:{port}"
+    if host.count(":") > 1:  # an IPv6 address
+        return f"{head.removesuffix(host)}[{host}]:{port}"
+    if ":" in host:
+        raise MistakeError([f"rayfwd connect: --port {port}: {head} has a port already"])
+    return f"{head}:{port}"
+
+
+def _forward(text: str) -> dict[str, str]:
+    """`8000=head:8000`, with an address before the first port where it is not 127.0.0.1."""
+    listen, equals, to = text.partition("=")
+    if not (equals and listen and to):
+        raise MistakeError(
+            [f"rayfwd connect: --forward {text}: must be LISTEN=TO, as in 8000=head:8000"]
+        )
+    return {
+        "listen": listen if ":" in listen else f"127.0.0.1:{listen}",
+        "to": to if ":" in to else f"head:{to}",
+    }
+
+
+def _own_name() -> str:
+    """This host's name, as far as a node could have it."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().split(".")[0])[:63]
+    return name.strip("._-") or "client"

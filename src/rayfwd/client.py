@@ -1,0 +1,414 @@
+"""A client: a machine that is no node, with the head's dashboard and Ray Client on its loopback.
+
+Owns the listening sockets, the link and the file of Ray's token; `Client.run` begins and ends them.
+Nothing here needs Linux, root, or an address in 127/8 but 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import re
+import secrets
+import shlex
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayfwd import __version__
+from rayfwd.config import Config, HeadConfig
+from rayfwd.doors import BACKLOG, Pump, Target
+from rayfwd.link import Link
+from rayfwd.logs import get_logger
+from rayfwd.mux import MuxStream, StreamOwner
+from rayfwd.notify import Notifier
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import token
+from rayfwd.ray.token import RayAuth
+from rayfwd.roster import write_file
+from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits
+from rayfwd.session.stream import ResetReason
+
+log = get_logger(__name__)
+
+LOOPBACK = "127.0.0.1"
+USUAL_PORTS = {"dashboard": 8265, "client": 10001}
+"""Where a client listens unless told otherwise, by the head's name for what is behind it."""
+NEAR = 100
+"""How many ports from the usual one on are tried where it is taken."""
+
+RETRY_FIRST, RETRY_LAST = 1.0, 15.0
+"""Seconds between attempts before the link has stood for the first time."""
+RIDE_THROUGH_MOST = 86400.0
+"""Seconds: says that the head decides."""
+
+LASTING = frozenset(
+    {
+        "channel_refused",
+        "host_key_mismatch",
+        "host_key_unknown",
+        "hub_not_permitted",
+        "hub_too_old",
+        "join_bad",
+        "protocol_version",
+        "ssh_auth_refused",
+        "ssh_config_invalid",
+        "ssh_file_unreadable",
+        "ssh_key_unusable",
+        "user_not_allowed",
+    }
+)
+"""What waiting does not mend. Before the link has stood for the first time it ends the client, as
+somebody sits before it; later nothing does."""
+ANOTHER_WAY = frozenset({"channel_refused", "hub_absent", "hub_unreachable", "hub_not_permitted"})
+"""Where the hub's socket cannot be opened, `rayfwd attach` on the head may find or reach it."""
+
+Via = Literal["socket", "exec"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this machine listens, and for what."""
+
+    what: str
+    """`dashboard` or `client`, else a port of the head, in digits."""
+    port: int
+    wanted: int
+    """Which port it would have been."""
+    address: str = LOOPBACK
+
+    def port_at(self, head: NodePlan) -> int:
+        """The port of the head that this stands for."""
+        return int(self.what) if self.what.isdigit() else head.head_services[self.what]
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.port}"
+
+
+class Client:
+    """Holds the head's ports here. `run` works until SIGTERM or Ctrl-C."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        """`say` is given lines for whoever started it."""
+        assert config.head is not None, "a client's configuration has a head"
+        self._config = config
+        self._head: HeadConfig = config.head
+        self._say = say
+        # A new one for each process: clients are told apart, and nothing of them is kept.
+        self._key = secrets.token_hex(32)
+        self._link: Link | None = None
+        self._plan: NodePlan | None = None
+        self._welcome: Welcome | None = None
+        self._auth: RayAuth | None = None
+        self._listening: list[tuple[Place, socket.socket]] = []
+        self._servers: list[asyncio.Server] = []
+        self._news = asyncio.Event()
+        self._ending = False
+        self._shown = ("", "")
+        """State of the link and code of its problem, as last said."""
+
+    @property
+    def token_file(self) -> Path:
+        """Where Ray's token is written, if the cluster has one."""
+        name = re.sub(r"[^A-Za-z0-9._@-]", "_", self._head.ssh)
+        return self._config.state_dir / "clients" / name / token.TOKEN_FILE
+
+    # -- life ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Raises ProblemError where it cannot begin."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        self._listening = listen_all(self._config)
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        holding = asyncio.create_task(self._hold(), name="hold")
+        try:
+            await asyncio.wait({stopping, holding}, return_when=asyncio.FIRST_COMPLETED)
+            if holding.done():
+                holding.result()
+        finally:
+            self._ending = True
+            for server in self._servers:
+                server.close()
+            for _, sock in self._listening:
+                sock.close()
+            if self._link is not None:
+                await self._link.close("the client was ended")
+            stopping.cancel()
+            holding.cancel()
+            await asyncio.gather(stopping, holding, return_exceptions=True)
+
+    async def _hold(self) -> None:
+        """Hold the link for ever, once there was a way to the hub."""
+        given = "via" in self._head.model_fields_set
+        ways: Sequence[Via] = (self._head.via,) if given else ("socket", "exec")
+        wait, said = RETRY_FIRST, ""
+        while True:
+            problem = await self._by(ways[0])
+            if len(ways) > 1 and problem.code in ANOTHER_WAY:
+                other = await self._by(ways[1])
+                # That `rayfwd` is not found there says less than why the socket was no way.
+                problem = problem if other.code == "hub_closed" else other
+            if problem.code in LASTING:
+                raise ProblemError(problem)
+            if problem.code != said:
+                said = problem.code
+                self._say(f"{problem.code}: {problem}; trying on")
+            await asyncio.sleep(wait * random.uniform(0.8, 1.2))
+            wait = min(2 * wait, RETRY_LAST)
+
+    async def _by(self, via: Via) -> Problem:
+        """Hold the link by that way; where it does not come to stand even once, why not."""
+        head = self._head.model_copy(update={"via": via})
+        link = self._link = Link(
+            head=head,
+            hello=self._hello,
+            accept=_nobody_dials,
+            on_welcome=self._welcomed,
+            on_message=self._message,
+            on_change=self._changed,
+            limits=Limits(),
+        )
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(link.run(), name="link")
+            while self._welcome is None and link.problem is None:
+                self._news.clear()
+                await self._news.wait()
+            if self._welcome is not None:
+                await self._open()
+                await running  # it ends with us only
+            problem = link.problem
+            await link.close("another way is tried")
+            running.cancel()
+        assert problem is not None, "there was no welcome"
+        return _understood(problem, head)
+
+    def _hello(self) -> Hello:
+        given = "ride_through" in self._config.model_fields_set
+        return Hello(
+            node=self._config.name,
+            key=self._key,
+            session="0",
+            resumes=False,
+            lane=LaneClass.INTERACTIVE,
+            version=__version__,
+            worker_ports=0,
+            role="client",
+            ride_through=self._config.ride_through if given else RIDE_THROUGH_MOST,
+        )
+
+    # -- the link's words ----------------------------------------------------------------
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        try:
+            self._plan = NodePlan.from_wire(welcome.nodes[0])
+            if not USUAL_PORTS.keys() <= self._plan.head_services.keys():
+                raise ValueError("the first node is not the head")
+            self._take_auth(welcome.ray_auth)
+        except (ValueError, IndexError) as exc:
+            log.error("plan_malformed", cause=str(exc), remedy="run the same rayfwd on both sides")
+            return
+        self._welcome = welcome
+        self._news.set()
+
+    async def _open(self) -> None:
+        """What connects is taken from now on, and whoever started us is told where."""
+        loop = asyncio.get_running_loop()
+        for place, sock in self._listening:
+            server = await loop.create_server(
+                lambda place=place: Pump(lambda pump: self._route(place, pump)),  # type: ignore[misc]
+                sock=sock,
+                backlog=BACKLOG,
+            )
+            self._servers.append(server)
+        assert self._welcome is not None, "it has come"
+        places = [place for place, _ in self._listening]
+        token_file = self.token_file if self._has_token else None
+        for line in addresses(self._head.ssh, self._welcome, places, token_file, os.environ):
+            self._say(line)
+        Notifier().send("READY=1")
+
+    def _route(self, place: Place, pump: Pump) -> None:
+        mux = self._link.mux if self._link is not None else None
+        if mux is None or mux.session.ended or self._plan is None:
+            pump.refuse()
+        else:
+            target = Target(self._plan.address, place.port_at(self._plan))
+            pump.attach(mux.open(target.encode(), pump))
+
+    def _message(self, message: dict[str, Any]) -> None:
+        if message.get("type") == "ray_auth":
+            try:
+                self._take_auth(message)
+            except ValueError as exc:
+                log.warning("message_malformed", cause=str(exc))
+
+    @property
+    def _has_token(self) -> bool:
+        return self._auth is not None and self._auth.mode == "token"
+
+    def _take_auth(self, data: Mapping[str, Any] | None) -> None:
+        """Raises ValueError."""
+        auth = None if data is None else RayAuth.from_wire(data)
+        if auth == self._auth:
+            return
+        self._auth = auth
+        if not self._has_token or auth is None:
+            return
+        try:
+            self.token_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_file(self.token_file, auth.token.encode() + b"\n")
+        except OSError as exc:
+            problem = Problem(
+                "ray_auth_unwritable",
+                f"Ray's token cannot be written to {self.token_file}: {exc.strerror or exc}",
+                "make that directory writable, or set state_dir in a file (--config)",
+            )
+            self._say(f"{problem.code}: {problem}")
+
+    def _changed(self) -> None:
+        self._news.set()
+        link = self._link
+        if link is None or self._welcome is None or self._ending:
+            return
+        state, problem = link.state, link.problem
+        code = problem.code if problem is not None else ""
+        before, self._shown = self._shown, (state, code)
+        clock = time.strftime("%H:%M:%S")
+        if state != before[0] and before[0]:
+            held = f"{self._welcome.ride_through:g} s"
+            words = {
+                "up": "the link is back" if before[0] == "parked" else "connected again",
+                "parked": f"the link is down; what is open is held for {held}",
+                "down": "what was open is lost; dialling on",
+            }
+            self._say(f"{clock}  {words[state]}")
+        if problem is not None and code not in {"lane_lost", before[1]}:
+            self._say(f"{clock}  {code}: {problem}")
+
+
+def _nobody_dials(stream: MuxStream, data: bytes) -> StreamOwner | None:
+    stream.reset(ResetReason.NOT_IN_PLAN, "a client serves nothing")
+    return None
+
+
+def _understood(problem: Problem, head: HeadConfig) -> Problem:
+    """What a hub that knows no clients says to one, in words."""
+    if problem.code == "hello_malformed":
+        return Problem(
+            "hub_too_old",
+            f"the rayfwd on {head.ssh} is older than this one and takes no clients",
+            "upgrade rayfwd on the head",
+        )
+    return problem
+
+
+def listen_all(config: Config) -> list[tuple[Place, socket.socket]]:
+    """The sockets of everything that is to be held here. Raises ProblemError."""
+    given = {"dashboard": config.client.dashboard_port, "client": config.client.client_port}
+    found: list[tuple[Place, socket.socket]] = []
+    try:
+        # What was asked for exactly goes first: the others make room for it.
+        for forward in config.forwards:
+            (address, port), (_, to) = forward.listen_address(), forward.target()
+            found.append((Place(str(to), port, port, address), _listen(address, port)))
+        for what, exact in given.items():
+            if exact is not None:
+                found.append((Place(what, exact, exact), _listen(LOOPBACK, exact)))
+        for what, usual in USUAL_PORTS.items():
+            if given[what] is None:
+                sock = _listen_near(usual)
+                found.append((Place(what, sock.getsockname()[1], usual), sock))
+    except BaseException:
+        for _, sock in found:
+            sock.close()
+        raise
+    return found
+
+
+def _listen_near(usual: int) -> socket.socket:
+    """On the usual port or the first free one above it. Raises ProblemError."""
+    for port in range(usual, usual + NEAR):
+        with suppress(ProblemError):
+            return _listen(LOOPBACK, port)
+    raise ProblemError(
+        Problem(
+            "listen_taken",
+            f"every port from {usual} to {usual + NEAR - 1} is in use on {LOOPBACK}",
+            "name one with --dashboard-port or --client-port",
+        )
+    )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """Raises ProblemError."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, port))
+        # At once: until then another one could bind the same.
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        taken = exc.errno == errno.EADDRINUSE
+        raise ProblemError(
+            Problem(
+                "listen_taken",
+                f"{address}:{port} cannot be listened on: "
+                + ("something else does" if taken else str(exc.strerror)),
+                f"end what listens there (`ss -ltnp sport = :{port}`), or choose another port: "
+                "--dashboard-port, --client-port, --forward"
+                if taken
+                else "choose a port from 1024 on, and an address that this machine has",
+            )
+        ) from exc
+    return sock
+
+
+def addresses(
+    head: str,
+    welcome: Welcome,
+    places: Sequence[Place],
+    token_file: Path | None,
+    env: Mapping[str, str],
+) -> list[str]:
+    """What to tell whoever wants to use it."""
+    by_what = {place.what: place for place in places}
+    dashboard, client = (f"{by_what[what]}" for what in USUAL_PORTS)
+    versions = f" (Ray {welcome.ray}, Python {welcome.python})" if welcome.ray else ""
+    lines = [
+        f"connected to {head}{versions}",
+        "",
+        f"  dashboard    http://{dashboard}",
+        f"  Ray Client   ray://{client}",
+    ]
+    lines += [f"  forward      {p} is head:{p.what}" for p in places if p.what.isdigit()]
+    lines += [
+        f"  port {place.wanted} is in use on this machine: {place.port} is used instead"
+        for place in places
+        if place.port != place.wanted
+    ]
+    lines += [
+        "",
+        "In the shell that uses it:",
+        f"  export RAY_API_SERVER_ADDRESS=http://{dashboard}  # ray job submit, ray list",
+        f"  export RAY_ADDRESS=ray://{client}  # ray.init(), with the head's Ray and Python",
+    ]
+    if token_file is not None:
+        lines.append(f"  export {token.MODE}=token {token.PATH}={shlex.quote(str(token_file))}")
+    proxied = any(env.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"))
+    exempt = ",".join(env.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    if proxied and LOOPBACK not in exempt.split(","):
+        lines.append(f"  export NO_PROXY={LOOPBACK} no_proxy={LOOPBACK}  # past this shell's proxy")
+    return [*lines, "", "Ctrl-C ends it."]
