@@ -10,6 +10,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
 from rayfwd.watch import rules
+from rayfwd.watch.interruptions import Interruptions
 
 GIB = 2.0**30
 NAMES = {"127.77.0.1": "head", "127.77.0.2": "w1", "127.77.0.3": "w2", "127.77.0.4": "w3"}
@@ -152,12 +153,36 @@ def test_fewer_than_declared(
     assert not rules.fewer_than_declared([of_w1(has)], {}, told), "not one of ours"
 
 
-def test_one_address_twice() -> None:
-    twin = replace(W1, node_id="id-twin")
-    assert not rules.one_address_twice([HEAD, W1, replace(twin, state="DEAD")], NAMES)
-    (found,) = rules.one_address_twice([HEAD, W1, twin], NAMES)
-    assert (found.subject, found.problem.code) == ("w1", "ray_address_twice")
-    assert "2 nodes" in found.problem.cause
+@pytest.mark.parametrize(
+    ("old", "went_at", "new", "now", "twice"),
+    [
+        (100.0, None, 200.0, 210.0, True),  # somebody else's raylet
+        (100.0, 190.0, 200.0, 210.0, False),  # it died and is back: Ray gives its old self up soon
+        (100.0, 190.0, 200.0, 381.0, True),  # or never
+        (100.0, 205.0, 200.0, 210.0, True),  # what went afterwards is no excuse
+        (40.0, None, 45.0, 60.0, False),  # before this daemon began: who knows
+        (40.0, None, 45.0, 226.0, True),
+        (None, None, None, 300.0, True),  # a Ray that does not tell
+    ],
+)
+def test_one_address_twice(
+    old: float | None, went_at: float | None, new: float | None, now: float, twice: bool
+) -> None:
+    interruptions = Interruptions(since=0.0 if old is None else 50.0)
+    interruptions.look(["w1", "w2"], 60.0)
+    if went_at is not None:
+        interruptions.look(["w2"], went_at)
+    rows = [HEAD, replace(W1, started=old), replace(W1, node_id="id-twin", started=new)]
+    found = rules.one_address_twice(rows, NAMES, interruptions, 180.0, now)
+    assert bool(found) is twice
+    for one in found:
+        assert (one.subject, one.problem.code) == ("w1", "ray_address_twice")
+        assert "2 nodes" in one.problem.cause
+
+
+def test_a_node_that_is_dead_is_not_there() -> None:
+    rows = [HEAD, W1, replace(W1, node_id="id-twin", state="DEAD")]
+    assert rules.one_address_twice(rows, NAMES, Interruptions(0.0), 180.0, 1.0) == []
 
 
 def test_up_and_not_listed() -> None:

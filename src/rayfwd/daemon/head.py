@@ -29,6 +29,7 @@ from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.commandline import MARGIN
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
@@ -38,6 +39,7 @@ from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen
 from rayfwd.watch.flapping import flapping
+from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
@@ -58,6 +60,7 @@ class HeadDaemon(Daemon):
     def __init__(self, config: Config) -> None:
         self._workers_ray: dict[str, dict[str, Any]] = {}
         self._dial_back = advertise.DialBack()
+        self._interruptions = Interruptions(time.time())
         self._known: set[str] = set()
         """Nodes that were there once."""
         self._heard: dict[str, str] = {}
@@ -108,6 +111,8 @@ class HeadDaemon(Daemon):
             roster.plans,
             self._up,
             self._declared,
+            self._interruptions,
+            config.ride_through + 2 * MARGIN,
             self._report,
         )
         async with asyncio.TaskGroup() as group:
@@ -158,6 +163,7 @@ class HeadDaemon(Daemon):
         for name in gone:
             self.watches.unheard(name)
         self.board.drop(gone, but=(LINK,))
+        self._interruptions.look((plan.name for plan in self._up()), time.time())
         self.plan_changed()
         self._tell_newcomers()  # what is so now that they are here
 
@@ -189,7 +195,8 @@ class HeadDaemon(Daemon):
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
         plans = {n.plan.address: n.plan for n in self._nodes_of_hub() if n.state != "away"}
-        self.board.put("flapping", flapping(report.nodes, plans, time.time()))
+        found = flapping(report.nodes, plans, time.time(), self._interruptions)
+        self.board.put("flapping", found)
         self._tell_report()
         self.changed()
 
@@ -225,6 +232,7 @@ class HeadDaemon(Daemon):
                 key: None if message.get(key) is None else str(message[key])[:64]
                 for key in ("phase", "version", "python")
             }
+            self._interruptions.look((plan.name for plan in self._up()), time.time())
             if self._watch is not None:
                 self._watch.look_soon()
             self.changed()

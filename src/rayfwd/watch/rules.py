@@ -5,10 +5,9 @@ How long a fault must last before it shows is in `conditions.py`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 from rayfwd.plan import NodePlan
@@ -16,6 +15,7 @@ from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
 from rayfwd.watch.conditions import Seen
+from rayfwd.watch.interruptions import Interruptions
 
 STALE_SECONDS = 20.0
 """Totals older than this are no longer renewed (Ray does it every 5 s)."""
@@ -95,23 +95,38 @@ def _counts(resource: str) -> bool:
     return resource not in _UNCOUNTED and not resource.startswith(_OF_RAY)
 
 
-def one_address_twice(nodes: Iterable[NodeSeen], names: Mapping[str, str]) -> list[Seen]:
-    """Addresses with which several nodes are ALIVE."""
-    count = Counter(node.address for node in nodes if node.state == "ALIVE")
-    return [
-        Seen(
-            names.get(address, address),
-            Problem(
-                "ray_address_twice",
-                f"{times} nodes are ALIVE with the address {address}: connections meant for one "
-                "reach the other",
-                "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
-                "on the node has the pid of the one that rayfwd watches)",
-            ),
+def one_address_twice(
+    nodes: Iterable[NodeSeen],
+    names: Mapping[str, str],
+    interruptions: Interruptions,
+    patience: float,
+    wall_time: float,
+) -> list[Seen]:
+    """Addresses with which several nodes are ALIVE.
+
+    One that went and has come back is there twice until Ray gives its old self up, which takes
+    `patience` seconds at the most.
+    """
+    alive: dict[str, list[NodeSeen]] = {}
+    for node in nodes:
+        if node.state == "ALIVE":
+            alive.setdefault(node.address, []).append(node)
+    found = []
+    for address, rows in alive.items():
+        name = names.get(address, address)
+        began = sorted(row.started or 0.0 for row in rows)
+        came_back = all(interruptions.between(name, a, b) for a, b in pairwise(began))
+        if len(rows) < 2 or (came_back and wall_time - began[-1] <= patience):
+            continue
+        problem = Problem(
+            "ray_address_twice",
+            f"{len(rows)} nodes are ALIVE with the address {address}: connections meant for one "
+            "reach the other",
+            "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
+            "on the node has the pid of the one that rayfwd watches)",
         )
-        for address, times in count.items()
-        if times > 1
-    ]
+        found.append(Seen(name, problem))
+    return found
 
 
 def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Seen]:
