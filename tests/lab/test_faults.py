@@ -19,6 +19,7 @@ from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.daemon import Daemon, Event
 from tests.lab.faults import Connection, Faults, kill, schedule, strict_firewalls
+from tests.lab.healthy import errors
 from tests.lab.machines import Lab, Machine
 from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
 from tests.lab.process import until
@@ -248,6 +249,12 @@ def test_nothing_was_lost(rig: Rig) -> None:
     for daemon in rig.cluster.daemons:
         ended = daemon.events("session_ended") + daemon.events("not_json")
         assert not ended, f"{daemon.machine.name}: {ended}"
+
+
+@pytest.mark.ray
+def test_nobody_cried_wolf(rig: Rig) -> None:
+    """All these cuts were ridden through: no error was said. (healthy.py goes on for longer.)"""
+    assert errors(rig.cluster.daemons) == []
 
 
 @pytest.mark.ray
