@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -33,6 +33,8 @@ class Case:
     status: RayStatus
     nodes: list[NodeSeen]
     flagged: list[str]
+    declared: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By address."""
 
 
 HEAD = node("head", CPU=2, memory=4 * GIB)
@@ -79,31 +81,45 @@ CASES = [
         [HEAD, node("w1", memory=8 * GIB)],
         ["w1"],
     ),
+    Case(
+        "one that declares what is not there, in place of one that had gone",
+        totals(["head", "w1"], CPU=6, memory=12 * GIB),
+        [HEAD, node("w1", memory=8 * GIB), node("w2", CPU=4, tape=2, memory=8 * GIB)],
+        ["w2"],
+        {ADDRESSES["w2"]: {"tape": 2.0}},
+    ),
+    Case(
+        "a placement group's resources are in no totals",
+        totals(["head", "w1"], CPU=6, memory=12 * GIB),
+        [HEAD, node("w1", CPU=4, CPU_group_a=2, bundle_group_a=1000, memory=8 * GIB)],
+        [],
+        {ADDRESSES["w1"]: {"CPU": 4.0}},
+    ),
     Case("no resources at all", totals(["head"], CPU=2, memory=4 * GIB), [HEAD, node("w1")], []),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.about for c in CASES])
 def test_flagged(case: Case) -> None:
-    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, 1010.0)
+    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, case.declared, 1010.0)
     assert sorted(s.subject for s in found) == sorted(case.flagged)
     assert {s.problem.code for s in found} <= {"ray_node_without_resources"}
 
 
 def test_the_problem_names_what_is_missing() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 1010.0)[0].problem
+    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, {}, 1010.0)[0].problem
     assert "node w1 (127.77.0.2)" in found.cause
     assert "CPU 2 of 6, r1 0 of 1" in found.cause
     assert "raylet.out on w1" in found.remedy
-    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 2000.0)[0].problem
+    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, {}, 2000.0)[0].problem
     assert "1000 s old" in stale.cause
     assert "monitor.log" in stale.remedy
 
 
 def test_a_node_outside_of_the_roster_goes_by_its_address() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    (found,) = rules.nodes_without_resources(status, [HEAD, W1], {}, 0.0)
+    (found,) = rules.nodes_without_resources(status, [HEAD, W1], {}, {}, 0.0)
     assert found.subject == "127.77.0.2"
 
 

@@ -56,6 +56,7 @@ class HeadDaemon(Daemon):
     _watch: ClusterWatch | None = None
     _listening = False
     _told_versions: tuple[str | None, str | None] = (None, None)
+    _told_phase = ""
 
     def __init__(self, config: Config) -> None:
         self._workers_ray: dict[str, dict[str, Any]] = {}
@@ -216,8 +217,10 @@ class HeadDaemon(Daemon):
         for node in self._nodes_of_hub():
             if node.session != self._heard.get(node.plan.name, ""):
                 self._heard[node.plan.name] = node.session
-                if node.mux is not None and told is not None:
-                    node.mux.send_message(told)
+                if node.mux is not None:
+                    node.mux.send_message(self._phase_message())
+                    if told is not None:
+                        node.mux.send_message(told)
 
     def _message(self, node: str, message: dict[str, Any]) -> None:
         """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
@@ -254,7 +257,14 @@ class HeadDaemon(Daemon):
         if self._hub is not None and self._versions() != self._told_versions:
             self._told_versions = ray, python = self._versions()
             self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
+        if self._hub is not None and self.ray.state.phase != self._told_phase:
+            self._told_phase = self.ray.state.phase
+            self._hub.tell_all(self._phase_message())
         super().changed()
+
+    def _phase_message(self) -> dict[str, Any]:
+        """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
+        return {"type": "head_ray", "phase": self.ray.state.phase}
 
     def peers(self) -> dict[str, Peer]:
         if self._hub is None or self.cluster is None or self.ray.state.phase != "up":

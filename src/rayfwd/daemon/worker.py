@@ -57,6 +57,8 @@ class WorkerDaemon(Daemon):
         self._kept_plan = b""
         self._told_ray: dict[str, Any] | None = None
         self._head_versions: Versions | None = None
+        self._head_ray: str | None = None
+        """Phase of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
         self._advertise = AdvertiseCheck(self._send, lambda: self._hub_features)
         self.ray.before_start = self._before_start
@@ -170,6 +172,8 @@ class WorkerDaemon(Daemon):
                     if message["ray"] and message["python"]:
                         self._head_versions = Versions(str(message["ray"]), str(message["python"]))
                         self._tell_ray()
+                case "head_ray":
+                    self._head_ray = str(message["phase"])[:64]
                 case "ray_auth":
                     self._take_auth(message)
                     self._tell_ray()
@@ -230,6 +234,7 @@ class WorkerDaemon(Daemon):
         self.ray.set_link_up(self._link.state == "up")
         if self._link.mux is None:
             self._told_ray = None  # a new session knows nothing of it
+            self._head_ray = None
             self.watches.forget_told()
             self.watches.unheard(HEAD)
         self.changed()
@@ -267,6 +272,8 @@ class WorkerDaemon(Daemon):
         link, head = self._link, self.node_named("head")
         if head is None or link.state != "up" or self.ray.state.phase != "up":
             return {}
+        if self._head_ray not in {None, "up"}:
+            return {}  # it is being started, or the head itself says why it is not
         return {head.name: Peer(head, (link.since, link.cuts))}
 
     async def canary_targets(self) -> list[NodeSeen]:

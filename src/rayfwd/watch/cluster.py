@@ -130,7 +130,7 @@ class ClusterWatch:
             *rules.fewer_than_declared(seen, plans, self._declared()),
             *rules.one_address_twice(seen, names, self._interruptions, self._patience, now),
             *rules.not_listed(seen, self._up()),
-            *rules.nodes_without_resources(status, seen, names, now),
+            *rules.nodes_without_resources(status, seen, names, self._declared(), now),
         ]
         self._tell_totals(status, seen)
         self.report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))

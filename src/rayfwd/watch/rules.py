@@ -153,47 +153,69 @@ def nodes_without_resources(
     status: RayStatus,
     nodes: Iterable[NodeSeen],
     names: Mapping[str, str],
+    declared: Mapping[str, Mapping[str, float]],
     wall_time: float,
 ) -> list[Seen]:
     """Nodes that are ALIVE in the node table while the totals lack what they bring.
 
-    `names` gives a node's name for its address.
-    Ray's totals do not say which node brought what, so a node is suspected where they fall short
-    of the sum over all nodes by at least what it has, in every resource it has. Where the status
+    `names` gives a node's name for its address, `declared` what its configuration says it brings.
+    Ray's totals do not say which node brought what. A node that has more of what it declares than
+    the totals hold altogether is not in them. (What else it has may be a placement group's, which
+    the totals leave out.) Of the others one is suspected where the totals fall
+    short of the sum over them by at least what it has, in every resource it has. Where the status
     lists nodes one by one and lists some of the suspects, only the others are flagged; else the
     fewest whose resources make up exactly what is missing (of several that do equally, all).
     """
     alive = [n for n in nodes if n.state == "ALIVE"]
     brings = {n.node_id: _brings(n) for n in alive}
-    expected: dict[str, float] = {}
-    for amounts in brings.values():
-        for resource, amount in amounts.items():
-            expected[resource] = expected.get(resource, 0.0) + amount
+    expected = _sum(brings.values())
     totals = {resource: total for resource, (_, total) in status.totals.items()}
-    short = {
-        resource: amount - totals.get(resource, 0.0)
-        for resource, amount in expected.items()
-        if totals.get(resource, 0.0) < amount * (1 - TOLERANCE)
-    }
-    suspects = [
+    certain = [
         n
         for n in alive
+        if _short(
+            {r: a for r, a in brings[n.node_id].items() if r in declared.get(n.address, ())}, totals
+        )
+    ]
+    others = [n for n in alive if n not in certain]
+    expected_of_others = _sum(brings[n.node_id] for n in others)
+    short = _short(expected_of_others, totals)
+    suspects = [
+        n
+        for n in others
         if brings[n.node_id]
         and all(
-            short.get(resource, 0.0) >= amount - TOLERANCE * expected[resource]
+            short.get(resource, 0.0) >= amount - TOLERANCE * expected_of_others[resource]
             for resource, amount in brings[n.node_id].items()
         )
         and short.keys() & brings[n.node_id].keys()
     ]
     unlisted = [n for n in suspects if f"node_{n.node_id}" not in status.active]
     if suspects and (not unlisted or len(unlisted) == len(suspects)):
-        suspects = _fewest_that_explain(short, suspects, brings, expected)
+        suspects = _fewest_that_explain(short, suspects, brings, expected_of_others)
         unlisted = []
     return [
         Seen(name, _problem(name, n, brings[n.node_id], status, expected, wall_time))
-        for n in unlisted or suspects
+        for n in [*certain, *(unlisted or suspects)]
         if (name := names.get(n.address, n.address))
     ]
+
+
+def _sum(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in amounts:
+        for resource, amount in one.items():
+            found[resource] = found.get(resource, 0.0) + amount
+    return found
+
+
+def _short(wanted: Mapping[str, float], totals: Mapping[str, float]) -> dict[str, float]:
+    """What the totals hold too little of, and how much of it is missing."""
+    return {
+        resource: amount - totals.get(resource, 0.0)
+        for resource, amount in wanted.items()
+        if totals.get(resource, 0.0) < amount * (1 - TOLERANCE)
+    }
 
 
 def _fewest_that_explain(
