@@ -27,25 +27,34 @@ from tests.lab.daemon import Daemon, Event
 from tests.lab.faults import Faults, schedule, strict_firewalls
 from tests.lab.machines import Lab
 from tests.lab.mix import DRIVER, WAYS, mix, numbers, over_rayfwd
-from tests.lab.named import rows
+from tests.lab.named import rows, said_at
 from tests.lab.toll import Echoes, Job
 
 CANARY = {"canary": {"enabled": True, "interval": 60, "timeout": 60}}
 
 
-def errors(daemons: Iterable[Daemon]) -> list[Event]:
-    """Every event of level error, with who logged it; tracebacks too."""
+def errors(daemons: Iterable[Daemon], since: float = 0.0) -> list[Event]:
+    """Every event of level error, with who logged it; tracebacks too, whenever they were.
+
+    `since` is in seconds since the epoch.
+    """
     return [
         {"daemon": daemon.machine.name, **event}
         for daemon in daemons
         for event in daemon.events()
         if event.get("level", "error") == "error"
+        and ("timestamp" not in event or said_at(event) >= since)
     ]
 
 
-def said(daemons: Iterable[Daemon]) -> dict[str, int]:
-    """How often each warning was logged, by its name."""
-    names = (e["event"] for d in daemons for e in d.events() if e.get("level") == "warning")
+def warnings(daemons: Iterable[Daemon], since: float) -> dict[str, int]:
+    """How often each warning was logged since then, by its name."""
+    names = (
+        event["event"]
+        for daemon in daemons
+        for event in daemon.events()
+        if event.get("level") == "warning" and said_at(event) >= since
+    )
     return dict(sorted(Counter(names).items()))
 
 
@@ -70,7 +79,7 @@ def run(cluster: Cluster, args: argparse.Namespace) -> int:
     driver = cluster.lab.machine(DRIVER)
     job, echoes = Job(driver, driver.ray_python()), Echoes(cluster.lab, WAYS)
     echoes.beats()
-    began = time.monotonic()
+    began, wall = time.monotonic(), time.time()
     cuts = schedule(args.seed, args.cuts, ["w1", "w2"])
     shown: Counter[tuple[str, str]] = Counter()
     for cut, at in mix(faults, cuts, 60 * args.minutes / args.cuts, args.seed):
@@ -80,13 +89,13 @@ def run(cluster: Cluster, args: argparse.Namespace) -> int:
         sys.stdout.flush()
     job.finish(120)
     daemons = cluster.daemons
-    cried = errors(daemons)
+    cried = errors(daemons, wall)
     severe = sorted(code for code, severity in shown if severity == "error")
     result: dict[str, Any] = {
         "cuts": len(cuts),
         "errors": cried,
         "shown as errors": severe,
-        "warnings logged": said(daemons),
+        "warnings logged": warnings(daemons, wall),
         "shown after cuts": {f"{code} ({severity})": n for (code, severity), n in shown.items()},
         **numbers(job, echoes, began),
     }

@@ -46,6 +46,8 @@ class Rig:
     faults: Faults
     job: Job
     echoes: Echoes
+    since: float
+    """When all was well, on the clock on the wall."""
 
     @property
     def lab(self) -> Lab:
@@ -79,7 +81,7 @@ def rig(module_lab: Lab) -> Iterator[Rig]:
     with over_rayfwd(module_lab) as cluster:
         driver = module_lab.machine(DRIVER)
         job = Job(driver, driver.ray_python())
-        rig = Rig(cluster, Faults(module_lab), job, Echoes(module_lab, WAYS))
+        rig = Rig(cluster, Faults(module_lab), job, Echoes(module_lab, WAYS), time.time())
         rig.whole()
         yield rig
 
@@ -254,7 +256,7 @@ def test_nothing_was_lost(rig: Rig) -> None:
 @pytest.mark.ray
 def test_nobody_cried_wolf(rig: Rig) -> None:
     """All these cuts were ridden through: no error was said. (healthy.py goes on for longer.)"""
-    assert errors(rig.cluster.daemons) == []
+    assert errors(rig.cluster.daemons, rig.since) == []
 
 
 @pytest.mark.ray

@@ -156,7 +156,8 @@ class RaySupervisor:
             self._wake.set()
 
     def set_link_up(self, up: bool) -> None:
-        """Of a worker: while False, Ray is not started; one that runs is left alone."""
+        """Of a worker: link and the head's Ray. While False, Ray is not started; one that runs is
+        left alone."""
         if up != self._link_up:
             self._link_up = up
             self._wake.set()
