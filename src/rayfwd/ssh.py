@@ -16,6 +16,7 @@ from typing import Any
 
 import asyncssh
 
+from rayfwd import unixsocket
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 
@@ -28,6 +29,11 @@ sooner."""
 HASTY_LOGIN = 3.0
 """Seconds for the first login while streams wait: the path may go away again in the middle of it.
 Each that takes longer doubles this, up to LOGIN_TIMEOUT, for heads that are slow."""
+TURNED_AWAY_EVERY = 5.0
+"""Seconds between two looks, while streams wait, at whether sshd turns connections away: each is
+one more connection to an sshd that has too many."""
+TURNED_AWAY_HASTY = 1.0
+"""Seconds that such a look may take."""
 LOGIN_TIMEOUT = 20.0
 """Seconds for key exchange and authentication."""
 CIPHERS = (
@@ -44,6 +50,10 @@ HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha
 CHANNEL_WINDOW = 1 << 22
 """Bytes that the server may send ahead on a channel."""
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+
+TABLE_LIMIT = 1 << 21
+"""Bytes of /proc/net/unix on the head that are read; a line is some 70."""
+TABLE_PIECE = 1 << 14
 
 Channel = asyncssh.SSHClientChannel[bytes] | asyncssh.SSHUNIXChannel[bytes]
 
@@ -68,6 +78,8 @@ class Dialer:
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
         self._hasty_login = HASTY_LOGIN
+        self._turned_away: Problem | None = None
+        self._looked_at = -TURNED_AWAY_EVERY
 
     async def connect(self, hasty: bool = False) -> asyncssh.SSHClientConnection:
         """An authenticated connection. Raises ProblemError.
@@ -89,8 +101,8 @@ class Dialer:
             return await self._hasty(host, options, trusted, sock)
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             problem = explain(exc, self._head, host, known)
-            if problem.code == "ssh_lost" and options is not None and not hasty:
-                problem = await _turned_away(host, options, self._head) or problem
+            if problem.code == "ssh_lost" and options is not None:
+                problem = await self._why_lost(host, options, hasty) or problem
             raise ProblemError(problem) from exc
 
     async def host_key(self) -> HostKey:
@@ -139,6 +151,17 @@ class Dialer:
             raise
         self._hasty_login = max(HASTY_LOGIN, within / 2)
         return connection
+
+    async def _why_lost(
+        self, host: str, options: asyncssh.SSHClientConnectionOptions, hasty: bool
+    ) -> Problem | None:
+        """Whether it is that sshd turns everybody away; looked at seldom while streams wait."""
+        now = asyncio.get_running_loop().time()
+        if not hasty or now - self._looked_at >= TURNED_AWAY_EVERY:
+            within = TURNED_AWAY_HASTY if hasty else CONNECT_TIMEOUT
+            self._turned_away = await _turned_away(host, options, self._head, within)
+            self._looked_at = now
+        return self._turned_away
 
     async def _options(self) -> asyncssh.SSHClientConnectionOptions:
         user, host, port = self._head.ssh_target()
@@ -220,7 +243,7 @@ class Dialer:
 
 
 async def _turned_away(
-    host: str, options: asyncssh.SSHClientConnectionOptions, head: HeadConfig
+    host: str, options: asyncssh.SSHClientConnectionOptions, head: HeadConfig, within: float
 ) -> Problem | None:
     """Whether sshd closes connections before it has said what it is; AsyncSSH does not tell.
 
@@ -230,7 +253,7 @@ async def _turned_away(
         return None
     writer = None
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT):
+        async with asyncio.timeout(within):
             reader, writer = await asyncio.open_connection(host, options.port)
             try:
                 said = await reader.read(256)
@@ -330,7 +353,12 @@ def _known_hosts_files(head: HeadConfig, options: asyncssh.SSHClientConnectionOp
 async def look_at_socket(
     connection: asyncssh.SSHClientConnection, path: Path, reason: str
 ) -> Problem:
-    """Why sshd could not open the hub's socket: sshd does not say, SFTP's view of it does."""
+    """Why sshd did not open the hub's socket: sshd does not say, SFTP's view of the head does.
+
+    OpenSSH answers "open failed" as well where it forbids such channels: a reason is given for
+    direct-tcpip only (`server_input_channel_open` in serverloop.c). So where the kernel there says
+    that somebody listens, and this user may, it is sshd that will not.
+    """
     absent = Problem(
         "hub_absent",
         f"nothing answers at {path} on the head",
@@ -340,6 +368,8 @@ async def look_at_socket(
         async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
             own = (await sftp.stat(".")).uid
             seen = await sftp.stat(str(path))
+            real = Path(str(await sftp.realpath(str(path))))
+            table = await _read_table(sftp)
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
         return absent
     except asyncssh.SFTPPermissionDenied:
@@ -348,13 +378,35 @@ async def look_at_socket(
         return Problem(
             "hub_unreachable",
             f"the head's sshd could not open {path}: {reason}",
-            "see that rayfwd runs on the head, that this is its hub's socket, and that this user "
-            "may open it (hub.users)",
+            "see that rayfwd runs on the head, that this is its hub's socket, that this user "
+            "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding)",
         )
     mode = seen.permissions or 0
     if own not in {0, seen.uid} and not mode & 0o002:
         return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
+    if unixsocket.listens(table, path) or unixsocket.listens(table, real):
+        return Problem(
+            "channel_refused",
+            f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, and "
+            f"sshd says: {reason}",
+            'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding and '
+            "DisableForwarding in sshd_config, `restrict` and `no-port-forwarding` in "
+            "authorized_keys",
+        )
     return absent
+
+
+async def _read_table(sftp: asyncssh.SFTPClient) -> str:
+    """The head's Unix sockets; nothing where they are not to be seen."""
+    found = b""
+    try:
+        async with sftp.open("/proc/net/unix", "rb", encoding=None) as file:
+            # Piece by piece: its size is told as 0.
+            while len(found) < TABLE_LIMIT and (data := await file.read(TABLE_PIECE, len(found))):
+                found += data  # type: ignore[operator]  # bytes, as no encoding is asked for
+    except asyncssh.SFTPError:
+        pass
+    return found.decode(errors="replace")
 
 
 def _not_permitted(path: Path, why: str) -> Problem:

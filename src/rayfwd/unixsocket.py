@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import socket
 import struct
@@ -15,6 +16,8 @@ PATH_LIMIT = 107
 """Bytes of a socket's path: `sun_path` has 108, the last of them zero (unix(7))."""
 
 _CONNECT_SECONDS = 2.0
+_ACCEPTS = "00010000"
+"""`__SO_ACCEPTCON` among a socket's flags in /proc/net/unix: it listens."""
 
 
 def check_path(path: Path) -> None:
@@ -38,7 +41,7 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
     """
     # Bound under a short-lived name and moved over `path`: the right mode holds from the first
     # moment, and there is no moment at which `path` is missing.
-    fresh = path.with_name(f".{secrets.token_hex(3)}")
+    fresh = path.with_name(_fresh_name(path, secrets.token_hex(2)))
     for candidate in (path, fresh):
         check_path(candidate)
     _refuse_if_taken(path)
@@ -68,6 +71,25 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
         listener.close()
         raise
     return listener
+
+
+def _fresh_name(path: Path, mark: str) -> str:
+    return f".{path.name[:3]}{mark}"
+
+
+def listens(table: str, path: Path) -> bool:
+    """Whether somebody listens on a socket that `bind` put at `path`, by /proc/net/unix.
+
+    The kernel lists a socket under the name it was bound to, which `bind` gave it only briefly.
+    """
+    fresh = re.compile(re.escape(_fresh_name(path, "")) + "[0-9a-f]{4}")
+    for line in table.splitlines()[1:]:
+        words = line.split(maxsplit=7)
+        if len(words) == 8 and words[3] == _ACCEPTS:
+            bound = Path(words[7])
+            if bound == path or (bound.parent == path.parent and fresh.fullmatch(bound.name)):
+                return True
+    return False
 
 
 def _refuse_if_taken(path: Path) -> None:

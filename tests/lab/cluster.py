@@ -80,11 +80,11 @@ class Cluster:
         for name in names if names is not None else self.names:
             self.start_node(name)
 
-    def start_node(self, name: str) -> Daemon:
-        """`rayfwd run` on one node, again if it has ended."""
+    def start_node(self, name: str, under: Sequence[str] = ()) -> Daemon:
+        """`rayfwd run` on one node, again if it has ended; `under` a command that becomes it."""
         old = self._daemons.get(name)
         assert old is None or old.process.poll() is not None, f"{name}: rayfwd still runs"
-        daemon = self.lab.machine(name).rayfwd_daemon(self.config(name))
+        daemon = self.lab.machine(name).rayfwd_daemon(self.config(name), under=under)
         self._daemons[name] = daemon
         return daemon
 

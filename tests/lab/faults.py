@@ -128,14 +128,16 @@ class Faults:
 
         return undo_all
 
-    def slow_lane(self, worker: Machine, connection: Connection) -> Callable[[], None]:
-        """One of a worker's connections has 64 kbit/s in each direction; the others are free."""
+    def slow_lane(
+        self, worker: Machine, connection: Connection, rate: str = "64kbit"
+    ) -> Callable[[], None]:
+        """One of a worker's connections has that rate in each direction; the others are free."""
         for machine, field in ((worker, "sport"), (self.head, "dport")):
             tc = ("tc", "qdisc", "replace", "dev", "eth0")
             machine.network_command(*tc, "root", "handle", "1:", "htb", "default", "10")
-            for number, rate in (("10", "10gbit"), ("20", "64kbit")):
+            for number, allowed in (("10", "10gbit"), ("20", rate)):
                 word = ("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid")
-                machine.network_command(*word, f"1:{number}", "htb", "rate", rate)
+                machine.network_command(*word, f"1:{number}", "htb", "rate", allowed)
             machine.network_command(
                 *("tc", "filter", "add", "dev", "eth0", "parent", "1:", "protocol", "ip"),
                 *("u32", "match", "ip", field, str(connection.port), "0xffff", "flowid", "1:20"),

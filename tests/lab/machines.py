@@ -329,11 +329,19 @@ class Machine:
 
     # rayfwd and Ray
 
-    def rayfwd_daemon(self, config_toml: str, env: Mapping[str, str] | None = None) -> Daemon:
-        """Write ~/rayfwd.toml and start `rayfwd run` with it as user `ray`."""
+    def rayfwd_daemon(
+        self,
+        config_toml: str,
+        env: Mapping[str, str] | None = None,
+        under: Sequence[str] = (),
+    ) -> Daemon:
+        """Write ~/rayfwd.toml and start `rayfwd run` with it as user `ray`.
+
+        `under`: a command that becomes it, as in `prlimit --nofile=200`.
+        """
         self.write(CONFIG, config_toml)
         assert self.lab.rayfwd is not None, "rayfwd is not installed: see tests/lab/package.py"
-        argv = [str(self.lab.rayfwd), "run", "--config", CONFIG]
+        argv = [*under, str(self.lab.rayfwd), "run", "--config", CONFIG]
         log = self.lab.folder / f"{self.name}-rayfwd-{self._started + 1}.log"
         return Daemon(self, self.popen(argv, env=env, log=log))
 

@@ -137,3 +137,6 @@ def test_overridden_it_joins_and_is_gone(cluster: Cluster) -> None:
     gone = worker.wait_event("ray_exited", 30)
     assert seconds_between(gone, flapping) < 90
     assert "ray.advertise" in flapping["remedy"]
+    # The worker concerned hears of it, and knows nothing of it by itself.
+    told = worker.wait_event("ray_node_flapping", 30)
+    assert (told["node"], told["seen_by"]) == ("w1", "head")

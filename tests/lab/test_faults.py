@@ -19,6 +19,7 @@ from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.daemon import Daemon, Event
 from tests.lab.faults import Connection, Faults, kill, schedule, strict_firewalls
+from tests.lab.healthy import errors
 from tests.lab.machines import Lab, Machine
 from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
 from tests.lab.process import until
@@ -45,6 +46,8 @@ class Rig:
     faults: Faults
     job: Job
     echoes: Echoes
+    since: float
+    """When all was well, on the clock on the wall."""
 
     @property
     def lab(self) -> Lab:
@@ -78,7 +81,7 @@ def rig(module_lab: Lab) -> Iterator[Rig]:
     with over_rayfwd(module_lab) as cluster:
         driver = module_lab.machine(DRIVER)
         job = Job(driver, driver.ray_python())
-        rig = Rig(cluster, Faults(module_lab), job, Echoes(module_lab, WAYS))
+        rig = Rig(cluster, Faults(module_lab), job, Echoes(module_lab, WAYS), time.time())
         rig.whole()
         yield rig
 
@@ -248,6 +251,12 @@ def test_nothing_was_lost(rig: Rig) -> None:
     for daemon in rig.cluster.daemons:
         ended = daemon.events("session_ended") + daemon.events("not_json")
         assert not ended, f"{daemon.machine.name}: {ended}"
+
+
+@pytest.mark.ray
+def test_nobody_cried_wolf(rig: Rig) -> None:
+    """All these cuts were ridden through: no error was said. (healthy.py goes on for longer.)"""
+    assert errors(rig.cluster.daemons, rig.since) == []
 
 
 @pytest.mark.ray

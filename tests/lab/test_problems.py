@@ -331,6 +331,8 @@ def test_other_versions_than_the_heads(with_ray: Cluster) -> None:
     assert "Ray 2.40.0" in event["cause"]
     assert "the head has Ray 2.60.0" in event["cause"]
     assert "install Ray 2.60.0 here" in event["remedy"]
+    told = {"node": "w2", "seen_by": "w2"}
+    with_ray.head.wait_event("ray_version_differs", 30, where=told)
     waits(worker, "ray_version_differs")
 
     pretend(w2, ray="2.60.0", python="3.9.1")
@@ -339,12 +341,15 @@ def test_other_versions_than_the_heads(with_ray: Cluster) -> None:
     assert "Python 3.9.1" in event["cause"]
     assert f"the head with Python {own}" in event["cause"]
     assert f"use Python {own}" in event["remedy"]
+    with_ray.head.wait_event("python_version_differs", 30, where=told)
     waits(worker, "python_version_differs")
 
     use(w2, "2.60.0")
     worker.wait_ready(120)
     codes = [event["event"] for event in errors(worker)]
     assert codes == ["ray_version_differs", "python_version_differs"]
+    for code in codes:
+        with_ray.head.wait_event("problem_over", 30, where={"node": "w2", "code": code})
     assert with_ray.head.events("ray_exited") == []
 
 

@@ -162,6 +162,8 @@ def test_the_head_is_stopped_under_a_worker_and_comes_back(cluster: Cluster) -> 
         200,
         lambda: f"the nodes alive are {alive(cluster)}{cluster.lab.tails()}",
     )
+    # While the head's Ray was starting, nobody wondered at its ports.
+    assert worker.events("ray_port_unreachable") == []
     verify(
         cluster.driver("w1", ["--checks", "essential", "--nodes", "2"]), "w1", addresses(cluster)
     )

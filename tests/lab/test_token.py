@@ -140,6 +140,7 @@ def test_a_worker_with_a_wrong_token_or_none(
     w2 = cluster.start_node("w2")
     said = w2.wait_event(code, WITHIN)
     assert "wrong" not in said["cause"]
+    cluster.head.wait_event(code, WITHIN, where={"node": "w2", "seen_by": "w2"})
     status = w2.wait_status(lambda s: s["state"] == "waiting", 20)
     assert [problem["code"] for problem in status["waiting_for"]] == [code]
     assert w2.events("ray_starting") == []

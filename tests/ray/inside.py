@@ -23,10 +23,7 @@ from rayfwd.config import Config
 from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import nodes, procfs, status
-from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.supervisor import RaySupervisor
-from rayfwd.watch.board import Board
-from rayfwd.watch.cluster import ClusterWatch
 from tests.ray.machines import HEAD, NETWORK, WORKER, head_config, ray_command, worker_config
 
 pytestmark = pytest.mark.ray
@@ -290,41 +287,3 @@ def test_started_by_hand(tmp_path: Path, logs: Logs) -> None:
     assert len(told) == 1
     assert shlex.split(told[0]["command"])[0] == "env"
     assert not events(logs, "ray_starting")
-
-
-def test_node_without_resources(tmp_path: Path, logs: Logs) -> None:
-    reports: list[ClusterReport] = []
-    states: set[str] = set()
-
-    async def scenario() -> None:
-        ray = head_config(tmp_path, RAY, status_interval=5)
-        async with supervised(ray, HEAD) as head:
-            await up(head)
-            board = Board(lambda: None, "head")
-            watch = ClusterWatch(
-                ray.ray, HEAD, head, board, lambda: [HEAD, WORKER], list, dict, reports.append
-            )
-            watching = asyncio.create_task(watch.run())
-            await until(lambda: reports and reports[-1].totals, "totals")
-            # By SIGTERM: `ray start` takes that for graceful, and all goes on without it.
-            os.kill(named("python", "autoscaler/_private/monitor.py"), signal.SIGTERM)
-            command = worker_config(tmp_path, RAY, resources={"tape": 2})
-            async with supervised(command, WORKER) as worker:
-                await up(worker)
-                await until(lambda: len(board.conditions) == 2, "both conditions")
-                states.update(n.state for n in reports[-1].nodes)
-                assert head.state.phase == "up"
-                await worker.stop()
-                await until(lambda: len(board.conditions) == 1, "its end")
-            watching.cancel()
-            await asyncio.wait({watching})
-            await head.stop()
-
-    asyncio.run(scenario())
-    raised = events(logs, "ray_node_without_resources")
-    assert [e["node"] for e in raised] == ["w1"]
-    assert [e["node"] for e in events(logs, "ray_totals_stale")] == ["head"]
-    assert "tape 0 of 2" in raised[0]["cause"]
-    assert [e["code"] for e in events(logs, "problem_over")] == ["ray_node_without_resources"]
-    assert states == {"ALIVE"}
-    assert len(events(logs, "ray_totals")) == 1

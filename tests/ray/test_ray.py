@@ -26,7 +26,6 @@ TESTS = [
     "test_a_life_of_a_head",
     "test_port_in_use_and_stop_while_starting",
     "test_started_by_hand",
-    "test_node_without_resources",
 ]
 
 

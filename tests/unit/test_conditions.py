@@ -193,6 +193,17 @@ def test_when_it_shows(code: str, looks: list[float], shows_at: float | None) ->
 
 
 @pytest.mark.usefixtures("kinds")
+def test_what_another_node_has_confirmed_shows_at_once() -> None:
+    """It is told once: nobody here looks a second time."""
+    desk = Desk()
+    with log_events() as log:
+        for code in ("held", "twice", "both"):
+            desk.put(code, seen(code, "w1", seen_by="head", confirmed=True))
+    assert desk.shown == ["held w1", "twice w1", "both w1"]
+    assert [e["event"] for e in log] == ["held", "twice", "both"]
+
+
+@pytest.mark.usefixtures("kinds")
 def test_what_ends_before_it_shows_is_never_told() -> None:
     desk = Desk()
     with log_events() as log:
@@ -330,7 +341,8 @@ def condition(code: str, severity: Any = "error", cause: str = "cause") -> Condi
 def test_conditions_go_over_the_wire() -> None:
     message = json.loads(json.dumps(conditions.message([condition("ray_died")])))
     (told,) = conditions.from_message(message, None)
-    assert told == Seen("w1", Problem("ray_died", "cause", "remedy"), "w1", "error")
+    problem = Problem("ray_died", "cause", "remedy")
+    assert told == Seen("w1", problem, "w1", "error", confirmed=True)
     (told,) = conditions.from_message(message, "w2")
     assert told.seen_by == "w2", "a worker speaks for itself"
 
@@ -404,6 +416,59 @@ def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, f
         if any(s.problem.code == "link_slow" for s in rules.look({"w1": LinkSeen({}, trip)}, now))
     ]
     assert found == [float(t) for first, last in slow for t in range(int(first), int(last) + 1, 2)]
+
+
+MB = 1_000_000
+
+
+def loads(*spans: tuple[float, float | None]) -> Iterable[tuple[float, LinkSeen]]:
+    """A link every 2 s, over spans of (seconds, bytes a second of a full link; None: not full)."""
+    now, arrived = 0.0, 0
+    for seconds, rate in spans:
+        for _ in range(int(seconds / 2)):
+            now += 2.0
+            arrived += int(2 * rate) if rate is not None else 1000
+            yield now, LinkSeen({}, 0.001, confirmed=arrived, backlog=rate is not None)
+
+
+@pytest.mark.parametrize(
+    ("spans", "thin"),
+    [
+        ([(600, 40 * MB)], None),
+        ([(20, 40 * MB), (20, MB), (20, 40 * MB)], (26, 40)),
+        ([(4, 40 * MB), (40, MB)], None),  # no past to speak of
+        ([(20, 40 * MB), (20, 5 * MB)], None),  # shared by many, and fast all the same
+        ([(20, 3 * MB), (20, MB)], None),  # a third is within reason
+        ([(20, 3 * MB), (20, MB // 2)], (26, 40)),
+        ([(20, 40 * MB), (20, None), (20, MB), (10, 40 * MB)], (48, 60)),  # hours may be between
+        # Never for long enough; what is sent in between, and fits, says nothing.
+        ([(20, 40 * MB), (4, MB), (4, 40 * MB), (4, MB), (20, None)], None),
+        ([(20, 40 * MB), (4, MB), (4, None), (4, MB), (4, None), (4, MB)], None),
+        # Nothing arrives at all: that lane is about to be dropped.
+        ([(20, 40 * MB), (20, 0)], None),
+        # Nothing more to send: said for a minute on.
+        ([(20, 40 * MB), (20, MB), (90, None)], (26, 100)),
+        ([(20, 40 * MB), (7200, MB)], (26, 620)),  # what lasts is usual one day
+    ],
+)
+def test_thin(spans: list[tuple[float, float | None]], thin: tuple[float, float] | None) -> None:
+    rules = LinkRules()
+    found = []
+    for now, link in loads(*spans):
+        for one in rules.look({"w1": link}, now):
+            assert one.problem.code == "link_throughput_low"
+            found.append(now)
+    assert (tuple(found[:1] + found[-1:]) or None) == thin
+
+
+def test_a_lane_less_is_not_thin() -> None:
+    """Its bytes no longer count; and while there is none, nothing can be said."""
+    rules = LinkRules()
+    for now in range(2, 30, 2):
+        assert rules.look({"w1": LinkSeen({}, None, "", 80 * MB * now, True)}, float(now)) == []
+    later: list[tuple[int, int | None]] = [(30, 5 * MB), (32, None), (34, 6 * MB), (36, 100 * MB)]
+    for now, there in later:
+        assert rules.look({"w1": LinkSeen({}, None, "", there, True)}, float(now)) == []
 
 
 @pytest.mark.parametrize(

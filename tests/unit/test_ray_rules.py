@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -10,6 +10,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
 from rayfwd.watch import rules
+from rayfwd.watch.interruptions import Interruptions
 
 GIB = 2.0**30
 NAMES = {"127.77.0.1": "head", "127.77.0.2": "w1", "127.77.0.3": "w2", "127.77.0.4": "w3"}
@@ -32,6 +33,8 @@ class Case:
     status: RayStatus
     nodes: list[NodeSeen]
     flagged: list[str]
+    declared: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By address."""
 
 
 HEAD = node("head", CPU=2, memory=4 * GIB)
@@ -78,31 +81,45 @@ CASES = [
         [HEAD, node("w1", memory=8 * GIB)],
         ["w1"],
     ),
+    Case(
+        "one that declares what is not there, in place of one that had gone",
+        totals(["head", "w1"], CPU=6, memory=12 * GIB),
+        [HEAD, node("w1", memory=8 * GIB), node("w2", CPU=4, tape=2, memory=8 * GIB)],
+        ["w2"],
+        {ADDRESSES["w2"]: {"tape": 2.0}},
+    ),
+    Case(
+        "a placement group's resources are in no totals",
+        totals(["head", "w1"], CPU=6, memory=12 * GIB),
+        [HEAD, node("w1", CPU=4, CPU_group_a=2, bundle_group_a=1000, memory=8 * GIB)],
+        [],
+        {ADDRESSES["w1"]: {"CPU": 4.0}},
+    ),
     Case("no resources at all", totals(["head"], CPU=2, memory=4 * GIB), [HEAD, node("w1")], []),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=[c.about for c in CASES])
 def test_flagged(case: Case) -> None:
-    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, 1010.0)
+    found = rules.nodes_without_resources(case.status, case.nodes, NAMES, case.declared, 1010.0)
     assert sorted(s.subject for s in found) == sorted(case.flagged)
     assert {s.problem.code for s in found} <= {"ray_node_without_resources"}
 
 
 def test_the_problem_names_what_is_missing() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 1010.0)[0].problem
+    found = rules.nodes_without_resources(status, [HEAD, W1], NAMES, {}, 1010.0)[0].problem
     assert "node w1 (127.77.0.2)" in found.cause
     assert "CPU 2 of 6, r1 0 of 1" in found.cause
     assert "raylet.out on w1" in found.remedy
-    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, 2000.0)[0].problem
+    stale = rules.nodes_without_resources(status, [HEAD, W1], NAMES, {}, 2000.0)[0].problem
     assert "1000 s old" in stale.cause
     assert "monitor.log" in stale.remedy
 
 
 def test_a_node_outside_of_the_roster_goes_by_its_address() -> None:
     status = totals(["head"], CPU=2, memory=4 * GIB)
-    (found,) = rules.nodes_without_resources(status, [HEAD, W1], {}, 0.0)
+    (found,) = rules.nodes_without_resources(status, [HEAD, W1], {}, {}, 0.0)
     assert found.subject == "127.77.0.2"
 
 
@@ -152,12 +169,36 @@ def test_fewer_than_declared(
     assert not rules.fewer_than_declared([of_w1(has)], {}, told), "not one of ours"
 
 
-def test_one_address_twice() -> None:
-    twin = replace(W1, node_id="id-twin")
-    assert not rules.one_address_twice([HEAD, W1, replace(twin, state="DEAD")], NAMES)
-    (found,) = rules.one_address_twice([HEAD, W1, twin], NAMES)
-    assert (found.subject, found.problem.code) == ("w1", "ray_address_twice")
-    assert "2 nodes" in found.problem.cause
+@pytest.mark.parametrize(
+    ("old", "went_at", "new", "now", "twice"),
+    [
+        (100.0, None, 200.0, 210.0, True),  # somebody else's raylet
+        (100.0, 190.0, 200.0, 210.0, False),  # it died and is back: Ray gives its old self up soon
+        (100.0, 190.0, 200.0, 381.0, True),  # or never
+        (100.0, 205.0, 200.0, 210.0, True),  # what went afterwards is no excuse
+        (40.0, None, 45.0, 60.0, False),  # before this daemon began: who knows
+        (40.0, None, 45.0, 226.0, True),
+        (None, None, None, 300.0, True),  # a Ray that does not tell
+    ],
+)
+def test_one_address_twice(
+    old: float | None, went_at: float | None, new: float | None, now: float, twice: bool
+) -> None:
+    interruptions = Interruptions(since=0.0 if old is None else 50.0)
+    interruptions.look(["w1", "w2"], 60.0)
+    if went_at is not None:
+        interruptions.look(["w2"], went_at)
+    rows = [HEAD, replace(W1, started=old), replace(W1, node_id="id-twin", started=new)]
+    found = rules.one_address_twice(rows, NAMES, interruptions, 180.0, now)
+    assert bool(found) is twice
+    for one in found:
+        assert (one.subject, one.problem.code) == ("w1", "ray_address_twice")
+        assert "2 nodes" in one.problem.cause
+
+
+def test_a_node_that_is_dead_is_not_there() -> None:
+    rows = [HEAD, W1, replace(W1, node_id="id-twin", state="DEAD")]
+    assert rules.one_address_twice(rows, NAMES, Interruptions(0.0), 180.0, 1.0) == []
 
 
 def test_up_and_not_listed() -> None:

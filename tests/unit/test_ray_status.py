@@ -51,6 +51,39 @@ def test_busy(version: str) -> None:
     assert seen.totals["object_store_memory"] == (19.07 * 2**20, 190.73 * 2**20)
 
 
+V2 = ["2.40.0-v2", "2.60.0-v2"]
+"""Recorded with Ray's second autoscaler."""
+
+
+@pytest.mark.parametrize("recorded", V2)
+def test_the_second_autoscaler(recorded: str) -> None:
+    """It tells idle nodes from active ones; either kind is there."""
+    idle, busy = read(f"{recorded}-idle"), read(f"{recorded}-busy")
+    for seen in (idle, busy):
+        assert sorted(seen.active) == sorted(idle.active)
+        assert len(set(seen.active)) == 2
+        assert all(node.startswith("node_") for node in seen.active)
+        assert (seen.pending, seen.failed) == (0, 0)
+        assert seen.as_of is not None
+    assert idle.totals["CPU"] == (0.0, 2.0)
+    assert idle.totals.keys() == {"CPU", "memory", "object_store_memory", "r_h", "r_w1"}
+    assert busy.totals["CPU"] == (1.0, 2.0)
+    assert busy.totals["r_w1"] == (0.5, 2.0)
+    assert busy.totals["object_store_memory"] == (19.07 * 2**20, 190.73 * 2**20)
+
+
+@pytest.mark.parametrize("recorded", [*VERSIONS, *V2])
+def test_with_failures(recorded: str) -> None:
+    """The second node's raylet was killed: what it brought is not in the totals any more."""
+    seen = read(f"{recorded}-failures")
+    assert seen.totals["CPU"] == (0.0, 1.0)
+    assert seen.totals.keys() == {"CPU", "memory", "object_store_memory", "r_h"}
+    assert len(seen.active) == 1
+    assert seen.pending == 0
+    # The first autoscaler lists only failures of nodes that it has launched itself.
+    assert seen.failed == (1 if recorded in V2 else 0)
+
+
 @pytest.mark.parametrize("version", ["2.9.3", "2.40.0"])
 def test_nothing_reported_yet(version: str) -> None:
     assert read(f"{version}-unreported") == status.RayStatus(None, {}, (), 0, 0)

@@ -16,6 +16,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch import canary, reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
+from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.reach import Peer, Reach
 from tests.unit.cluster import free_place
 from tests.unit.loops import run, until
@@ -276,6 +277,30 @@ def test_joined_and_gone(rows: list[NodeSeen], flaps: bool) -> None:
         assert problems["gpu-1"].code == "ray_node_flapping"
         assert "70 s after it had joined" in problems["gpu-1"].cause
     assert flapping(rows, {}, NOW) == {}
+
+
+@pytest.mark.parametrize(
+    ("went_at", "flaps"),
+    [
+        (None, True),
+        (NOW - 50, False),  # its raylet was killed, or its link cut, and Ray noticed later
+        (NOW - 19, True),  # Ray gave it up, and the raylet ended of that
+        (NOW - 95, True),  # before it had joined
+    ],
+)
+def test_a_node_that_went_by_itself_does_not_flap(went_at: float | None, flaps: bool) -> None:
+    went = Interruptions(since=NOW - 1000)
+    went.look(["gpu-1", "gpu-2"], NOW - 99)
+    if went_at is not None:
+        went.look(["gpu-2"], went_at)
+    went.look(["gpu-1"], NOW - 1)
+    rows = [row("DEAD", NOW - 90, NOW - 20, MISSED)]
+    assert bool(flapping(rows, {PLAN.address: PLAN}, NOW, went)) is flaps
+
+
+def test_what_was_before_the_daemon_is_not_judged() -> None:
+    rows = [row("DEAD", NOW - 90, NOW - 20, MISSED)]
+    assert flapping(rows, {PLAN.address: PLAN}, NOW, Interruptions(since=NOW - 10)) == {}
 
 
 def test_outcomes_are_words_of_the_protocol() -> None:

@@ -17,8 +17,8 @@ from rayfwd.problems import Problem, ProblemError
 PAUSE = 0.5
 """Seconds between two questions whether it is back."""
 
-MARGIN = 120.0
-"""Seconds besides its time-out after which it is not waited for any more."""
+MARGIN = 90.0
+"""Seconds besides its time-out that it may take; nodes that fail without a reason get it twice."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     quiet_logs()
     socket = control_socket(config)
     answer = ask(socket, "canary", {"send": True})
-    deadline = time.monotonic() + config.canary.timeout + MARGIN
+    deadline = time.monotonic() + 2 * (config.canary.timeout + MARGIN)
     while answer.get("running"):
         if time.monotonic() > deadline:
             raise ProblemError(

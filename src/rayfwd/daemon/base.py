@@ -309,9 +309,13 @@ class Daemon:
         if not waits and ray.phase not in {"up", "by_hand"}:
             waits.append(
                 ray.problem
-                or Problem("ray_starting", f"Ray is {ray.phase}", "nothing: this takes a while")
+                or Problem("ray_starting", self.ray_waits(), "nothing: this takes a while")
             )
         return waits
+
+    def ray_waits(self) -> str:
+        """What Ray, which is not up, is about."""
+        return f"Ray is {self.ray.state.phase}"
 
     def summary(self) -> str:
         """One line in plain words, for systemd and for people."""

@@ -30,6 +30,7 @@ from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.commandline import MARGIN
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
@@ -39,6 +40,7 @@ from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen
 from rayfwd.watch.flapping import flapping
+from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
@@ -55,10 +57,12 @@ class HeadDaemon(Daemon):
     _watch: ClusterWatch | None = None
     _listening = False
     _told_versions: tuple[str | None, str | None] = (None, None)
+    _told_phase = ""
 
     def __init__(self, config: Config) -> None:
         self._workers_ray: dict[str, dict[str, Any]] = {}
         self._dial_back = advertise.DialBack()
+        self._interruptions = Interruptions(time.time())
         self._known: set[str] = set()
         """Nodes that were there once."""
         self._heard: dict[str, str] = {}
@@ -111,6 +115,8 @@ class HeadDaemon(Daemon):
             roster.plans,
             self._up,
             self._declared,
+            self._interruptions,
+            config.ride_through + 2 * MARGIN,
             self._report,
         )
         async with asyncio.TaskGroup() as group:
@@ -161,6 +167,7 @@ class HeadDaemon(Daemon):
         for name in gone:
             self.watches.unheard(name)
         self.board.drop(gone, but=(LINK,))
+        self._interruptions.look((plan.name for plan in self._up()), time.time())
         self.plan_changed()
         self._tell_newcomers()  # what is so now that they are here
 
@@ -192,7 +199,8 @@ class HeadDaemon(Daemon):
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
         plans = {n.plan.address: n.plan for n in self._nodes_of_hub() if n.state != "away"}
-        self.board.put("flapping", flapping(report.nodes, plans, time.time()))
+        found = flapping(report.nodes, plans, time.time(), self._interruptions)
+        self.board.put("flapping", found)
         self._tell_report()
         self.changed()
 
@@ -212,8 +220,10 @@ class HeadDaemon(Daemon):
         for node in self._nodes_of_hub():
             if node.session != self._heard.get(node.plan.name, ""):
                 self._heard[node.plan.name] = node.session
-                if node.mux is not None and told is not None:
-                    node.mux.send_message(told)
+                if node.mux is not None:
+                    node.mux.send_message(self._phase_message())
+                    if told is not None:
+                        node.mux.send_message(told)
 
     def _message(self, node: str, message: dict[str, Any]) -> None:
         """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
@@ -228,6 +238,7 @@ class HeadDaemon(Daemon):
                 key: None if message.get(key) is None else str(message[key])[:64]
                 for key in ("phase", "version", "python")
             }
+            self._interruptions.look((plan.name for plan in self._up()), time.time())
             if self._watch is not None:
                 self._watch.look_soon()
             self.changed()
@@ -249,7 +260,14 @@ class HeadDaemon(Daemon):
         if self._hub is not None and self._versions() != self._told_versions:
             self._told_versions = ray, python = self._versions()
             self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
+        if self._hub is not None and self.ray.state.phase != self._told_phase:
+            self._told_phase = self.ray.state.phase
+            self._hub.tell_all(self._phase_message())
         super().changed()
+
+    def _phase_message(self) -> dict[str, Any]:
+        """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
+        return {"type": "head_ray", "phase": self.ray.state.phase}
 
     def peers(self) -> dict[str, Peer]:
         if self._hub is None or self.cluster is None or self.ray.state.phase != "up":

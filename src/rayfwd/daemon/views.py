@@ -118,7 +118,14 @@ def link_seen(mux: Mux | None, history: History) -> LinkSeen:
         and (lane := mux.session.lanes.get(number)) is not None
         and lane.rtt is not None
     ]
-    return LinkSeen(dict(history.lanes_lost), min(trips, default=None), history.lane_loss)
+    lanes = mux.session.lanes.values() if mux is not None else ()
+    return LinkSeen(
+        losses=dict(history.lanes_lost),
+        round_trip=min(trips, default=None),
+        said=history.lane_loss,
+        confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
+        backlog=mux is not None and mux.session.backlog,
+    )
 
 
 def parked_problem(link: str, mux: Mux) -> Problem:

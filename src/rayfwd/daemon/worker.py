@@ -46,6 +46,9 @@ from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
 
+NOT_UP = frozenset({"waiting", "starting", "stopping", "failed"})
+"""Phases of the head's Ray in which it cannot be joined; the head says why, where that is news."""
+
 
 class WorkerDaemon(Daemon):
     """The daemon of a worker."""
@@ -57,6 +60,8 @@ class WorkerDaemon(Daemon):
         self._kept_plan = b""
         self._told_ray: dict[str, Any] | None = None
         self._head_versions: Versions | None = None
+        self._head_ray: str | None = None
+        """Phase of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
         self._advertise = AdvertiseCheck(self._send, lambda: self._hub_features)
         self.ray.before_start = self._before_start
@@ -170,6 +175,10 @@ class WorkerDaemon(Daemon):
                     if message["ray"] and message["python"]:
                         self._head_versions = Versions(str(message["ray"]), str(message["python"]))
                         self._tell_ray()
+                case "head_ray":
+                    self._head_ray = str(message["phase"])[:64]
+                    self._let_ray_start()
+                    self.changed()
                 case "ray_auth":
                     self._take_auth(message)
                     self._tell_ray()
@@ -227,13 +236,23 @@ class WorkerDaemon(Daemon):
         return True
 
     def _link_changed(self) -> None:
-        self.ray.set_link_up(self._link.state == "up")
         if self._link.mux is None:
             self._told_ray = None  # a new session knows nothing of it
+            self._head_ray = None
             self.watches.forget_told()
             self.watches.unheard(HEAD)
+        self._let_ray_start()
         self.changed()
         self._tell_conditions()
+
+    def _let_ray_start(self) -> None:
+        """Ray gives up after half a minute where the head's does not answer: it waits for that."""
+        self.ray.set_link_up(self._link.state == "up" and self._head_ray not in NOT_UP)
+
+    def ray_waits(self) -> str:
+        if self._head_ray in NOT_UP:
+            return f"Ray here waits for the head's, which is {self._head_ray}"
+        return super().ray_waits()
 
     def board_changed(self) -> None:
         super().board_changed()
@@ -266,6 +285,8 @@ class WorkerDaemon(Daemon):
         """The head; how the other workers reach each other is seen by canaries of their own."""
         link, head = self._link, self.node_named("head")
         if head is None or link.state != "up" or self.ray.state.phase != "up":
+            return {}
+        if self._head_ray in NOT_UP:
             return {}
         return {head.name: Peer(head, (link.since, link.cuts))}
 

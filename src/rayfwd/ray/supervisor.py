@@ -55,6 +55,9 @@ GOOD_RUN = 300.0
 
 SHOWN_LINES = 6
 
+_EXITED = re.compile(r" -- (\w+) \[exit code=-?\d+\]$")
+"""How `ray start --block` says which of its children has failed (Ray 2.9 to 2.60)."""
+
 _log = get_logger(__name__)
 
 BeforeStart = Callable[[NodePlan, RayInstall], Awaitable[None]]
@@ -153,7 +156,8 @@ class RaySupervisor:
             self._wake.set()
 
     def set_link_up(self, up: bool) -> None:
-        """Of a worker: while False, Ray is not started; one that runs is left alone."""
+        """Of a worker: link and the head's Ray. While False, Ray is not started; one that runs is
+        left alone."""
         if up != self._link_up:
             self._link_up = up
             self._wake.set()
@@ -495,7 +499,9 @@ def _ending(process: RayProcess, dead: list[str], up: bool, late: bool) -> Probl
     output = " | ".join(process.last_lines[-SHOWN_LINES:]) or "none"
     logs = f"{process.session_dir}/logs" if process.session_dir else "Ray's session directory"
     if up:
-        what = " and ".join(dead) or "`ray start`"
+        # `ray start --block` ends all where one of its children fails: that one is the cause.
+        first = [name for line in process.last_lines for name in _EXITED.findall(line)]
+        what = " and ".join(first or dead) or "`ray start`"
         code = "" if process.exit_code is None else f" (`ray start`: {_exit(process.exit_code)})"
         return Problem(
             "ray_died",

@@ -486,6 +486,11 @@ class Session:
         self.bytes_out += size
         return out
 
+    @property
+    def backlog(self) -> bool:
+        """Bytes of streams wait for a lane, and not for the peer to have room."""
+        return bool(self._queues[False] or self._queues[True])
+
     def drained(self) -> list[Event]:
         """Writers that may go on since `data_to_send` took what they had written, or since a
         stream was given up whose bytes had filled the session."""

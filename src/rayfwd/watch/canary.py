@@ -19,7 +19,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import nodes as node_table
 from rayfwd.ray.canary import run as canary
-from rayfwd.ray.install import find
+from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
 from rayfwd.watch import reach
@@ -134,17 +134,16 @@ class Canary:
         try:
             seen = await situation.targets()
             install = await find(self._ray.command, situation.env)
-            result = await canary.run(
-                install,
-                situation.env,
-                situation.gcs,
-                situation.own.address,
-                [node.node_id for node in seen],
-                self._config.timeout,
-            )
+            result = await self._fly(install, situation, seen)
             problem = _own_failure(result)
             if problem is None:
                 ports = await _look_behind(result, seen, situation.plans)
+                if doubtful := _doubtful(result, seen, ports):
+                    again = await self._fly(install, situation, doubtful)
+                    if _own_failure(again) is None:
+                        for node in doubtful:
+                            result.stages[node.node_id] = again.stages.get(node.node_id, {})
+                        ports |= await _look_behind(result, doubtful, situation.plans)
                 judged = judge(result, seen, situation.plans, ports, self._own_name)
                 after = dict(self._peers())
                 found = only_theirs(judged, situation.plans, before, after, self._own_name)
@@ -154,6 +153,18 @@ class Canary:
         done = Round(began, round(time.monotonic() - clock, 1), rows, problem, result.cost)
         self._tell(done, found)
         return done
+
+    async def _fly(
+        self, install: RayInstall, situation: Situation, nodes: Iterable[NodeSeen]
+    ) -> canary.CanaryRun:
+        return await canary.run(
+            install,
+            situation.env,
+            situation.gcs,
+            situation.own.address,
+            [node.node_id for node in nodes],
+            self._config.timeout,
+        )
 
     def _tell(self, done: Round, found: Mapping[str, Problem]) -> None:
         self.last = done
@@ -222,6 +233,22 @@ def failed_stage(result: canary.CanaryRun, node_id: str) -> str | None:
         if stage is None or not stage.ok:
             return name
     return None
+
+
+def _doubtful(
+    result: canary.CanaryRun,
+    seen: Iterable[NodeSeen],
+    ports: Mapping[str, Mapping[int, str]],
+) -> list[NodeSeen]:
+    """The nodes that failed though all their ports answer.
+
+    A machine that is busy starts a worker process too late, too: they get a second chance.
+    """
+    return [
+        node
+        for node in seen
+        if failed_stage(result, node.node_id) is not None and not ports.get(node.address)
+    ]
 
 
 async def _look_behind(

@@ -23,6 +23,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
+from rayfwd.watch.interruptions import Interruptions
 
 SOON = 5.0
 """Seconds until the next look while something is being confirmed, or could not be seen."""
@@ -30,7 +31,12 @@ SOON = 5.0
 SETTLE = 6.0
 """Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
 
+HOPE = 3
+"""Looks that fail one after another and are soon repeated: each costs a second of CPU."""
+
 WATCHER = "cluster"
+TOTALS = "totals"
+"""As the watcher of the totals' age, which is known without the node table."""
 LOOKING = "cluster look"
 """As the watcher that finds what kept from looking."""
 
@@ -41,8 +47,9 @@ class ClusterWatch:
     """Of a head. One task, `run`, owns it; `report` is its last look, None before the first.
 
     `plans` gives the nodes of the roster, `up` those of them whose own rayfwd has Ray up,
-    `declared` what their configurations say they bring, by address. `on_report` is called in the
-    loop after every look.
+    `declared` what their configurations say they bring, by address; `interruptions` knows when they
+    went, and `patience` is how many seconds Ray takes, at the most, to give up one that has gone.
+    `on_report` is called in the loop after every look.
     """
 
     def __init__(
@@ -54,6 +61,8 @@ class ClusterWatch:
         plans: Callable[[], Iterable[NodePlan]],
         up: Callable[[], Iterable[NodePlan]],
         declared: Callable[[], Mapping[str, Mapping[str, float]]],
+        interruptions: Interruptions,
+        patience: float,
         on_report: Callable[[ClusterReport], None],
     ) -> None:
         self.report: ClusterReport | None = None
@@ -64,6 +73,8 @@ class ClusterWatch:
         self._plans = plans
         self._up = up
         self._declared = declared
+        self._interruptions = interruptions
+        self._patience = patience
         self._on_report = on_report
         self._totals_told: dict[str, float] | None = None
         self._soon = asyncio.Event()
@@ -74,19 +85,23 @@ class ClusterWatch:
 
     async def run(self) -> None:
         """Until cancelled. Looks only while the head's own Ray is up."""
+        failed = 0
         while True:
             began = time.monotonic()
             pending = False
             if self._supervisor.state.phase == "up":
                 try:
                     pending = await self._look()
+                    failed = 0
                     self._board.put(LOOKING, {})
                 except ProblemError as exc:
-                    pending = True
+                    failed += 1
+                    pending = failed <= HOPE
                     self._board.put(LOOKING, {self._head.name: exc.problem})
             else:
-                self._board.put(LOOKING, {})
-                self._board.put(WATCHER, {})
+                failed = 0
+                for watcher in (LOOKING, WATCHER, TOTALS):
+                    self._board.put(watcher, {})
             interval = min(SOON, self._ray.status_interval) if pending else None
             wait = interval or (
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
@@ -104,6 +119,7 @@ class ClusterWatch:
         services = self._head.services
         gcs = f"{self._head.address}:{services['gcs']}"
         status = await ray_status.ask(install.command, gcs, env)
+        self._board.put_all(TOTALS, rules.stale_totals(status, self._head.name, time.time()))
         token = await asyncio.to_thread(read_token, env)
         # The table after the totals: what joins in between is confirmed by the next look.
         seen = await node_table.fetch(self._head.address, services["dashboard"], token)
@@ -111,18 +127,17 @@ class ClusterWatch:
         names = {address: plan.name for address, plan in plans.items()}
         now = time.time()
         found = [
-            *rules.stale_totals(status, self._head.name, now),
             *rules.fewer_than_declared(seen, plans, self._declared()),
-            *rules.one_address_twice(seen, names),
+            *rules.one_address_twice(seen, names, self._interruptions, self._patience, now),
             *rules.not_listed(seen, self._up()),
-            *rules.nodes_without_resources(status, seen, names, now),
+            *rules.nodes_without_resources(status, seen, names, self._declared(), now),
         ]
         self._tell_totals(status, seen)
         self.report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
         self._board.put_all(WATCHER, found)
         self._on_report(self.report)
         waits = status.as_of is None or rules.ageing(status, now)
-        return waits or self._board.pending(WATCHER)
+        return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 
     def _tell_totals(
         self, status: ray_status.RayStatus, seen: Iterable[node_table.NodeSeen]

@@ -84,6 +84,7 @@ CATALOGUE: Mapping[str, Kind] = {
     **_kinds("error", "link_down"),
     **_kinds("warning", "lane_flapping link_slow", by=LINK_CODES),
     **_kinds("warning", "clients_full"),
+    **_kinds("warning", "link_throughput_low", by=LINK_CODES | {"link_slow"}),
     # This machine.
     **_kinds("error", "door_blocked metrics_blocked"),
     **_kinds("warning", "descriptors_low"),
@@ -109,7 +110,7 @@ CATALOGUE: Mapping[str, Kind] = {
     ),
     **_kinds("error", "ray_totals_stale", looks=2, by=RAY_CODES),
     **_kinds("error", "ray_not_listed", hold=15.0, looks=2, by=_BELOW | {"ray_address_twice"}),
-    **_kinds("error", "ray_address_twice", hold=20.0, looks=2, by=_BELOW),
+    **_kinds("error", "ray_address_twice", looks=2, by=_BELOW),
     **_kinds("error", "ray_resources_fewer ray_resources_none", looks=2, by=_BELOW),
     **_kinds(
         "error",
@@ -175,6 +176,8 @@ class Seen:
     """Where it is another than its code's."""
     explains: bool = True
     """False: it is no root of others (another machine that takes a node's name, say)."""
+    confirmed: bool = False
+    """It has lasted as long as its code asks for: another node's board shows it."""
 
     @property
     def key(self) -> Key:
@@ -234,6 +237,8 @@ class Tracked:
     @property
     def due(self) -> float | None:
         """When it is to show, if it lasts; None: it shows, or must be found again first."""
+        if self.seen.confirmed and not self.shown:
+            return self.first
         kind = kind_of(self.seen.problem.code)
         return None if self.shown or self.looks < kind.looks else self.first + kind.hold
 
@@ -360,6 +365,7 @@ def from_message(message: Mapping[str, Any], seen_by: str | None) -> list[Seen]:
                 Problem(_code(row["code"]), _text(row["cause"]), _text(row["remedy"])),
                 seen_by or _text(row["seen_by"], 200),
                 row["severity"] if row["severity"] in SEVERITIES else None,
+                confirmed=True,
             )
             for row in list(message["conditions"])[:MOST_TOLD]
         ]

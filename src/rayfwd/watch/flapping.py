@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.watch.interruptions import Interruptions
 
 SHORT_LIFE = 300.0
 """Seconds: a node that was given up sooner after it joined was never a part of the cluster."""
@@ -24,7 +25,10 @@ message of 2.40 and 2.60; 2.9 has none)."""
 
 
 def flapping(
-    nodes: Iterable[NodeSeen], plans: Mapping[str, NodePlan], wall_time: float
+    nodes: Iterable[NodeSeen],
+    plans: Mapping[str, NodePlan],
+    wall_time: float,
+    interruptions: Interruptions | None = None,
 ) -> dict[str, Problem]:
     """By name, the nodes of these plans (by address) that joined and were gone."""
     seen: dict[str, list[NodeSeen]] = {}
@@ -33,7 +37,12 @@ def flapping(
             seen.setdefault(node.address, []).append(node)
     found: dict[str, Problem] = {}
     for address, rows in seen.items():
-        lives = [life for row in rows if (life := _short_life(row, wall_time)) is not None]
+        lives = [
+            life
+            for row in rows
+            if (life := _short_life(row, wall_time)) is not None
+            and not (interruptions and _went_by_itself(interruptions, plans[address].name, row))
+        ]
         told = any(row.message for row in rows)
         well = any(
             row.state == "ALIVE" and row.started and wall_time - row.started > SHORT_LIFE
@@ -51,6 +60,12 @@ def _short_life(row: NodeSeen, wall_time: float) -> float | None:
     given_up = row.message is None or any(word in row.message.lower() for word in GIVEN_UP)
     life = row.ended - row.started
     return life if given_up and life < SHORT_LIFE and wall_time - row.ended < RECENT else None
+
+
+def _went_by_itself(interruptions: Interruptions, name: str, row: NodeSeen) -> bool:
+    assert row.started is not None, "a short life has both ends"
+    assert row.ended is not None, "a short life has both ends"
+    return interruptions.between(name, row.started, row.ended)
 
 
 def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen]) -> Problem:

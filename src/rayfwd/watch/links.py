@@ -1,7 +1,7 @@
 """Finds links that are lost again and again, or far slower than they were (time is passed in).
 
-Slow means its round-trip time against its own past. Throughput has no rule of its own: without
-load it cannot be known, and under load a link that carries less has its PINGs wait longer.
+Slow means its round-trip time, or its throughput, against its own past. Throughput is known only
+while more waits to be sent than the link takes, so each end finds it for its own direction.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ SAMPLE_SLOW = 60.0
 ENOUGH = 6
 """Samples from which on there is a past."""
 
+THIN_FACTOR = 5.0
+THIN_MOST = 2e6
+"""A full link is thin where it carries so many times less than it did when it was full, and less
+than so many bytes in a second: one that many share, and that is fast all the same, is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSeen:
@@ -47,6 +52,10 @@ class LinkSeen:
     """Seconds, of the fastest lane for short messages; None: it is not up."""
     said: str = ""
     """Why a lane was lost last."""
+    confirmed: int | None = None
+    """Bytes of streams that have certainly arrived by the lanes that are there; None: no lane."""
+    backlog: bool = False
+    """More waits to be sent."""
 
 
 @dataclass(slots=True)
@@ -56,6 +65,24 @@ class _Past:
     flapping: set[str] = field(default_factory=set)
     trips: deque[tuple[float, float]] = field(default_factory=deque)
     slow_since: float | None = None
+    confirmed: tuple[float, int] | None = None
+    """When the link was last seen full, at the last look, and what had arrived by then."""
+    rates: deque[tuple[float, float]] = field(default_factory=deque)
+    """Bytes in a second, of the time between two looks that both found the link full."""
+    thin: _Thin | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Thin:
+    since: float
+    last: float
+    """The last look that found it so."""
+    rate: float
+    usual: float
+
+    @property
+    def counts(self) -> bool:
+        return self.last - self.since >= SLOW_FOR
 
 
 class LinkRules:
@@ -75,6 +102,9 @@ class LinkRules:
             usual = _slow(past, link, now)
             if usual is not None and link.round_trip is not None:
                 found.append(Seen(name, _is_slow(name, link.round_trip, usual)))
+            past.thin = _thin(past, link, now)
+            if past.thin is not None and past.thin.counts:
+                found.append(Seen(name, _is_thin(name, past.thin)))
         return found
 
 
@@ -117,6 +147,29 @@ def _slow(past: _Past, link: LinkSeen, now: float) -> float | None:
     return usual if now - past.slow_since >= SLOW_FOR else None
 
 
+def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
+    """What `past.thin` is from now on."""
+    before = past.confirmed
+    full = link.backlog and link.confirmed is not None
+    past.confirmed = (now, link.confirmed) if full and link.confirmed is not None else None
+    while past.rates and now - past.rates[0][0] > PAST:
+        past.rates.popleft()
+    thin = past.thin
+    # A lane less, and the sum is less, too. One by which nothing arrives is about to be dropped.
+    moved = 0 if before is None or past.confirmed is None else past.confirmed[1] - before[1]
+    if before is None or moved <= 0:
+        stays = thin is not None and now - thin.last <= (CALM if thin.counts else 0.0)
+        return thin if stays else None
+    rate = moved / (now - before[0])
+    usual = median(r for _, r in past.rates) if len(past.rates) >= ENOUGH else None
+    far_off = usual is not None and rate < min(usual / THIN_FACTOR, THIN_MOST)
+    if not far_off or now - past.rates[-1][0] >= SAMPLE_SLOW:
+        past.rates.append((now, rate))
+    if not far_off or usual is None:
+        return None
+    return _Thin(before[0] if thin is None else thin.since, now, rate, usual)
+
+
 def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
     return Problem(
         "lane_flapping",
@@ -135,4 +188,14 @@ def _is_slow(node: str, trip: float, usual: float) -> Problem:
         "are usual",
         "see what else uses the network between the two, and the load of both machines (`ping` "
         "beside it tells the one from the other)",
+    )
+
+
+def _is_thin(node: str, thin: _Thin) -> Problem:
+    return Problem(
+        "link_throughput_low",
+        f"{node}'s link, with more to send than it takes, carries {thin.rate / 1e6:.2g} MB/s from "
+        f"here, where {thin.usual / 1e6:.3g} MB/s are usual",
+        "see what else uses the network between the two, and whether somebody limits it there "
+        "(`scp` beside it tells); small tasks run as before, objects take longer",
     )

@@ -5,10 +5,9 @@ How long a fault must last before it shows is in `conditions.py`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 from rayfwd.plan import NodePlan
@@ -16,6 +15,7 @@ from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status import RayStatus
 from rayfwd.watch.conditions import Seen
+from rayfwd.watch.interruptions import Interruptions
 
 STALE_SECONDS = 20.0
 """Totals older than this are no longer renewed (Ray does it every 5 s)."""
@@ -95,23 +95,38 @@ def _counts(resource: str) -> bool:
     return resource not in _UNCOUNTED and not resource.startswith(_OF_RAY)
 
 
-def one_address_twice(nodes: Iterable[NodeSeen], names: Mapping[str, str]) -> list[Seen]:
-    """Addresses with which several nodes are ALIVE."""
-    count = Counter(node.address for node in nodes if node.state == "ALIVE")
-    return [
-        Seen(
-            names.get(address, address),
-            Problem(
-                "ray_address_twice",
-                f"{times} nodes are ALIVE with the address {address}: connections meant for one "
-                "reach the other",
-                "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
-                "on the node has the pid of the one that rayfwd watches)",
-            ),
+def one_address_twice(
+    nodes: Iterable[NodeSeen],
+    names: Mapping[str, str],
+    interruptions: Interruptions,
+    patience: float,
+    wall_time: float,
+) -> list[Seen]:
+    """Addresses with which several nodes are ALIVE.
+
+    One that went and has come back is there twice until Ray gives its old self up, which takes
+    `patience` seconds at the most.
+    """
+    alive: dict[str, list[NodeSeen]] = {}
+    for node in nodes:
+        if node.state == "ALIVE":
+            alive.setdefault(node.address, []).append(node)
+    found = []
+    for address, rows in alive.items():
+        name = names.get(address, address)
+        began = sorted(row.started or 0.0 for row in rows)
+        came_back = all(interruptions.between(name, a, b) for a, b in pairwise(began))
+        if len(rows) < 2 or (came_back and wall_time - began[-1] <= patience):
+            continue
+        problem = Problem(
+            "ray_address_twice",
+            f"{len(rows)} nodes are ALIVE with the address {address}: connections meant for one "
+            "reach the other",
+            "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
+            "on the node has the pid of the one that rayfwd watches)",
         )
-        for address, times in count.items()
-        if times > 1
-    ]
+        found.append(Seen(name, problem))
+    return found
 
 
 def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Seen]:
@@ -138,47 +153,69 @@ def nodes_without_resources(
     status: RayStatus,
     nodes: Iterable[NodeSeen],
     names: Mapping[str, str],
+    declared: Mapping[str, Mapping[str, float]],
     wall_time: float,
 ) -> list[Seen]:
     """Nodes that are ALIVE in the node table while the totals lack what they bring.
 
-    `names` gives a node's name for its address.
-    Ray's totals do not say which node brought what, so a node is suspected where they fall short
-    of the sum over all nodes by at least what it has, in every resource it has. Where the status
+    `names` gives a node's name for its address, `declared` what its configuration says it brings.
+    Ray's totals do not say which node brought what. A node that has more of what it declares than
+    the totals hold altogether is not in them. (What else it has may be a placement group's, which
+    the totals leave out.) Of the others one is suspected where the totals fall
+    short of the sum over them by at least what it has, in every resource it has. Where the status
     lists nodes one by one and lists some of the suspects, only the others are flagged; else the
     fewest whose resources make up exactly what is missing (of several that do equally, all).
     """
     alive = [n for n in nodes if n.state == "ALIVE"]
     brings = {n.node_id: _brings(n) for n in alive}
-    expected: dict[str, float] = {}
-    for amounts in brings.values():
-        for resource, amount in amounts.items():
-            expected[resource] = expected.get(resource, 0.0) + amount
+    expected = _sum(brings.values())
     totals = {resource: total for resource, (_, total) in status.totals.items()}
-    short = {
-        resource: amount - totals.get(resource, 0.0)
-        for resource, amount in expected.items()
-        if totals.get(resource, 0.0) < amount * (1 - TOLERANCE)
-    }
-    suspects = [
+    certain = [
         n
         for n in alive
+        if _short(
+            {r: a for r, a in brings[n.node_id].items() if r in declared.get(n.address, ())}, totals
+        )
+    ]
+    others = [n for n in alive if n not in certain]
+    expected_of_others = _sum(brings[n.node_id] for n in others)
+    short = _short(expected_of_others, totals)
+    suspects = [
+        n
+        for n in others
         if brings[n.node_id]
         and all(
-            short.get(resource, 0.0) >= amount - TOLERANCE * expected[resource]
+            short.get(resource, 0.0) >= amount - TOLERANCE * expected_of_others[resource]
             for resource, amount in brings[n.node_id].items()
         )
         and short.keys() & brings[n.node_id].keys()
     ]
     unlisted = [n for n in suspects if f"node_{n.node_id}" not in status.active]
     if suspects and (not unlisted or len(unlisted) == len(suspects)):
-        suspects = _fewest_that_explain(short, suspects, brings, expected)
+        suspects = _fewest_that_explain(short, suspects, brings, expected_of_others)
         unlisted = []
     return [
         Seen(name, _problem(name, n, brings[n.node_id], status, expected, wall_time))
-        for n in unlisted or suspects
+        for n in [*certain, *(unlisted or suspects)]
         if (name := names.get(n.address, n.address))
     ]
+
+
+def _sum(amounts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for one in amounts:
+        for resource, amount in one.items():
+            found[resource] = found.get(resource, 0.0) + amount
+    return found
+
+
+def _short(wanted: Mapping[str, float], totals: Mapping[str, float]) -> dict[str, float]:
+    """What the totals hold too little of, and how much of it is missing."""
+    return {
+        resource: amount - totals.get(resource, 0.0)
+        for resource, amount in wanted.items()
+        if totals.get(resource, 0.0) < amount * (1 - TOLERANCE)
+    }
 
 
 def _fewest_that_explain(

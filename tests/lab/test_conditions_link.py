@@ -1,0 +1,240 @@
+"""What can be wrong with a link or a machine is named in time, at both ends, and is over again.
+
+One cluster without Ray, and one story: w1's lanes flap, which is over only after a minute; in the
+meantime it is w2 that has everything else.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+
+import pytest
+
+from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
+from tests.lab.daemon import Daemon
+from tests.lab.faults import Faults
+from tests.lab.machines import Lab
+from tests.lab.named import named, of, over, said_at
+from tests.lab.process import HOME, until
+
+pytestmark = pytest.mark.ray
+
+WITHIN = 10.0
+RIDE_THROUGH = 20.0
+SMALL = f"{HOME}/small"
+"""A disk of 20 MB in w2."""
+SOURCE_PORT = 7999
+SOURCE = f"""
+import socket, threading
+def pour(sock):
+    try:
+        while True:
+            sock.sendall(bytes(65536))
+    except OSError:
+        pass
+with socket.create_server(("127.0.0.1", {SOURCE_PORT})) as server:
+    print("listening", flush=True)
+    while True:
+        threading.Thread(target=pour, args=(server.accept()[0],), daemon=True).start()
+"""
+"""Sends without end to whoever connects."""
+FILES = 150
+"""What w2's daemon may have open: enough for its doors, and fewer than its plan needs."""
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    every = {"ray.start": False, "ride_through": RIDE_THROUGH}
+    forward = {"listen": f"127.0.0.1:{SOURCE_PORT}", "to": f"head:{SOURCE_PORT}"}
+    cluster = Cluster(
+        module_lab,
+        every=every,
+        head={"expose": [SOURCE_PORT]},
+        w1={"ray.advertise": module_lab.machine("w1").address},
+        w2={"forward": [forward]},
+    )
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")
+    cluster.start(["w1"])
+    both_lanes(cluster.worker("w1"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def w2(cluster: Cluster) -> Iterator[Daemon]:
+    """The second worker with its link up; what a test changed is put back."""
+    kept = deepcopy(cluster.configs["w2"])
+    worker = cluster.start_node("w2")
+    both_lanes(worker)
+    yield worker
+    last = cluster.worker("w2")
+    if last.process.poll() is None:
+        assert last.stop() == 0
+    cluster.configs["w2"] = kept
+    restart_sshd(cluster)
+
+
+def both_lanes(worker: Daemon) -> None:
+    worker.wait_status(lambda s: len(s["link"]["lanes"]) == 2, 60)
+
+
+def restart_sshd(cluster: Cluster, *options: str) -> None:
+    """sshd with these options from now on; what stands is left alone."""
+    head = cluster.lab.machine("head")
+    head.stop_sshd()
+    head.start_sshd([word for option in options for word in ("-o", option)])
+
+
+def test_link_down(cluster: Cluster) -> None:
+    w1, machine = cluster.worker("w1"), cluster.lab.machine("w1")
+    since = time.time()
+    cluster.lab.cut(machine)
+    for row in named([cluster.head, w1], "link_parked", "w1", WITHIN, since):
+        assert row["severity"] == "note"
+        assert f"held for {RIDE_THROUGH:g} s" in row["cause"]
+    ends = [d.wait_event("session_ended", 2 * RIDE_THROUGH) for d in (cluster.head, w1)]
+    since = max(said_at(end) for end in ends)
+    (row,) = named([cluster.head], "link_down", "w1", WITHIN, since)
+    assert row["severity"] == "error"
+    assert "what it carried is lost" in row["cause"]
+    # The first attempt that is not in haste has 10 s for an answer.
+    (row,) = named([w1], "ssh_unreachable", "w1", WITHIN + 5, since)
+    assert row["severity"] == "error"
+    assert cluster.lab.machine("head").address in row["cause"]
+    cluster.lab.heal(machine)
+    over([cluster.head, w1], 60)
+
+
+def test_lane_flapping(cluster: Cluster) -> None:
+    faults, machine = Faults(cluster.lab), cluster.lab.machine("w1")
+    for _ in range(4):
+        until(lambda: len(faults.connections(machine)) == 2, 20, lambda: "two lanes")
+        time.sleep(2.5)  # longer than from one look to the next
+        since = time.time()
+        faults.reset(machine)
+    both = [cluster.head, cluster.worker("w1")]
+    for row in named(both, "lane_flapping", "w1/interactive", WITHIN, since):
+        assert "times in the last 120 s" in row["cause"]
+        assert "sshd's log" in row["remedy"]
+
+
+def test_less_throughput(cluster: Cluster, w2: Daemon) -> None:
+    """Its bulk lane has 80 Mbit/s, and one day 4; short messages are as quick as ever."""
+    faults = Faults(cluster.lab)
+    bulk = faults.connections(w2.machine)[1]  # the interactive lane is dialled first
+    usual = faults.slow_lane(w2.machine, bulk, "80mbit")
+    source = cluster.head.machine.popen([str(cluster.head.machine.ray_python()), "-c", SOURCE])
+    until(lambda: "listening" in source.log.read_text(), 20, lambda: "the source")
+    sink = w2.machine.popen(["bash", "-c", f"cat </dev/tcp/127.0.0.1/{SOURCE_PORT} >/dev/null"])
+    time.sleep(20)  # its past
+    usual()
+    faults.slow_lane(w2.machine, bulk, "4mbit")
+    since = time.time()
+    for row in named([cluster.head, w2], "link_throughput_low", "w2", WITHIN, since):
+        assert "MB/s are usual" in row["cause"]
+        assert row["explained_by"] is None
+    assert of(w2.status(), "link_slow", "w2") is None
+    usual()
+    over([cluster.head, w2], 20, subject="w2")
+    sink.signal(signal.SIGKILL)
+    source.signal(signal.SIGKILL)
+
+
+def test_channel_kind_refused(cluster: Cluster, w2: Daemon) -> None:
+    """As it happens: sshd's configuration is changed, and some day the connection breaks."""
+    restart_sshd(cluster, "AllowStreamLocalForwarding=no")
+    since = time.time()
+    Faults(cluster.lab).reset(w2.machine)
+    for row in named([w2], "channel_refused", "w2", WITHIN, since):
+        assert 'via = "exec"' in row["remedy"]
+    (row,) = named([cluster.head], "link_down", "w2", RIDE_THROUGH + WITHIN, since)
+    assert row["severity"] == "error"
+    status = w2.wait_status(lambda s: s["link"]["state"] == "down", 30)
+    (waits,) = status["waiting_for"]
+    assert (waits["code"], waits["severity"]) == ("channel_refused", "error")
+    restart_sshd(cluster)
+    over([cluster.head, w2], 60, subject="w2")
+
+
+def test_max_sessions_reached(cluster: Cluster, w2: Daemon) -> None:
+    assert w2.stop() == 0
+    command = f"{cluster.lab.rayfwd} attach --socket {HUB_SOCKET}"
+    change(cluster.configs["w2"], {"head": {"via": "exec", "attach_command": command}})
+    restart_sshd(cluster, "MaxSessions=0")
+    worker = cluster.start_node("w2")
+    (row,) = named([worker], "channel_refused", "w2", WITHIN, time.time())
+    assert "MaxSessions" in row["remedy"]
+    restart_sshd(cluster)
+    over([cluster.head, worker], 60, subject="w2")
+    both_lanes(worker)
+
+
+def test_max_startups_reached(cluster: Cluster, w2: Daemon) -> None:
+    """Once under a link that breaks, and once at a start: somebody else fills sshd's queue."""
+    restart_sshd(cluster, "MaxStartups=1")
+    address = cluster.lab.machine("head").address
+    script = f"exec 3<>/dev/tcp/{address}/22; read -u 3; echo there; sleep 300"
+    idle = cluster.lab.machine("w1").popen(["bash", "-c", script])
+    until(lambda: "there" in idle.log.read_text(), 20, lambda: "somebody in sshd's queue")
+    since = time.time()
+    Faults(cluster.lab).reset(w2.machine)
+    (row,) = named([w2], "ssh_turned_away", "w2", WITHIN, since)
+    assert "MaxStartups" in row["remedy"]
+    assert w2.stop() == 0
+    worker = cluster.start_node("w2")
+    (row,) = named([worker], "ssh_turned_away", "w2", WITHIN, time.time())
+    assert row["severity"] == "error"
+    idle.signal(signal.SIGKILL)
+    over([cluster.head, worker], 60, subject="w2")
+
+
+def test_disk_and_descriptors(cluster: Cluster, w2: Daemon) -> None:
+    """Found at the start."""
+    assert w2.stop() == 0
+    machine = w2.machine
+    machine.run(["install", "-d", "-o", "ray", SMALL], user="root")
+    machine.run(["mount", "-t", "tmpfs", "-o", "size=20m,mode=1777", "tmpfs", SMALL], user="root")
+    fill = f"head -c 20400000 /dev/zero >{SMALL}/filler"
+    machine.run(["bash", "-c", fill])
+    change(cluster.configs["w2"], {"ray.env": {"RAY_TMPDIR": SMALL}})
+    worker = cluster.start_node("w2", ["prlimit", f"--nofile={FILES}:{FILES}"])
+    both = [worker, cluster.head]
+    since = time.time()
+    for row in named(both, "disk_nearly_full", "w2", WITHIN, since):
+        assert f"{SMALL}/ray" in row["cause"]
+        assert "remove old sessions" in row["remedy"]
+    for row in named(both, "descriptors_low", "w2", WITHIN, since):
+        assert f"may have {FILES} files open" in row["cause"]
+        assert "LimitNOFILE" in row["remedy"]
+    machine.run(["rm", f"{SMALL}/filler"])
+    over(both, 30, "disk_nearly_full")
+    assert worker.stop() == 0
+    worker = cluster.start_node("w2")
+    both_lanes(worker)
+    over([cluster.head, worker], 10, subject="w2")
+    assert worker.stop() == 0
+    machine.run(["umount", SMALL], user="root")
+
+
+def test_two_with_one_name_and_two_with_one_address(cluster: Cluster, w2: Daemon) -> None:
+    """They are refused; the first one goes on. It is over when nobody has tried for 45 s."""
+    w1, address = cluster.worker("w1"), cluster.lab.machine("w1").address
+    assert w2.stop() == 0
+    for name, advertise, code, subject in (
+        ("w1", None, "name_taken", "w1"),
+        ("w2b", address, "address_taken", "w2b"),
+    ):
+        w2.machine.run(["rm", "-rf", STATE_DIR])
+        change(cluster.configs["w2"], {"name": name, "ray.advertise": advertise})
+        second = cluster.start_node("w2")
+        since = time.time()
+        for row in named([second, cluster.head, w1], code, subject, WITHIN, since):
+            assert (address if advertise else "w1") in row["cause"]
+        assert w1.status()["state"] == "ready"
+        assert second.stop() == 0
+    # Nor is w1's lane said to flap any more.
+    over([cluster.head, w1], 75)
