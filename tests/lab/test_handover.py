@@ -19,7 +19,7 @@ from tests.lab.machines import Lab
 from tests.lab.mix import DRIVER, WAYS, over_rayfwd
 from tests.lab.toll import Echoes, Job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
 
 @dataclass

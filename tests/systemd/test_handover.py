@@ -12,6 +12,8 @@ from tests.lab.toll import Job
 from tests.systemd.cluster import Cluster
 from tests.systemd.machines import Machine
 
+pytestmark = pytest.mark.timeout(400)
+
 PYTHON = Path("/home/ray/venv/bin/python")
 UPGRADE = "/opt/rayfwd/bin/pip install --force-reinstall --no-deps /wheels/rayfwd-*.whl"
 
