@@ -11,6 +11,8 @@ import errno
 import ipaddress
 import socket
 import struct
+from asyncio.trsock import TransportSocket
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, cast
 
@@ -62,9 +64,14 @@ class Pump(asyncio.Protocol):
     is being awaited.
     """
 
-    def __init__(self, connected: Callable[[Pump], None] | None = None) -> None:
+    def __init__(self, among: set[Pump], connected: Callable[[Pump], None] | None = None) -> None:
+        """It is in `among` while it has a connection."""
+        self._among = among
         self._connected = connected
         self._transport: asyncio.Transport | None = None
+        self._written: deque[bytes] = deque()
+        """What the transport may not have passed on yet: asyncio says how much it is, not what."""
+        self._written_size = 0
         self._stream: MuxStream | None = None
         self._early: list[bytes] = []
         self._early_end = False
@@ -78,14 +85,17 @@ class Pump(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        self._among.add(self)
         if self._over:
             self._cut()
             return
-        if self._stream is None:
+        if self._stream is None or self._stream.must_wait:
             self._transport.pause_reading()
         for data in self._early:
             self.stream_data(data)
         self._early.clear()
+        if not self._full:
+            self._report()
         if self._early_end:
             self.stream_ended()
         if self._connected is not None:
@@ -108,10 +118,12 @@ class Pump(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._full = False
+        self._trim()
         self._report()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self._among.discard(self)
         if not self._over:
             self._over = True
             if self._stream is not None:
@@ -132,9 +144,20 @@ class Pump(asyncio.Protocol):
             self._early.append(data)  # bounded by the stream's credit: nothing is reported
             return
         self._transport.write(data)
+        if self._written or self._transport.get_write_buffer_size():
+            self._written.append(data)
+            self._written_size += len(data)
+            self._trim()
         self._owed += len(data)
         if not self._full:
             self._report()
+
+    def _trim(self) -> None:
+        """Forget what the transport has passed on."""
+        assert self._transport is not None
+        waiting = self._transport.get_write_buffer_size()
+        while self._written and self._written_size - len(self._written[0]) >= waiting:
+            self._written_size -= len(self._written.popleft())
 
     def _report(self) -> None:
         if self._owed and self._stream is not None and not self._over:
@@ -174,30 +197,87 @@ class Pump(asyncio.Protocol):
         assert self._transport is not None
         sock = self._transport.get_extra_info("socket")
         if sock is not None:
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
-            except OSError:
-                pass  # already closed
+            linger_off(sock)
         self._transport.abort()
+
+    # -- for a process that comes after this one -------------------------------------------------
+
+    @property
+    def held(self) -> Held:
+        """What the next process needs to go on with the connection."""
+        if self._transport is None:
+            return Held(None, b"".join(self._early))
+        descriptor = self._transport.get_extra_info("socket").fileno()
+        waiting = self._transport.get_write_buffer_size()
+        return Held(descriptor, b"".join(self._written)[-waiting:] if waiting else b"")
+
+    def let_go(self) -> None:
+        """Another process has the connection now: close it here without a word to the program."""
+        self._over = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    def go_on(self, stream: MuxStream, data: bytes, dialled: bool) -> None:
+        """Take up a stream whose last `data` has not been passed on. The connection comes later;
+        `dialled`: it stood before."""
+        self._stream = stream
+        receive = stream.receive
+        self._owed = receive.unread - len(data)
+        if data:
+            self._early.append(data)
+        # Once passed on, an end cannot be passed on again: the program may be done by now.
+        self._early_end = receive.complete and (bool(data) or not dialled)
+
+    def finish(self, data: bytes) -> None:
+        """Pass the last bytes on to a connection that comes later, and close it."""
+        self._early.append(data)
+        self._connected = lambda pump: pump.stream_finished()
+
+
+class Held(NamedTuple):
+    """A connection as it is handed over."""
+
+    descriptor: int | None
+    """None: it is still being dialled."""
+    data: bytes
+    """What the program is still to be sent."""
+
+
+def linger_off(sock: socket.socket | TransportSocket) -> None:
+    """A reset is what the other end sees when this is closed."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
+    except OSError:
+        pass  # already closed
 
 
 class Dialer:
     """Joins streams that other nodes open to ports of this machine. Owns its attempts."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.pumps: set[Pump] = set()
+        """Those that have a connection."""
+        self._tasks: dict[asyncio.Task[None], tuple[Pump, Target]] = {}
 
     def accept(self, stream: MuxStream, target: Target) -> Pump:
         """Dial `target` for a stream; a failure resets it with its reason."""
-        pump = Pump()
+        pump = Pump(self.pumps)
         pump.attach(stream)
-        task = asyncio.create_task(self._dial(stream, pump, target), name=f"dial {target}")
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
+        self.dial(stream, pump, target)
         return pump
 
+    def dial(self, stream: MuxStream, pump: Pump, target: Target) -> None:
+        """Find the pump of a stream its connection."""
+        task = asyncio.create_task(self._dial(stream, pump, target), name=f"dial {target}")
+        self._tasks[task] = pump, target
+        task.add_done_callback(self._done)
+
+    def target_of(self, pump: Pump) -> Target | None:
+        """What is being dialled for this pump."""
+        return next((target for p, target in self._tasks.values() if p is pump), None)
+
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self._tasks.pop(task, None)
         if not task.cancelled() and (exc := task.exception()) is not None:
             raise exc
 
@@ -218,6 +298,12 @@ class Dialer:
                 ResetReason.TOO_MANY if scarce else ResetReason.UNREACHABLE, f"{target}: {exc}"
             )
 
+    def let_go(self) -> None:
+        """Another process dials what is being dialled."""
+        for task, (pump, _) in list(self._tasks.items()):
+            pump.let_go()
+            task.cancel()
+
     async def close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
@@ -235,6 +321,14 @@ class Doors:
     """
 
     def __init__(self, route: Route, on_change: Callable[[], None] | None = None) -> None:
+        self.pumps: set[Pump] = set()
+        """Those behind the doors that have a connection."""
+        self._inherited: dict[Target, socket.socket] = {}
+        """Sockets of an earlier process that listen already, for doors that are still to open."""
+        self._told = False
+        """It is known which doors there are to be."""
+        self._left = asyncio.Event()
+        """Another process has the doors, or will have them."""
         self._route = route
         self._on_change = on_change
         self._wanted: dict[Target, Target] = {}
@@ -275,6 +369,7 @@ class Doors:
 
     def set_wanted(self, doors: Mapping[Target, Target]) -> None:
         """Which doors there are to be: where each listens, and what it stands for."""
+        self._told = True
         if self._wanted != doors:
             self._wanted = dict(doors)
             self._changed.set()
@@ -298,6 +393,32 @@ class Doors:
             for server in self._servers.values():
                 server.close()
             self._servers.clear()
+            self._close_inherited()
+
+    def stop_accepting(self) -> dict[Target, socket.socket]:
+        """For the next process: the doors' sockets, which go on listening. None is opened any more.
+
+        Raises OSError where no descriptors are left.
+        """
+        self._left.set()
+        listening: dict[Target, socket.socket] = {}
+        for listen, server in self._servers.items():
+            listening[listen] = server.sockets[0].dup()
+        while self._servers:
+            self._servers.popitem()[1].close()
+        return listening
+
+    def pump_for(self, target: Target) -> Pump:
+        """For a connection to `target`; it finds its way once it is there."""
+        return Pump(self.pumps, lambda pump: self._route(target, pump))
+
+    def inherit(self, listening: Mapping[Target, socket.socket]) -> None:
+        """Sockets for doors that `set_wanted` will ask for; what it does not is closed then."""
+        self._inherited.update(listening)
+
+    def _close_inherited(self) -> None:
+        while self._inherited:
+            self._inherited.popitem()[1].close()
 
     async def _reconcile(self) -> None:
         for listen in [d for d in self._servers if d not in self._wanted]:
@@ -307,17 +428,23 @@ class Doors:
         for listen in self._wanted:
             if listen not in self._servers and await self._open(listen):
                 opened += 1
+        if self._told:
+            self._close_inherited()
         if opened:
             log.info("doors_open", doors=self.open, new=opened)
 
     async def _open(self, listen: Target) -> bool:
+        if self._left.is_set():
+            return False
         loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        inherited = self._inherited.pop(listen, None)
+        sock = inherited or socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(listen)
-            self._servers[listen] = await loop.create_server(
-                lambda: Pump(lambda pump: self._route(self._wanted.get(listen, listen), pump)),
+            if inherited is None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(listen)
+            server = await loop.create_server(
+                lambda: self.pump_for(self._wanted.get(listen, listen)),
                 sock=sock,
                 backlog=BACKLOG,
             )
@@ -325,6 +452,10 @@ class Doors:
             sock.close()
             self._block(listen, exc)
             return False
+        if self._left.is_set():
+            server.close()
+            return False
+        self._servers[listen] = server
         if listen in self._blocked:
             self._blocked = {d: p for d, p in self._blocked.items() if d != listen}
             log.info("door_unblocked", listen=str(listen))

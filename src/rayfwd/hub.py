@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import pwd
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from rayfwd.roster import KEY_MINIMUM, Roster
 from rayfwd.session.frames import ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 
 log = get_logger(__name__)
@@ -231,6 +233,10 @@ class _Splice:
         self._owed = 0
         """Bytes taken from our stream that wait for room in the other."""
 
+    def own(self, stream: MuxStream) -> None:
+        """Take up a stream of which some may wait for room in the other."""
+        self.stream, self._owed = stream, stream.receive.unread
+
     def stream_data(self, data: bytes) -> None:
         assert self.stream is not None
         if self.other is not None and self.other.stream is not None:
@@ -312,12 +318,15 @@ class Hub:
 
     # -- life ----------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Listen. Raises ProblemError."""
+    async def start(self, inherited: socket.socket | None = None) -> None:
+        """Listen, at a socket of an earlier process if there is one. Raises ProblemError."""
         loop = asyncio.get_running_loop()
         # Anyone may connect where several users are allowed: who may stay is decided by the
         # kernel's word on who is there, so that a stranger gets a sentence and not a riddle.
-        sock = unixsocket.bind(self.path, 0o666 if self._shared else 0o600)
+        mode = 0o666 if self._shared else 0o600
+        sock = inherited or unixsocket.bind(self.path, mode)
+        if inherited is not None:
+            self.path.chmod(mode)
         self._server = await loop.create_unix_server(lambda: _HubLane(self), sock=sock)
         self._grace = loop.call_later(self._ride_through, self._grace_is_over)
         log.info("hub_listening", socket=str(self.path), nodes=len(self.nodes))
@@ -337,6 +346,90 @@ class Hub:
                 peer.mux.close(why)
         await asyncio.sleep(0)
         self.path.unlink(missing_ok=True)
+
+    # -- for a process that comes after this one -----------------------------------------
+
+    def stop_accepting(self) -> socket.socket | None:
+        """The hub's socket, which goes on listening. Clients' sessions end: they are not handed over.
+
+        Raises OSError.
+        """
+        if self._server is None:
+            return None
+        for client in list(self.clients.values()):
+            if client.mux is not None:
+                client.mux.close("the head's rayfwd is restarted")
+        sock = self._server.sockets[0].dup()
+        self._server.close()
+        self._server = None
+        return sock
+
+    @property
+    def waiting(self) -> list[tuple[Target, Pump]]:
+        """Connections of doors that came before the node did."""
+        return [each for node in self.nodes.values() for each in node.waiting]
+
+    def splices(self) -> list[Tree]:
+        """Which streams are joined to which, by node and number; each pair once. One whose other
+        end is over already stands alone."""
+        muxes = {name: node.mux for name, node in self.nodes.items() if node.mux is not None}
+        names = {mux: name for name, mux in muxes.items()}
+        found: dict[frozenset[tuple[str, int]], Tree] = {}
+        for name, mux in muxes.items():
+            for number, owner in mux.owners.items():
+                if isinstance(owner, _Splice):
+                    ends = [(name, number)]
+                    far = owner.other.stream if owner.other is not None else None
+                    if far is not None and far.mux in names and far.mux.has(far.number):
+                        ends.append((names[far.mux], far.number))
+                    found[frozenset(ends)] = {"ends": ends}
+        return list(found.values())
+
+    def hand_over(self) -> list[Tree]:
+        """Stop, and give the sessions as they are then; nothing comes after it."""
+        self._closing = True
+        if self._grace is not None:
+            self._grace.cancel()
+        trees: list[Tree] = []
+        for name, node in self.nodes.items():
+            mux, node.mux = node.mux, None
+            core = mux.stop() if mux is not None else None
+            if core is not None:
+                trees.append({"node": name, "session": node.session, "core": core})
+        return trees
+
+    def take_over(self, tree: Tree) -> Mux:
+        """Go on with a session of an earlier process; before `start`. Raises SnapshotError."""
+        try:
+            node = self.nodes.get(tree["node"])
+            core = Session.restored(tree["core"], asyncio.get_running_loop().time())
+            number = str(tree["session"])
+        except (KeyError, TypeError) as exc:
+            raise SnapshotError(f"a session that does not fit: {exc!r}") from exc
+        if node is None:
+            raise SnapshotError(f"no node {tree['node']} is in the roster")
+        mux = self._begin(node, core, number)
+        node.history.parked(time.time(), mux.now())
+        mux.flush()  # sets its clock
+        return mux
+
+    def splice(self, tree: Tree) -> None:
+        """Join two streams of sessions that were taken over. Where one of them was not, the other
+        is left without an owner."""
+        near, far = _Splice(), _Splice()
+        near.other, far.other = far, near
+        found = []
+        for splice, (name, number) in zip((near, far), tree["ends"], strict=False):
+            node = self.nodes.get(name)
+            if node is None or node.mux is None or not node.mux.has(number):
+                return
+            found.append((splice, node.mux, number))
+        for splice, mux, number in found:
+            splice.own(mux.own(number, splice))
+        for splice in (near, far):
+            other = splice.other.stream if splice.other is not None else None
+            if other is not None and not other.must_wait:
+                splice.pass_on()
 
     def _grace_is_over(self) -> None:
         self._grace = None
@@ -533,6 +626,10 @@ class Hub:
                 used=ride_through,
             )
         core = Session("hub", ride_through, self._limits, asyncio.get_running_loop().time())
+        self._begin(peer, core, hello.session)
+        log.info("session_started", node=peer.label, version=hello.version)
+
+    def _begin(self, peer: HubNode | HubClient, core: Session, session: str) -> Mux:
         mux = Mux(
             core,
             lambda stream, target: self._route(peer, stream, target),
@@ -541,13 +638,13 @@ class Hub:
         )
         if isinstance(peer, HubClient):
             self.clients[peer.key_sha256] = peer
-        peer.mux, peer.session, peer.lost = mux, hello.session, None
+        peer.mux, peer.session, peer.lost = mux, session, None
         # Whoever was turned away under this name is in, or is turned away again soon.
         self._refused_lately = {
             key: value for key, value in self._refused_lately.items() if key[0] != peer.label
         }
         peer.history.began()
-        log.info("session_started", node=peer.label, version=hello.version)
+        return mux
 
     def _changed(
         self, peer: HubNode | HubClient, mux: Mux, event: Parked | Resumed | SessionEnded

@@ -25,6 +25,7 @@ from rayfwd.session.frames import MAX_PAYLOAD, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.ssh import Dialer
 
 log = get_logger(__name__)
@@ -290,6 +291,31 @@ class Link:
         for connection in list(self._connections):
             connection.close()
 
+    # -- for a process that comes after this one -----------------------------------------
+
+    def hand_over(self) -> Tree | None:
+        """Stop, and give the session as it is then. None: there is none. Nothing comes after it
+        but `run`'s cancellation."""
+        self._closing = True
+        mux, self.mux = self.mux, None
+        core = mux.stop() if mux is not None else None
+        for connection in list(self._connections):
+            connection.abort()
+        return None if core is None else {"session": self._session, "core": core}
+
+    def take_over(self, tree: Tree) -> Mux:
+        """Go on with the session of an earlier process; before `run`. Raises SnapshotError."""
+        try:
+            number = str(tree["session"])
+            core = Session.restored(tree["core"], asyncio.get_running_loop().time())
+        except (KeyError, TypeError) as exc:
+            raise SnapshotError(f"a link that does not fit: {exc!r}") from exc
+        self._session = number
+        mux = self._begin(core)
+        self.history.parked(self.since, mux.now())
+        mux.flush()  # sets its clock
+        return mux
+
     # -- one lane ------------------------------------------------------------------------
 
     async def _hold(self, slot: LaneSlot) -> None:
@@ -376,18 +402,22 @@ class Link:
             return
         if self.mux is None:
             loop = asyncio.get_running_loop()
-            core = Session("worker", welcome.ride_through, self._limits, loop.time())
-            self.mux = Mux(core, self._accept, self._on_message, self._changed)
-            self._established.set()
-            self.since = time.time()
-            self.history.began()
+            self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
+        assert self.mux is not None, "a session has just begun"
         slot.number = lane.join(self.mux, slot.kind, connection)
         slot.up_since = time.time()
         slot.problem = None
         log.info("lane_up", lane=slot.name)
         self._on_welcome(welcome)
         self._on_change()
+
+    def _begin(self, core: Session) -> Mux:
+        self.mux = Mux(core, self._accept, self._on_message, self._changed)
+        self._established.set()
+        self.since = time.time()
+        self.history.began()
+        return self.mux
 
     def _lost(self, slot: LaneSlot, why: str) -> None:
         number, slot.number = slot.number, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from rayfwd.pace import pace
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import (
+    CONTROL_STREAM,
     DataReceived,
     EndReceived,
     Event,
@@ -31,7 +32,8 @@ from rayfwd.session.session import (
     StreamReset,
     StreamWritable,
 )
-from rayfwd.session.stream import ResetReason
+from rayfwd.session.snapshot import Tree
+from rayfwd.session.stream import ReceiveSide, ResetReason, StreamState
 
 log = get_logger(__name__)
 
@@ -86,6 +88,20 @@ class MuxStream:
     def __init__(self, mux: Mux, number: int) -> None:
         self._mux = mux
         self.number = number
+
+    @property
+    def mux(self) -> Mux:
+        return self._mux
+
+    @property
+    def must_wait(self) -> bool:
+        """No more, please, until the owner's `stream_writable`."""
+        return self._mux.session.must_wait(self.number)
+
+    @property
+    def receive(self) -> ReceiveSide:
+        """What came in; only for a stream that is not over."""
+        return self._mux.session.streams[self.number].receive
 
     def send(self, data: bytes | memoryview) -> bool:
         """False: no more, please, until the owner's `stream_writable`."""
@@ -191,6 +207,46 @@ class Mux:
     def drop_owner(self, number: int) -> None:
         """No events of this stream are wanted any more."""
         self._owners.pop(number, None)
+
+    @property
+    def owners(self) -> Mapping[int, StreamOwner]:
+        """Who has the streams, by their numbers."""
+        return self._owners
+
+    def has(self, number: int) -> bool:
+        """A stream of that number is there, and is not being given up."""
+        stream = self.session.streams.get(number)
+        return stream is not None and stream.state is not StreamState.RESETTING
+
+    def own(self, number: int, owner: StreamOwner) -> MuxStream:
+        """Give a stream of a session that was restored its owner."""
+        self._owners[number] = owner
+        return MuxStream(self, number)
+
+    def reset_unowned(self) -> int:
+        """Give up the streams of a session that was restored which have found no owner."""
+        unowned = [
+            number
+            for number in self.session.streams
+            if number != CONTROL_STREAM and number not in self._owners and self.has(number)
+        ]
+        for number in unowned:
+            self.session.reset(number, ResetReason.ABORTED, "its connection was not handed over")
+        self.flush()
+        return len(unowned)
+
+    def stop(self) -> Tree | None:
+        """Take every lane down, without a word to peer or owners, and give the session as it is
+        then, for another process. None: it has ended. Nothing comes after this."""
+        now = self.now()
+        while self.lanes:
+            number, record = self.lanes.popitem()
+            self.session.lane_down(number, now)
+            record.transport.abort("handed over")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        return None if self.session.ended else self.session.snapshot()
 
     def send_message(self, message: dict[str, Any]) -> None:
         """A message to the peer's `on_message`; reliable, in order."""

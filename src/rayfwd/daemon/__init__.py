@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from rayfwd.config import Config
+from rayfwd.daemon import handover
 from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.head import HeadDaemon
 from rayfwd.daemon.worker import WorkerDaemon
@@ -16,15 +17,19 @@ log = get_logger(__name__)
 
 def run(config: Config) -> int:
     """Run the daemon in front. Returns the exit code: 0 ended in order, 1 it could not begin."""
-    return asyncio.run(_run(config))
-
-
-async def _run(config: Config) -> int:
     try:
-        daemon: Daemon = HeadDaemon(config) if config.role == "head" else WorkerDaemon(config)
-        await daemon.run()
+        daemon = asyncio.run(_run(config))
     except ProblemError as exc:
         problem = exc.problem
         log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
         return 1
+    if daemon.again:
+        handover.exec_again(daemon.left)
     return 0
+
+
+async def _run(config: Config) -> Daemon:
+    """Raises ProblemError."""
+    daemon: Daemon = HeadDaemon(config) if config.role == "head" else WorkerDaemon(config)
+    await daemon.run()
+    return daemon

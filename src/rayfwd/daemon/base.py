@@ -11,6 +11,7 @@ import fcntl
 import os
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
@@ -21,15 +22,17 @@ from prometheus_client.core import Metric
 from rayfwd import __version__
 from rayfwd.config import Config, ForwardConfig
 from rayfwd.control import ControlServer
-from rayfwd.daemon import service
+from rayfwd.daemon import handover, service
 from rayfwd.daemon.canary import CanaryVerb
+from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.watches import Watches
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
 from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.metrics import MetricsServer, families
-from rayfwd.mux import MuxStream
+from rayfwd.mux import Mux, MuxStream
 from rayfwd.notify import Notifier
+from rayfwd.parcel import Packed
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -37,6 +40,7 @@ from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import RayAuth
+from rayfwd.session.snapshot import Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
@@ -54,6 +58,10 @@ TOKEN_INTERVAL = 15.0
 """Seconds between two looks at Ray's token: two small requests to the head's dashboard."""
 
 
+SAY_AGAIN = {"type": "say_again"}
+"""A control message: whoever sends it was restarted, and knows no more what it had been told."""
+
+
 class Daemon:
     """A node's daemon. `run` works until SIGTERM or SIGINT."""
 
@@ -69,6 +77,11 @@ class Daemon:
         self._changed = asyncio.Event()
         self._ready_said = False
         self._stopping = False
+        self.again = False
+        """When it stops, the next process takes the place of this one."""
+        self._arrival: Arrival | None = None
+        self.left: Packed | None = None
+        """For the process that takes the place of this one."""
         self._notifier = Notifier()
         self._notified = ""
         self.ray = RaySupervisor(config, config.hub.network, self.changed)
@@ -176,6 +189,54 @@ class Daemon:
         """What keeps the metrics from being asked for."""
         return self._metrics.problem if self._metrics is not None else None
 
+    # -- for a process that comes after this one --------------------------------------------------
+
+    def muxes(self) -> Mapping[str, Mux]:
+        raise NotImplementedError
+
+    def waiting(self) -> Iterable[tuple[Target, Pump]]:
+        return ()
+
+    def stop_accepting(self) -> socket.socket | None:
+        return None
+
+    def hand_over(self) -> Tree:
+        raise NotImplementedError
+
+    def take_over(self, tree: Tree) -> None:
+        raise NotImplementedError
+
+    def take_over_splices(self, tree: Tree) -> None: ...
+
+    async def go_on(self) -> None:
+        """Take over what an earlier process has left; the role is ready for it."""
+        arrival, self._arrival = self._arrival, None
+        if arrival is not None:
+            await arrival.take_over(self)
+
+    async def _finish(self) -> bool:
+        """End what ends while connections stand. True: these are left to another process."""
+        if self.again:
+            self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        else:
+            self._tell("STOPPING=1")
+            if not self._stop.is_set():
+                return False
+            if not await service.being_restarted(os.environ):
+                await self.ray.stop()
+                return False
+        await self.ray.leave()
+        try:
+            if not self.again and not handover.can_keep(self._notifier):
+                raise OSError("the service manager keeps no descriptors (FileDescriptorStoreMax=)")
+            self.left = await handover.leave(self, self.config.role, self.config.name)
+            if not self.again:
+                handover.keep(self.left, self._notifier)
+        except OSError as exc:
+            log.error("handover_failed", cause=str(exc), remedy=handover.RESET)
+            return False
+        return True
+
     # -- life --------------------------------------------------------
 
     async def run(self) -> None:
@@ -191,7 +252,12 @@ class Daemon:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._asked_to_stop, signal.Signals(number).name)
+            loop.add_signal_handler(signal.SIGUSR2, self._asked_to_exec)
             log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
+            self._arrival = handover.arrived(os.environ, config.role, config.name, self._notifier)
+            if self._arrival is not None:
+                stack.callback(self._arrival.close)
+                self.doors.inherit(self._arrival.doors())
             control = ControlServer(
                 config.control_socket,
                 {
@@ -223,18 +289,14 @@ class Daemon:
         ]
         if self._metrics is not None:
             parts.append(self._task(self._metrics.run(), "metrics"))
+        left = False
         try:
             await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
             self._stopping = True
-            self._tell("STOPPING=1")
-            if self._stop.is_set():
-                # Its connections stand until it has ended, or is left to the next daemon.
-                if await service.being_restarted(os.environ):
-                    await self.ray.leave()
-                else:
-                    await self.ray.stop()
+            left = await self._finish()
         finally:
-            await self.end()
+            if not left:
+                await self.end()
             for task in [stopping, *parts]:
                 task.cancel()
             await self._canary_verb.close()
@@ -250,6 +312,12 @@ class Daemon:
     def _asked_to_stop(self, name: str) -> None:
         if not self._stop.is_set():
             log.info("rayfwd_stopping", signal=name)
+        self._stop.set()
+
+    def _asked_to_exec(self) -> None:
+        if not self._stop.is_set():
+            log.info("rayfwd_restarting", signal="SIGUSR2")
+            self.again = True
         self._stop.set()
 
     def changed(self) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from rayfwd.config import Config
-from rayfwd.daemon import advertise
-from rayfwd.daemon.base import Daemon
+from rayfwd.daemon import advertise, handover
+from rayfwd.daemon.base import SAY_AGAIN, Daemon
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
@@ -26,6 +27,7 @@ from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.hub import Hub, HubNode
 from rayfwd.logs import get_logger
+from rayfwd.mux import Mux
 from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -36,6 +38,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
+from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen
@@ -91,6 +94,8 @@ class HeadDaemon(Daemon):
             on_message=self._message,
             on_change=self._hub_changed,
         )
+        listening = self._inherited_socket()
+        await self.go_on()
         self._hub_changed()
         hub.features = frozenset({advertise.FEATURE})
         services = own.head_services
@@ -103,7 +108,7 @@ class HeadDaemon(Daemon):
                 await self._settle_auth(install.versions.ray)
         if self.auth is None:
             self._set_auth(token.kept_auth(config.state_dir) or RayAuth("off"))
-        await hub.start()
+        await hub.start(listening)
         self._listening = True
         self._set_plan()
         self.changed()
@@ -155,6 +160,43 @@ class HeadDaemon(Daemon):
         await self._dial_back.close()
         if self._hub is not None:
             await self._hub.close("the head's rayfwd was stopped")
+
+    # -- for a process that comes after this one ---------------------------------
+
+    def muxes(self) -> dict[str, Mux]:
+        return {n.plan.name: n.mux for n in self._nodes_of_hub() if n.mux is not None}
+
+    def waiting(self) -> list[tuple[Target, Pump]]:
+        return [] if self._hub is None else self._hub.waiting
+
+    def stop_accepting(self) -> socket.socket | None:
+        return None if self._hub is None else self._hub.stop_accepting()
+
+    def hand_over(self) -> Tree:
+        hub = self._hub
+        if hub is None:
+            return {"path": "", "splices": [], "nodes": []}
+        return {"path": str(hub.path), "splices": hub.splices(), "nodes": hub.hand_over()}
+
+    def _inherited_socket(self) -> socket.socket | None:
+        """The hub's, where an earlier process listened in the place that is asked for now."""
+        path, arrival = self.config.hub_socket, self._arrival
+        if arrival is None or arrival.tree["sessions"]["path"] != str(path) or not path.is_socket():
+            return None
+        return arrival.listening()
+
+    def take_over(self, tree: Tree) -> None:
+        assert self._hub is not None, "the hub is made first"
+        for each in tree["nodes"]:
+            try:
+                self._hub.take_over(each).send_message(SAY_AGAIN)
+            except SnapshotError as exc:
+                log.error("handover_refused", cause=str(exc), remedy=handover.RESET)
+
+    def take_over_splices(self, tree: Tree) -> None:
+        assert self._hub is not None, "the hub is made first"
+        for each in tree["splices"]:
+            self._hub.splice(each)
 
     def _hub_changed(self) -> None:
         """A node came, went or changed."""
@@ -233,6 +275,8 @@ class HeadDaemon(Daemon):
                 self.watches.heard(message, node, speaks_for_all=False)
         except ValueError as exc:
             log.warning("message_malformed", node=node, cause=str(exc))
+        if message.get("type") == "say_again":
+            self._say_again(node)
         if message.get("type") == "ray":
             self._workers_ray[node] = {
                 key: None if message.get(key) is None else str(message[key])[:64]
@@ -242,6 +286,12 @@ class HeadDaemon(Daemon):
             if self._watch is not None:
                 self._watch.look_soon()
             self.changed()
+
+    def _say_again(self, name: str) -> None:
+        """A worker was restarted, and has kept its session."""
+        self._heard.pop(name, None)
+        self._tell_newcomers()
+        self._tell_report()
 
     def _message_of_check(self, name: str, message: dict[str, Any]) -> None:
         node = self._hub.nodes.get(name) if self._hub is not None else None

@@ -12,7 +12,7 @@ from typing import Any
 from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
-from rayfwd.daemon.base import Daemon
+from rayfwd.daemon.base import SAY_AGAIN, Daemon
 from rayfwd.daemon.views import (
     declared_resources,
     link_seen,
@@ -26,7 +26,7 @@ from rayfwd.history import History
 from rayfwd.link import Link
 from rayfwd.logs import get_logger
 from rayfwd.metrics import HEAD
-from rayfwd.mux import MuxStream, StreamOwner
+from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -35,9 +35,11 @@ from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.roster import write_file
+from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
+from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.conditions import Seen, Severity
@@ -79,10 +81,47 @@ class WorkerDaemon(Daemon):
 
     async def serve(self) -> None:
         self._key = node_key(self.config.state_dir / "node.key")
+        await self.go_on()
         await self._link.run()
 
     async def end(self) -> None:
         await self._link.close("the worker's rayfwd was stopped")
+
+    # -- for a process that comes after this one ---------------------------------
+
+    def muxes(self) -> dict[str, Mux]:
+        return {} if self._link.mux is None else {HEAD: self._link.mux}
+
+    def hand_over(self) -> Tree:
+        welcome: bytes | None = None
+        if self.own is not None:
+            versions = self._head_versions
+            welcome = Welcome(
+                version=__version__,
+                node=self.own.to_wire(),
+                nodes=tuple(node.to_wire() for node in self.nodes),
+                network=self._network,
+                ride_through=self._ride_through,
+                ray=versions.ray if versions else None,
+                python=versions.python if versions else None,
+                features=self._hub_features,
+                ray_auth=self.auth.to_wire() if self.auth else None,
+            ).encode()
+        return {"welcome": welcome, "link": self._link.hand_over()}
+
+    def take_over(self, tree: Tree) -> None:
+        welcome, link = tree["welcome"], tree["link"]
+        if welcome is not None:
+            frame = first_frame(bytearray(welcome), MAX_PAYLOAD)
+            if frame is None:
+                raise SnapshotError("the plan is not whole")
+            try:
+                self._welcomed(Welcome.decode(frame))
+            except ProtocolError as exc:
+                raise SnapshotError(str(exc)) from exc
+        if link is not None:
+            self._link.take_over(link).send_message(SAY_AGAIN)
+        self._link_changed()
 
     # -- the link's words --------------------------------------------------------
 
@@ -182,6 +221,11 @@ class WorkerDaemon(Daemon):
                 case "ray_auth":
                     self._take_auth(message)
                     self._tell_ray()
+                case "say_again":
+                    self._told_ray = None
+                    self.watches.forget_told()
+                    self.changed()
+                    self._tell_conditions()
                 case "dialled_back":
                     self._advertise.answered(message)
                 case "conditions":

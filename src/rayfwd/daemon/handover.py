@@ -1,0 +1,306 @@
+"""Streams outlive a restart: what this process holds goes to the one that comes after it.
+
+`leave` packs sessions, connections and doors of the process that ends; `Arrival` is what the next
+one found. Both know muxes, pumps and doors; what else head and worker give along is theirs. The
+parcel between them is `rayfwd.parcel`'s, its bytes are a `session.snapshot`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import NoReturn, Protocol
+
+from rayfwd import __version__, parcel
+from rayfwd.doors import Dialer, Doors, Held, Pump, Target, linger_off
+from rayfwd.logs import get_logger
+from rayfwd.mux import Mux
+from rayfwd.notify import Notifier
+from rayfwd.parcel import Packed, ParcelError
+from rayfwd.session import snapshot
+from rayfwd.session.snapshot import SnapshotError, Tree
+
+log = get_logger(__name__)
+
+RESET = "nothing: the streams are reset once, and all heals by itself"
+KEEP_SECONDS = 10
+"""Seconds that the service manager may take to store a descriptor: as long as it is busy."""
+PROBE = f"{parcel.NAME}-probe"
+ACCEPT_TURNS = 5
+"""Turns of the loop after which what a door accepted has its pump: asyncio takes three."""
+
+
+class Holder(Protocol):
+    """A daemon, as far as it hands over and takes over."""
+
+    doors: Doors
+    dialer: Dialer
+
+    def muxes(self) -> Mapping[str, Mux]:
+        """The sessions, by the peer's name."""
+
+    def waiting(self) -> Iterable[tuple[Target, Pump]]:
+        """Connections of doors that wait for a session."""
+
+    def stop_accepting(self) -> socket.socket | None:
+        """The role's own listening socket, which goes on listening. Raises OSError."""
+
+    def hand_over(self) -> Tree:
+        """Stop, and give the sessions as they are then, and what else the role needs to go on."""
+
+    def take_over(self, tree: Tree) -> None:
+        """Go on with what `hand_over` gave. Raises SnapshotError."""
+
+    def take_over_splices(self, tree: Tree) -> None:
+        """Once the sessions are there: join streams that are joined to each other."""
+
+
+class Leaving:
+    """What is handed over, as it is put together."""
+
+    def __init__(self, role: str, name: str) -> None:
+        self.descriptors: list[int] = []
+        self.tree: Tree = {
+            "version": __version__,
+            "role": role,
+            "name": name,
+            "taken_at": time.monotonic(),
+        }
+
+    def add(self, descriptor: int) -> int:
+        """The number by which the tree names this one."""
+        self.descriptors.append(descriptor)
+        return len(self.descriptors) - 1
+
+    def add_listening(
+        self, doors: Mapping[Target, socket.socket], own: socket.socket | None
+    ) -> None:
+        self.tree["doors"] = [[*at, self.add(s.fileno())] for at, s in doors.items()]
+        self.tree["listening"] = None if own is None else self.add(own.fileno())
+
+    def add_pumps(self, holder: Holder) -> None:
+        """The connections: those of streams, those that wait for a session, and those that only
+        wait for their last bytes."""
+        rows, dialer = [], holder.dialer
+        rest = holder.doors.pumps | dialer.pumps
+        for name, mux in holder.muxes().items():
+            for number, owner in mux.owners.items():
+                if isinstance(owner, Pump):
+                    rest.discard(owner)
+                    held, target = owner.held, dialer.target_of(owner)
+                    rows.append([name, number, self._of(held), target, held.data])
+        self.tree["pumps"] = rows
+        self.tree["waiting"] = waiting = []
+        for target, pump in holder.waiting():
+            if pump in rest:
+                rest.discard(pump)
+                waiting.append([target, self._of(pump.held)])
+        last = [pump.held for pump in rest]
+        self.tree["finishing"] = [[self._of(held), held.data] for held in last]
+
+    def _of(self, held: Held) -> int | None:
+        return None if held.descriptor is None else self.add(held.descriptor)
+
+
+async def leave(holder: Holder, role: str, name: str) -> Packed:
+    """Stop, and pack everything. Raises OSError.
+
+    Nothing of the holder's works afterwards, whether this succeeds or not.
+    """
+    leaving = Leaving(role, name)
+    pumps: set[Pump] = set()
+    with contextlib.ExitStack() as stack:
+        try:
+            doors = holder.doors.stop_accepting()
+            for sock in doors.values():
+                stack.enter_context(sock)
+            own = holder.stop_accepting()
+            if own is not None:
+                stack.enter_context(own)
+            leaving.add_listening(doors, own)
+            for _ in range(ACCEPT_TURNS):
+                await asyncio.sleep(0)
+            # From here on in one go, so that no byte is read that is not in the parcel.
+            pumps = holder.doors.pumps | holder.dialer.pumps
+            leaving.add_pumps(holder)
+            leaving.tree["sessions"] = holder.hand_over()
+            packed = parcel.pack(snapshot.dump(leaving.tree), leaving.descriptors)
+        except BaseException:
+            for pump in pumps:
+                pump.refuse()
+            raise
+        holder.dialer.let_go()
+        for pump in pumps:
+            pump.let_go()
+    log.info("handover_packed", streams=len(leaving.tree["pumps"]), doors=len(doors))
+    return packed
+
+
+class Arrival:
+    """What an earlier process has handed over. Sockets that nobody claims are reset."""
+
+    def __init__(self, tree: Tree, descriptors: Iterable[int]) -> None:
+        self.tree = tree
+        self._sockets: dict[int, socket.socket] = {}
+        for number, descriptor in enumerate(descriptors):
+            self._sockets[number] = sock = socket.socket(fileno=descriptor)
+            sock.setblocking(False)
+
+    @property
+    def seconds(self) -> float:
+        """Since it was handed over."""
+        return time.monotonic() - float(self.tree["taken_at"])
+
+    def claim(self, number: int | None) -> socket.socket:
+        """Raises SnapshotError."""
+        sock = None if number is None else self._sockets.pop(number, None)
+        if sock is None:
+            raise SnapshotError(f"there is no socket {number}")
+        return sock
+
+    def doors(self) -> dict[Target, socket.socket]:
+        """The sockets of doors."""
+        return {Target(address, port): self.claim(at) for address, port, at in self.tree["doors"]}
+
+    def listening(self) -> socket.socket | None:
+        """The role's own listening socket."""
+        at = self.tree["listening"]
+        return None if at is None else self.claim(at)
+
+    def close(self) -> None:
+        while self._sockets:
+            _, sock = self._sockets.popitem()
+            linger_off(sock)
+            sock.close()
+
+    async def take_over(self, holder: Holder) -> None:
+        """Give the holder its sessions, and these their connections. What does not fit is reset."""
+        joined = lost = 0
+        try:
+            holder.take_over(self.tree["sessions"])
+            joined = await self._connect(holder)
+            holder.take_over_splices(self.tree["sessions"])
+        except (SnapshotError, KeyError, TypeError, ValueError) as exc:
+            log.error("handover_refused", cause=str(exc), remedy=RESET)
+        finally:
+            self.close()
+            for mux in holder.muxes().values():
+                lost += mux.reset_unowned()
+        log.info("handover_taken", streams=joined, reset=lost, seconds=round(self.seconds, 1))
+
+    async def _connect(self, holder: Holder) -> int:
+        """Join connections and streams again; how many. Raises SnapshotError."""
+        muxes, joined = holder.muxes(), 0
+        doors, dialer = holder.doors, holder.dialer
+        for name, number, at, target, data in self.tree["pumps"]:
+            mux = muxes.get(name)
+            if mux is None or not mux.has(number) or (at is None and target is None):
+                continue
+            pump = Pump(doors.pumps if target is None else dialer.pumps)
+            stream = mux.own(number, pump)
+            pump.go_on(stream, data, at is not None)
+            joined += 1
+            if at is None:
+                dialer.dial(stream, pump, Target(*target))
+            else:
+                await _connected(pump, self.claim(at))
+        for target, at in self.tree["waiting"]:
+            await _connected(doors.pump_for(Target(*target)), self.claim(at))
+        for at, data in self.tree["finishing"]:
+            pump = Pump(doors.pumps)
+            pump.finish(data)
+            await _connected(pump, self.claim(at))
+        return joined
+
+
+async def _connected(pump: Pump, sock: socket.socket) -> None:
+    await asyncio.get_running_loop().create_connection(lambda: pump, sock=sock)
+
+
+def can_keep(notifier: Notifier) -> bool:
+    """Whether the service manager keeps descriptors for the next process."""
+    return _keep(notifier, PROBE, Packed(*socket.socketpair())) and notifier.send(
+        "FDSTOREREMOVE=1", f"FDNAME={PROBE}"
+    )
+
+
+def keep(left: Packed, notifier: Notifier) -> None:
+    """Give the parcel to the service manager, which gives it to the next process. Raises OSError
+    where it has not taken it."""
+    if not _keep(notifier, parcel.NAME, left):
+        raise OSError("the service manager has not taken it")
+
+
+def _keep(notifier: Notifier, name: str, left: Packed) -> bool:
+    """Give a descriptor away, and see that somebody has it."""
+    wait_until, taken = os.pipe()
+    with left.parcel, left.other_end, open(wait_until, "rb"):
+        try:
+            # It is not to look into it (FDPOLL), and to have taken it before this process ends:
+            # who has ended is nobody to systemd (sd_notify_barrier(3)).
+            words = ("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0")
+            notifier.send(*words, descriptors=[left.parcel.fileno()])
+            sent = notifier.send("BARRIER=1", descriptors=[taken])
+        finally:
+            os.close(taken)
+        hung_up = select.poll()
+        hung_up.register(wait_until, 0)
+        left.parcel.close()
+        if not sent or not hung_up.poll(KEEP_SECONDS * 1000):
+            return False
+        hung_up.unregister(wait_until)
+        hung_up.register(left.other_end, 0)
+        return not hung_up.poll(0)
+
+
+def arrived(
+    env: MutableMapping[str, str], role: str, name: str, notifier: Notifier
+) -> Arrival | None:
+    """What an earlier process of this node has handed over to this one; where that cannot be
+    used, it is said why."""
+    found: Arrival | None = None
+    parcels = parcel.received(env)
+    if parcels:
+        notifier.send("FDSTOREREMOVE=1", f"FDNAME={parcel.NAME}")  # they are here now
+    for each in parcels:
+        with each:
+            try:
+                unpacked = parcel.unpack(each)
+                if unpacked is None:
+                    continue
+                arrival = opened(*unpacked, role, name)
+            except (ParcelError, SnapshotError) as exc:
+                log.error("handover_refused", cause=str(exc), remedy=RESET)
+                continue
+        if found is not None:
+            found.close()
+        found = arrival
+    return found
+
+
+def opened(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival:
+    """Raises SnapshotError."""
+    tree: Tree = {}
+    try:
+        tree = snapshot.load(data)
+        of = (tree.get("role"), tree.get("name"))
+        if of != (role, name):
+            raise SnapshotError(f"it is of the {of[0]} {of[1]}, and this is the {role} {name}")
+    except SnapshotError:
+        Arrival(tree, descriptors).close()
+        raise
+    return Arrival(tree, descriptors)
+
+
+def exec_again(left: Packed | None) -> NoReturn:
+    """Become the next process, in the place of this one, with the parcel if there is one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    env = os.environ if left is None else parcel.start_with(left.parcel, os.environ)
+    os.execve(sys.executable, sys.orig_argv, env)
