@@ -41,7 +41,7 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
     fresh = path.with_name(f".{secrets.token_hex(3)}")
     for candidate in (path, fresh):
         check_path(candidate)
-    _refuse_if_taken(path)
+    check_not_taken(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.setblocking(False)
@@ -70,7 +70,8 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
     return listener
 
 
-def _refuse_if_taken(path: Path) -> None:
+def check_not_taken(path: Path) -> None:
+    """Raises ProblemError (`socket_in_use`, `socket_not_possible`) where `path` is somebody's."""
     if path.exists() and not path.is_socket():
         raise ProblemError(
             Problem(
