@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha
 """In order of preference, where no host key is known yet."""
 CHANNEL_WINDOW = 1 << 22
 """Bytes that the server may send ahead on a channel."""
+_ACCEPTS = "00010000"
+"""Flags of a listening socket in /proc/net/unix (__SO_ACCEPTCON, proc(5))."""
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 Channel = asyncssh.SSHClientChannel[bytes] | asyncssh.SSHUNIXChannel[bytes]
@@ -352,6 +355,7 @@ async def look_at_socket(
         async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
             own = (await sftp.stat(".")).uid
             seen = await sftp.stat(str(path))
+            listening = await _listens(sftp, path)
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
         return absent
     except asyncssh.SFTPPermissionDenied:
@@ -366,7 +370,33 @@ async def look_at_socket(
     mode = seen.permissions or 0
     if own not in {0, seen.uid} and not mode & 0o002:
         return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
+    if listening:
+        return Problem(
+            "channel_refused",
+            f"the head's sshd opens no stream to {path}, though somebody listens there: {reason}",
+            'set via = "exec" in [head], or AllowStreamLocalForwarding yes in its sshd_config',
+        )
     return absent
+
+
+async def _listens(sftp: asyncssh.SFTPClient, path: Path) -> bool:
+    """Whether the head's kernel knows a listener at that place.
+
+    OpenSSH answers "open failed" whether nobody listens or it forbids such channels
+    (`server_request_direct_streamlocal` in serverloop.c). The kernel has a socket under the name
+    that it was bound by, and `unixsocket.bind` moves it from there.
+    """
+    text = b""
+    try:
+        async with sftp.open("/proc/net/unix", "rb") as opened:
+            file: Any = opened  # AsyncSSH declares a file of text
+            while part := await file.read(1 << 15, len(text)):  # its size is said to be 0
+                text += part
+    except asyncssh.SFTPError:
+        return False
+    bound = rf"{re.escape(str(path.parent))}/(?:{re.escape(path.name)}|\.[0-9a-f]{{6}})"
+    listening = rf"(?m)^\w+: \w+ \w+ {_ACCEPTS} .* {bound}$"
+    return re.search(listening, text.decode(errors="replace")) is not None
 
 
 def _not_permitted(path: Path, why: str) -> Problem:

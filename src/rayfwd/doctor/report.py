@@ -23,7 +23,7 @@ from rayfwd.doctor import scrubbing
 from rayfwd.places import default_state_dir
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs, token
-from rayfwd.ray.process import OUTPUT
+from rayfwd.ray.launcher import OUTPUT
 
 JOURNAL_LINES = 2000
 LOG_BYTES = 512 * 1024
