@@ -97,15 +97,14 @@ def parts(text: str) -> dict[str, str]:
 
 def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     out = tmp_path / "report.txt"
-    summary = f"up, and {PLANTED['kept token']} is known to nobody"
     status = {
         "state": "ready",
-        "summary": summary,
+        "summary": "ready",
         "pid": os.getpid(),
         "node": None,
         "waiting_for": [],
         "problems": [],
-        "ray": {"phase": "up", "command": "ray start --block"},
+        "ray": {"phase": "up", "command": f"ray start {PLANTED['kept token']}"},
         "doors": {"open": 3, "blocked": []},
         "token": "short",
     }
@@ -169,6 +168,18 @@ def test_a_configuration_that_is_none_is_left_out(tmp_path: Path) -> None:
     assert PLANTED["assigned"] not in text
     assert "it is not TOML" in text
     assert doctor.load_if_valid(path) is None
+
+
+def test_links_and_pipes_of_a_lesser_user_are_not_read(tmp_path: Path) -> None:
+    """Root writes the report, and the state directory is the service's user's."""
+    (tmp_path / "rayfwd.toml").write_text(f'role = "head"\nname = "h"\nstate_dir = "{tmp_path}"\n')
+    (tmp_path / "shadow").write_text("root:hash")
+    (tmp_path / "ray.log").symlink_to(tmp_path / "shadow")
+    os.mkfifo(tmp_path / "node.key")
+    config = doctor.load_if_valid(tmp_path / "rayfwd.toml")
+    text = report.compose(tmp_path / "rayfwd.toml", config, None, {}, {}, tmp_path / "node.key")
+    assert "root:hash" not in text
+    assert "no plain file" in text
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,10 @@ class Examination:
         return sum(len(doors_for(n.address, n.ports)) for n in others)
 
     async def limits(self) -> Row:
-        pid = None if self.status is None else int(self.status["pid"])
-        found = await asyncio.to_thread(looks.limits, pid)
+        pid = ray_pid = None
+        if self.status is not None:
+            pid, ray_pid = int(self.status["pid"]), self.status["ray"].get("pid")
+        found = await asyncio.to_thread(looks.limits, pid, ray_pid)
         ray = self.config.ray
         cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1
         directory = temp_dir(ray.env, ray.extra_args)

@@ -79,17 +79,20 @@ class Limits:
     """How many of them there are."""
 
 
-def limits(pid: int | None) -> Limits:
-    """Of the daemon, or of this process where that has none or does not tell."""
+def limits(pid: int | None, ray: int | None = None) -> Limits:
+    """Of the daemon, or of this process where there is none or it may not be looked at.
+
+    `ray` is the process id of Ray, which may run in a service of its own: its processes count.
+    """
     whose, files, processes = "the daemon's", (0, 0), (0, 0)
     try:
         if pid is None:
             raise PermissionError
         files = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        processes = resource.prlimit(pid, resource.RLIMIT_NPROC)
+        processes = resource.prlimit(ray or pid, resource.RLIMIT_NPROC)
         descriptors = files[0]
     except OSError:
-        whose, pid = "this shell's; a service has its own", os.getpid()
+        whose, pid, ray = "this shell's; a service has its own", os.getpid(), None
         files, processes = (
             resource.getrlimit(resource.RLIMIT_NOFILE),
             resource.getrlimit(resource.RLIMIT_NPROC),
@@ -97,7 +100,7 @@ def limits(pid: int | None) -> Limits:
         descriptors = files[1]  # the daemon takes all that it may
     tightest: tuple[int, int] | None = None
     own = [(processes[1], _threads(os.geteuid()))] if processes[1] >= 0 and os.geteuid() else []
-    for limit, running in [*own, *_of_cgroups(pid)]:
+    for limit, running in [*own, *_of_cgroups(ray or pid)]:
         if tightest is None or limit - running < tightest[0] - tightest[1]:
             tightest = (limit, running)
     threads, running = tightest if tightest is not None else (None, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -106,7 +108,7 @@ def _parts(
     yield "machine", "\n".join(f"{name}: {value}" for name, value in _machine(state_dir))
     yield "journal", _journal()
     if log is not None:
-        yield f"log ({log})", _tail(log)
+        yield f"log ({log})", _tail(log.resolve())
     yield f"Ray's output ({state_dir / OUTPUT})", _tail(state_dir / OUTPUT)
 
 
@@ -128,12 +130,11 @@ def _kept_secrets(
             alone = {"RAY_AUTH_MODE": "token", name: source.get(name, "")}
             if name in source and (value := token.read_token(alone)) is not None:
                 yield value
-    auth = token.kept_auth(state_dir)
-    if auth is not None and auth.token:
-        yield auth.token
-    for file in (state_dir / "node.key", state_dir / token.TOKEN_FILE):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            yield file.read_text(encoding="utf-8")
+    for name in ("node.key", token.TOKEN_FILE):
+        with contextlib.suppress(OSError):
+            yield _end_of(state_dir / name)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        yield str(json.loads(_end_of(state_dir / token.RECORD)).get("token") or "")
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -179,7 +180,8 @@ def _asked(control: Path | None, verb: str) -> Any:
 
 def _journal() -> str:
     own = [] if os.geteuid() == 0 else ["--user"]
-    words = ["journalctl", *own, "--unit=rayfwd", f"--lines={JOURNAL_LINES}", "--no-pager"]
+    units = ["--unit=rayfwd", "--unit=rayfwd-ray"]
+    words = ["journalctl", *own, *units, f"--lines={JOURNAL_LINES}", "--no-pager"]
     return _run([*words, "--output=short-iso-precise"])[-LOG_BYTES:]
 
 
@@ -202,8 +204,20 @@ def _run(words: list[str]) -> str:
 
 def _tail(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LOG_BYTES))
-            return file.read(LOG_BYTES).decode(errors="replace")
+        return _end_of(path)
     except OSError as exc:
         return f"not to be had: {exc.strerror}"
+
+
+def _end_of(path: Path) -> str:
+    """The last of a file. Raises OSError where it is none.
+
+    No link: root reads here what a lesser user may have put in the place.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no plain file")
+        file.seek(max(0, found.st_size - LOG_BYTES))
+        return file.read(LOG_BYTES).decode(errors="replace")
