@@ -17,7 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,7 @@ class Client:
         self._auth: RayAuth | None = None
         self._listening: list[tuple[Place, socket.socket]] = []
         self._servers: list[asyncio.Server] = []
+        self._pumps: set[Pump] = set()
         self._news = asyncio.Event()
         self._ending = False
         self._shown = ("", "")
@@ -227,7 +228,7 @@ class Client:
         loop = asyncio.get_running_loop()
         for place, sock in self._listening:
             server = await loop.create_server(
-                lambda place=place: Pump(lambda pump: self._route(place, pump)),  # type: ignore[misc]
+                lambda place=place: self._pump_for(place),  # type: ignore[misc]
                 sock=sock,
                 backlog=BACKLOG,
             )
@@ -237,7 +238,11 @@ class Client:
         token_file = self.token_file if self._has_token else None
         for line in addresses(self._head.ssh, self._welcome, places, token_file, os.environ):
             self._say(line)
-        Notifier().send("READY=1")
+        with closing(Notifier()) as notifier:
+            notifier.send("READY=1")
+
+    def _pump_for(self, place: Place) -> Pump:
+        return Pump(self._pumps, lambda pump: self._route(place, pump))
 
     def _route(self, place: Place, pump: Pump) -> None:
         mux = self._link.mux if self._link is not None else None

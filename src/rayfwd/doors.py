@@ -462,29 +462,33 @@ class Doors:
         return True
 
     def _block(self, listen: Target, exc: OSError) -> None:
-        if exc.errno == errno.EADDRINUSE:
-            problem = Problem(
-                "door_blocked",
-                f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
-                f"{self._wanted[listen]}",
-                f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose "
-                "another hub.port_base on the head, or another listen in [[forward]]",
-            )
-        elif exc.errno in {errno.EMFILE, errno.ENFILE}:
-            problem = Problem(
-                "descriptors_exhausted",
-                f"no file descriptor is left for the door {listen}",
-                "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
-            )
-        else:
-            problem = Problem(
-                "door_blocked",
-                f"{listen} cannot be opened: {exc.strerror}",
-                "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
-            )
+        problem = why_blocked(listen, self._wanted[listen], exc)
         if self._blocked.get(listen) != problem:
             self._blocked = self._blocked | {listen: problem}
             log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+
+
+def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:
+    """The problem behind an error in listening there."""
+    if exc.errno == errno.EADDRINUSE:
+        return Problem(
+            "door_blocked",
+            f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
+            f"{target}",
+            f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose "
+            "another hub.port_base on the head, or another listen in [[forward]]",
+        )
+    if exc.errno in {errno.EMFILE, errno.ENFILE}:
+        return Problem(
+            "descriptors_exhausted",
+            f"no file descriptor is left for the door {listen}",
+            "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
+        )
+    return Problem(
+        "door_blocked",
+        f"{listen} cannot be opened: {exc.strerror}",
+        "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
+    )
 
 
 def doors_for(address: str, ports: Iterable[int]) -> dict[Target, Target]:

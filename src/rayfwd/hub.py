@@ -14,11 +14,12 @@ import pwd
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from rayfwd import __version__, unixsocket
+from rayfwd.checkup import Checkup
 from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.logs import get_logger
@@ -27,7 +28,8 @@ from rayfwd.pace import pace
 from rayfwd.plan import NodePlan, check_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.roster import KEY_MINIMUM, Roster
-from rayfwd.session.frames import ProtocolError, first_frame
+from rayfwd.session.checkup import Answer, read_hello
+from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -39,6 +41,8 @@ HELLO_TIMEOUT = 10.0
 """Seconds that a connection may take to say hello."""
 MAX_UNGREETED = 64
 """Connections that have not said hello, at most; what comes on top is closed."""
+MAX_CHECKUPS = 8
+"""Connections of `rayfwd doctor`, at most; what comes on top is refused."""
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a lane's transport before the session is asked for no more."""
 IN_USE = 4.0
@@ -52,7 +56,10 @@ REFUSAL_LASTS = 45.0
 """Seconds since the last refusal after which it is over: workers dial again within 18 s."""
 REFUSAL_REPEAT = 600.0
 """Seconds in which the same refusal is said once."""
-PASSING = frozenset({"session_unknown", "session_stale", "hello_missing"})
+PASSING = frozenset(
+    {"session_unknown", "session_stale", "hello_missing"}
+    | {"check_busy", "check_long", "check_malformed"}
+)
 """Refusals after which a worker goes on by itself, or which no worker of ours gets."""
 MAX_REFUSALS = 256
 """Different refusals that are said in that time, at most."""
@@ -125,6 +132,7 @@ class _HubLane(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._mux: Mux | None = None
+        self._checkup: Checkup | None = None
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why_aborted = ""
@@ -149,10 +157,16 @@ class _HubLane(asyncio.Protocol):
             return
         if self._transport is None or self._transport.is_closing():
             return
+        if self._checkup is not None:
+            self._checkup.received(data)
+            return
         self._buffer += data
         try:
             frame = first_frame(self._buffer, MAX_HANDSHAKE)
             if frame is None:
+                return
+            if frame.kind is Kind.CHECK:
+                self._hub.asked(self, read_hello(frame))
                 return
             hello = Hello.decode(frame)
         except ProtocolError as exc:
@@ -162,15 +176,21 @@ class _HubLane(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.paused = True
+        if self._checkup is not None:
+            self._checkup.pause_writing()
 
     def resume_writing(self) -> None:
         self.paused = False
         if self._mux is not None:
             self._mux.flush()
+        if self._checkup is not None:
+            self._checkup.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._hub.went(self)
+        if self._checkup is not None:
+            self._checkup.gone()
         if self._mux is not None and not self._mux.session.ended:
             self._hub.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
             self._mux.lane_lost(self._number)
@@ -207,6 +227,16 @@ class _HubLane(asyncio.Protocol):
             rest = bytes(self._buffer)
             self._buffer.clear()
             mux.lane_data(self._number, rest)
+
+    def examine(self, answer: Answer, plan: NodePlan | None) -> None:
+        """Answer a doctor's questions, which make no lane of it."""
+        self._stop_timer()
+        assert self._transport is not None, "it has just asked"
+        self._checkup = Checkup(self._transport, answer, plan, self.refuse)
+        if self._buffer:
+            rest = bytes(self._buffer)
+            self._buffer.clear()
+            self._checkup.received(rest)
 
     # -- as the transport of a lane ------------------------------------------------------
 
@@ -304,6 +334,8 @@ class Hub:
         self._on_message = on_message
         self._on_change = on_change
         self._ungreeted: set[_HubLane] = set()
+        self._asking: set[_HubLane] = set()
+        """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
@@ -339,7 +371,7 @@ class Hub:
         if self._grace is not None:
             self._grace.cancel()
             self._grace_is_over()
-        for lane in list(self._ungreeted):
+        for lane in [*self._ungreeted, *self._asking]:
             lane.close()
         for peer in [*self.nodes.values(), *self.clients.values()]:
             if peer.mux is not None:
@@ -350,7 +382,7 @@ class Hub:
     # -- for a process that comes after this one -----------------------------------------
 
     def stop_accepting(self) -> socket.socket | None:
-        """The hub's socket, which goes on listening. Clients' sessions end: they are not handed over.
+        """The hub's socket, which goes on listening. Clients are not handed over: theirs end.
 
         Raises OSError.
         """
@@ -460,6 +492,7 @@ class Hub:
     def went(self, lane: _HubLane) -> None:
         """It was greeted, or it is gone."""
         self._ungreeted.discard(lane)
+        self._asking.discard(lane)
 
     def refused(self, lane: _HubLane, refusal: Refusal) -> None:
         """Say it; a worker that tries again and again is said seldom."""
@@ -516,19 +549,9 @@ class Hub:
         if peer.session != hello.session or peer.mux is None:
             self._start_session(peer, hello)
         assert peer.mux is not None, "a session was just made"
-        ray, python = self._head_versions()
         own, nodes = self._shown_to(peer)
-        welcome = Welcome(
-            version=__version__,
-            node=own,
-            nodes=nodes,
-            network=self._network,
-            ride_through=peer.mux.session.ride_through,
-            ray=ray,
-            python=python,
-            features=self.features,
-            ray_auth=self.ray_auth,
-        )
+        welcome = self._welcome(own, nodes, peer.mux.session.ride_through)
+        welcome = replace(welcome, ray_auth=self.ray_auth)
         was = peer.state
         peer.hello = hello
         lane.welcome(welcome, peer, peer.mux, hello)
@@ -566,6 +589,43 @@ class Hub:
                 )
             )
         return HubClient(hello.node, key_sha256=digest, user=_user_name(uid))
+
+    def asked(self, lane: _HubLane, hello: Hello) -> None:
+        """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
+        if len(self._asking) >= MAX_CHECKUPS:
+            lane.refuse(
+                Refusal("check_busy", f"{MAX_CHECKUPS} checks are under way", "ask again later")
+            )
+            return
+        self.went(lane)
+        self._asking.add(lane)
+        plan, refusal = None, None
+        try:
+            plan = self._roster.preview(hello.node, hello.key, hello.worker_ports, hello.advertise)
+        except ProblemError as exc:
+            refusal = Refusal(exc.problem.code, exc.problem.cause, exc.problem.remedy)
+        ride_through = min(self._ride_through, hello.ride_through)
+        own = {} if plan is None else plan.to_wire()
+        nodes = tuple(node.to_wire() for node in self._roster.plans())
+        answer = Answer(self._welcome(own, nodes, ride_through), time.time(), refusal)
+        log.info("hub_asked", node=hello.node, uid=lane.uid, version=hello.version)
+        lane.examine(answer, plan)
+
+    def _welcome(
+        self, own: dict[str, Any], nodes: tuple[dict[str, Any], ...], ride_through: float
+    ) -> Welcome:
+        """Without Ray's token."""
+        ray, python = self._head_versions()
+        return Welcome(
+            version=__version__,
+            node=own,
+            nodes=nodes,
+            network=self._network,
+            ride_through=ride_through,
+            ray=ray,
+            python=python,
+            features=self.features,
+        )
 
     def _admit(self, hello: Hello) -> HubNode:
         """The node of a hello, in the roster from now on. Raises ProblemError."""

@@ -26,7 +26,7 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
 from rayfwd.session.snapshot import SnapshotError, Tree
-from rayfwd.ssh import Dialer
+from rayfwd.ssh import Dialer, why_no_answer
 
 log = get_logger(__name__)
 
@@ -147,24 +147,11 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     def _end(self, why: str) -> None:
         if not self._answer.done():
-            self._answer.set_exception(ProblemError(self._why_no_answer(why)))
+            said = self._stderr.decode(errors="replace").strip()
+            self._answer.set_exception(ProblemError(why_no_answer(said, why)))
             self._answer.exception()  # seen, also where nobody waits for the answer any more
         if not self.lost.done():
             self.lost.set_result(why)
-
-    def _why_no_answer(self, why: str) -> Problem:
-        said = self._stderr.decode(errors="replace").strip()
-        for line in said.splitlines():
-            prefix, _, rest = line.partition("rayfwd attach: ")
-            code, colon, text = rest.partition(": ")
-            if not prefix and colon and code.isidentifier():
-                cause, _, remedy = text.partition("; ")
-                return Problem(code, f"on the head: {cause}", remedy or "see the head's log")
-        return Problem(
-            "hub_closed",
-            f"the hub closed the lane before it answered: {said or why}",
-            'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
-        )
 
     # -- a lane of a session -------------------------------------------------------------
 

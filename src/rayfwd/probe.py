@@ -73,6 +73,22 @@ def sample(plan: NodePlan) -> list[int]:
     return sorted({*services, *workers})
 
 
+def read_request(plan: NodePlan, message: Mapping[str, Any]) -> tuple[list[int], str]:
+    """Ports and nonce that a node asks to be dialled with. Raises ValueError.
+
+    Only ports that the plan gives to that very node, at the address that it advertises.
+    """
+    ports, nonce = message.get("ports"), message.get("nonce")
+    if not isinstance(nonce, str) or not NONCE.fullmatch(nonce):
+        raise ValueError("dial_back: nonce must be 32 hexadecimal digits")
+    if not isinstance(ports, list) or not 0 < len(ports) <= MOST_PORTS:
+        raise ValueError(f"dial_back: ports must be 1 to {MOST_PORTS} numbers")
+    own = set(plan.ports)
+    if not plan.advertised or not all(type(port) is int and port in own for port in ports):
+        raise ValueError(f"dial_back: not ports that {plan.name} advertises")
+    return ports, nonce
+
+
 async def dial(address: str, port: int, nonce: str) -> str:
     """One of `OUTCOMES`. Leaves no connection in TIME_WAIT: Ray binds these ports next."""
     try:

@@ -8,6 +8,7 @@ REDACTED = "[redacted]"
 
 _SECRET_WORDS = frozenset(
     {"token", "tokens", "secret", "secrets", "key", "keys", "password", "passwd", "passphrase"}
+    | {"credential", "credentials", "apikey"}
 )
 _HARMLESS_ENDINGS = frozenset({"path", "file", "fingerprint", "type", "algorithm", "mode"})
 """Last words of names that speak about a secret without holding it (`RAY_AUTH_TOKEN_PATH`)."""
@@ -25,6 +26,12 @@ _AFTER_FLAG = re.compile(
 _BEARER = re.compile(r"(?P<name>\bbearer)(?P<gap>\s+)(?P<value>[\w.~+/=-]+)", re.IGNORECASE)
 
 
+_USERINFO = re.compile(
+    r"(?P<name>\b[a-z][a-z0-9+.-]*://[^\s/:@]*)(?P<gap>:)(?P<value>[^\s/@]+)(?=@)", re.IGNORECASE
+)
+"""A password in a URL: proxies are given so."""
+
+
 def names_a_secret(name: str) -> bool:
     """Whether what `name` names must not be shown (`node_key`, `RAY_AUTH_TOKEN`)."""
     words = [w for w in re.split(r"[^A-Za-z0-9]+", name.lower()) if w]
@@ -36,8 +43,14 @@ def is_secret_flag(word: str) -> bool:
     return _FLAG.match(word) is not None
 
 
+def secrets_in(text: str) -> set[str]:
+    """What `redact_text` would blank."""
+    patterns = (_USERINFO, _BEARER, _ASSIGNED, _AFTER_FLAG)
+    return {m["value"].strip("\"'") for pattern in patterns for m in pattern.finditer(text)}
+
+
 def redact_text(text: str) -> str:
-    """`text` with what follows a secret's name (`--redis-password=…`) blanked."""
-    for pattern in (_BEARER, _ASSIGNED, _AFTER_FLAG):
+    """`text` with passwords in URLs, and what follows a secret's name (`--password=…`), blanked."""
+    for pattern in (_USERINFO, _BEARER, _ASSIGNED, _AFTER_FLAG):
         text = pattern.sub(rf"\g<name>\g<gap>{REDACTED}", text)
     return text

@@ -212,6 +212,30 @@ class Roster:
         Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `join_bad` (a value that
         no rayfwd sends), `roster_unwritable`.
         """
+        known = self._records.get(name)
+        record = self._record(name, key, worker_ports, advertise)
+        if record != known:
+            records = {**self._records, name: record}
+            self._write(records)
+            self._records = records
+            plan = record.plan
+            _log.info(
+                "roster_changed",
+                node=name,
+                address=plan.address,
+                ports=f"{plan.base}-{plan.last_worker_port}",
+            )
+        return record.plan
+
+    def preview(
+        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+    ) -> NodePlan:
+        """What `join` would give, changing nothing. Raises ProblemError as that does."""
+        return self._record(name, key, worker_ports, advertise).plan
+
+    def _record(
+        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+    ) -> Record:
         digest = _digest(key)
         _check_request(name, key, worker_ports, advertise)
         known = self._records.get(name)
@@ -228,18 +252,7 @@ class Roster:
             cause, _, remedy = str(exc).partition("; ")
             code = "address_taken" if twin else "plan_full"
             raise ProblemError(Problem(code, cause, remedy or "see hub.network")) from exc
-        record = Record(plan, digest)
-        if record != known:
-            records = {**self._records, name: record}
-            self._write(records)
-            self._records = records
-            _log.info(
-                "roster_changed",
-                node=name,
-                address=plan.address,
-                ports=f"{plan.base}-{plan.last_worker_port}",
-            )
-        return plan
+        return Record(plan, digest)
 
     def forget(self, name: str) -> bool:
         """Drop worker `name`, so that its name, address and ports are free. False: not known."""

@@ -105,6 +105,18 @@ class Dialer:
                 problem = await self._why_lost(host, options, hasty) or problem
             raise ProblemError(problem) from exc
 
+    async def place(self) -> tuple[str, int, bool]:
+        """Host and port as the SSH configuration has them, and whether they are dialled from here.
+
+        False: a jump host or a command does, which looks the name up as well. Raises ProblemError.
+        """
+        host = self._head.ssh_target()[1]
+        try:
+            options = await self._options()
+        except (OSError, asyncssh.Error, ValueError) as exc:
+            raise ProblemError(explain(exc, self._head, host, [])) from exc
+        return options.host or host, options.port, not (options.tunnel or options.proxy_command)
+
     async def host_key(self) -> HostKey:
         """The host key that the head shows now; nothing is sent to it.
 
@@ -414,6 +426,24 @@ def _not_permitted(path: Path, why: str) -> Problem:
         "hub_not_permitted",
         f"this SSH user may not open {path} on the head: {why}",
         "add the user to hub.users in the head's file, or log in as the user that runs rayfwd",
+    )
+
+
+def why_no_answer(said: str, why: str) -> Problem:
+    """Why a channel to the hub ended before the hub had answered.
+
+    `said` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
+    """
+    for line in said.splitlines():
+        prefix, _, rest = line.partition("rayfwd attach: ")
+        code, colon, text = rest.partition(": ")
+        if not prefix and colon and code.isidentifier():
+            cause, _, remedy = text.partition("; ")
+            return Problem(code, f"on the head: {cause}", remedy or "see the head's log")
+    return Problem(
+        "hub_closed",
+        f"the hub closed the lane before it answered: {said or why}",
+        'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
     )
 
 

@@ -44,7 +44,7 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
     fresh = path.with_name(_fresh_name(path, secrets.token_hex(2)))
     for candidate in (path, fresh):
         check_path(candidate)
-    _refuse_if_taken(path)
+    check_not_taken(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.setblocking(False)
@@ -92,7 +92,8 @@ def listens(table: str, path: Path) -> bool:
     return False
 
 
-def _refuse_if_taken(path: Path) -> None:
+def check_not_taken(path: Path) -> None:
+    """Raises ProblemError (`socket_in_use`, `socket_not_possible`) where `path` is somebody's."""
     if path.exists() and not path.is_socket():
         raise ProblemError(
             Problem(

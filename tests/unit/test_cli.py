@@ -228,7 +228,7 @@ def test_check_warns_of_ephemeral_ports_in_the_blocks(
     head_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     ports = tmp_path / "range"
-    monkeypatch.setattr("rayfwd.cli.check._EPHEMERAL", ports)
+    monkeypatch.setattr("rayfwd.doctor.settings._EPHEMERAL", ports)
     ports.write_text("32768\t60999\n")
     assert main(["check", "--config", str(head_file)]) == 0
     assert "takes ephemeral ports" not in capsys.readouterr().out

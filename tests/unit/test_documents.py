@@ -23,6 +23,7 @@ DOCUMENTS = (
     "docs/operations.md",
     "docs/security.md",
     "docs/limits.md",
+    "docs/doctor.md",
     "docs/developing.md",
 )
 PROGRAMS = (
@@ -50,6 +51,8 @@ RUN = {
     "rayfwd status": (INIT, '"status", "--json"'),
     "rayfwd status --watch": ("tests/unit/test_status_watch.py", "--watch"),
     "rayfwd canary": ("tests/lab/test_canary.py", '"canary"'),
+    "rayfwd doctor": ("tests/lab/test_doctor.py", '"doctor"'),
+    "rayfwd doctor --report": ("tests/lab/test_doctor.py", '"--report"'),
     "rayfwd explain": ("tests/unit/test_conditions.py", "explain.run"),
     "rayfwd forget": (CLI, '"forget"'),
     "rayfwd plan": (CLI, '"plan"'),

@@ -22,6 +22,7 @@ FAULT = 1
 MISTAKE = 2
 """The configuration file or the command line is wrong (also argparse's code)."""
 NOT_READY = 3
+WARNED = 4
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
@@ -30,6 +31,7 @@ VERBS = {
     "run": "run the daemon in front (what the service does)",
     "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
     "check": "validate the configuration file and say what it amounts to",
+    "doctor": "look for what would keep this node from working",
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",
     "canary": "send a tiny task and 1 MB to every node and back, and say how it went",
@@ -47,6 +49,7 @@ exit codes:
   1    a fault; the message says what, and what to do (status: not running)
   2    a mistake in the configuration file or on the command line, one line each
   3    status only: running, but not ready
+  4    doctor only: it would work, with warnings
   130  interrupted by Ctrl-C
 """
 

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import asyncssh
 
-from rayfwd.cli import OK, MistakeError
+from rayfwd.cli import OK, MistakeError, doctor
 from rayfwd.config import Config, ConfigError, load, parse
+from rayfwd.doctor.rows import worst
 from rayfwd.plan import check_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import apply
-from rayfwd.setup.look import Person, Seen, look
+from rayfwd.setup.look import Person, Seen, look, person_named, person_of
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.plan import plan
 from rayfwd.setup.steps import public_key
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print("Nothing was changed (--dry-run).")
     for kept in outcome.kept:
         print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
+    failing = False if args.dry_run else _doctor(wishes, places)
     if args.role == "head":
         _say_for_workers(wishes, places)
     elif not by_hand:
@@ -98,9 +100,20 @@ def run(args: argparse.Namespace) -> int:
     if not places.system:
         print("\nFor a service that starts at boot and stays after logging out, once:\n")
         print(f"    loginctl enable-linger {wishes.user}")
-    print("\nNext, here:\n")
+    waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
+    print(f"\nNext, here{waits}:\n")
     print(f"    {texts.next_command(places)}")
     return OK
+
+
+def _doctor(wishes: Wishes, places: Places) -> bool:
+    """How it looks now, as the service's user; whether something fails."""
+    print("\nHow it is now (`rayfwd doctor` looks again):\n")
+    sys.stdout.flush()
+    found = doctor.look(
+        places.config, person_named(wishes.user), lambda row: doctor.print_row(row, "  ")
+    )
+    return worst(found) == "fail"
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -229,7 +242,7 @@ def _user_before(places: Places) -> str | None:
 def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
     """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
     if os.geteuid() != 0:
-        return _known(pwd.getpwuid(os.geteuid())), False
+        return person_of(pwd.getpwuid(os.geteuid())), False
     if asked is None and ray is not None and os.path.exists(ray):
         owner = os.stat(ray).st_uid
         if owner != 0:
@@ -243,14 +256,9 @@ def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
         nobody = pwd.getpwnam("nobody")
         home = Path("/var/lib/rayfwd")
         return Person(name, nobody.pw_uid, nobody.pw_gid, (), home), True
-    person = _known(found)
+    person = person_of(found)
     # One that we have made stays one, so that a second run finds the same plan.
     return person, person.home == Path("/var/lib/rayfwd")
-
-
-def _known(found: pwd.struct_passwd) -> Person:
-    groups = tuple(os.getgrouplist(found.pw_name, found.pw_gid))
-    return Person(found.pw_name, found.pw_uid, found.pw_gid, groups, Path(found.pw_dir))
 
 
 def _host_key_before(places: Places) -> str | None:

@@ -105,16 +105,10 @@ class DialBack:
 
         Only the address and the ports that the plan gives to that very node are dialled.
         """
-        number, ports, nonce = message.get("id"), message.get("ports"), message.get("nonce")
+        number = message.get("id")
         if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 53:
             raise ValueError("dial_back: id must be a number")
-        if not isinstance(nonce, str) or not probe.NONCE.fullmatch(nonce):
-            raise ValueError("dial_back: nonce must be 32 hexadecimal digits")
-        if not isinstance(ports, list) or not 0 < len(ports) <= probe.MOST_PORTS:
-            raise ValueError(f"dial_back: ports must be 1 to {probe.MOST_PORTS} numbers")
-        own = set(plan.ports)
-        if not plan.advertised or not all(type(port) is int and port in own for port in ports):
-            raise ValueError(f"dial_back: not ports that {plan.name} advertises")
+        ports, nonce = probe.read_request(plan, message)
         self.forget(plan.name)
         self._tasks[plan.name] = asyncio.create_task(
             self._dial(plan.address, number, ports, nonce, send), name=f"dial back {plan.name}"

@@ -52,6 +52,8 @@ class Kind(IntEnum):
     """[the token of the PING]"""
     CLOSE = 12
     """[0] The session ends, in order; every stream is given up. Payload: a sentence."""
+    CHECK = 13
+    """[protocol version] Instead of HELLO: a question of `rayfwd doctor`'s, or its answer."""
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -55,19 +56,34 @@ class Person:
     home: Path
 
 
-def look(person: Person, ray: str | None, head: str | None) -> Seen:
-    """Ask a child.
+def person_named(name: str) -> Person:
+    """Raises KeyError where there is no such user."""
+    return person_of(pwd.getpwnam(name))
 
-    Raises ProblemError: `rayfwd_not_executable`, or why the head cannot be reached.
-    """
+
+def person_of(found: pwd.struct_passwd) -> Person:
+    groups = tuple(os.getgrouplist(found.pw_name, found.pw_gid))
+    return Person(found.pw_name, found.pw_uid, found.pw_gid, groups, Path(found.pw_dir))
+
+
+def become(person: Person) -> tuple[dict[str, str], dict[str, Any]]:
+    """Environment and ids (as `subprocess` takes them) of a child that is this person."""
     mine = person.uid == os.geteuid()
     env = {"HOME": str(person.home), "USER": person.name, "LOGNAME": person.name}
     env |= {"PATH": os.environ.get("PATH", _PATH) if mine else _PATH, "LC_ALL": "C.UTF-8"}
     if mine and "SSH_AUTH_SOCK" in os.environ:
         env["SSH_AUTH_SOCK"] = os.environ["SSH_AUTH_SOCK"]
-    ids: dict[str, Any] = {}
-    if not mine:
-        ids = {"user": person.uid, "group": person.gid, "extra_groups": person.groups}
+    if mine:
+        return env, {}
+    return env, {"user": person.uid, "group": person.gid, "extra_groups": person.groups}
+
+
+def look(person: Person, ray: str | None, head: str | None) -> Seen:
+    """Ask a child.
+
+    Raises ProblemError: `rayfwd_not_executable`, or why the head cannot be reached.
+    """
+    env, ids = become(person)
     argv = [sys.executable, "-m", "rayfwd.setup.look"]
     try:
         ran = subprocess.run(

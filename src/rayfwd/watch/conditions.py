@@ -141,6 +141,14 @@ CATALOGUE: Mapping[str, Kind] = {
     ),
     # Of `rayfwd connect`.
     **_kinds("error", "hub_too_old listen_taken", counted=False),
+    # Of `rayfwd doctor`.
+    **_kinds(
+        "error",
+        "check_busy check_long config_doubtful config_invalid clock_offset hub_older link_poor "
+        "login_slow names_slow plan_malformed processes_low proxy_catches rayfwd_version_differs "
+        "report_unwritable sshd_absent sshd_forbids",
+        counted=False,
+    ),
     # Of `rayfwd init` and `rayfwd uninstall`.
     **_kinds(
         "error",

@@ -1,0 +1,199 @@
+"""What the examinations of both roles have: the file, the daemon, Ray, ports, limits, proxies."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rayfwd.config import Config
+from rayfwd.control import ask
+from rayfwd.daemon.watches import temp_dir
+from rayfwd.doctor import looks, rules
+from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
+from rayfwd.doctor.settings import doubts
+from rayfwd.doors import doors_for
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import install, ports
+from rayfwd.ray.install import RayInstall
+from rayfwd.ray.process import RayProcess, find_foreign
+from rayfwd.watch import machine
+
+Tell = Callable[[Row], None]
+
+
+class Examination:
+    """What both roles have."""
+
+    def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
+        self.config = config
+        self.env = env
+        self.rows: list[Row] = []
+        self._control = control
+        self._tell = tell
+        self.status: dict[str, Any] | None = None
+        """Of the daemon, where one answers."""
+        self.nodes: tuple[NodePlan, ...] = ()
+        self.own: NodePlan | None = None
+        self.network = config.hub.network
+
+    def say(self, row: Row) -> None:
+        self.rows.append(row)
+        self._tell(row)
+
+    async def run(self) -> None:
+        raise NotImplementedError
+
+    # -- the file and the daemon --------------------------------------------------------
+
+    def settings(self) -> Row:
+        config = self.config
+        found = list(doubts(config))
+        if not found:
+            return passed("config", f"{config.path}: {config.role} {config.name}")
+        return warned(
+            "config",
+            Problem("config_doubtful", "; ".join(found), "see whether that is meant so"),
+        )
+
+    async def daemon(self) -> Row:
+        try:
+            self.status = status = await asyncio.to_thread(ask, self._control, "status")
+        except ProblemError as exc:
+            if exc.problem.code == "daemon_not_running":
+                return skipped("daemon", "none runs here")
+            return warned("daemon", exc.problem)
+        self.own = plan_of(status.get("node"))
+        state, summary = str(status.get("state")), str(status.get("summary"))
+        wrong = [*status.get("waiting_for", []), *status.get("problems", [])]
+        first = next((p for p in wrong if p.get("severity") != "note"), None)
+        if first is None and state == "ready":
+            return passed("daemon", summary, pid=status.get("pid"), state=state)
+        first = first or next(iter(wrong), {"code": "ray_starting"})
+        problem = Problem(str(first["code"]), summary, "see `rayfwd status`")
+        return warned("daemon", problem, pid=status.get("pid"), state=state)
+
+    @property
+    def phase(self) -> str | None:
+        """Of Ray, as the daemon has it; None: no daemon answers."""
+        return None if self.status is None else str(self.status["ray"]["phase"])
+
+    # -- Ray, ports, limits --------------------------------------------------------
+
+    async def ray(self) -> tuple[Row, RayInstall | None]:
+        try:
+            found = await install.find(self.config.ray.command, self.env)
+        except ProblemError as exc:
+            if not self.config.ray.start:
+                return warned("ray", exc.problem), None
+            return failed("ray", exc.problem), None
+        versions = found.versions
+        said = f"{found.command}: Ray {versions.ray}, Python {versions.python}"
+        return passed("ray", said, ray=versions.ray, python=versions.python), found
+
+    async def ports(self) -> Row:
+        own, phase = self.own, self.phase
+        if own is None:
+            return skipped("ports", "this node's ports are known when the hub has answered")
+        span = f"{own.base}-{own.last_worker_port}"
+        if own.head_services:
+            span = ", ".join([*(str(p) for p in own.head_services.values()), span])
+        if phase == "up":
+            return passed("ports", f"{span}: this node's Ray has them")
+        if phase == "starting":
+            return skipped("ports", "Ray is being started on them")
+        found = await asyncio.to_thread(self._taken, own)
+        if isinstance(found, Problem):
+            return failed("ports", found)
+        return passed("ports", f"{span}: {found}")
+
+    def _taken(self, own: NodePlan) -> Problem | str:
+        try:
+            ports.check_free(own.ports)
+        except ProblemError as exc:
+            left = RayProcess.recover(self.config.state_dir)
+            if left is not None and left.alive():
+                return "a Ray that rayfwd has started holds them, and will be taken over"
+            if find_foreign(own.address) is not None:
+                return "a Ray of this user's with this node's address holds them"
+            return exc.problem
+        return "free"
+
+    async def doors(self) -> Row:
+        own = self.own
+        if self.status is not None:
+            doors = self.status["doors"]
+            if doors["blocked"]:
+                return failed("doors", several([Problem(**p) for p in doors["blocked"]]))
+            return passed("doors", f"{doors['open']} are open", open=doors["open"])
+        if own is None or not self.nodes:
+            return skipped("doors", "the other nodes are known when the hub has answered")
+        blocked = await asyncio.to_thread(looks.blocked_doors, self.nodes, own)
+        if blocked:
+            return failed("doors", several(blocked))
+        return passed("doors", f"{self._doors()} can be opened")
+
+    def _doors(self) -> int:
+        others = [n for n in self.nodes if not (n.advertised or n is self.own)]
+        others = [n for n in others if self.own is None or n.name != self.own.name]
+        return sum(len(doors_for(n.address, n.ports)) for n in others)
+
+    async def limits(self) -> Row:
+        pid = ray_pid = None
+        if self.status is not None:
+            pid, ray_pid = int(self.status["pid"]), self.status["ray"].get("pid")
+        found = await asyncio.to_thread(looks.limits, pid, ray_pid)
+        ray = self.config.ray
+        cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1
+        directory = temp_dir(ray.env, ray.extra_args)
+        seen = machine.look(self._doors(), self.nodes, self.own, [directory], False)
+        wrong = machine.judge(replace(seen, limit=found.descriptors))
+        threads = rules.judge_threads(found.threads, found.running, cpus)
+        if threads is not None:
+            wrong.append(threads)
+        values = {"descriptors": found.descriptors, "threads": found.threads, "whose": found.whose}
+        if wrong:
+            return warned("limits", several(wrong), **values)
+        files = "any number of" if found.descriptors < 0 else str(found.descriptors)
+        tasks = "any number of" if found.threads is None else str(found.threads)
+        said = f"{files} files, {tasks} processes and threads ({found.whose})"
+        return passed("limits", said, **values)
+
+    def proxies(self) -> Row:
+        addresses = [node.address for node in (*self.nodes[:1], self.own) if node is not None]
+        addresses = addresses or [str(ipaddress.ip_network(self.network)[1])]
+        problem = rules.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
+        if problem is not None:
+            return warned("proxies", problem)
+        return passed("proxies", "none catches the cluster's addresses")
+
+
+def plan_of(data: Any) -> NodePlan | None:
+    try:
+        return NodePlan.from_wire(data) if data else None
+    except ValueError:
+        return None
+
+
+def several(problems: list[Problem]) -> Problem:
+    """The first, with what the next ones say."""
+    first, *others = problems
+    if not others:
+        return first
+    shown = "; ".join(p.cause for p in problems[:4])
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    different = list(dict.fromkeys(p.remedy for p in problems[:4]))
+    return Problem(first.code, f"{shown}{more}", "; ".join(different))
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

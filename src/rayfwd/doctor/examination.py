@@ -1,0 +1,34 @@
+"""Goes through the checks of a role in order.
+
+Nothing here changes anything: no node joins, no port is held for longer than it takes to see that
+it is free (or, with `ray.advertise` and no daemon, that the head reaches it), Ray is not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rayfwd.config import Config
+from rayfwd.doctor.base import Tell
+from rayfwd.doctor.head import HeadExamination
+from rayfwd.doctor.rows import Row, failed
+from rayfwd.doctor.worker import WorkerExamination
+from rayfwd.problems import Problem
+
+
+async def examine(config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> list[Row]:
+    """All rows of this configuration's role; each is told as it is known.
+
+    `control` is where a daemon of this configuration would answer.
+    """
+    kind = HeadExamination if config.role == "head" else WorkerExamination
+    examination = kind(config, control, env, tell)
+    await examination.run()
+    return examination.rows
+
+
+def of_a_mistake(lines: list[str]) -> Row:
+    """The one row of a configuration that cannot be used."""
+    remedy = "correct the file; `rayfwd check` looks at it alone"
+    return failed("config", Problem("config_invalid", "; ".join(lines), remedy))

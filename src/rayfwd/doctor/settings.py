@@ -1,0 +1,88 @@
+"""What is doubtful about a configuration that is valid: it may be meant so, and seldom is."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayfwd import unixsocket
+from rayfwd.config import Config, HeadConfig
+from rayfwd.plan import PORT_CEILING
+from rayfwd.problems import ProblemError
+
+_EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+UNIT = Path("/etc/systemd/system/rayfwd.service")
+MADE_BY_SYSTEMD = frozenset({Path("/run/rayfwd"), Path("/var/lib/rayfwd")})
+"""The unit's RuntimeDirectory= and StateDirectory=: there before the daemon is."""
+
+
+def doubts(config: Config) -> Iterator[str]:
+    """One line each, with what to do."""
+    if config.head is not None:
+        yield from _key_warnings(config.head)
+    low = _ephemeral_floor()
+    if low is not None and low < PORT_CEILING:
+        yield (
+            f"this machine takes ephemeral ports from {low} on ({_EPHEMERAL}), and Ray's ports lie "
+            f"below {PORT_CEILING}: an outgoing connection may take one of them; "
+            f"raise the range to begin at {PORT_CEILING}"
+        )
+    for socket in (config.control_socket, *([config.hub_socket] if config.role == "head" else [])):
+        try:
+            unixsocket.check_path(socket)
+        except ProblemError as exc:
+            yield str(exc.problem)
+    if config.role == "worker":
+        for key in ("port", "client_port"):
+            if key in config.ray.model_fields_set:
+                yield f"ray.{key} is a head's: on a worker it changes nothing"
+    for directory in (config.state_dir, config.runtime_dir):
+        if (fault := not_writable(directory)) is not None:
+            yield fault
+
+
+def _key_warnings(head: HeadConfig) -> Iterator[str]:
+    if head.identity is not None:
+        path = head.identity.expanduser()
+        try:
+            mode = path.stat().st_mode
+        except OSError as exc:
+            yield f"head.identity = {path}: {exc.strerror}"
+        else:
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                yield f"head.identity = {path}: others may read it; say `chmod 600 {path}`"
+            if not os.access(path, os.R_OK):
+                yield f"head.identity = {path}: this user cannot read it"
+    known = head.known_hosts.expanduser() if head.known_hosts is not None else None
+    usual = (Path("~/.ssh/known_hosts").expanduser(), Path("/etc/ssh/ssh_known_hosts"))
+    if known is not None and not known.exists():
+        yield f"head.known_hosts = {known}: no such file; the head's host key must be in it"
+    elif known is None and head.ssh_config is None and not any(p.exists() for p in usual):
+        yield (
+            f"neither {usual[0]} nor {usual[1]} exists: the head's host key must be known before; "
+            "connect once with ssh"
+        )
+    if head.ssh_config is not None and not head.ssh_config.expanduser().exists():
+        yield f"head.ssh_config = {head.ssh_config}: no such file"
+
+
+def _ephemeral_floor() -> int | None:
+    try:
+        return int(_EPHEMERAL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def not_writable(directory: Path) -> str | None:
+    """The daemon makes these directories; what matters is the first one that exists."""
+    if directory in MADE_BY_SYSTEMD and not directory.exists() and UNIT.exists():
+        return None
+    there = next((p for p in (directory, *directory.parents) if p.exists()), Path("/"))
+    if there == directory and not there.is_dir():
+        return f"{directory} is not a directory"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{directory}: this user may not write in {there} (the service's user may)"
+    return None

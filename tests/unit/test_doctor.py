@@ -1,0 +1,714 @@
+"""`rayfwd doctor`: its rules, what it reads of this machine, and a worker's way to a real hub."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import pytest
+
+from rayfwd import __version__
+from rayfwd.cli import VERBS, doctor, main
+from rayfwd.config import Config, parse
+from rayfwd.doctor import looks, rows, rules
+from rayfwd.doctor.examination import examine, of_a_mistake
+from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
+from rayfwd.doctor.rules import Tick
+from rayfwd.plan import NodePlan
+from rayfwd.problems import Problem
+from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.session.handshake import Refusal
+from rayfwd.setup.units import service_user
+from tests.unit.cluster import Cluster, free_place
+from tests.unit.loops import run
+from tests.unit.ssh_server import Sshd
+from tests.unit.test_cli import daemon, rayfwd
+
+PROBLEM = Problem("clock_offset", "it is late", "wind it")
+NETWORK = "127.77.0.0/16"
+
+
+@pytest.fixture(autouse=True)
+def _no_logging_left_behind() -> Iterator[None]:
+    yield
+    import io
+
+    from rayfwd import logs
+    from rayfwd.config import LogConfig
+
+    logs.setup(LogConfig(), io.StringIO())
+
+
+# -- rows
+
+
+def test_the_worst_decides() -> None:
+    good, bad = passed("a", "fine", n=1), failed("b", PROBLEM)
+    late, unseen = warned("c", PROBLEM, seconds=2), skipped("d", "not asked")
+    assert [worst(found) for found in ([], [good, unseen], [good, late], [late, bad])] == [
+        *("pass", "pass", "warn", "fail")
+    ]
+    assert summary([good, late, bad, unseen, good]) == "2 pass, 1 warn, 1 fail, 1 skipped"
+    for row in (good, bad, late, unseen):
+        assert Row.from_wire(json.loads(json.dumps(row.to_wire()))) == row
+    whole = document("head", "h", "1.0", [good, late])
+    assert (whole["schema"], whole["result"]) == (rows.SCHEMA, "warn")
+    assert whole["checks"][1] == {
+        "check": "c",
+        "result": "warn",
+        "said": "it is late",
+        "code": "clock_offset",
+        "remedy": "wind it",
+        "seen": {"seconds": 2},
+    }
+
+
+def test_exit_codes() -> None:
+    codes = [doctor.exit_code([row]) for row in (passed("a", ""), skipped("a", ""))]
+    codes += [doctor.exit_code([row]) for row in (warned("a", PROBLEM), failed("a", PROBLEM))]
+    assert [*codes, doctor.exit_code([of_a_mistake(["role = 5"])])] == [0, 0, 4, 1, 2]
+
+
+# -- rules
+
+
+RECORDED = {
+    # Asked from a machine whose clock is right, 5 ms and 200 ms away; and of 2.5 h behind.
+    "right": [Tick(1000.0, 1000.0026, 0.005), Tick(1001.0, 1001.13, 0.2)],
+    "far": [Tick(1000.0, 1000.11, 0.21), Tick(1001.0, 1001.19, 0.2)],
+    "ahead": [Tick(1000.0, 996.9, 0.2), Tick(1001.0, 998.0025, 0.005)],
+    "behind": [Tick(1000.0, 10000.1, 0.2)],
+    "far and unsure": [Tick(1000.0, 1004.5, 5.0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("ticks", "ahead", "said"),
+    [
+        ("right", 0.0001, ""),
+        ("far", 0.09, ""),
+        ("ahead", -3.0, "3.0 s ahead of the head's"),
+        ("behind", 9000.0, "2.5 hours behind the head's"),
+        ("far and unsure", 2.0, ""),
+    ],
+)
+def test_the_clock(ticks: str, ahead: float, said: str) -> None:
+    found, doubt = rules.offset(RECORDED[ticks])
+    assert found == pytest.approx(ahead, abs=1e-6)
+    problem = rules.judge_clock(found, doubt)
+    assert (problem is None) == (not said)
+    assert problem is None or said in problem.cause
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ((0.04, 5e7, 5e6), []),
+        ((0.25, 1e6, 1e6), []),
+        ((0.3, 5e7, 5e7), ["300 ms"]),
+        ((0.04, 9.9e5, 5e7), ["990 kB/s from the head"]),
+        ((0.4, 800.0, 5e3), ["400 ms", "800 B/s from", "5 kB/s to the head"]),
+    ],
+)
+def test_the_link(seen: tuple[float, float, float], said: list[str]) -> None:
+    problem = rules.judge_link(*seen)
+    assert (problem is None) == (not said)
+    assert problem is None or all(words in problem.cause for words in said)
+
+
+@pytest.mark.parametrize(
+    ("limit", "running", "cpus", "low"),
+    [(None, 10**6, 64, False), (4000, 100, 4, False), (1200, 100, 4, True), (4000, 100, 64, True)],
+)
+def test_threads(limit: int | None, running: int, cpus: int, low: bool) -> None:
+    problem = rules.judge_threads(limit, running, cpus)
+    assert (problem is not None and problem.code == "processes_low") == low
+
+
+PROXY = {"http_proxy": "http://ann:sesame@proxy.example:3128"}
+
+
+@pytest.mark.parametrize(
+    ("env", "catches"),
+    [
+        ({}, ""),
+        ({"NO_PROXY": ""}, ""),
+        ({"http_proxy": ""}, ""),
+        (PROXY, "http_proxy"),
+        ({"HTTPS_PROXY": "x"}, "HTTPS_PROXY"),
+        ({"ALL_PROXY": "socks5://x"}, "ALL_PROXY"),
+        ({"http_proxy": "", "HTTP_PROXY": "x"}, ""),  # the small one counts, and says none
+        (PROXY | {"NO_PROXY": "localhost, 127.77.0.0/16"}, ""),
+        (PROXY | {"NO_PROXY": "127.0.0.0/8"}, ""),
+        (PROXY | {"no_proxy": "*"}, ""),
+        (PROXY | {"no_proxy": "127.77.0.1,127.77.0.2"}, ""),
+        (PROXY | {"no_proxy": "127.77.0.1"}, "127.77.0.2"),
+        (PROXY | {"no_proxy": "localhost,.example.org,10.0.0.0/8,fd00::/8"}, "http_proxy"),
+        (PROXY | {"no_proxy": "localhost", "NO_PROXY": "127.77.0.0/16"}, "http_proxy"),
+    ],
+)
+def test_proxies(env: dict[str, str], catches: str) -> None:
+    problem = rules.judge_proxies(env, {}, NETWORK, ["127.77.0.1", "127.77.0.2"])
+    assert (problem is None) == (not catches)
+    if problem is not None:
+        assert problem.code == "proxy_catches"
+        assert catches in problem.cause
+        assert NETWORK in problem.remedy
+        assert "sesame" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("env", "ray_env", "catches"),
+    [
+        ({}, PROXY, False),  # rayfwd sets NO_PROXY for Ray
+        ({}, PROXY | {"NO_PROXY": "localhost"}, True),
+        (PROXY | {"NO_PROXY": "127.77.0.0/16"}, {"no_proxy": "localhost"}, True),
+        ({}, PROXY | {"NO_PROXY": "127.77.0.0/16"}, False),
+        ({}, {"NO_PROXY": "localhost"}, False),
+    ],
+)
+def test_proxies_of_rays_own_environment(
+    env: dict[str, str], ray_env: dict[str, str], catches: bool
+) -> None:
+    problem = rules.judge_proxies(env, ray_env, NETWORK, ["127.77.0.1"])
+    assert (problem is not None) == catches
+    assert problem is None or "ray.env" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("AllowStreamLocalForwarding no", ["AllowStreamLocalForwarding"]),
+        ("AllowStreamLocalForwarding=remote", ["AllowStreamLocalForwarding"]),
+        ("allowstreamlocalforwarding yes\nAllowStreamLocalForwarding no", []),
+        ("AllowStreamLocalForwarding local", []),
+        ("DisableForwarding yes", ["AllowStreamLocalForwarding"]),
+        ("  # DisableForwarding yes", []),
+        ("Match User ann\n  AllowStreamLocalForwarding no\n  MaxSessions 0", []),
+        ('ForceCommand "/bin/backup now" # nightly', ["ForceCommand"]),
+        ("ForceCommand none\nMaxSessions 10\nPubkeyAuthentication yes", []),
+        ("PubkeyAuthentication no\nMaxSessions 0", ["PubkeyAuthentication", "MaxSessions"]),
+        ("MaxStartups 3:30:60", ["MaxStartups"]),
+        ("MaxStartups 4", []),
+    ],
+)
+def test_sshds_options(tmp_path: Path, text: str, names: list[str]) -> None:
+    (tmp_path / "sshd_config").write_text(text)
+    options = looks.sshd_options(tmp_path / "sshd_config")
+    assert options is not None
+    found = rules.judge_sshd(looks.first_values(options), workers=4)
+    assert [problem.cause.split()[0] for problem in found] == names
+
+
+def test_sshds_included_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(looks, "SSHD_CONFIG", tmp_path / "sshd_config")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "1.conf").write_text("Port 2222\nMatch all\nMaxSessions 0\n")
+    (tmp_path / "d" / "2.conf").write_text("MaxSessions 5\nInclude sshd_config\n")  # a circle
+    (tmp_path / "d" / "3.conf").symlink_to("/nonexistent")
+    (tmp_path / "sshd_config").write_text("Include d/*.conf\nMaxSessions 1\nPort 22\n")
+    options = looks.sshd_options(tmp_path / "sshd_config")
+    assert options is not None
+    assert looks.first_values(options)["maxsessions"] == "5"
+    assert set(options["port"]) == {"22", "2222"}
+    assert looks.sshd_options(tmp_path / "absent") is None
+
+
+# -- this machine
+
+
+def test_limits_of_this_process_and_of_a_daemon() -> None:
+    for pid in (None, os.getpid()):
+        found = looks.limits(pid)
+        assert found.descriptors == -1 or found.descriptors > 100
+        assert found.threads is None or found.threads > found.running > 0
+        assert ("daemon" in found.whose) == (pid is not None)
+
+
+def test_a_control_groups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tightest of those above counts, which is seldom the nearest."""
+    group = tmp_path / "groups" / "system.slice" / "rayfwd.service"
+    group.mkdir(parents=True)
+    for directory, limit, tasks in ((group, "max", 3), (group.parent, "500", 400)):
+        (directory / "pids.max").write_text(f"{limit}\n")
+        (directory / "pids.current").write_text(f"{tasks}\n")
+    (tmp_path / "proc" / str(os.getpid())).mkdir(parents=True)
+    cgroup = "0::/system.slice/rayfwd.service\n"
+    (tmp_path / "proc" / str(os.getpid()) / "cgroup").write_text(cgroup)
+    monkeypatch.setattr(looks, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(looks, "CGROUPS", tmp_path / "groups")
+    found = looks.limits(os.getpid())
+    assert (found.threads, found.running) == (500, 400)
+
+
+def test_a_door_that_is_taken_is_named() -> None:
+    place = free_place()
+    node = NodePlan("w2", "worker", place.address, place.port, 8)
+    own = NodePlan("w1", "worker", "127.77.0.9", 30000, 8)
+    assert looks.blocked_doors([node, own], own) == []
+    with socket.create_server((place.address, place.port + 3)):
+        (problem,) = looks.blocked_doors([node, own], own)
+        assert problem.code == "door_blocked"
+        assert str(place.port + 3) in problem.cause
+        assert looks.blocked_doors([replace(node, advertised=True)], own) == []
+
+
+def test_names_are_looked_up() -> None:
+    async def main_() -> None:
+        seconds, addresses = await looks.look_up("localhost", 22)
+        assert seconds < 20
+        assert {"127.0.0.1", "::1"} & set(addresses)
+        with pytest.raises(Exception, match=r"no\.such\.host\.invalid cannot be resolved"):
+            await looks.look_up("no.such.host.invalid", 22)
+
+    run(main_)
+
+
+@pytest.mark.parametrize(
+    ("unit", "config", "user"),
+    [
+        ("User=ray\nExecStart=/o/rayfwd run", "/etc/rayfwd.toml", "ray"),
+        ("User=ray\nExecStart=/o/rayfwd run", "/etc/other.toml", None),
+        ("User=ray\nExecStart=/o/rayfwd --config /etc/o.toml run", "/etc/o.toml", "ray"),
+        ("User=ray\nExecStart=/o/rayfwd --config /etc/o.toml run", "/etc/rayfwd.toml", None),
+        ("ExecStart=/o/rayfwd run", "/etc/rayfwd.toml", None),
+        (None, "/etc/rayfwd.toml", None),
+    ],
+)
+def test_whose_service_it_is(
+    tmp_path: Path, unit: str | None, config: str, user: str | None
+) -> None:
+    if unit is not None:
+        (tmp_path / "rayfwd.service").write_text(unit)
+    assert service_user(tmp_path, Path(config)) == user
+
+
+# -- a worker's way to the hub
+
+
+class Site:
+    """A head with hub and sshd, and a worker's configuration."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sshd = Sshd(directory)
+        self.head = Cluster(directory)
+        self.fields: dict[str, Any] = {}
+        self.env: dict[str, str] = dict(os.environ) | {"NO_PROXY": "*", "no_proxy": "*"}
+
+    def config(self) -> Config:
+        directory = self.directory
+        self.sshd.identity.chmod(0o600)
+        data: dict[str, Any] = {
+            "role": "worker",
+            "name": "w1",
+            "state_dir": str(directory / "state"),
+            "runtime_dir": str(directory / "run"),
+            "head": {
+                "ssh": f"ray@127.0.0.1:{self.sshd.port}",
+                "identity": str(self.sshd.identity),
+                "known_hosts": str(self.sshd.known_hosts),
+                "ssh_config": str(directory / "ssh_config"),
+                "socket": str(self.head.hub.path),
+            },
+            "ray": {"command": str(directory / "ray"), "num_cpus": 2},
+        }
+        for key, value in self.fields.items():
+            section, _, name = key.rpartition(".")
+            (data[section] if section else data)[name] = value
+        return parse(data, directory / "rayfwd.toml")
+
+    async def look(self, **fields: Any) -> dict[str, Row]:
+        """The rows of a configuration with these keys."""
+        self.fields = {key.replace("__", "."): value for key, value in fields.items()}
+        told: list[Row] = []
+        config = self.config()
+        found = await examine(config, self.directory / "control.sock", self.env, told.append)
+        assert told == found
+        assert tuple(row.check for row in found) == rows.WORKER
+        return {row.check: row for row in found}
+
+
+@asynccontextmanager
+async def site(directory: Path, hub: bool = True) -> AsyncIterator[Site]:
+    made = Site(directory)
+    (directory / "ssh_config").write_text("")
+    (directory / "state").mkdir()
+    if hub:
+        await made.head.start()
+    await made.sshd.start()
+    try:
+        yield made
+    finally:
+        await made.sshd.stop()
+        await made.head.close()
+
+
+def results(found: Mapping[str, Row], *checks: str) -> list[str]:
+    return [found[check].result for check in checks]
+
+
+WAY = ("ssh", "host_key", "auth", "channel", "hub", "place")
+MEASURED = ("clock", "link")
+
+
+@pytest.mark.parametrize("via", ["socket", "exec"])
+def test_a_good_way(tmp_path: Path, via: str) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.attach_to = s.head.hub.path
+            found = await s.look(head__via=via)
+            assert results(found, *WAY, *MEASURED) == ["pass"] * 8
+            assert results(found, "ports", "doors", "names", "proxies") == ["pass"] * 4
+            assert "will get" in found["place"].said
+            assert found["hub"].seen["version"] == __version__
+            assert abs(found["clock"].seen["seconds_behind"]) < 0.5, "it is one clock"
+            assert found["link"].seen["down"] > 1e6
+            assert found["link"].seen["up"] > 1e6
+            assert results(found, "advertise", "advertise_self") == ["skip", "skip"]
+            assert found["ray"].problem is not None
+            assert found["ray"].problem.code == "ray_not_found"
+            assert found["versions"].result == "skip"
+            assert s.head.hub.nodes == {}
+
+    run(main_)
+
+
+@pytest.mark.parametrize(
+    ("break_", "stage", "code"),
+    [
+        ("port", "ssh", "ssh_unreachable"),
+        ("name", "ssh", "ssh_unreachable"),
+        ("other host key", "host_key", "host_key_mismatch"),
+        ("no host key", "host_key", "host_key_unknown"),
+        ("other key", "auth", "ssh_auth_refused"),
+        ("bad key", "auth", "ssh_key_unusable"),
+        ("stream-local", "channel", "channel_refused"),
+        ("socket", "hub", "hub_absent"),
+        ("attach", "hub", "hub_absent"),
+    ],
+)
+def test_where_the_way_ends(tmp_path: Path, break_: str, stage: str, code: str) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            fields: dict[str, Any] = {}
+            key = asyncssh.generate_private_key("ssh-ed25519")
+            match break_:
+                case "port":
+                    fields["head__ssh"] = f"ray@127.0.0.1:{free_place().port}"
+                case "name":
+                    fields["head__ssh"] = "ray@no.such.host.invalid"
+                case "other host key":
+                    s.sshd.known_hosts.write_text(s.sshd.known_hosts_line(key))
+                case "no host key":
+                    s.sshd.known_hosts.write_text("")
+                case "other key":
+                    key.write_private_key(s.sshd.identity)
+                case "bad key":
+                    s.sshd.identity.write_text("no key\n")
+                case "stream-local":
+                    s.sshd.prohibits = True
+                case "socket":
+                    fields["head__socket"] = str(tmp_path / "absent.sock")
+                case "attach":
+                    s.sshd.attach_to = tmp_path / "absent.sock"
+                    fields["head__via"] = "exec"
+            found = await s.look(**fields)
+            at = WAY.index(stage)
+            before = "skip" if break_ == "bad key" else "pass"
+            assert results(found, *WAY) == [before] * at + ["fail"] + ["skip"] * (5 - at)
+            problem = found[stage].problem
+            assert problem is not None
+            assert problem.code == code
+            assert problem.remedy
+            assert results(found, *MEASURED, "ports", "doors") == ["skip"] * 4
+            if break_ == "name":
+                assert found["names"].result == "fail"
+
+    run(main_)
+
+
+def test_another_version_and_a_name_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayfwd.hub.__version__", "0.0.1")
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            await s.head.worker("w1")  # its key is another than ours would be
+            found = await s.look()
+            assert results(found, *WAY) == [*["pass"] * 4, "warn", "fail"]
+            assert found["hub"].problem is not None
+            assert found["hub"].problem.code == "rayfwd_version_differs"
+            assert found["place"].problem is not None
+            assert found["place"].problem.code == "name_taken"
+            assert results(found, *MEASURED) == ["pass", "pass"], "the rest is looked at"
+            assert s.head.hub.nodes["w1"].state == "up"
+            (tmp_path / "state" / "node.key").write_text(s.head.workers["w1"].hello.key)
+            found = await s.look(ray__worker_ports=40)
+            assert found["place"].result == "pass"
+            assert "has 127." in found["place"].said
+            assert s.head.hub.nodes["w1"].state == "up"
+
+    run(main_)
+
+
+def test_a_hub_that_is_older(tmp_path: Path) -> None:
+    """It does not know the kind of frame, and says so as rayfwd always did."""
+    kinds: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kinds.append((await reader.read(1 << 16))[0])
+        writer.write(Refusal("frame_unknown", "a frame of unknown kind 13", "upgrade").encode())
+        writer.close()
+
+    async def main_() -> None:
+        async with site(tmp_path, hub=False) as s:
+            server = await asyncio.start_unix_server(serve, s.head.hub.path)
+            found = await s.look()
+            server.close()
+            assert results(found, *WAY) == [*["pass"] * 4, "warn", "skip"]
+            assert found["hub"].problem is not None
+            assert found["hub"].problem.code == "hub_older"
+            assert results(found, *MEASURED, "versions") == ["skip"] * 3
+            assert kinds == [Kind.CHECK]
+
+    run(main_)
+
+
+def test_this_hub_refuses_what_a_newer_doctor_asks(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        first_frame(bytearray(bytes([14]) + bytes(19)), 100)
+    assert caught.value.code == "frame_unknown"
+
+
+def test_what_answers_is_no_hub(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async def main_() -> None:
+        async with site(tmp_path, hub=False) as s:
+            server = await asyncio.start_unix_server(serve, s.head.hub.path)
+            found = await s.look()
+            server.close()
+            assert results(found, *WAY) == [*["pass"] * 4, "fail", "skip"]
+            assert "is not rayfwd's" in found["hub"].said
+
+    run(main_)
+
+
+def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "LOGIN", 0.3)
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.login_takes = 0.4
+            found = await s.look()
+            assert found["auth"].result == "warn"
+            assert found["auth"].problem is not None
+            assert found["auth"].problem.code == "login_slow"
+            assert found["place"].result == "pass"
+
+    run(main_)
+
+
+def test_ports_and_doors_that_are_taken(tmp_path: Path) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            found = await s.look()
+            first = int(str(found["place"].seen["ports"]).split("-")[0])
+            with socket.create_server(("0.0.0.0", first)):
+                found = await s.look()
+            assert found["ports"].problem is not None
+            assert found["ports"].problem.code == "port_in_use"
+            assert f"{first} (held by python" in found["ports"].said
+            with socket.create_server((s.head.address, 6379)):
+                found = await s.look()
+            assert found["ports"].result == "pass"
+            assert found["doors"].problem is not None
+            assert found["doors"].problem.code == "door_blocked"
+            assert "port 6379 is in use" in found["doors"].said
+
+    run(main_)
+
+
+def test_other_versions_than_the_heads(tmp_path: Path) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            packages = tmp_path / "site"
+            (packages / "ray-2.40.0.dist-info").mkdir(parents=True)
+            (packages / "ray-2.40.0.dist-info" / "METADATA").write_text(
+                "Name: ray\nVersion: 2.40.0\n"
+            )
+            python = tmp_path / "python"
+            python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+            python.chmod(0o755)
+            ray = tmp_path / "ray"
+            ray.write_text(f"#!{python}\n")
+            ray.chmod(0o755)
+            found = await s.look()
+            assert found["ray"].result == "pass"
+            assert found["ray"].seen["ray"] == "2.40.0"
+            assert found["versions"].problem is not None
+            assert found["versions"].problem.code == "ray_version_differs"
+            s.head.hub._head_versions = lambda: ("2.40.0", found["ray"].seen["python"])
+            assert (await s.look())["versions"].result == "pass"
+            s.head.hub._head_versions = lambda: (None, None)
+            assert "does not know its own Ray" in (await s.look())["versions"].said
+
+    run(main_)
+
+
+def test_beside_a_daemon(tmp_path: Path) -> None:
+    """Its word is taken for ports, doors and the advertised address: nothing is held beside it."""
+
+    def status(phase: str, *waiting: dict[str, str], blocked: tuple[Any, ...] = ()) -> Any:
+        return {
+            "pid": os.getpid(),
+            "state": "waiting" if waiting else "ready",
+            "summary": "as it is",
+            "waiting_for": list(waiting),
+            "problems": [],
+            "node": NodePlan("w1", "worker", "203.0.113.7", 20048, 70, advertised=True).to_wire(),
+            "ray": {"phase": phase},
+            "doors": {"open": 97, "blocked": list(blocked)},
+        }
+
+    dropped = {**Problem("advertise_dropped", "no way", "a rule").to_wire(), "severity": "error"}
+    blocked = Problem("door_blocked", "port 6379 is in use", "end it").to_wire()
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            with daemon(tmp_path, status=status("up")):
+                found = await s.look(ray__advertise="203.0.113.7")
+                assert results(found, "daemon", "ports", "doors") == ["pass"] * 3
+                assert results(found, "advertise", "advertise_self") == ["pass"] * 2
+                assert "this node's Ray has them" in found["ports"].said
+            with daemon(tmp_path, status=status("failed", dropped, blocked=(blocked,))):
+                found = await s.look(ray__advertise="203.0.113.7")
+                assert results(found, "daemon", "ports", "doors") == ["warn", "pass", "fail"]
+                assert results(found, "advertise", "advertise_self") == ["fail", "skip"]
+                assert "`rayfwd status`" in str(found["daemon"].problem)
+            with daemon(tmp_path, status=status("starting")):
+                assert (await s.look())["ports"].result == "skip"
+
+    run(main_)
+
+
+# -- the command
+
+
+def head_file(directory: Path, text: str = "") -> Path:
+    path = directory / "rayfwd.toml"
+    dirs = f'state_dir = "{directory}/s"\nruntime_dir = "{directory}/r"\n'
+    ray = f'[ray]\nport = {free_place().port}\ncommand = "/none/ray"\n'
+    path.write_text(f'{dirs}role = "head"\nname = "h"\n{text}{ray}')
+    return path
+
+
+def test_a_head_as_json(tmp_path: Path) -> None:
+    ran = rayfwd("--config", head_file(tmp_path), "doctor", "--json")
+    whole = json.loads(ran.stdout)
+    assert ran.returncode == 1
+    assert (whole["role"], whole["name"], whole["version"]) == ("head", "h", __version__)
+    found = {row["check"]: row for row in whole["checks"]}
+    assert tuple(found) == rows.HEAD
+    assert found["ray"]["code"] == "ray_not_found"
+    assert found["socket"]["result"] == "pass"
+    assert {found[c]["result"] for c in ("clock", "names", "link")} == {"skip"}
+    assert not (tmp_path / "s").exists(), "it makes nothing"
+
+
+def test_a_line_a_check_and_the_remedy(tmp_path: Path) -> None:
+    ran = rayfwd("--config", head_file(tmp_path), "doctor")
+    lines = ran.stdout.splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert [line.split()[1] for line in heads[:-1]] == list(rows.HEAD)
+    at = next(i for i, line in enumerate(lines) if line.startswith("fail  ray "))
+    assert "ray_not_found: ray.command" in lines[at]
+    assert "do" in lines[at + 1]
+    assert "install Ray" in lines[at + 1]
+    assert heads[-1].endswith("skipped")
+
+
+def test_a_mistake_in_the_file(tmp_path: Path) -> None:
+    ran = rayfwd("--config", head_file(tmp_path, "ride_through = 1\n"), "doctor", "--json")
+    assert ran.returncode == 2
+    (row,) = json.loads(ran.stdout)["checks"]
+    assert (row["check"], row["code"]) == ("config", "config_invalid")
+    assert "ride_through = 1: must be at least 5" in row["said"]
+    ran = rayfwd("--config", head_file(tmp_path, "[hub]\nport_base = 32760\n"), "doctor")
+    assert ran.returncode == 2
+    assert "port_base" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_head_whose_hub_cannot_be(tmp_path: Path) -> None:
+    text = '[hub]\nusers = ["no-such-user"]\n'
+    ran = rayfwd("--config", head_file(tmp_path, text), "doctor", "--json")
+    assert {r["check"]: r["code"] for r in json.loads(ran.stdout)["checks"]}["socket"] == (
+        "user_unknown"
+    )
+    (tmp_path / "r").mkdir()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "r" / "hub.sock"))
+        other.listen()
+        ran = rayfwd("--config", head_file(tmp_path), "doctor", "--json")
+    assert {r["check"]: r["code"] for r in json.loads(ran.stdout)["checks"]}["socket"] == (
+        "socket_in_use"
+    )
+
+
+def test_words_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "doctor" in VERBS
+    assert main(["doctor", "--log", "/x"]) == 2
+    assert "--report" in capsys.readouterr().err
+
+
+def test_as_another_user(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        ran = rayfwd("--config", head_file(tmp_path), "doctor", "--user", "nobody")
+        assert ran.returncode == 2
+        assert "needs root" in ran.stderr
+        return
+    ran = rayfwd("--config", head_file(tmp_path), "doctor", "--user", "no-such-user")
+    assert ran.returncode == 2
+    assert "there is no such user" in ran.stderr
+
+
+# The machine of these tests is one, and has one clock; that the head's clock is what is read is
+# seen in `test_the_clock_that_is_asked_is_the_hubs`.
+
+
+def test_the_clock_that_is_asked_is_the_hubs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late:
+        @staticmethod
+        def time() -> float:
+            return time.time() - 90.0
+
+    monkeypatch.setattr("rayfwd.checkup.time", Late)
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            found = await s.look()
+            assert found["clock"].problem is not None
+            assert found["clock"].problem.code == "clock_offset"
+            assert "90.0 s ahead of the head's" in found["clock"].said
+            assert found["clock"].seen["seconds_behind"] == pytest.approx(-90.0, abs=0.5)
+
+    run(main_)
