@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__
+from rayfwd.journal import is_stream
 from rayfwd.problems import ProblemError
 
 OK = 0
@@ -29,6 +30,7 @@ VERBS = {
     "init": "set this machine up as a head or as a worker",
     "run": "run the daemon in front (what the service does)",
     "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
+    "reload": "have the running daemon read its file again",
     "check": "validate the configuration file and say what it amounts to",
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",
@@ -119,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(code: int, lines: Sequence[str]) -> int:
+    # The journal takes a number before a line for its priority (sd-daemon(3)): 3 is an error.
+    mark = "<3>" if is_stream(2, os.environ) else ""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(mark + line, file=sys.stderr)
     return code

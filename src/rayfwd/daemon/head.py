@@ -26,6 +26,7 @@ from rayfwd.doors import Pump, Target
 from rayfwd.history import History
 from rayfwd.hub import Hub, HubNode
 from rayfwd.logs import get_logger
+from rayfwd.mux import Mux
 from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -312,6 +313,14 @@ class HeadDaemon(Daemon):
             for n in self._nodes_of_hub()
             if n.state != "away"
         }
+
+    def muxes(self) -> list[Mux]:
+        return [node.mux for node in self._nodes_of_hub() if node.mux is not None]
+
+    def take_config(self, config: Config) -> None:
+        super().take_config(config)
+        if self._watch is not None:
+            self._watch.take_config(config.ray)
 
     def histories(self) -> Mapping[str, History]:
         nodes = self._hub.nodes if self._hub is not None else {}
