@@ -38,6 +38,7 @@ from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
+from rayfwd.watchdog import Late, Watchdog, late
 
 log = get_logger(__name__)
 
@@ -134,6 +135,8 @@ class Client:
         self._listening = listen_all(self._config)
         stopping = asyncio.create_task(stop.wait(), name="stop")
         holding = asyncio.create_task(self._hold(), name="hold")
+        watchdog = Watchdog(self._late, lambda: self._welcome is not None, Notifier())
+        feeding = asyncio.create_task(watchdog.run(), name="watchdog")
         try:
             await asyncio.wait({stopping, holding}, return_when=asyncio.FIRST_COMPLETED)
             if holding.done():
@@ -146,9 +149,15 @@ class Client:
                 sock.close()
             if self._link is not None:
                 await self._link.close("the client was ended")
-            stopping.cancel()
-            holding.cancel()
-            await asyncio.gather(stopping, holding, return_exceptions=True)
+            for task in (stopping, holding, feeding):
+                task.cancel()
+            await asyncio.gather(stopping, holding, feeding, return_exceptions=True)
+
+    def _late(self) -> list[Late]:
+        link = self._link
+        if link is None:
+            return []
+        return late((s.progress for s in link.slots), [link.mux] if link.mux is not None else [])
 
     async def _hold(self) -> None:
         """Hold the link for ever, once there was a way to the hub."""

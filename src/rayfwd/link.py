@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import asyncssh
@@ -21,6 +21,7 @@ from rayfwd.history import History
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.progress import Progress
 from rayfwd.session.frames import MAX_PAYLOAD, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
@@ -43,6 +44,8 @@ WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a channel before the session is asked for no more."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
+PATIENCE = 180.0
+"""Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
 LASTED = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
 
@@ -203,6 +206,10 @@ class LaneSlot:
     up_since: float | None = None
     """Wall-clock seconds."""
     problem: Problem | None = None
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(f"lane {self.name}")
 
 
 class Link:
@@ -309,8 +316,10 @@ class Link:
         wait = REDIAL_FIRST
         while not self._closing:
             if slot is not self.slots[0]:
+                slot.progress.rest()
                 await self._established.wait()  # one lane finds out whether there is a hub
             began = time.monotonic()
+            slot.progress.turn(PATIENCE)
             try:
                 await self._one_lane(slot)
                 if time.monotonic() - began > LASTED:
@@ -327,6 +336,7 @@ class Link:
             pause = wait * random.uniform(0.8, 1.2)
             if slot.problem is not None and slot.problem.code == "ssh_auth_refused":
                 pause = max(pause, REDIAL_KEYS)
+            slot.progress.turn(pause + PATIENCE)
             await asyncio.sleep(pause)
             wait = min(wait * 2, longest)
 
@@ -344,6 +354,7 @@ class Link:
             self._lanes.add(lane)
             self._join(slot, lane, welcome, session, connection)
             hint = asyncio.create_task(self._dialer.send_at_once(connection), name="send at once")
+            slot.progress.rest()  # its session's timer shows that it is alive
             try:
                 why = await lane.lost
             finally:

@@ -258,6 +258,12 @@ class Mux:
         """End the session in order. Its streams are reset, its lanes closed."""
         self._run(self.session.close(why))
 
+    def late(self) -> float:
+        """Seconds since its timer should have come; 0: it is on time, or has no more to do."""
+        if self.session.ended or self._timer is None:
+            return 0.0
+        return max(0.0, self.now() - self._timer.when())
+
     # -- at work -------------------------------------------------------------------------------
 
     def flush(self) -> None:

@@ -38,6 +38,7 @@ PROGRAMS = (
     "mv ",
 )
 
+SERVICE = "tests/systemd/test_service.py"
 INIT = "tests/lab/test_init.py"
 ROOT = "tests/lab/test_init_root.py"
 CLI = "tests/unit/test_cli.py"
@@ -58,7 +59,13 @@ RUN = {
     "rayfwd plan": (CLI, '"plan"'),
     "rayfwd run": (INIT, '"run"'),
     "rayfwd attach": (INIT, "attach"),
+    "rayfwd reload": ("tests/unit/test_reload.py", '"reload"'),
     "rayfwd keeper": ("tests/unit/test_keeper.py", '"keeper"'),
+    "systemctl restart rayfwd": (SERVICE, 'systemctl("restart", "rayfwd")'),
+    "systemctl reload rayfwd": (SERVICE, 'systemctl("reload", "rayfwd")'),
+    "systemctl stop rayfwd": (SERVICE, 'systemctl("stop", "rayfwd")'),
+    "systemctl status rayfwd": (SERVICE, '"systemctl", "status"'),
+    "/opt/rayfwd/bin/pip install --upgrade": (SERVICE, "pip install --upgrade"),
     "rayfwd demo": ("Makefile", "rayfwd demo"),
     "python3 -m venv": ("tests/lab/package.py", '"venv"'),
     "make test": (".ci/run", "checks ray-envs roots"),
@@ -72,15 +79,12 @@ RUN = {
 NOT_RUN = {
     "systemctl enable --now --no-block rayfwd": "needs a booted systemd; the printed text is held",
     "systemctl disable --now rayfwd": "needs a booted systemd",
-    "systemctl restart rayfwd": "needs a booted systemd",
-    "systemctl stop rayfwd": "needs a booted systemd",
     "systemctl --user": "a name, not a command",
     "journalctl": "needs a booted systemd",
     "ray stop": "would end every Ray of this machine",
     "ray start": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
     "ray status": "run by rayfwd itself",
     "ray job submit": "Ray's own",
-    "/opt/rayfwd/bin/pip install --upgrade .": "tests/lab/package.py installs elsewhere",
     "ln -s /opt/rayfwd/bin/rayfwd": "a link on the user's PATH",
     "mv /etc/rayfwd/id_ed25519": "tests/unit/test_setup.py takes the key away by itself",
     "make clean": "would remove the environment that runs this",

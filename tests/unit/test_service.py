@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd import cli
+from rayfwd import cli, watchdog
 from rayfwd.ray import launcher
 
 UNITS = Path(__file__).parents[2] / "systemd"
@@ -62,7 +62,10 @@ def test_they_fit_daemon_and_keeper() -> None:
     assert unit["User"] == keeper["User"]
     assert unit["RestartPreventExitStatus"] == str(cli.MISTAKE)
     assert unit["Type"] == keeper["Type"] == "notify"
-    assert unit["TimeoutStartSec"] == "infinity", "READY waits for a head that may be away"
+    assert unit["ExecReload"].endswith("/rayfwd reload")
+    extended = float(unit["TimeoutStartSec"])
+    assert extended == watchdog.START_SECONDS, "READY waits for a head that may be away"
+    assert float(unit["WatchdogSec"]) == watchdog.PERIOD
     for each in (unit, keeper):
         assert int(each["TimeoutStopSec"]) > 30 + 30, "Ray's drain time, and ending what is left"
         assert each["StartLimitIntervalSec"] == "0", "transient faults are never given up"

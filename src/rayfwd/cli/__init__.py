@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__
+from rayfwd.journal import is_stream
 from rayfwd.problems import ProblemError
 
 OK = 0
@@ -30,6 +31,7 @@ VERBS = {
     "init": "set this machine up as a head or as a worker",
     "run": "run the daemon in front (what the service does)",
     "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
+    "reload": "have the running daemon read its file again",
     "check": "validate the configuration file and say what it amounts to",
     "doctor": "look for what would keep this node from working",
     "plan": "show every node's address and ports, and the exact `ray start` command",
@@ -122,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(code: int, lines: Sequence[str]) -> int:
+    # The journal takes a number before a line for its priority (sd-daemon(3)): 3 is an error.
+    mark = "<3>" if is_stream(2, os.environ) else ""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(mark + line, file=sys.stderr)
     return code

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 
 from rayfwd import daemon, logs
-from rayfwd.cli import FAULT
+from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.common import load_config
+from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
 
 _log = logs.get_logger("rayfwd")
@@ -17,7 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    try:
+        config = load_config(args)
+    except MistakeError as exc:
+        more = f" (and {len(exc.lines) - 1} more)" if len(exc.lines) > 1 else ""
+        Notifier().send(f"STATUS=not started, a mistake in the file: {exc.lines[0]}{more}")
+        raise
+    # Should the watchdog end us, the journal has where every thread was.
+    faulthandler.enable()
     logs.setup(config.log)
     try:
         if config.role == "client":

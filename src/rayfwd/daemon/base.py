@@ -19,10 +19,10 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from rayfwd import __version__
-from rayfwd.config import Config, ForwardConfig
+from rayfwd import __version__, logs
+from rayfwd.config import Config, ConfigError, ForwardConfig, load
 from rayfwd.control import ControlServer
-from rayfwd.daemon import handover, service
+from rayfwd.daemon import handover, reload, service
 from rayfwd.daemon.canary import CanaryVerb
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.watches import Watches
@@ -35,6 +35,7 @@ from rayfwd.notify import Notifier
 from rayfwd.parcel import Packed
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.progress import Progress
 from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
@@ -47,6 +48,7 @@ from rayfwd.watch.canary import Canary, Situation
 from rayfwd.watch.conditions import Seen, Severity, kind_of, worst
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer, Reach
+from rayfwd.watchdog import Late, Watchdog, late
 
 log = get_logger(__name__)
 
@@ -86,8 +88,8 @@ class Daemon:
         self._notified = ""
         self.ray = RaySupervisor(config, config.hub.network, self.changed)
         self._metrics: MetricsServer | None = None
-        if config.metrics.listen is not None:
-            self._metrics = MetricsServer(config.metrics.listen, self._families, self.changed)
+        self._metrics_changed = asyncio.Event()
+        self._watchdog = Watchdog(self._late, lambda: self._ready_said, self._notifier)
         self.board = Board(self.board_changed, config.name, _later)
         self.watches = Watches(self)
         self.canary = Canary(
@@ -184,6 +186,13 @@ class Daemon:
         """The role's links that are up, by the worker's name."""
         raise NotImplementedError
 
+    def loops(self) -> Iterable[Progress]:
+        """The loops that the watchdog looks at."""
+        return (self.ray.progress, self.watches.progress)
+
+    def _late(self) -> list[Late]:
+        return late(self.loops(), self.muxes().values())
+
     @property
     def metrics_problem(self) -> Problem | None:
         """What keeps the metrics from being asked for."""
@@ -192,6 +201,7 @@ class Daemon:
     # -- for a process that comes after this one --------------------------------------------------
 
     def muxes(self) -> Mapping[str, Mux]:
+        """The sessions that there are, by the peer's name."""
         raise NotImplementedError
 
     def waiting(self) -> Iterable[tuple[Target, Pump]]:
@@ -253,6 +263,11 @@ class Daemon:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._asked_to_stop, signal.Signals(number).name)
             loop.add_signal_handler(signal.SIGUSR2, self._asked_to_exec)
+            # Where there is a terminal, this is its end.
+            by_hand = os.isatty(0)
+            loop.add_signal_handler(
+                signal.SIGHUP, self._asked_to_stop if by_hand else self._asked_to_reload, "SIGHUP"
+            )
             log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
             self._arrival = handover.arrived(os.environ, config.role, config.name, self._notifier)
             if self._arrival is not None:
@@ -265,6 +280,7 @@ class Daemon:
                     "plan": self._plan_verb,
                     "forget": self.forget,
                     "canary": self._canary_verb,
+                    "reload": self._reload_verb,
                 },
             )
             await control.start()
@@ -286,9 +302,9 @@ class Daemon:
             self._task(self.watches.run_links(), "links"),
             self._task(self.watches.run_machine(), "machine"),
             self._task(self._notify(), "notify"),
+            self._task(self._serve_metrics(), "metrics"),
+            self._task(self._watchdog.run(), "watchdog"),
         ]
-        if self._metrics is not None:
-            parts.append(self._task(self._metrics.run(), "metrics"))
         left = False
         try:
             await asyncio.wait([stopping, *parts], return_when=asyncio.FIRST_COMPLETED)
@@ -319,6 +335,78 @@ class Daemon:
             log.info("rayfwd_restarting", signal="SIGUSR2")
             self.again = True
         self._stop.set()
+
+    # -- another file --------------------------------------------------------
+
+    def _asked_to_reload(self, name: str) -> None:
+        self.reload()
+
+    async def _reload_verb(self, args: dict[str, Any]) -> dict[str, Any]:
+        return self.reload()
+
+    def reload(self) -> dict[str, Any]:
+        """Read the file again. A mistake in it leaves everything as it was."""
+        if self._ready_said:
+            self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            return self._reload()
+        finally:
+            if self._ready_said:
+                self._notifier.send("READY=1")
+
+    def _reload(self) -> dict[str, Any]:
+        path = self.config.path
+        try:
+            new = reload.merge(self.config, load(path))
+        except ConfigError as exc:
+            for mistake in exc.problems:
+                log.error(
+                    "config_refused",
+                    file=str(path),
+                    mistake=mistake,
+                    remedy="the configuration that was read before stays in force",
+                )
+            return {"mistakes": str(exc).splitlines()}
+        log.info("config_reloaded", file=str(path), changed=list(new.changed))
+        if new.kept:
+            remedy = "restart rayfwd (`systemctl restart rayfwd`) for these to take effect"
+            log.warning("config_kept", kept=list(new.kept), remedy=remedy)
+        if new.changed:
+            self.take_config(new.config)
+        return {"changed": list(new.changed), "kept": list(new.kept)}
+
+    def take_config(self, config: Config) -> None:
+        """What `reload.LIVE` has may be different now."""
+        before, self.config = self.config, config
+        logs.setup(config.log)
+        self.canary.take_config(config.canary)
+        if config.metrics != before.metrics:
+            self._metrics_changed.set()
+        if self.nodes:
+            self.plan_changed()
+
+    async def _serve_metrics(self) -> None:
+        """Where the file says so, also after it has changed."""
+        while True:
+            self._metrics_changed.clear()
+            listen = self.config.metrics.listen
+            tasks = [self._task(self._until_changed(), "metrics changed")]
+            self._metrics = None
+            if listen is not None:
+                self._metrics = MetricsServer(listen, self._families, self.changed)
+                tasks.append(self._task(self._metrics.run(), "metrics server"))
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            self.changed()
+
+    async def _until_changed(self) -> None:
+        await self._metrics_changed.wait()
 
     def changed(self) -> None:
         """Something that status or readiness depend on has changed."""

@@ -381,6 +381,11 @@ class HeadDaemon(Daemon):
             if n.state != "away"
         }
 
+    def take_config(self, config: Config) -> None:
+        super().take_config(config)
+        if self._watch is not None:
+            self._watch.take_config(config.ray)
+
     def histories(self) -> Mapping[str, History]:
         nodes = self._hub.nodes if self._hub is not None else {}
         return {name: node.history for name, node in nodes.items()}

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rayfwd.problems import Problem
+from rayfwd.progress import Progress
 from rayfwd.watch import conditions, links, machine
 from rayfwd.watch.conditions import Seen, node_of
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 MOST_DOORS = 20
 """Doors that have a condition of their own; all that are blocked are in the status."""
+
+PATIENCE = 60.0
+"""Seconds that a look at the links may be late before the watchdog takes it for dead."""
 
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
@@ -35,6 +39,7 @@ class Watches:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self.progress = Progress("links")
         self.told: dict[str, Any] | None = None
         """The last message to the others."""
 
@@ -74,6 +79,7 @@ class Watches:
         rules = links.LinkRules()
         loop = asyncio.get_running_loop()
         while True:
+            self.progress.turn(links.INTERVAL + PATIENCE)
             found = rules.look(self._daemon.links_seen(), loop.time())
             self._daemon.board.put_all("links", found)
             await asyncio.sleep(links.INTERVAL)

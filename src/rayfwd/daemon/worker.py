@@ -29,6 +29,7 @@ from rayfwd.metrics import HEAD
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.progress import Progress
 from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
@@ -387,6 +388,9 @@ class WorkerDaemon(Daemon):
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
         return {self.config.name: link_seen(self._link.mux, self._link.history)}
+
+    def loops(self) -> list[Progress]:
+        return [*super().loops(), *(slot.progress for slot in self._link.slots)]
 
     def histories(self) -> Mapping[str, History]:
         return {HEAD: self._link.history}

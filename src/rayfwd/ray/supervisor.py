@@ -28,6 +28,7 @@ from rayfwd.config import Config
 from rayfwd.logs import get_logger
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.progress import Progress
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
@@ -52,6 +53,12 @@ BACKOFF_FIRST = 1.0
 BACKOFF_LAST = 60.0
 GOOD_RUN = 300.0
 """Seconds of being up after which the next failure counts as the first."""
+
+PATIENCE = 60.0
+"""Seconds that a turn of the loop may take more than it waits, for the watchdog."""
+
+BUSY = 300.0
+"""The same where it starts or ends Ray: the checks before, Ray's own drain time."""
 
 SHOWN_LINES = 6
 
@@ -115,6 +122,7 @@ class RaySupervisor:
         self._link_up = True
         self._stopping = False
         self._wake = asyncio.Event()
+        self.progress = Progress("ray")
         self._inner: asyncio.Task[None] | None = None
         self._process: RayProcess | None = None
         self._told: tuple[str, str] | None = None
@@ -194,6 +202,7 @@ class RaySupervisor:
 
     async def _cease(self) -> None:
         self._stopping = True
+        self.progress.rest()
         if self._inner is not None and not self._inner.done():
             self._inner.cancel()
             await asyncio.wait({self._inner})
@@ -219,6 +228,7 @@ class RaySupervisor:
     async def _one_life(self, wanted: _Wanted) -> None:
         """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
         returns where the plan changed or something has to be waited for first."""
+        self.progress.turn(BUSY)
         process = self._process
         if process is not None and not process.alive():
             _log.info("ray_remains_found", pid=process.pid)
@@ -417,6 +427,7 @@ class RaySupervisor:
         process = self._process
         if process is None:
             return
+        self.progress.turn(BUSY + process.record.drain)
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(phase="stopping")
@@ -450,11 +461,16 @@ class RaySupervisor:
 
     async def _sleep(self, seconds: float | None) -> None:
         """For so long, or until a note was left."""
+        if seconds is None:
+            self.progress.rest()
+        else:
+            self.progress.turn(seconds + PATIENCE)
         # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the note.
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
         self._wake.clear()
+        self.progress.turn(BUSY)
 
     def _set(self, **changes: Any) -> None:
         state = replace(self.state, **changes)

@@ -109,6 +109,10 @@ class Canary:
                 self._running.cancel()
                 await asyncio.wait({self._running})
 
+    def take_config(self, config: CanaryConfig) -> None:
+        """From the next canary on."""
+        self._config = config
+
     async def send(self) -> Round:
         """One canary now, or the one that is under way. Raises ProblemError (ray_not_up)."""
         if self._running is None or self._running.done():

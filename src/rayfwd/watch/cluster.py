@@ -79,6 +79,10 @@ class ClusterWatch:
         self._totals_told: dict[str, float] | None = None
         self._soon = asyncio.Event()
 
+    def take_config(self, ray: RayConfig) -> None:
+        """From the next look on; only its interval may differ."""
+        self._ray = ray
+
     def look_soon(self) -> None:
         """A node's Ray came up or went: the next look need not wait its whole turn."""
         self._soon.set()

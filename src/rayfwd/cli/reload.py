@@ -1,0 +1,31 @@
+"""Have the running daemon read its file again (`systemctl reload rayfwd`).
+
+What can change without a break does; what cannot is named, and needs a restart. A file with a
+mistake changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from rayfwd.cli import OK, MistakeError
+from rayfwd.cli.common import control_socket, load_config
+from rayfwd.control import ask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nothing but --config."""
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args)  # also where the daemon is
+    answer = ask(control_socket(config), "reload")
+    if mistakes := answer.get("mistakes"):
+        raise MistakeError([str(line) for line in mistakes])
+    for key in answer["changed"]:
+        print(f"  changed   {key}")
+    for key in answer["kept"]:
+        print(f"  kept      {key}: needs a restart")
+    if not answer["changed"] and not answer["kept"]:
+        print("Nothing has changed.")
+    return OK

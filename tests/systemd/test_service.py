@@ -1,0 +1,358 @@
+"""The service as it is lived with: restarted, upgraded, reloaded, hung, misconfigured, stopped.
+
+One cluster for all tests, which run in the order of this file. A detached actor on the worker's
+node is there from the first to the last: its state shows that nothing was started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.lab.process import until
+from tests.systemd.cluster import Cluster
+from tests.systemd.machines import Machine
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+CONFIG = "/etc/rayfwd.toml"
+WHOLE = 30.0
+"""Seconds for a restart until tasks run everywhere; it takes 3 where nothing else runs."""
+
+QUICK = """\
+[Service]
+WatchdogSec=6
+TimeoutAbortSec=2
+"""
+"""A drop-in: what takes 40 s otherwise."""
+
+ACTOR = """
+import json, os, ray, sys
+ray.init(address="auto", logging_level="error", log_to_driver=False, namespace="kept")
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+class Counter:
+    def __init__(self): self.count = 0
+    def add(self):
+        self.count += 1
+        return [os.getpid(), ray.util.get_node_ip_address(), self.count]
+
+if sys.argv[1] == "make":
+    (node,) = [n["NodeID"] for n in ray.nodes() if n["NodeManagerAddress"] == "127.77.0.2"]
+    ray.remote(num_cpus=0)(Counter).options(
+        name="counter", lifetime="detached", scheduling_strategy=On(node, soft=False)
+    ).remote()
+counter = ray.get_actor("counter")
+print(json.dumps(ray.get(counter.add.remote(), timeout=60)))
+"""
+
+
+def ask_actor(cluster: Cluster, verb: str) -> tuple[int, str, int]:
+    """Process id, address of its node, and how often it was asked."""
+    argv = ["/home/ray/venv/bin/python", "-c", ACTOR, verb]
+    pid, address, count = json.loads(cluster.head.run(argv, user="ray", timeout=120).stdout)
+    return pid, address, count
+
+
+def processes(machine: Machine) -> dict[int, str]:
+    """Process id to name, as seen inside."""
+    found = {}
+    for path in machine.host_path("/proc").glob("[0-9]*/comm"):
+        try:
+            found[int(path.parent.name)] = path.read_text().strip()
+        except OSError:
+            continue
+    return found
+
+
+def raylet(machine: Machine) -> int:
+    (pid,) = [pid for pid, name in processes(machine).items() if name == "raylet"]
+    return pid
+
+
+def group(machine: Machine, pid: int) -> str:
+    """The unit that a process is in."""
+    return machine.read(f"/proc/{pid}/cgroup").strip().rpartition("/")[2]
+
+
+class Kept:
+    """What must be the same before and after."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.pid, _, self.count = ask_actor(cluster, "make")
+        self.raylets = self.now()
+
+    def now(self) -> list[int]:
+        return [raylet(machine) for machine in self.cluster.lab.machines]
+
+    def check(self) -> None:
+        """Ray is the same everywhere, and the cluster is whole: tasks with data on every node."""
+        assert self.now() == self.raylets
+        self.count += 1
+        assert ask_actor(self.cluster, "ask") == (self.pid, "127.77.0.2", self.count)
+        assert [address for _, address, _ in self.cluster.work()] == ["127.77.0.1", "127.77.0.2"]
+
+
+@pytest.fixture(scope="module")
+def kept(cluster: Cluster) -> Kept:
+    return Kept(cluster)
+
+
+def edit(machine: Machine, change: Callable[[str], str]) -> str:
+    """Change the configuration; what it was."""
+    before = machine.read(CONFIG)
+    machine.host_path(CONFIG).write_text(change(before))
+    return before
+
+
+def with_key(line: str) -> Callable[[str], str]:
+    """A key of the file's first part."""
+    return lambda text: f"{line}\n{text}"
+
+
+def with_section(lines: str) -> Callable[[str], str]:
+    return lambda text: f"{text}\n{lines}\n"
+
+
+def test_ray_has_a_service_of_its_own(kept: Kept) -> None:
+    for machine in kept.cluster.lab.machines:
+        assert group(machine, raylet(machine)) == "rayfwd-ray.service"
+        daemon = int(machine.show()["MainPID"])
+        status = dict(
+            line.split(":\t", 1) for line in machine.read(f"/proc/{daemon}/status").splitlines()
+        )
+        assert status["Uid"].split() == ["1000"] * 4
+        assert int(status["CapBnd"], 16) == 0
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        asked = ["systemd-analyze", "security", "--no-pager", "--threshold=20", "rayfwd"]
+        assert machine.run(asked, check=False).returncode == 0
+
+
+def test_confined_as_it_is_it_does_its_job(kept: Kept) -> None:
+    """The canary is a driver in the daemon's own sandbox: Ray's sockets and shared memory."""
+    said = kept.cluster.head.run(["rayfwd", "canary", "--json"], user="ray", timeout=100)
+    assert {n["name"]: n["ok"] for n in json.loads(said.stdout)["nodes"]} == {
+        "head": True,
+        "worker": True,
+    }
+
+
+@pytest.mark.parametrize("name", ["worker", "head"])
+def test_a_restart_leaves_ray_alone(kept: Kept, name: str) -> None:
+    machine = kept.cluster.lab.machine(name)
+    before = machine.show()["MainPID"]
+    began = time.monotonic()
+    machine.systemctl("restart", "rayfwd")  # returns when it is ready
+    kept.cluster.wait_ready()
+    kept.check()
+    assert time.monotonic() - began < WHOLE
+    assert machine.show()["MainPID"] != before
+    assert machine.events("ray_left_running")[-1]["OURS"] == "true"
+    assert machine.events("ray_adopted")[-1]["OURS"] == "true"
+
+
+def test_an_upgrade_leaves_ray_alone(kept: Kept) -> None:
+    """As docs/operations.md has it, each file of rayfwd replaced under its keeper."""
+    wheel = "/opt/rayfwd/bin/pip install --upgrade --force-reinstall --no-deps /wheels/rayfwd-*.whl"
+    for machine in kept.cluster.lab.machines:
+        machine.run(["sh", "-c", wheel], timeout=120)
+        words = ["--fingerprint", kept.cluster.head.fingerprint]
+        machine.run(["rayfwd", "init", machine.name, *words * (machine.name == "worker")])
+        machine.systemctl("restart", "rayfwd")
+    kept.cluster.wait_ready()
+    kept.check()
+
+
+@pytest.mark.parametrize("name", ["worker", "head"])
+def test_a_daemon_that_is_killed_comes_back_to_its_ray(kept: Kept, name: str) -> None:
+    machine = kept.cluster.lab.machine(name)
+    before = machine.show()
+    machine.systemctl("kill", "--signal=KILL", "rayfwd")
+    restarts = str(int(before["NRestarts"]) + 1)
+    machine.wait_for(NRestarts=restarts, ActiveState="active", SubState="running")
+    kept.cluster.wait_ready()
+    kept.check()
+
+
+def test_a_reload_takes_effect_without_a_break(kept: Kept) -> None:
+    """A forward is opened and leads nowhere, until the other side exposes the port."""
+    head, worker = kept.cluster.head, kept.cluster.worker
+    pids = [m.show()["MainPID"] for m in (head, worker)]
+    sections = '[[forward]]\nlisten = "127.0.0.1:9022"\nto = "head:22"\n[log]\nlevel = "debug"'
+    file = edit(worker, lambda text: with_section(sections)(with_key("ride_through = 60.0")(text)))
+    worker.systemctl("reload", "rayfwd")
+    (reloaded,) = worker.events("config_reloaded")
+    assert json.loads(reloaded["CHANGED"]) == ["log.level", "forward"]
+    (told,) = worker.events("config_kept")
+    assert (json.loads(told["KEPT"]), told["PRIORITY"]) == (["ride_through"], "4")
+    until(lambda: dial(worker, 9022) == "", 20, lambda: "the door is open")
+    exposed = edit(head, with_key("expose = [22]"))
+    head.systemctl("reload", "rayfwd")
+    until(lambda: dial(worker, 9022).startswith("SSH-2.0"), 20, lambda: "port 22 is exposed")
+    assert [m.show()["MainPID"] for m in (head, worker)] == pids
+    for machine, text in ((head, exposed), (worker, file)):
+        edit(machine, lambda _, text=text: text)  # type: ignore[misc]
+        machine.systemctl("reload", "rayfwd")
+    until(lambda: dial(worker, 9022) == "refused", 20, lambda: "the door is closed")
+    kept.check()
+
+
+DIAL = """
+import socket, sys
+try:
+    with socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10) as sock:
+        print(sock.recv(100).decode())
+except ConnectionRefusedError:
+    print("refused")
+except ConnectionResetError:
+    print("")
+"""
+
+
+def dial(machine: Machine, port: int) -> str:
+    """What a port of loopback says first; empty: it is reset, or closed."""
+    return machine.run(["python3", "-c", DIAL, str(port)], user="ray").stdout.strip()
+
+
+def test_a_reload_of_a_broken_file_changes_nothing(kept: Kept) -> None:
+    worker = kept.cluster.worker
+    before = worker.show()
+    file = edit(
+        worker, lambda text: with_section('[log]\nlevel = "loud"')(with_key("expoze = 1")(text))
+    )
+    asked = worker.run(["systemctl", "reload", "rayfwd"], check=False)
+    assert asked.returncode != 0
+    lines = [e for e in worker.journal() if "/etc/rayfwd.toml: " in str(e["MESSAGE"])]
+    assert [e["PRIORITY"] for e in lines] == ["3", "3"]
+    assert ["expoze" in lines[0]["MESSAGE"], "log.level" in lines[1]["MESSAGE"]] == [True, True]
+    worker.systemctl("kill", "--signal=HUP", "--kill-whom=main", "rayfwd")
+    until(lambda: len(worker.events("config_refused")) == 2, 20, lambda: "the daemon says so, too")
+    after = worker.show()
+    assert [after[k] for k in ("MainPID", "ActiveState")] == [before["MainPID"], "active"]
+    edit(worker, lambda _: file)
+    worker.systemctl("reload", "rayfwd")
+
+
+def test_a_mistake_in_the_file_ends_it_with_a_line_and_leaves_ray_alone(kept: Kept) -> None:
+    worker = kept.cluster.worker
+    file = edit(worker, with_key("ride_through = 1"))
+    mark = time.time()
+    assert worker.run(["systemctl", "restart", "rayfwd"], check=False).returncode != 0
+    shown = worker.wait_for(ActiveState="failed", ExecMainStatus="2")
+    assert "ride_through = 1" in shown["StatusText"]
+    assert (
+        "ride_through = 1"
+        in worker.run(["systemctl", "status", "--no-pager", "rayfwd"], check=False).stdout
+    )
+    said = [
+        e
+        for e in worker.journal(f"--since=@{mark:.3f}")
+        if "ride_through" in str(e["MESSAGE"]) and e["_COMM"] != "systemd"
+    ]
+    assert [(e["PRIORITY"], "at least 5" in e["MESSAGE"]) for e in said] == [("3", True)]
+    time.sleep(5)  # twice RestartSec: a restart would have come
+    assert worker.show()["NRestarts"] == "0"
+    edit(worker, lambda _: file)
+    worker.systemctl("start", "rayfwd")
+    kept.cluster.wait_ready()
+    kept.check()
+
+
+def quick_watchdog(machine: Machine) -> None:
+    machine.run(["mkdir", "-p", "/etc/systemd/system/rayfwd.service.d"])
+    machine.write("/etc/systemd/system/rayfwd.service.d/quick.conf", QUICK)
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "rayfwd")
+
+
+def test_a_lost_link_is_no_reason_to_restart(kept: Kept) -> None:
+    worker = kept.cluster.worker
+    quick_watchdog(worker)
+    kept.cluster.wait_ready()
+    before = worker.show()
+    kept.cluster.lab.unplug(worker)
+    until(lambda: worker.events("link_parked"), 40, lambda: "the link is parked")
+    time.sleep(13)  # twice the watchdog's time
+    shown = worker.show()
+    assert [shown[k] for k in ("MainPID", "ActiveState", "NRestarts")] == [
+        before["MainPID"],
+        "active",
+        "0",
+    ]
+    kept.cluster.lab.plug(worker)
+    until(lambda: worker.events("link_resumed"), 40, lambda: "the link is back")
+    kept.check()
+
+
+def test_a_hung_daemon_is_killed_and_comes_back_to_its_ray(kept: Kept) -> None:
+    worker = kept.cluster.worker
+    pid = worker.show()["MainPID"]
+    worker.run(["kill", "-STOP", pid])
+    worker.wait_for(timeout=60, NRestarts="1", ActiveState="active", SubState="running")
+    assert any("Watchdog timeout" in str(e["MESSAGE"]) for e in worker.journal())
+    kept.cluster.wait_ready()
+    kept.check()
+
+
+def test_a_daemon_that_hangs_before_it_is_ready_is_killed_too(kept: Kept) -> None:
+    """systemd's watchdog begins with READY; before that the start asks for more time."""
+    worker = kept.cluster.worker
+    drop_in = "/etc/systemd/system/rayfwd.service.d/quick.conf"
+    worker.write(drop_in, QUICK + "TimeoutStartSec=6\nEnvironment=NOBODY=%n\n")
+    worker.systemctl("daemon-reload")
+    kept.cluster.lab.unplug(worker)
+    worker.systemctl("restart", "--no-block", "rayfwd")
+    until(lambda: worker.show()["ActiveState"] == "activating", 20, lambda: "it waits")
+    time.sleep(10)  # longer than the start may take without asking
+    shown = worker.show()
+    assert (shown["ActiveState"], shown["NRestarts"]) == ("activating", "0")
+    kept.cluster.lab.plug(worker)
+    kept.cluster.wait_ready()
+    kept.check()
+
+
+def test_the_journal(kept: Kept) -> None:
+    """Bounded, without colours, without secrets, each line an entry, whatever Ray writes."""
+    worker = kept.cluster.worker
+    mark = time.time()
+    words = "\x1b[31mred\x1b[0m RAY_AUTH_TOKEN=sesame123456 "
+    lines = [words + "x" * 200_000, *(f"{words} {n}" for n in range(3000))]
+    target = worker.host_path("/var/lib/rayfwd/ray.log")
+    with target.open("a") as log:
+        log.write("\n".join(lines) + "\n")
+
+    def entries() -> list[dict[str, Any]]:
+        return worker.journal(f"--since=@{mark:.3f}")
+
+    def told() -> bool:
+        return any(e.get("EVENT") == "events_suppressed" for e in entries())
+
+    until(told, 30, lambda: "a flood is bounded")
+    time.sleep(2)
+    found = entries()
+    output = [e for e in found if e.get("EVENT") == "ray_output"]
+    assert 400 < len(output) <= 500
+    text = json.dumps(worker.journal())
+    assert "\\u001b" not in text
+    assert "sesame" not in text
+    for entry in worker.journal():
+        assert all(isinstance(value, str) for value in entry.values()), entry
+        assert max(len(str(value)) for value in entry.values()) <= 16_000
+        assert "\n" not in entry["MESSAGE"]
+    assert not [e for e in found if "_LINE_BREAK" in e], "no line is longer than the journal's"
+
+
+def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
+    for machine in reversed(kept.cluster.lab.machines):
+        machine.systemctl("stop", "rayfwd")
+        assert machine.events("ray_stopped")[-1]["KILLED"] == "0"
+        machine.wait_for("rayfwd-ray", 20, ActiveState="inactive")
+        assert machine.show()["Result"] == "success"
+        assert machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout == ""
+        left = machine.run(["find", "/dev/shm", "/run", "-user", "ray"]).stdout
+        assert [x for x in left.splitlines() if "/run/user" not in x] == []

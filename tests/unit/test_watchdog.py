@@ -1,0 +1,136 @@
+"""The watchdog is fed by loops that turn, and by nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from rayfwd.config import parse
+from rayfwd.mux import Mux
+from rayfwd.notify import Notifier
+from rayfwd.progress import Progress
+from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.session.session import Limits, Session
+from rayfwd.watchdog import PERIOD, Late, Watchdog, period
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_loop_is_late_when_its_turn_has_not_come() -> None:
+    clock = Clock()
+    loop = Progress("x", clock)
+    assert loop.late() == 0, "it has not begun"
+    loop.turn(5)
+    clock.now += 5
+    assert loop.late() == 0
+    clock.now += 2
+    assert loop.late() == 2
+    loop.turn(1)
+    assert loop.late() == 0
+    loop.rest()
+    clock.now += 1e6
+    assert loop.late() == 0
+
+
+def test_how_often_systemd_wants_it() -> None:
+    assert period({}, 7) == PERIOD
+    assert period({"WATCHDOG_USEC": "8000000"}, 7) == 8
+    assert period({"WATCHDOG_USEC": "8000000", "WATCHDOG_PID": "7"}, 7) == 8
+    assert period({"WATCHDOG_USEC": "8000000", "WATCHDOG_PID": "8"}, 7) == PERIOD
+    assert period({"WATCHDOG_USEC": "soon"}, 7) == PERIOD
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(0.05)
+        yield listener
+
+
+def heard(manager: socket.socket) -> list[str]:
+    found = []
+    try:
+        while True:
+            found.append(manager.recv(4096).decode())
+    except TimeoutError:
+        return found
+
+
+def test_fed_while_all_loops_turn(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Late] = []
+    ready = False
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    notifier = Notifier()
+    watchdog = Watchdog(lambda: late, lambda: ready, notifier, 10)
+    watchdog.look()
+    assert heard(manager) == ["WATCHDOG=1\nEXTEND_TIMEOUT_USEC=90000000"]
+    ready = True
+    watchdog.look()
+    assert heard(manager) == ["WATCHDOG=1"]
+    late.append(("ray", 3.0))
+    with capture_logs() as logs:
+        watchdog.look()
+        watchdog.look()
+    assert heard(manager) == []
+    assert logs == [
+        {"event": "loop_stuck", "log_level": "error", "loop": "ray", "late_seconds": 3.0}
+    ]
+    late.clear()
+    watchdog.look()
+    assert heard(manager) == ["WATCHDOG=1"]
+    notifier.close()
+
+
+def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(tmp_path: Path) -> None:
+    config = parse({"role": "head", "state_dir": str(tmp_path), "ray": {"command": "/none"}})
+
+    async def scenario() -> None:
+        supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
+        clock = Clock()
+        supervisor.progress = Progress("ray", clock)
+        task = asyncio.create_task(supervisor.run())
+        await asyncio.sleep(0.05)
+        clock.now += 1e6
+        assert supervisor.progress.late() == 0, "it has no plan, and waits for one"
+        supervisor.progress.turn(1)  # as its own turns do
+        clock.now += 2
+        assert supervisor.progress.late() == 1
+        await supervisor.stop()
+        await task
+        clock.now += 1e6
+        assert supervisor.progress.late() == 0, "it was told to end"
+
+    asyncio.run(scenario())
+
+
+def test_a_session_whose_timer_does_not_come_is_late() -> None:
+    async def scenario() -> None:
+        now = asyncio.get_running_loop().time()
+        mux = Mux(
+            Session("worker", 60.0, Limits(), now),
+            lambda *_: None,
+            lambda _: None,
+            lambda _: None,
+        )
+        mux.flush()
+        assert mux.late() == 0
+        assert mux._timer is not None, "one that is parked has an end"
+        mux._timer.cancel()
+        mux._timer = asyncio.get_running_loop().call_at(now - 7, os.getpid)
+        assert 7 <= mux.late() < 8
+        mux.close("done")
+        assert mux.late() == 0
+
+    asyncio.run(scenario())
