@@ -1,7 +1,6 @@
 """Holds so many actors on the node that has a resource, until it is ended: `hoard.py NAME COUNT`.
 
-They take no CPU, but a worker process each, and so a port each. Prints `asked` once all are asked
-for; most of them may wait for ever.
+They take no CPU, but a worker process each, and so a port each. Some may wait for ever.
 """
 
 from __future__ import annotations
@@ -23,5 +22,4 @@ if __name__ == "__main__":
     ray.init(address="auto", logging_level="ERROR")
     actors = [Idle.options(resources={name: 0.001}).remote() for _ in range(count)]  # type: ignore[attr-defined]
     answers = [actor.there.remote() for actor in actors]
-    print("asked", flush=True)
     time.sleep(3600)

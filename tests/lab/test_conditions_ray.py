@@ -109,7 +109,7 @@ def test_the_gcs_ends_and_all_join_again(cluster: Cluster) -> None:
     w1 = cluster.start_node("w1")
     over([head, w1, w2], 180)
     head.wait_status(lambda s: alive(s) == 3 and s["cluster"]["totals"]["tape"][1] == 2, 60)
-    assert w2.status()["ray"]["restarts"] == 1
+    assert w2.status()["ray"]["restarts"] > 0
 
 
 def alive(status: dict[str, object]) -> int:
@@ -126,15 +126,23 @@ def test_a_raylet_ends(cluster: Cluster) -> None:
     over([head, w1, w2], 120)
 
 
+def taken(worker: Daemon) -> int:
+    """How many of its ports for worker processes are listened on."""
+    (row,) = [row for row in worker.status()["roster"] if row["name"] == worker.machine.name]
+    last = int(row["ports"].partition("-")[2])
+    ports = f"( sport >= :{last - FEW + 1} and sport <= :{last} )"
+    return len(set(worker.machine.network_command("ss", "-Hltn", ports).splitlines()))
+
+
 def test_worker_ports_are_exhausted(cluster: Cluster) -> None:
     head, w2 = cluster.head, cluster.worker("w2")
     script = f"{HOME}/hoard.py"
     head.machine.write(script, HOARD.read_text())
     argv = [str(head.machine.ray_python()), script, "tape", str(FEW + 2)]
     driver = head.machine.popen(argv)
-    until(lambda: "asked" in driver.log.read_text(), 60, lambda: "the actors")
-    asked = time.time()
-    for row in named([w2, head], "ray_worker_ports_exhausted", "w2", 60, asked):
+    until(lambda: taken(w2) == FEW, 200, lambda: f"only {taken(w2)} ports{head.tail()}")
+    since = time.time()
+    for row in named([w2, head], "ray_worker_ports_exhausted", "w2", 60, since):
         assert f"all {FEW} ports" in row["cause"]
         assert f"ray.worker_ports = {2 * FEW}" in row["remedy"]
     driver.signal(signal.SIGTERM)
