@@ -1,6 +1,7 @@
 # make demo    shows rayfwd at work on this machine
 # make test    everything: format, lint, types, layers, tests
 # make bench   rayfwd beside ssh -L and others; writes docs/benchmarks.md
+# make manual  writes config.example.toml, the man pages and the completions anew
 # make fast    unit tests only;  make lint, make types, make checks: what they say;  make clean
 #
 # All is made in this checkout: the environment in .venv, Ray's environments in .cache/ray-envs, the
@@ -28,7 +29,7 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench checks lint types fast packages ray-envs roots show-pytest clean
+.PHONY: test demo bench manual checks lint types fast packages ray-envs roots show-pytest clean
 .DEFAULT_GOAL := test
 
 test: packages checks ray-envs roots
@@ -45,8 +46,8 @@ bench: packages $(VENV)/.installed
 checks: lint types
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench tools
+	$(BIN)/ruff check src tests bench tools
 
 types: $(VENV)/.installed
 	$(BIN)/mypy
@@ -54,6 +55,9 @@ types: $(VENV)/.installed
 
 fast: $(VENV)/.installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/unit
+
+manual: $(VENV)/.installed
+	$(BIN)/python -m tools.manual
 
 # How `make test` calls pytest, for .ci/run.
 show-pytest:

@@ -1,6 +1,9 @@
 """The TOML file as pydantic models: its defaults, and errors that name the key.
 
 A mistake in the file is reported as one line: the key, the value, what is allowed.
+
+The text below each key, and the class's own, are what config.example.toml and rayfwd.toml(5) say of
+them (`make manual`); `examples` are shown where a default is found at run time only.
 """
 
 from __future__ import annotations
@@ -96,11 +99,12 @@ class _Section(BaseModel):
 
 
 class LogConfig(_Section):
-    """How the daemon writes its log (standard error)."""
+    """The daemon's log, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """from which severity on events are written"""
     format: Literal["auto", "text", "json"] = "auto"
-    """`auto`: key=value on a terminal, fields in systemd's journal, JSON elsewhere."""
+    """"text": key=value; "auto": text on a terminal, fields in systemd's journal, JSON elsewhere"""
 
 
 def _ssh_target(value: str) -> tuple[str | None, str, int | None]:
@@ -146,20 +150,24 @@ Command = Annotated[str, AfterValidator(_not_empty)]
 
 
 class HeadConfig(_Section):
-    """Of a worker or a client: how it reaches the head."""
+    """Of a worker or a client: how it reaches the head by SSH. A head has [hub] instead."""
 
-    ssh: Annotated[str, AfterValidator(_check_ssh)]
-    """`user@host`, `user@host:port`, or an alias of the SSH configuration."""
-    identity: LocalPath | None = None
-    known_hosts: LocalPath | None = None
-    ssh_config: LocalPath | None = None
+    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@head.example.org"])
+    """user@host, user@host:port, or an alias of ~/.ssh/config"""
+    identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
+    """the private key; default: the agent, and what the SSH configuration says"""
+    known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
+    """default: the usual files; the head's host key must be in one, always"""
+    ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
+    """default: this file if it exists"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
-    """Where the hub listens, on the head's file system."""
+    """where the hub listens, on the head's file system"""
     via: Literal["socket", "exec"] = "socket"
+    """"exec" where the head's sshd forbids forwarding to sockets: runs attach_command there"""
     attach_command: Command = "rayfwd attach"
-    """What `via = "exec"` runs on the head; a forced command there replaces it."""
+    """what via = "exec" runs; a forced command in authorized_keys takes its place"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
-    """SSH connections for bulk streams, beside the one for short messages."""
+    """SSH connections for big transfers, beside the one for short messages"""
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
@@ -179,14 +187,16 @@ def _loopback_network(value: str) -> str:
 
 
 class HubConfig(_Section):
-    """Of a head: where workers' lanes arrive, and what the plan is made of."""
+    """Of a head: where workers and clients arrive, and what the plan is made of."""
 
-    socket: LocalPath | None = None
-    """None: `hub.sock` in `runtime_dir`."""
+    socket: LocalPath | None = Field(default=None, examples=["/run/rayfwd/hub.sock"])
+    """where they arrive; default: hub.sock in runtime_dir"""
     network: Annotated[str, AfterValidator(_loopback_network)] = "127.77.0.0/16"
+    """the nodes' addresses, inside 127.0.0.0/8, used by nothing else there"""
     port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)
+    """the nodes' ports lie from here to 32767"""
     users: tuple[Command, ...] = ()
-    """Login names that workers' SSH connections arrive as, beside the daemon's own and root."""
+    """login names that SSH connections arrive as, beside root and the daemon's own"""
 
 
 def _reachable_address(value: str) -> str:
@@ -200,33 +210,44 @@ def _reachable_address(value: str) -> str:
 
 
 class RayConfig(_Section):
-    """Ray on this machine."""
+    """Ray on this machine; of a node."""
 
     command: Command = "ray"
-    """The `ray` of the user's own environment: a name on PATH or a path."""
+    """the ray of your own environment: a name on PATH, or a path"""
     start: YesNo = True
-    """False: hold the forwards only, and print the command that `ray start` needs."""
-    num_cpus: Whole | None = Field(default=None, ge=0)
-    num_gpus: Whole | None = Field(default=None, ge=0)
+    """false: only hold the forwards; `rayfwd plan` shows the command to run by hand"""
+    num_cpus: Whole | None = Field(default=None, ge=0, examples=[8])
+    """default: what Ray finds"""
+    num_gpus: Whole | None = Field(default=None, ge=0, examples=[1])
+    """default: what Ray finds"""
     resources: dict[str, Annotated[Number, Field(ge=0)]] = {}
+    """Ray's custom resources, as in { fast_disk = 1 }"""
     labels: dict[str, str] = {}
+    """Ray's node labels, as in { rack = "a" }"""
     extra_args: tuple[str, ...] = ()
+    """further words for `ray start`"""
     env: dict[str, str] = {}
-    object_store_memory: Whole | None = Field(default=None, ge=78643200)
-    """Bytes; Ray's own minimum is 75 MiB."""
-    worker_ports: Whole | None = Field(default=None, ge=8, le=10000)
-    """None: 64 and three for every CPU."""
+    """further environment for Ray"""
+    object_store_memory: Whole | None = Field(default=None, ge=78643200, examples=[1000000000])
+    """bytes; default: what Ray chooses (its own minimum is 75 MiB)"""
+    worker_ports: Whole | None = Field(default=None, ge=8, le=10000, examples=[88])
+    """ports for worker processes and drivers; default: 64, and 3 for every CPU"""
     port: Port = 6379
+    """a head's: Ray's own port (GCS)"""
     dashboard_port: Port = 8265
+    """a head's: the dashboard; a worker's: where its default [[forward]] leads"""
     client_port: Port = 10001
-    advertise: Annotated[str, AfterValidator(_reachable_address)] | None = None
-    """Of a worker that others reach directly: the IP address they use."""
+    """a head's: Ray Client (ray://)"""
+    advertise: Annotated[str, AfterValidator(_reachable_address)] | None = Field(
+        default=None, examples=["203.0.113.7"]
+    )
+    """a worker's that others reach directly: its address; default: all goes through the link"""
     advertise_check: YesNo = True
-    """Ray is started only once the head, and this machine itself, reach the advertised address."""
+    """false: start Ray even where the head cannot reach the address in `advertise`"""
     auth: Literal["auto", "token", "off"] = "auto"
-    """Ray's token, which the head hands to the workers; see `rayfwd.ray.token.decide`."""
+    """Ray's token (Ray 2.52 on); "auto": one where all of Ray's tools find it by themselves"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
-    """Seconds between two looks at `ray status` (about one second of CPU each)."""
+    """seconds between two looks at `ray status`, which takes about one of CPU"""
 
 
 def _metrics_listen(value: str) -> str:
@@ -244,38 +265,43 @@ def _metrics_listen(value: str) -> str:
 
 
 class MetricsConfig(_Section):
-    """Metrics for Prometheus, off where `listen` is not given."""
+    """Metrics for Prometheus; of a node."""
 
-    listen: Annotated[str, AfterValidator(_metrics_listen)] | None = None
-    """`host:port` on loopback, or the absolute path of a Unix socket."""
+    listen: Annotated[str, AfterValidator(_metrics_listen)] | None = Field(
+        default=None, examples=["127.0.0.1:9477"]
+    )
+    """where Prometheus asks: a loopback port, or a socket's path; default: nowhere"""
 
 
 class CanaryConfig(_Section):
-    """The canary: a tiny task on each node and 1 MB there and back, by a process of its own."""
+    """A tiny task on each node, and 1 MB there and back; docs/canary.md says what it costs."""
 
     enabled: YesNo = False
-    """True: every `interval` seconds. `rayfwd canary` sends it in either case."""
+    """true: sent every so often; `rayfwd canary` sends one in either case"""
     interval: Number = Field(default=300.0, ge=10.0, le=86400.0)
+    """seconds between two"""
     timeout: Number = Field(default=60.0, ge=5.0, le=600.0)
-    """Seconds for a node; half of it for the task, a quarter for each way of the object."""
+    """seconds a node may take; half of it for the task, a quarter for each way of the object"""
 
 
 class ClientConfig(_Section):
-    """Of a client: where it listens on 127.0.0.1.
+    """Of a client: where it listens on 127.0.0.1. It has [head] and [[forward]] besides."""
 
-    None: the usual port, or the next one that is free.
-    """
-
-    dashboard_port: Port | None = None
-    client_port: Port | None = None
+    dashboard_port: Port | None = Field(default=None, examples=[8265])
+    """where the head's dashboard is here; default: 8265, or the next free port"""
+    client_port: Port | None = Field(default=None, examples=[10001])
+    """where Ray Client is here; default: 10001, or the next free port"""
 
 
 class ForwardConfig(_Section):
-    """A further door, on loopback only."""
+    """A further port of another node, on this machine's loopback; as many as there are to be. A
+    worker has the one shown unless the file has others; `forward = []` means none. A client's lead
+    to the head."""
 
-    listen: Annotated[str, AfterValidator(_loopback_listen)]
-    to: Annotated[str, AfterValidator(_target)]
-    """`node:port`, where node is `head` or a node's name."""
+    listen: Annotated[str, AfterValidator(_loopback_listen)] = Field(examples=["127.0.0.1:8265"])
+    """an IPv4 loopback address and a port"""
+    to: Annotated[str, AfterValidator(_target)] = Field(examples=["head:8265"])
+    """a node's name, or head, and a port that it exposes"""
 
     def listen_address(self) -> tuple[str, int]:
         return split_host_port(self.listen)
@@ -287,15 +313,26 @@ class ForwardConfig(_Section):
 class Config(_Section):
     """The whole file."""
 
-    role: Literal["head", "worker", "client"]
+    role: Literal["head", "worker", "client"] = Field(examples=["worker"])
+    """"worker": dials the head by SSH; "head": is dialled; "client": a laptop (`rayfwd connect`)"""
     name: Annotated[str, AfterValidator(check_name)] = Field(
-        default_factory=lambda: socket.gethostname().split(".")[0], validate_default=True
+        default_factory=lambda: socket.gethostname().split(".")[0],
+        validate_default=True,
+        examples=["gpu-1"],
     )
-    state_dir: LocalPath = Field(default_factory=lambda: default_state_dir(os.environ))
-    runtime_dir: LocalPath = Field(default_factory=lambda: default_runtime_dir(os.environ))
+    """this node's name in the cluster; default: the host's, without its domain"""
+    state_dir: LocalPath = Field(
+        default_factory=lambda: default_state_dir(os.environ), examples=["/var/lib/rayfwd"]
+    )
+    """what is kept; default: systemd's, /var/lib/rayfwd for root, else ~/.local/state/rayfwd"""
+    runtime_dir: LocalPath = Field(
+        default_factory=lambda: default_runtime_dir(os.environ), examples=["/run/rayfwd"]
+    )
+    """sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
     ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
+    """seconds a link may be down before its streams are given up, and Ray's patience with it"""
     expose: tuple[Port, ...] = ()
-    """Further ports of this machine (on 127.0.0.1) that other nodes' forwards may reach."""
+    """further ports of this machine, on 127.0.0.1, that others' [[forward]] may reach"""
     log: LogConfig = LogConfig()
     head: HeadConfig | None = None
     hub: HubConfig = HubConfig()
@@ -304,7 +341,6 @@ class Config(_Section):
     canary: CanaryConfig = CanaryConfig()
     client: ClientConfig = ClientConfig()
     forward: tuple[ForwardConfig, ...] | None = None
-    """None: on a worker the dashboard at 127.0.0.1, as in the recipe; on a head nothing."""
 
     _path: Path = PrivateAttr(default=DEFAULT_PATH)
 

@@ -71,6 +71,7 @@ RUN = {
     "make test": (".ci/run", "checks ray-envs roots"),
     "make checks": (".ci/run", "checks ray-envs roots"),
     "make fast": ("Makefile", "fast:"),
+    "make manual": ("Makefile", "manual:"),
     "make demo": ("tests/demo/test_demo.py", "demo"),
     ".venv/bin/python -m pytest": ("Makefile", "$(BIN)/python -m pytest"),
 }

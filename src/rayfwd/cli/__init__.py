@@ -45,15 +45,37 @@ VERBS = {
     "demo": "show it at work on this machine alone",
 }
 
-_EPILOG = """\
-exit codes:
-  0    done (status: ready)
-  1    a fault; the message says what, and what to do (status: not running)
-  2    a mistake in the configuration file or on the command line, one line each
-  3    status only: running, but not ready
-  4    doctor only: it would work, with warnings
-  130  interrupted by Ctrl-C
-"""
+EXIT_CODES: dict[str, dict[int, str]] = {
+    "": {
+        OK: "done",
+        FAULT: "a fault; the message says what, and what to do",
+        MISTAKE: "a mistake in the configuration file or on the command line, one line each",
+        NOT_READY: "`status` only: it runs, and is not ready",
+        WARNED: "`doctor` only: it would work, with warnings",
+        INTERRUPTED: "interrupted by Ctrl-C",
+        PIPE_CLOSED: "whoever read the output has closed it",
+    },
+    "run": {
+        OK: "ended in order, by SIGTERM or Ctrl-C",
+        FAULT: "it could not begin, or had a fault",
+    },
+    "connect": {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},
+    "doctor": {OK: "all passes", FAULT: "something fails", WARNED: "there are warnings"},
+    "plan": {FAULT: "there is no plan yet: the head has not been reached"},
+    "status": {OK: "ready", FAULT: "no daemon answers", NOT_READY: "it runs, and is not ready"},
+    "canary": {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
+    "explain": {FAULT: "there is no such code"},
+    "attach": {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
+    "forget": {FAULT: "there is no such worker"},
+}
+"""What a verb's exit codes mean: all verbs' under the empty name, and where one says more."""
+
+
+def _codes(verb: str) -> str:
+    """As the end of its help."""
+    codes = EXIT_CODES.get(verb, {})
+    lines = "".join(f"  {code:<4} {why}\n" for code, why in codes.items())
+    return f"exit codes:\n{lines}" if codes else ""
 
 
 class MistakeError(Exception):
@@ -71,7 +93,8 @@ class _VerbParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._loaded = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def load(self) -> None:
+        """Ask now."""
         if not self._loaded:
             self._loaded = True
             verb = self.prog.split()[-1]
@@ -79,6 +102,9 @@ class _VerbParser(argparse.ArgumentParser):
             self.description = module.__doc__
             module.add_arguments(self)
             self.set_defaults(module=module)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.load()
         return super().parse_known_args(args, namespace)
 
 
@@ -86,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayfwd",
         description="Makes a Ray cluster work when its machines can reach each other by SSH only.",
-        epilog=_EPILOG,
+        epilog=_codes(""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
@@ -96,12 +122,26 @@ def _parser() -> argparse.ArgumentParser:
         dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
     )
     for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, formatter_class=argparse.RawTextHelpFormatter)
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            epilog=_codes(verb),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         # SUPPRESS: an absent --config after the verb must not hide one before it.
         sub.add_argument(
             "--config", metavar="PATH", type=Path, default=argparse.SUPPRESS, help=what
         )
     return parser
+
+
+def full_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The command line with every verb's arguments, and the verbs' own: for its documents."""
+    parser = _parser()
+    (verbs,) = (a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for verb in verbs.values():
+        verb.load()
+    return parser, dict(verbs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

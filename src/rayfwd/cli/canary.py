@@ -1,4 +1,4 @@
-"""Send the canary now: a tiny task on each node, and 1 MB there and back. Exit code 0: all well."""
+"""Send the canary now: a tiny task on each node, and 1 MB there and back, a line a node."""
 
 from __future__ import annotations
 

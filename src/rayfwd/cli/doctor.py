@@ -1,6 +1,5 @@
 """Look for what would keep this node from working, before the first start or beside a daemon.
 
-Exit code 0: all passes; 4: warnings; 1: something fails; 2: a mistake in the file or in the words.
 As root, it looks as the service's user.
 """
 

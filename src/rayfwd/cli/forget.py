@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     name: str = args.name
     if config.role != "head":
         raise MistakeError(
-            [f"{config.path}: forget is for the head; this file has role = 'worker'"]
+            [f"{config.path}: forget is for the head; this file has role = '{config.role}'"]
         )
     quiet_logs()
     try:

@@ -1,4 +1,4 @@
-"""Ask the running daemon how it is. Exit code 0: ready; 3: running, not ready; 1: not running."""
+"""Ask the running daemon how it is: what is wrong and what to do, then how everything stands."""
 
 from __future__ import annotations
 
