@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 
-from rayfwd import daemon, logs
-from rayfwd.cli import FAULT
+from rayfwd import daemon, journal, logs
+from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.common import load_config
+from rayfwd.notify import Notifier
 
 _log = logs.get_logger("rayfwd")
 
@@ -16,7 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    try:
+        config = load_config(args)
+    except MistakeError as exc:
+        # What `systemctl status` shows of a service that has failed, beside its exit code.
+        Notifier().send(f"STATUS={exc.lines[0]}")
+        mark = "<3>" if journal.is_stream(2, os.environ) else ""  # the journal's word for an error
+        raise MistakeError([mark + line for line in exc.lines]) from None
     logs.setup(config.log)
     try:
         return daemon.run(config)

@@ -9,6 +9,7 @@ from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.head import HeadDaemon
 from rayfwd.daemon.worker import WorkerDaemon
 from rayfwd.logs import get_logger
+from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
 
 log = get_logger(__name__)
@@ -26,5 +27,6 @@ async def _run(config: Config) -> int:
     except ProblemError as exc:
         problem = exc.problem
         log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+        Notifier().send(f"STATUS=cannot begin: {problem.cause}")
         return 1
     return 0
