@@ -2,10 +2,11 @@
 
 Usage: python tests/setup_roots.py [--root DIRECTORY] [SUITE...]
 
-Each is DIRECTORY/SUITE-KEY: `tree/`, a Debian by debootstrap with sshd, a firewall, a user `ray`
-and that user's Ray, for which Debian's own Python was used; and `wheels/`, what rayfwd needs, for
-`pip install` without a network. KEY is made of all that goes in. Packages come from where this
-machine's apt and pip are set up to take them from, and nothing of that is left in the tree.
+Each is DIRECTORY/SUITE-KEY/tree: a Debian by debootstrap with sshd, a firewall, a user `ray` and
+that user's Ray, for which Debian's own Python was used. Beside it lies what rayfwd needs, for `pip
+install` without a network: DIRECTORY/SUITE-KEY/wheels-KEY. Each KEY is made of all that goes in.
+Packages come from where this machine's apt and pip are set up to take them from, and nothing of
+that is left in the tree.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RAY = "ray[default,client]==2.60.0"
 UID = 1000
+
+TOOLS = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.100", "pip", "setuptools", "wheel")
+"""What tests there need besides; the last three are what pipx wants to renew."""
 
 # Debian's name, and what is unpacked there. The whole of systemd with a user's manager
 # (libpam-systemd), a firewall, and Python as Debian has it.
@@ -70,28 +74,38 @@ def default_root() -> Path:
     return Path(given).absolute() if given else CHECKOUT / ".cache" / "roots"
 
 
-def key(suite: str) -> str:
-    """Of all that goes in."""
-    inputs = [Path(__file__).read_text(), suite, SUITES[suite], *requirements()]
+def key(inputs: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:12]
 
 
 def place(suite: str, root: Path | None = None) -> Path:
     """The directory of a suite, there or not."""
-    return (root or default_root()) / f"{suite}-{key(suite)}"
+    inputs = [Path(__file__).read_text(), suite, SUITES[suite]]
+    return (root or default_root()) / f"{suite}-{key(inputs)}"
+
+
+def wheels(suite: str, root: Path | None = None) -> Path:
+    """The directory of what rayfwd needs there, there or not."""
+    return place(suite, root) / f"wheels-{key(requirements())}"
 
 
 def missing(suite: str) -> str | None:
     """Why a suite cannot be booted; None: it can."""
-    if (place(suite) / "complete").exists():
-        return None
-    return f"there is no {place(suite)}: run tests/setup_roots.py {suite} (see RAYFWD_ROOTS)"
+    for path in (place(suite), wheels(suite)):
+        if not complete(path).exists():
+            return f"there is no {path}: run tests/setup_roots.py {suite} (see RAYFWD_ROOTS)"
+    return None
+
+
+def complete(path: Path) -> Path:
+    """Its mark that a directory is whole, so that an interrupted run is made good by the next."""
+    return path / ".complete"
 
 
 def requirements() -> list[str]:
-    """What rayfwd's wheel asks for."""
+    """What rayfwd's wheel asks for, and the tests."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
-    return list(project["project"]["dependencies"])
+    return [*project["project"]["dependencies"], *TOOLS]
 
 
 def main() -> None:
@@ -111,23 +125,27 @@ def main() -> None:
 
 
 def provide(suite: str, root: Path) -> None:
-    goal = place(suite, root)
-    if (goal / "complete").exists():
-        print(f"{suite}: {goal} is there", flush=True)
-        return
     began = time.monotonic()
-    print(f"{suite}: making {goal} (some 400 MB to fetch, some minutes) …", flush=True)
-    for old in root.glob(f"{suite}-*"):
-        shutil.rmtree(old)
+    goal, beside = place(suite, root), wheels(suite, root)
     log = root / f"{suite}.log"
     with log.open("w") as out:
+        run = Runner(out.fileno())
         try:
-            make(suite, goal, Runner(out.fileno()))
+            if not complete(goal).exists():
+                print(f"{suite}: making {goal} (some 200 MB to fetch, some minutes) …", flush=True)
+                for old in root.glob(f"{suite}-*"):
+                    shutil.rmtree(old)
+                make(suite, goal, run)
+                complete(goal).touch()
+            if not complete(beside).exists():
+                for old in goal.glob("wheels-*"):
+                    shutil.rmtree(old)
+                fetch(goal / "tree", requirements(), beside, run)
+                complete(beside).touch()
         except (subprocess.CalledProcessError, OSError) as exc:
             tail = log.read_text(errors="replace")[-3000:]
             raise SystemExit(f"{suite}: {exc}\n{tail}") from None
-    (goal / "complete").touch()
-    print(f"{suite}: done in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{suite}: {goal} is there, after {time.monotonic() - began:.0f} s", flush=True)
 
 
 class Runner:
@@ -149,22 +167,12 @@ class Runner:
 
 
 def make(suite: str, goal: Path, run: Runner) -> None:
-    tree, wheels, space = goal / "tree", goal / "wheels", goal / "space"
-    for path in (goal, wheels, space):
-        path.mkdir()
+    tree, ray_wheels = goal / "tree", goal / "ray-wheels"
+    goal.mkdir()
     debootstrap(suite, tree, run)
     furnish(tree, run)
-    ray_wheels = goal / "ray-wheels"
-    ray_wheels.mkdir()
-    # Fetched in copies of the tree that see this machine's pip, its index, and the network.
-    for into, wanted in ((wheels, requirements()), (ray_wheels, [RAY])):
-        fetch = f"python3 -m venv /venv && exec /venv/bin/pip wheel --quiet -w {into} " + " ".join(
-            f"'{one}'" for one in wanted
-        )
-        given = dict.fromkeys([str(into), *pip_paths()])
-        inside = ["sh", "-c", fetch]
-        run("unshare", "--mount", "sh", "-c", ENTER, "enter", tree, space, *given, "--", *inside)
-    # Installed without any of that.
+    fetch(tree, [RAY], ray_wheels, run)
+    # Installed without what was there to fetch it.
     ray = "/home/ray/venv"
     install = (
         f"python3 -m venv {ray} && "
@@ -178,6 +186,21 @@ def make(suite: str, goal: Path, run: Runner) -> None:
     run("unshare", "--mount", "sh", "-c", bound, "install", *inside)
     (tree / "wheels").rmdir()
     shutil.rmtree(ray_wheels)
+
+
+def fetch(tree: Path, wanted: Sequence[str], into: Path, run: Runner) -> None:
+    """Wheels of all that is wanted, as the tree's own Python needs them.
+
+    In a copy of the tree that sees this machine's pip, its index, and the network.
+    """
+    into.mkdir()
+    space = into.with_name(f"{into.name}-space")
+    space.mkdir()
+    quoted = " ".join(f"'{one}'" for one in wanted)
+    command = f"python3 -m venv /venv && exec /venv/bin/pip wheel --quiet -w {into} {quoted}"
+    given = dict.fromkeys([str(into), *pip_paths()])
+    inside = ["sh", "-c", command]
+    run("unshare", "--mount", "sh", "-c", ENTER, "enter", tree, space, *given, "--", *inside)
     space.rmdir()
 
 

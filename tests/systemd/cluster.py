@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from tests.systemd.machines import RAY, Lab
 
@@ -16,7 +15,7 @@ object_store_memory = 100000000
 TASKS = """
 import json, ray, sys, time
 ray.init(address="auto", logging_level="error", log_to_driver=False)
-deadline = time.monotonic() + 60
+deadline = time.monotonic() + 120
 while len([n for n in ray.nodes() if n["Alive"]]) < 2 and time.monotonic() < deadline:
     time.sleep(0.2)
 
@@ -28,26 +27,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
 on = [work.options(scheduling_strategy=On(node, soft=False)) for node in alive]
 there = [task.remote(bytes(1_000_000)) for task in on]
-print(json.dumps([[n, a, len(b)] for n, a, b in ray.get(there, timeout=60)]))
+print("done", json.dumps([[n, a, len(b)] for n, a, b in ray.get(there, timeout=60)]))
 """
 
 
 class Cluster:
-    """Head and worker of a lab."""
+    """Head and worker of a lab: the machines' own services, or those of user `ray`."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, user: str = "root", further: str = "") -> None:
+        """`further`: lines for [ray] of both."""
         self.lab = lab
+        self.user = user
         self.head = lab.machine("head")
         self.worker = lab.machine("worker")
+        self._further = SMALL + further
 
     def init_head(self, *further: str) -> str:
         """The README's command on the head; what it printed."""
-        return self.head.run(["rayfwd", "init", "head", "--ray", RAY, *further]).stdout
+        words = ["rayfwd", "init", "head", "--ray", RAY, *further]
+        return self.head.run(words, user=self.user).stdout
 
     def init_worker(self, *further: str) -> str:
         """The README's command on the worker; what it printed."""
         words = ["--head", "ray@head", "--ray", RAY, "--fingerprint", self.head.fingerprint]
-        return self.worker.run(["rayfwd", "init", "worker", *words, *further]).stdout
+        words = ["rayfwd", "init", "worker", *words, *further]
+        return self.worker.run(words, user=self.user).stdout
 
     def authorize(self, init_said: str) -> None:
         """Put the line that `rayfwd init worker` printed where it says."""
@@ -56,29 +60,42 @@ class Cluster:
         path = "/home/ray/.ssh/authorized_keys"
         self.head.run(["sh", "-c", f"cat >>{path}"], user="ray", input=f"{line.strip()}\n")
 
+    @property
+    def config(self) -> str:
+        """The path of the file that `init` makes."""
+        return "/etc/rayfwd.toml" if self.user == "root" else "/home/ray/.config/rayfwd.toml"
+
     def set_up(self) -> None:
         """Both by `rayfwd init`; Ray is kept small."""
         self.init_head()
         self.authorize(self.init_worker())
         for machine in self.lab.machines:
-            path = "/etc/rayfwd.toml"
-            line = f'command = "{RAY}"\n'
-            text = machine.read(path)
-            assert line in text, text
-            machine.host_path(path).write_text(text.replace(line, line + SMALL))  # in [ray]
+            text = machine.read(self.config)
+            assert text.count("[ray]\n") == 1, text
+            text = text.replace("[ray]\n", "[ray]\n" + self._further)
+            machine.host_path(self.config).write_text(text)
 
     def start(self) -> None:
         """The README's last command, on both."""
         for machine in self.lab.machines:
-            machine.systemctl("enable", "--now", "--no-block", "rayfwd")
+            machine.systemctl("enable", "--now", "--no-block", "rayfwd", user=self.user)
 
-    def wait_ready(self, timeout: float = 90) -> None:
+    def wait_ready(self, timeout: float = 120) -> None:
         """Return when both services are active, which they are when their job is being done."""
         for machine in self.lab.machines:
-            machine.wait_for(timeout=timeout, ActiveState="active", SubState="running")
+            machine.wait_for(timeout=timeout, user=self.user, ActiveState="active")
 
-    def work(self) -> list[Any]:
-        """A task on each node, with 1 MB there and 2 MB back: size, node's address, size."""
-        said = self.head.run(["/home/ray/venv/bin/python", "-c", TASKS], user="ray", timeout=120)
-        found: list[Any] = json.loads(said.stdout)
-        return sorted(found, key=lambda one: str(one[1]))
+    def work(self) -> list[tuple[int, str, int]]:
+        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave."""
+        python = "/home/ray/venv/bin/python"
+        said = self.head.run([python, "-c", TASKS], user="ray", timeout=200)
+        # Ray prints what raylets and workers say between the lines.
+        (done,) = [line for line in said.stdout.splitlines() if line.startswith("done ")]
+        found = json.loads(done.removeprefix("done "))
+        return [(sent, address, back) for sent, address, back in found]
+
+    def addresses_that_work(self) -> list[str]:
+        """Of the nodes that have run a task, with 1 MB there and 2 MB back; waits for two nodes."""
+        done = self.work()
+        assert {(sent, back) for sent, _, back in done} == {(1_000_000, 2_000_000)}
+        return sorted(address for _, address, _ in done)

@@ -61,10 +61,11 @@ def installed(suite: str) -> Installed:
         shutil.rmtree(fresh, ignore_errors=True)
         (fresh / "wheels").mkdir(parents=True)
         wheel = package.wheel(fresh / "wheels")
-        inputs = wheel.read_bytes() + root.name.encode() + (README + INSTALL).encode()
+        names = "\0".join([root.name, setup_roots.wheels(suite).name, README, INSTALL])
+        inputs = wheel.read_bytes() + names.encode()
         layer = layers / f"{suite}-{hashlib.sha256(inputs).hexdigest()[:12]}"
         if not layer.exists():
-            _install(root, fresh, wheel)
+            _install(suite, fresh, wheel)
             fresh.rename(layer)
         shutil.rmtree(fresh, ignore_errors=True)
         # Those of other states, a run of which may still be under way: not the last few.
@@ -74,13 +75,13 @@ def installed(suite: str) -> Installed:
     return Installed(suite, (layer / "upper", root / "tree"), layer / "wheels")
 
 
-def _install(root: Path, fresh: Path, wheel: Path) -> None:
+def _install(suite: str, fresh: Path, wheel: Path) -> None:
     for path in (fresh / "upper", fresh / "work"):
         path.mkdir()
-    for path in (root / "wheels").iterdir():
+    for path in setup_roots.wheels(suite).glob("*.whl"):
         os.link(path, fresh / "wheels" / path.name)
     command = README.format(wheel=f"/wheels/{wheel.name}")
-    words = [str(root / "tree"), str(fresh), str(fresh / "wheels"), command]
+    words = [str(setup_roots.place(suite) / "tree"), str(fresh), str(fresh / "wheels"), command]
     ran = subprocess.run(
         ["unshare", "--mount", "sh", "-c", INSTALL, "install", *words],
         capture_output=True,

@@ -260,6 +260,17 @@ class Machine:
         until(fits, timeout, what)
         return seen
 
+    def wait_for_status(self, begins: str, timeout: float = 90) -> dict[str, str]:
+        """The properties of rayfwd's unit as soon as its STATUS begins so."""
+        seen: dict[str, str] = {}
+
+        def fits() -> bool:
+            seen.update(self.show())
+            return seen.get("StatusText", "").startswith(begins)
+
+        until(fits, timeout, lambda: f"{self.name}: {begins!r}; it is {seen.get('StatusText')!r}")
+        return seen
+
     def journal(self, *words: str, unit: str | None = "rayfwd") -> list[dict[str, Any]]:
         """Entries of all boots, oldest first, as `journalctl -o json` has them.
 

@@ -68,6 +68,12 @@ RUN = {
     "/opt/rayfwd/bin/pip install --upgrade": (SERVICE, "pip install --upgrade"),
     "rayfwd demo": ("Makefile", "rayfwd demo"),
     "python3 -m venv": ("tests/lab/package.py", '"venv"'),
+    "ln -s /opt/rayfwd/bin/rayfwd": ("tests/systemd/install.py", "ln -s /opt/rayfwd/bin/rayfwd"),
+    "systemctl enable --now --no-block rayfwd": (
+        "tests/systemd/cluster.py",
+        '"enable", "--now", "--no-block", "rayfwd"',
+    ),
+    "journalctl": ("tests/systemd/machines.py", '"journalctl"'),
     "make test": (".ci/run", "checks ray-envs roots"),
     "make checks": (".ci/run", "checks ray-envs roots"),
     "make fast": ("Makefile", "fast:"),
@@ -78,15 +84,12 @@ RUN = {
 
 # Run by no test that this file could name, and why.
 NOT_RUN = {
-    "systemctl enable --now --no-block rayfwd": "needs a booted systemd; the printed text is held",
     "systemctl disable --now rayfwd": "needs a booted systemd",
     "systemctl --user": "a name, not a command",
-    "journalctl": "needs a booted systemd",
     "ray stop": "would end every Ray of this machine",
     "ray start": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
     "ray status": "run by rayfwd itself",
     "ray job submit": "Ray's own",
-    "ln -s /opt/rayfwd/bin/rayfwd": "a link on the user's PATH",
     "mv /etc/rayfwd/id_ed25519": "tests/unit/test_setup.py takes the key away by itself",
     "make clean": "would remove the environment that runs this",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+from contextlib import closing
 
 from rayfwd import daemon, logs
 from rayfwd.cli import FAULT, MistakeError
@@ -22,8 +23,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load_config(args)
     except MistakeError as exc:
+        # What `systemctl status` shows of a service that has failed, beside its exit code.
         more = f" (and {len(exc.lines) - 1} more)" if len(exc.lines) > 1 else ""
-        Notifier().send(f"STATUS=not started, a mistake in the file: {exc.lines[0]}{more}")
+        with closing(Notifier()) as notifier:
+            notifier.send(f"STATUS=not started, a mistake in the file: {exc.lines[0]}{more}")
         raise
     # Should the watchdog end us, the journal has where every thread was.
     faulthandler.enable()

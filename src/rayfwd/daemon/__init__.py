@@ -10,6 +10,7 @@ from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.head import HeadDaemon
 from rayfwd.daemon.worker import WorkerDaemon
 from rayfwd.logs import get_logger
+from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
 
 log = get_logger(__name__)
@@ -22,6 +23,7 @@ def run(config: Config) -> int:
     except ProblemError as exc:
         problem = exc.problem
         log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+        Notifier().send(f"STATUS=cannot begin: {problem.cause}")
         return 1
     if daemon.again:
         handover.exec_again(daemon.left)
