@@ -160,6 +160,8 @@ class HeadConfig(_Section):
     """What `via = "exec"` runs on the head; a forced command there replaces it."""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for bulk streams, beside the one for short messages."""
+    extra_lanes: Whole = Field(default=3, ge=0, le=8)
+    """Further ones, made when a transfer fills those: where a round trip takes long."""
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
