@@ -32,6 +32,13 @@ UNITS = {
     "beside bulk down, p99": "µs",
     "far, up": "MB/s",
     "far, down": "MB/s",
+    "call, p50": "µs",
+    "call, p99": "µs",
+    "calls at once": "calls/s",
+    "object, worker to head": "MB/s",
+    "object, head to worker": "MB/s",
+    "call beside bulk, p50": "µs",
+    "call beside bulk, p99": "µs",
     "processor": "% of a core",
     "memory": "MB",
     "messages": "echoes/s",
@@ -41,7 +48,9 @@ UNITS = {
 TITLES = {
     "near": "Beside each other on one machine",
     "far": "One bulk stream, 50 ms there and back",
+    "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",
     "idle": "Idle: daemons of a cluster of three nodes, without Ray",
+    "idle-ray": "Idle: the same with Ray on all three",
     "hub": "The hub with many workers",
 }
 

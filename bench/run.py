@@ -19,8 +19,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import contestants, page, peers
+from bench import contestants, page, peers, rays
 from bench.page import GCM, REFERENCE, Results
+from tests.lab.machines import Lab
 
 MB = 1 << 20
 Way = contextlib.AbstractContextManager[tuple[int, list[int]]]
@@ -131,7 +132,7 @@ def far(bench: Bench) -> Results:
     """One bulk stream where a round trip takes 50 ms."""
 
     def look(port: int, _: list[int]) -> dict[str, float]:
-        peers.upload(port, 16 * MB)
+        peers.upload(port, 64 * MB)  # windows open, and the lanes that are made when they are full
         up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
         return {"far, up": bench.size / 1e6 / up, "far, down": bench.size / 1e6 / down}
 
@@ -206,7 +207,42 @@ def memory(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-PIECES: dict[str, Callable[[Bench], Results]] = {"near": near, "far": far, "idle": idle, "hub": hub}
+def ray(bench: Bench) -> Results:
+    """Ray's own calls and objects, over `ssh -L`/`-R` and over rayfwd."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    rays.install(bench.directory)
+    for number in range(bench.rounds):
+        for name, over in ((REFERENCE, rays.over_ssh), ("rayfwd", rays.over_rayfwd)):
+            with Lab(bench.place()) as lab, over(lab):
+                figures = rays.measure(lab)
+            for key, value in figures.items():
+                results[name][key].append(value)
+            print(f"round {number + 1}, {name}: {figures}", flush=True)
+    return results
+
+
+def idle_ray(bench: Bench) -> Results:
+    """What the daemons take with two other nodes and Ray on all three, which nobody uses."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    rays.install(bench.directory)
+    with Lab(bench.place()) as lab, rays.over_rayfwd(lab, ("w1", "w2")) as cluster:
+        time.sleep(20)  # what follows a start is over
+        for _ in range(bench.rounds):
+            for name, node in (("head", "head"), ("worker", "w1")):
+                pid = cluster.worker(node).process.pid
+                results[f"{name}'s daemon"]["processor"].append(share(pid, 15))
+                results[f"{name}'s daemon"]["memory"].append(memory(pid))
+    return results
+
+
+PIECES: dict[str, Callable[[Bench], Results]] = {
+    "near": near,
+    "far": far,
+    "ray": ray,
+    "idle": idle,
+    "idle-ray": idle_ray,
+    "hub": hub,
+}
 
 
 def main() -> None:

@@ -168,6 +168,8 @@ class HeadConfig(_Section):
     """what via = "exec" runs; a forced command in authorized_keys takes its place"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for big transfers, beside the one for short messages"""
+    extra_lanes: Whole = Field(default=3, ge=0, le=8)
+    """further ones, made while a transfer fills those: where a round trip takes long"""
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""

@@ -86,6 +86,7 @@ class Pump(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
         self._among.add(self)
+        pace.begin(self._transport)
         if self._over:
             self._cut()
             return

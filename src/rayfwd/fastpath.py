@@ -113,6 +113,7 @@ class FastPath(asyncio.Protocol):
             return None
         path._align()
         transport.set_write_buffer_limits(WRITE_BUFFER)
+        pace.begin(transport)
         transport.set_protocol(path)
         return path
 

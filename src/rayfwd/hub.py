@@ -146,6 +146,7 @@ class _HubLane(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        pace.begin(self._transport)
         self.uid = unixsocket.peer_credentials(self._transport.get_extra_info("socket"))[1]
         self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._no_hello)
         self._hub.came(self)

@@ -1,5 +1,8 @@
 """The worker's side of the link: one task a lane dials, says hello, and redials when it is lost.
 
+Beside the lanes that always stand there are extra ones, made while a transfer fills those: they
+stay until they are lost.
+
 The session outlives its lanes. It is made by the first lane that is welcomed and ended by
 ride-through, by the hub's word, or by `Link.close`; then the next lane makes a new one.
 """
@@ -16,6 +19,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd.config import HeadConfig
+from rayfwd.demand import Demand
 from rayfwd.fastpath import FastPath
 from rayfwd.history import History
 from rayfwd.logs import get_logger
@@ -48,6 +52,10 @@ PATIENCE = 180.0
 """Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
 LASTED = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
+DEMAND_EVERY = 0.25
+"""Seconds between two looks at whether the lanes are full."""
+EXTRA_AGAIN = 30.0
+"""Seconds between two attempts at the extra lanes, at least."""
 
 
 class LinkRefusedError(Exception):
@@ -274,6 +282,8 @@ class Link:
         async with asyncio.TaskGroup() as group:
             for slot in self.slots:
                 group.create_task(self._hold(slot), name=f"lane {slot.name}")
+            if self.head.extra_lanes and self.head.bulk_lanes:
+                group.create_task(self._hold_extra(group), name="extra lanes")
 
     async def close(self, why: str) -> None:
         """End the session in order. Call `run`'s cancellation after it."""
@@ -339,6 +349,42 @@ class Link:
             slot.progress.turn(pause + PATIENCE)
             await asyncio.sleep(pause)
             wait = min(wait * 2, longest)
+
+    async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
+        """Make the extra lanes when those that stand are full."""
+        while not self._closing:
+            await self._established.wait()
+            if self.mux is None or not await self._filled(self.mux):
+                continue
+            standing = {slot.name for slot in self.slots}
+            for i in range(self.head.bulk_lanes, self.head.bulk_lanes + self.head.extra_lanes):
+                slot = LaneSlot(f"bulk-{i + 1}", LaneClass.BULK)
+                if slot.name not in standing:
+                    group.create_task(self._extra_lane(slot), name=f"lane {slot.name}")
+            await asyncio.sleep(EXTRA_AGAIN)
+
+    async def _filled(self, mux: Mux) -> bool:
+        """Wait until the lanes of a session are full. False: it has ended."""
+        session = mux.session
+        demand = Demand(mux.now(), (session.bytes_in, session.bytes_out))
+        while not session.ended:
+            await asyncio.sleep(DEMAND_EVERY)
+            bulk = [lane for lane in session.lanes.values() if lane.kind is LaneClass.BULK]
+            rtt = min((lane.base_rtt for lane in bulk if lane.base_rtt is not None), default=0.0)
+            moved = (session.bytes_in, session.bytes_out)
+            if demand.full(mux.now(), moved, rtt, len(bulk)):
+                return True
+        return False
+
+    async def _extra_lane(self, slot: LaneSlot) -> None:
+        """A lane beside those that always stand; what stands goes on without it."""
+        self.slots.append(slot)
+        try:
+            await self._one_lane(slot)
+        except (LinkRefusedError, ProblemError) as exc:
+            log.info("extra_lane_failed", lane=slot.name, code=exc.problem.code, cause=str(exc))
+        finally:
+            self.slots.remove(slot)
 
     async def _one_lane(self, slot: LaneSlot) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""

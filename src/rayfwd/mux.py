@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +42,8 @@ FLUSH_BYTES = 1 << 18
 """Bytes that are asked of the session for one write."""
 TIMER_SLACK = 0.1
 """Seconds that a timer may come late: one that is due by then is left as it is."""
+TIMER_GRID = 0.1
+"""Seconds between the moments at which timers fire: the sessions of a hub wake it together."""
 LATE = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
 
@@ -296,7 +299,8 @@ class Mux:
             if self._timer.when() <= due:
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(max(due, now + 0.01), self._tick)
+        on_grid = math.ceil(max(due, now + 0.01) / TIMER_GRID) * TIMER_GRID
+        self._timer = self._loop.call_at(on_grid, self._tick)
 
     def _tick(self) -> None:
         assert self._timer is not None, "a timer that fires was set"

@@ -47,8 +47,9 @@ CIPHERS = (
 """In order of preference: with AES in the CPU, GCM moves about twice what chacha20 does."""
 HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha2-256")
 """In order of preference, where no host key is known yet."""
-CHANNEL_WINDOW = 1 << 22
-"""Bytes that the server may send ahead on a channel."""
+CHANNEL_WINDOW = 1 << 25
+"""Bytes that the server may send ahead on a channel: as many as a lane's own window may grow to, so
+that this one bounds nothing. What comes is taken at once."""
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 TABLE_LIMIT = 1 << 21

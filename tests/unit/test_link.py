@@ -15,6 +15,7 @@ from typing import Any
 import asyncssh
 import pytest
 
+from rayfwd import demand as demand_module
 from rayfwd import link as link_module
 from rayfwd import ssh as ssh_module
 from rayfwd.config import HeadConfig
@@ -205,6 +206,57 @@ def test_there_are_as_many_bulk_lanes_as_wanted(tmp_path: Path, lanes: int) -> N
             assert await works(s)
 
     run(main)
+
+
+def test_a_transfer_that_fills_its_lanes_gets_extra_ones_until_these_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_module, "CHANNEL_BYTES", 1 << 10)
+
+    async def main() -> None:
+        async with site(tmp_path, extra_lanes=2) as s:
+            await s.up()
+            assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
+            async with s.door() as listen:
+                transfers = 0
+                while len(s.sshd.connections) < 4:  # a fast machine is done before it is seen
+                    transfers += 1
+                    assert transfers < 20, "no extra lane in 20 transfers"
+                    await transfer(listen, 8, lambda _: None)
+                await s.up(4)
+                names = {"interactive", "bulk-1", "bulk-2", "bulk-3"}
+                assert {slot.name for slot in s.link.slots} == names
+                await transfer(listen, 6, lambda i: s.sshd.cut(3) if i == 2 else None)
+            await until(lambda: len(s.link.slots) == 3)
+            assert s.link.cuts == 0
+            s.sshd.cut()
+            await until(lambda: s.link.cuts == 1)
+            await s.up(2)
+            assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
+
+    run(main)
+
+
+def test_an_extra_lane_that_cannot_be_made_changes_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demand_module, "CHANNEL_BYTES", 1 << 10)
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            async with s.door() as listen:
+                s.sshd.prohibits = True
+                while not of(log, "extra_lane_failed"):
+                    await transfer(listen, 8, lambda _: None)
+            await until(lambda: len(of(log, "extra_lane_failed")) == 3)
+            assert s.link.state == "up"
+            assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
+            assert all(slot.problem is None for slot in s.link.slots)
+
+    with log_events() as log:
+        run(main)
+    assert {e["code"] for e in of(log, "extra_lane_failed")} == {"channel_refused"}
 
 
 def test_cuts_in_the_middle_of_a_transfer_lose_nothing(tmp_path: Path) -> None:

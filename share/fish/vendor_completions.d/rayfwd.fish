@@ -50,8 +50,8 @@ function _shtab_rayfwd_using
   test "$_shtab_rayfwd_cmdpath" = "$argv"
 end
 
-set -g _shtab_rayfwd_commands init run connect check plan status canary explain attach keeper forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --head --head-rayfwd --identity --login --name --port --ray --socket --user --via --watch -i -p
+set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary explain attach keeper forget uninstall demo
+set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --head --head-rayfwd --identity --log --login --name --port --ray --report --socket --user --via --watch -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -86,9 +86,19 @@ complete -c rayfwd -n '_shtab_rayfwd_using connect' -l dashboard-port -x -d 'whe
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l client-port -x -d 'where Ray Client is to be on 127.0.0.1 (default: 10001, or the next free one)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l forward -x -d 'a further port of the head, as in 8000=head:8000; the head'"'"'s file has it in expose'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -s v -l verbose -d 'log what happens on standard error'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a reload -d 'Have the running daemon read its file again (`systemctl reload rayfwd`).'
+complete -c rayfwd -n '_shtab_rayfwd_using reload' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using reload' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a check -d 'Validate the configuration file, and say in plain lines what it amounts to.'
 complete -c rayfwd -n '_shtab_rayfwd_using check' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using check' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a doctor -d 'Look for what would keep this node from working, before the first start or beside a daemon.'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l json -d 'print all as JSON (docs/doctor.md)'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l report -xka "(__fish_complete_path (commandline -ct))" -d 'write a file for whoever is to help (0600, no secrets in it):'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l log -xka "(__fish_complete_path (commandline -ct))" -d 'with --report: the log, where it is a file'
+complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l user -x -d 'look as this user (root only; default: the service'"'"'s user)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a plan -d 'Show every node'"'"'s address and ports, and the exact `ray start` command of this node.'
 complete -c rayfwd -n '_shtab_rayfwd_using plan' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using plan' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

@@ -61,11 +61,12 @@ def _dials(head: HeadConfig) -> str:
     user, host, port = head.ssh_target()
     shown = (f"{user}@" if user else "") + host + (f", port {port}" if port else "")
     lanes = 1 + head.bulk_lanes
+    more = f" (and up to {head.extra_lanes} more)" if head.bulk_lanes and head.extra_lanes else ""
     if head.via == "exec":
         way = f"running `{head.attach_command}` there"
     else:
         way = f"to the socket {head.socket} there"
-    return f"{shown}, {lanes} SSH connection{'s' * (lanes > 1)}, {way}"
+    return f"{shown}, {lanes} SSH connection{'s' * (lanes > 1)}{more}, {way}"
 
 
 def _ray(config: Config) -> str:

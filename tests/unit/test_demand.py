@@ -1,0 +1,25 @@
+"""Whether a link's lanes are full."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfwd.demand import CHANNEL_BYTES, Demand
+
+
+@pytest.mark.parametrize("moved", [(0, 38_000_000), (38_000_000, 0)])
+def test_a_lane_that_a_channel_s_window_holds_back_is_full(moved: tuple[int, int]) -> None:
+    """What one lane was seen to carry where a round trip takes 50 ms."""
+    assert Demand(10.0, (0, 0)).full(11.0, moved, 0.05, 1)
+    assert not Demand(10.0, (0, 0)).full(11.0, moved, 0.05, 4)
+
+
+def test_a_fast_transfer_close_by_fills_no_lane() -> None:
+    assert not Demand(0.0, (0, 0)).full(0.25, (0, 150_000_000), 0.0005, 1)
+
+
+def test_only_what_moved_since_the_last_look_counts() -> None:
+    demand = Demand(0.0, (0, 0))
+    assert demand.full(1.0, (0, 20 * CHANNEL_BYTES), 0.05, 1)
+    assert not demand.full(2.0, (0, 20 * CHANNEL_BYTES), 0.05, 1)
+    assert demand.full(3.0, (0, 40 * CHANNEL_BYTES), 0.05, 1)
