@@ -229,7 +229,7 @@ def test_other_versions_of_ray_and_python(cluster: Cluster) -> None:
     assert found.code == 1
 
 
-def test_a_proxy_and_low_limits(cluster: Cluster) -> None:
+def test_a_proxy_and_a_low_limit(cluster: Cluster) -> None:
     proxy = {"http_proxy": "http://ann:sesame@198.51.100.200:3128"}
     found = doctor(cluster, "w1", proxy)
     assert found.of("warn") == ["proxies"]
@@ -240,13 +240,12 @@ def test_a_proxy_and_low_limits(cluster: Cluster) -> None:
 
     w1 = cluster.lab.machine("w1")
     argv = [str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
-    script = 'ulimit -n 128; ulimit -u 300; exec "$@"'
+    script = 'ulimit -n 128; exec "$@"'
     ran = w1.run(["bash", "-c", script, "-", *argv], check=False)
     found = Found(ran.returncode, json.loads(ran.stdout))
     assert found.of("warn") == ["limits"]
     assert found.rows["limits"]["code"] == "descriptors_low"
     assert "128 files" in found.rows["limits"]["said"]
-    assert "300 processes and threads" in found.rows["limits"]["said"]
 
 
 def block(cluster: Cluster) -> tuple[int, int]:
