@@ -383,15 +383,9 @@ class Hub:
     # -- for a process that comes after this one -----------------------------------------
 
     def stop_accepting(self) -> socket.socket | None:
-        """The hub's socket, which goes on listening. Clients are not handed over: theirs end.
-
-        Raises OSError.
-        """
+        """The hub's socket, which goes on listening. Raises OSError."""
         if self._server is None:
             return None
-        for client in list(self.clients.values()):
-            if client.mux is not None:
-                client.mux.close("the head's rayfwd is restarted")
         sock = self._server.sockets[0].dup()
         self._server.close()
         self._server = None
@@ -405,7 +399,7 @@ class Hub:
     def splices(self) -> list[Tree]:
         """Which streams are joined to which, by node and number; each pair once. One whose other
         end is over already stands alone."""
-        muxes = {name: node.mux for name, node in self.nodes.items() if node.mux is not None}
+        muxes = self.muxes()
         names = {mux: name for name, mux in muxes.items()}
         found: dict[frozenset[tuple[str, int]], Tree] = {}
         for name, mux in muxes.items():
@@ -418,31 +412,47 @@ class Hub:
                     found[frozenset(ends)] = {"ends": ends}
         return list(found.values())
 
+    def muxes(self) -> dict[str, Mux]:
+        """Every session, by a name of its own."""
+        return {key: peer.mux for key, peer in self._peers().items() if peer.mux is not None}
+
+    def _peers(self) -> dict[str, HubNode | HubClient]:
+        # No node's name has a blank in it.
+        clients = {f"client {key}": client for key, client in self.clients.items()}
+        return {**self.nodes, **clients}
+
     def hand_over(self) -> list[Tree]:
         """Stop, and give the sessions as they are then; nothing comes after it."""
         self._closing = True
         if self._grace is not None:
             self._grace.cancel()
         trees: list[Tree] = []
-        for name, node in self.nodes.items():
-            mux, node.mux = node.mux, None
+        for peer in self._peers().values():
+            mux, peer.mux = peer.mux, None
             core = mux.stop() if mux is not None else None
             if core is not None:
-                trees.append({"node": name, "session": node.session, "core": core})
+                client = [peer.key_sha256, peer.user] if isinstance(peer, HubClient) else None
+                names = {"name": peer.name, "client": client, "session": peer.session}
+                trees.append({**names, "core": core})
         return trees
 
     def take_over(self, tree: Tree) -> Mux:
         """Go on with a session of an earlier process; before `start`. Raises SnapshotError."""
+        peer: HubNode | HubClient | None
         try:
-            node = self.nodes.get(tree["node"])
+            name, client = tree["name"], tree["client"]
             core = Session.restored(tree["core"], asyncio.get_running_loop().time())
             number = str(tree["session"])
         except (KeyError, TypeError) as exc:
             raise SnapshotError(f"a session that does not fit: {exc!r}") from exc
-        if node is None:
-            raise SnapshotError(f"no node {tree['node']} is in the roster")
-        mux = self._begin(node, core, number)
-        node.history.parked(time.time(), mux.now())
+        if client is None:
+            peer = self.nodes.get(name)
+        else:
+            peer = HubClient(name, key_sha256=client[0], user=client[1])
+        if peer is None:
+            raise SnapshotError(f"no node {name} is in the roster")
+        mux = self._begin(peer, core, number)
+        peer.history.parked(time.time(), mux.now())
         mux.flush()  # sets its clock
         return mux
 
@@ -451,12 +461,12 @@ class Hub:
         is left without an owner."""
         near, far = _Splice(), _Splice()
         near.other, far.other = far, near
-        found = []
+        muxes, found = self.muxes(), []
         for splice, (name, number) in zip((near, far), tree["ends"], strict=False):
-            node = self.nodes.get(name)
-            if node is None or node.mux is None or not node.mux.has(number):
+            mux = muxes.get(name)
+            if mux is None or not mux.has(number):
                 return
-            found.append((splice, node.mux, number))
+            found.append((splice, mux, number))
         for splice, mux, number in found:
             splice.own(mux.own(number, splice))
         for splice in (near, far):

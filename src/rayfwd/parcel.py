@@ -62,12 +62,12 @@ def unpack(parcel: socket.socket) -> tuple[bytes, list[int]] | None:
     try:
         while True:
             try:
-                word, came, flags, _ = socket.recv_fds(
-                    parcel, len(_SOME), AT_ONCE, socket.MSG_CMSG_CLOEXEC
-                )
+                word, came, flags, _ = socket.recv_fds(parcel, len(_SOME), AT_ONCE)
             except BlockingIOError:
                 word, came, flags = b"", [], 0
             descriptors += came
+            for descriptor in came:
+                os.set_inheritable(descriptor, False)  # recv_fds leaves out its flags (3.11)
             if not word and not descriptors:
                 return None
             if flags & socket.MSG_CTRUNC:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,8 +24,9 @@ from rayfwd.daemon import handover
 from rayfwd.doors import Dialer, Doors, Pump, Target
 from rayfwd.hub import Hub
 from rayfwd.mux import Mux
+from rayfwd.notify import Notifier
 from rayfwd.session.session import Limits, Session
-from rayfwd.session.snapshot import Tree
+from rayfwd.session.snapshot import SnapshotError, Tree, dump
 from tests.unit.cluster import (
     BULK,
     INTERACTIVE,
@@ -33,7 +38,7 @@ from tests.unit.cluster import (
     goodbye,
     serving,
 )
-from tests.unit.loops import run
+from tests.unit.loops import log_events, of, run, until
 
 PATHS = ["w1>head", "head>w1", "w1>w2"]
 
@@ -45,7 +50,7 @@ class HeadHolder:
         self.doors, self.dialer, self.hub = doors, dialer, hub
 
     def muxes(self) -> dict[str, Mux]:
-        return {name: node.mux for name, node in self.hub.nodes.items() if node.mux is not None}
+        return self.hub.muxes()
 
     def waiting(self) -> list[tuple[Target, Pump]]:
         return self.hub.waiting
@@ -214,3 +219,165 @@ def test_streams_go_on_through_restarts(tmp_path: Path, who: str, limits: Limits
             assert len(done) == 9
 
     run(main, 60)
+
+
+def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
+    """What cannot be joined again is reset on both sides, once, and said."""
+
+    async def main() -> None:
+        async with cluster(tmp_path, "w1") as c, echoing(c, "w1>head") as listen:
+            reader, writer = await asyncio.open_connection(*listen)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            old = c.workers["w1"]
+            arrival = await carry(WorkerHolder(old))
+            arrival.tree["pumps"] = [["another", 1, None, None, b""]]
+            worker = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
+            worker.hello = old.hello
+            with log_events() as log:
+                await arrival.take_over(WorkerHolder(worker))
+            (taken,) = of(log, "handover_taken")
+            assert (taken["streams"], taken["reset"]) == (0, 1)
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            writer.close()
+            await worker.connect()
+            assert worker.mux is not None
+            session = worker.mux.session
+            await until(lambda: list(session.streams) == [0])
+            await old.dialer.close()
+
+    run(main)
+
+
+class TestParcel:
+    def test_everything_comes_in_order_however_much_it_is(self, tmp_path: Path) -> None:
+        pairs = [socket.socketpair() for _ in range(300)]
+        packed = parcel.pack([b"some ", memoryview(b"bytes")], [a.fileno() for a, _ in pairs])
+        for a, _ in pairs:
+            a.close()
+        with packed.parcel, packed.other_end:
+            unpacked = parcel.unpack(packed.parcel)
+            assert parcel.unpack(packed.parcel) is None, "it is emptied once"
+        assert unpacked is not None
+        data, descriptors = unpacked
+        assert data == b"some bytes"
+        assert len(descriptors) == 300
+        for number, (descriptor, (_, b)) in enumerate(zip(descriptors, pairs, strict=True)):
+            assert not os.get_inheritable(descriptor)
+            with socket.socket(fileno=descriptor) as again, b:
+                again.send(b"%d" % number)
+                assert b.recv(10) == b"%d" % number
+
+    def test_what_nobody_keeps_is_closed(self) -> None:
+        ours, theirs = socket.socketpair()
+        packed = parcel.pack([b""], [ours.fileno()])
+        ours.close()
+        theirs.setblocking(False)
+        with theirs, packed.other_end:
+            with pytest.raises(BlockingIOError):
+                theirs.recv(1)
+            packed.parcel.close()
+            assert theirs.recv(1) == b""
+
+    def test_half_of_one_is_refused(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs, open(os.devnull, "rb") as file:
+            socket.send_fds(ours, [b"some"], [file.fileno()])
+            ours.close()
+            with pytest.raises(parcel.ParcelError, match="not whole"):
+                parcel.unpack(theirs)
+
+
+class TestArrival:
+    @pytest.mark.parametrize(
+        ("tree", "why"),
+        [
+            ({"role": "head", "name": "w1"}, "it is of the head w1, and this is the worker w1"),
+            ({}, "it is of the None None, and this is the worker w1"),
+        ],
+    )
+    def test_that_of_another_node_is_refused(self, tree: Tree, why: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            with pytest.raises(SnapshotError, match=why):
+                handover.opened(b"".join(dump(tree)), [ours.detach()], "worker", "w1")
+            assert theirs.recv(1) == b""
+
+
+EXEC = """
+import os, sys
+from rayfwd import parcel
+if "LISTEN_FDS" not in os.environ:
+    packed = parcel.pack([b"from before"], [])
+    os.execve(sys.executable, sys.orig_argv, parcel.start_with(packed.parcel, os.environ))
+(found,) = parcel.received(os.environ)
+print(parcel.unpack(found), [name for name in os.environ if name.startswith("LISTEN")])
+"""
+
+
+def test_a_parcel_goes_through_exec() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EXEC], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.stdout, done.stderr) == ("(b'from before', []) []\n", "")
+
+
+class Manager:
+    """What systemd does with its notification socket, as far as descriptors go."""
+
+    def __init__(self, path: Path, keeps: bool) -> None:
+        self.kept: dict[bytes, int] = {}
+        self._keeps = keeps
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 4096, 10)
+            words = dict(line.split(b"=", 1) for line in data.split(b"\n"))
+            for descriptor in descriptors:
+                if b"FDSTORE" in words and self._keeps:
+                    self.kept[words[b"FDNAME"]] = descriptor
+                else:
+                    os.close(descriptor)
+            if b"FDSTOREREMOVE" in words:
+                os.close(self.kept.pop(words[b"FDNAME"]))
+            if b"STOP" in words:
+                return
+
+    def stop(self) -> None:
+        self._socket.connect(self._socket.getsockname())
+        self._socket.send(b"STOP=1")
+        self._thread.join(10)
+        self._socket.close()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_it_is_known_whether_the_service_manager_keeps_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool
+) -> None:
+    """Real systemd: tests/systemd. Here is what one does that has no room, or none at all."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    manager, notifier = Manager(tmp_path / "notify", keeps), Notifier()
+    try:
+        assert handover.can_keep(notifier) is keeps
+        packed = parcel.pack([b"data"], [])
+        if keeps:
+            handover.keep(packed, notifier)
+            (kept,) = manager.kept.values()
+            with socket.socket(fileno=kept) as again:
+                assert parcel.unpack(again) == (b"data", [])
+        else:
+            with pytest.raises(OSError, match="has not taken it"):
+                handover.keep(packed, notifier)
+    finally:
+        notifier.close()
+        manager.stop()
+
+
+def test_where_nobody_listens_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not handover.can_keep(Notifier())

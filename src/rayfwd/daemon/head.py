@@ -164,7 +164,7 @@ class HeadDaemon(Daemon):
     # -- for a process that comes after this one ---------------------------------
 
     def muxes(self) -> dict[str, Mux]:
-        return {n.plan.name: n.mux for n in self._nodes_of_hub() if n.mux is not None}
+        return {} if self._hub is None else self._hub.muxes()
 
     def waiting(self) -> list[tuple[Target, Pump]]:
         return [] if self._hub is None else self._hub.waiting
