@@ -27,6 +27,7 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
 from tests.unit.loops import run, until
 from tests.unit.ssh_server import Sshd
+from tests.unit.test_handover import restart_head
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +161,25 @@ def test_a_cut_is_ridden_through_and_a_restart_of_the_hub_survived(
                 await s.restart_hub()
                 await until(lambda: s.said[-1].endswith("connected again"), 10, lambda: f"{s.said}")
                 assert await passes(ports[0])
+
+    run(main)
+
+
+def test_a_restart_of_the_head_hands_its_connections_over(tmp_path: Path, ports: list[int]) -> None:
+    async def main() -> None:
+        async with site(tmp_path, ports) as s:
+            await s.start()
+            await s.connected()
+            async with serving(echo, Target(s.head.address, 8265)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", ports[0])
+                writer.write(b"before ")
+                assert await reader.readexactly(7) == b"before "
+                await restart_head(s.head)
+                writer.write(b"after")
+                assert await reader.readexactly(5) == b"after"
+                (client,) = s.head.hub.clients.values()
+                assert (client.name, client.state, client.cuts) == ("laptop", "up", 1)
+                await goodbye(writer)
 
     run(main)
 

@@ -113,6 +113,7 @@ async def restart_head(c: Cluster) -> None:
     arrival = await carry(old)
     await old.dialer.close()
     again = Cluster(c.hub.path.parent, c.limits)
+    again.hub.client_ports = c.hub.client_ports
     c.hub, c.doors, c.dialer = again.hub, again.doors, again.dialer
     c.doors.inherit(arrival.doors())
     listening = arrival.listening()
