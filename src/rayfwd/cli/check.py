@@ -46,7 +46,8 @@ def _amounts_to(config: Config, own: NodePlan | None) -> Iterator[tuple[str, str
         yield "ports", f"{own.base}-{own.last_worker_port} are this head's, workers' follow"
         services = own.head_services.items()
         yield "", ", ".join(f"{name} {port}" for name, port in services) + " besides"
-    yield "ray", _ray(config)
+    if config.role != "client":
+        yield "ray", _ray(config)
     if config.ray.advertise is not None:
         yield "advertise", f"others reach this worker directly at {config.ray.advertise}"
     for forward in config.forwards:
