@@ -6,6 +6,8 @@ round trip takes 50 ms, a lane carries at most 42 MB/s to the head, however fast
 
 from __future__ import annotations
 
+import math
+
 CHANNEL_BYTES = 1 << 21
 """What an OpenSSH server takes ahead on a channel (CHAN_TCP_WINDOW_DEFAULT in its channels.h)."""
 FULL = 0.6
@@ -18,13 +20,19 @@ class Demand:
 
     def __init__(self, now: float, moved: tuple[int, int]) -> None:
         self._at, self._moved = now, moved
+        self._rtt = float("inf")
+        """The least one ever: a lane that came up under load has seen no round trip without it."""
 
     def full(self, now: float, moved: tuple[int, int], rtt: float, lanes: int) -> bool:
         """Whether `lanes` lanes were full since the last call, in either direction.
 
-        `moved`: bytes ever moved in each direction; `rtt`: seconds of a round trip, without queues.
+        `moved`: bytes ever moved in each direction; `rtt`: the least round trip that the present
+        lanes have seen, in seconds; infinite where they have seen none.
         """
         seconds = max(now - self._at, 1e-6)
         most = max(after - before for after, before in zip(moved, self._moved, strict=True))
         self._at, self._moved = now, moved
-        return most / seconds * rtt >= FULL * CHANNEL_BYTES * max(lanes, 1)
+        self._rtt = min(self._rtt, rtt)
+        if math.isinf(self._rtt):
+            return False
+        return most / seconds * self._rtt >= FULL * CHANNEL_BYTES * max(lanes, 1)

@@ -10,6 +10,7 @@ ride-through, by the hub's word, or by `Link.close`; then the next lane makes a 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -354,27 +355,29 @@ class Link:
         """Make the extra lanes when those that stand are full."""
         while not self._closing:
             await self._established.wait()
-            if self.mux is None or not await self._filled(self.mux):
-                continue
-            standing = {slot.name for slot in self.slots}
-            for i in range(self.head.bulk_lanes, self.head.bulk_lanes + self.head.extra_lanes):
-                slot = LaneSlot(f"bulk-{i + 1}", LaneClass.BULK)
-                if slot.name not in standing:
-                    group.create_task(self._extra_lane(slot), name=f"lane {slot.name}")
-            await asyncio.sleep(EXTRA_AGAIN)
+            if self.mux is not None:
+                await self._watch_demand(group, self.mux)
 
-    async def _filled(self, mux: Mux) -> bool:
-        """Wait until the lanes of a session are full. False: it has ended."""
+    async def _watch_demand(self, group: asyncio.TaskGroup, mux: Mux) -> None:
+        """The same while one session lasts."""
         session = mux.session
         demand = Demand(mux.now(), (session.bytes_in, session.bytes_out))
         while not session.ended:
             await asyncio.sleep(DEMAND_EVERY)
-            bulk = [lane for lane in session.lanes.values() if lane.kind is LaneClass.BULK]
-            rtt = min((lane.base_rtt for lane in bulk if lane.base_rtt is not None), default=0.0)
+            lanes = session.lanes.values()
+            rtts = (lane.base_rtt for lane in lanes if lane.base_rtt is not None)
+            bulk = sum(lane.kind is LaneClass.BULK for lane in lanes)
             moved = (session.bytes_in, session.bytes_out)
-            if demand.full(mux.now(), moved, rtt, len(bulk)):
-                return True
-        return False
+            if demand.full(mux.now(), moved, min(rtts, default=math.inf), bulk):
+                self._add_lanes(group)
+                await asyncio.sleep(EXTRA_AGAIN)
+
+    def _add_lanes(self, group: asyncio.TaskGroup) -> None:
+        standing = {slot.name for slot in self.slots}
+        for i in range(self.head.bulk_lanes, self.head.bulk_lanes + self.head.extra_lanes):
+            slot = LaneSlot(f"bulk-{i + 1}", LaneClass.BULK)
+            if slot.name not in standing:
+                group.create_task(self._extra_lane(slot), name=f"lane {slot.name}")
 
     async def _extra_lane(self, slot: LaneSlot) -> None:
         """A lane beside those that always stand; what stands goes on without it."""

@@ -23,3 +23,13 @@ def test_only_what_moved_since_the_last_look_counts() -> None:
     assert demand.full(1.0, (0, 20 * CHANNEL_BYTES), 0.05, 1)
     assert not demand.full(2.0, (0, 20 * CHANNEL_BYTES), 0.05, 1)
     assert demand.full(3.0, (0, 40 * CHANNEL_BYTES), 0.05, 1)
+
+
+def test_a_lane_that_came_up_under_load_does_not_make_the_way_longer() -> None:
+    demand = Demand(0.0, (0, 0))
+    assert not demand.full(1.0, (0, 0), 0.0005, 2)
+    assert not demand.full(2.0, (0, 100_000_000), 0.08, 1)
+
+
+def test_without_a_round_trip_nothing_is_known() -> None:
+    assert not Demand(0.0, (0, 0)).full(1.0, (0, 100_000_000), float("inf"), 1)
