@@ -60,12 +60,12 @@ def record(version: str, autoscaler: str, names: list[str]) -> None:
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
     def keep(name: str, good: Callable[[str], bool]) -> None:
-        if name not in names:
-            return
         deadline = time.monotonic() + 180
         while not good(text := status()):
             assert time.monotonic() < deadline, f"{name}: {text}"
             time.sleep(1)
+        if name not in names:
+            return
         mark = "" if autoscaler == "v1" else f"{autoscaler}-"
         (FOLDER / f"{version}-{mark}{name}.txt").write_text(text)
         print(f"-- {name}\n{text}", flush=True)
