@@ -242,7 +242,9 @@ class _HubLane(asyncio.Protocol):
     # -- as the transport of a lane ------------------------------------------------------
 
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        if self._transport is not None:
+        # Of a transport that is gone, writelines() of Python 3.12 to 3.13.5 watches the descriptor
+        # on, which may be another connection's by then (CPython's gh-136234).
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(chunks)
 
     def close(self) -> None:

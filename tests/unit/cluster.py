@@ -105,7 +105,8 @@ class SocketLane(asyncio.Protocol):
 
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
         assert self.transport is not None
-        self.transport.writelines(chunks)
+        if not self.transport.is_closing():  # see hub.py
+            self.transport.writelines(chunks)
 
     def close(self) -> None:
         assert self.transport is not None

@@ -1,0 +1,65 @@
+"""After a boot, in whatever order and with the network late, the cluster is there by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.systemd.cluster import Cluster
+
+BOTH = ["127.77.0.1", "127.77.0.2"]
+
+
+@pytest.fixture(autouse=True)
+def no_hand(cluster: Cluster) -> None:
+    """Nobody says anything to systemd but to boot."""
+
+
+def test_head_reboots(cluster: Cluster) -> None:
+    """Its Ray is another one afterwards: the worker's joins that."""
+    cluster.head.reboot()
+    cluster.wait_ready()
+    assert cluster.addresses_that_work() == BOTH
+
+
+def test_worker_reboots(cluster: Cluster) -> None:
+    before = cluster.worker.status()["node"]
+    cluster.worker.reboot()
+    cluster.wait_ready()
+    assert cluster.addresses_that_work() == BOTH
+    assert cluster.worker.status()["node"] == before, "its address and its ports are its own"
+
+
+def test_worker_is_up_before_the_head(cluster: Cluster) -> None:
+    """And says what it waits for; systemd has it as starting, and does not give it up."""
+    for machine in (cluster.worker, cluster.head):
+        machine.poweroff()
+    cluster.worker.boot()
+    shown = cluster.worker.wait_for_status("waiting: ")
+    assert (shown["ActiveState"], shown["SubState"]) == ("activating", "start")
+    assert "head" in shown["StatusText"]
+    cluster.head.boot()
+    cluster.wait_ready()
+    assert cluster.addresses_that_work() == BOTH
+
+
+def test_both_reboot_at_once_and_the_network_is_late(cluster: Cluster) -> None:
+    """Later than network-online.target: systemd stops waiting for a cable at some time."""
+    wait = "/lib/systemd/systemd-networkd-wait-online"
+    text = f"[Service]\nExecStart=\nExecStart={wait} --timeout=2\n"
+    for machine in cluster.lab.machines:
+        drop_in = "/etc/systemd/system/systemd-networkd-wait-online.service.d"
+        machine.run(["mkdir", "-p", drop_in])
+        machine.write(f"{drop_in}/short.conf", text)
+        cluster.lab.unplug(machine)
+    for machine in cluster.lab.machines:
+        machine.reboot()
+    cluster.head.wait_for(ActiveState="active")  # it needs nobody
+    shown = cluster.worker.wait_for_status("waiting: ")
+    assert shown["ActiveState"] == "activating"
+    assert cluster.worker.show("network-online.target")["ActiveState"] == "active"
+    for machine in cluster.lab.machines:
+        cluster.lab.plug(machine)
+    cluster.wait_ready()
+    assert cluster.addresses_that_work() == BOTH
+    for machine in cluster.lab.machines:
+        assert machine.show()["NRestarts"] == "0", "it waited; it did not fail and begin again"

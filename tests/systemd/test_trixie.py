@@ -1,0 +1,52 @@
+"""On Debian trixie: Python 3.13, another systemd, sshd and libc; the cluster and the unit tests."""
+
+from __future__ import annotations
+
+import shutil
+
+from tests.need import CHECKOUT
+from tests.systemd.cluster import Cluster
+from tests.systemd.machines import Machine
+
+SUITE = "trixie"
+
+UNITS = (
+    "test_control.py",
+    "test_doors.py",
+    "test_fastpath.py",
+    "test_hub.py",
+    "test_journal.py",
+    "test_link.py",
+    "test_logs.py",
+    "test_setup.py",
+)
+"""Those where Python, asyncio, asyncssh or the system's libraries take part."""
+
+
+def test_unit_tests(head: Machine) -> None:
+    for name in ("tests", "pyproject.toml", "docs", "systemd", "config.example.toml"):
+        source, target = CHECKOUT / name, head.host_path(f"/root/checkout/{name}")
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy(source, target)
+    script = (
+        "python3 -m venv --system-site-packages /root/venv && "
+        "/root/venv/bin/pip install --quiet /wheels/rayfwd-*.whl pytest pytest-timeout hypothesis "
+        "&& cd /root/checkout && exec /root/venv/bin/python -m pytest -q "
+    )
+    ran = head.run(
+        ["sh", "-c", script + " ".join(f"tests/unit/{name}" for name in UNITS)],
+        timeout=200,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr
+    assert " passed" in ran.stdout.splitlines()[-1]
+
+
+def test_a_cluster(cluster: Cluster) -> None:
+    assert cluster.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+    for machine in cluster.lab.machines:
+        assert machine.status()["ray"]["python"].startswith("3.13.")
+        assert machine.show()["StatusText"].startswith("ready")
