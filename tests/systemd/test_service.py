@@ -7,6 +7,7 @@ node is there from the first to the last: its state shows that nothing was start
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -229,7 +230,8 @@ def test_a_reload_of_a_broken_file_changes_nothing(kept: Kept) -> None:
     assert asked.returncode != 0
     lines = [e for e in worker.journal() if "/etc/rayfwd.toml: " in str(e["MESSAGE"])]
     assert [e["PRIORITY"] for e in lines] == ["3", "3"]
-    assert ["expoze" in lines[0]["MESSAGE"], "log.level" in lines[1]["MESSAGE"]] == [True, True]
+    said = " ".join(e["MESSAGE"] for e in lines)
+    assert [word in said for word in ("expoze", "log.level")] == [True, True]
     worker.systemctl("kill", "--signal=HUP", "--kill-whom=main", "rayfwd")
     until(lambda: len(worker.events("config_refused")) == 2, 20, lambda: "the daemon says so, too")
     after = worker.show()
@@ -313,6 +315,42 @@ def test_a_daemon_that_hangs_before_it_is_ready_is_killed_too(kept: Kept) -> Non
     assert (shown["ActiveState"], shown["NRestarts"]) == ("activating", "0")
     kept.cluster.lab.plug(worker)
     kept.cluster.wait_ready()
+    kept.check()
+
+
+CONNECT = """
+import socket, sys
+for path in sys.argv[1:]:
+    try:
+        socket.socket(socket.AF_UNIX).connect(path)
+        print(path, "lets in")
+    except PermissionError:
+        print(path, "keeps out")
+"""
+
+
+def test_another_user_reaches_none_of_its_sockets(kept: Kept) -> None:
+    head = kept.cluster.head
+    paths = ["/run/rayfwd/control.sock", "/run/rayfwd/hub.sock", "/run/rayfwd-ray/keeper.sock"]
+    asked = ["runuser", "-u", "nobody", "--", "python3", "-c", CONNECT, *paths]
+    assert head.run(asked).stdout.splitlines() == [f"{path} keeps out" for path in paths]
+
+
+def test_no_worker_takes_anothers_name(kept: Kept) -> None:
+    """With that worker's own SSH key, from its own machine, and without the secret of its node."""
+    worker = kept.cluster.worker
+    text = worker.read(CONFIG).replace('"/var/lib/rayfwd"', '"/home/ray/thief/state"')
+    text = text.replace('"/run/rayfwd"', '"/home/ray/thief/run"')
+    worker.write("/home/ray/thief.toml", f"{text}\nstart = false\n", owner="ray")
+    thief = worker.popen(["rayfwd", "--config", "/home/ray/thief.toml", "run"], user="ray")
+    try:
+        until(lambda: "name_taken" in thief.log.read_text(), 30, thief.log.read_text)
+        assert "session_started" not in thief.log.read_text()
+    finally:
+        thief.signal(signal.SIGTERM)
+        thief.wait(20)
+    refused = kept.cluster.head.events("lane_refused")
+    assert {(e["CODE"], e["NODE"]) for e in refused} == {("name_taken", "worker")}
     kept.check()
 
 
