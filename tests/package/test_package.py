@@ -1,0 +1,102 @@
+"""Wheel and sdist as users get them: built, checked, installed in fresh environments, and run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import rayfwd
+from tests.need import CHECKOUT
+
+RAY = "ray[default]==2.60.0"
+SHARED = (
+    "man/man1/rayfwd.1",
+    "man/man5/rayfwd.toml.5",
+    "bash-completion/completions/rayfwd",
+    "zsh/site-functions/_rayfwd",
+    "fish/vendor_completions.d/rayfwd.fish",
+)
+
+
+def run(*argv: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> str:
+    """What it says. Raises with all of it where it fails."""
+    done = subprocess.run(
+        [str(arg) for arg in argv],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, f"{argv}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The sdist, and the wheel that is made of it."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", out, CHECKOUT, cwd=out)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return {"sdist": sdist, "wheel": wheel}
+
+
+def test_both_are_in_order(built: dict[str, Path], tmp_path: Path) -> None:
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *built.values(), cwd=tmp_path)
+    assert said.count("PASSED") == 2
+
+
+def test_the_version_is_of_one_place(built: dict[str, Path]) -> None:
+    assert {path.name.split("-")[1].removesuffix(".tar.gz") for path in built.values()} == {
+        rayfwd.__version__
+    }
+    text = (CHECKOUT / "pyproject.toml").read_text()
+    assert not re.search(r"(?m)^version = ", text)
+
+
+def test_the_wheel_has_what_is_not_python(built: dict[str, Path]) -> None:
+    names = set(zipfile.ZipFile(built["wheel"]).namelist())
+    data = f"rayfwd-{rayfwd.__version__}.data/data/share/"
+    assert {data + name for name in SHARED} <= names
+    assert {"rayfwd/conditions.md", "rayfwd/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "tools/", "bench/"))]
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_is_installed_and_runs(built: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    env = tmp_path / "env"
+    run(sys.executable, "-m", "venv", env, cwd=tmp_path)
+    run(env / "bin/python", "-m", "pip", "install", "--quiet", built[kind], cwd=tmp_path)
+    command = env / "bin/rayfwd"
+    assert run(command, "--version", cwd=tmp_path) == f"rayfwd {rayfwd.__version__}\n"
+    file = tmp_path / "rayfwd.toml"
+    file.write_text('role = "head"\nname = "h"\n')
+    assert f"{file}: valid" in run(command, "check", "--config", file, cwd=tmp_path)
+    for name in SHARED:
+        assert (env / "share" / name).is_file()
+    run(env / "bin/python", "-m", "pip", "check", cwd=tmp_path)
+
+
+def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
+    """pip finds a set of packages that suits both; nothing is installed."""
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed")
+    run(*pip, RAY, built["wheel"], cwd=tmp_path)
+
+
+def test_pipx_installs_it(built: dict[str, Path], tmp_path: Path) -> None:
+    """With its man pages, in places of this test's own."""
+    env = tmp_path / "env"
+    run(sys.executable, "-m", "venv", env, cwd=tmp_path)
+    run(env / "bin/python", "-m", "pip", "install", "--quiet", "pipx", cwd=tmp_path)
+    places = {name: str(tmp_path / name) for name in ("PIPX_HOME", "PIPX_BIN_DIR", "PIPX_MAN_DIR")}
+    run(env / "bin/pipx", "install", built["wheel"], cwd=tmp_path, env=places)
+    said = run(tmp_path / "PIPX_BIN_DIR" / "rayfwd", "--version", cwd=tmp_path)
+    assert said == f"rayfwd {rayfwd.__version__}\n"
+    assert (tmp_path / "PIPX_MAN_DIR/man1/rayfwd.1").is_file()
