@@ -63,10 +63,11 @@ class Sshd:
         self.flowing.set()
         if self._acceptor is not None:
             self._acceptor.close()
-            await self._acceptor.wait_closed()
-            self._acceptor = None
         connections = list(self.connections)
         self.cut()
+        if self._acceptor is not None:
+            await self._acceptor.wait_closed()  # from Python 3.12 on: until nobody is connected
+            self._acceptor = None
         for connection in connections:
             await connection.wait_closed()
 
