@@ -233,7 +233,10 @@ class Wire:
                 case MessageReceived(data):
                     self.messages[side].append(data)
                 case LaneSilent(number):
-                    lane = next(x for x in self.lanes if x.numbers[side] == number)
+                    # A restored session counts its lanes anew: one of old may have this number, too.
+                    lane = next(
+                        x for x in self.lanes if x.numbers[side] == number and side not in x.dead
+                    )
                     self.kill(lane, side)
                 case Parked():
                     self.parked[side] += 1
