@@ -233,7 +233,7 @@ class Wire:
                 case MessageReceived(data):
                     self.messages[side].append(data)
                 case LaneSilent(number):
-                    # A restored session counts its lanes anew: one of old may have this number, too.
+                    # Restored, a session counts lanes anew: a dead one may have this number, too.
                     lane = next(
                         x for x in self.lanes if x.numbers[side] == number and side not in x.dead
                     )
