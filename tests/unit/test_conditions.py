@@ -461,6 +461,17 @@ def test_thin(spans: list[tuple[float, float | None]], thin: tuple[float, float]
     assert (tuple(found[:1] + found[-1:]) or None) == thin
 
 
+def test_thin_where_what_arrives_is_known_only_now_and_then() -> None:
+    """A queue of seconds makes the answers of the other end rarer than looks."""
+    rules, found = LinkRules(), []
+    for now in range(2, 60, 2):
+        steps = (now - 24) // 6 * 6  # of 0.5 MB/s, every third look
+        arrived = 40 * MB * now if now <= 24 else 960 * MB + steps * MB // 2
+        if rules.look({"w1": LinkSeen({}, 0.001, "", arrived, True)}, float(now)):
+            found.append(now)
+    assert found == list(range(30, 60, 2))
+
+
 def test_a_lane_less_is_not_thin() -> None:
     """Its bytes no longer count; and while there is none, nothing can be said."""
     rules = LinkRules()

@@ -157,6 +157,10 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
     thin = past.thin
     # A lane less, and the sum is less, too. One by which nothing arrives is about to be dropped.
     moved = 0 if before is None or past.confirmed is None else past.confirmed[1] - before[1]
+    if before is not None and past.confirmed is not None and moved == 0:
+        # What arrives is known in steps, which a full queue makes rarer than looks: wait for one.
+        past.confirmed = before
+        return thin
     if before is None or moved <= 0:
         stays = thin is not None and now - thin.last <= (CALM if thin.counts else 0.0)
         return thin if stays else None
