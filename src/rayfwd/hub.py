@@ -14,6 +14,7 @@ import pwd
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -192,10 +193,20 @@ class _HubLane(asyncio.Protocol):
         self._hub.went(self)
         if self._checkup is not None:
             self._checkup.gone()
+        transport, self._transport = self._transport, None
+        if isinstance(exc, BrokenPipeError | ConnectionResetError) and transport is not None:
+            self._take_last(transport)
         if self._mux is not None and not self._mux.session.ended:
             self._hub.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
             self._mux.lane_lost(self._number)
-        self._transport = None
+
+    def _take_last(self, transport: asyncio.Transport) -> None:
+        """Read what came before the peer closed. A write that meets a closed socket ends a
+        transport at once, and what is unread may be the worker's CLOSE."""
+        mux, descriptor = self._mux, transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # it is not blocking, and still open here
+            while mux is not None and descriptor >= 0 and (data := os.read(descriptor, 1 << 18)):
+                mux.lane_data(self._number, data)
 
     def _no_hello(self) -> None:
         self.refuse(

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,30 @@ def test_bytes_right_behind_the_hello_are_the_sessions(tmp_path: Path) -> None:
             assert c.messages == [("w1", {"a": "b"})]
             lane.close()
             await lane.closed
+
+    run(main)
+
+
+def test_a_farewell_is_heard_where_a_write_meets_the_closed_socket_first(tmp_path: Path) -> None:
+    """sshd closes the socket behind a CLOSE; the hub may write before it reads."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            reader, writer = await asyncio.open_unix_connection(c.hub.path)
+            writer.write(hello_of("w1").encode())
+            await until(lambda: c.hub.nodes.get("w1") and c.hub.nodes["w1"].state == "up")
+            await reader.read(1)
+            with log_events() as log:
+                raw = os.dup(writer.get_extra_info("socket").fileno())
+                os.write(raw, encode(Kind.CLOSE, payload=b"the worker stops"))
+                os.close(raw)
+                writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                # No turn of the loop since: nothing of it is read yet.
+                c.hub.tell_all({"type": "cluster", "report": {}})
+                await until(lambda: c.hub.nodes["w1"].state == "away")
+            assert [e["cause"] for e in of(log, "session_ended")] == ["the worker stops"]
+            assert of(log, "lane_lost") == []
+            writer.close()
 
     run(main)
 
