@@ -108,7 +108,9 @@ def test_the_gcs_ends_and_all_join_again(cluster: Cluster) -> None:
     change(cluster.configs["w1"], {"ray.extra_args": None})
     w1 = cluster.start_node("w1")
     over([head, w1, w2], 180)
-    head.wait_status(lambda s: alive(s) == 3 and s["cluster"]["totals"]["tape"][1] == 2, 60)
+    # The totals come after the node: until then they lack its tapes.
+    head.wait_status(lambda s: alive(s) == 3 and "tape" in s["cluster"]["totals"], 60)
+    assert head.status()["cluster"]["totals"]["tape"][1] == 2
     assert w2.status()["ray"]["restarts"] > 0
 
 
