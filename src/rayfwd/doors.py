@@ -90,8 +90,8 @@ class Pump(asyncio.Protocol):
         if self._over:
             self._cut()
             return
-        if self._stream is None or self._stream.must_wait:
-            self._transport.pause_reading()
+        # Not before the loop reads from it: until 3.11.3 asyncio forgets what is said here.
+        asyncio.get_running_loop().call_soon(self._hold)
         for data in self._early:
             self.stream_data(data)
         self._early.clear()
@@ -101,6 +101,13 @@ class Pump(asyncio.Protocol):
             self.stream_ended()
         if self._connected is not None:
             self._connected(self)
+
+    def _hold(self) -> None:
+        """Read nothing while it has nowhere to go."""
+        if self._transport is None or self._over:
+            return
+        if self._stream is None or self._stream.must_wait:
+            self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None, "a pump reads its socket once it has a stream"

@@ -155,7 +155,8 @@ class TestWhileAnotherWorkerIsCutFor100Seconds:
     def test_it_is_ridden_through(self, rig: Rig, cut: Cut100) -> None:
         cut.wait()
         rig.whole()
-        assert rig.echoes.after(cut.healed, cut.began) < AGAIN
+        # By w2's link alone: w1 may be cut itself at that moment.
+        assert rig.echoes.after(cut.healed, cut.began, "w2>head") < AGAIN
         resumed = rig.cluster.worker("w2").wait_event("link_resumed", 5)
         assert resumed["parked_seconds"] > 90
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -384,6 +384,39 @@ def test_connections_made_while_parked_are_held_and_served(tmp_path: Path, path:
                 assert await reader.read() == b"patience"
                 await goodbye(writer)
             await at_rest(c)
+
+    run(main)
+
+
+def test_a_pump_without_a_stream_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor under Python 3.11.2, which Debian 12 has: there a transport begins to read after
+    `connection_made`, though that has paused it."""
+
+    def add_reader(self: Any, descriptor: int, callback: Callable[[], None]) -> None:
+        if not self._closing:
+            self._loop._add_reader(descriptor, callback)
+
+    monkeypatch.setattr("asyncio.selector_events._SelectorTransport._add_reader", add_reader)
+
+    async def main() -> None:
+        waiting: list[Pump] = []
+        doors = Doors(lambda _target, pump: waiting.append(pump))
+        place = free_place()
+        doors.set_wanted({place: place})
+        running = asyncio.create_task(doors.run())
+        await until(lambda: doors.open == 1)
+        with log_events() as log:
+            reader, writer = await asyncio.open_connection(*place)
+            writer.write(b"early")
+            await until(lambda: waiting)
+            await asyncio.sleep(0.1)
+            waiting[0].refuse()
+            with pytest.raises(ConnectionResetError):
+                await reader.read()
+            writer.close()
+        assert of(log, "library_message") == []
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
     run(main)
 
