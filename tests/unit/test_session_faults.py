@@ -42,6 +42,7 @@ def run_schedule(seed: int) -> Wire:
     return wire
 
 
+@pytest.mark.timeout(60 + SCHEDULES // BATCHES)  # a schedule takes some 0.01 s
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_what_went_in_comes_out(batch: int) -> None:
     first = int(os.environ.get("RAYFWD_FIRST_SEED", "0"))
