@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from tests.lab.machines import NETWORK, Lab, Machine
-from tests.lab.process import until
+from tests.lab.process import began, until
 
 OTHERS = 100
 """A machine's further addresses: the last number of its own, and this."""
@@ -57,7 +57,8 @@ class Faults:
             if peer == worker.address and port in ports:
                 pids = tuple(sorted(set(map(int, re.findall(r"pid=(\d+)", line)))))
                 found.append(Connection(peer, int(port), pids))
-        return sorted(found, key=lambda connection: connection.pids)
+        # By when they began: numbers of processes are used again, from the smallest on.
+        return sorted(found, key=lambda connection: [began(pid) for pid in connection.pids])
 
     # Faults that are over at once
 

@@ -198,7 +198,9 @@ def test_the_token_is_written_and_not_told(tmp_path: Path, ports: list[int]) -> 
             )
             assert f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path}" in s.said
             assert not any("sesame" in line for line in s.said)
-            s.head.hub.tell_all({"type": "ray_auth", "mode": "token", "token": "open"}, True)
+            # As the head does it: lanes that come after it are told the same.
+            s.head.hub.ray_auth = {"mode": "token", "token": "open"}
+            s.head.hub.tell_all({"type": "ray_auth", **s.head.hub.ray_auth}, True)
             await until(lambda: path.read_text() == "open\n")
 
     run(main)
