@@ -18,7 +18,7 @@ from typing import NamedTuple, cast
 
 from rayfwd.logs import get_logger
 from rayfwd.mux import MuxStream
-from rayfwd.pace import pace
+from rayfwd.pace import Reading
 from rayfwd.problems import Problem
 from rayfwd.session.stream import ResetReason
 
@@ -69,6 +69,8 @@ class Pump(asyncio.Protocol):
         self._among = among
         self._connected = connected
         self._transport: asyncio.Transport | None = None
+        self._reading: Reading | None = None
+        """Of the transport; it outlives it."""
         self._written: deque[bytes] = deque()
         """What the transport may not have passed on yet: asyncio says how much it is, not what."""
         self._written_size = 0
@@ -86,7 +88,7 @@ class Pump(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
         self._among.add(self)
-        pace.begin(self._transport)
+        self._reading = Reading(self._transport)
         if self._over:
             self._cut()
             return
@@ -104,17 +106,17 @@ class Pump(asyncio.Protocol):
 
     def _hold(self) -> None:
         """Read nothing while it has nowhere to go."""
-        if self._transport is None or self._over:
+        if self._transport is None or self._reading is None or self._over:
             return
         if self._stream is None or self._stream.must_wait:
-            self._transport.pause_reading()
+            self._reading.stop()
 
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None, "a pump reads its socket once it has a stream"
-        assert self._transport is not None
+        assert self._reading is not None, "a pump that reads has a connection"
         if not self._stream.send(data) and not self._over:
-            self._transport.pause_reading()
-        pace.after_read(self._transport, len(data))
+            self._reading.stop()
+        self._reading.after_read(len(data))
 
     def eof_received(self) -> bool:
         if self._stream is not None:
@@ -142,8 +144,11 @@ class Pump(asyncio.Protocol):
     def attach(self, stream: MuxStream) -> None:
         """Give the pump its stream."""
         self._stream = stream
-        if self._transport is not None and not self._over:
-            self._transport.resume_reading()
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._reading is not None and self._transport is not None and not self._over:
+            self._reading.go_on()
 
     def stream_data(self, data: bytes) -> None:
         if self._over:
@@ -184,8 +189,7 @@ class Pump(asyncio.Protocol):
                 self._transport.abort()
 
     def stream_writable(self) -> None:
-        if self._transport is not None and not self._over:
-            self._transport.resume_reading()
+        self._read_on()
 
     def stream_finished(self) -> None:
         self._over = True

@@ -2,14 +2,14 @@
 
 AsyncSSH copies each byte about six times in each direction, makes a cipher a packet, and sends an
 IGNORE packet, with a system call of its own, before each packet of data (a measure against an
-attack on CBC ciphers). On a lane nearly all packets are data of one channel, under AES-GCM. This
-module takes and makes those itself; every other packet (key exchange, window, end) it leaves to
-AsyncSSH, whole and still encrypted. So there is one cipher state, AsyncSSH's, which both use in
-turn.
+attack on CBC ciphers). On a lane nearly all packets are data of one channel, or make room for it
+(a server says so every 96 KiB), under AES-GCM. This module takes and makes those itself; every
+other packet (key exchange, end) it leaves to AsyncSSH, whole and still encrypted. So there is one
+cipher state, AsyncSSH's, which both use in turn.
 
 It relies on attributes of AsyncSSH that are not public. Where they are not as expected (another
 version, another cipher, a connection through a jump host) the lane goes AsyncSSH's way, as slow and
-as correct as ever. Sources: RFC 4253 section 6 (packets), RFC 4254 section 5.2 (channel data),
+as correct as ever. Sources: RFC 4253 section 6 (packets), RFC 4254 section 5.2 (data and window),
 RFC 5647 with OpenSSH's PROTOCOL (AES-GCM: the length is authenticated and not encrypted).
 """
 
@@ -20,6 +20,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from asyncssh.constants import MSG_CHANNEL_DATA, MSG_CHANNEL_WINDOW_ADJUST
@@ -42,9 +43,12 @@ PACKET_LIMIT = 1 << 18
 WRITE_BUFFER = 1 << 17
 """Bytes that may wait in the connection's transport before the lane is asked for no more."""
 
+RANDOM = 1 << 12
+"""Random bytes that are asked of the kernel at a time, to fill packets up."""
+
 _LENGTH = struct.Struct(">I")
 _DATA = struct.Struct(">BBII")
-"""Padding length, message number, channel, length of the data."""
+"""Padding length, message number, channel, length of the data; or by how much the window grows."""
 
 
 class FastPath(asyncio.Protocol):
@@ -73,10 +77,20 @@ class FastPath(asyncio.Protocol):
         self._aligned = False
         """AsyncSSH holds no part of a packet: what comes in next is the start of one."""
         self._rest = b""
+        self._random = memoryview(b"")
         self._incoming = _Key()
         self._outgoing = _Key()
-        self.paused = False
+        self._full = False
         """The transport takes no more bytes for now."""
+        self._held: list[Chunk] = []
+        """What the server's window had no room for, in order."""
+        self._reopened = False
+        """What was held has gone out, and nobody was told yet."""
+
+    @property
+    def paused(self) -> bool:
+        """It wants no more bytes for now."""
+        return self._full or bool(self._held)
 
     @classmethod
     def install(
@@ -123,6 +137,8 @@ class FastPath(asyncio.Protocol):
         if not self._aligned:
             self._connection.data_received(data)
             self._align()
+            self._send_held()
+            self._tell()
             return
         pace.after_read(self._transport, len(data))
         if self._rest:
@@ -141,6 +157,7 @@ class FastPath(asyncio.Protocol):
                 self._rest = b""
                 self._pass_on(view[position:])
                 self._align()
+                self._tell()
                 return
             if not self._take(view, position, stop):
                 self._pass_on(view[position:stop])
@@ -149,16 +166,17 @@ class FastPath(asyncio.Protocol):
             position = stop
         self._rest = bytes(view[position:])
         self._deliver()
+        self._tell()
 
     def eof_received(self) -> bool | None:
         return cast("bool | None", self._connection.eof_received())
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._full = True
         self._connection.pause_writing()
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._full = False
         self._connection.resume_writing()
         self._resume()
 
@@ -176,6 +194,13 @@ class FastPath(asyncio.Protocol):
         """Leave packets to AsyncSSH, after the data before them was delivered."""
         self._deliver()
         self._connection.data_received(bytes(packets))
+        self._send_held()
+
+    def _tell(self) -> None:
+        """Ask for more, if what was held has gone out."""
+        if self._reopened:
+            self._reopened = False
+            self._resume()
 
     def _align(self) -> None:
         connection = self._connection
@@ -187,7 +212,8 @@ class FastPath(asyncio.Protocol):
         return not connection._inpbuf and bool(connection._recv_handler == self._between)
 
     def _take(self, view: memoryview, position: int, stop: int) -> bool:
-        """Take a packet, if it is data of the channel. False: it is AsyncSSH's, untouched."""
+        """Take a packet, if it is data of the channel or room for it. False: it is AsyncSSH's,
+        untouched."""
         channel, cipher = self._channel, self._incoming.cipher
         if channel._recv_state != "open" or channel._recv_paused or not self._idle():
             return False
@@ -196,18 +222,20 @@ class FastPath(asyncio.Protocol):
             packet = self._incoming.aead.decrypt(cipher._iv, view[start:stop], view[position:start])
         except InvalidTag:
             return False  # AsyncSSH finds the same, and ends the connection
-        if len(packet) <= _DATA.size:
+        if len(packet) < _DATA.size:
             return False
         padding, message, number, length = _DATA.unpack_from(packet)
-        if (
-            message != MSG_CHANNEL_DATA
-            or number != channel._recv_chan
-            or _DATA.size + length + padding != len(packet)
-            or not 0 < length <= channel._recv_window
-        ):
+        size = len(packet) - padding - _DATA.size
+        if number != channel._recv_chan:
             return False
-        cipher._update_iv()
-        self._connection._recv_seq = (self._connection._recv_seq + 1) & 0xFFFFFFFF
+        if message == MSG_CHANNEL_WINDOW_ADJUST and size == 0 and not channel._send_buf:
+            self._taken()
+            channel._send_window += length
+            self._send_held()
+            return True
+        if message != MSG_CHANNEL_DATA or size != length or not 0 < size <= channel._recv_window:
+            return False
+        self._taken()
         channel._recv_window -= length
         if channel._recv_window < channel._init_recv_window // 2:
             room = channel._init_recv_window - channel._recv_window
@@ -215,6 +243,11 @@ class FastPath(asyncio.Protocol):
             channel._recv_window = channel._init_recv_window
         self._came.append(memoryview(packet)[_DATA.size : _DATA.size + length])
         return True
+
+    def _taken(self) -> None:
+        """Count a packet as AsyncSSH does."""
+        self._incoming.cipher._update_iv()
+        self._connection._recv_seq = (self._connection._recv_seq + 1) & 0xFFFFFFFF
 
     # -- packets out -----------------------------------------------------------------------------
 
@@ -233,16 +266,26 @@ class FastPath(asyncio.Protocol):
 
     def write(self, chunks: Sequence[Chunk]) -> None:
         """Send data on the channel. Raises OSError where the channel is closed."""
+        if self._held:
+            self._held += chunks
+        else:
+            self._send(chunks)
+
+    def _send(self, chunks: Sequence[Chunk]) -> None:
         channel = self._channel
-        size = sum(map(len, chunks))
         if (
             channel._send_buf
-            or size > channel._send_window
             or not self._may_send()
             or not self._outgoing.follow(self._connection._send_encryption)
         ):
             channel.write(b"".join(chunks))
             return
+        size = sum(map(len, chunks))
+        if size > channel._send_window:
+            size = channel._send_window
+            chunks, self._held = _split(chunks, size)
+            if not size:
+                return
         channel._send_window -= size
         out: list[bytes] = []
         for data, length in _cut(chunks, size, channel._send_pktsize):
@@ -252,14 +295,32 @@ class FastPath(asyncio.Protocol):
         else:
             self._transport.write(b"".join(out))
 
+    def _send_held(self) -> None:
+        """There may be room for what was held."""
+        if self._held and self._channel._send_window:
+            held, self._held = self._held, []
+            with suppress(OSError):  # the channel is closed, and its lane is told of that
+                self._send(held)
+            self._reopened = not self._held
+
+    def close(self) -> None:
+        """Leave what is held to AsyncSSH, which sends it before it closes the channel."""
+        held, self._held = self._held, []
+        if held:
+            with suppress(OSError):
+                self._channel.write(b"".join(held))
+
     def _packet(self, data: list[Chunk], length: int) -> tuple[bytes, bytes]:
         """A packet of `length` bytes of data: its length, and the rest of it encrypted."""
         connection, cipher = self._connection, self._outgoing.cipher
         padding = -(_DATA.size + length) % BLOCK
         if padding < 4:  # RFC 4253: at least four bytes
             padding += BLOCK
+        if len(self._random) < padding:
+            self._random = memoryview(os.urandom(RANDOM))
+        pad, self._random = self._random[:padding], self._random[padding:]
         head = _DATA.pack(padding, MSG_CHANNEL_DATA, self._channel._send_chan, length)
-        packet = b"".join((head, *data, os.urandom(padding)))
+        packet = b"".join((head, *data, pad))
         prefix = _LENGTH.pack(len(packet))
         sealed = self._outgoing.aead.encrypt(cipher._iv, packet, prefix)
         cipher._update_iv()  # at once: a counter that is used twice gives the key away
@@ -289,6 +350,18 @@ class _Key:
         else:
             self.cipher = self.aead = None
         return self.aead is not None
+
+
+def _split(chunks: Sequence[Chunk], size: int) -> tuple[list[Chunk], list[Chunk]]:
+    """The first `size` bytes, and the rest; nothing is copied."""
+    first: list[Chunk] = []
+    for number, chunk in enumerate(chunks):
+        if len(chunk) > size:
+            view = memoryview(chunk)
+            return [*first, view[:size]], [view[size:], *chunks[number + 1 :]]
+        first.append(chunk)
+        size -= len(chunk)
+    return first, []
 
 
 def _cut(chunks: Sequence[Chunk], size: int, most: int) -> Iterator[tuple[list[Chunk], int]]:

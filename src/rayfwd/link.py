@@ -196,6 +196,8 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     def close(self) -> None:
         # It is over when the peer has confirmed it: until then what was written is on its way.
+        if self._fast is not None:
+            self._fast.close()
         self._channel.close()
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
 

@@ -181,17 +181,19 @@ class Mux:
             log.error("session_broken", code=exc.code, cause=str(exc))
             self.close(f"{exc.code}: {exc}")
             return
-        if (
-            len(self.lanes) > 1
-            and self._is_interactive(number)
-            and any(isinstance(event, DataReceived) for event in events)
-        ):
-            pace.short_message()
+        record = self.lanes.get(number)
+        if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
+            self._look_for_short(events)
         self._run(events)
 
-    def _is_interactive(self, number: int) -> bool:
-        record = self.lanes.get(number)
-        return record is not None and record.kind is LaneClass.INTERACTIVE
+    def _look_for_short(self, events: list[Event]) -> None:
+        """What came on the lane for short messages is one, unless it answers a long transfer."""
+        for event in events:
+            if isinstance(event, DataReceived):
+                stream = self.session.streams.get(event.stream)
+                if stream is not None and not stream.bulk:
+                    pace.short_message()
+                    return
 
     def lane_lost(self, number: int) -> None:
         """A lane's transport is gone."""

@@ -1,8 +1,10 @@
 """How much is read from one connection at a time: little while short messages are about.
 
 All connections of a daemon take turns on one event loop, and a turn lasts as long as what was read
-is on its way: a short message waits for the turns of the long transfers before it. Large reads are
-cheaper by the byte, so they are small only while there is somebody to wait.
+is on its way: a short message waits for the turns of the long transfers before it. And a process
+that always has work waits for its processor when others want it too, a scheduler's slice of some
+3 ms: then short messages wait with it. So while there are any, long transfers take small turns and
+rest between them. Large reads are cheaper by the byte, and are taken when there is nobody to wait.
 """
 
 from __future__ import annotations
@@ -18,19 +20,32 @@ READ_SMALL = 1 << 16
 takes half as long as with large reads, and the transfer a tenth longer; still smaller ones gain
 little more. For a short message alone a large read costs some 4 µs more: asyncio has memory made
 for all that a read may bring, and so much of it comes from the kernel each time."""
-LINGER = 0.05
-"""Seconds that reads stay small after a short message."""
+LINGER = 0.01
+"""Seconds that short messages are about after each of them. Nodes that do nothing tell each other
+so ten times a second: that must not slow a transfer down."""
+LONG = 1 << 12
+"""Bytes of a read from which it counts as one of a long transfer."""
+BURST = 192 << 10
+"""Bytes that a long transfer reads between two rests."""
+REST = 0.001
+"""Seconds of a rest: the shortest that a loop on epoll knows. With BURST it bounds a transfer to
+some 130 MB/s, when its machines could carry more and short messages are about."""
 
 
 class Pace:
-    """The reads of a process; its loop's one thread owns it."""
+    """Whether short messages are about in this process; its loop's one thread owns it."""
 
     def __init__(self) -> None:
         self._short_at = float("-inf")
 
     def short_message(self) -> None:
-        """A message came in on a lane for short ones."""
+        """A message came in on a lane for short ones, and no transfer's answer."""
         self._short_at = time.monotonic()
+
+    @property
+    def gentle(self) -> bool:
+        """Short messages are about."""
+        return time.monotonic() - self._short_at < LINGER
 
     def begin(self, transport: asyncio.Transport) -> None:
         """A connection is there: its reads are small until one of them is full."""
@@ -39,14 +54,58 @@ class Pace:
     def after_read(self, transport: asyncio.Transport | None, size: int) -> None:
         """`size` bytes were read from a connection: choose how much its next read takes."""
         if size >= READ_SMALL and transport is not None:
-            small = time.monotonic() - self._short_at < LINGER
-            _set_read(transport, READ_SMALL if small else READ_LARGE)
+            _set_read(transport, READ_SMALL if self.gentle else READ_LARGE)
+
+
+pace = Pace()
+
+
+class Reading:
+    """The reading of one connection whose bytes begin their way here.
+
+    Its owner stops it when there is no room for them; beside that it rests.
+    """
+
+    __slots__ = ("_read", "_resting", "_stopped", "_transport")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        pace.begin(transport)
+        self._transport = transport
+        self._stopped = False
+        self._resting = False
+        self._read = 0
+        """Bytes since the last rest."""
+
+    def stop(self) -> None:
+        """Read nothing until `go_on`."""
+        self._stopped = True
+        self._transport.pause_reading()
+
+    def go_on(self) -> None:
+        self._stopped = False
+        if not self._resting:
+            self._transport.resume_reading()
+
+    def after_read(self, size: int) -> None:
+        """`size` bytes were read."""
+        if size < LONG:
+            return
+        pace.after_read(self._transport, size)
+        self._read += size
+        if self._read >= BURST:
+            self._read = 0
+            if pace.gentle:
+                self._resting = True
+                self._transport.pause_reading()
+                asyncio.get_running_loop().call_later(REST, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = False
+        if not self._stopped:
+            self._transport.resume_reading()
 
 
 def _set_read(transport: asyncio.Transport, size: int) -> None:
     # Not in asyncio's documentation: a loop that has no such attribute reads as it likes.
     if hasattr(transport, "max_size"):
         cast(Any, transport).max_size = size
-
-
-pace = Pace()

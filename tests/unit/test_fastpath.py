@@ -179,13 +179,48 @@ def test_keys_are_exchanged_again_by_either_side_in_the_middle() -> None:
 
 
 def test_a_window_that_is_full_is_waited_for() -> None:
+    """What it has no room for is held, and goes the fast way too."""
+
     async def main() -> None:
+        resumed = asyncio.Event()
         async with connected(server={"window": 100_000}) as made:
-            path, data = installed(made), random.Random(2).randbytes(1_500_000)
-            path.write([data])  # more than the window: AsyncSSH keeps the rest, in order
+            path, data = installed(made, resumed.set), random.Random(2).randbytes(1_500_000)
+            path.write([data[:40_000], data[40_000:]])
+            assert path.paused
             path.write([b"behind it"])
             await made[2].has(len(data) + 9)
             assert made[2].came == data + b"behind it"
+            assert resumed.is_set(), "nobody was told that there is room again"
+            assert made[2].slow == 0
+
+    run(main)
+
+
+def test_what_is_held_is_not_asyncsshs_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with connected(server={"window": 100_000}) as made:
+            path = installed(made)
+
+            def slow(data: bytes) -> None:
+                raise AssertionError(f"{len(data)} bytes went AsyncSSH's way")
+
+            monkeypatch.setattr(made[1], "write", slow)
+            for _ in range(20):
+                await write(path, [bytes(60_000)])
+            await made[2].has(20 * 60_000)
+
+    run(main)
+
+
+def test_what_is_held_when_the_channel_closes_is_sent_first() -> None:
+    async def main() -> None:
+        async with connected(server={"window": 100_000}) as made:
+            path, data = installed(made), random.Random(4).randbytes(700_000)
+            path.write([data])
+            path.close()
+            made[1].write_eof()
+            await made[2].has(len(data))
+            assert made[2].came == data
 
     run(main)
 

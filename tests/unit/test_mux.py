@@ -13,6 +13,7 @@ import pytest
 
 from rayfwd import mux as mux_module
 from rayfwd.mux import Mux, MuxStream, StreamOwner
+from rayfwd.pace import Pace
 from rayfwd.session import lane as lane_module
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.lane import LaneClass
@@ -193,6 +194,37 @@ def test_everything_moves_by_itself_through_slow_transports() -> None:
             await until(lambda: len(p.hub.accepted) == 3)
             await until(lambda: all(len(a.got) == len(data) for a in p.hub.accepted), 20)
             assert all(a.got == data for a in p.hub.accepted)
+
+    run(main)
+
+
+def test_a_message_is_short_unless_it_answers_a_long_transfer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short: list[str] = []
+    pace = Pace()
+    monkeypatch.setattr(pace, "short_message", lambda: short.append("one"))
+    monkeypatch.setattr(mux_module, "pace", pace)
+
+    async def main() -> None:
+        limits = Limits(window=1 << 20)
+        async with pair(INTERACTIVE, BULK, limits=limits) as p:
+            p.hub.reads = False  # so that the transfer goes on for as long as it takes
+            transfer, call = Owner(), Owner()
+            p.worker.open(transfer).send(bytes(1 << 19))
+            p.worker.open(call).send(b"question")
+            await until(lambda: len(p.hub.accepted) == 2 and p.hub.accepted[1].got)
+            theirs = [owner.stream for owner in p.hub.accepted]
+            assert theirs[0] is not None
+            assert theirs[1] is not None
+            monkeypatch.setattr(p.worker.mux.session.streams[theirs[0].number], "bulk", True)
+            short.clear()
+            theirs[0].send(b"thanks so far")
+            await until(lambda: transfer.got)
+            assert short == []
+            theirs[1].send(b"answer")
+            await until(lambda: call.got)
+            assert short == ["one"]
 
     run(main)
 
