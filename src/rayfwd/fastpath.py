@@ -134,17 +134,33 @@ class FastPath(asyncio.Protocol):
     # -- the transport's side --------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if not self._aligned:
-            self._connection.data_received(data)
-            self._align()
-            self._send_held()
-            self._tell()
-            return
         pace.after_read(self._transport, len(data))
-        if self._rest:
-            data = self._rest + data
         view = memoryview(data)
-        position, size = 0, len(data)
+        if self._rest:
+            # The packet that was cut is put together; the others are taken where they lie.
+            missing = self._missing()
+            whole, self._rest = self._rest + view[:missing], b""
+            self._take_in(memoryview(whole))
+            view = view[missing:]
+        if view and not self._transport.is_closing():
+            self._take_in(view)
+        self._deliver()
+        self._tell()
+
+    def _missing(self) -> int:
+        """Bytes of the packet that was cut, or more where its length is not known."""
+        if len(self._rest) < _LENGTH.size:
+            return PACKET_LIMIT
+        (length,) = _LENGTH.unpack_from(self._rest)
+        return int(_LENGTH.size + length + TAG - len(self._rest))
+
+    def _take_in(self, view: memoryview) -> None:
+        """Take packets, the last of which may be cut."""
+        if not self._aligned:
+            self._pass_on(view)
+            self._align()
+            return
+        position, size = 0, len(view)
         while size - position >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(view, position)
             stop = position + _LENGTH.size + length + TAG
@@ -154,10 +170,8 @@ class FastPath(asyncio.Protocol):
                 self._connection._recv_encryption
             ):
                 # Not for us, and where the next packet starts is not known either.
-                self._rest = b""
                 self._pass_on(view[position:])
                 self._align()
-                self._tell()
                 return
             if not self._take(view, position, stop):
                 self._pass_on(view[position:stop])
@@ -165,8 +179,6 @@ class FastPath(asyncio.Protocol):
                 return
             position = stop
         self._rest = bytes(view[position:])
-        self._deliver()
-        self._tell()
 
     def eof_received(self) -> bool | None:
         return cast("bool | None", self._connection.eof_received())
