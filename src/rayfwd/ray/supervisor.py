@@ -38,7 +38,10 @@ from rayfwd.ray.token import RayAuth
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
 POLL = 0.5
-"""Seconds between two looks at our processes and their output."""
+"""Seconds between two looks at our processes and their output while Ray starts."""
+
+WATCH_POLL = 1.0
+"""Seconds between two looks at them once it is up."""
 
 HAND_POLL = 2.0
 """Seconds between two searches of /proc for a raylet that somebody starts by hand."""
@@ -341,7 +344,7 @@ class RaySupervisor:
             late = up_at is None and time.monotonic() - began > START_TIMEOUT
             if not running or dead or late:
                 break
-            await self._sleep(POLL)
+            await self._sleep(POLL if up_at is None else WATCH_POLL)
         if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
             self._failures = 0
         if dead:
@@ -371,7 +374,7 @@ class RaySupervisor:
         while procfs.is_alive(raylet):
             if self._plan_changed(wanted):
                 return
-            await self._sleep(POLL)
+            await self._sleep(WATCH_POLL)
         _log.warning("ray_exited", pid=raylet.pid, dead=["raylet"])
         if self._config.ray.start:
             raise ProblemError(
