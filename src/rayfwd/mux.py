@@ -278,7 +278,8 @@ class Mux:
         now = self.now()
         for number, record in list(self.lanes.items()):
             transport = record.transport
-            while not transport.paused:
+            # The word that it is over goes behind what waits: the peer would hold on for it.
+            while not transport.paused or self.session.ended:
                 chunks = self.session.data_to_send(number, FLUSH_BYTES, now)
                 if not chunks:
                     break

@@ -350,3 +350,16 @@ def test_closing_ends_both_sides_and_their_lanes() -> None:
                 end.mux.close("again")
 
     run(main)
+
+
+def test_the_end_is_said_on_a_lane_that_takes_no_more() -> None:
+    """Else the peer would take it for a cut, and hold its streams for all of `ride_through`."""
+
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            p.worker.lanes[0].paused = True
+            p.worker.mux.close("maintenance")
+            await until(lambda: p.hub.changes)
+            assert p.hub.changes == [SessionEnded("maintenance")]
+
+    run(main)
