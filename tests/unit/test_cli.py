@@ -20,7 +20,7 @@ from rayfwd import __version__
 from rayfwd.cli import VERBS, main
 from rayfwd.cli.screen import duration, size
 from rayfwd.control import ControlServer
-from rayfwd.daemon.base import lock
+from rayfwd.daemon.resources import lock
 from rayfwd.plan import NodePlan, allocate, head_plan
 from rayfwd.roster import Roster
 

@@ -9,7 +9,7 @@ from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs
 from rayfwd.config import Config
 from rayfwd.control import ask
-from rayfwd.daemon.base import lock
+from rayfwd.daemon.resources import lock
 from rayfwd.problems import ProblemError
 from rayfwd.roster import Roster
 

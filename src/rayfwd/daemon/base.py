@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import resource
 import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -25,6 +22,7 @@ from rayfwd.control import ControlServer
 from rayfwd.daemon import handover, reload, service
 from rayfwd.daemon.canary import CanaryVerb
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.resources import lock, make_directory, raise_descriptor_limit
 from rayfwd.daemon.watches import Watches
 from rayfwd.doors import Dialer, Doors, Pump, Target, doors_for
 from rayfwd.history import History
@@ -590,57 +588,3 @@ class Daemon:
 
 def _later(seconds: float, function: Callable[[], None]) -> asyncio.TimerHandle:
     return asyncio.get_running_loop().call_later(seconds, function)
-
-
-def make_directory(path: Path, mode: int) -> None:
-    """Make a directory with at least this mode, where it is not there. Raises ProblemError."""
-    try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-        found = path.stat()
-        if found.st_mode & mode != mode and found.st_uid == os.geteuid():
-            path.chmod(found.st_mode & 0o777 | mode)
-        writable = os.access(path, os.W_OK | os.X_OK)
-    except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "directory_unusable",
-                f"{path} cannot be made: {exc.strerror}",
-                "set state_dir and runtime_dir to places that this user may write",
-            )
-        ) from exc
-    if not writable:
-        raise ProblemError(
-            Problem(
-                "directory_unusable",
-                f"{path} is not writable for this user",
-                "set state_dir and runtime_dir to places that this user may write",
-            )
-        )
-
-
-@contextlib.contextmanager
-def lock(path: Path, state_dir: Path) -> Any:
-    """Hold the one lock of a state directory. Raises ProblemError when another daemon has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ProblemError(
-                Problem(
-                    "already_running",
-                    f"another rayfwd runs with state_dir = {state_dir}",
-                    "end it first, or give this one a state_dir and a runtime_dir of its own",
-                )
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def raise_descriptor_limit() -> None:
-    """Take as many file descriptors as we may: a door and a connection cost one each."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,66 @@
+"""What a daemon takes of its machine: directories, the lock of one, file descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayfwd.problems import Problem, ProblemError
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """Make a directory with at least this mode, where it is not there. Raises ProblemError."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        found = path.stat()
+        if found.st_mode & mode != mode and found.st_uid == os.geteuid():
+            path.chmod(found.st_mode & 0o777 | mode)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError as exc:
+        raise ProblemError(
+            Problem(
+                "directory_unusable",
+                f"{path} cannot be made: {exc.strerror}",
+                "set state_dir and runtime_dir to places that this user may write",
+            )
+        ) from exc
+    if not writable:
+        raise ProblemError(
+            Problem(
+                "directory_unusable",
+                f"{path} is not writable for this user",
+                "set state_dir and runtime_dir to places that this user may write",
+            )
+        )
+
+
+@contextlib.contextmanager
+def lock(path: Path, state_dir: Path) -> Iterator[None]:
+    """Hold the one lock of a state directory. Raises ProblemError when another daemon has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ProblemError(
+                Problem(
+                    "already_running",
+                    f"another rayfwd runs with state_dir = {state_dir}",
+                    "end it first, or give this one a state_dir and a runtime_dir of its own",
+                )
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many file descriptors as we may: a door and a connection cost one each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
