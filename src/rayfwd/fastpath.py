@@ -302,7 +302,7 @@ class FastPath(asyncio.Protocol):
         out: list[bytes] = []
         for data, length in _cut(chunks, size, channel._send_pktsize):
             out += self._packet(data, length)
-        if len(out) > 2 and not self._transport.is_closing():  # see hub.py
+        if len(out) > 2 and not self._transport.is_closing():  # see hub/lane.py
             self._transport.writelines(out)
         else:
             self._transport.write(b"".join(out))

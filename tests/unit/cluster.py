@@ -105,7 +105,7 @@ class SocketLane(asyncio.Protocol):
 
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
         assert self.transport is not None
-        if not self.transport.is_closing():  # see hub.py
+        if not self.transport.is_closing():  # see hub/lane.py
             self.transport.writelines(chunks)
 
     def close(self) -> None:

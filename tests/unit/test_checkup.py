@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfwd import checkup as checkup_module
-from rayfwd import hub as hub_module
+from rayfwd.hub import hub as hub_module
 from rayfwd.probe import Listeners
 from rayfwd.session import checkup
 from rayfwd.session.checkup import FILLER, FILLER_PIECE, MOST_FILLER, Answer

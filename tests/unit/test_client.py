@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from rayfwd import client as client_module
-from rayfwd import hub as hub_module
 from rayfwd import link as link_module
 from rayfwd.cli import MistakeError, attach, connect
 from rayfwd.cli import main as rayfwd
 from rayfwd.client import Client, Place, addresses
 from rayfwd.config import ConfigError, parse
 from rayfwd.doors import Target
+from rayfwd.hub import hub as hub_module
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd import hub as hub_module
 from rayfwd.doors import Target
-from rayfwd.hub import MAX_UNGREETED, Hub, allowed_uids
+from rayfwd.hub import Hub, allowed_uids
+from rayfwd.hub import lane as lane_module
+from rayfwd.hub.hub import MAX_UNGREETED
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
@@ -184,7 +185,7 @@ class TestRefusals:
     def test_who_says_nothing_is_dropped(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub_module, "HELLO_TIMEOUT", 0.2)
+        monkeypatch.setattr(lane_module, "HELLO_TIMEOUT", 0.2)
 
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
@@ -328,7 +329,7 @@ with socket.socket(socket.AF_UNIX) as sock:
     def test_a_named_user_may_stay(
         self, open_directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(hub_module, "HELLO_TIMEOUT", 0.3)
+        monkeypatch.setattr(lane_module, "HELLO_TIMEOUT", 0.3)
 
         async def main() -> None:
             hub = self.hub(open_directory, ("nobody",))

@@ -1,316 +1,46 @@
-"""The hub: where the workers' lanes end on the head, and where workers reach each other.
-
-It listens on a Unix socket, which workers reach through the head's sshd. Who connects is known by
-the socket's peer credentials, which node it is by the key that the node shows. Clients, which are
-no nodes, come the same way: they reach some ports of the head, and nobody reaches them.
-"""
+"""The hub itself: the listening socket, who is admitted, and the way of each stream."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-import pwd
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rayfwd import __version__, unixsocket
-from rayfwd.checkup import Checkup
 from rayfwd.doors import Pump, Target
-from rayfwd.history import History
+from rayfwd.hub.lane import HubLane
+from rayfwd.hub.peers import HubClient, HubNode, HubPeer
+from rayfwd.hub.refusals import Refusals
+from rayfwd.hub.splice import Splice
+from rayfwd.hub.users import allowed_uids, user_name
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
-from rayfwd.pace import pace
-from rayfwd.plan import NodePlan, check_name
+from rayfwd.plan import check_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.roster import KEY_MINIMUM, Roster
-from rayfwd.session.checkup import Answer, read_hello
-from rayfwd.session.frames import Kind, ProtocolError, first_frame
-from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
+from rayfwd.session.checkup import Answer
+from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 
 log = get_logger(__name__)
 
-HELLO_TIMEOUT = 10.0
-"""Seconds that a connection may take to say hello."""
 MAX_UNGREETED = 64
 """Connections that have not said hello, at most; what comes on top is closed."""
 MAX_CHECKUPS = 8
 """Connections of `rayfwd doctor`, at most; what comes on top is refused."""
-WRITE_BUFFER = 1 << 18
-"""Bytes that may wait in a lane's transport before the session is asked for no more."""
 IN_USE = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
 MAX_CLIENTS = 64
 """Clients at a time, those whose links are parked included."""
-
-REFUSAL_LASTS = 45.0
-"""Seconds since the last refusal after which it is over: workers dial again within 18 s."""
-REFUSAL_REPEAT = 600.0
-"""Seconds in which the same refusal is said once."""
-PASSING = frozenset(
-    {"session_unknown", "session_stale", "hello_missing"}
-    | {"check_busy", "check_long", "check_malformed"}
-)
-"""Refusals after which a worker goes on by itself, or which no worker of ours gets."""
-MAX_REFUSALS = 256
-"""Different refusals that are said in that time, at most."""
-
-
-@dataclass(slots=True)
-class HubPeer:
-    """Who is at the other end of a session, which may be up, parked or gone."""
-
-    name: str
-    mux: Mux | None = None
-    session: str = ""
-    hello: Hello | None = None
-    since: float = field(default_factory=time.time)
-    """Wall-clock seconds of the last change between up, parked and away."""
-    history: History = field(default_factory=History)
-    lost: str | None = None
-    """Why there is no session, where it did not end in order; None: there is one, or it did."""
-
-    @property
-    def label(self) -> str:
-        """What it is called in the log."""
-        return self.name
-
-    @property
-    def cuts(self) -> int:
-        """How often every lane was lost."""
-        return self.history.cuts
-
-    @property
-    def ridden_through(self) -> int:
-        """How many of these cuts the streams outlived."""
-        return self.history.ridden_through
-
-    @property
-    def state(self) -> str:
-        """`up`, `parked` or `away`."""
-        if self.mux is None or self.mux.session.ended:
-            return "away"
-        return "up" if self.mux.lanes else "parked"
-
-
-@dataclass(slots=True)
-class HubNode(HubPeer):
-    """A worker as the hub knows it."""
-
-    plan: NodePlan = field(kw_only=True)
-    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
-    """Connections that came before the node did, after a restart of the hub."""
-
-
-@dataclass(slots=True)
-class HubClient(HubPeer):
-    """A client: known by its key for as long as it has a session, and then forgotten."""
-
-    key_sha256: str = field(kw_only=True)
-    user: str = field(kw_only=True)
-    """The login name that it came as."""
-
-    @property
-    def label(self) -> str:
-        return f"client {self.name}"
-
-
-class _HubLane(asyncio.Protocol):
-    """A connection to the hub's socket: first the handshake, then a lane of a session."""
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-        self._mux: Mux | None = None
-        self._checkup: Checkup | None = None
-        self._number = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._why_aborted = ""
-        self.kind = ""
-        self.node = ""
-        """What its HELLO says, as the log has it."""
-        self.peer: HubPeer | None = None
-        self.uid = -1
-        self.paused = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(WRITE_BUFFER)
-        pace.begin(self._transport)
-        self.uid = unixsocket.peer_credentials(self._transport.get_extra_info("socket"))[1]
-        self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._no_hello)
-        self._hub.came(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self._mux is not None:
-            self._mux.lane_data(self._number, data)
-            pace.after_read(self._transport, len(data))
-            return
-        if self._transport is None or self._transport.is_closing():
-            return
-        if self._checkup is not None:
-            self._checkup.received(data)
-            return
-        self._buffer += data
-        try:
-            frame = first_frame(self._buffer, MAX_HANDSHAKE)
-            if frame is None:
-                return
-            if frame.kind is Kind.CHECK:
-                self._hub.asked(self, read_hello(frame))
-                return
-            hello = Hello.decode(frame)
-        except ProtocolError as exc:
-            self.refuse(Refusal(exc.code, str(exc), "run the same version of rayfwd on both sides"))
-            return
-        self._hub.greeted(self, hello)
-
-    def pause_writing(self) -> None:
-        self.paused = True
-        if self._checkup is not None:
-            self._checkup.pause_writing()
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        if self._mux is not None:
-            self._mux.flush()
-        if self._checkup is not None:
-            self._checkup.resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        self._hub.went(self)
-        if self._checkup is not None:
-            self._checkup.gone()
-        transport, self._transport = self._transport, None
-        if isinstance(exc, BrokenPipeError | ConnectionResetError) and transport is not None:
-            self._take_last(transport)
-        if self._mux is not None and not self._mux.session.ended:
-            self._hub.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
-            self._mux.lane_lost(self._number)
-
-    def _take_last(self, transport: asyncio.Transport) -> None:
-        """Read what came before the peer closed. A write that meets a closed socket ends a
-        transport at once, and what is unread may be the worker's CLOSE."""
-        mux, descriptor = self._mux, transport.get_extra_info("socket").fileno()
-        with suppress(OSError):  # it is not blocking, and still open here
-            while mux is not None and descriptor >= 0 and (data := os.read(descriptor, 1 << 18)):
-                mux.lane_data(self._number, data)
-
-    def _no_hello(self) -> None:
-        self.refuse(
-            Refusal("hello_missing", f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub")
-        )
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def refuse(self, refusal: Refusal) -> None:
-        """Say why not, and close."""
-        self._stop_timer()
-        self._hub.refused(self, refusal)
-        if self._transport is not None:
-            self._transport.write(refusal.encode())
-            self._transport.close()
-
-    def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:
-        """Become a lane; bytes that followed the hello are the session's."""
-        self._stop_timer()
-        self._hub.went(self)
-        assert self._transport is not None, "a lane that has gone is not welcomed"
-        self._transport.write(welcome.encode())
-        self._mux = mux
-        self.peer, self.kind = peer, hello.lane.value
-        self._number = mux.add_lane(self, hello.lane)
-        if self._buffer:
-            rest = bytes(self._buffer)
-            self._buffer.clear()
-            mux.lane_data(self._number, rest)
-
-    def examine(self, answer: Answer, plan: NodePlan | None) -> None:
-        """Answer a doctor's questions, which make no lane of it."""
-        self._stop_timer()
-        assert self._transport is not None, "it has just asked"
-        self._checkup = Checkup(self._transport, answer, plan, self.refuse)
-        if self._buffer:
-            rest = bytes(self._buffer)
-            self._buffer.clear()
-            self._checkup.received(rest)
-
-    # -- as the transport of a lane ------------------------------------------------------
-
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        # Of a transport that is gone, writelines() of Python 3.12 to 3.13.5 watches the descriptor
-        # on, which may be another connection's by then (CPython's gh-136234).
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(chunks)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self, why: str) -> None:
-        if self._transport is not None:
-            self._why_aborted = why
-            self._transport.abort()
-
-
-class _Splice:
-    """Joins two streams of two sessions: one end of it owns one stream and feeds the other."""
-
-    def __init__(self) -> None:
-        self.stream: MuxStream | None = None
-        self.other: _Splice | None = None
-        self._owed = 0
-        """Bytes taken from our stream that wait for room in the other."""
-
-    def own(self, stream: MuxStream) -> None:
-        """Take up a stream of which some may wait for room in the other."""
-        self.stream, self._owed = stream, stream.receive.unread
-
-    def stream_data(self, data: bytes) -> None:
-        assert self.stream is not None
-        if self.other is not None and self.other.stream is not None:
-            if self.other.stream.send(data):
-                self.stream.consumed(len(data))
-            else:
-                self._owed += len(data)
-
-    def stream_ended(self) -> None:
-        if self.other is not None and self.other.stream is not None:
-            self.other.stream.end()
-
-    def stream_writable(self) -> None:
-        if self.other is not None:
-            self.other.pass_on()
-
-    def pass_on(self) -> None:
-        """There is room again: what was taken is consumed."""
-        if self._owed and self.stream is not None:
-            owed, self._owed = self._owed, 0
-            self.stream.consumed(owed)
-
-    def stream_lost(self, reason: ResetReason, text: str) -> None:
-        other, self.other = self.other, None
-        if other is not None and other.stream is not None:
-            other.other = None
-            other.stream.reset(reason, text)
-
-    def stream_finished(self) -> None:
-        pass  # the other end finishes by itself: both directions ended there too
 
 
 class Hub:
@@ -347,8 +77,8 @@ class Hub:
         self._head_versions = head_versions
         self._on_message = on_message
         self._on_change = on_change
-        self._ungreeted: set[_HubLane] = set()
-        self._asking: set[_HubLane] = set()
+        self._ungreeted: set[HubLane] = set()
+        self._asking: set[HubLane] = set()
         """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
         self._grace: asyncio.TimerHandle | None = None
@@ -357,10 +87,7 @@ class Hub:
         """What its WELCOMEs say that this head can do besides."""
         self.ray_auth: dict[str, Any] | None = None
         """Ray's token, as its WELCOMEs hand it over."""
-        self._refusals: dict[tuple[str, int, str], float] = {}
-        """When a refusal was last said, by node, uid and code."""
-        self._refused_lately: dict[tuple[str, str], tuple[Refusal, float]] = {}
-        """The last refusals by node and code, and when they were."""
+        self._refusals = Refusals(self._refusals_changed)
 
     # -- life ----------------------------------------------------------------------------
 
@@ -373,7 +100,7 @@ class Hub:
         sock = inherited or unixsocket.bind(self.path, mode)
         if inherited is not None:
             self.path.chmod(mode)
-        self._server = await loop.create_unix_server(lambda: _HubLane(self), sock=sock)
+        self._server = await loop.create_unix_server(lambda: HubLane(self), sock=sock)
         self._grace = loop.call_later(self._ride_through, self._grace_is_over)
         log.info("hub_listening", socket=str(self.path), nodes=len(self.nodes))
 
@@ -417,7 +144,7 @@ class Hub:
         found: dict[frozenset[tuple[str, int]], Tree] = {}
         for name, mux in muxes.items():
             for number, owner in mux.owners.items():
-                if isinstance(owner, _Splice):
+                if isinstance(owner, Splice):
                     ends = [(name, number)]
                     far = owner.other.stream if owner.other is not None else None
                     if far is not None and far.mux in names and far.mux.has(far.number):
@@ -472,7 +199,7 @@ class Hub:
     def splice(self, tree: Tree) -> None:
         """Join two streams of sessions that were taken over. Where one of them was not, the other
         is left without an owner."""
-        near, far = _Splice(), _Splice()
+        near, far = Splice(), Splice()
         near.other, far.other = far, near
         muxes, found = self.muxes(), []
         for splice, (name, number) in zip((near, far), tree["ends"], strict=False):
@@ -496,13 +223,13 @@ class Hub:
 
     # -- lanes ---------------------------------------------------------------------------
 
-    def came(self, lane: _HubLane) -> None:
+    def came(self, lane: HubLane) -> None:
         """A connection; it has said nothing yet."""
         self._ungreeted.add(lane)
         if self._closing:
             lane.close()
         elif lane.uid not in self._uids:
-            name = _user_name(lane.uid)
+            name = user_name(lane.uid)
             lane.refuse(
                 Refusal(
                     "user_not_allowed",
@@ -513,50 +240,31 @@ class Hub:
         elif len(self._ungreeted) > MAX_UNGREETED:
             lane.close()
 
-    def went(self, lane: _HubLane) -> None:
+    def went(self, lane: HubLane) -> None:
         """It was greeted, or it is gone."""
         self._ungreeted.discard(lane)
         self._asking.discard(lane)
 
-    def refused(self, lane: _HubLane, refusal: Refusal) -> None:
-        """Say it; a worker that tries again and again is said seldom."""
-        now = time.monotonic()
-        if refusal.code not in PASSING and len(self._refused_lately) < MAX_REFUSALS:
-            first = (lane.node, refusal.code) not in self._refused_lately
-            self._refused_lately[lane.node, refusal.code] = (refusal, now)
-            asyncio.get_running_loop().call_later(REFUSAL_LASTS + 0.1, self._forget_refusals)
-            if first:
-                self._on_change()
-        key = (lane.node, lane.uid, refusal.code)
-        self._refusals = {k: t for k, t in self._refusals.items() if now - t < REFUSAL_REPEAT}
-        if key not in self._refusals and len(self._refusals) < MAX_REFUSALS:
-            self._refusals[key] = now
-            log.warning(
-                "lane_refused", node=lane.node, uid=lane.uid, code=refusal.code, cause=refusal.cause
-            )
+    def refused(self, lane: HubLane, refusal: Refusal) -> None:
+        """It is told so, and closed."""
+        self._refusals.add(lane.node, lane.uid, refusal)
 
     def refused_lately(self) -> list[tuple[str, Refusal]]:
-        """The refusals of the last `REFUSAL_LASTS` seconds, with the name that was claimed."""
-        return [(name, refusal) for (name, _), (refusal, _) in self._refused_lately.items()]
+        """Those who were refused in the last while, by the names that they claimed."""
+        return self._refusals.lately()
 
-    def _forget_refusals(self) -> None:
-        now, before = time.monotonic(), len(self._refused_lately)
-        self._refused_lately = {
-            key: (refusal, at)
-            for key, (refusal, at) in self._refused_lately.items()
-            if now - at < REFUSAL_LASTS
-        }
-        if len(self._refused_lately) < before and not self._closing:
+    def _refusals_changed(self) -> None:
+        if not self._closing:
             self._on_change()
 
-    def lane_lost(self, lane: _HubLane, why: str) -> None:
+    def lane_lost(self, lane: HubLane, why: str) -> None:
         if not self._closing:
             log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
             if lane.peer is not None:
                 lane.peer.history.lane_lost(lane.kind, why)
             self._on_change()
 
-    def greeted(self, lane: _HubLane, hello: Hello) -> None:
+    def greeted(self, lane: HubLane, hello: Hello) -> None:
         """A hello: welcome the lane, or refuse it."""
         lane.node = hello.node if hello.role == "worker" else f"client {hello.node[:63]}"
         peer: HubNode | HubClient
@@ -612,9 +320,9 @@ class Hub:
                     "end one that is not needed: `rayfwd status` on the head lists them",
                 )
             )
-        return HubClient(hello.node, key_sha256=digest, user=_user_name(uid))
+        return HubClient(hello.node, key_sha256=digest, user=user_name(uid))
 
-    def asked(self, lane: _HubLane, hello: Hello) -> None:
+    def asked(self, lane: HubLane, hello: Hello) -> None:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
         if len(self._asking) >= MAX_CHECKUPS:
             lane.refuse(
@@ -724,9 +432,7 @@ class Hub:
             self.clients[peer.key_sha256] = peer
         peer.mux, peer.session, peer.lost = mux, session, None
         # Whoever was turned away under this name is in, or is turned away again soon.
-        self._refused_lately = {
-            key: value for key, value in self._refused_lately.items() if key[0] != peer.label
-        }
+        self._refusals.forget(peer.label)
         peer.history.began()
         return mux
 
@@ -809,7 +515,7 @@ class Hub:
         if node.mux is None or node.mux.session.ended:
             stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
             return None
-        near, far = _Splice(), _Splice()
+        near, far = Splice(), Splice()
         near.other, far.other = far, near
         near.stream, far.stream = stream, node.mux.open(data, far)
         return near
@@ -838,30 +544,3 @@ class Hub:
         log.info("node_forgotten", node=name)
         self._on_change()
         return True
-
-
-def allowed_uids(users: Iterable[str]) -> frozenset[int]:
-    """The uids that may use the hub: the daemon's own, root's, and those of the users named.
-
-    Raises ProblemError for a name that the machine does not know.
-    """
-    uids = {0, os.geteuid()}
-    for name in users:
-        try:
-            uids.add(pwd.getpwnam(name).pw_uid)
-        except KeyError:
-            raise ProblemError(
-                Problem(
-                    "user_unknown",
-                    f'hub.users: this machine has no user "{name}"',
-                    "correct the name, or add the user",
-                )
-            ) from None
-    return frozenset(uids)
-
-
-def _user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -1,0 +1,71 @@
+"""Who has, had or may have a session with the hub."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from rayfwd.doors import Pump, Target
+from rayfwd.history import History
+from rayfwd.mux import Mux
+from rayfwd.plan import NodePlan
+from rayfwd.session.handshake import Hello
+
+
+@dataclass(slots=True)
+class HubPeer:
+    """Who is at the other end of a session, which may be up, parked or gone."""
+
+    name: str
+    mux: Mux | None = None
+    session: str = ""
+    hello: Hello | None = None
+    since: float = field(default_factory=time.time)
+    """Wall-clock seconds of the last change between up, parked and away."""
+    history: History = field(default_factory=History)
+    lost: str | None = None
+    """Why there is no session, where it did not end in order; None: there is one, or it did."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in the log."""
+        return self.name
+
+    @property
+    def cuts(self) -> int:
+        """How often every lane was lost."""
+        return self.history.cuts
+
+    @property
+    def ridden_through(self) -> int:
+        """How many of these cuts the streams outlived."""
+        return self.history.ridden_through
+
+    @property
+    def state(self) -> str:
+        """`up`, `parked` or `away`."""
+        if self.mux is None or self.mux.session.ended:
+            return "away"
+        return "up" if self.mux.lanes else "parked"
+
+
+@dataclass(slots=True)
+class HubNode(HubPeer):
+    """A worker as the hub knows it."""
+
+    plan: NodePlan = field(kw_only=True)
+    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
+    """Connections that came before the node did, after a restart of the hub."""
+
+
+@dataclass(slots=True)
+class HubClient(HubPeer):
+    """A client: known by its key for as long as it has a session, and then forgotten."""
+
+    key_sha256: str = field(kw_only=True)
+    user: str = field(kw_only=True)
+    """The login name that it came as."""
+
+    @property
+    def label(self) -> str:
+        return f"client {self.name}"

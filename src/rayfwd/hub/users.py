@@ -1,0 +1,37 @@
+"""Which users of the machine may use the hub."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Iterable
+
+from rayfwd.problems import Problem, ProblemError
+
+
+def allowed_uids(users: Iterable[str]) -> frozenset[int]:
+    """The uids that may use the hub: the daemon's own, root's, and those of the users named.
+
+    Raises ProblemError for a name that the machine does not know.
+    """
+    uids = {0, os.geteuid()}
+    for name in users:
+        try:
+            uids.add(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            raise ProblemError(
+                Problem(
+                    "user_unknown",
+                    f'hub.users: this machine has no user "{name}"',
+                    "correct the name, or add the user",
+                )
+            ) from None
+    return frozenset(uids)
+
+
+def user_name(uid: int) -> str:
+    """The login name, or the number where there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
