@@ -40,8 +40,9 @@ log = get_logger(__name__)
 
 FLUSH_BYTES = 1 << 18
 """Bytes that are asked of the session for one write."""
-TIMER_SLACK = 0.1
-"""Seconds that a timer may come late: one that is due by then is left as it is."""
+TIMER_SLACK = 0.2
+"""Seconds: a timer that comes by then is left as it is. What becomes due does so 0.1 s later at the
+earliest (an ACK), and may come 0.1 s late."""
 TIMER_GRID = 0.1
 """Seconds between the moments at which timers fire: the sessions of a hub wake it together."""
 LATE = 1.0
