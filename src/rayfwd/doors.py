@@ -487,14 +487,21 @@ def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:
             "door_blocked",
             f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
             f"{target}",
-            f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose "
-            "another hub.port_base on the head, or another listen in [[forward]]",
+            f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose another "
+            "port: listen in [[forward]], or on the head ray.port, ray.dashboard_port or "
+            "ray.client_port, or for any other hub.port_base",
         )
     if exc.errno in {errno.EMFILE, errno.ENFILE}:
         return Problem(
             "descriptors_exhausted",
             f"no file descriptor is left for the door {listen}",
             "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
+        )
+    if exc.errno in {errno.EACCES, errno.EPERM}:
+        return Problem(
+            "door_blocked",
+            f"{listen} cannot be opened: {exc.strerror}",
+            "choose a port from 1024 on (listen in [[forward]]): those below are root's",
         )
     return Problem(
         "door_blocked",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha
 CHANNEL_WINDOW = 1 << 25
 """Bytes that the server may send ahead on a channel: as many as a lane's own window may grow to, so
 that this one bounds nothing. What comes is taken at once."""
+USER_KNOWN_HOSTS = Path("~/.ssh/known_hosts")
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 TABLE_LIMIT = 1 << 21
@@ -73,6 +75,36 @@ class HostKey:
     """The files of known hosts have it."""
 
 
+@dataclass(frozen=True, slots=True)
+class _KnownHosts:
+    """Where the head's host key is looked for, and under which name."""
+
+    host: str
+    port: int = 22
+    alias: str | None = None
+    """`HostKeyAlias` of the SSH configuration."""
+    files: tuple[str, ...] = ()
+    """Those that exist and may be read."""
+    new: Path | None = USER_KNOWN_HOSTS
+    """The one to which a key is to be added; None: `none` or /dev/null is to be it."""
+    direct: bool = True
+    """False: a jump host or a command dials it."""
+
+    @property
+    def trusted(self) -> list[str] | bytes:
+        """For AsyncSSH; never None, which would switch the check off."""
+        return list(self.files) or b""
+
+    def having_it(self) -> list[str]:
+        """The files that know the head, with whatever key."""
+        port = self.port if self.port != 22 else None
+        return [
+            file
+            for file in self.files
+            if any(asyncssh.match_known_hosts([file], self.alias or self.host, "", port)[:2])
+        ]
+
+
 class Dialer:
     """Connects to one head as its configuration says."""
 
@@ -87,23 +119,21 @@ class Dialer:
 
         `hasty`: streams wait; see HASTY_EVERY and HASTY_LOGIN.
         """
-        known: list[str] = []
-        host = self._head.ssh_target()[1]
+        known = _KnownHosts(self._head.ssh_target()[1])
         options: asyncssh.SSHClientConnectionOptions | None = None
         try:
             options = await self._options()
-            known = _known_hosts_files(self._head, options)
-            host = options.host or host
-            # Given as an argument, never as None: that would switch the check off.
-            trusted = known or b""
-            if not hasty or options.tunnel or options.proxy_command:
-                return await asyncssh.connect(host, options=options, known_hosts=trusted)
-            sock = await _first_to_answer(host, options)
-            return await self._hasty(host, options, trusted, sock)
+            known = _known_hosts(self._head, options)
+            # Given as an argument, whatever the options have.
+            trusted = known.trusted
+            if not hasty or not known.direct:
+                return await asyncssh.connect(known.host, options=options, known_hosts=trusted)
+            sock = await _first_to_answer(known.host, options)
+            return await self._hasty(known.host, options, trusted, sock)
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
-            problem = explain(exc, self._head, host, known)
+            problem = explain(exc, self._head, known)
             if problem.code == "ssh_lost" and options is not None:
-                problem = await self._why_lost(host, options, hasty) or problem
+                problem = await self._why_lost(known.host, options, hasty) or problem
             raise ProblemError(problem) from exc
 
     async def place(self) -> tuple[str, int, bool]:
@@ -111,25 +141,25 @@ class Dialer:
 
         False: a jump host or a command does, which looks the name up as well. Raises ProblemError.
         """
-        host = self._head.ssh_target()[1]
+        known = _KnownHosts(self._head.ssh_target()[1])
         try:
-            options = await self._options()
+            known = _known_hosts(self._head, await self._options())
         except (OSError, asyncssh.Error, ValueError) as exc:
-            raise ProblemError(explain(exc, self._head, host, [])) from exc
-        return options.host or host, options.port, not (options.tunnel or options.proxy_command)
+            raise ProblemError(explain(exc, self._head, known)) from exc
+        return known.host, known.port, known.direct
 
     async def host_key(self) -> HostKey:
         """The host key that the head shows now; nothing is sent to it.
 
         Raises ProblemError where it cannot be reached, or is known with another key.
         """
-        known: list[str] = []
-        host = self._head.ssh_target()[1]
+        known = _KnownHosts(self._head.ssh_target()[1])
         try:
             options = await self._options()
-            known = _known_hosts_files(self._head, options)
-            host = options.host or host
-            trusted = asyncssh.match_known_hosts(known, host, "", options.port)[0] if known else []
+            known = _known_hosts(self._head, options)
+            host = known.host
+            files = list(known.files)
+            trusted = asyncssh.match_known_hosts(files, host, "", options.port)[0] if files else []
             # A key of a type that is known, as the link will ask for it.
             types = [a.decode() for k in trusted for a in k.sig_algorithms] or HOST_KEY_TYPES
             key = await asyncssh.get_server_host_key(
@@ -141,7 +171,7 @@ class Dialer:
             if trusted and not known_here:
                 raise asyncssh.HostKeyNotVerifiable("the host key has changed")
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
-            raise ProblemError(explain(exc, self._head, host, known)) from exc
+            raise ProblemError(explain(exc, self._head, known)) from exc
         public = " ".join(key.export_public_key().decode().split()[:2])
         return HostKey(host, options.port, public, key.get_fingerprint(), known_here)
 
@@ -222,7 +252,7 @@ class Dialer:
         except asyncssh.ChannelOpenError as exc:
             raise ProblemError(await self._why_no_channel(connection, exc)) from exc
         except (OSError, asyncssh.Error) as exc:
-            raise ProblemError(explain(exc, self._head, self._head.ssh, [])) from exc
+            raise ProblemError(explain(exc, self._head, _KnownHosts(self._head.ssh))) from exc
 
     async def send_at_once(self, connection: asyncssh.SSHClientConnection) -> None:
         """Have the head's sshd send small packets at once, as it does for a session.
@@ -348,19 +378,25 @@ async def _dial(family: int, address: Any, local: Any) -> socket.socket:
     return sock
 
 
-def _known_hosts_files(head: HeadConfig, options: asyncssh.SSHClientConnectionOptions) -> list[str]:
-    """The files of host keys that exist: the configured one, or those that ssh would read."""
+def _known_hosts(head: HeadConfig, options: asyncssh.SSHClientConnectionOptions) -> _KnownHosts:
+    """The files of host keys: the configured one, or those that ssh would read."""
+    named = options.config.get("UserKnownHostsFile")
     if head.known_hosts is not None:
-        paths = [head.known_hosts]
+        own, paths = head.known_hosts, [head.known_hosts]
     else:
-        named = options.config.get("UserKnownHostsFile")
-        if isinstance(named, list):
-            paths = [Path(str(name)) for name in named]
-        else:
-            paths = [Path("~/.ssh/known_hosts")]
-        paths.append(SYSTEM_KNOWN_HOSTS)
+        names = named if isinstance(named, list) else [USER_KNOWN_HOSTS]
+        paths = [*(Path(str(name)) for name in names), SYSTEM_KNOWN_HOSTS]
+        own = paths[0] if names else Path(os.devnull)
     expanded = [path.expanduser() for path in paths]
-    return [str(path) for path in expanded if path.is_file() and os.access(path, os.R_OK)]
+    there = [str(path) for path in expanded if path.is_file() and os.access(path, os.R_OK)]
+    return _KnownHosts(
+        host=options.host or head.ssh_target()[1],
+        port=options.port,
+        alias=options.host_key_alias,
+        files=tuple(there),
+        new=own if str(own) != os.devnull else None,
+        direct=not (options.tunnel or options.proxy_command),
+    )
 
 
 async def look_at_socket(
@@ -448,24 +484,27 @@ def why_no_answer(said: str, why: str) -> Problem:
     )
 
 
-def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Problem:
+def explain(exc: Exception, head: HeadConfig, known: _KnownHosts) -> Problem:
     """The problem behind an exception of `asyncssh.connect`."""
     match exc:
         case asyncssh.HostKeyNotVerifiable():
-            return _host_key(exc, host, head, known)
+            return _host_key(head, known)
         case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
-            return _host_key(exc, host, head, known)
+            return _host_key(head, known)
         case asyncssh.PermissionDenied():
             return Problem(
                 "ssh_auth_refused",
                 f"{head.ssh} refuses this machine's SSH keys ({exc.reason})",
-                "add the public key to authorized_keys on the head, or set head.identity",
+                "add the public key to authorized_keys of that user on the head, or set "
+                "head.identity to the key that is there",
             )
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
             return Problem(
                 "ssh_key_unusable",
                 f"the private key cannot be read: {exc}",
-                "set head.identity to a key without a passphrase, or load it into an agent",
+                "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` "
+                "takes it away); or leave head.identity out, and load the key into an agent whose "
+                "SSH_AUTH_SOCK the daemon has",
             )
         case asyncssh.ConfigParseError():
             return Problem("ssh_config_invalid", str(exc), "correct the SSH configuration")
@@ -478,14 +517,14 @@ def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Pr
         case socket.gaierror():
             return Problem(
                 "ssh_unreachable",
-                f"the name {host} cannot be resolved: {exc.strerror}",
+                f"the name {known.host} cannot be resolved: {exc.strerror}",
                 "correct head.ssh, or this machine's DNS",
             )
         case FileNotFoundError() | PermissionError() if exc.filename:
             return Problem(
                 "ssh_file_unreadable",
                 f"{exc.filename}: {exc.strerror}",
-                "correct head.identity, head.known_hosts or head.ssh_config",
+                "correct head.identity or head.ssh_config, or the file's owner and mode",
             )
         case ConnectionRefusedError():
             return Problem(
@@ -511,20 +550,46 @@ def explain(exc: Exception, head: HeadConfig, host: str, known: list[str]) -> Pr
             )
 
 
-def _host_key(exc: Exception, host: str, head: HeadConfig, known: list[str]) -> Problem:
-    files = ", ".join(known)
-    port = head.ssh_target()[2] or 22
-    name = host if port == 22 else f"[{host}]:{port}"
-    if known and any(asyncssh.match_known_hosts(known, host, "", port)[:2]):
+def _host_key(head: HeadConfig, known: _KnownHosts) -> Problem:
+    """What is wrong with the host key that the head showed, and was not taken."""
+    by_init = "`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file"
+    if having_it := known.having_it():
+        name = known.alias or known.host
+        if known.port != 22 and known.alias is None:
+            name = f"[{name}]:{known.port}"
+        removed = " and ".join(
+            f"`ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(file)}`" for file in having_it
+        )
         return Problem(
             "host_key_mismatch",
-            f"{host} shows another host key than {files} has",
-            "if the head was reinstalled, compare the new key with its owner, then "
-            f"`ssh-keygen -R {name}` and add the new one; if not, somebody is in between",
+            f"{known.host} shows another host key than {', '.join(having_it)} has",
+            "compare the new key with the head's owner; if the head was reinstalled, "
+            f"{removed} and add the new one, or {by_init}; if not, somebody is in between",
         )
+    where = ", ".join(known.files)
+    if not known.files:
+        looked = head.known_hosts or "any file of known hosts"
+        where = f"{looked}: there is none that this user may read"
     return Problem(
         "host_key_unknown",
-        f"the host key of {host} is {f'not in {files}' if known else 'in no file of known hosts'}",
-        f"compare its fingerprint with the head's owner and add it: "
-        f"`ssh-keyscan -p {port} {host} >> ~/.ssh/known_hosts`",
+        f"the host key of {known.host} is not in {where}",
+        f"compare its fingerprint with the head's owner and add it: {_add_key(head, known)}; or "
+        f"{by_init}",
     )
+
+
+def _add_key(head: HeadConfig, known: _KnownHosts) -> str:
+    """How an unknown host key gets to where it is looked for."""
+    file = str(known.new or USER_KNOWN_HOSTS)
+    also = "" if known.new else f", and set head.known_hosts to {file}"
+    if known.direct and known.alias is None:
+        # The home directory is the shell's to find.
+        to = file if file.startswith("~/") else shlex.quote(file)
+        return f"`ssh-keyscan -p {known.port} {known.host} >> {to}`{also}"
+    # Through a jump host, or under another name: ssh itself knows how, and asks.
+    user, host, port = head.ssh_target()
+    words = ["ssh", "-o", f"UserKnownHostsFile={file}"]
+    words += ["-F", str(head.ssh_config.expanduser())] if head.ssh_config is not None else []
+    words += ["-p", str(port)] if port is not None else []
+    words.append(f"{user}@{host}" if user is not None else host)
+    return f"`{shlex.join(words)}`, once{also}"

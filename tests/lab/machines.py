@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from types import TracebackType
@@ -35,12 +35,14 @@ from tests.lab.process import (
     finish,
     state,
     tail,
+    until,
 )
 from tests.need import ray_envs, tool
 
 NAMES = ("head", "w1", "w2")
 NETWORK = "198.51.100.0/24"
 INIT = Path(__file__).with_name("init.py")
+LONGER = Path(__file__).with_name("longer.py")
 
 SPACES = ("net", "pid", "mnt", "uts", "ipc")
 made: dict[str, float] = {}
@@ -449,6 +451,34 @@ class Lab:
         # Unplugged on the switch's side: the machine's own interface shows nothing of it.
         assert self._switch is not None
         network_command(self._switch.pid, "ip", "link", "set", machine.port, *words)
+
+    def lengthen(self, machine: Machine, seconds: float) -> Callable[[], None]:
+        """Let every packet to and from that machine take so much longer; returns what undoes it.
+
+        What is under way when it begins or ends is lost.
+        """
+        assert self._switch is not None
+        switch, near, far = self._switch.pid, f"{machine.name}-near", f"{machine.name}-far"
+        network_command(switch, "ip", "link", "add", near, "type", "veth", "peer", "name", far)
+        network_command(switch, "ip", "link", "set", far, "master", "br0", "up")
+        network_command(switch, "ip", "link", "set", near, "up")
+        self.cut(machine)
+        # With its process namespace, which is this host's, so that nsenter stays as the parent.
+        enter = [tool("nsenter"), f"--target={switch}", "--net", "--pid", "--"]
+        script = [sys.executable, "-I", "-S", str(LONGER), machine.port, near, str(seconds)]
+        log = self.folder / f"{machine.name}-longer.log"
+        relay = Process([*enter, *script], os.environ, log, f"{machine.name}-longer")
+        self.processes.append(relay)
+        until(lambda: "relaying" in log.read_text(), 20, lambda: f"the relay{tail(log)}")
+
+        def undo() -> None:
+            relay.signal(signal.SIGKILL)
+            relay.wait(20)
+            log.unlink()
+            network_command(switch, "ip", "link", "del", near)
+            self.heal(machine)
+
+        return undo
 
     def drop_one_way(self, source: Machine | None = None, target: Machine | None = None) -> None:
         """Let no packet of `source` through to `target`, but those of the other way (None: all).

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from rayfwd.ray.commandline import given_up_after
+from rayfwd.watch.flapping import TRIAL
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 
@@ -18,13 +20,19 @@ pytestmark = pytest.mark.ray
 
 WITHIN = 10.0
 """Seconds from the moment that the worker knows its ports."""
+RIDE_THROUGH = 20
+LOOKS = 45.0
+"""Seconds in which the head has looked at its node table again: every 30, and some for the look."""
 
 
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     w1 = module_lab.machine("w1")
     cluster = Cluster(
-        module_lab, workers=("w1",), every={"ride_through": 20}, w1={"ray.advertise": w1.address}
+        module_lab,
+        workers=("w1",),
+        every={"ride_through": RIDE_THROUGH},
+        w1={"ray.advertise": w1.address},
     )
     cluster.start(["head"])
     cluster.head.wait_ready()
@@ -140,3 +148,29 @@ def test_overridden_it_joins_and_is_gone(cluster: Cluster) -> None:
     # The worker concerned hears of it, and knows nothing of it by itself.
     told = worker.wait_event("ray_node_flapping", 30)
     assert (told["node"], told["seen_by"]) == ("w1", "head")
+
+
+def test_it_flaps_no_more_when_it_has_stayed(cluster: Cluster) -> None:
+    """Its firewall is opened under the running daemons; how long it must stay follows from
+    `ride_through`."""
+    head, worker = cluster.head, cluster.worker("w1")
+    first, last = block(cluster)
+    cluster.lab.machine("w1").firewall(range(first, last + 1))
+    trial = TRIAL * given_up_after(RIDE_THROUGH)
+    told = {"code": "ray_node_flapping", "node": "w1"}
+    # It may have joined once more while the firewall was shut, and be given up for that.
+    overs = [
+        daemon.wait_event("problem_over", 2 * trial + LOOKS, told) for daemon in (head, worker)
+    ]
+    (row,) = [n for n in head.status()["cluster"]["nodes"] if lives(n) and not n["is_head"]]
+    for over in overs:
+        stayed = datetime.fromisoformat(over["timestamp"]).timestamp() - row["started"]
+        assert trial <= stayed <= trial + LOOKS
+    for daemon in (head, worker):
+        daemon.wait_status(lambda s: s["state"] == "ready" and s["problems"] == [], 60)
+    assert worker.process.poll() is None
+    assert len(worker.events("rayfwd_starting")) == 1
+
+
+def lives(node: dict[str, Any]) -> bool:
+    return bool(node["state"] == "ALIVE")

@@ -41,6 +41,29 @@ with socket.create_server(("127.0.0.1", {SOURCE_PORT})) as server:
         threading.Thread(target=pour, args=(server.accept()[0],), daemon=True).start()
 """
 """Sends without end to whoever connects."""
+ECHO_PORT = 7998
+ECHO = f"""
+import socket
+with socket.create_server(("127.0.0.1", {ECHO_PORT})) as server:
+    print("listening", flush=True)
+    sock = server.accept()[0]
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := sock.recv(65536):
+        sock.sendall(data)
+"""
+CHATTER = f"""
+import socket, time
+with socket.create_connection(("127.0.0.1", {ECHO_PORT})) as sock:
+    sock.setblocking(False)
+    while True:
+        sock.send(b"x")
+        time.sleep(0.1)
+        try:
+            sock.recv(65536)
+        except BlockingIOError:
+            pass
+"""
+"""Small messages, ten a second, there and back."""
 FILES = 150
 """What w2's daemon may have open: enough for its doors, and fewer than its plan needs."""
 
@@ -48,13 +71,15 @@ FILES = 150
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     every = {"ray.start": False, "ride_through": RIDE_THROUGH}
-    forward = {"listen": f"127.0.0.1:{SOURCE_PORT}", "to": f"head:{SOURCE_PORT}"}
+    source, echo = (
+        {"listen": f"127.0.0.1:{port}", "to": f"head:{port}"} for port in (SOURCE_PORT, ECHO_PORT)
+    )
     cluster = Cluster(
         module_lab,
         every=every,
-        head={"expose": [SOURCE_PORT]},
-        w1={"ray.advertise": module_lab.machine("w1").address},
-        w2={"forward": [forward]},
+        head={"expose": [SOURCE_PORT, ECHO_PORT]},
+        w1={"ray.advertise": module_lab.machine("w1").address, "forward": [echo]},
+        w2={"forward": [source]},
     )
     cluster.start(["head"])
     cluster.head.wait_event("hub_listening")
@@ -142,6 +167,28 @@ def test_less_throughput(cluster: Cluster, w2: Daemon) -> None:
     over([cluster.head, w2], 20, subject="w2")
     sink.signal(signal.SIGKILL)
     source.signal(signal.SIGKILL)
+
+
+def test_longer_round_trips(cluster: Cluster) -> None:
+    """The way to w1 is one day longer than it was. (On a link without traffic it is asked for
+    its round-trip time more seldom, and named some seconds later.)"""
+    head, w1 = cluster.head, cluster.worker("w1")
+    python = str(head.machine.ray_python())
+    echo = head.machine.popen([python, "-c", ECHO])
+    until(lambda: "listening" in echo.log.read_text(), 20, lambda: "the echo")
+    chatter = w1.machine.popen([python, "-c", CHATTER])
+    undo = cluster.lab.lengthen(w1.machine, 0.3)
+    since = time.time()
+    for row in named([head, w1], "link_slow", "w1", WITHIN, since):
+        assert "ms are usual" in row["cause"]
+        assert "`ping`" in row["remedy"]
+        assert row["severity"] == "warning"
+        assert row["explained_by"] is None
+    undo()
+    over([head, w1], 20, "link_slow")
+    assert chatter.poll() is None, "nothing of it was lost"
+    for process in (chatter, echo):
+        process.signal(signal.SIGKILL)
 
 
 def test_channel_kind_refused(cluster: Cluster, w2: Daemon) -> None:

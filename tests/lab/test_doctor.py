@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from tests.lab import clock
 from tests.lab.cluster import HUB_SOCKET, Cluster, change, toml
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, until
 from tests.lab.test_problems import pretend, squat
+from tests.need import need
 
 pytestmark = pytest.mark.ray("2.60.0", "2.40.0")
 
@@ -29,12 +31,17 @@ RAY = f"{HOME}/bin/ray"
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     """A head's daemon without Ray, whose version it knows all the same; workers do not run."""
     cluster = Cluster(module_lab, every={"ray.start": False})
-    cluster.start(["head"])
-    cluster.head.wait_event("hub_listening")
-    # The head says which Ray it has once it has looked for it.
-    cluster.head.wait_status(lambda status: status["ray"]["version"] == "2.60.0", 60)
+    cluster.start([])
+    start_head(cluster)
     yield cluster
     cluster.stop()
+
+
+def start_head(cluster: Cluster, under: Sequence[str] = ()) -> None:
+    head = cluster.start_node("head", under)
+    head.wait_event("hub_listening")
+    # The head says which Ray it has once it has looked for it.
+    head.wait_status(lambda status: status["ray"]["version"] == "2.60.0", 60)
 
 
 class Found:
@@ -53,14 +60,19 @@ class Found:
 
 
 def doctor(
-    cluster: Cluster, where: str, env: dict[str, str] | None = None, /, **keys: Any
+    cluster: Cluster,
+    where: str,
+    env: dict[str, str] | None = None,
+    under: Sequence[str] = (),
+    /,
+    **keys: Any,
 ) -> Found:
-    """Run it on that machine with its file, changed by `keys`."""
+    """Run it on that machine with its file, changed by `keys`; `under` what becomes it."""
     machine = cluster.lab.machine(where)
     config = json.loads(json.dumps(cluster.configs[where]))
     change(config, {key.replace("__", "."): value for key, value in keys.items()})
     machine.write(CONFIG, toml(config))
-    argv = [str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
+    argv = [*under, str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
     ran = machine.run(argv, check=False, env=env)
     assert "Traceback" not in ran.stderr, ran.stderr
     return Found(ran.returncode, json.loads(ran.stdout))
@@ -246,6 +258,76 @@ def test_a_proxy_and_a_low_limit(cluster: Cluster) -> None:
     assert found.of("warn") == ["limits"]
     assert found.rows["limits"]["code"] == "descriptors_low"
     assert "128 files" in found.rows["limits"]["said"]
+
+
+def check_clock(found: Found, behind: float, said: str) -> None:
+    """Only the clock is wrong, by so many seconds behind the head's, and is said to be so."""
+    row = found.rows["clock"]
+    assert found.of("fail") == [], found.rows
+    assert found.of("warn") == ["clock"], found.rows
+    assert found.code == 4
+    assert row["code"] == "clock_offset"
+    assert f"this machine's clock is {said} the head's" in row["said"]
+    assert "timedatectl set-ntp true" in row["remedy"]
+    assert abs(row["seen"]["seconds_behind"] - behind) < 0.5 + row["seen"]["doubt"]
+
+
+def check_no_clock(found: Found, most: float) -> None:
+    assert found.of("fail") + found.of("warn") == [], found.rows
+    assert abs(found.rows["clock"]["seen"]["seconds_behind"]) < most
+
+
+def test_this_machines_clock_is_wrong(cluster: Cluster) -> None:
+    need(clock.missing())
+    check_clock(doctor(cluster, "w1", None, clock.shifted(90)), -90, "90.0 s ahead of")
+    check_clock(doctor(cluster, "w1", None, clock.shifted(-10800)), 10800, "3.0 hours behind")
+    check_no_clock(doctor(cluster, "w1", None, clock.shifted(1.5)), 2)
+    check_no_clock(doctor(cluster, "w1"), 0.5)
+
+
+def test_the_heads_clock_is_wrong(cluster: Cluster) -> None:
+    """It is the daemon there that is asked, over the link."""
+    need(clock.missing())
+    for seconds, said in ((90.0, "90.0 s behind"), (-10800.0, "3.0 hours ahead of")):
+        assert cluster.head.stop() == 0
+        start_head(cluster, clock.shifted(seconds))
+        check_clock(doctor(cluster, "w1"), seconds, said)
+    assert cluster.head.stop() == 0
+    start_head(cluster)
+    check_no_clock(doctor(cluster, "w1"), 0.5)
+
+
+def test_a_long_way(cluster: Cluster) -> None:
+    undo = cluster.lab.lengthen(cluster.lab.machine("w1"), 0.15)
+    found = doctor(cluster, "w1")
+    undo()
+    assert found.of("fail") == [], found.rows
+    assert found.rows["link"]["code"] == "link_poor"
+    assert found.rows["link"]["seen"]["rtt_ms"] > 300
+    assert "a round trip takes" in found.rows["link"]["said"]
+    assert found.code == 4
+    assert doctor(cluster, "w1").results("link") == ["pass"]
+
+
+def test_a_slow_login(cluster: Cluster, sshd: Machine) -> None:
+    """The head's sshd asks for the worker's name, and the name server there does not answer."""
+    resolver = sshd.host_path("/run/lab/etc/resolv.conf")
+    before = resolver.read_text()
+    # An address that nobody has, to which packets are sent all the same.
+    nobody, nowhere = "198.51.100.77", "02:00:00:00:00:77"
+    neighbour = ("ip", "neigh", "replace", nobody, "lladdr", nowhere, "dev", "eth0")
+    sshd.network_command(*neighbour, "nud", "permanent")
+    resolver.write_text(f"nameserver {nobody}\noptions timeout:2 attempts:2\n")
+    sshd.stop_sshd()
+    sshd.start_sshd(["-o", "UseDNS=yes"])
+    found = doctor(cluster, "w1")
+    resolver.write_text(before)
+    assert found.of("fail") == [], found.rows
+    assert found.of("warn") == ["auth"], found.rows
+    assert found.rows["auth"]["code"] == "login_slow"
+    assert "UseDNS" in found.rows["auth"]["remedy"]
+    assert found.code == 4
+    assert doctor(cluster, "w1").results("auth") == ["pass"]
 
 
 def block(cluster: Cluster) -> tuple[int, int]:

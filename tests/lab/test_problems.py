@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
+from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, until
@@ -263,6 +263,37 @@ def test_door_blocked(cluster: Cluster) -> None:
     assert status["doors"]["blocked"] == []
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("end")
+def test_metrics_blocked_and_a_forward_to_nobody(cluster: Cluster) -> None:
+    """The first ends with what has the port, the second with a better file that is read again."""
+    w1, port = cluster.lab.machine("w1"), 9477
+    squatter = squat(w1, port)
+    config = cluster.configs["w1"]
+    own = {"metrics.listen": f"127.0.0.1:{port}"}
+    change(config, {**own, "forward": [{"listen": "127.0.0.1:7000", "to": "nobody:80"}]})
+    worker = cluster.start_node("w1")
+    event = worker.wait_event("metrics_blocked")
+    assert f"sport = :{port}" in event["remedy"]
+    seen = worker.wait_event("forward_target_unknown", where={"node": "w1/127.0.0.1:7000"})
+    assert "no node nobody is in the plan" in seen["cause"]
+    status = worker.wait_status(lambda s: s["state"] == "ready", 30)
+    codes = [(problem["code"], problem["severity"]) for problem in status["problems"]]
+    assert sorted(codes) == [("forward_target_unknown", "note"), ("metrics_blocked", "error")]
+    # The other node is told of what is more than a note.
+    blocked = {"node": "w1", "seen_by": "w1"}
+    cluster.head.wait_event("metrics_blocked", 20, where=blocked)
+    squatter.signal(signal.SIGKILL)
+    worker.wait_event("metrics_listening", 30)
+    change(config, {"forward": [{"listen": "127.0.0.1:7000", "to": "head:80"}]})
+    w1.write(CONFIG, cluster.config("w1"))
+    w1.run([str(cluster.lab.rayfwd), "reload", "--config", CONFIG])
+    worker.wait_status(lambda s: not s["problems"], 30)
+    cluster.head.wait_event("problem_over", 30, where={"node": "w1", "code": "metrics_blocked"})
+    assert [event["event"] for event in errors(worker)] == ["metrics_blocked"]
+    change(config, {"metrics": None, "forward": None})
+
+
 def squat(machine: Machine, port: int) -> Any:
     """A program that holds a port on every address."""
     code = (
@@ -294,7 +325,7 @@ def with_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.mark.ray
-def test_ray_missing_unsupported_and_ports_in_use(with_ray: Cluster) -> None:
+def test_ray_missing_unsupported_ports_in_use_and_a_start_that_fails(with_ray: Cluster) -> None:
     w1 = with_ray.lab.machine("w1")
     worker = with_ray.start_node("w1")
     worker.wait_event("ray_not_found")
@@ -316,10 +347,21 @@ def test_ray_missing_unsupported_and_ports_in_use(with_ray: Cluster) -> None:
     assert "hub.port_base" in event["remedy"]
     waits(worker, "port_in_use")
 
+    # Ray cannot make its session directory.
+    w1.run(["chmod", "0755", "/tmp"], user="root")
     squatter.signal(signal.SIGKILL)
+    event = worker.wait_event("ray_start_failed", 90)
+    assert "`ray start` ended: exit code 1" in event["cause"]
+    assert "/tmp/ray" in event["cause"]
+    waits(worker, "ray_start_failed")
+    told = {"node": "w1", "seen_by": "w1"}
+    with_ray.head.wait_event("ray_start_failed", 30, where=told)
+    w1.run(["chmod", "1777", "/tmp"], user="root")
+
     worker.wait_ready(120)
     codes = [event["event"] for event in errors(worker)]
-    assert codes == ["ray_not_found", "ray_version_unsupported", "port_in_use"]
+    assert codes == ["ray_not_found", "ray_version_unsupported", "port_in_use", "ray_start_failed"]
+    with_ray.head.wait_status(lambda status: not status["problems"], 60)
 
 
 @pytest.mark.ray("2.60.0", "2.40.0")

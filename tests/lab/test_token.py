@@ -145,3 +145,12 @@ def test_a_worker_with_a_wrong_token_or_none(
     assert [problem["code"] for problem in status["waiting_for"]] == [code]
     assert w2.events("ray_starting") == []
     assert w2.stop() == 0
+
+
+def test_it_is_over_when_the_worker_shows_the_heads_own(cluster: Cluster) -> None:
+    del cluster.configs["w2"]["ray"]["env"]
+    cluster.start_node("w2").wait_ready()
+    cluster.head.wait_status(lambda s: s["problems"] == [], 60)
+    for code in ("ray_token_wrong", "ray_token_missing"):
+        assert cluster.head.events("problem_over")
+        cluster.head.wait_event("problem_over", 5, where={"node": "w2", "code": code})

@@ -70,6 +70,22 @@ def test_a_section_says_when_it_shows_and_what_to_do(code: str) -> None:
     assert len(do) == 1
 
 
+def errors_of(part: str) -> list[str]:
+    """The codes of a part of the document that are errors, in its order."""
+    text = DOCUMENT.partition(f"\n## {part}\n")[2].partition("\n## ")[0]
+    return [code for code in explain.sections(f"\n{text}") if CATALOGUE[code].severity == "error"]
+
+
+def test_the_document_says_which_codes_are_the_links_and_which_are_rays() -> None:
+    links = {*errors_of("The link"), "ssh_lost", "lane_lost", "link_parked"}
+    assert links == conditions.LINK_CODES
+    rays = errors_of("Ray on a node")
+    rays = rays[: rays.index("ray_token_wrong") + 1]
+    rays.remove("advertise_unchecked")
+    more = {"keeper_absent", "keeper_silent", "ray_start_failed", "ray_died"}
+    assert {*rays, *more} == conditions.RAY_CODES
+
+
 def test_what_explains_is_a_code() -> None:
     assert {by for kind in CATALOGUE.values() for by in kind.explained_by} <= CATALOGUE.keys()
 

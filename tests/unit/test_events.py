@@ -26,6 +26,9 @@ ALIASES = {"say"}
 """Names by which a level of a logger is called."""
 
 PROBLEMS = {"Problem", "Refusal"}
+AT_THE_DOOR = {"frames.py", "handshake.py", "checkup.py"}
+"""Where a breach of the protocol is one that a lane or a doctor is turned away for, by its code;
+later on it ends a session, which is what is told."""
 MADE_IN_LOGS = {"events_suppressed", "library_message"}
 """These are made of others' events, in logs.py."""
 
@@ -90,7 +93,8 @@ def codes() -> set[str]:
         function = call.func
         name = getattr(function, "id", getattr(function, "attr", ""))
         helper = name == "_problem" and path.name == "control.py"
-        if (name in PROBLEMS or helper) and call.args:
+        breach = name == "ProtocolError" and path.name in AT_THE_DOOR
+        if (name in PROBLEMS or helper or breach) and call.args:
             first = call.args[0]
             if isinstance(first, ast.Constant):
                 found.add(str(first.value))

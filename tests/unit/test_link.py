@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
+import shutil
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -25,6 +28,7 @@ from rayfwd.mux import MuxStream, StreamOwner
 from rayfwd.session import lane as lane_module
 from rayfwd.session.handshake import Refusal, Welcome
 from rayfwd.session.session import Limits
+from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, run, until
 from tests.unit.ssh_server import Sshd
@@ -492,6 +496,74 @@ def test_another_host_key(tmp_path: Path) -> None:
         before=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line(other)),
         mend=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line()),
     )
+
+
+async def do(s: Site, program: str) -> None:
+    """What the remedy says, as a shell does it."""
+    assert s.link.problem is not None
+    commands = re.findall(r"`([^`]+)`", s.link.problem.remedy)
+    (command,) = [command for command in commands if command.startswith(f"{program} ")]
+    ran = await asyncio.to_thread(
+        subprocess.run, ["sh", "-c", command], capture_output=True, text=True, timeout=20
+    )
+    assert ran.returncode == 0, f"{command}: {ran.stderr}"
+
+
+def test_what_to_do_about_a_host_key_helps(tmp_path: Path) -> None:
+    """The file is not the usual one, and the port stands in the SSH configuration only."""
+    for program in ("ssh-keygen", "ssh-keyscan"):
+        absent = f"the remedies' test needs {program} (Debian package openssh-client)"
+        need(None if shutil.which(program) else absent)
+    other = asyncssh.generate_private_key("ssh-ed25519")
+
+    async def main() -> None:
+        async with site(tmp_path, ssh="the-head", identity=None) as s:
+            s.sshd.known_hosts.write_text(s.sshd.known_hosts_line(other))
+            (tmp_path / "ssh_config").write_text(
+                f"Host the-head\n  HostName 127.0.0.1\n  Port {s.sshd.port}\n  User ray\n"
+                f"  IdentityFile {s.sshd.identity}\n"
+            )
+            await tries(s, log, "host_key_mismatch")
+            await do(s, "ssh-keygen")
+            await tries(s, log, "host_key_unknown")
+            await do(s, "ssh-keyscan")
+            await s.up()
+
+    with log_events() as log:
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("ProxyJump none", "`ssh-keyscan -p 2222 192.0.2.1 >> ~/.ssh/known_hosts`; or"),
+        ("UserKnownHostsFile ~/mine /x", "`ssh-keyscan -p 2222 192.0.2.1 >> ~/mine`; or"),
+        (
+            "UserKnownHostsFile none",
+            ">> ~/.ssh/known_hosts`, and set head.known_hosts to ~/.ssh/known_hosts; or",
+        ),
+        (
+            "ProxyJump the-door",
+            "`ssh -o 'UserKnownHostsFile=~/.ssh/known_hosts' -F {file} ray@the-head`, once; or",
+        ),
+        (
+            "HostKeyAlias its-name",
+            "`ssh -o 'UserKnownHostsFile=~/.ssh/known_hosts' -F {file} ray@the-head`, once; or",
+        ),
+    ],
+)
+def test_where_an_unknown_host_key_is_to_be_added(tmp_path: Path, config: str, said: str) -> None:
+    file = tmp_path / "ssh_config"
+    file.write_text(f"Host the-head\n  HostName 192.0.2.1\n  Port 2222\n  {config}\n")
+
+    async def main() -> None:
+        head = HeadConfig(ssh="ray@the-head", ssh_config=file)
+        known = ssh_module._known_hosts(head, await ssh_module.Dialer(head)._options())
+        problem = ssh_module.explain(asyncssh.HostKeyNotVerifiable("no"), head, known)
+        assert problem.code == "host_key_unknown"
+        assert said.format(file=file) in problem.remedy
+
+    run(main)
 
 
 @pytest.mark.parametrize(

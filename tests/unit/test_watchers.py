@@ -12,6 +12,7 @@ from rayfwd import probe
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.canary.run import CanaryRun
+from rayfwd.ray.commandline import given_up_after
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch import canary, reach
 from rayfwd.watch.board import Board
@@ -242,6 +243,7 @@ def test_a_node_whose_way_was_cut_is_not_judged() -> None:
 # -- nodes that come and go
 
 NOW = 10_000.0
+PATIENCE = given_up_after(120)
 
 
 def row(
@@ -271,12 +273,23 @@ MISSED = "health check failed due to missing too many heartbeats"
     ],
 )
 def test_joined_and_gone(rows: list[NodeSeen], flaps: bool) -> None:
-    problems = flapping(rows, {PLAN.address: PLAN}, NOW)
+    problems = flapping(rows, {PLAN.address: PLAN}, NOW, PATIENCE)
     assert bool(problems) is flaps
     if flaps:
         assert problems["gpu-1"].code == "ray_node_flapping"
         assert "70 s after it had joined" in problems["gpu-1"].cause
-    assert flapping(rows, {}, NOW) == {}
+    assert flapping(rows, {}, NOW, PATIENCE) == {}
+
+
+@pytest.mark.parametrize("ride_through", [20.0, 120.0, 600.0, 3600.0])
+def test_how_long_a_node_is_on_trial_follows_from_how_long_ray_waits(ride_through: float) -> None:
+    """A link that may be down for long is one whose node is given up late."""
+    patience = given_up_after(ride_through)
+    lived = row("DEAD", NOW - patience - 40, NOW - 30, MISSED, 1)
+    for again, flaps in ((patience, True), (2 * patience, False)):
+        now = NOW + again
+        rows = [lived, row("ALIVE", NOW, None, None, 2)]
+        assert bool(flapping(rows, {PLAN.address: PLAN}, now, patience)) is flaps
 
 
 @pytest.mark.parametrize(
@@ -295,12 +308,13 @@ def test_a_node_that_went_by_itself_does_not_flap(went_at: float | None, flaps: 
         went.look(["gpu-2"], went_at)
     went.look(["gpu-1"], NOW - 1)
     rows = [row("DEAD", NOW - 90, NOW - 20, MISSED)]
-    assert bool(flapping(rows, {PLAN.address: PLAN}, NOW, went)) is flaps
+    assert bool(flapping(rows, {PLAN.address: PLAN}, NOW, PATIENCE, went)) is flaps
 
 
 def test_what_was_before_the_daemon_is_not_judged() -> None:
     rows = [row("DEAD", NOW - 90, NOW - 20, MISSED)]
-    assert flapping(rows, {PLAN.address: PLAN}, NOW, Interruptions(since=NOW - 10)) == {}
+    went = Interruptions(since=NOW - 10)
+    assert flapping(rows, {PLAN.address: PLAN}, NOW, PATIENCE, went) == {}
 
 
 def test_outcomes_are_words_of_the_protocol() -> None:

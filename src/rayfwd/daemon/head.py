@@ -32,7 +32,7 @@ from rayfwd.plan import NodePlan, PlanError
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster import ClusterReport
-from rayfwd.ray.commandline import MARGIN
+from rayfwd.ray.commandline import MARGIN, given_up_after
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
@@ -241,7 +241,8 @@ class HeadDaemon(Daemon):
     def _report(self, report: ClusterReport) -> None:
         self.cluster = report
         plans = {n.plan.address: n.plan for n in self._nodes_of_hub() if n.state != "away"}
-        found = flapping(report.nodes, plans, time.time(), self._interruptions)
+        patience = given_up_after(self.config.ride_through)
+        found = flapping(report.nodes, plans, time.time(), patience, self._interruptions)
         self.board.put("flapping", found)
         self._tell_report()
         self.changed()

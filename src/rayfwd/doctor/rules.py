@@ -123,7 +123,8 @@ def judge_threads(limit: int | None, running: int, cpus: int) -> Problem | None:
         f"this user may have {limit} processes and threads, {running} are there, and Ray on "
         f"{cpus} CPUs wants {need} more",
         f"raise the limit to {running + 2 * need} at least: TasksMax= and LimitNPROC= of the "
-        "service, or `ulimit -u` and /etc/security/limits.conf",
+        "service that Ray runs in (`systemctl edit rayfwd-ray`), or `ulimit -u` and "
+        "/etc/security/limits.conf",
     )
 
 

@@ -32,6 +32,9 @@ MARGIN = 30.0
 PROBE_SECONDS = 13.0
 """A health check that nobody answers: 10 s of time-out and 3 s until the next (Ray's defaults)."""
 
+FIRST_PROBE = 5.0
+"""Seconds from a node's joining to its first health check (Ray's default)."""
+
 _NOT_FOR_RAY = frozenset(
     {
         # A service manager's dealings with rayfwd itself.
@@ -156,11 +159,23 @@ def timeouts(ride_through: float) -> dict[str, str]:
     """
     patience = ride_through + MARGIN
     return {
-        "RAY_health_check_failure_threshold": str(max(5, math.ceil(patience / PROBE_SECONDS))),
+        "RAY_health_check_failure_threshold": str(_probes(ride_through)),
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(max(60, math.ceil(patience))),
         "RAY_grpc_keepalive_timeout_ms": str(max(20_000, math.ceil(patience * 1000))),
         "RAY_grpc_client_keepalive_timeout_ms": str(max(120_000, math.ceil(patience * 1000))),
     }
+
+
+def _probes(ride_through: float) -> int:
+    """Health checks without an answer after which the GCS declares a node dead."""
+    return max(5, math.ceil((ride_through + MARGIN) / PROBE_SECONDS))
+
+
+def given_up_after(ride_through: float) -> float:
+    """Seconds, at the most, from a node's joining until the GCS declares it dead that it never
+    reaches: as
+    `timeouts` has it, and packets are dropped."""
+    return FIRST_PROBE + _probes(ride_through) * PROBE_SECONDS
 
 
 def digest(

@@ -55,7 +55,8 @@ _LINK_WORDS = (
     "ssh_unreachable ssh_turned_away host_key_mismatch host_key_unknown channel_refused "
     "hub_absent hub_not_permitted hub_unreachable hub_silent hub_closed "
     "user_not_allowed name_taken name_in_use address_taken plan_full join_bad roster_unwritable "
-    "client_only"
+    "client_only protocol_version handshake_expected frame_unknown frame_too_long hello_malformed "
+    "welcome_malformed refusal_malformed"
 )
 _ADVERTISE = (
     "advertise_dropped advertise_refused advertise_unroutable advertise_wrong_machine "
@@ -80,7 +81,6 @@ CATALOGUE: Mapping[str, Kind] = {
     **_kinds("error", _LINK_WORDS),
     **_kinds("warning", "ssh_lost lane_lost", hold=3.0),
     **_kinds("note", "link_parked", by=LINK_CODES - {"link_parked", "link_down"}),
-    **_kinds("note", "session_stale session_unknown"),
     **_kinds("error", "link_down"),
     **_kinds("warning", "lane_flapping link_slow", by=LINK_CODES),
     **_kinds("warning", "clients_full"),
@@ -139,14 +139,16 @@ CATALOGUE: Mapping[str, Kind] = {
         "ray_not_up",
         counted=False,
     ),
+    # What the hub tells of a session that is past, after which the worker begins another.
+    **_kinds("note", "session_stale session_unknown", counted=False),
     # Of `rayfwd connect`.
     **_kinds("error", "hub_too_old listen_taken", counted=False),
     # Of `rayfwd doctor`.
     **_kinds(
         "error",
-        "check_busy check_long config_doubtful config_invalid clock_offset hub_older link_poor "
-        "login_slow names_slow plan_malformed processes_low proxy_catches rayfwd_version_differs "
-        "report_unwritable sshd_absent sshd_forbids",
+        "check_busy check_long check_malformed config_doubtful config_invalid clock_offset "
+        "hub_older link_poor login_slow names_slow plan_malformed processes_low proxy_catches "
+        "rayfwd_version_differs report_unwritable sshd_absent sshd_forbids",
         counted=False,
     ),
     # Of `rayfwd init` and `rayfwd uninstall`.

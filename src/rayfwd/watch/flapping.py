@@ -13,11 +13,13 @@ from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch.interruptions import Interruptions
 
-SHORT_LIFE = 300.0
-"""Seconds: a node that was given up sooner after it joined was never a part of the cluster."""
+TRIAL = 1.5
+"""A node must live for so many times as long as Ray takes to give up one that it never reaches;
+one that was given up sooner was never a part of the cluster. (A head that is busy is late.)"""
 
 RECENT = 900.0
-"""Seconds since then in which it counts; a node that has lived for `SHORT_LIFE` since is well."""
+"""Seconds since it was given up in which that counts, at least; one that has stood its trial since
+is well."""
 
 GIVEN_UP = ("health check", "heartbeat", "unreachable")
 """What the GCS says of a node that it gave up, and not of one that ended by itself (the state
@@ -28,9 +30,15 @@ def flapping(
     nodes: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     wall_time: float,
+    patience: float,
     interruptions: Interruptions | None = None,
 ) -> dict[str, Problem]:
-    """By name, the nodes of these plans (by address) that joined and were gone."""
+    """By name, the nodes of these plans (by address) that joined and were gone.
+
+    `patience`: seconds after which Ray gives up a node that it has never reached.
+    """
+    trial = TRIAL * patience
+    recent = max(RECENT, 2 * trial)
     seen: dict[str, list[NodeSeen]] = {}
     for node in nodes:
         if node.address in plans and not node.is_head:
@@ -40,26 +48,25 @@ def flapping(
         lives = [
             life
             for row in rows
-            if (life := _short_life(row, wall_time)) is not None
+            if (life := _short_life(row, wall_time, trial, recent)) is not None
             and not (interruptions and _went_by_itself(interruptions, plans[address].name, row))
         ]
         told = any(row.message for row in rows)
         well = any(
-            row.state == "ALIVE" and row.started and wall_time - row.started > SHORT_LIFE
-            for row in rows
+            row.state == "ALIVE" and row.started and wall_time - row.started > trial for row in rows
         )
         if lives and not well and (told or len(lives) > 1):
-            found[plans[address].name] = _problem(plans[address], lives, rows)
+            found[plans[address].name] = _problem(plans[address], lives, rows, recent)
     return found
 
 
-def _short_life(row: NodeSeen, wall_time: float) -> float | None:
+def _short_life(row: NodeSeen, wall_time: float, trial: float, recent: float) -> float | None:
     """How long a dead node lived, where that was short, recent and by the GCS's verdict."""
     if row.state != "DEAD" or not row.started or not row.ended:
         return None
     given_up = row.message is None or any(word in row.message.lower() for word in GIVEN_UP)
     life = row.ended - row.started
-    return life if given_up and life < SHORT_LIFE and wall_time - row.ended < RECENT else None
+    return life if given_up and life < trial and wall_time - row.ended < recent else None
 
 
 def _went_by_itself(interruptions: Interruptions, name: str, row: NodeSeen) -> bool:
@@ -68,7 +75,7 @@ def _went_by_itself(interruptions: Interruptions, name: str, row: NodeSeen) -> b
     return interruptions.between(name, row.started, row.ended)
 
 
-def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen]) -> Problem:
+def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: float) -> Problem:
     times = "once" if len(lives) == 1 else f"{len(lives)} times"
     last = max(rows, key=lambda row: row.started or 0.0)
     now = "is up again" if last.state == "ALIVE" else "is gone now"
@@ -83,7 +90,7 @@ def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen]) -> Proble
     return Problem(
         "ray_node_flapping",
         f"node {plan.name} ({plan.address}) joined and was given up by the head's Ray {times} in "
-        f"the last {RECENT / 60:.0f} min, {min(lives):.0f} s after it had joined; it {now}"
+        f"the last {recent / 60:.0f} min, {min(lives):.0f} s after it had joined; it {now}"
         + (f". Ray says: {said[:300]}" if said else ""),
         remedy,
     )

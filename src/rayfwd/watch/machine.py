@@ -90,7 +90,8 @@ def judge(seen: MachineSeen) -> list[Problem]:
                     f"the disk of {directory}, where Ray keeps logs and spilt objects, is "
                     f"{100 * (1 - free / total):.0f} % full ({free / 1e6:.0f} MB free)",
                     "remove old sessions of Ray there (the one that runs is session_latest), or "
-                    'give Ray another place: ray.extra_args = ["--temp-dir=…"]',
+                    'give Ray another place: ray.extra_args = ["--temp-dir=…"], with older Rays '
+                    "on the head for all nodes",
                 )
             )
             break  # one disk, as a rule

@@ -84,8 +84,9 @@ def fewer_than_declared(
             f"node {plan.name} ({plan.address}) joined "
             + ("with no resources" if not has else "with fewer resources than declared")
             + (f": {said}" if said else ""),
-            f"restart Ray on {plan.name} with what its configuration says (`rayfwd plan` there "
-            "prints the command), or correct ray.num_cpus, ray.num_gpus and ray.resources",
+            f"see that ray.extra_args on {plan.name} says nothing else than ray.num_cpus, "
+            "ray.num_gpus and ray.resources; a Ray that was started by hand must be ended, and "
+            "rayfwd starts its own (where ray.start = false, `rayfwd plan` prints the command)",
         )
         found.append(Seen(plan.name, problem))
     return found
