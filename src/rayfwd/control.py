@@ -169,7 +169,8 @@ def ask(
         raise _problem(
             "daemon_not_running",
             f"no rayfwd answers on {path}",
-            "start it with `rayfwd run`, or name its file with --config",
+            "start it (`systemctl start rayfwd`, or by hand `rayfwd run`), or name its file with "
+            "--config",
         ) from exc
     except PermissionError as exc:
         raise _problem(

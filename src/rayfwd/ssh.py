@@ -148,6 +148,13 @@ class Dialer:
             raise ProblemError(explain(exc, self._head, known)) from exc
         return known.host, known.port, known.direct
 
+    async def login(self) -> str:
+        """Whom it logs in as, by `head.ssh` or the SSH configuration. Raises ProblemError."""
+        try:
+            return (await self._options()).username
+        except (OSError, asyncssh.Error, ValueError) as exc:
+            raise ProblemError(explain(exc, self._head, _KnownHosts(self._head.ssh))) from exc
+
     async def host_key(self) -> HostKey:
         """The host key that the head shows now; nothing is sent to it.
 
@@ -208,7 +215,8 @@ class Dialer:
 
     async def _options(self) -> asyncssh.SSHClientConnectionOptions:
         user, host, port = self._head.ssh_target()
-        given: dict[str, Any] = {"host": host}
+        # (): the user's own file, which options that are made apart from `connect` leave out.
+        given: dict[str, Any] = {"host": host, "config": ()}
         if user is not None:
             given["username"] = user
         if port is not None:

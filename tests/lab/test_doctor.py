@@ -106,7 +106,7 @@ def test_a_good_worker_before_its_first_start(cluster: Cluster, via: str) -> Non
     roster = cluster.head.status()["roster"]
     found = doctor(cluster, "w1", head__via=via, head__attach_command=command)
     assert found.of("fail") + found.of("warn") == [], found.rows
-    assert found.of("skip") == ["daemon", "advertise", "advertise_self"]
+    assert found.of("skip") == ["daemon", "keeper", "advertise", "advertise_self"]
     assert found.code == 0
     assert abs(found.rows["clock"]["seen"]["seconds_behind"]) < 0.5, "one clock"
     assert found.rows["link"]["seen"]["down"] > 1e6
@@ -120,11 +120,11 @@ def test_a_good_head(cluster: Cluster) -> None:
     found = doctor(cluster, "head")
     assert found.of("fail") == []
     assert found.results("socket", "sshd", "ray", "ports", "limits") == ["pass"] * 5
-    assert found.of("skip") == ["clock", "names", "link"]
+    assert found.of("skip") == ["keeper", "clock", "names", "link"], "Ray is its own child"
     other = {"state_dir": f"{HOME}/other", "runtime_dir": f"{HOME}/other"}
     found = doctor(cluster, "head", **other, hub__port_base=25000)
     assert found.of("fail") + found.of("warn") == [], found.rows
-    assert found.of("skip") == ["daemon", "clock", "names", "link"]
+    assert found.of("skip") == ["daemon", "keeper", "clock", "names", "link"]
     assert found.code == 0
 
 
@@ -146,6 +146,20 @@ def test_beside_a_workers_daemon(cluster: Cluster) -> None:
     found = doctor(cluster, "w1", name="w2")
     assert found.rows["place"]["code"] == "name_taken"
     assert worker.stop() == 0
+
+
+def test_a_client(cluster: Cluster) -> None:
+    """A laptop, by its file: no Ray is looked for, and nothing of a node's."""
+    w1 = cluster.lab.machine("w1")
+    head = {"ssh": cluster.configs["w1"]["head"]["ssh"], "socket": HUB_SOCKET}
+    config = {"role": "client", "name": "laptop", "state_dir": f"{HOME}/none", "head": head}
+    w1.write(CONFIG, toml(config))
+    argv = [str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
+    ran = w1.run(argv, check=False)
+    found = Found(ran.returncode, json.loads(ran.stdout))
+    assert found.of("fail") + found.of("warn") + found.of("skip") == [], found.rows
+    assert (found.code, found.whole["role"]) == (0, "client")
+    assert found.rows["listen"]["seen"]["dashboard"] == "127.0.0.1:8265"
 
 
 def test_where_the_way_ends(cluster: Cluster) -> None:

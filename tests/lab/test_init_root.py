@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.lab import package
-from tests.need import ray_envs, tool
+from tests.need import need, ray_envs, tool
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +40,7 @@ SCRIPT = r"""
 set -eu
 rayfwd=$1 ray=$2
 all() {
-    find /etc /var/lib /home ! -name '*-' ! -name '.pwd.lock' \
+    find /etc /var/lib /home /usr/local/share ! -name '*-' ! -name '.pwd.lock' \
         \( -type d -printf '%p %m %U %G\n' -o -printf '%p %m %U %G %s\n' \) \
         | grep -v -e '^/etc [0-9]' -e '/etc/[a-z]*shadow' | sort
     cat /etc/passwd /etc/group
@@ -55,6 +56,7 @@ stat -c '%n %a %U %G' /etc/rayfwd.toml /var/lib/rayfwd /var/lib/rayfwd/.ssh/auth
 stat -c '%n %a %U %G' /var/lib/rayfwd-init.json
 id rayfwd
 "$rayfwd" check | head -1
+echo "== man"; man -w rayfwd rayfwd.toml 2>&1 || echo "code $?"
 echo "== worker"; "$rayfwd" init worker --head x --ray "$ray" 2>&1 || echo "code $?"
 echo "== root"; "$rayfwd" init head --user root --config /etc/other.toml 2>&1 || echo "code $?"
 echo "== uninstall"; "$rayfwd" uninstall --purge; all > /run/after
@@ -101,6 +103,12 @@ def test_rights(said: dict[str, str]) -> None:
         "/var/lib/rayfwd-init.json 600 root root",
     ]
     assert "/etc/rayfwd.toml: valid" in lines
+
+
+def test_man_finds_its_pages(said: dict[str, str]) -> None:
+    need(None if shutil.which("man") else "man is not installed")
+    where = "/usr/local/share/man/man"
+    assert said["man"].splitlines() == [f"{where}1/rayfwd.1", f"{where}5/rayfwd.toml.5"]
 
 
 def test_the_next_step_is_said(said: dict[str, str]) -> None:

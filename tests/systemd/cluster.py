@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
-from tests.systemd.machines import RAY, Lab
+from tests.lab.process import Process
+from tests.lab.toll import Job
+from tests.systemd.machines import RAY, Lab, Machine
+
+PYTHON = Path("/home/ray/venv/bin/python")
+"""Ray's."""
 
 SMALL = """\
 num_cpus = 1
@@ -19,7 +26,7 @@ deadline = time.monotonic() + 120
 while len([n for n in ray.nodes() if n["Alive"]]) < 2 and time.monotonic() < deadline:
     time.sleep(0.2)
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=float(sys.argv[1]))
 def work(data):
     return len(data), ray.util.get_node_ip_address(), bytes(2_000_000)
 
@@ -29,6 +36,20 @@ on = [work.options(scheduling_strategy=On(node, soft=False)) for node in alive]
 there = [task.remote(bytes(1_000_000)) for task in on]
 print("done", json.dumps([[n, a, len(b)] for n, a, b in ray.get(there, timeout=60)]))
 """
+
+
+class AsRay:
+    """A machine as a job sees it: everything is done by the user that Ray runs as."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.lab = machine.lab
+        self._machine = machine
+
+    def write(self, path: str, text: str) -> None:
+        self._machine.write(path, text, "ray")
+
+    def popen(self, argv: list[str]) -> Process:
+        return self._machine.popen(argv, user="ray")
 
 
 class Cluster:
@@ -85,10 +106,12 @@ class Cluster:
         for machine in self.lab.machines:
             machine.wait_for(timeout=timeout, user=self.user, ActiveState="active")
 
-    def work(self) -> list[tuple[int, str, int]]:
-        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave."""
-        python = "/home/ray/venv/bin/python"
-        said = self.head.run([python, "-c", TASKS], user="ray", timeout=200)
+    def work(self, cpus: float = 1) -> list[tuple[int, str, int]]:
+        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave.
+
+        `cpus`: what it asks for; 0 where a job has them all.
+        """
+        said = self.head.run([str(PYTHON), "-c", TASKS, str(cpus)], user="ray", timeout=200)
         # Ray prints what raylets and workers say between the lines.
         (done,) = [line for line in said.stdout.splitlines() if line.startswith("done ")]
         found = json.loads(done.removeprefix("done "))
@@ -99,3 +122,20 @@ class Cluster:
         done = self.work()
         assert {(sent, back) for sent, _, back in done} == {(1_000_000, 2_000_000)}
         return sorted(address for _, address, _ in done)
+
+    def job(self) -> Job:
+        """A job that counts every call, from a driver on the worker."""
+        return Job(AsRay(self.worker), PYTHON, "--nodes", "2")  # type: ignore[arg-type]
+
+    def restart(self, machine: Machine) -> dict[str, Any]:
+        """`systemctl restart rayfwd`; what the new process said of what it took over."""
+        before = machine.show(user=self.user)["MainPID"]
+        machine.systemctl("restart", "rayfwd", user=self.user)
+        shown = machine.wait_for(user=self.user, ActiveState="active", SubState="running")
+        assert shown["MainPID"] != before
+        assert shown["StatusText"].startswith("ready")
+        return machine.events("handover_taken", user=self.user)[-1]
+
+    def raylets(self) -> list[int]:
+        """Their process ids, the head's first."""
+        return [int(machine.run(["pgrep", "-x", "raylet"]).stdout) for machine in self.lab.machines]

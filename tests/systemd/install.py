@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import inspect
 import os
 import shutil
+import stat
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests import setup_roots
@@ -73,6 +75,44 @@ def installed(suite: str) -> Installed:
         for path in old[:-4]:
             shutil.rmtree(path)
     return Installed(suite, (layer / "upper", root / "tree"), layer / "wheels")
+
+
+def with_ray_of(suite: str, of: str) -> Installed:
+    """Like `installed`, but with another suite's Ray and the Python that it needs.
+
+    Ray wants the same Python on all nodes, which two Debians do not bring; what rayfwd runs with
+    stays the suite's own. Hard links, and made once for each pair of roots.
+    """
+    made = installed(suite)
+    source = setup_roots.place(of) / "tree"
+    layers = setup_roots.default_root() / "rayfwd"
+    names = "\0".join([source.parent.name, inspect.getsource(_link_ray)])
+    layer = layers / f"ray-of-{of}-{hashlib.sha256(names.encode()).hexdigest()[:12]}"
+    with (layers / f".{layer.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not layer.exists():
+            fresh = layers / f"{layer.name}-new"
+            shutil.rmtree(fresh, ignore_errors=True)
+            _link_ray(source, fresh)
+            fresh.rename(layer)
+    upper, *below = made.lower
+    return replace(made, lower=(upper, layer, *below))
+
+
+def _link_ray(source: Path, layer: Path) -> None:
+    (python,) = (source / "usr/bin").glob("python3.??")
+    for path in (Path("usr/lib") / python.name, Path("home/ray/venv")):
+        shutil.copytree(source / path, layer / path, symlinks=True, copy_function=os.link)
+    (layer / "usr/bin").mkdir()
+    os.link(python, layer / "usr/bin" / python.name)
+    own = layer / "home/ray/venv/bin/python3"  # /usr/bin/python3 is another one there
+    own.unlink()
+    own.symlink_to(f"/usr/bin/{python.name}")
+    # Directories that are in several layers have the owner and the mode of the uppermost.
+    for folder, _, _ in os.walk(layer):
+        seen = (source / Path(folder).relative_to(layer)).stat()
+        os.chown(folder, seen.st_uid, seen.st_gid)
+        os.chmod(folder, stat.S_IMODE(seen.st_mode))
 
 
 def _install(suite: str, fresh: Path, wheel: Path) -> None:

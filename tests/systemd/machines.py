@@ -271,18 +271,25 @@ class Machine:
         until(fits, timeout, lambda: f"{self.name}: {begins!r}; it is {seen.get('StatusText')!r}")
         return seen
 
-    def journal(self, *words: str, unit: str | None = "rayfwd") -> list[dict[str, Any]]:
-        """Entries of all boots, oldest first, as `journalctl -o json` has them.
+    def journal(
+        self, *words: str, unit: str | None = "rayfwd", user: str = "root"
+    ) -> list[dict[str, Any]]:
+        """Entries of all boots, oldest first, as `journalctl -o json` has them; for `ray`, of the
+        user's own unit.
 
         A value that is no text is a list of bytes there, and one that comes twice a list.
         """
         of = ["--unit", unit] if unit is not None else []
+        if user != "root":  # `--user-unit` would be one of root's own
+            of = [f"_SYSTEMD_USER_UNIT={unit}.service"]
         said = self.run(["journalctl", "--no-pager", "--all", "-o", "json", *of, *words])
         return [json.loads(line) for line in said.stdout.splitlines()]
 
-    def events(self, name: str | None = None, unit: str = "rayfwd") -> list[dict[str, Any]]:
+    def events(
+        self, name: str | None = None, unit: str = "rayfwd", user: str = "root"
+    ) -> list[dict[str, Any]]:
         """rayfwd's own entries, oldest first: those of one event, or all."""
-        own = [entry for entry in self.journal(unit=unit) if "EVENT" in entry]
+        own = [entry for entry in self.journal(unit=unit, user=user) if "EVENT" in entry]
         return [entry for entry in own if name is None or entry["EVENT"] == name]
 
     def status(self, user: str = "root") -> dict[str, Any]:
@@ -430,11 +437,16 @@ class Lab:
     """
 
     def __init__(
-        self, folder: Path, installed: Installed, names: Sequence[str] = ("head", "worker")
+        self,
+        folder: Path,
+        installed: Installed | Mapping[str, Installed],
+        names: Sequence[str] = ("head", "worker"),
     ) -> None:
+        """`installed`: what every machine has, or each one by its name."""
         self.folder = folder
-        self.installed = installed
         self.names = tuple(names)
+        one = installed if isinstance(installed, Installed) else None
+        self.installed = {name: one or installed[name] for name in names}  # type: ignore[index]
         self.addresses = {name: f"{NETWORK}.{k}" for k, name in enumerate(names, 1)}
         self.processes: list[Process] = []
         self._switch: Init | None = None
@@ -462,7 +474,7 @@ class Lab:
         network_command(self._switch.pid, "ip", "link", "add", "br0", "type", "bridge")
         network_command(self._switch.pid, "ip", "link", "set", "br0", "up")
         for number, name in enumerate(self.names, 1):
-            machine = self._machines[name] = Machine(self, name, number, self.installed)
+            machine = self._machines[name] = Machine(self, name, number, self.installed[name])
             machine.make(self._switch)
 
     def machine(self, name: str) -> Machine:

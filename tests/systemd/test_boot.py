@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lab.process import until
 from tests.systemd.cluster import Cluster
+from tests.systemd.machines import Machine
 
 BOTH = ["127.77.0.1", "127.77.0.2"]
 
@@ -12,6 +14,11 @@ BOTH = ["127.77.0.1", "127.77.0.2"]
 @pytest.fixture(autouse=True)
 def no_hand(cluster: Cluster) -> None:
     """Nobody says anything to systemd but to boot."""
+
+
+def system_state(machine: Machine) -> str:
+    """What a user sees who asks how the boot went."""
+    return machine.systemctl("is-system-running", check=False).strip()
 
 
 def test_head_reboots(cluster: Cluster) -> None:
@@ -37,8 +44,15 @@ def test_worker_is_up_before_the_head(cluster: Cluster) -> None:
     shown = cluster.worker.wait_for_status("waiting: ")
     assert (shown["ActiveState"], shown["SubState"]) == ("activating", "start")
     assert "head" in shown["StatusText"]
+    # Nothing else of the boot waits for the head.
+    for unit in ("multi-user.target", "getty.target", "systemd-user-sessions"):
+        cluster.worker.wait_for(unit, ActiveState="active")
+    jobs = cluster.worker.systemctl("list-jobs", "--no-legend")
+    assert [line.split()[1] for line in jobs.splitlines()] == ["rayfwd.service"]
+    assert system_state(cluster.worker) == "starting", "as docs/operations.md says"
     cluster.head.boot()
     cluster.wait_ready()
+    until(lambda: system_state(cluster.worker) == "running", 20, lambda: "the boot is finished")
     assert cluster.addresses_that_work() == BOTH
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 import pytest
 
+from tests.systemd.cluster import Cluster
 from tests.systemd.machines import RAY, Machine
 
 FILES = r"""
@@ -38,10 +42,11 @@ def test_head(head: Machine, bare: dict[str, list[str]]) -> None:
     said = head.run(init).stdout
     assert said.splitlines()[0] == "head head: the machine's service, run by ray"
     assert said.splitlines()[-1].strip() == "systemctl enable --now --no-block rayfwd"
-    assert (
-        f"--head ray@head --head-rayfwd /usr/local/bin/rayfwd --fingerprint {head.fingerprint}"
-        in said
-    )
+    flags = f"--head-rayfwd /usr/local/bin/rayfwd --fingerprint {head.fingerprint} --ray {RAY}"
+    assert f"    rayfwd init worker --head ray@head {flags}\n" in said
+    rows = doctors(said)
+    assert (rows["config"], rows["keeper"], rows["sshd"], rows["ray"]) == ("pass",) * 4
+    assert rows["daemon"] == "skip", "none runs yet"
     made = files(head)
     assert "Nothing was to be done" in head.run(init).stdout
     assert "Nothing was to be done" in head.run(["rayfwd", "init", "head"]).stdout
@@ -50,6 +55,21 @@ def test_head(head: Machine, bare: dict[str, list[str]]) -> None:
     shown = head.show()
     assert (shown["LoadState"], shown["NeedDaemonReload"], shown["User"]) == ("loaded", "no", "ray")
     assert "/etc/rayfwd.toml: valid" in head.run(["rayfwd", "check"]).stdout
+
+
+def doctors(said: str) -> dict[str, str]:
+    """The doctor's rows in what `init` said: check to result."""
+    plain = re.sub("\x1b\\[[0-9;]*m", "", said).replace("\r", "")
+    part = plain.partition("How it is now (`rayfwd doctor` looks again):\n\n")[2]
+    rows = [line.split()[:2] for line in part.partition("\n\n")[0].splitlines()]
+    return {check: result for result, check in rows if result != "do"}
+
+
+def test_man_finds_its_pages(head: Machine) -> None:
+    """In a directory where man looks, whose link leads to the page."""
+    for page in ("man1/rayfwd.1", "man5/rayfwd.toml.5"):
+        text = head.run(["cat", f"/usr/local/share/man/{page}"]).stdout
+        assert ".SH NAME" in text
 
 
 def test_units_as_systemd_reads_them(head: Machine) -> None:
@@ -87,6 +107,9 @@ def test_worker(head: Machine, worker: Machine) -> None:
     public = worker.read("/etc/rayfwd/id_ed25519.pub").strip()
     assert f'restrict,command="/usr/local/bin/rayfwd attach" {public}' in said
     assert "systemctl enable --now --no-block rayfwd" in said.splitlines()[-1]
+    rows = doctors(said)
+    assert (rows["host_key"], rows["auth"], rows["hub"]) == ("pass", "fail", "skip")
+    assert "(the service waits for what fails above, and goes on by itself)" in said
     assert worker.read("/etc/rayfwd/known_hosts") == f"head {head.host_key}\n"
     secret = ("/etc/rayfwd.toml", "/etc/rayfwd", "/etc/rayfwd/id_ed25519")
     assert modes(worker, *secret) == [
@@ -120,3 +143,47 @@ def test_uninstall_leaves_nothing(
         assert machine.show()["LoadState"] == "not-found"
         assert machine.run(["pgrep", "-u", "ray"], check=False).stdout == ""
         assert "nothing to take away" in machine.run(["rayfwd", "uninstall"]).stdout
+
+
+AS_OF_NFS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
+"""Root has no way into a home that is closed to others, as where NFS squashes it."""
+
+
+@pytest.fixture
+def far_home(head: Machine, worker: Machine) -> Iterator[str]:
+    """A key, and the host keys that are known, in a directory of the user's alone that lies on
+    another file system, in a home that is closed to others; its path."""
+    ssh, script = "/home/ray/.ssh", "mount -t tmpfs tmpfs /mnt && mkdir /mnt/ssh /home/ray/.ssh"
+    worker.run(["sh", "-c", f"{script} && chmod 0700 /mnt/ssh /home/ray"])
+    worker.run(["chown", "ray:ray", "/mnt/ssh", ssh])
+    worker.run(["mount", "--bind", "/mnt/ssh", ssh])
+    worker.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{ssh}/id"], user="ray")
+    worker.write(f"{ssh}/known_hosts", f"head {head.host_key}\n", "ray")
+    alias = f"Host far\n  HostName head\n  User ray\n  IdentityFile {ssh}/id\n"
+    worker.write(f"{ssh}/config", alias, "ray")
+    yield ssh
+    worker.run(["sh", "-c", f"umount {ssh} && umount /mnt && rmdir {ssh} && chmod 755 /home/ray"])
+    head.run(["rm", "-r", "/home/ray/.ssh"])
+
+
+def test_a_home_on_another_file_system(head: Machine, worker: Machine, far_home: str) -> None:
+    """The confined service reads it, and comes up by itself when it is mounted late."""
+    init = [*AS_OF_NFS, "rayfwd", "init", "worker", "--head", "far", "--ray", RAY]
+    init += ["--identity", f"{far_home}/id"]
+    asked = worker.run(init, check=False)
+    assert (asked.returncode, asked.stderr.count("\n")) == (2, 1)
+    assert f"--user: root may not look at {RAY}" in asked.stderr
+    said = worker.run([*init, "--user", "ray"]).stdout
+    assert worker.read(f"{far_home}/id.pub").split()[1] in said
+    assert "as a line of ~ray/.ssh/authorized_keys" in said
+    Cluster(head.lab).authorize(said)
+    worker.run(["umount", far_home])
+    worker.systemctl("start", "--no-block", "rayfwd")
+    shown = worker.wait_for_status(f"waiting: {far_home}/id")
+    assert "No such file" in shown["StatusText"]
+    assert [p["code"] for p in worker.status()["waiting_for"]][:1] == ["ssh_file_unreadable"]
+    worker.run(["mount", "--bind", "/mnt/ssh", far_home])
+    # In, with that key, to a head that has no hub.
+    worker.wait_for_status("waiting: on the head: no hub answers")
+    assert worker.show()["NRestarts"] == "0"
+    worker.run(["rayfwd", "uninstall", "--purge"], timeout=150)

@@ -123,14 +123,33 @@ def test_every_entry_can_be_shown(stages: Stages) -> None:
             assert all(value is not None for value in entry.values())
 
 
-def test_no_secret(stages: Stages, worker: Machine) -> None:
-    """Ray's token, the worker's claim to its name and its SSH key, in no entry of either."""
+@pytest.fixture(scope="module")
+def secrets(worker: Machine) -> tuple[str, str, str]:
+    """Ray's token, the worker's claim to its name, and of its SSH key a line that is its own."""
     token = worker.read("/home/ray/.ray/auth_token").strip()
     claim = worker.read("/var/lib/rayfwd/node.key").strip()
-    key = worker.read("/etc/rayfwd/id_ed25519").splitlines()[1]
+    key = worker.read("/etc/rayfwd/id_ed25519").splitlines()[3]  # the first is every key's
     assert len(token) > 20
     assert len(claim) > 20
+    return token, claim, key
+
+
+def test_no_secret(stages: Stages, secrets: tuple[str, str, str]) -> None:
+    """In no entry of either."""
     for machine in stages.cluster.lab.machines:
         everything = json.dumps(machine.journal(unit=None))
-        for secret in (token, claim, key):
-            assert secret not in everything
+        assert [secret for secret in secrets if secret in everything] == []
+
+
+def test_a_report(worker: Machine, secrets: tuple[str, str, str]) -> None:
+    """The doctor's, of a service: both units' entries, and no secret, though a log has them."""
+    said = f"said: {secrets[0]} {secrets[1]}\n{worker.read('/etc/rayfwd/id_ed25519')}"
+    worker.run(["sh", "-c", f"cat >>{RAYS_LOG}"], user="ray", input=said)
+    assert worker.run(["rayfwd", "doctor", "--report", "/root/report"]).returncode == 0
+    assert worker.run(["stat", "-c", "%a %U", "/root/report"]).stdout == "600 root\n"
+    report = worker.read("/root/report")
+    journal = report.partition("\n== journal\n")[2].partition("\n== ")[0]
+    for event in ("lane_up", "rayfwd_ready", "keeper_listening"):
+        assert event in journal
+    assert "said: " in report
+    assert [secret for secret in secrets if secret in report] == []

@@ -144,6 +144,26 @@ def test_confined_as_it_is_it_does_its_job(kept: Kept) -> None:
     }
 
 
+def doctor(machine: Machine) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Exit code, and the checks by their names."""
+    ran = machine.run(["rayfwd", "doctor", "--json"], check=False)
+    return ran.returncode, {row["check"]: row for row in json.loads(ran.stdout)["checks"]}
+
+
+def test_the_doctor_beside_the_service(kept: Kept) -> None:
+    """Root's question, answered as the service's user; nothing of the service is disturbed."""
+    for machine in kept.cluster.lab.machines:
+        code, rows = doctor(machine)
+        wrong = {check: row for check, row in rows.items() if row["result"] in {"warn", "fail"}}
+        assert (code, wrong) == (0, {})
+        assert rows["daemon"]["seen"] == {"pid": int(machine.show()["MainPID"]), "state": "ready"}
+        assert "/run/rayfwd-ray/keeper.sock" in rows["keeper"]["said"]
+        assert rows["limits"]["seen"]["whose"] == "the daemon's"
+        assert rows["ports"]["said"].endswith("this node's Ray has them")
+    assert rows["link"]["seen"]["down"] > 1e6
+    kept.check()
+
+
 @pytest.mark.parametrize("name", ["worker", "head"])
 def test_a_restart_leaves_ray_alone(kept: Kept, name: str) -> None:
     machine = kept.cluster.lab.machine(name)
@@ -258,6 +278,8 @@ def test_a_mistake_in_the_file_ends_it_with_a_line_and_leaves_ray_alone(kept: Ke
         if "ride_through" in str(e["MESSAGE"]) and e["_COMM"] != "systemd"
     ]
     assert [(e["PRIORITY"], "at least 5" in e["MESSAGE"]) for e in said] == [("3", True)]
+    code, rows = doctor(worker)
+    assert (code, rows["config"]["code"]) == (2, "config_invalid")
     time.sleep(5)  # twice RestartSec: a restart would have come
     assert worker.show()["NRestarts"] == "0"
     edit(worker, lambda _: file)

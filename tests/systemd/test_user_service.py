@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.lab.process import until
 from tests.systemd.cluster import Cluster
-from tests.systemd.machines import Lab
+from tests.systemd.machines import Lab, Machine
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,36 @@ def test_it_is_a_cluster(own: Cluster) -> None:
         assert config == "600 ray\n"
 
 
+def test_a_restart_costs_no_call_and_leaves_ray_alone(own: Cluster) -> None:
+    """A user's service manager keeps descriptors, and says what it is about, as the machine's."""
+    job, raylets = own.job(), own.raylets()
+    for machine in (own.worker, own.head):
+        taken = own.restart(machine)
+        assert taken["RESET"] == "0"
+        assert int(taken["STREAMS"]) > 5
+        assert machine.events("ray_left_running", user="ray")[-1]["OURS"] == "true"
+        assert machine.show(user="ray")["NFileDescriptorStore"] == "0"
+    done = job.done()
+    until(lambda: job.done() > done + 50, 30, lambda: f"the job goes on; {job.counts()}")
+    job.finish()
+    job.check()
+    assert own.raylets() == raylets
+    assert own.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+
+
+def test_the_doctor_beside_it(own: Cluster) -> None:
+    """And its report, in which a user finds what that user's own journal has."""
+    for machine in own.lab.machines:
+        argv = ["rayfwd", "doctor", "--report", "/home/ray/report.txt"]
+        said = machine.run(argv, user="ray").stdout
+        assert "pass  keeper          rayfwd-ray.service answers on /run/user/1000/" in said
+        report = machine.read("/home/ray/report.txt")
+        journal = report.partition("\n== journal\n")[2].partition("\n== ")[0]
+        assert "rayfwd_ready" in journal
+        assert "keeper_listening" in journal
+        machine.run(["rm", "/home/ray/report.txt"])
+
+
 def test_said_again_it_changes_nothing(own: Cluster) -> None:
     said = own.init_worker()
     assert "Nothing was to be done" in said
@@ -37,8 +68,24 @@ def test_said_again_it_changes_nothing(own: Cluster) -> None:
 
 def test_it_comes_up_at_boot(own: Cluster) -> None:
     own.worker.reboot()
+    own.worker.wait_for("user@1000", ActiveState="active")  # its manager can be asked
     own.wait_ready()
     assert own.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+
+
+def test_a_stop_ends_ray_in_order(own: Cluster) -> None:
+    worker = own.worker
+    worker.systemctl("stop", "rayfwd", user="ray")
+    assert worker.events("ray_stopped", user="ray")[-1]["KILLED"] == "0"
+    worker.wait_for("rayfwd-ray", 20, user="ray", ActiveState="inactive")
+    assert worker.show(user="ray")["Result"] == "success"
+    assert ray_left(worker) == ""
+
+
+def ray_left(machine: Machine) -> str:
+    """Processes of Ray's, and of rayfwd's."""
+    names = "raylet|gcs_server|ray::|rayfwd"
+    return machine.run(["pgrep", "-u", "ray", "-f", names], check=False).stdout
 
 
 def test_uninstall(own: Cluster) -> None:
@@ -47,9 +94,4 @@ def test_uninstall(own: Cluster) -> None:
         left = machine.run(["find", "/home/ray", "-iname", "*rayfwd*"]).stdout
         assert left == ""
         assert machine.show(user="ray")["LoadState"] == "not-found"
-        assert (
-            machine.run(
-                ["pgrep", "-u", "ray", "-f", "raylet|gcs_server|rayfwd"], check=False
-            ).stdout
-            == ""
-        )
+        assert ray_left(machine) == ""

@@ -28,6 +28,10 @@ class Sshd:
         """Seconds before a user is let in."""
         self.attach_to: Path | None = None
         """The socket that a command is joined to, whatever the client asked for; None: refused."""
+        self.attach_words: tuple[str, ...] = ()
+        """Further options of that command."""
+        self.attach_says = b""
+        """What a command says on standard error before it fails, in place of all that."""
         self.flowing = asyncio.Event()
         """Cleared: no byte of a channel passes, and nobody is told."""
         self.flowing.set()
@@ -114,11 +118,13 @@ class Sshd:
             writer.close()
 
     async def _attach(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
-        if self.attach_to is None:
+        if self.attach_to is None or self.attach_says:
+            process.stderr.write(self.attach_says)
             process.exit(1)
             return
+        words = ("attach", "--socket", str(self.attach_to), *self.attach_words)
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rayfwd", "attach", "--socket", str(self.attach_to)),
+            *(sys.executable, "-m", "rayfwd", *words),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -140,6 +140,39 @@ def test_nothing_joins(tmp_path: Path) -> None:
     assert [e["node"] for e in of(log, "node_joined")] == ["w1"]
 
 
+def test_a_client_is_told_what_a_client_is_told(tmp_path: Path) -> None:
+    """The head's plan alone, and no address is dialled back for it."""
+    hello = hello_of("laptop", role="client", worker_ports=0, advertise="203.0.113.9")
+
+    async def main() -> None:
+        async with cluster(tmp_path, "w1") as c, caller(c) as doctor:
+            answer = await doctor.begin(hello)
+            assert isinstance(answer, Answer)
+            assert answer.refusal is None
+            assert answer.welcome.node == {}
+            assert [node["name"] for node in answer.welcome.nodes] == ["head"]
+            assert c.hub.clients == {}
+            refused = await doctor.ask(ask="dial_back", ports=[22], nonce=NONCE)
+            assert isinstance(refused, Refusal)
+            assert refused.code == "check_malformed"
+
+    run(main)
+
+
+def test_a_client_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "MAX_CLIENTS", 0)
+
+    async def main() -> None:
+        async with cluster(tmp_path, "w1") as c, caller(c) as doctor:
+            answer = await doctor.begin(hello_of("laptop", role="client", worker_ports=0))
+            assert isinstance(answer, Answer)
+            assert answer.refusal is not None
+            assert answer.refusal.code == "clients_full"
+            assert [node["name"] for node in answer.welcome.nodes] == ["head"]
+
+    run(main)
+
+
 def test_beside_the_nodes_own_session(tmp_path: Path) -> None:
     """The same name and the same key as the daemon's, whose session does not notice."""
 

@@ -22,6 +22,7 @@ from rayfwd.config import ConfigError, parse
 from rayfwd.doors import Target
 from rayfwd.hub import hub as hub_module
 from rayfwd.problems import ProblemError
+from rayfwd.session.checkup import first_question
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
@@ -325,6 +326,8 @@ async def code(c: Cluster, hello: Hello) -> str:
         (client_hello("a").encode(), True),
         (client_hello("a").encode() + b"more", True),
         (client_hello("a").encode()[:-1], False),
+        (first_question(client_hello("a")), True),
+        (first_question(hello_of("w1")), False),
         (hello_of("w1").encode(), False),
         (Refusal("a", "b", "c").encode(), False),
         (encode(Kind.HELLO, 0, 1, b"{"), False),

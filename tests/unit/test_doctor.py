@@ -19,8 +19,8 @@ import pytest
 
 from rayfwd import __version__
 from rayfwd.cli import VERBS, doctor, main
-from rayfwd.config import Config, parse
-from rayfwd.doctor import looks, rows, rules
+from rayfwd.config import Config, HeadConfig, parse
+from rayfwd.doctor import looks, rows, rules, service
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
 from rayfwd.doctor.rules import Tick
@@ -28,7 +28,6 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Refusal
-from rayfwd.setup.units import service_user
 from tests.unit.cluster import Cluster, free_place
 from tests.unit.loops import run
 from tests.unit.ssh_server import Sshd
@@ -291,10 +290,90 @@ def test_whose_service_it_is(
 ) -> None:
     if unit is not None:
         (tmp_path / "rayfwd.service").write_text(unit)
-    assert service_user(tmp_path, Path(config)) == user
+    found = service.of(tmp_path, Path(config))
+    assert (None if found is None else found.user) == user
+
+
+def test_a_users_own_service_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "SYSTEM", tmp_path / "system")
+    own = tmp_path / ".config" / "systemd" / "user"
+    for folder in (own, service.SYSTEM):
+        folder.mkdir(parents=True)
+        (folder / "rayfwd.service").write_text("ExecStart=/o/rayfwd --config /h/r.toml run\n")
+    for at in (own, service.SYSTEM):
+        found = service.find(Path("/h/r.toml"), {"HOME": str(tmp_path)})
+        assert found is not None
+        assert found.path.parent == at
+        found.path.unlink()
+    assert service.find(Path("/h/r.toml"), {"HOME": str(tmp_path)}) is None
+
+
+# -- the keeper
+
+
+def test_the_keeper_before_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "SYSTEM", tmp_path)
+    unit = f"[Service]\nExecStart=/o/rayfwd --config {tmp_path / 'rayfwd.toml'} run\n"
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.env["HOME"] = str(tmp_path)
+            assert (await s.look())["keeper"].result == "skip"
+            (tmp_path / "rayfwd.service").write_text(unit)
+            assert (await s.look())["keeper"].result == "skip", "an older unit has none"
+            text = f"{unit}Environment=RAYFWD_KEEPER=%t/rayfwd-ray/keeper.sock\n"
+            (tmp_path / "rayfwd.service").write_text(text)
+            missing = (await s.look())["keeper"]
+            assert missing.problem is not None
+            assert missing.problem.code == "keeper_absent"
+            assert "`rayfwd init`" in missing.problem.remedy
+            (tmp_path / "rayfwd-ray.service").write_text("[Service]\n")
+            assert (await s.look())["keeper"].result == "pass"
+
+    run(main_)
+
+
+def test_the_keeper_beside_a_daemon(tmp_path: Path) -> None:
+    """The daemon's environment says where it is, whatever any file has."""
+    keeper = tmp_path / "keeper"
+    keeper.mkdir()
+
+    async def main_() -> None:
+        env = {**os.environ, "RAYFWD_KEEPER": str(keeper / "control.sock")}
+        child = await asyncio.create_subprocess_exec("sleep", "60", env=env)
+        status = status_of("up") | {"pid": child.pid}
+        try:
+            async with site(tmp_path) as s:
+                with daemon(tmp_path, status=status_of("up")):
+                    assert (await s.look())["keeper"].result == "skip", "it has none"
+                with daemon(tmp_path, status=status):
+                    absent = (await s.look())["keeper"]
+                    assert absent.problem is not None
+                    assert absent.problem.code == "keeper_absent"
+                    with daemon(keeper, exit_code={"exit_code": None}):
+                        assert (await s.look())["keeper"].result == "pass"
+        finally:
+            child.kill()
+            await child.wait()
+
+    run(main_)
 
 
 # -- a worker's way to the hub
+
+
+def status_of(phase: str, *waiting: dict[str, str], blocked: tuple[Any, ...] = ()) -> Any:
+    """What a daemon says of itself, this process being it."""
+    return {
+        "pid": os.getpid(),
+        "state": "waiting" if waiting else "ready",
+        "summary": "as it is",
+        "waiting_for": list(waiting),
+        "problems": [],
+        "node": NodePlan("w1", "worker", "203.0.113.7", 20048, 70, advertised=True).to_wire(),
+        "ray": {"phase": phase},
+        "doors": {"open": 97, "blocked": list(blocked)},
+    }
 
 
 class Site:
@@ -332,11 +411,23 @@ class Site:
     async def look(self, **fields: Any) -> dict[str, Row]:
         """The rows of a configuration with these keys."""
         self.fields = {key.replace("__", "."): value for key, value in fields.items()}
+        return await self._examine(self.config(), rows.WORKER)
+
+    async def look_as_client(self, **fields: Any) -> dict[str, Row]:
+        """The same of a client on this machine."""
+        data = self.config().model_dump(mode="json", include={"name", "state_dir", "head"})
+        head = {key: data["head"][key] for key in ("ssh", "identity", "known_hosts", "socket")}
+        head["ssh_config"] = str(self.directory / "ssh_config")
+        head |= {key: value for key, value in fields.items() if key in HeadConfig.model_fields}
+        given = {key: value for key, value in fields.items() if key not in head}
+        client = {**data, "role": "client", "head": head, **given}
+        return await self._examine(parse(client, self.directory / "client.toml"), rows.CLIENT)
+
+    async def _examine(self, config: Config, checks: tuple[str, ...]) -> dict[str, Row]:
         told: list[Row] = []
-        config = self.config()
         found = await examine(config, self.directory / "control.sock", self.env, told.append)
         assert told == found
-        assert tuple(row.check for row in found) == rows.WORKER
+        assert tuple(row.check for row in found) == checks
         return {row.check: row for row in found}
 
 
@@ -575,35 +666,97 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
 def test_beside_a_daemon(tmp_path: Path) -> None:
     """Its word is taken for ports, doors and the advertised address: nothing is held beside it."""
 
-    def status(phase: str, *waiting: dict[str, str], blocked: tuple[Any, ...] = ()) -> Any:
-        return {
-            "pid": os.getpid(),
-            "state": "waiting" if waiting else "ready",
-            "summary": "as it is",
-            "waiting_for": list(waiting),
-            "problems": [],
-            "node": NodePlan("w1", "worker", "203.0.113.7", 20048, 70, advertised=True).to_wire(),
-            "ray": {"phase": phase},
-            "doors": {"open": 97, "blocked": list(blocked)},
-        }
-
     dropped = {**Problem("advertise_dropped", "no way", "a rule").to_wire(), "severity": "error"}
     blocked = Problem("door_blocked", "port 6379 is in use", "end it").to_wire()
 
     async def main_() -> None:
         async with site(tmp_path) as s:
-            with daemon(tmp_path, status=status("up")):
+            with daemon(tmp_path, status=status_of("up")):
                 found = await s.look(ray__advertise="203.0.113.7")
                 assert results(found, "daemon", "ports", "doors") == ["pass"] * 3
                 assert results(found, "advertise", "advertise_self") == ["pass"] * 2
                 assert "this node's Ray has them" in found["ports"].said
-            with daemon(tmp_path, status=status("failed", dropped, blocked=(blocked,))):
+            with daemon(tmp_path, status=status_of("failed", dropped, blocked=(blocked,))):
                 found = await s.look(ray__advertise="203.0.113.7")
                 assert results(found, "daemon", "ports", "doors") == ["warn", "pass", "fail"]
                 assert results(found, "advertise", "advertise_self") == ["fail", "skip"]
                 assert "`rayfwd status`" in str(found["daemon"].problem)
-            with daemon(tmp_path, status=status("starting")):
+            with daemon(tmp_path, status=status_of("starting")):
                 assert (await s.look())["ports"].result == "skip"
+
+    run(main_)
+
+
+# -- a client
+
+
+@pytest.mark.parametrize("via", ["socket", "exec", None])
+def test_a_clients_way(tmp_path: Path, via: str | None) -> None:
+    """Without `via` it goes on to the command where streams are refused, as the client does."""
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.attach_to = s.head.hub.path
+            s.sshd.prohibits = via is None
+            found = await s.look_as_client(**({} if via is None else {"via": via}))
+            assert results(found, *WAY[:-1], "link", "listen", "names", "proxies") == ["pass"] * 9
+            assert ("rayfwd attach" in found["channel"].said) == (via != "socket")
+            assert "with Ray 2.60.0" in found["hub"].said
+            assert s.head.hub.clients == {}
+
+    run(main_)
+
+
+@pytest.mark.parametrize(
+    ("via", "stage", "code"),
+    [
+        ("socket", "channel", "channel_refused"),
+        (None, "channel", "channel_refused"),  # and there is no command either
+        ("exec", "hub", "hub_closed"),
+    ],
+)
+def test_where_a_clients_way_ends(tmp_path: Path, via: str | None, stage: str, code: str) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.prohibits = True
+            found = await s.look_as_client(**({} if via is None else {"via": via}))
+            problem = found[stage].problem
+            assert problem is not None
+            assert problem.code == code
+            assert found["link"].result == "skip"
+
+    run(main_)
+
+
+def test_a_key_for_clients_alone(tmp_path: Path) -> None:
+    """As docs/security.md has it; an older head takes the question for a node's."""
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.attach_to, s.sshd.attach_words = s.head.hub.path, ("--client",)
+            s.sshd.prohibits = True
+            assert results(await s.look_as_client(), "hub", "link") == ["pass"] * 2
+            assert (await s.look(head__via="exec"))["hub"].problem is not None
+            s.sshd.attach_says = b"rayfwd attach: client_only: it is no client; use another key\n"
+            found = await s.look_as_client(via="exec")
+            assert found["hub"].result == "warn"
+            assert found["hub"].problem is not None
+            assert found["hub"].problem.code == "hub_older"
+
+    run(main_)
+
+
+def test_where_a_client_would_listen(tmp_path: Path) -> None:
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                port = other.getsockname()[1]
+                found = (await s.look_as_client(client={"dashboard_port": port}))["listen"]
+                assert found.problem is not None
+                assert found.problem.code == "listen_taken"
+            found = (await s.look_as_client(client={"dashboard_port": port}))["listen"]
+            assert found.result == "pass"
+            assert found.seen["dashboard"] == f"127.0.0.1:{port}"
 
     run(main_)
 

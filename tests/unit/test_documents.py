@@ -39,6 +39,7 @@ PROGRAMS = (
 )
 
 SERVICE = "tests/systemd/test_service.py"
+OPERATIONS = "tests/systemd/test_operations.py"
 INIT = "tests/lab/test_init.py"
 ROOT = "tests/lab/test_init_root.py"
 CLI = "tests/unit/test_cli.py"
@@ -55,13 +56,20 @@ RUN = {
     "rayfwd doctor": ("tests/lab/test_doctor.py", '"doctor"'),
     "rayfwd doctor --report": ("tests/lab/test_doctor.py", '"--report"'),
     "rayfwd explain": ("tests/unit/test_conditions.py", "explain.run"),
-    "rayfwd forget": (CLI, '"forget"'),
+    "rayfwd forget": (OPERATIONS, '"forget"'),
     "rayfwd plan": (CLI, '"plan"'),
     "rayfwd run": (INIT, '"run"'),
     "rayfwd attach": (INIT, "attach"),
     "rayfwd reload": ("tests/unit/test_reload.py", '"reload"'),
     "rayfwd keeper": ("tests/unit/test_keeper.py", '"keeper"'),
     "systemctl restart rayfwd": (SERVICE, 'systemctl("restart", "rayfwd")'),
+    "systemctl --user restart rayfwd": (
+        "tests/systemd/cluster.py",
+        'systemctl("restart", "rayfwd", user=self.user)',
+    ),
+    "systemctl disable --now rayfwd": (OPERATIONS, '"disable", "--now", "rayfwd"'),
+    "mv /etc/rayfwd/id_ed25519": (OPERATIONS, '"mv", KEY'),
+    "systemctl is-system-running": ("tests/systemd/test_boot.py", '"is-system-running"'),
     "systemctl reload rayfwd": (SERVICE, 'systemctl("reload", "rayfwd")'),
     "systemctl stop rayfwd": (SERVICE, 'systemctl("stop", "rayfwd")'),
     "systemctl status rayfwd": (SERVICE, '"systemctl", "status"'),
@@ -84,13 +92,11 @@ RUN = {
 
 # Run by no test that this file could name, and why.
 NOT_RUN = {
-    "systemctl disable --now rayfwd": "needs a booted systemd",
     "systemctl --user": "a name, not a command",
     "ray stop": "would end every Ray of this machine",
     "ray start": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
     "ray status": "run by rayfwd itself",
     "ray job submit": "Ray's own",
-    "mv /etc/rayfwd/id_ed25519": "tests/unit/test_setup.py takes the key away by itself",
     "make clean": "would remove the environment that runs this",
 }
 

@@ -612,6 +612,39 @@ def test_an_alias_of_ssh_config(tmp_path: Path) -> None:
     run(main)
 
 
+def test_an_alias_of_the_users_own_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its host, its user, its key and its known hosts; for the redial after a cut, too."""
+    home = tmp_path / "home" / ".ssh"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home.parent))
+    fields: dict[str, Any] = {
+        "ssh": "the-head",
+        "identity": None,
+        "known_hosts": None,
+        "ssh_config": None,
+    }
+
+    async def main() -> None:
+        async with site(tmp_path, **fields) as s:
+            (home / "known_hosts").write_text(s.sshd.known_hosts.read_text())
+            (home / "config").write_text(
+                f"Host the-head\n  HostName 127.0.0.1\n  Port {s.sshd.port}\n  User ray\n"
+                f"  IdentityFile {s.sshd.identity}\n"
+            )
+            await s.up()
+            async with s.door() as listen:
+                await transfer(listen, 6, lambda i: s.sshd.cut() if i == 2 else None)
+            assert s.link.cuts == 1
+            dialer = ssh_module.Dialer(HeadConfig(ssh="the-head"))
+            assert await dialer.place() == ("127.0.0.1", s.sshd.port, True)
+            shown = await dialer.host_key()
+            assert (shown.host, shown.port, shown.known) == ("127.0.0.1", s.sshd.port, True)
+
+    run(main)
+
+
 def test_a_key_that_the_head_does_not_take(tmp_path: Path) -> None:
     allows = Sshd.allows
     with pytest.MonkeyPatch.context() as patch:

@@ -26,6 +26,7 @@ PLANTED = {
             *("node key", "kept token", "token file", "users token", "env token", "path token"),
             *("aws", "wandb", "proxy password", "config env", "harmless name", "argument"),
             *("assigned", "bearer", "attach", "label key", "quoted", "second proxy"),
+            *("clients token",),
         ]
     )
 }
@@ -50,6 +51,8 @@ def planted(tmp_path: Path) -> dict[str, str]:
     kept = {"mode": "token", "token": PLANTED["kept token"]}
     (state / "ray_auth.json").write_text(json.dumps(kept))
     (state / "ray_token").write_text(PLANTED["token file"])
+    (state / "clients" / "ray@head").mkdir(parents=True)
+    (state / "clients" / "ray@head" / "ray_token").write_text(PLANTED["clients token"])
     (home / ".ray" / "auth_token").write_text(PLANTED["users token"])
     (tmp_path / "token").write_text(PLANTED["path token"])
     key = asyncssh.generate_private_key("ssh-ed25519").export_private_key().decode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,15 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.cli import main
+from rayfwd.cli import init, main
 from rayfwd.config import load
 from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import Outcome, apply, take_away
+from rayfwd.setup.look import see
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.plan import plan
-from rayfwd.setup.steps import Directory, File, Group, Key, Member, User, public_key
-from rayfwd.setup.wishes import Places, Wishes, system_places, user_places
+from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
+from rayfwd.setup.wishes import MAN_PAGES, Places, Wishes, system_places, user_places
 
 COMMAND, PYTHON = "/srv/rayfwd/bin/rayfwd", "/srv/rayfwd/bin/python"
 HOST_KEY = "head.example.org ssh-ed25519 AAAA\n"
@@ -82,6 +85,81 @@ def test_a_user_without_root_makes_nothing_outside_of_home(places: Places, home:
         assert isinstance(step, Directory | File | Key)
         assert step.path.is_relative_to(home)
         assert step.owner is None
+
+
+@pytest.fixture
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The man pages of an environment."""
+    made = tmp_path_factory.mktemp("env") / "share" / "man"
+    for page in MAN_PAGES:
+        (made / page).parent.mkdir(parents=True)
+        (made / page).write_text(".TH RAYFWD")
+    return made
+
+
+def test_the_machines_man_pages(pages: Path) -> None:
+    places = replace(system_places(COMMAND, PYTHON), pages=pages)
+    man = Path("/usr/local/share/man")
+    steps = plan(head(), places, units.shipped())
+    directories = [Directory(man / name, None, None, 0o755) for name in ("man1", "man5")]
+    links = [Link(man / page, pages / page) for page in MAN_PAGES]
+    assert list(steps[-4:]) == [*directories, *links]
+
+
+def test_a_users_man_pages_come_and_go(places: Places, home: Path, pages: Path) -> None:
+    places = replace(places, pages=pages)
+    dry, _ = make(worker(home), places, dry=True)
+    outcome, _ = make(worker(home), places)
+    assert outcome.changed == dry.changed, "each directory once"
+    for page in MAN_PAGES:
+        assert (home / ".local/share/man" / page).read_text() == ".TH RAYFWD"
+    assert make(worker(home), places)[0] == Outcome((), ())
+    take_away(Manifest(places.manifest), places, False, False, Told())
+    assert tree(home) == {}
+
+
+def test_another_environments_man_pages(places: Places, home: Path, pages: Path) -> None:
+    """Ours follow the environment, somebody else's stay, and so does what leads there already."""
+    page, other = (places.man / page for page in MAN_PAGES)
+    make(worker(home), replace(places, pages=Path("/old")))
+    other.unlink()
+    other.symlink_to("/elsewhere")
+    outcome, _ = make(worker(home), replace(places, pages=pages))
+    assert outcome == Outcome((str(page),), (str(other),))
+    assert page.read_text() == ".TH RAYFWD"
+    told = Told()
+    take_away(Manifest(places.manifest), places, False, False, told)
+    assert ("left (it leads elsewhere now)", str(other)) in told.lines
+    assert other.is_symlink()
+    assert not page.is_symlink()
+
+    (pages.parent / "same").symlink_to(pages)
+    page.parent.mkdir(exist_ok=True)
+    page.symlink_to(pages.parent / "same" / MAN_PAGES[0])  # as pipx does
+    outcome, _ = make(worker(home), replace(places, pages=pages))
+    assert str(page) not in (*outcome.changed, *outcome.kept)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "man", "linked"),
+    [
+        ("opt", "man", True),
+        ("opt", "opt/share/man", False),  # there already
+        ("opt", "closed/man", False),
+        ("none", "man", False),
+    ],
+)
+def test_which_pages_are_to_be_linked(
+    prefix: str, man: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "opt" / "share" / "man" / MAN_PAGES[0]
+    page.parent.mkdir(parents=True)
+    page.touch()
+    (tmp_path / "closed").mkdir()
+    closed = str(tmp_path / "closed")
+    monkeypatch.setattr(os, "access", lambda path, _: str(path) != closed)
+    found = init._pages(tmp_path / prefix, tmp_path / man)
+    assert found == (tmp_path / "opt" / "share" / "man" if linked else None)
 
 
 def test_a_configuration_by_hand_gets_no_key() -> None:
@@ -151,8 +229,18 @@ class TestUnits:
             if name == units.SERVICE:
                 assert f"ExecStart={COMMAND} --config {places.config} run" in made
                 assert "WantedBy=default.target" in made
-                assert "Wants=rayfwd-ray.service\nAfter=rayfwd-ray.service" in made
+                assert "Wants=rayfwd-ray.service\nAfter=basic.target rayfwd-ray.service\n" in made
+                assert "DefaultDependencies=no\nRequires=basic.target\n" in made
                 assert "NoNewPrivileges=yes" in made
+
+    def test_ray_may_what_a_login_may(self) -> None:
+        """No setting that implies NoNewPrivileges= or a list of devices (systemd.exec(5))."""
+        text = "\n".join(self.settings(units.shipped()["rayfwd-ray.service"]))
+        implied = (
+            r"(?m)^(NoNewPrivileges|Private|Protect(?!System=full)|Restrict|SystemCall|Lock|Memory)"
+        )
+        assert not re.search(implied, text)
+        assert "Device" not in text
 
     def test_paths_with_anything_in_them(self) -> None:
         places = system_places('/a b/50%/"/rayfwd', PYTHON)
@@ -167,6 +255,26 @@ class TestUnits:
     def test_a_unit_that_has_changed_is_not_guessed_at(self) -> None:
         with pytest.raises(ValueError, match="ExecStart=/bin/x"):
             texts.unit_text("u", "[Service]\nExecStart=/bin/x\n", "ann", system_places("r", "p"))
+
+
+def test_an_aliass_login_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the SSH configuration, and nobody is dialled for it."""
+    monkeypatch.setenv("HOME", str(home))
+    (home / ".ssh").mkdir()
+    (home / ".ssh" / "config").write_text("Host head-node\n  HostName 127.0.0.1\n  User eve\n")
+    for head, login in (("head-node", "eve"), ("bob@head-node:2222", "bob")):
+        seen = asyncio.run(see(None, head, None, False, {}))
+        assert (seen["login"], "host_key" in seen) == (login, False)
+    (home / ".ssh" / "config").write_text("Port none\n")
+    assert "login" not in asyncio.run(see(None, "head-node", None, False, {}))
+
+
+def test_a_key_is_read_where_its_owner_can(tmp_path: Path) -> None:
+    path = tmp_path / "id"
+    assert asyncio.run(see(None, None, str(path), False, {}))["public_key"] is None
+    Key(path, None, "w1").do()
+    found = asyncio.run(see(None, None, str(path), False, {}))["public_key"]
+    assert found == (tmp_path / "id.pub").read_text().strip()
 
 
 class Told:
@@ -316,7 +424,7 @@ class TestTheCommand:
     @pytest.fixture(autouse=True)
     def _as_somebody(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """All its places below `home`, whoever runs the test, and nobody at the terminal."""
-        from rayfwd.cli import init, uninstall
+        from rayfwd.cli import uninstall
 
         found = user_places(home, os.geteuid(), COMMAND, PYTHON, None)
         for module in (init, uninstall):

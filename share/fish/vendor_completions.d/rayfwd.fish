@@ -92,7 +92,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using reload' -l config -xka "(__fish_compl
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a check -d 'Validate the configuration file, and say in plain lines what it amounts to.'
 complete -c rayfwd -n '_shtab_rayfwd_using check' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using check' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
-complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a doctor -d 'Look for what would keep this node from working, before the first start or beside a daemon.'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a doctor -d 'Look for what would keep this machine from working, before the first start or beside a daemon.'
 complete -c rayfwd -n '_shtab_rayfwd_using doctor' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using doctor' -l json -d 'print all as JSON (docs/doctor.md)'

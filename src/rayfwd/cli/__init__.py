@@ -33,7 +33,7 @@ VERBS = {
     "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
     "reload": "have the running daemon read its file again",
     "check": "validate the configuration file and say what it amounts to",
-    "doctor": "look for what would keep this node from working",
+    "doctor": "look for what would keep this machine from working",
     "plan": "show every node's address and ports, and the exact `ray start` command",
     "status": "ask the running daemon how it is",
     "canary": "send a tiny task and 1 MB to every node and back, and say how it went",

@@ -101,10 +101,11 @@ def _read_hello() -> bytes:
 
 
 def _is_clients(begun: bytes) -> bool:
-    """Whether it begins with the HELLO of a client."""
+    """Whether it begins with the HELLO of a client, or with what its doctor asks in place of one,
+    whose payload is the same."""
     try:
         frame = first_frame(bytearray(begun), _HELLO_LIMIT)
-        if frame is None or frame.kind is not Kind.HELLO:
+        if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
             return False
         body = json.loads(frame.payload)
     except (ProtocolError, ValueError, RecursionError):

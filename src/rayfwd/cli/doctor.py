@@ -1,6 +1,6 @@
-"""Look for what would keep this node from working, before the first start or beside a daemon.
+"""Look for what would keep this machine from working, before the first start or beside a daemon.
 
-As root, it looks as the service's user.
+Of a node, or of a client by its file. As root, it looks as the service's user.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
 from rayfwd.cli.common import control_socket, quiet_logs
 from rayfwd.cli.status import console
 from rayfwd.config import Config, ConfigError, load
-from rayfwd.doctor import report
+from rayfwd.doctor import report, service
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
 from rayfwd.logs import escaped
 from rayfwd.places import usual_config
 from rayfwd.plan import PlanError
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.setup import units
 from rayfwd.setup.look import Person, become, person_named
 
 _STYLES: dict[Result, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
@@ -169,7 +168,8 @@ def _person(asked: str | None, path: Path) -> Person | None:
         if asked is not None:
             raise MistakeError([f"rayfwd doctor: --user {asked}: needs root"])
         return None
-    name = asked or units.service_user(Path("/etc/systemd/system"), path)
+    unit = service.of(service.SYSTEM, path)
+    name = asked or (None if unit is None else unit.user)
     if name is None:
         return None
     try:

@@ -12,6 +12,7 @@ import pwd
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import asyncssh
@@ -27,7 +28,14 @@ from rayfwd.setup.look import Person, Seen, look, person_named, person_of
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.plan import plan
 from rayfwd.setup.steps import public_key
-from rayfwd.setup.wishes import GROUP, Places, Wishes, system_places, user_places
+from rayfwd.setup.wishes import (
+    GROUP,
+    MAN_PAGES,
+    Places,
+    Wishes,
+    system_places,
+    user_places,
+)
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
@@ -96,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
     if args.role == "head":
         _say_for_workers(wishes, places)
     elif not by_hand:
-        _say_for_head(wishes, places)
+        own = seen.public_key if wishes.identity else public_key(places.identity)
+        _say_for_head(wishes, seen.login, own or "(the key that is to be made)")
     if not places.system:
         print("\nFor a service that starts at boot and stays after logging out, once:\n")
         print(f"    loginctl enable-linger {wishes.user}")
@@ -139,10 +148,26 @@ def find_places(config: Path | None) -> Places:
     if given.name == "rayfwd" and (found := shutil.which(str(given))):
         own = Path(found).absolute()
     config = config.absolute() if config is not None else None
-    if os.geteuid() == 0:
-        return system_places(str(own), sys.executable, config)
     home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
-    return user_places(home, os.geteuid(), str(own), sys.executable, config)
+    if os.geteuid() == 0:
+        places = system_places(str(own), sys.executable, config)
+    else:
+        places = user_places(home, os.geteuid(), str(own), sys.executable, config)
+    if places.system and not places.man.is_dir():
+        return places  # where it is absent, man does not look there
+    return replace(places, pages=_pages(Path(sys.prefix), places.man))
+
+
+def _pages(prefix: Path, man: Path) -> Path | None:
+    """The man pages of this environment, where they are to be linked to.
+
+    None: it has none, or they are there already, or nothing can be put there.
+    """
+    pages = prefix / "share" / "man"
+    if not (pages / MAN_PAGES[0]).exists() or prefix in {Path("/usr"), *man.parents}:
+        return None
+    there = next(path for path in (man, *man.parents) if path.exists())
+    return pages if os.access(there, os.W_OK | os.X_OK) else None
 
 
 def _config_before(path: Path, role: str) -> Config | None:
@@ -183,22 +208,23 @@ def _wishes(
         raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
     host_key = _host_key_before(places)
     moved = before is not None and before.head is not None and before.head.ssh != head
-    fetch = head if (host_key is None or args.fingerprint or moved) and not by_hand else None
-    seen = look(person, ray or "ray", fetch)
+    fetch = head is not None and not by_hand and bool(not host_key or args.fingerprint or moved)
+    identity = args.identity.absolute() if args.identity is not None else None
+    if before is not None and before.head is not None and identity is None:
+        kept = before.head.identity
+        identity = kept if kept not in {None, places.identity} else None
+    seen = look(person, ray or "ray", head, identity, fetch)
     if seen.ray is None and ray is None:
         ray = _ask("--ray", "Where is the `ray` command of this machine? ")
-        seen = look(person, str(Path(ray).expanduser().absolute()), fetch)
+        seen = look(person, str(Path(ray).expanduser().absolute()), head, identity, fetch)
     if seen.ray is None:
         assert seen.ray_problem is not None, "it was looked for and not found"
         raise ProblemError(seen.ray_problem)
     if head is not None and seen.host_key is not None:
         host_key = _trust(args.fingerprint, seen, host_key)
-    if args.identity is not None and public_key(args.identity) is None:
-        raise MistakeError([f"--identity {args.identity}: no SSH key can be read there"])
-    identity = args.identity.absolute() if args.identity is not None else None
-    if before is not None and before.head is not None and identity is None:
-        kept = before.head.identity
-        identity = kept if kept not in {None, places.identity} else None
+    if args.identity is not None and seen.public_key is None:
+        wrong = f"{person.name} can read no SSH key there"
+        raise MistakeError([f"rayfwd init: --identity {args.identity}: {wrong}"])
     logins = args.login or (before.hub.users if before is not None else ())
     wishes = Wishes(
         role=args.role,
@@ -243,8 +269,14 @@ def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
     """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
     if os.geteuid() != 0:
         return person_of(pwd.getpwuid(os.geteuid())), False
-    if asked is None and ray is not None and os.path.exists(ray):
-        owner = os.stat(ray).st_uid
+    if asked is None and ray is not None:
+        try:
+            owner = os.stat(ray).st_uid
+        except PermissionError:
+            wrong = f"root may not look at {ray}, so whose it is must be given"
+            raise MistakeError([f"rayfwd init: --user: {wrong}"]) from None
+        except OSError:
+            owner = 0
         if owner != 0:
             asked = pwd.getpwuid(owner).pw_name
     name = asked or GROUP
@@ -323,12 +355,12 @@ def _say_for_workers(wishes: Wishes, places: Places) -> None:
         except (OSError, ValueError):
             continue
     line = texts.worker_command(wishes, places, socket.gethostname(), prints)
-    print("\nOn each worker, with this machine's name or address as seen from there:\n")
+    print(
+        "\nOn each worker, with this machine's name or address as seen from there, and its `ray`:\n"
+    )
     print(f"    {line}")
 
 
-def _say_for_head(wishes: Wishes, places: Places) -> None:
-    key = public_key(wishes.identity or places.identity) or "(the key that is to be made)"
-    user = (wishes.head or "").rpartition("@")[0] or wishes.user
-    print(f"\nOn the head, as a line of ~{user}/.ssh/authorized_keys:\n")
+def _say_for_head(wishes: Wishes, login: str, key: str) -> None:
+    print(f"\nOn the head, as a line of ~{login or wishes.user}/.ssh/authorized_keys:\n")
     print(f"    {texts.authorized_line(wishes.head_command, key)}")

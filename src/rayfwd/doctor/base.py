@@ -1,11 +1,11 @@
-"""What the examinations of both roles have: the file, the daemon, Ray, ports, limits, proxies."""
+"""What the examinations have in common: the file, the daemon, its keeper, Ray, ports, limits."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from rayfwd.config import Config
 from rayfwd.control import ask
 from rayfwd.daemon.watches import temp_dir
-from rayfwd.doctor import looks, rules
+from rayfwd.doctor import looks, rules, service
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import doubts
 from rayfwd.doors import doors_for
@@ -21,6 +21,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
+from rayfwd.ray.launcher import ByKeeper
 from rayfwd.ray.process import RayProcess, find_foreign
 from rayfwd.watch import machine
 
@@ -28,7 +29,7 @@ Tell = Callable[[Row], None]
 
 
 class Examination:
-    """What both roles have."""
+    """Of any role."""
 
     def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
         self.config = config
@@ -77,6 +78,28 @@ class Examination:
         first = first or next(iter(wrong), {"code": "ray_starting"})
         problem = Problem(str(first["code"]), summary, "see `rayfwd status`")
         return warned("daemon", problem, pid=status.get("pid"), state=state)
+
+    async def keeper(self) -> Row:
+        """The service in which Ray runs: that it answers the daemon that there is, or is to."""
+        if self.status is None:
+            unit = service.find(self.config.path, self.env)
+            if unit is None or not unit.has_keeper:
+                return skipped("keeper", "no service of this file has one")
+            if not unit.keeper.exists():
+                cause = f"{unit.path} has Ray in a service of its own, and {unit.keeper} is absent"
+                problem = Problem("keeper_absent", cause, "`rayfwd init` makes it again")
+                return failed("keeper", problem)
+            return passed(
+                "keeper", f"{unit.keeper.name} is there, and starts with {unit.path.name}"
+            )
+        socket = await asyncio.to_thread(looks.keeper_of, int(self.status["pid"]))
+        if socket is None:
+            return skipped("keeper", "the daemon that runs has none: Ray is its own child")
+        try:
+            await asyncio.to_thread(ByKeeper(socket).check)
+        except ProblemError as exc:
+            return failed("keeper", exc.problem)
+        return passed("keeper", f"{service.RAY_SERVICE} answers on {socket}")
 
     @property
     def phase(self) -> str | None:
@@ -164,13 +187,15 @@ class Examination:
         said = f"{files} files, {tasks} processes and threads ({found.whose})"
         return passed("limits", said, **values)
 
-    def proxies(self) -> Row:
-        addresses = [node.address for node in (*self.nodes[:1], self.own) if node is not None]
+    def proxies(self, addresses: Sequence[str] = ()) -> Row:
+        """Of these addresses; without any, of the head's and this node's."""
+        if not addresses:
+            addresses = [node.address for node in (*self.nodes[:1], self.own) if node is not None]
         addresses = addresses or [str(ipaddress.ip_network(self.network)[1])]
         problem = rules.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
         if problem is not None:
             return warned("proxies", problem)
-        return passed("proxies", "none catches the cluster's addresses")
+        return passed("proxies", f"none catches {', '.join(addresses)}")
 
 
 def plan_of(data: Any) -> NodePlan | None:

@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rayfwd.config import Config
-from rayfwd.doctor.base import Tell
+from rayfwd.doctor.base import Examination, Tell
+from rayfwd.doctor.client import ClientExamination
 from rayfwd.doctor.head import HeadExamination
 from rayfwd.doctor.rows import Row, failed
 from rayfwd.doctor.worker import WorkerExamination
 from rayfwd.problems import Problem
+
+_KINDS: Mapping[str, type[Examination]] = {
+    "head": HeadExamination,
+    "worker": WorkerExamination,
+    "client": ClientExamination,
+}
 
 
 async def examine(config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> list[Row]:
@@ -22,8 +29,7 @@ async def examine(config: Config, control: Path, env: Mapping[str, str], tell: T
 
     `control` is where a daemon of this configuration would answer.
     """
-    kind = HeadExamination if config.role == "head" else WorkerExamination
-    examination = kind(config, control, env, tell)
+    examination = _KINDS[config.role](config, control, env, tell)
     await examination.run()
     return examination.rows
 

@@ -24,6 +24,7 @@ class HeadExamination(Examination):
         config = self.config
         self.say(self.settings())
         self.say(await self.daemon())
+        self.say(await self.keeper())
         self.own = own = config.own_head_plan()
         self.nodes = await asyncio.to_thread(self._roster, own)
         self.say(self._socket())

@@ -19,6 +19,7 @@ from pathlib import Path
 from rayfwd.doors import Target, doors_for, why_blocked
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.launcher import KEEPER
 
 SSHD_CONFIG = Path("/etc/ssh/sshd_config")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -138,6 +139,20 @@ def _of_cgroups(pid: int) -> Iterator[tuple[int, int]]:
                 yield int(limit), int((directory / "pids.current").read_text())
         except (OSError, ValueError):
             continue
+
+
+def keeper_of(pid: int) -> Path | None:
+    """The socket of the keeper that a daemon was started with; None: none, or it is not to be seen.
+
+    What it was started with is what counts: that is where it has Ray started.
+    """
+    try:
+        words = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    found = {name: value for name, _, value in (word.partition(b"=") for word in words)}
+    path = found.get(KEEPER.encode())
+    return Path(os.fsdecode(path)) if path else None
 
 
 def blocked_doors(nodes: Iterable[NodePlan], own: NodePlan) -> list[Problem]:

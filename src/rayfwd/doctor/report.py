@@ -27,6 +27,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
 
+UNITS = ("rayfwd", "rayfwd-ray")
 JOURNAL_LINES = 2000
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
@@ -130,9 +131,10 @@ def _kept_secrets(
             alone = {"RAY_AUTH_MODE": "token", name: source.get(name, "")}
             if name in source and (value := token.read_token(alone)) is not None:
                 yield value
-    for name in ("node.key", token.TOKEN_FILE):
+    of_clients = (state_dir / "clients").glob(f"*/{token.TOKEN_FILE}")
+    for path in (state_dir / "node.key", state_dir / token.TOKEN_FILE, *of_clients):
         with contextlib.suppress(OSError):
-            yield _end_of(state_dir / name)
+            yield _end_of(path)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         yield str(json.loads(_end_of(state_dir / token.RECORD)).get("token") or "")
 
@@ -179,9 +181,9 @@ def _asked(control: Path | None, verb: str) -> Any:
 
 
 def _journal() -> str:
-    own = [] if os.geteuid() == 0 else ["--user"]
-    units = ["--unit=rayfwd", "--unit=rayfwd-ray"]
-    words = ["journalctl", *own, *units, f"--lines={JOURNAL_LINES}", "--no-pager"]
+    """Of the machine's service and of this user's own, as far as this user may see them."""
+    units = [f"--{kind}={name}" for kind in ("unit", "user-unit") for name in UNITS]
+    words = ["journalctl", *units, f"--lines={JOURNAL_LINES}", "--no-pager"]
     return _run([*words, "--output=short-iso-precise"])[-LOG_BYTES:]
 
 

@@ -15,12 +15,16 @@ SCHEMA = 1
 """Raised when a key of the JSON changes its meaning or goes; new keys and checks may come."""
 
 WORKER = (
-    "config", "daemon", "ssh", "host_key", "auth", "channel", "hub", "place", "ray", "versions",
-    "ports", "doors", "limits", "clock", "names", "proxies", "link", "advertise", "advertise_self",
+    "config", "daemon", "keeper", "ssh", "host_key", "auth", "channel", "hub", "place", "ray",
+    "versions", "ports", "doors", "limits", "clock", "names", "proxies", "link", "advertise",
+    "advertise_self",
 )  # fmt: skip
 HEAD = (
-    "config", "daemon", "socket", "sshd", "ray", "ports", "doors", "limits", "clock", "names",
-    "proxies", "link",
+    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "doors", "limits", "clock",
+    "names", "proxies", "link",
+)  # fmt: skip
+CLIENT = (
+    "config", "listen", "ssh", "host_key", "auth", "channel", "hub", "names", "proxies", "link",
 )  # fmt: skip
 """The checks of each role, in order."""
 

@@ -23,6 +23,8 @@ def doubts(config: Config) -> Iterator[str]:
     """One line each, with what to do."""
     if config.head is not None:
         yield from _key_warnings(config.head)
+    if config.role == "client":
+        return  # it has no ports of a plan, and no socket
     low = _ephemeral_floor()
     if low is not None and low < PORT_CEILING:
         yield (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import asyncssh
@@ -26,6 +27,11 @@ PATIENCE = 15.0
 """Seconds for an answer."""
 TICKS = 7
 FIRST_PIECE = 1 << 16
+OLDER = Problem(
+    "hub_older",
+    "the head's rayfwd is older and does not answer a doctor's questions",
+    "upgrade rayfwd on the head; what runs here works with it all the same",
+)
 ENOUGH = 0.4
 """Seconds that a transfer must take for its speed to be believed."""
 
@@ -93,7 +99,8 @@ class Visit(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     async def begin(self, hello: Hello) -> Answer:
         """What would come of this HELLO. Raises ProblemError."""
-        self._channel.write(checkup.first_question(hello))
+        with suppress(OSError):  # a command that has ended already: its end says why
+            self._channel.write(checkup.first_question(hello))
         frame = await self._answer()
         try:
             return Answer.decode(frame)
@@ -196,11 +203,7 @@ def _refused(frame: Frame) -> Problem:
     except ProtocolError as exc:
         return _not_ours(exc)
     if refusal.code == "frame_unknown":
-        return Problem(
-            "hub_older",
-            "the head's rayfwd is older and does not answer a doctor's questions",
-            "upgrade rayfwd on the head; the daemon works with it all the same",
-        )
+        return OLDER
     return Problem(refusal.code, refusal.cause, refusal.remedy)
 
 

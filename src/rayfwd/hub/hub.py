@@ -332,13 +332,19 @@ class Hub:
         self.went(lane)
         self._asking.add(lane)
         plan, refusal = None, None
+        plans = self._roster.plans()
         try:
-            plan = self._roster.preview(hello.node, hello.key, hello.worker_ports, hello.advertise)
+            if hello.role == "client":
+                plans = plans[:1]  # as it would be told; no address is its own, to be dialled back
+                self._client(hello, lane.uid)
+            else:
+                ports = hello.worker_ports
+                plan = self._roster.preview(hello.node, hello.key, ports, hello.advertise)
         except ProblemError as exc:
             refusal = Refusal(exc.problem.code, exc.problem.cause, exc.problem.remedy)
         ride_through = min(self._ride_through, hello.ride_through)
         own = {} if plan is None else plan.to_wire()
-        nodes = tuple(node.to_wire() for node in self._roster.plans())
+        nodes = tuple(node.to_wire() for node in plans)
         answer = Answer(self._welcome(own, nodes, ride_through), time.time(), refusal)
         log.info("hub_asked", node=hello.node, uid=lane.uid, version=hello.version)
         lane.examine(answer, plan)

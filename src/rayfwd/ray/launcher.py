@@ -109,6 +109,10 @@ class ByKeeper:
             return None if code is None else int(code)
         return None
 
+    def check(self) -> None:
+        """That it answers. Raises ProblemError."""
+        self._ask("exit_code", {"pid": 0})
+
     def done(self) -> None:
         with suppress(ProblemError):  # it has ended already
             self._ask("done", {})

@@ -1,7 +1,8 @@
-"""Looks at Ray and at the head as the service's user sees them: a child process of `rayfwd init`.
+"""Looks at Ray, at a key and at the head as the service's user sees them: a child of `rayfwd init`.
 
-Run as that user: root must not run what lies in a user's environment, and only that user's own
-files say how the head is reached. JSON in on standard input, JSON out.
+Run as that user: root must not run what lies in a user's environment, only that user's own files
+say how the head is reached, and there are homes that root cannot look into (NFS). JSON in on
+standard input, JSON out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pwd
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install
+from rayfwd.setup.steps import public_key
 from rayfwd.ssh import Dialer
 
 SECONDS = 90.0
@@ -36,6 +39,8 @@ class Seen:
     """Absolute path of the command; None where it was not asked for or not found."""
     ray_versions: str
     ray_problem: Problem | None
+    login: str = ""
+    """Whom SSH logs in as at the head, where one was given; empty: the configuration is no good."""
     host: str = ""
     port: int = 22
     host_key: str | None = None
@@ -43,6 +48,8 @@ class Seen:
     fingerprint: str = ""
     known: bool = False
     """The user's own files have it."""
+    public_key: str | None = None
+    """The public half of the key that was asked for, as a line; None: it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +85,22 @@ def become(person: Person) -> tuple[dict[str, str], dict[str, Any]]:
     return env, {"user": person.uid, "group": person.gid, "extra_groups": person.groups}
 
 
-def look(person: Person, ray: str | None, head: str | None) -> Seen:
-    """Ask a child.
+def look(
+    person: Person, ray: str | None, head: str | None, identity: Path | None, fetch: bool
+) -> Seen:
+    """Ask a child. `fetch`: have the head show its host key.
 
     Raises ProblemError: `rayfwd_not_executable`, or why the head cannot be reached.
     """
     env, ids = become(person)
     argv = [sys.executable, "-m", "rayfwd.setup.look"]
+    asked = {"ray": ray, "head": head, "fetch": fetch}
+    asked |= {"identity": None if identity is None else str(identity)}
     try:
         ran = subprocess.run(
             argv,
             check=False,
-            input=json.dumps({"ray": ray, "head": head}),
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
             env=env,
@@ -118,9 +129,17 @@ def look(person: Person, ray: str | None, head: str | None) -> Seen:
     return Seen(ray_problem=Problem(**wrong) if wrong else None, **answer)
 
 
-async def see(ray: str | None, head: str | None, env: Mapping[str, str]) -> dict[str, Any]:
+async def see(
+    ray: str | None,
+    head: str | None,
+    identity: str | None,
+    fetch: bool,
+    env: Mapping[str, str],
+) -> dict[str, Any]:
     """In the child."""
     answer: dict[str, Any] = {"ray": None, "ray_versions": "", "ray_problem": None}
+    if identity is not None:
+        answer["public_key"] = public_key(Path(identity))
     if ray is not None:
         try:
             found = await install.find(ray, env)
@@ -129,6 +148,9 @@ async def see(ray: str | None, head: str | None, env: Mapping[str, str]) -> dict
         except ProblemError as exc:
             answer["ray_problem"] = exc.problem.to_wire()
     if head is not None:
+        with suppress(ProblemError):
+            answer["login"] = await Dialer(HeadConfig(ssh=head)).login()
+    if head is not None and fetch:
         try:
             shown = await Dialer(HeadConfig(ssh=head)).host_key()
         except ProblemError as exc:
@@ -140,7 +162,7 @@ async def see(ray: str | None, head: str | None, env: Mapping[str, str]) -> dict
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    print(json.dumps(asyncio.run(see(asked["ray"], asked["head"], os.environ))))
+    print(json.dumps(asyncio.run(see(**asked, env=os.environ))))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rayfwd.setup import texts
-from rayfwd.setup.steps import Directory, File, Group, Key, Member, Step, User
-from rayfwd.setup.wishes import GROUP, Places, Wishes
+from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, Step, User
+from rayfwd.setup.wishes import GROUP, MAN_PAGES, Places, Wishes
 
 
 def plan(wishes: Wishes, places: Places, units: Mapping[str, str]) -> tuple[Step, ...]:
     """The steps in order. `units` are the shipped ones, name to text."""
     make = _system if places.system else _user
-    return make(wishes, places, units)
+    once: dict[str, Step] = {}
+    for step in make(wishes, places, units):
+        once.setdefault(step.id, step)
+    return tuple(once.values())
 
 
-def _system(wishes: Wishes, places: Places, units: Mapping[str, str]) -> tuple[Step, ...]:
+def _system(wishes: Wishes, places: Places, units: Mapping[str, str]) -> list[Step]:
     steps: list[Step] = [Group(GROUP)]
     if wishes.user_is_new:
         steps.append(User(wishes.user, wishes.home, GROUP))
@@ -31,10 +34,10 @@ def _system(wishes: Wishes, places: Places, units: Mapping[str, str]) -> tuple[S
     text = texts.config_text(wishes, places)
     steps.append(File(places.config, text, "root", GROUP, 0o640))
     steps += _units(wishes, places, units, "root", "root")
-    return tuple(steps)
+    return [*steps, *_pages(places, places.man, 0o755)]
 
 
-def _user(wishes: Wishes, places: Places, units: Mapping[str, str]) -> tuple[Step, ...]:
+def _user(wishes: Wishes, places: Places, units: Mapping[str, str]) -> list[Step]:
     missing = [places.state, places.config.parent, places.units]
     steps: list[Step] = [
         Directory(path, None, None, 0o700) for path in _with_parents(missing, wishes.home)
@@ -43,7 +46,7 @@ def _user(wishes: Wishes, places: Places, units: Mapping[str, str]) -> tuple[Ste
     text = texts.config_text(wishes, places)
     steps.append(File(places.config, text, None, None, 0o600))
     steps += _units(wishes, places, units, None, None)
-    return tuple(steps)
+    return [*steps, *_pages(places, wishes.home, 0o700)]
 
 
 def _worker_files(
@@ -69,6 +72,15 @@ def _units(
 ) -> list[Step]:
     made = {n: texts.unit_text(n, text, wishes.user, places) for n, text in sorted(units.items())}
     return [File(places.units / n, text, owner, group, 0o644) for n, text in made.items()]
+
+
+def _pages(places: Places, below: Path, mode: int) -> list[Step]:
+    if places.pages is None:
+        return []
+    links = [Link(places.man / page, places.pages / page) for page in MAN_PAGES]
+    missing = _with_parents([link.path.parent for link in links], below)
+    # Whoever's these directories are: what is in them is only read, and by man.
+    return [*(Directory(path, None, None, mode) for path in missing), *links]
 
 
 def _with_parents(paths: list[Path], below: Path) -> list[Path]:

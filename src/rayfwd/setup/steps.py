@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import secrets
 import shutil
 import stat
 import subprocess
@@ -238,6 +239,43 @@ def _public(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link. Whatever else is in its place is left there."""
+
+    path: Path
+    target: Path
+
+    @property
+    def id(self) -> str:
+        return str(self.path)
+
+    def look(self, manifest: Manifest) -> Verdict:
+        try:
+            leads = os.readlink(self.path)
+        except FileNotFoundError:
+            return Verdict.NEEDED
+        except OSError:
+            return Verdict.KEPT  # it is no link
+        if leads == str(self.target) or _same(self.path, self.target):
+            return Verdict.THERE
+        made = manifest.of(self.id)
+        return Verdict.OUTDATED if made is not None and made["target"] == leads else Verdict.KEPT
+
+    def do(self) -> Entry:
+        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
+        fresh.symlink_to(self.target)
+        fresh.rename(self.path)
+        return {"id": self.id, "kind": "link", "path": self.id, "target": str(self.target)}
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def public_key(path: Path) -> str | None:
     """The public half as a line, from the private file or from beside it. None: there is none."""
     for read, at in ((asyncssh.read_private_key, path), (asyncssh.read_public_key, _public(path))):
@@ -259,6 +297,8 @@ def undo(entry: Entry, purge: bool, really: bool) -> str:
         return _undo_file(entry, purge, really)
     if kind == "directory":
         return _undo_directory(Path(entry["path"]), really)
+    if kind == "link":
+        return _undo_link(Path(entry["path"]), entry["target"], really)
     if kind == "member":
         words, there = ["gpasswd", "--delete", entry["user"], entry["group"]], _is_member(entry)
     elif kind == "user":
@@ -291,6 +331,19 @@ def _undo_file(entry: Entry, purge: bool, really: bool) -> str:
         path.unlink()
         if entry["kind"] == "key":
             _public(path).unlink(missing_ok=True)
+    return "removed"
+
+
+def _undo_link(path: Path, target: str, really: bool) -> str:
+    try:
+        if os.readlink(path) != target:
+            return "left (it leads elsewhere now)"
+    except FileNotFoundError:
+        return "gone"
+    except OSError:
+        return "left (it is no link now)"
+    if really:
+        path.unlink()
     return "removed"
 
 

@@ -94,7 +94,7 @@ def unit_text(name: str, shipped: str, user: str, places: Places) -> str:
         elif equals and not places.system and "/run/rayfwd" in value:
             value = value.replace("/run/rayfwd", "%t/rayfwd")
         elif equals and not places.system and key in {"After", "Wants"}:
-            kept = [w for w in value.split() if w.startswith("rayfwd")]
+            kept = [w for w in value.split() if w.startswith("rayfwd") or w == "basic.target"]
             if not kept:
                 continue
             value = " ".join(kept)
@@ -128,4 +128,4 @@ def worker_command(wishes: Wishes, places: Places, host: str, fingerprints: Sequ
     words += ["--head-rayfwd", places.command]
     if fingerprints:
         words += ["--fingerprint", fingerprints[0]]
-    return shlex.join(words)
+    return shlex.join([*words, "--ray", wishes.ray])

@@ -13,6 +13,8 @@ GROUP = "rayfwd"
 
 KEY_TYPE = "ssh-ed25519"
 
+MAN_PAGES = (Path("man1/rayfwd.1"), Path("man5/rayfwd.toml.5"))
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -31,6 +33,10 @@ class Places:
     """The `rayfwd` that the service runs."""
     python: str
     """Its Python."""
+    man: Path
+    """A directory of pages that man(1) knows."""
+    pages: Path | None = None
+    """That of rayfwd's own environment; None: it has none, or man knows it anyway."""
 
     @property
     def identity(self) -> Path:
@@ -41,7 +47,9 @@ class Places:
         return self.secrets / "known_hosts"
 
 
-def system_places(command: str, python: str, config: Path | None = None) -> Places:
+def system_places(
+    command: str, python: str, config: Path | None = None, pages: Path | None = None
+) -> Places:
     """Of the machine's service. All but the state belongs to root alone.
 
     The manifest is not in the state directory, which is the service's user's: root must not delete
@@ -57,10 +65,19 @@ def system_places(command: str, python: str, config: Path | None = None) -> Plac
         system=True,
         command=command,
         python=python,
+        man=Path("/usr/local/share/man"),
+        pages=pages,
     )
 
 
-def user_places(home: Path, uid: int, command: str, python: str, config: Path | None) -> Places:
+def user_places(
+    home: Path,
+    uid: int,
+    command: str,
+    python: str,
+    config: Path | None,
+    pages: Path | None = None,
+) -> Places:
     """Of a user's service. The usual places, whatever XDG's variables say.
 
     sshd gives the forced command none of them, and systemd before 254 has the state elsewhere.
@@ -76,6 +93,9 @@ def user_places(home: Path, uid: int, command: str, python: str, config: Path | 
         system=False,
         command=command,
         python=python,
+        # man(1) looks there where ~/.local/bin is on the PATH (manpath(5)).
+        man=home / ".local" / "share" / "man",
+        pages=pages,
     )
 
 
