@@ -48,6 +48,7 @@ all() {
 all > /run/before
 echo "== dry"; "$rayfwd" init head --ray "$ray" --dry-run; all > /run/dry
 cmp /run/before /run/dry
+echo "== unknown"; man -w rayfwd 2>&1 || echo "code $?"
 echo "== init"; "$rayfwd" init head --ray "$ray"; all > /run/made
 echo "== again"; "$rayfwd" init head; all > /run/again
 cmp /run/made /run/again
@@ -105,10 +106,12 @@ def test_rights(said: dict[str, str]) -> None:
     assert "/etc/rayfwd.toml: valid" in lines
 
 
-def test_man_finds_its_pages(said: dict[str, str]) -> None:
+def test_man_finds_its_pages(said: dict[str, str], rayfwd: Path) -> None:
     need(None if shutil.which("man") else "man is not installed")
-    where = "/usr/local/share/man/man"
-    assert said["man"].splitlines() == [f"{where}1/rayfwd.1", f"{where}5/rayfwd.toml.5"]
+    assert said["unknown"].endswith("code 16\n")
+    pages = rayfwd.parents[1] / "share" / "man"
+    found = [str(pages / "man1/rayfwd.1"), str(pages / "man5/rayfwd.toml.5")]
+    assert said["man"].splitlines() == found
 
 
 def test_the_next_step_is_said(said: dict[str, str]) -> None:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.lab.process import Process
+from tests.lab.process import Process, until
 from tests.lab.toll import Job
 from tests.systemd.machines import RAY, Lab, Machine
 
 PYTHON = Path("/home/ray/venv/bin/python")
 """Ray's."""
+
+BOTH = ("127.77.0.1", "127.77.0.2")
+"""The head's address and the worker's."""
 
 SMALL = """\
 num_cpus = 1
@@ -26,7 +29,7 @@ deadline = time.monotonic() + 120
 while len([n for n in ray.nodes() if n["Alive"]]) < 2 and time.monotonic() < deadline:
     time.sleep(0.2)
 
-@ray.remote(num_cpus=float(sys.argv[1]))
+@ray.remote(num_cpus=1)
 def work(data):
     return len(data), ray.util.get_node_ip_address(), bytes(2_000_000)
 
@@ -106,12 +109,9 @@ class Cluster:
         for machine in self.lab.machines:
             machine.wait_for(timeout=timeout, user=self.user, ActiveState="active")
 
-    def work(self, cpus: float = 1) -> list[tuple[int, str, int]]:
-        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave.
-
-        `cpus`: what it asks for; 0 where a job has them all.
-        """
-        said = self.head.run([str(PYTHON), "-c", TASKS, str(cpus)], user="ray", timeout=200)
+    def work(self) -> list[tuple[int, str, int]]:
+        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave."""
+        said = self.head.run([str(PYTHON), "-c", TASKS], user="ray", timeout=200)
         # Ray prints what raylets and workers say between the lines.
         (done,) = [line for line in said.stdout.splitlines() if line.startswith("done ")]
         found = json.loads(done.removeprefix("done "))
@@ -126,6 +126,16 @@ class Cluster:
     def job(self) -> Job:
         """A job that counts every call, from a driver on the worker."""
         return Job(AsRay(self.worker), PYTHON, "--nodes", "2")  # type: ignore[arg-type]
+
+    def goes_on(self, job: Job) -> None:
+        """Wait until the job gets further on both nodes; it leaves no CPU to others' tasks."""
+        before = {address: job.done_on(address) for address in BOTH}
+        until(
+            # What is told once a second may be some calls behind.
+            lambda: all(job.done_on(address) > n + 30 for address, n in before.items()),
+            60,
+            lambda: f"the job gets no further than {before}: {job.counts()}",
+        )
 
     def restart(self, machine: Machine) -> dict[str, Any]:
         """`systemctl restart rayfwd`; what the new process said of what it took over."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.process import until
 from tests.systemd.cluster import Cluster
 from tests.systemd.machines import Lab, Machine
 
@@ -39,8 +38,7 @@ def test_a_restart_costs_no_call_and_leaves_ray_alone(own: Cluster) -> None:
         assert int(taken["STREAMS"]) > 5
         assert machine.events("ray_left_running", user="ray")[-1]["OURS"] == "true"
         assert machine.show(user="ray")["NFileDescriptorStore"] == "0"
-    done = job.done()
-    until(lambda: job.done() > done + 50, 30, lambda: f"the job goes on; {job.counts()}")
+    own.goes_on(job)
     job.finish()
     job.check()
     assert own.raylets() == raylets

@@ -172,9 +172,8 @@ def _probes(ride_through: float) -> int:
 
 
 def given_up_after(ride_through: float) -> float:
-    """Seconds, at the most, from a node's joining until the GCS declares it dead that it never
-    reaches: as
-    `timeouts` has it, and packets are dropped."""
+    """Seconds, at the most, from a node's joining until the GCS declares it dead where it never
+    reaches it: every probe lasts as long as it may (see `timeouts`)."""
     return FIRST_PROBE + _probes(ride_through) * PROBE_SECONDS
 
 
