@@ -172,8 +172,12 @@ def _probes(ride_through: float) -> int:
 
 
 def given_up_after(ride_through: float) -> float:
-    """Seconds, at the most, from a node's joining until the GCS declares it dead where it never
-    reaches it: every probe lasts as long as it may (see `timeouts`)."""
+    """Seconds, at the most, from a node's joining until the GCS declares it dead where it does not
+    reach it: every probe lasts as long as it may, as on a connection that stands and is swallowed.
+
+    (Where no connection was ever made, all but the first fail at once: 15 s, and 3 s a probe; seen
+    with 2.60.0, 29 s with a `ride_through` of 20 s, 162 s with 600 s.)
+    """
     return FIRST_PROBE + _probes(ride_through) * PROBE_SECONDS
 
 

@@ -14,8 +14,8 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch.interruptions import Interruptions
 
 TRIAL = 1.5
-"""A node must live for so many times as long as Ray takes to give up one that it never reaches;
-one that was given up sooner was never a part of the cluster. (A head that is busy is late.)"""
+"""A node must live for so many times as long as Ray takes, at the most, to give up one that it does
+not reach; one that was given up sooner was never a part of the cluster. (A busy head is late.)"""
 
 RECENT = 900.0
 """Seconds since it was given up in which that counts, at least; one that has stood its trial since
@@ -35,7 +35,7 @@ def flapping(
 ) -> dict[str, Problem]:
     """By name, the nodes of these plans (by address) that joined and were gone.
 
-    `patience`: seconds after which Ray gives up a node that it has never reached.
+    `patience`: seconds after which Ray has given up a node that it does not reach.
     """
     trial = TRIAL * patience
     recent = max(RECENT, 2 * trial)
