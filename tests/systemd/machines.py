@@ -26,6 +26,7 @@ from tests.lab import machines as namespaces
 from tests.lab.machines import Init, keygen, network_command
 from tests.lab.process import (
     Process,
+    began,
     boot_time,
     entering,
     environment,
@@ -71,6 +72,9 @@ class Machine:
         self.port = self.tag[:15]  # an interface's name has no more room
         self._installed = installed
         self._spaces: set[str] = set()
+        """Namespaces that there are of it."""
+        self._booted: set[str] = set()
+        """Those of the present boot."""
         self._started = 0
         self._net = Init(f"{name}-net", {"bare": True, "tag": f"{self.tag}-net"})
         self._outer: subprocess.Popen[bytes] | None = None
@@ -173,12 +177,17 @@ class Machine:
     def poweroff(self, timeout: float = 120) -> None:
         """`systemctl poweroff`, until it is off."""
         self.run(["systemctl", "poweroff"], check=False)
-        until(lambda: not self.is_on, timeout, lambda: f"{self.name} is off{tail(self.console)}")
+        self._wait_off(timeout)
 
     def power_cut(self) -> None:
         """SIGKILL to everything at once. What was written is there at the next boot."""
         os.kill(self._leader(), signal.SIGKILL)
-        until(lambda: not self.is_on, 20, lambda: f"{self.name} is off{tail(self.console)}")
+        self._wait_off(20)
+
+    def _wait_off(self, timeout: float) -> None:
+        until(lambda: not self.is_on, timeout, lambda: f"{self.name} is off{tail(self.console)}")
+        self._give_up(self._booted, boot_time())
+        self._booted = set()
 
     # Commands
 
@@ -386,17 +395,28 @@ class Machine:
                     status = Path(f"/proc/{pid}/status").read_text().splitlines()
                     ids = next(line for line in status if line.startswith("NSpid:")).split()
                     if ids[-1] == "1" and Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
-                        self._remember(pid)
+                        booted = self._remember(pid)
+                        # The boot before had ended when this one began.
+                        self._give_up(self._booted - booted, min(began(pid), boot_time()))
+                        self._booted = booted
                         return pid
         return 0
 
-    def _remember(self, pid: int) -> None:
-        """Hold the namespaces of this process to be gone at the end (`left_over`)."""
-        with contextlib.suppress(OSError):
-            found = {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in namespaces.SPACES}
-            own = {os.readlink(f"/proc/self/ns/{kind}") for kind in namespaces.SPACES}
-            self._spaces |= found - own
-            namespaces.made.update(dict.fromkeys(found - own, math.inf))
+    def _remember(self, pid: int) -> set[str]:
+        """Hold the namespaces of this process to be gone at the end (`left_over`).
+
+        Raises OSError where it has ended.
+        """
+        found = {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in namespaces.SPACES}
+        found -= {os.readlink(f"/proc/self/ns/{kind}") for kind in namespaces.SPACES}
+        self._spaces |= found
+        namespaces.made.update(dict.fromkeys(found, math.inf))
+        return found
+
+    def _give_up(self, spaces: set[str], at: float) -> None:
+        """They are gone since that time; the kernel uses their numbers again, for others too."""
+        namespaces.made.update(dict.fromkeys(spaces, at))
+        self._spaces -= spaces
 
     def kill(self) -> None:
         """Tell all of it to end at once."""
@@ -414,9 +434,7 @@ class Machine:
             self._outer.wait(30)
             self._outer = None
         self._net.close()
-        for space in self._spaces:
-            namespaces.made[space] = boot_time()
-        self._spaces.clear()
+        self._give_up(self._spaces, boot_time())
 
 
 def _children(pid: int) -> list[int]:
