@@ -190,7 +190,8 @@ class Examination:
     def proxies(self, addresses: Sequence[str] = ()) -> Row:
         """Of these addresses; without any, of the head's and this node's."""
         if not addresses:
-            addresses = [node.address for node in (*self.nodes[:1], self.own) if node is not None]
+            nodes = [node for node in (*self.nodes[:1], self.own) if node is not None]
+            addresses = list(dict.fromkeys(node.address for node in nodes))
         addresses = addresses or [str(ipaddress.ip_network(self.network)[1])]
         problem = rules.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
         if problem is not None:
