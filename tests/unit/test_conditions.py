@@ -451,20 +451,20 @@ def loads(*spans: tuple[float, float | None]) -> Iterable[tuple[float, LinkSeen]
     ("spans", "thin"),
     [
         ([(600, 40 * MB)], None),
-        ([(20, 40 * MB), (20, MB), (20, 40 * MB)], (26, 40)),
+        ([(20, 40 * MB), (20, MB), (20, 40 * MB)], (24, 40)),
         ([(4, 40 * MB), (40, MB)], None),  # no past to speak of
         ([(20, 40 * MB), (20, 5 * MB)], None),  # shared by many, and fast all the same
         ([(20, 3 * MB), (20, MB)], None),  # a third is within reason
-        ([(20, 3 * MB), (20, MB // 2)], (26, 40)),
-        ([(20, 40 * MB), (20, None), (20, MB), (10, 40 * MB)], (48, 60)),  # hours may be between
+        ([(20, 3 * MB), (20, MB // 2)], (24, 40)),
+        ([(20, 40 * MB), (20, None), (20, MB), (10, 40 * MB)], (46, 60)),  # hours may be between
         # Never for long enough; what is sent in between, and fits, says nothing.
-        ([(20, 40 * MB), (4, MB), (4, 40 * MB), (4, MB), (20, None)], None),
-        ([(20, 40 * MB), (4, MB), (4, None), (4, MB), (4, None), (4, MB)], None),
+        ([(20, 40 * MB), (2, MB), (4, 40 * MB), (2, MB), (20, None)], None),
+        ([(20, 40 * MB), (2, MB), (4, None), (2, MB), (4, None), (2, MB)], None),
         # Nothing arrives at all: that lane is about to be dropped.
         ([(20, 40 * MB), (20, 0)], None),
         # Nothing more to send: said for a minute on.
-        ([(20, 40 * MB), (20, MB), (90, None)], (26, 100)),
-        ([(20, 40 * MB), (7200, MB)], (26, 620)),  # what lasts is usual one day
+        ([(20, 40 * MB), (20, MB), (90, None)], (24, 100)),
+        ([(20, 40 * MB), (7200, MB)], (24, 620)),  # what lasts is usual one day
     ],
 )
 def test_thin(spans: list[tuple[float, float | None]], thin: tuple[float, float] | None) -> None:

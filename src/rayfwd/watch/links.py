@@ -40,6 +40,9 @@ THIN_FACTOR = 5.0
 THIN_MOST = 2e6
 """A full link is thin where it carries so many times less than it did when it was full, and less
 than so many bytes in a second: one that many share, and that is fast all the same, is none."""
+THIN_FOR = 4.0
+"""For so many seconds without a break. Before them pass those in which what was under way on the
+lane at its old speed arrives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ class _Thin:
 
     @property
     def counts(self) -> bool:
-        return self.last - self.since >= SLOW_FOR
+        return self.last - self.since >= THIN_FOR
 
 
 class LinkRules:
