@@ -183,7 +183,7 @@ class Client:
         head = self._head.model_copy(update={"via": via})
         link = self._link = Link(
             head=head,
-            hello=self._hello,
+            hello=lambda: hello_of(self._config, self._key),
             accept=_nobody_dials,
             on_welcome=self._welcomed,
             on_message=self._message,
@@ -203,20 +203,6 @@ class Client:
             running.cancel()
         assert problem is not None, "there was no welcome"
         return _understood(problem, head)
-
-    def _hello(self) -> Hello:
-        given = "ride_through" in self._config.model_fields_set
-        return Hello(
-            node=self._config.name,
-            key=self._key,
-            session="0",
-            resumes=False,
-            lane=LaneClass.INTERACTIVE,
-            version=__version__,
-            worker_ports=0,
-            role="client",
-            ride_through=self._config.ride_through if given else RIDE_THROUGH_MOST,
-        )
 
     # -- the link's words ----------------------------------------------------------------
 
@@ -310,6 +296,22 @@ class Client:
             self._say(f"{clock}  {words[state]}")
         if problem is not None and code not in {"lane_lost", before[1]}:
             self._say(f"{clock}  {code}: {problem}")
+
+
+def hello_of(config: Config, key: str) -> Hello:
+    """What a client of this configuration says to the hub."""
+    given = "ride_through" in config.model_fields_set
+    return Hello(
+        node=config.name,
+        key=key,
+        session="0",
+        resumes=False,
+        lane=LaneClass.INTERACTIVE,
+        version=__version__,
+        worker_ports=0,
+        role="client",
+        ride_through=config.ride_through if given else RIDE_THROUGH_MOST,
+    )
 
 
 def _nobody_dials(stream: MuxStream, data: bytes) -> StreamOwner | None:

@@ -13,7 +13,7 @@ from tests.systemd.machines import RAY, Lab, Machine
 PYTHON = Path("/home/ray/venv/bin/python")
 """Ray's."""
 
-BOTH = ("127.77.0.1", "127.77.0.2")
+BOTH = ["127.77.0.1", "127.77.0.2"]
 """The head's address and the worker's."""
 
 SMALL = """\

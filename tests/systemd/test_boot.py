@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.lab.process import until
-from tests.systemd.cluster import Cluster
+from tests.systemd.cluster import BOTH, Cluster
 from tests.systemd.machines import Machine
-
-BOTH = ["127.77.0.1", "127.77.0.2"]
 
 
 @pytest.fixture(autouse=True)

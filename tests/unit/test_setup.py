@@ -15,6 +15,7 @@ import pytest
 
 from rayfwd.cli import init, main
 from rayfwd.config import load
+from rayfwd.doctor.service import SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import Outcome, apply, take_away
@@ -226,7 +227,7 @@ class TestUnits:
             made = texts.unit_text(name, shipped, "ann", places)
             for word in ("/opt/", "User=", "/run/", "Protect", "network-online", "multi-user"):
                 assert word not in "\n".join(self.settings(made)), (name, word)
-            if name == units.SERVICE:
+            if name == SERVICE:
                 assert f"ExecStart={COMMAND} --config {places.config} run" in made
                 assert "WantedBy=default.target" in made
                 assert "Wants=rayfwd-ray.service\nAfter=basic.target rayfwd-ray.service\n" in made
@@ -244,12 +245,12 @@ class TestUnits:
 
     def test_paths_with_anything_in_them(self) -> None:
         places = system_places('/a b/50%/"/rayfwd', PYTHON)
-        made = texts.unit_text(units.SERVICE, units.shipped()[units.SERVICE], "ann", places)
+        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", places)
         assert 'ExecStart="/a b/50%%/\\"/rayfwd" run' in made
 
     def test_another_file_is_named(self) -> None:
         places = system_places(COMMAND, PYTHON, Path("/srv/r.toml"))
-        made = texts.unit_text(units.SERVICE, units.shipped()[units.SERVICE], "ann", places)
+        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", places)
         assert f"ExecStart={COMMAND} --config /srv/r.toml run" in made
 
     def test_a_unit_that_has_changed_is_not_guessed_at(self) -> None:
@@ -370,7 +371,7 @@ def test_a_key_that_was_moved_away_is_made_anew(places: Places, home: Path) -> N
 
 def test_somebody_elses_file_is_kept_and_not_ours_to_remove(places: Places, home: Path) -> None:
     places.units.mkdir(parents=True)
-    mine = places.units / units.SERVICE
+    mine = places.units / SERVICE
     mine.write_text("[Service]\n")
     outcome, _ = make(worker(home), places)
     assert outcome.kept == (str(mine),)

@@ -20,6 +20,7 @@ import asyncssh
 from rayfwd.cli import OK, MistakeError, doctor
 from rayfwd.config import Config, ConfigError, load, parse
 from rayfwd.doctor.rows import worst
+from rayfwd.doctor.service import SERVICE
 from rayfwd.plan import check_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts, units
@@ -259,7 +260,7 @@ def _head_command_before(before: Config | None) -> str | None:
 def _user_before(places: Places) -> str | None:
     """Whom the service that is there runs as."""
     try:
-        lines = (places.units / units.SERVICE).read_text().splitlines()
+        lines = (places.units / SERVICE).read_text().splitlines()
     except OSError:
         return None
     return next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +128,12 @@ class WorkerDaemon(Daemon):
     # -- the link's words --------------------------------------------------------
 
     def _hello(self) -> Hello:
-        config = self.config
         versions = self.ray.state.versions
-        return Hello(
-            node=config.name,
-            key=self._key,
-            session="0",
-            resumes=False,
-            lane=LaneClass.INTERACTIVE,
-            version=__version__,
-            worker_ports=config.worker_ports,
-            advertise=config.ray.advertise,
-            ride_through=config.ride_through,
+        return replace(
+            hello_of(self.config, self._key),
             ray=versions.ray if versions else None,
             python=versions.python if versions else None,
-            resources=declared_resources(config),
+            resources=declared_resources(self.config),
         )
 
     def _welcomed(self, welcome: Welcome) -> None:
@@ -412,6 +404,21 @@ class WorkerDaemon(Daemon):
             **streams_status([(link.mux, link.history)]),
             "roster": roster_rows(self.nodes, None, self.doors),
         }
+
+
+def hello_of(config: Config, key: str) -> Hello:
+    """What a worker of this configuration says to the hub, as far as the file has it."""
+    return Hello(
+        node=config.name,
+        key=key,
+        session="0",
+        resumes=False,
+        lane=LaneClass.INTERACTIVE,
+        version=__version__,
+        worker_ports=config.worker_ports,
+        advertise=config.ray.advertise,
+        ride_through=config.ride_through,
+    )
 
 
 def node_key(path: Path) -> str:

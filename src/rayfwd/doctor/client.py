@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncssh
 
 from rayfwd import __version__
-from rayfwd.client import ANOTHER_WAY, LOOPBACK, RIDE_THROUGH_MOST, listen_all
+from rayfwd.client import ANOTHER_WAY, LOOPBACK, hello_of, listen_all
 from rayfwd.config import HeadConfig
 from rayfwd.doctor import rules
 from rayfwd.doctor.rows import Row, failed, passed, warned
@@ -20,7 +20,6 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs
 from rayfwd.session.checkup import Answer
 from rayfwd.session.handshake import Hello
-from rayfwd.session.lane import LaneClass
 
 
 class ClientExamination(WayExamination):
@@ -58,18 +57,7 @@ class ClientExamination(WayExamination):
         yield from (port for port in (own.dashboard_port, own.client_port) if port is not None)
 
     def hello(self) -> Hello:
-        given = "ride_through" in self.config.model_fields_set
-        return Hello(
-            node=self.config.name,
-            key=secrets.token_hex(32),
-            session="0",
-            resumes=False,
-            lane=LaneClass.INTERACTIVE,
-            version=__version__,
-            worker_ports=0,
-            role="client",
-            ride_through=self.config.ride_through if given else RIDE_THROUGH_MOST,
-        )
+        return hello_of(self.config, secrets.token_hex(32))
 
     def ways(self) -> tuple[HeadConfig, ...]:
         """As the client itself goes them."""

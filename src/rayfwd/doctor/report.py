@@ -22,12 +22,12 @@ from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.control import ask
 from rayfwd.doctor import scrubbing
+from rayfwd.doctor.service import RAY_SERVICE, SERVICE
 from rayfwd.places import default_state_dir
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
 
-UNITS = ("rayfwd", "rayfwd-ray")
 JOURNAL_LINES = 2000
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
@@ -182,7 +182,9 @@ def _asked(control: Path | None, verb: str) -> Any:
 
 def _journal() -> str:
     """Of the machine's service and of this user's own, as far as this user may see them."""
-    units = [f"--{kind}={name}" for kind in ("unit", "user-unit") for name in UNITS]
+    units = [
+        f"--{kind}={name}" for kind in ("unit", "user-unit") for name in (SERVICE, RAY_SERVICE)
+    ]
     words = ["journalctl", *units, f"--lines={JOURNAL_LINES}", "--no-pager"]
     return _run([*words, "--output=short-iso-precise"])[-LOG_BYTES:]
 

@@ -7,8 +7,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from rayfwd import __version__, probe
+from rayfwd import probe
 from rayfwd.daemon import advertise
+from rayfwd.daemon.worker import hello_of
 from rayfwd.doctor.base import plan_of
 from rayfwd.doctor.rows import Row, failed, passed, skipped
 from rayfwd.doctor.visit import Visit
@@ -18,7 +19,6 @@ from rayfwd.ray.install import RayInstall
 from rayfwd.ray.supervisor import check_versions
 from rayfwd.session.checkup import Answer
 from rayfwd.session.handshake import Hello
-from rayfwd.session.lane import LaneClass
 
 
 class WorkerExamination(WayExamination):
@@ -51,18 +51,7 @@ class WorkerExamination(WayExamination):
 
     def hello(self) -> Hello:
         key, self._key_is_known = self._key()
-        config = self.config
-        return Hello(
-            node=config.name,
-            key=key,
-            session="0",
-            resumes=False,
-            lane=LaneClass.INTERACTIVE,
-            version=__version__,
-            worker_ports=config.worker_ports,
-            advertise=config.ray.advertise,
-            ride_through=config.ride_through,
-        )
+        return hello_of(self.config, key)
 
     def _key(self) -> tuple[str, bool]:
         """The node's key, or one as the daemon would make it; False: ours cannot be read."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayfwd.doctor.service import SERVICE
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
-from rayfwd.setup.units import SERVICE
 from rayfwd.setup.wishes import Places
 
 Tell = Callable[[str, str], None]

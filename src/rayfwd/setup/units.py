@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rayfwd.doctor.service import SERVICE
+
 _BESIDE = Path(__file__).with_name("units")
 _CHECKOUT = Path(__file__).parents[3] / "systemd"
-
-SERVICE = "rayfwd.service"
 
 
 def shipped() -> dict[str, str]:

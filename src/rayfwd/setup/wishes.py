@@ -47,9 +47,7 @@ class Places:
         return self.secrets / "known_hosts"
 
 
-def system_places(
-    command: str, python: str, config: Path | None = None, pages: Path | None = None
-) -> Places:
+def system_places(command: str, python: str, config: Path | None = None) -> Places:
     """Of the machine's service. All but the state belongs to root alone.
 
     The manifest is not in the state directory, which is the service's user's: root must not delete
@@ -66,18 +64,10 @@ def system_places(
         command=command,
         python=python,
         man=Path("/usr/local/share/man"),
-        pages=pages,
     )
 
 
-def user_places(
-    home: Path,
-    uid: int,
-    command: str,
-    python: str,
-    config: Path | None,
-    pages: Path | None = None,
-) -> Places:
+def user_places(home: Path, uid: int, command: str, python: str, config: Path | None) -> Places:
     """Of a user's service. The usual places, whatever XDG's variables say.
 
     sshd gives the forced command none of them, and systemd before 254 has the state elsewhere.
@@ -95,7 +85,6 @@ def user_places(
         python=python,
         # man(1) looks there where ~/.local/bin is on the PATH (manpath(5)).
         man=home / ".local" / "share" / "man",
-        pages=pages,
     )
 
 
