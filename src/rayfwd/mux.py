@@ -168,6 +168,9 @@ class Mux:
         """A lane that was welcomed. Returns its number."""
         number, events = self.session.lane_up(kind, self.now())
         self.lanes[number] = LaneRecord(transport, kind, self.now())
+        if kind is LaneClass.INTERACTIVE:
+            # Asked first, also when it is the youngest: what any lane may carry is short.
+            self.lanes = {number: self.lanes.pop(number), **self.lanes}
         self._run(events)
         return number
 

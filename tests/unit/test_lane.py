@@ -191,4 +191,29 @@ def test_a_lane_wants_to_be_looked_at_before_anything_is_late() -> None:
     lane.sent += 1
     assert lane.deadline(0.02) == PING_BUSY
     lane.ping(0.02)
-    assert lane.deadline(0.02) <= 0.02 + PING_BUSY
+    stalled = 0.02 + SUSPECT_AFTER
+    assert lane.deadline(0.02) == pytest.approx(stalled)
+    assert not lane.stalled(stalled - 0.01)
+    assert lane.stalled(stalled)
+    # No other is better: it is looked at again, and that may change.
+    assert lane.deadline(stalled) == pytest.approx(stalled + PING_BUSY)
+    lane.suspect = True
+    assert lane.deadline(stalled) == pytest.approx(0.02 + PING_IDLE)
+    lane.ping(0.02 + PING_IDLE)
+    lane.ping(0.02 + 2 * PING_IDLE)
+    silent = 0.02 + SILENT_AFTER
+    assert lane.deadline(silent - 0.5) == pytest.approx(silent)
+    assert not lane.silent(silent - 0.01)
+    assert lane.silent(silent)
+
+
+@pytest.mark.parametrize("why", ["spoke", "suspect"])
+def test_a_lane_is_asked_soon_after_it_carried_an_acknowledgement_or_looked_stalled(
+    why: str,
+) -> None:
+    lane = lane_at()
+    answered(lane, 0.0, 0.01)
+    setattr(lane, why, True)
+    assert lane.deadline(0.02) == PING_BUSY
+    answered(lane, PING_BUSY, 0.01)
+    assert lane.deadline(PING_BUSY + 0.02) == PING_BUSY + PING_IDLE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from rayfwd import mux as mux_module
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.pace import Pace
 from rayfwd.session import lane as lane_module
-from rayfwd.session.frames import Kind, encode
+from rayfwd.session.frames import FrameDecoder, Kind, encode
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
 from rayfwd.session.stream import ResetReason
@@ -225,6 +225,35 @@ def test_a_message_is_short_unless_it_answers_a_long_transfer(
             theirs[1].send(b"answer")
             await until(lambda: call.got)
             assert short == ["one"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("takes_bytes", [True, False])
+def test_acknowledgements_go_by_the_lane_for_short_messages(takes_bytes: bool) -> None:
+    """Also where it is the youngest, as after it was lost: elsewhere they wait behind bulk."""
+
+    async def main() -> None:
+        async with pair(BULK, BULK, INTERACTIVE) as p:
+            decoders = [FrameDecoder() for _ in p.hub.lanes]
+            acks = [0, 0, 0]
+            for number, lane in enumerate(p.hub.lanes):
+                write = lane.write
+
+                def spy(chunks: Sequence[bytes], n: int = number, write: Any = write) -> None:
+                    frames = decoders[n].feed(b"".join(chunks))
+                    acks[n] += sum(frame.kind is Kind.ACK for frame in frames)
+                    write(chunks)
+
+                lane.write = spy  # type: ignore[method-assign, assignment]
+            p.hub.lanes[2].paused = not takes_bytes
+            mine = Owner()
+            stream = p.worker.open(mine)
+            stream.send(bytes(1 << 17))
+            await until(lambda: bool(p.hub.accepted) and len(p.hub.accepted[0].got) == 1 << 17)
+            await until(lambda: not p.worker.mux.session.buffered)
+            assert (acks[2] > 0, acks[0] + acks[1] > 0) == (takes_bytes, not takes_bytes)
+            p.hub.lanes[2].paused = False
 
     run(main)
 

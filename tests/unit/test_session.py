@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from rayfwd import session as session_package
 from rayfwd.session.frames import Kind, ProtocolError, encode
-from rayfwd.session.lane import SILENT_AFTER, UNANSWERED_AFTER, WINDOW_START
+from rayfwd.session.lane import (
+    PING_BUSY,
+    SILENT_AFTER,
+    SUSPECT_AFTER,
+    UNANSWERED_AFTER,
+    WINDOW_START,
+)
 from rayfwd.session.session import (
     ACK_DELAY,
     MAX_MESSAGE,
@@ -28,7 +34,10 @@ from rayfwd.session.session import (
     StreamWritable,
 )
 from rayfwd.session.stream import FRAME_BYTES, ResetReason, StreamState
-from tests.unit.talk import BULK, INTERACTIVE, Talk
+from tests.unit.talk import BULK, INTERACTIVE, STEP, Talk
+
+ROUND = PING_BUSY + SUSPECT_AFTER + 4 * STEP
+"""Seconds in which a stalled lane is gone round: with the timers' own 0.1 s twice, under one."""
 
 CODES = {
     "ack_ahead", "ack_malformed", "control_ended", "credit_exceeded", "data_after_end",
@@ -507,6 +516,67 @@ class TestLanes:
         while talk.hub.bytes_of(number) != data:
             talk.wait(0.05)
             assert talk.now - start <= 1.2, "it still waits for the stalled lane"
+
+    @pytest.mark.parametrize("quiet", [0.0, 0.1, 0.2, 0.3, 0.5, 0.8, 1.1, 1.4])
+    def test_nor_does_the_answer_wait_for_it(self, quiet: float) -> None:
+        """Each side finds a lane stalled by what it asks itself: one that only answers had asked
+        nothing, and would begin when the question has come round."""
+        talk = Talk(INTERACTIVE, BULK)
+        number = opened(talk)
+        talk.wait(3.0 + quiet)
+        talk.lanes[0].held |= {"worker", "hub"}
+        start = talk.now
+        talk.worker.session.send(number, b"question")
+        while talk.hub.bytes_of(number) != b"question":
+            talk.wait(0.05)
+        talk.hub.session.send(number, b"answer")
+        while talk.worker.bytes_of(number) != b"answer":
+            talk.wait(0.05)
+        assert talk.now - start <= ROUND
+
+    @pytest.mark.parametrize("phase", range(8))
+    def test_nor_does_a_lively_talk(self, phase: int) -> None:
+        talk = Talk(INTERACTIVE, BULK)
+        number = opened(talk)
+        start = talk.now
+        for turn in range(1, 100):
+            if turn == 20 + phase:
+                talk.lanes[0].held |= {"worker", "hub"}
+            start = talk.now
+            talk.worker.session.send(number, b"q")
+            while len(talk.hub.bytes_of(number)) < turn:
+                talk.wait(0.05)
+            talk.hub.session.send(number, b"a")
+            while len(talk.worker.bytes_of(number)) < turn:
+                talk.wait(0.05)
+            assert talk.now - start <= ROUND
+            talk.wait(0.05)
+
+    @pytest.mark.parametrize("way", ["worker", "hub"])
+    def test_nor_does_a_transfer_whose_acknowledgements_went_by_it(self, way: str) -> None:
+        talk = Talk(INTERACTIVE, BULK)
+        number = opened(talk)
+        sender = talk.worker if way == "worker" else talk.hub
+        reader = talk.other(sender)
+        talk.lanes[1].rate = 2e6
+        talk.wait(0.5)
+
+        def send() -> None:
+            if not sender.session.must_wait(number):
+                sender.session.send(number, bytes(1 << 16))
+
+        came, since, longest = 0, talk.now, 0.0
+        for turn in range(120):
+            if turn == 40:
+                talk.lanes[0].held |= {"worker", "hub"}
+            for _ in range(4):
+                send()
+            talk.wait(0.05)
+            if len(reader.bytes_of(number)) > came:
+                came, since = len(reader.bytes_of(number)), talk.now
+            longest = max(longest, talk.now - since)
+        assert came > 5e6
+        assert longest <= ROUND
 
     def test_a_lane_that_goes_on_is_used_again(self) -> None:
         talk = Talk(INTERACTIVE, BULK)

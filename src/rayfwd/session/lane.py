@@ -14,9 +14,11 @@ from enum import Enum
 PING_IDLE = 1.5
 """Seconds between PINGs on an idle lane."""
 PING_BUSY = 0.25
-"""Seconds between PINGs while data is under way."""
-SUSPECT_AFTER = 0.5
-"""Seconds that a PING may go unanswered, at the least, before other lanes take over."""
+"""Seconds between PINGs while something is under way."""
+SUSPECT_AFTER = 0.4
+"""Seconds that a PING may go unanswered, at the least, before other lanes take over. With those
+before a busy lane's next PING and two timers' 0.1 s each, a lane that falls silent stalls nobody
+for a second."""
 SILENT_AFTER = 4.0
 """Seconds without a byte while a PING is unanswered: the lane is dead."""
 UNANSWERED_AFTER = 8.0
@@ -44,7 +46,7 @@ class Lane:
 
     __slots__ = (
         "_answered_at", "_limited", "_pinged_at", "_pings", "_token", "base_rtt", "bytes_in",
-        "bytes_out", "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "suspect",
+        "bytes_out", "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "spoke", "suspect",
         "window",
     )  # fmt: skip
 
@@ -57,6 +59,8 @@ class Lane:
         self.bytes_out = 0
         self.sent = 0
         """Bytes of streams put on the lane; PINGs, PONGs and ACKs do not count."""
+        self.spoke = False
+        """Since the last PING there was an ACK or a GONE, which a stalled lane must not keep."""
         self.confirmed = 0
         """Of `sent`: what has certainly arrived."""
         self.window = WINDOW_START
@@ -87,14 +91,16 @@ class Lane:
         return self.sent - marked >= self.window >> 2 or now >= self._next_ping()
 
     def _next_ping(self) -> float:
-        busy = self.sent > self.confirmed and not self._pings
-        return self._pinged_at + (PING_BUSY if busy else PING_IDLE)
+        # A suspect lane is used again when it answers: it must have been asked.
+        busy = self.sent > self.confirmed or self.spoke or self.suspect
+        return self._pinged_at + (PING_BUSY if busy and not self._pings else PING_IDLE)
 
     def ping(self, now: float) -> int:
         """Note a PING that is put on the lane now; returns its token."""
         self._token += 1
         self._pings.append((self._token, self.sent, now))
         self._pinged_at = now
+        self.spoke = False
         return self._token
 
     def pong(self, token: int, now: float) -> None:
@@ -127,26 +133,39 @@ class Lane:
         due = self._next_ping()
         return due if now >= due else None
 
+    def _stalled_from(self, since: float) -> float:
+        """When it is stalled, if nothing comes until then; it owes an answer since `since`."""
+        patience = max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
+        return max(since + patience, self.heard + SUSPECT_AFTER)
+
+    def _silent_from(self, since: float) -> float:
+        return min(since + UNANSWERED_AFTER, max(since, self.heard) + SILENT_AFTER)
+
+    def quiet(self, now: float) -> bool:
+        """Nothing was heard of it for as long as makes a lane suspect that owes an answer."""
+        return now - self.heard >= SUSPECT_AFTER
+
     def stalled(self, now: float) -> bool:
         """An answer is owed for far longer than a round trip."""
         since = self._waiting_since(now)
-        if since is None or now - self.heard < SUSPECT_AFTER:
-            return False
-        return now - since >= max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
+        return since is not None and now >= self._stalled_from(since)
 
     def silent(self, now: float) -> bool:
         """The lane is dead: the peer is gone, or one direction is."""
         since = self._waiting_since(now)
-        if since is None:
-            return False
-        return now - since >= UNANSWERED_AFTER or (
-            now - since >= SILENT_AFTER and now - self.heard >= SILENT_AFTER
-        )
+        return since is not None and now >= self._silent_from(since)
 
     def deadline(self, now: float) -> float:
         """When this lane wants to be looked at again."""
         due = self._next_ping()
-        if self._waiting_since(now) is None:
+        since = self._waiting_since(now)
+        if since is None:
             return due
-        soon = now + PING_BUSY
-        return min(due, soon) if due > now else soon
+        look = self._silent_from(since)
+        if due > now:
+            look = min(look, due)
+        if not self.suspect:
+            # Stalled already, it is no worse than the lanes beside it: that may change.
+            stalled = self._stalled_from(since)
+            look = min(look, stalled if stalled > now else now + PING_BUSY)
+        return look

@@ -45,6 +45,8 @@ BULK_BYTES = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
 REFUSED_STREAMS = 1 << 14
 """Streams over `Limits.streams` that are refused one by one; a peer that opens more is broken."""
+SHORT_KINDS = frozenset({Kind.OPEN, Kind.ACK, Kind.GONE, Kind.RESET})
+"""Frames that go by the interactive lane while the sender trusts it."""
 JOIN_BYTES = 1 << 12
 """A payload up to this length is joined with its header into one piece."""
 
@@ -237,9 +239,7 @@ class Session:
         if self.lanes.pop(number, None) is None or self.ended:
             return []
         del self._decoders[number]
-        self._reclaim(number)
-        for stream in self.streams.values():
-            self._acknowledge_again(stream)
+        self._go_round(number)
         if self.lanes:
             return []
         self.cuts += 1
@@ -273,7 +273,7 @@ class Session:
                 events.append(LaneSilent(lane.id))
             elif not lane.suspect and lane.stalled(now) and self._healthy_beside(lane, now):
                 lane.suspect = True
-                self._reclaim(lane.id)
+                self._go_round(lane.id)
         if self._lazy_acks and now >= self._lazy_at:
             self._acks.update(self._lazy_acks)
             self._lazy_acks.clear()
@@ -475,7 +475,9 @@ class Session:
             out.append(header(Kind.PONG, 0, lane.pongs.popleft(), 0))
             size += HEADER_SIZE
         if not lane.suspect:
-            size += self._control_frames(out)
+            if control := self._control_frames(out):
+                lane.spoke = True
+                size += control
             for frame in self._stream_frames(lane, budget - size):
                 out.extend(frame)
                 size += sum(map(len, frame))
@@ -507,6 +509,8 @@ class Session:
     def _frame(self, lane: Lane, frame: Frame, now: float, events: list[Event]) -> bool:
         """Take in a frame. False: the session has ended with it."""
         kind = frame.kind
+        if lane.kind is LaneClass.BULK and kind in SHORT_KINDS:
+            self._peer_goes_round(lane, now)
         if kind is Kind.DATA or kind is Kind.END:
             stream = self._live(frame)
             if stream is None:
@@ -811,9 +815,19 @@ class Session:
             for other in self.lanes.values()
         )
 
-    def _reclaim(self, number: int) -> None:
-        """What was under way on a lane must be sent again by another."""
+    def _peer_goes_round(self, carrier: Lane, now: float) -> None:
+        """What belongs to short messages came by a bulk lane: the peer takes its lane for them to
+        be stalled. One that is as quiet here is: our answer would wait for our own PING."""
+        for lane in self.lanes.values():
+            if lane.kind is not carrier.kind and not lane.suspect and lane.quiet(now):
+                lane.suspect = True
+                self._go_round(lane.id)
+
+    def _go_round(self, number: int) -> None:
+        """What was under way on a lane must be sent again, by whatever lane there is."""
+        self._acks[CONTROL_STREAM] = None  # if there is nothing else to say: the peer is to know
         for stream in self.streams.values():
+            self._acknowledge_again(stream)
             again = stream.send.lane_lost(number)
             if stream.lane == number:
                 stream.lane = None
