@@ -154,7 +154,10 @@ def test_less_throughput(cluster: Cluster, w2: Daemon) -> None:
     usual = faults.slow_lane(w2.machine, bulk, "80mbit")
     source = cluster.head.machine.popen([str(cluster.head.machine.ray_python()), "-c", SOURCE])
     until(lambda: "listening" in source.log.read_text(), 20, lambda: "the source")
-    sink = w2.machine.popen(["bash", "-c", f"cat </dev/tcp/127.0.0.1/{SOURCE_PORT} >/dev/null"])
+    # One alone has not the credit to fill the lane for its first ten seconds or more, and of a
+    # link that is not full nothing is learnt.
+    take = ["bash", "-c", f"exec cat </dev/tcp/127.0.0.1/{SOURCE_PORT} >/dev/null"]
+    sinks = [w2.machine.popen(take) for _ in range(6)]
     time.sleep(20)  # its past
     usual()
     faults.slow_lane(w2.machine, bulk, "4mbit")
@@ -165,8 +168,8 @@ def test_less_throughput(cluster: Cluster, w2: Daemon) -> None:
     assert of(w2.status(), "link_slow", "w2") is None
     usual()
     over([cluster.head, w2], 20, subject="w2")
-    sink.signal(signal.SIGKILL)
-    source.signal(signal.SIGKILL)
+    for process in (*sinks, source):
+        process.signal(signal.SIGKILL)
 
 
 def test_longer_round_trips(cluster: Cluster) -> None:

@@ -18,7 +18,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.watch import conditions, machine
 from rayfwd.watch.board import Board
 from rayfwd.watch.conditions import CATALOGUE, Condition, Kind, Seen, worst
-from rayfwd.watch.links import LinkRules, LinkSeen
+from rayfwd.watch.links import INTERVAL, THIN_FOR, LinkRules, LinkSeen
 from rayfwd.watch.machine import MachineSeen
 from tests.unit.loops import log_events, of
 from tests.unit.test_events import codes
@@ -486,6 +486,22 @@ def test_thin_where_what_arrives_is_known_only_now_and_then() -> None:
         if rules.look({"w1": LinkSeen({}, 0.001, "", arrived, True)}, float(now)):
             found.append(now)
     assert found == list(range(30, 60, 2))
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("step", [0.5, 1.0, 2.0, 3.0, 4.0])
+def test_thin_is_seen_from_when_its_answers_came(step: float, phase: float) -> None:
+    """The first look after it still finds what came fast, and no answer for seconds after that."""
+    rules, begins = LinkRules(), 24.0
+    answers = [number / 10 for number in range(int(begins * 10) + 1)]
+    answers += [begins + step * number for number in range(1, int(20 / step))]
+    arrived = {at: int(6 * MB * at - max(0.0, at - begins) * 5.5 * MB) for at in answers}
+    for look in range(20):
+        now = phase + 2.0 * look
+        at = max(a for a in answers if a <= now)
+        if rules.look({"w1": LinkSeen({}, 0.001, "", arrived[at], True, at)}, now):
+            break
+    assert THIN_FOR <= now - begins <= THIN_FOR + step + INTERVAL
 
 
 def test_a_lane_less_is_not_thin() -> None:

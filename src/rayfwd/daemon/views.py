@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from statistics import mean
 from typing import Any
 
 from rayfwd.config import Config
@@ -118,12 +119,15 @@ def link_seen(mux: Mux | None, history: History) -> LinkSeen:
         and (lane := mux.session.lanes.get(number)) is not None
         and lane.rtt is not None
     ]
-    lanes = mux.session.lanes.values() if mux is not None else ()
+    lanes = list(mux.session.lanes.values()) if mux is not None else []
+    # What is short and fits says nothing of what the link could carry.
+    lanes = [lane for lane in lanes if lane.kind is LaneClass.BULK] or lanes
     return LinkSeen(
         losses=dict(history.lanes_lost),
         round_trip=min(trips, default=None),
         said=history.lane_loss,
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
+        confirmed_at=mean(lane.answered_at for lane in lanes) if lanes else None,
         backlog=mux is not None and mux.session.backlog,
     )
 

@@ -45,7 +45,7 @@ class Lane:
     """The state of one lane; owned by its session."""
 
     __slots__ = (
-        "_answered_at", "_limited", "_pinged_at", "_pings", "_token", "base_rtt", "bytes_in",
+        "_limited", "_pinged_at", "_pings", "_token", "answered_at", "base_rtt", "bytes_in",
         "bytes_out", "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "spoke", "suspect",
         "window",
     )  # fmt: skip
@@ -63,6 +63,8 @@ class Lane:
         """Since the last PING there was an ACK or a GONE, which a stalled lane must not keep."""
         self.confirmed = 0
         """Of `sent`: what has certainly arrived."""
+        self.answered_at = now
+        """When the last PONG came, and `confirmed` with it."""
         self.window = WINDOW_START
         self.rtt: float | None = None
         """Smoothed round-trip time in seconds."""
@@ -74,7 +76,6 @@ class Lane:
         """Tokens of the peer's PINGs, to be answered."""
         self._pings: deque[tuple[int, int, float]] = deque()
         self._pinged_at = now - PING_IDLE
-        self._answered_at = now
         self._token = 0
         self._limited = False
 
@@ -120,14 +121,14 @@ class Lane:
         elif self._limited and queue <= QUEUE_GOAL:
             self.window = min(WINDOW_CEILING, self.window + position - self.confirmed)
         self.confirmed = position
-        self._answered_at = now
+        self.answered_at = now
         self._limited = False
         self.suspect = False
 
     def _waiting_since(self, now: float) -> float | None:
         """Since when the peer owes an answer; None if it owes none."""
         if self._pings:
-            return max(self._pings[0][2], self._answered_at)
+            return max(self._pings[0][2], self.answered_at)
         # A transport that takes no more bytes takes no PING either: the time at which one was
         # due counts, else a lane that stops at such a moment would never be found dead.
         due = self._next_ping()

@@ -41,8 +41,7 @@ THIN_MOST = 2e6
 """A full link is thin where it carries so many times less than it did when it was full, and less
 than so many bytes in a second: one that many share, and that is fast all the same, is none."""
 THIN_FOR = 4.0
-"""For so many seconds without a break. Before them pass those in which what was under way on the
-lane at its old speed arrives."""
+"""For so many seconds without a break."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +55,13 @@ class LinkSeen:
     said: str = ""
     """Why a lane was lost last."""
     confirmed: int | None = None
-    """Bytes of streams that have certainly arrived by the lanes that are there; None: no lane."""
+    """Bytes of streams that have certainly arrived by the lanes that are there, those for bulk if
+    there are any; None: no lane."""
     backlog: bool = False
     """More waits to be sent."""
+    confirmed_at: float | None = None
+    """When `confirmed` was last heard of, by the clock of the looks, in the mean of the lanes: a
+    full queue of seconds makes it rarer than looks. None: now."""
 
 
 @dataclass(slots=True)
@@ -69,9 +72,9 @@ class _Past:
     trips: deque[tuple[float, float]] = field(default_factory=deque)
     slow_since: float | None = None
     confirmed: tuple[float, int] | None = None
-    """When the link was last seen full, at the last look, and what had arrived by then."""
+    """What had arrived, and when it was known, if the last look found the link full."""
     rates: deque[tuple[float, float]] = field(default_factory=deque)
-    """Bytes in a second, of the time between two looks that both found the link full."""
+    """Bytes in a second, between two looks that both found the link full."""
     thin: _Thin | None = None
 
 
@@ -79,7 +82,7 @@ class _Past:
 class _Thin:
     since: float
     last: float
-    """The last look that found it so."""
+    """Until when it was so, as far as is known."""
     rate: float
     usual: float
 
@@ -153,8 +156,9 @@ def _slow(past: _Past, link: LinkSeen, now: float) -> float | None:
 def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
     """What `past.thin` is from now on."""
     before = past.confirmed
+    heard = now if link.confirmed_at is None else link.confirmed_at
     full = link.backlog and link.confirmed is not None
-    past.confirmed = (now, link.confirmed) if full and link.confirmed is not None else None
+    past.confirmed = (heard, link.confirmed) if full and link.confirmed is not None else None
     while past.rates and now - past.rates[0][0] > PAST:
         past.rates.popleft()
     thin = past.thin
@@ -164,17 +168,17 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
         # What arrives is known in steps, which a full queue makes rarer than looks: wait for one.
         past.confirmed = before
         return thin
-    if before is None or moved <= 0:
+    if before is None or moved <= 0 or heard <= before[0]:
         stays = thin is not None and now - thin.last <= (CALM if thin.counts else 0.0)
         return thin if stays else None
-    rate = moved / (now - before[0])
+    rate = moved / (heard - before[0])
     usual = median(r for _, r in past.rates) if len(past.rates) >= ENOUGH else None
     far_off = usual is not None and rate < min(usual / THIN_FACTOR, THIN_MOST)
     if not far_off or now - past.rates[-1][0] >= SAMPLE_SLOW:
         past.rates.append((now, rate))
     if not far_off or usual is None:
         return None
-    return _Thin(before[0] if thin is None else thin.since, now, rate, usual)
+    return _Thin(before[0] if thin is None else thin.since, heard, rate, usual)
 
 
 def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
