@@ -35,7 +35,6 @@ from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
 from rayfwd.roster import write_file
 from rayfwd.session.handshake import Hello, Welcome
-from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.watchdog import Late, Watchdog, late
@@ -304,9 +303,6 @@ def hello_of(config: Config, key: str) -> Hello:
     return Hello(
         node=config.name,
         key=key,
-        session="0",
-        resumes=False,
-        lane=LaneClass.INTERACTIVE,
         version=__version__,
         worker_ports=0,
         role="client",

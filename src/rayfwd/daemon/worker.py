@@ -39,7 +39,6 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.roster import write_file
 from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Welcome
-from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
@@ -411,9 +410,6 @@ def hello_of(config: Config, key: str) -> Hello:
     return Hello(
         node=config.name,
         key=key,
-        session="0",
-        resumes=False,
-        lane=LaneClass.INTERACTIVE,
         version=__version__,
         worker_ports=config.worker_ports,
         advertise=config.ray.advertise,

@@ -22,18 +22,18 @@ MAX_HANDSHAKE = 1 << 16
 """Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """What a worker, or a client, says of itself on each lane."""
+    """What a worker, or a client, says of itself on each lane; a link sets what differs by lane."""
 
     node: str
     key: str
     """A secret of the node, made once; the hub knows a node by it. A client's: of its process."""
-    session: str
+    session: str = "0"
     """Number of the session: hexadecimal, larger for each new session of the node."""
-    resumes: bool
+    resumes: bool = False
     """The session was welcomed before: the hub must know it."""
-    lane: LaneClass
+    lane: LaneClass = LaneClass.INTERACTIVE
     version: str
     worker_ports: int
     """A client has none: 0, which a hub that knows no clients refuses."""

@@ -272,8 +272,7 @@ class Session:
             if lane.silent(now):
                 events.append(LaneSilent(lane.id))
             elif not lane.suspect and lane.stalled(now) and self._healthy_beside(lane, now):
-                lane.suspect = True
-                self._go_round(lane.id)
+                self._suspect(lane)
         if self._lazy_acks and now >= self._lazy_at:
             self._acks.update(self._lazy_acks)
             self._lazy_acks.clear()
@@ -820,8 +819,11 @@ class Session:
         be stalled. One that is as quiet here is: our answer would wait for our own PING."""
         for lane in self.lanes.values():
             if lane.kind is not carrier.kind and not lane.suspect and lane.quiet(now):
-                lane.suspect = True
-                self._go_round(lane.id)
+                self._suspect(lane)
+
+    def _suspect(self, lane: Lane) -> None:
+        lane.suspect = True
+        self._go_round(lane.id)
 
     def _go_round(self, number: int) -> None:
         """What was under way on a lane must be sent again, by whatever lane there is."""
