@@ -122,6 +122,10 @@ def test_offspring_by_session_and_by_marker_and_nothing_else() -> None:
         leader.wait()
         stranger.kill()
         stranger.wait()
+    # A signal is on its way when it is sent; only our own children can be waited for.
+    deadline = time.monotonic() + 10
+    while procfs.offspring(started, marker) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert procfs.offspring(started, marker) == []
     assert not procfs.is_alive(started)
 

@@ -1,0 +1,113 @@
+"""Faults too large to be ridden through: what each costs, and that all heals without a hand.
+
+docs/faults.md says which tasks are lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab.checks import verify
+from tests.lab.cluster import Cluster
+from tests.lab.faults import Faults, strict_firewalls
+from tests.lab.machines import Lab
+from tests.lab.mix import over_rayfwd
+from tests.lab.process import until
+from tests.lab.toll import ECHO, Echoes, Job, doors
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def test_after_ride_through_all_is_given_up(lab: Lab) -> None:
+    """Said once on both sides; the next connection waits for the link, and all heals with it."""
+    cluster = Cluster(
+        lab,
+        workers=("w1",),
+        every={"ray.start": False, "expose": [ECHO], "ride_through": 6},
+        head={"forward": [d for d in doors("head") if "w1" in d["to"]]},
+        w1={"forward": [d for d in doors("w1") if "head" in d["to"]]},
+    )
+    cluster.start(["head"])
+    cluster.head.wait_event("hub_listening")
+    cluster.start(["w1"])
+    cluster.wait_ready()
+    echoes = Echoes(lab, ["w1>head", "head>w1"])
+    echoes.beats()
+    assert echoes.failed() == []
+    undo: Callable[[], None] = Faults(lab).swallow(lab.machine("w1"))
+    for daemon in cluster.daemons:
+        daemon.wait_event("session_ended", 20, where=lambda e: e["cause"].startswith("no lane for"))
+        status = daemon.wait_status(lambda s: s["streams"]["parked"] == 0, 20)
+        assert status["streams"]["open"] == 0
+    until(lambda: {e["target"] for e in echoes.failed()} == set(echoes.ways), 10, lambda: "resets")
+    undo()
+    healed = time.monotonic()
+    echoes.beats(40)
+    status = cluster.worker("w1").wait_status(lambda s: s["state"] == "ready", 20)
+    assert status["problems"] == []
+    failed = [e for e in echoes.failed() if e["began"] > healed + 20]
+    assert failed == []
+    for daemon in cluster.daemons:
+        assert len(daemon.events("session_ended")) == 1
+        assert len(daemon.events("link_parked")) == 1
+    echoes.finish()
+    assert cluster.stop() == {"head": 0, "w1": 0}
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    """A head and two workers, with Ray."""
+    strict_firewalls(module_lab)
+    with over_rayfwd(module_lab) as made:
+        yield made
+
+
+@pytest.mark.ray
+def test_a_worker_is_rebooted(cluster: Cluster) -> None:
+    """What it ran is lost, and nothing else; it comes back by itself."""
+    w1, w2 = cluster.lab.machine("w1"), cluster.lab.machine("w2")
+    job = Job(w1, w1.ray_python())
+    address = cluster.worker("w2").status()["node"]["address"]
+    w2.kill_all()
+    cluster.start_node("w2")
+    # Before that its old self is in Ray's table still.
+    until(lambda: job.dead, 120, lambda: f"the node is not found dead{cluster.lab.tails()}")
+    before = job.done_on(address)
+    until(
+        lambda: job.done_on(address) > before + 20,
+        120,
+        lambda: f"no task on {address}{cluster.lab.tails()}",
+    )
+    job.finish()
+    bad = job.bad()
+    assert bad
+    assert [line for line in bad if address not in line["way"]] == []
+    assert len(job.dead) == 1
+
+
+@pytest.mark.ray
+def test_the_head_is_rebooted(cluster: Cluster) -> None:
+    """All of Ray's memory is gone with it; the workers join the new one without a hand."""
+    head = cluster.lab.machine("head")
+    head.kill_all()
+    head.start_sshd()
+    cluster.start_node("head")
+    cluster.head.wait_ready()
+    alive(cluster, 3)
+    addresses = [row["address"] for row in cluster.head.status()["roster"]]
+    verify(cluster.driver("w1", ["--checks", "essential"]), "w1", addresses)
+
+
+def alive(cluster: Cluster, nodes: int) -> None:
+    """Wait until so many nodes are alive in Ray's own table, and all daemons are content."""
+
+    def look(status: dict[str, Any]) -> bool:
+        seen = (status["cluster"] or {}).get("nodes", [])
+        ready: bool = status["state"] == "ready"
+        return ready and sum(n["state"] == "ALIVE" for n in seen) == nodes
+
+    cluster.head.wait_status(look, 250)
