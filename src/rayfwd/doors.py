@@ -14,6 +14,7 @@ import struct
 from asyncio.trsock import TransportSocket
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NamedTuple, cast
 
 from rayfwd.logs import get_logger
@@ -87,6 +88,7 @@ class Pump(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        no_delay(self._transport.get_extra_info("socket"))
         self._among.add(self)
         self._reading = Reading(self._transport)
         if self._over:
@@ -255,12 +257,18 @@ class Held(NamedTuple):
     """What the program is still to be sent."""
 
 
+def no_delay(sock: socket.socket | TransportSocket) -> None:
+    """Send what is short at once, not when the other end has confirmed what went before (Nagle's
+    algorithm), which it may do 40 ms later. asyncio sees to that only where a socket was made with
+    the protocol's number, and what comes from a listening socket inherits that from it."""
+    with suppress(OSError):  # no TCP, or already closed
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def linger_off(sock: socket.socket | TransportSocket) -> None:
     """A reset is what the other end sees when this is closed."""
-    try:
+    with suppress(OSError):  # already closed
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
-    except OSError:
-        pass  # already closed
 
 
 class Dialer:

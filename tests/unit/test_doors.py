@@ -208,6 +208,29 @@ def test_a_server_that_closes_with_bytes_unread_resets(tmp_path: Path, path: str
     run(main)
 
 
+def test_what_is_short_is_not_held_back(tmp_path: Path) -> None:
+    """The kernel waits for no confirmation (Nagle's algorithm): neither behind a door nor where a
+    connection is dialled. What runs over a door writes many short messages, as Ray does."""
+
+    async def main() -> None:
+        async with cluster(tmp_path, "w1") as c:
+            place = Target(c.address, free_place().port)
+            listen = await c.door("w1", place)
+            async with serving(echo, place):
+                reader, writer = await asyncio.open_connection(*listen)
+                writer.write(b"x")
+                assert await reader.read(1) == b"x"
+                (behind,), (dialled,) = c.workers["w1"].doors.pumps, c.dialer.pumps
+                for pump in (behind, dialled):
+                    assert pump._transport is not None
+                    sock = pump._transport.get_extra_info("socket")
+                    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+                await goodbye(writer)
+                await at_rest(c)
+
+    run(main)
+
+
 @every_path
 def test_many_bytes_pass_unchanged_both_ways_at_once(tmp_path: Path, path: str) -> None:
     data = os.urandom(1 << 20) * 8
