@@ -27,10 +27,11 @@ from rayfwd.logs import get_logger
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.progress import Progress
+from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.ssh import Dialer, why_no_answer
 

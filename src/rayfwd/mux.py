@@ -15,10 +15,7 @@ from typing import Any, Protocol
 
 from rayfwd.logs import get_logger
 from rayfwd.pace import pace
-from rayfwd.session.frames import ProtocolError
-from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import (
-    CONTROL_STREAM,
+from rayfwd.session.events import (
     DataReceived,
     EndReceived,
     Event,
@@ -26,13 +23,16 @@ from rayfwd.session.session import (
     MessageReceived,
     Parked,
     Resumed,
-    Session,
     SessionEnded,
     StreamFinished,
     StreamOpened,
     StreamReset,
     StreamWritable,
+    joined,
 )
+from rayfwd.session.frames import ProtocolError
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import CONTROL_STREAM, Session
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.stream import ReceiveSide, ResetReason, StreamState
 
@@ -188,7 +188,7 @@ class Mux:
         record = self.lanes.get(number)
         if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
             self._look_for_short(events)
-        self._run(events)
+        self._run(joined(events))
 
     def _look_for_short(self, events: list[Event]) -> None:
         """What came on the lane for short messages is one, unless it answers a long transfer."""

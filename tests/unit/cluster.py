@@ -22,10 +22,11 @@ from rayfwd.hub import Hub
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.plan import head_plan
 from rayfwd.roster import Roster
+from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.session import Limits, Session
 from tests.unit.loops import until
 
 INTERACTIVE, BULK = LaneClass.INTERACTIVE, LaneClass.BULK

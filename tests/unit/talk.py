@@ -9,20 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from rayfwd.session.frames import Frame, FrameDecoder, Kind
-from rayfwd.session.lane import Lane, LaneClass
-from rayfwd.session.session import (
+from rayfwd.session.events import (
     DataReceived,
     EndReceived,
     Event,
     LaneSilent,
-    Limits,
     MessageReceived,
-    Session,
     StreamFinished,
     StreamOpened,
     StreamReset,
 )
+from rayfwd.session.frames import Frame, FrameDecoder, Kind
+from rayfwd.session.lane import Lane, LaneClass
+from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 
 INTERACTIVE, BULK = LaneClass.INTERACTIVE, LaneClass.BULK

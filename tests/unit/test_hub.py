@@ -21,9 +21,9 @@ from rayfwd.hub import Hub, allowed_uids
 from rayfwd.hub import lane as lane_module
 from rayfwd.hub.hub import MAX_UNGREETED
 from rayfwd.problems import ProblemError
+from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
-from rayfwd.session.session import Parked, Resumed, SessionEnded
 from tests.unit.cluster import (
     BULK,
     Cluster,

@@ -15,9 +15,10 @@ from rayfwd import mux as mux_module
 from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.pace import Pace
 from rayfwd.session import lane as lane_module
+from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import FrameDecoder, Kind, encode
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
 from tests.unit.loops import log_events, of, run, until

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfwd import session as session_package
+from rayfwd.session.events import LaneSilent, Parked, Resumed, SessionEnded, StreamWritable
 from rayfwd.session.frames import Kind, ProtocolError, encode
 from rayfwd.session.lane import (
     PING_BUSY,
@@ -24,14 +25,9 @@ from rayfwd.session.session import (
     ACK_DELAY,
     MAX_MESSAGE,
     PROBE_AFTER,
-    LaneSilent,
     Limits,
-    Parked,
-    Resumed,
     Session,
-    SessionEnded,
     SessionState,
-    StreamWritable,
 )
 from rayfwd.session.stream import FRAME_BYTES, ResetReason, StreamState
 from tests.unit.talk import BULK, INTERACTIVE, STEP, Talk

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
+from rayfwd.session.events import Event
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Event, Limits, Session
+from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.stream import ReceiveSide, SendSide
 from tests.unit.wire import Wire

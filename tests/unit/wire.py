@@ -11,24 +11,22 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from rayfwd.session import snapshot
-from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import (
+from rayfwd.session.events import (
     DataReceived,
     EndReceived,
     Event,
     LaneSilent,
-    Limits,
     MessageReceived,
     Parked,
     Resumed,
-    Session,
     SessionEnded,
-    SessionState,
     StreamFinished,
     StreamOpened,
     StreamReset,
     StreamWritable,
 )
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits, Session, SessionState
 from rayfwd.session.stream import ResetReason
 
 

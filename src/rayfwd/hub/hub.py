@@ -24,8 +24,9 @@ from rayfwd.plan import check_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.roster import KEY_MINIMUM, Roster
 from rayfwd.session.checkup import Answer
+from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import Hello, Refusal, Welcome
-from rayfwd.session.session import Limits, Parked, Resumed, Session, SessionEnded
+from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 

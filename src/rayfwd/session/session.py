@@ -15,8 +15,22 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from rayfwd.session.events import (
+    DataReceived,
+    EndReceived,
+    Event,
+    LaneSilent,
+    MessageReceived,
+    Parked,
+    Resumed,
+    SessionEnded,
+    StreamFinished,
+    StreamOpened,
+    StreamReset,
+    StreamWritable,
+)
 from rayfwd.session.frames import (
     HEADER_SIZE,
     Frame,
@@ -70,89 +84,6 @@ class Limits:
     """Bytes kept for sending, of all streams, from which every writer must wait."""
     streams: int = 1 << 14
     """Streams open at once."""
-
-
-class StreamOpened(NamedTuple):
-    """The peer opened a stream."""
-
-    stream: int
-    target: bytes
-
-
-class DataReceived(NamedTuple):
-    """Bytes of a stream, in order. Call `consumed` when they have been passed on."""
-
-    stream: int
-    data: bytes
-
-
-class EndReceived(NamedTuple):
-    """The peer sends no more bytes on this stream."""
-
-    stream: int
-
-
-class StreamReset(NamedTuple):
-    """The stream was given up; forget it."""
-
-    stream: int
-    reason: ResetReason
-    text: str
-
-
-class StreamFinished(NamedTuple):
-    """Both directions ended, and all arrived; forget it."""
-
-    stream: int
-
-
-class StreamWritable(NamedTuple):
-    """A writer that had to wait may go on."""
-
-    stream: int
-
-
-class MessageReceived(NamedTuple):
-    """A message on the control stream."""
-
-    data: bytes
-
-
-class LaneSilent(NamedTuple):
-    """The lane is dead: close its transport, then call `lane_down`."""
-
-    lane: int
-
-
-class Parked(NamedTuple):
-    """The last lane went down; streams are held."""
-
-
-class Resumed(NamedTuple):
-    """A lane is up again."""
-
-    seconds: float
-
-
-class SessionEnded(NamedTuple):
-    """The session is over; its streams were reset before this."""
-
-    why: str
-
-
-Event = (
-    StreamOpened
-    | DataReceived
-    | EndReceived
-    | StreamReset
-    | StreamFinished
-    | StreamWritable
-    | MessageReceived
-    | LaneSilent
-    | Parked
-    | Resumed
-    | SessionEnded
-)
 
 
 class SessionState(Enum):
