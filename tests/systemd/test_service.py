@@ -71,8 +71,12 @@ def processes(machine: Machine) -> dict[int, str]:
 
 
 def raylet(machine: Machine) -> int:
-    (pid,) = [pid for pid, name in processes(machine).items() if name == "raylet"]
+    (pid,) = raylets(machine)
     return pid
+
+
+def raylets(machine: Machine) -> list[int]:
+    return [pid for pid, name in processes(machine).items() if name == "raylet"]
 
 
 def group(machine: Machine, pid: int) -> str:
@@ -408,6 +412,24 @@ def test_the_journal(kept: Kept) -> None:
         assert max(len(str(value)) for value in entry.values()) <= 16_000
         assert "\n" not in entry["MESSAGE"]
     assert not [e for e in found if "_LINE_BREAK" in e], "no line is longer than the journal's"
+
+
+def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept) -> None:
+    """systemd ends what is left of its unit; the daemon lives on, and starts Ray anew."""
+    head, worker = kept.cluster.head, kept.cluster.worker
+    daemon, others, old = worker.show()["MainPID"], raylets(head), raylets(worker)
+    worker.systemctl("kill", "--signal=KILL", "--kill-whom=main", "rayfwd-ray")
+
+    def states() -> list[str]:
+        """Of the worker's nodes in Ray's table."""
+        nodes = (head.status()["cluster"] or {"nodes": []})["nodes"]
+        return sorted(n["state"] for n in nodes if n["address"] == "127.77.0.2")
+
+    until(lambda: states() == ["ALIVE", "DEAD"], 120, lambda: f"a new node, not {states()}")
+    assert raylets(worker) != old
+    assert kept.cluster.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+    assert (worker.show()["MainPID"], raylets(head)) == (daemon, others)
+    assert group(worker, raylet(worker)) == "rayfwd-ray.service"
 
 
 def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
