@@ -20,6 +20,8 @@ class Demand:
 
     def __init__(self, now: float, moved: tuple[int, int]) -> None:
         self._at, self._moved = now, moved
+        self.idle = True
+        """Less moved between the last two calls than fills a lane once: the next one may wait."""
         self._rtt = float("inf")
         """The least one ever: a lane that came up under load has seen no round trip without it."""
 
@@ -33,6 +35,7 @@ class Demand:
         most = max(after - before for after, before in zip(moved, self._moved, strict=True))
         self._at, self._moved = now, moved
         self._rtt = min(self._rtt, rtt)
+        self.idle = most < FULL * CHANNEL_BYTES
         if math.isinf(self._rtt):
             return False
         return most / seconds * self._rtt >= FULL * CHANNEL_BYTES * max(lanes, 1)

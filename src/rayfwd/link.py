@@ -54,8 +54,8 @@ PATIENCE = 180.0
 """Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
 LASTED = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
-DEMAND_EVERY = 0.25
-"""Seconds between two looks at whether the lanes are full."""
+DEMAND_EVERY, DEMAND_IDLE = 0.25, 1.0
+"""Seconds between two looks at whether the lanes are full; while little moves."""
 EXTRA_AGAIN = 30.0
 """Seconds between two attempts at the extra lanes, at least."""
 
@@ -366,7 +366,7 @@ class Link:
         session = mux.session
         demand = Demand(mux.now(), (session.bytes_in, session.bytes_out))
         while not session.ended:
-            await asyncio.sleep(DEMAND_EVERY)
+            await asyncio.sleep(DEMAND_IDLE if demand.idle else DEMAND_EVERY)
             lanes = session.lanes.values()
             rtts = (lane.base_rtt for lane in lanes if lane.base_rtt is not None)
             bulk = sum(lane.kind is LaneClass.BULK for lane in lanes)

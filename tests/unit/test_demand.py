@@ -33,3 +33,12 @@ def test_a_lane_that_came_up_under_load_does_not_make_the_way_longer() -> None:
 
 def test_without_a_round_trip_nothing_is_known() -> None:
     assert not Demand(0.0, (0, 0)).full(1.0, (0, 100_000_000), float("inf"), 1)
+
+
+def test_it_is_idle_until_more_moves_than_fills_a_lane() -> None:
+    demand = Demand(0.0, (0, 0))
+    idle = [demand.idle]
+    for second, moved in enumerate([CHANNEL_BYTES, 2 * CHANNEL_BYTES, 2 * CHANNEL_BYTES + 1000]):
+        demand.full(second + 1.0, (moved, 0), 0.05, 1)
+        idle.append(demand.idle)
+    assert idle == [True, False, False, True]
