@@ -37,7 +37,7 @@ test: packages checks ray-envs roots
 
 demo: packages $(VENV)/.installed
 	$(BIN)/python tests/setup_envs.py $(DEMO_RAY)
-	$(BIN)/rayfwd demo --ray .cache/ray-envs/ray-$(DEMO_RAY)/bin/ray
+	$(BIN)/rayfwd demo --ray "$${RAYFWD_RAY_ENVS:-.cache/ray-envs}/ray-$(DEMO_RAY)/bin/ray"
 
 # On a machine that does nothing else; writes docs/benchmarks.md.
 bench: packages $(VENV)/.installed
