@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lab.process import until
-from tests.systemd.cluster import Cluster
+from tests.systemd.cluster import PYTHON, Cluster
 from tests.systemd.machines import Machine
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -54,7 +54,7 @@ print(json.dumps(ray.get(counter.add.remote(), timeout=60)))
 
 def ask_actor(cluster: Cluster, verb: str) -> tuple[int, str, int]:
     """Process id, address of its node, and how often it was asked."""
-    argv = ["/home/ray/venv/bin/python", "-c", ACTOR, verb]
+    argv = [str(PYTHON), "-c", ACTOR, verb]
     pid, address, count = json.loads(cluster.head.run(argv, user="ray", timeout=120).stdout)
     return pid, address, count
 
@@ -437,7 +437,7 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
     worker.systemctl("kill", "--signal=KILL", "--kill-whom=main", "rayfwd-ray")
     until(lambda: nodes() - old, 60, lambda: "it joins as a new node")
     (new,) = nodes() - old
-    said = head.run(["/home/ray/venv/bin/python", "-c", ON_NODE, new], user="ray", timeout=120)
+    said = head.run([str(PYTHON), "-c", ON_NODE, new], user="ray", timeout=120)
     assert "ran on 127.77.0.2" in said.stdout.splitlines()
     assert (worker.show()["MainPID"], raylets(head)) == (daemon, others)
     assert group(worker, raylet(worker)) == "rayfwd-ray.service"

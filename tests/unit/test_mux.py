@@ -134,6 +134,30 @@ def test_owners_are_told_what_happens_to_their_streams() -> None:
     run(main)
 
 
+def test_short_pieces_that_came_together_are_passed_on_as_one() -> None:
+    pieces: list[bytes] = []
+
+    class Reader(Owner):
+        def stream_data(self, data: bytes) -> None:
+            pieces.append(data)
+            super().stream_data(data)
+
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            stream = p.worker.open(Reader())
+            await until(lambda: p.hub.accepted)
+            (theirs,) = p.hub.accepted
+            assert theirs.stream is not None
+            # A frame and a write each, before the loop reads any of them.
+            for word in (b"one ", b"two ", b"three"):
+                theirs.stream.send(word)
+            await until(lambda: pieces)
+            assert pieces == [b"one two three"]
+            stream.end()
+
+    run(main)
+
+
 def test_a_refused_stream_is_lost_with_its_reason() -> None:
     async def main() -> None:
         async with pair(INTERACTIVE) as p:

@@ -96,23 +96,21 @@ def joined(events: list[Event]) -> list[Event]:
     if len(events) < 2:
         return events
     out: list[Event] = []
-    runs: dict[int, list[bytes]] = {}
-    """The pieces of an event of `out`, by its place in it."""
-    last: dict[int, int] = {}
-    """Where the last pieces of a stream are in `out`, by its number."""
+    runs: list[tuple[int, int, list[bytes]]] = []
+    """A place in `out`, and the stream and the pieces of what is to be there."""
+    last: dict[int, list[bytes]] = {}
+    """The pieces of a stream's last run, by its number."""
     for event in events:
         if not isinstance(event, DataReceived):
             last.clear()
-            out.append(event)
         elif event.stream in last and len(event.data) < COALESCE_BYTES:
-            runs[last[event.stream]].append(event.data)
+            last[event.stream].append(event.data)
+            continue
         else:
-            last[event.stream] = len(out)
-            runs[len(out)] = [event.data]
-            out.append(event)
-    for place, pieces in runs.items():
+            last[event.stream] = [event.data]
+            runs.append((len(out), event.stream, last[event.stream]))
+        out.append(event)
+    for place, stream, pieces in runs:
         if len(pieces) > 1:
-            first = out[place]
-            assert isinstance(first, DataReceived), "a run of pieces"
-            out[place] = DataReceived(first.stream, b"".join(pieces))
+            out[place] = DataReceived(stream, b"".join(pieces))
     return out
