@@ -5,12 +5,15 @@ The protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL. Standard library only.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import os
 import re
 import socket
 import struct
+import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -33,6 +36,14 @@ PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 LOST = "RAYFWD_LOST"
 """How many entries before this one the journal had no room for."""
+
+BACKLOG_LIMIT = 4 * 1024 * 1024
+"""Bytes of the entries that wait for journald: of one flood, all that `logs.REPEAT_LIMIT` lets
+through. Its socket takes some ten at once (net.unix.max_dgram_qlen)."""
+
+WAIT_SECONDS = 0.1
+CLOSE_SECONDS = 1.0
+"""For what waits when a process ends."""
 
 _RESERVED = re.compile(
     r"MESSAGE|MESSAGE_ID|PRIORITY|CODE_(FILE|LINE|FUNC)|ERRNO|(USER_)?INVOCATION_ID|SYSLOG_\w+"
@@ -101,41 +112,99 @@ def bounded(text: str, limit: int = FIELD_LIMIT, keep_end: bool = False) -> str:
 
 
 class Journal:
-    """A way to journald. It never waits: an entry that has no room is counted, and `LOST` in the
-    next one says how many there were."""
+    """A way to journald that never waits. What journald has no room for at once follows in order,
+    from a thread; beyond `BACKLOG_LIMIT` it is counted, and `LOST` in the next entry says it."""
 
     def __init__(self, path: Path = SOCKET) -> None:
         self._path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._socket.setblocking(False)
+        # A send that may wait looks up so often whether it is still wanted.
+        timeval = struct.pack("ll", 0, int(WAIT_SECONDS * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        self._lock = threading.RLock()
+        self._sending = False
+        self._backlog: deque[bytes] = deque()
+        self._backlog_size = 0
         self._lost = 0
+        self._sender: threading.Thread | None = None
+        self._closing = False
+        atexit.register(self.close)  # the last words of a process are worth a moment
 
     def send(self, fields: Mapping[str, str]) -> bool:
         """Write an entry. False: there is no journald there, so that it must be said otherwise."""
-        lost = {LOST: str(self._lost)} if self._lost else {}
+        with self._lock:
+            if self._sending:  # a finalizer ran in the midst of this, and has something to say
+                self._lost += 1
+                return True
+            self._sending = True
+            try:
+                return self._send(fields)
+            finally:
+                self._sending = False
+
+    def _send(self, fields: Mapping[str, str]) -> bool:
+        told = self._lost
+        lost = {LOST: str(told)} if told else {}
         data = encode([*lost.items(), *fields.items()])
         try:
-            self._put(data)
-        except BlockingIOError:
-            # Its queue is full. Waiting would hold up every connection that we carry.
-            self._lost += 1
-            return True
+            if self._backlog or not self._put(data, socket.MSG_DONTWAIT):
+                self._keep(data)
         except OSError:
             return False
-        self._lost = 0
+        except _NoRoomError:
+            self._lost += 1
+        else:
+            self._lost -= told
         return True
 
-    def _put(self, data: bytes) -> None:
+    def _keep(self, data: bytes) -> None:
+        """For the thread, which is started where none runs. Raises _NoRoomError."""
+        if self._backlog_size + len(data) > BACKLOG_LIMIT or self._closing:
+            raise _NoRoomError
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_backlog, name="journal", daemon=True)
+            try:
+                self._sender.start()  # it waits for the lock, which we hold
+            except RuntimeError:  # the system has no thread for us
+                self._sender = None
+                raise _NoRoomError from None
+        self._backlog.append(data)
+        self._backlog_size += len(data)
+
+    def _send_backlog(self) -> None:
+        while True:
+            with self._lock:
+                if not self._backlog:
+                    self._sender = None
+                    return
+                data = self._backlog[0]
+            try:
+                sent = self._put(data)
+                if not sent and not self._closing:
+                    continue
+            except OSError:  # there is no journald any more
+                sent = False
+            with self._lock:
+                gone = 1 if sent or not self._closing else len(self._backlog)
+                self._lost += 0 if sent else gone
+                for _ in range(gone):
+                    self._backlog_size -= len(self._backlog.popleft())
+
+    def _put(self, data: bytes, flags: int = 0) -> bool:
+        """False: there was no room, with MSG_DONTWAIT now, else for `WAIT_SECONDS`."""
         # Connected anew each time: journald may have been replaced in the meantime.
         try:
-            self._socket.sendto(data, self._path)
+            self._socket.sendto(data, flags, self._path)
+        except BlockingIOError:
+            return False
         except OSError as exc:
             # ENOBUFS: as the protocol's own text has it; both say "too large".
             if exc.errno not in {errno.EMSGSIZE, errno.ENOBUFS}:
                 raise
-            self._put_as_file(data)
+            return self._put_as_file(data, flags)
+        return True
 
-    def _put_as_file(self, data: bytes) -> None:
+    def _put_as_file(self, data: bytes, flags: int) -> bool:
         """What is too large for a datagram goes as a sealed file in memory."""
         descriptor = os.memfd_create("rayfwd-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -144,9 +213,24 @@ class Journal:
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))
-            self._socket.sendmsg([], [rights], 0, self._path)
+            self._socket.sendmsg([], [rights], flags, self._path)
+        except BlockingIOError:
+            return False
         finally:
             os.close(descriptor)
+        return True
 
     def close(self) -> None:
+        """What waits has `CLOSE_SECONDS` to go."""
+        atexit.unregister(self.close)
+        with self._lock:
+            sender = self._sender
+        if sender is not None:
+            sender.join(CLOSE_SECONDS)
+            self._closing = True
+            sender.join()
         self._socket.close()
+
+
+class _NoRoomError(Exception):
+    """Not even where entries wait."""

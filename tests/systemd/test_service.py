@@ -401,9 +401,8 @@ def test_the_journal(kept: Kept) -> None:
     time.sleep(2)
     found = entries()
     output = [e for e in found if e.get("EVENT") == "ray_output"]
-    # What journald has no room for at that moment is counted, too.
-    lost = sum(int(e.get("RAYFWD_LOST", 0)) for e in found)
-    assert len(output) <= 500 <= len(output) + lost + 50, (len(output), lost)
+    assert 450 <= len(output) <= 500, "all but what the same half minute had before"
+    assert not [e for e in found if "RAYFWD_LOST" in e], "what journald has no room for waits"
     text = json.dumps(worker.journal())
     assert "\\u001b" not in text
     assert "sesame" not in text

@@ -9,8 +9,11 @@ import os
 import re
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +82,17 @@ class Journald:
                 found.append(self.entry())
             except BlockingIOError:
                 return found
+
+    def wait_for(self, number: int) -> list[Entry]:
+        """So many entries at least, and what comes right after them."""
+        found: list[Entry] = []
+        deadline = time.monotonic() + 10
+        while len(found) < number:
+            assert time.monotonic() < deadline, f"{len(found)} of {number} entries"
+            time.sleep(0.01)
+            found += self.entries()
+        time.sleep(0.05)
+        return found + self.entries()
 
     def close(self) -> None:
         self.socket.close()
@@ -237,19 +251,95 @@ def test_a_large_entry_goes_as_a_sealed_file(journald: Journald) -> None:
         sink.close()
 
 
-def test_a_full_journal_holds_nothing_up_and_what_is_lost_is_counted(
-    log: Any, journald: Journald
+def test_a_full_journal_holds_nothing_up_and_loses_nothing(log: Any, journald: Journald) -> None:
+    for number in range(500):
+        log.info("e", number=number, filler="x" * 2000)
+    log.info("e", number=500)
+    came = journald.wait_for(501)
+    assert [e.get("NUMBER") for e in came] == [*map(str, range(500)), None]
+    assert came[-1]["EVENT"] == "events_suppressed"
+    assert not any(journal.LOST in e for e in came)
+    log.info("f")
+    assert journald.entry()["EVENT"] == "f"
+
+
+def test_what_the_journal_takes_too_late_is_counted(
+    log: Any, journald: Journald, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(journal, "BACKLOG_LIMIT", 100_000)
     for number in range(400):
         log.info("e", number=number, filler="x" * 2000)
-    came = journald.entries()
-    assert 0 < len(came) < 400
+    time.sleep(2 * journal.WAIT_SECONDS)  # it tries again
+    came = journald.wait_for(20)
+    kept = len(came)
+    assert [e["NUMBER"] for e in came] == [str(n) for n in range(kept)]
+    assert 20 <= kept < 60
     log.info("e", number=400)
-    (entry,) = journald.entries()
+    (entry,) = journald.wait_for(1)
     assert entry["NUMBER"] == "400"
-    assert entry["RAYFWD_LOST"] == str(400 - len(came))
+    assert entry["RAYFWD_LOST"] == str(400 - kept)
     log.info("e")
     assert "RAYFWD_LOST" not in journald.entry()
+
+
+def test_a_finalizer_that_logs_meanwhile_holds_nothing_up(
+    log: Any, journald: Journald, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = journal.encode
+
+    def interrupted(fields: Any) -> bytes:
+        monkeypatch.setattr(journal, "encode", encode)
+        log.info("inner")
+        return encode(fields)
+
+    monkeypatch.setattr(journal, "encode", interrupted)
+    log.info("outer")
+    log.info("later")
+    outer, later = journald.entries()
+    assert (outer["EVENT"], later["EVENT"]) == ("outer", "later")
+    assert later["RAYFWD_LOST"] == "1"
+
+
+def test_the_last_words_of_a_process_are_written(journald: Journald) -> None:
+    script = f"""
+from pathlib import Path
+from rayfwd.journal import Journal
+sink = Journal(Path({str(journald.path)!r}))
+for number in range(200):
+    sink.send({{"NUMBER": str(number)}})
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        came = journald.wait_for(200)
+        assert process.wait(10) == 0
+    assert [e["NUMBER"] for e in came] == [str(n) for n in range(200)]
+
+
+def test_a_journald_that_hangs_does_not_keep_a_process(
+    journald: Journald, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "CLOSE_SECONDS", 0.2)
+    sink = journal.Journal(journald.path)
+    for number in range(200):
+        assert sink.send({"NUMBER": str(number)})
+    began = time.monotonic()
+    sink.close()
+    assert time.monotonic() - began < 2
+    assert not [t for t in threading.enumerate() if t.name == "journal"]
+    assert 0 < len(journald.entries()) < 200
+
+
+def test_a_journald_that_goes_while_entries_wait(
+    log: Any, journald: Journald, stream: io.TextIOWrapper
+) -> None:
+    for number in range(100):
+        log.info("e", number=number)
+    journald.close()
+    deadline = time.monotonic() + 10
+    while [t for t in threading.enumerate() if t.name == "journal"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    log.info("f")
+    assert Path(stream.name).read_text() == "<6>f\n"
 
 
 def test_without_journald_it_is_a_line_again(
