@@ -163,7 +163,10 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     bystander.kill()
     bystander.wait()
     assert not events(logs, "ray_exited")
-    assert {e["killed"] for e in events(logs, "ray_stopped")} == {0}
+    # Ray's agent hears no signal while it waits, in C++, for a GCS that has just gone.
+    killed = events(logs, "ray_process_killed")
+    assert {e["title"] for e in killed} <= {"dashboard/agent.py"}
+    assert sum(e["killed"] for e in events(logs, "ray_stopped")) == len(killed)
     assert any("Ray runtime started" in e["line"] for e in events(logs, "ray_output"))
     assert not [e for e in events(logs, "ray_output") if "\x1b" in e["line"]]
 

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from rayfwd.config import parse
 from rayfwd.plan import head_plan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import ports, procfs
+from rayfwd.ray import process as process_module
 from rayfwd.ray.install import RayInstall, Versions
-from rayfwd.ray.process import clean_lines
+from rayfwd.ray.launcher import Direct
+from rayfwd.ray.process import RayProcess, clean_lines
 from rayfwd.ray.supervisor import RaySupervisor, check_versions
 
 OWN = RayInstall("/env/bin/ray", "/env/bin/python", Versions("2.60.0", "3.11.7"))
@@ -128,6 +131,51 @@ def test_offspring_by_session_and_by_marker_and_nothing_else() -> None:
         time.sleep(0.02)
     assert procfs.offspring(started, marker) == []
     assert not procfs.is_alive(started)
+
+
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_hears_no_signal_is_killed_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray's agent, which waits in C++ for a GCS that has gone."""
+    monkeypatch.setattr(process_module, "DRAIN_MARGIN", 0.2)
+    monkeypatch.setattr(process_module, "SETTLE", 0.2)
+    agent = tmp_path / "dashboard" / "agent.py"
+    agent.parent.mkdir()
+    agent.write_text(DEAF)
+    command = f"{sys.executable} {agent} --password=sesame & wait"
+
+    async def scenario() -> tuple[int, int]:
+        process = RayProcess.spawn(
+            ["/bin/sh", "-c", command],
+            os.environ,
+            tmp_path / "state",
+            digest="",
+            versions=Versions("2.60.0", "3.11.7"),
+            command="",
+            launcher=Direct(),
+        )
+        seen: list[str] = []
+        while "ready" not in seen:
+            seen += process.read_output()
+            await asyncio.sleep(0.05)
+        (child,) = procfs.children(process.pid)
+        return child.pid, await process.end(lambda: None, drain=False)
+
+    with capture_logs() as logs:
+        pid, killed = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert killed == 1
+    assert procfs.look_up(pid) is None
+    (told,) = [e for e in logs if e["event"] == "ray_process_killed"]
+    assert (told["pid"], told["title"]) == (pid, "dashboard/agent.py")
+    assert not (tmp_path / "state" / "ray.json").exists()
 
 
 def test_output_is_cleaned() -> None:

@@ -23,10 +23,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayfwd.logs import get_logger
 from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import OUTPUT, Direct, Launcher
+
+_log = get_logger(__name__)
 
 RECORD = "ray.json"
 
@@ -267,8 +270,10 @@ class RayProcess:
             left = await self._left()
             if number is not None:
                 for process in left:
-                    sent = procfs.send(process, number)
-                    killed += sent and number == signal.SIGKILL
+                    title = procfs.title(process)
+                    if procfs.send(process, number) and number == signal.SIGKILL:
+                        killed += 1
+                        _log.info("ray_process_killed", pid=process.pid, title=title)
             deadline = time.monotonic() + wait
             while left and time.monotonic() < deadline:
                 await asyncio.sleep(0.2)

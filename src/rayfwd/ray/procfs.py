@@ -125,6 +125,18 @@ def argument_of(process: Process, flag: str) -> str | None:
     return None
 
 
+def title(process: Process) -> str:
+    """What to call it: of an interpreter the script it runs, `dashboard/agent.py`, else its name.
+
+    Words that are not paths are left out: they may be secrets.
+    """
+    if process.name.startswith("python"):
+        for word in _read_list(process.pid, "cmdline")[1:]:
+            if word.endswith(b".py"):
+                return "/".join(word.decode("utf-8", "replace").split("/")[-2:])
+    return process.name
+
+
 def listener(port: int) -> Process | None:
     """The process that listens on a TCP port, where /proc lets us see it."""
     inodes = set(_listening_inodes(port))
