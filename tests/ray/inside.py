@@ -163,7 +163,8 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     bystander.kill()
     bystander.wait()
     assert not events(logs, "ray_exited")
-    # Ray's agent hears no signal while it waits, in C++, for a GCS that has just gone.
+    # A head's agent that sees its raylet go tells the GCS (report_raylet_error_logs), and while
+    # it waits, in C++, for one that has gone as well, it hears no signal.
     killed = events(logs, "ray_process_killed")
     assert {e["title"] for e in killed} <= {"dashboard/agent.py"}
     assert sum(e["killed"] for e in events(logs, "ray_stopped")) == len(killed)
