@@ -42,6 +42,8 @@ BACKLOG_LIMIT = 4 * 1024 * 1024
 through. Its socket takes some ten at once (net.unix.max_dgram_qlen)."""
 
 WAIT_SECONDS = 0.1
+"""For room, before the thread looks again whether it is still wanted."""
+
 CLOSE_SECONDS = 1.0
 """For what waits when a process ends."""
 
@@ -118,7 +120,6 @@ class Journal:
     def __init__(self, path: Path = SOCKET) -> None:
         self._path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        # A send that may wait looks up so often whether it is still wanted.
         timeval = struct.pack("ll", 0, int(WAIT_SECONDS * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._lock = threading.RLock()
@@ -174,21 +175,20 @@ class Journal:
     def _send_backlog(self) -> None:
         while True:
             with self._lock:
-                if not self._backlog:
+                if not self._backlog or self._closing:
                     self._sender = None
                     return
                 data = self._backlog[0]
+            lost = 0
             try:
-                sent = self._put(data)
-                if not sent and not self._closing:
+                if not self._put(data):
                     continue
             except OSError:  # there is no journald any more
-                sent = False
+                lost = 1
             with self._lock:
-                gone = 1 if sent or not self._closing else len(self._backlog)
-                self._lost += 0 if sent else gone
-                for _ in range(gone):
-                    self._backlog_size -= len(self._backlog.popleft())
+                self._backlog.popleft()
+                self._backlog_size -= len(data)
+                self._lost += lost
 
     def _put(self, data: bytes, flags: int = 0) -> bool:
         """False: there was no room, with MSG_DONTWAIT now, else for `WAIT_SECONDS`."""

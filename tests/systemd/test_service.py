@@ -445,14 +445,17 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
 def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
     for machine in reversed(kept.cluster.lab.machines):
         machine.systemctl("stop", "rayfwd")
-        killed = [e["TITLE"] for e in machine.events("ray_process_killed")]
-        assert machine.events("ray_stopped")[-1]["KILLED"] == str(len(killed))
+        said = machine.events()
+        asked = max(i for i, e in enumerate(said) if e["EVENT"] == "ray_stopping")
+        killed = [e["TITLE"] for e in said[asked:] if e["EVENT"] == "ray_process_killed"]
+        (stopped,) = [e for e in said[asked:] if e["EVENT"] == "ray_stopped"]
+        assert stopped["KILLED"] == str(len(killed))
         # Of a head that is the agent, where it just waits for the GCS (docs/events.md).
         assert set(killed) <= ({"dashboard/agent.py"} if machine is kept.cluster.head else set())
         machine.wait_for("rayfwd-ray", 20, ActiveState="inactive")
         assert machine.show()["Result"] == "success"
-        said = machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout
+        running = machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout
         logins = ("systemd --user", "(sd-pam)")  # of the user's own logins
-        assert [x for x in said.splitlines() if not x.endswith(logins)] == []
+        assert [x for x in running.splitlines() if not x.endswith(logins)] == []
         left = machine.run(["find", "/dev/shm", "/run", "-user", "ray"]).stdout
         assert [x for x in left.splitlines() if "/run/user" not in x] == []

@@ -270,7 +270,7 @@ class RayProcess:
             left = await self._left()
             if number is not None:
                 for process in left:
-                    title = procfs.title(process)
+                    title = procfs.title(process)  # as long as it can be read
                     if procfs.send(process, number) and number == signal.SIGKILL:
                         killed += 1
                         _log.info("ray_process_killed", pid=process.pid, title=title)

@@ -128,11 +128,11 @@ def argument_of(process: Process, flag: str) -> str | None:
 def title(process: Process) -> str:
     """What to call it: of an interpreter the script it runs, `dashboard/agent.py`, else its name.
 
-    Words that are not paths are left out: they may be secrets.
+    Nothing else of its command line: that may hold secrets.
     """
     if process.name.startswith("python"):
         for word in _read_list(process.pid, "cmdline")[1:]:
-            if word.endswith(b".py"):
+            if word.endswith(b".py") and not word.startswith(b"-"):
                 return "/".join(word.decode("utf-8", "replace").split("/")[-2:])
     return process.name
 
