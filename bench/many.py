@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from rayfwd.doors import Target
 from rayfwd.mux import Mux, MuxStream
-from rayfwd.session.frames import MAX_PAYLOAD, Kind, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, first_frame
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
@@ -89,10 +89,11 @@ class Caller:
         self.first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._came = 0
 
-    def stream_data(self, data: bytes) -> None:
+    def stream_data(self, pieces: Sequence[Piece]) -> None:
         assert self.stream is not None
-        self._came += len(data)
-        self.stream.consumed(len(data))
+        size = sum(map(len, pieces))
+        self._came += size
+        self.stream.consumed(size)
         if self._came >= len(MESSAGE):
             self._came = 0
             Caller.echoes += 1

@@ -82,7 +82,7 @@ class Checkup:
 
     def _frame(self, frame: Frame) -> None:
         if frame.kind is Kind.CHECK and frame.stream == FILLER:
-            self._take(len(frame.payload))
+            self._take(frame.size)
         else:
             self._question(checkup.read(frame))
 

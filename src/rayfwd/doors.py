@@ -13,7 +13,7 @@ import socket
 import struct
 from asyncio.trsock import TransportSocket
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, cast
 
@@ -21,7 +21,9 @@ from rayfwd.logs import get_logger
 from rayfwd.mux import MuxStream
 from rayfwd.pace import Reading
 from rayfwd.problems import Problem
+from rayfwd.session.frames import Piece
 from rayfwd.session.stream import ResetReason
+from rayfwd.writev import write
 
 log = get_logger(__name__)
 
@@ -72,11 +74,11 @@ class Pump(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reading: Reading | None = None
         """Of the transport; it outlives it."""
-        self._written: deque[bytes] = deque()
+        self._written: deque[Piece] = deque()
         """What the transport may not have passed on yet: asyncio says how much it is, not what."""
         self._written_size = 0
         self._stream: MuxStream | None = None
-        self._early: list[bytes] = []
+        self._early: list[Piece] = []
         self._early_end = False
         self._owed = 0
         """Bytes written to the transport and not yet reported as consumed."""
@@ -96,9 +98,9 @@ class Pump(asyncio.Protocol):
             return
         # Not before the loop reads from it: until 3.11.3 asyncio forgets what is said here.
         asyncio.get_running_loop().call_soon(self._hold)
-        for data in self._early:
-            self.stream_data(data)
-        self._early.clear()
+        early, self._early = self._early, []
+        if early:
+            self.stream_data(early)
         if not self._full:
             self._report()
         if self._early_end:
@@ -152,18 +154,19 @@ class Pump(asyncio.Protocol):
         if self._reading is not None and self._transport is not None and not self._over:
             self._reading.go_on()
 
-    def stream_data(self, data: bytes) -> None:
+    def stream_data(self, pieces: Sequence[Piece]) -> None:
         if self._over:
             return
         if self._transport is None:
-            self._early.append(data)  # bounded by the stream's credit: nothing is reported
+            self._early += pieces  # bounded by the stream's credit: nothing is reported
             return
-        self._transport.write(data)
+        write(self._transport, pieces)
+        size = sum(map(len, pieces))
         if self._written or self._transport.get_write_buffer_size():
-            self._written.append(data)
-            self._written_size += len(data)
+            self._written += pieces
+            self._written_size += size
             self._trim()
-        self._owed += len(data)
+        self._owed += size
         if not self._full:
             self._report()
 

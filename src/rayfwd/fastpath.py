@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from rayfwd.logs import get_logger
 from rayfwd.pace import pace
+from rayfwd.writev import write
 
 log = get_logger(__name__)
 
@@ -302,10 +303,7 @@ class FastPath(asyncio.Protocol):
         out: list[bytes] = []
         for data, length in _cut(chunks, size, channel._send_pktsize):
             out += self._packet(data, length)
-        if len(out) > 2 and not self._transport.is_closing():  # see hub/lane.py
-            self._transport.writelines(out)
-        else:
-            self._transport.write(b"".join(out))
+        write(self._transport, out)
 
     def _send_held(self) -> None:
         """There may be room for what was held."""

@@ -19,6 +19,7 @@ from rayfwd.session.events import (
     DataReceived,
     EndReceived,
     Event,
+    Gathered,
     LaneSilent,
     MessageReceived,
     Parked,
@@ -28,9 +29,9 @@ from rayfwd.session.events import (
     StreamOpened,
     StreamReset,
     StreamWritable,
-    joined,
+    gathered,
 )
-from rayfwd.session.frames import ProtocolError
+from rayfwd.session.frames import Piece, ProtocolError
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import CONTROL_STREAM, Session
 from rayfwd.session.snapshot import Tree
@@ -68,7 +69,7 @@ class LaneTransport(Protocol):
 class StreamOwner(Protocol):
     """Who has the other side of a stream: a socket's pump, or another session's stream."""
 
-    def stream_data(self, data: bytes) -> None:
+    def stream_data(self, pieces: Sequence[Piece]) -> None:
         """Bytes, in order. Answer with `MuxStream.consumed` when they have been passed on."""
 
     def stream_ended(self) -> None:
@@ -107,9 +108,10 @@ class MuxStream:
         """What came in; only for a stream that is not over."""
         return self._mux.session.streams[self.number].receive
 
-    def send(self, data: bytes | memoryview) -> bool:
+    def send(self, *pieces: Piece) -> bool:
         """False: no more, please, until the owner's `stream_writable`."""
-        self._mux.session.send(self.number, data)
+        for piece in pieces:
+            self._mux.session.send(self.number, piece)
         self._mux.flush()
         # Asked after the flush: it may have taken what was too much, and said so already.
         return not self._mux.session.must_wait(self.number)
@@ -188,7 +190,7 @@ class Mux:
         record = self.lanes.get(number)
         if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
             self._look_for_short(events)
-        self._run(joined(events))
+        self._run(gathered(events))
 
     def _look_for_short(self, events: list[Event]) -> None:
         """What came on the lane for short messages is one, unless it answers a long transfer."""
@@ -322,7 +324,7 @@ class Mux:
             return
         self._run(self.session.tick(self.now()))
 
-    def _run(self, events: list[Event]) -> None:
+    def _run(self, events: Sequence[Event | Gathered]) -> None:
         """Do what the events say, then flush once."""
         self._depth += 1
         try:
@@ -335,12 +337,12 @@ class Mux:
             for number in list(self.lanes):
                 self.lanes.pop(number).transport.close()
 
-    def _do(self, event: Event) -> None:
+    def _do(self, event: Event | Gathered) -> None:
         match event:
-            case DataReceived(number, data):
+            case Gathered(number, pieces):
                 owner = self._owners.get(number)
                 if owner is not None:
-                    owner.stream_data(data)
+                    owner.stream_data(pieces)
             case EndReceived(number):
                 owner = self._owners.get(number)
                 if owner is not None:

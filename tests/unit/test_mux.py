@@ -16,7 +16,7 @@ from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.pace import Pace
 from rayfwd.session import lane as lane_module
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import FrameDecoder, Kind, encode
+from rayfwd.session.frames import FrameDecoder, Kind, Piece, encode
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
@@ -33,7 +33,8 @@ class Owner:
     told: list[str] = field(default_factory=list)
     reads: bool = True
 
-    def stream_data(self, data: bytes) -> None:
+    def stream_data(self, pieces: Sequence[Piece]) -> None:
+        data = b"".join(pieces)
         self.got += data
         if self.reads and self.stream is not None:
             self.stream.consumed(len(data))
@@ -134,13 +135,13 @@ def test_owners_are_told_what_happens_to_their_streams() -> None:
     run(main)
 
 
-def test_short_pieces_that_came_together_are_passed_on_as_one() -> None:
-    pieces: list[bytes] = []
+def test_pieces_that_came_together_are_passed_on_together() -> None:
+    told: list[Sequence[Piece]] = []
 
     class Reader(Owner):
-        def stream_data(self, data: bytes) -> None:
-            pieces.append(data)
-            super().stream_data(data)
+        def stream_data(self, pieces: Sequence[Piece]) -> None:
+            told.append(pieces)
+            super().stream_data(pieces)
 
     async def main() -> None:
         async with pair(INTERACTIVE) as p:
@@ -151,8 +152,8 @@ def test_short_pieces_that_came_together_are_passed_on_as_one() -> None:
             # A frame and a write each, before the loop reads any of them.
             for word in (b"one ", b"two ", b"three"):
                 theirs.stream.send(word)
-            await until(lambda: pieces)
-            assert pieces == [b"one two three"]
+            await until(lambda: told)
+            assert told == [[b"one ", b"two ", b"three"]]
             stream.end()
 
     run(main)

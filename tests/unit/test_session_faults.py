@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from rayfwd.session import frames
 from rayfwd.session.events import Event
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
@@ -30,6 +31,13 @@ ROOMY = Limits()
 
 
 def run_schedule(seed: int) -> Wire:
+    # In every other one short payloads come in pieces too.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frames, "LONG", 1 if seed % 2 else frames.LONG)
+        return _run_schedule(seed)
+
+
+def _run_schedule(seed: int) -> Wire:
     wire = Wire(seed, TINY if seed % 3 else ROOMY)
     for kind in (LaneClass.INTERACTIVE, LaneClass.BULK)[: 1 + seed % 2]:
         wire.add_lane(kind)

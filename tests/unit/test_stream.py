@@ -149,6 +149,13 @@ class TestReceiving:
         side.data(0, b"abc")
         assert side.data(0, b"abc") == []
         assert side.data(1, b"bcde") == [b"de"]
+        assert side.data(3, b"d", b"efg", b"h") == [b"fg", b"h"], "of a payload in pieces too"
+
+    def test_a_payload_in_pieces_waits_in_one(self) -> None:
+        side = ReceiveSide(100, 0.0)
+        assert side.data(3, b"de", b"f") == []
+        assert side.early_bytes == 3
+        assert side.data(0, b"a", b"bc") == [b"a", b"bc", b"def"]
 
     def test_an_end_out_of_order_waits_too(self) -> None:
         side = ReceiveSide(100, 0.0)
@@ -266,7 +273,9 @@ def test_any_cut_any_order_any_repeat_gives_the_same_bytes(data: st.DataObject) 
         if segment.end:
             receive.end(segment.offset)
         else:
-            out += b"".join(receive.data(segment.offset, bytes(segment.data)))
+            cut = data.draw(st.integers(0, len(segment.data)))
+            pieces = bytes(segment.data[:cut]), segment.data[cut:]
+            out += b"".join(receive.data(segment.offset, *pieces))
         ends += receive.complete and not before
         send.acknowledge(receive.next, LOTS)
     assert out == content

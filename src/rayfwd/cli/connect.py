@@ -20,6 +20,7 @@ from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import load_config
 from rayfwd.client import Client
 from rayfwd.config import Config, ConfigError, LogConfig, parse
+from rayfwd.memory import keep_freed
 from rayfwd.places import usual_config
 
 _OPTIONS = {
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def hold(config: Config) -> int:
     """Until SIGTERM or Ctrl-C. Raises ProblemError where it cannot begin."""
+    keep_freed()
     asyncio.run(Client(config, lambda line: print(line, flush=True)).run())
     return OK
 

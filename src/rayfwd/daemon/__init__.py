@@ -10,6 +10,7 @@ from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.head import HeadDaemon
 from rayfwd.daemon.worker import WorkerDaemon
 from rayfwd.logs import get_logger
+from rayfwd.memory import keep_freed
 from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
 
@@ -18,6 +19,7 @@ log = get_logger(__name__)
 
 def run(config: Config) -> int:
     """Run the daemon in front. Returns the exit code: 0 ended in order, 1 it could not begin."""
+    keep_freed()
     try:
         daemon = asyncio.run(_run(config))
     except ProblemError as exc:

@@ -66,7 +66,7 @@ class Visit(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         try:
             for frame in self._decoder.feed(data):
                 if frame.kind is Kind.CHECK and frame.stream == FILLER:
-                    self._wanted -= len(frame.payload)
+                    self._wanted -= frame.size
                     if self._wanted <= 0:
                         self._all_here.set()
                 else:

@@ -17,6 +17,7 @@ from rayfwd.plan import NodePlan
 from rayfwd.session.checkup import Answer, read_hello
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
+from rayfwd.writev import write
 
 HELLO_TIMEOUT = 10.0
 """Seconds that a connection may take to say hello."""
@@ -174,10 +175,8 @@ class HubLane(asyncio.Protocol):
     # -- as the transport of a lane ------------------------------------------------------
 
     def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        # Of a transport that is gone, writelines() of Python 3.12 to 3.13.5 watches the descriptor
-        # on, which may be another connection's by then (CPython's gh-136234).
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(chunks)
+        if self._transport is not None:
+            write(self._transport, chunks)
 
     def close(self) -> None:
         if self._transport is not None:

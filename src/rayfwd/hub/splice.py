@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rayfwd.mux import MuxStream
+from rayfwd.session.frames import Piece
 from rayfwd.session.stream import ResetReason
 
 
@@ -19,13 +22,14 @@ class Splice:
         """Take up a stream of which some may wait for room in the other."""
         self.stream, self._owed = stream, stream.receive.unread
 
-    def stream_data(self, data: bytes) -> None:
+    def stream_data(self, pieces: Sequence[Piece]) -> None:
         assert self.stream is not None
         if self.other is not None and self.other.stream is not None:
-            if self.other.stream.send(data):
-                self.stream.consumed(len(data))
+            size = sum(map(len, pieces))
+            if self.other.stream.send(*pieces):
+                self.stream.consumed(size)
             else:
-                self._owed += len(data)
+                self._owed += size
 
     def stream_ended(self) -> None:
         if self.other is not None and self.other.stream is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rayfwd.session.stream import COALESCE_BYTES, ResetReason
+from rayfwd.session.frames import Piece
+from rayfwd.session.stream import ResetReason
 
 
 class StreamOpened(NamedTuple):
@@ -18,7 +19,7 @@ class DataReceived(NamedTuple):
     """Bytes of a stream, in order. Call `consumed` when they have been passed on."""
 
     stream: int
-    data: bytes
+    data: Piece
 
 
 class EndReceived(NamedTuple):
@@ -90,27 +91,26 @@ Event = (
 )
 
 
-def joined(events: list[Event]) -> list[Event]:
-    """The same events, but short pieces of one stream in one, unless they would overtake an event
-    of another kind: who reads the stream is woken once by them, not once a frame."""
-    if len(events) < 2:
-        return events
-    out: list[Event] = []
-    runs: list[tuple[int, int, list[bytes]]] = []
-    """A place in `out`, and the stream and the pieces of what is to be there."""
-    last: dict[int, list[bytes]] = {}
-    """The pieces of a stream's last run, by its number."""
+class Gathered(NamedTuple):
+    """What several `DataReceived` of one stream say, in order."""
+
+    stream: int
+    pieces: list[Piece]
+
+
+def gathered(events: list[Event]) -> list[Event | Gathered]:
+    """The same events, but the pieces of a stream in one, unless they would overtake an event of
+    another kind: who reads the stream is woken once by them, not once a frame."""
+    out: list[Event | Gathered] = []
+    last: dict[int, Gathered] = {}
+    """The pieces of a stream that those to come join, by its number."""
     for event in events:
         if not isinstance(event, DataReceived):
             last.clear()
-        elif event.stream in last and len(event.data) < COALESCE_BYTES:
-            last[event.stream].append(event.data)
-            continue
+            out.append(event)
+        elif event.stream in last:
+            last[event.stream].pieces.append(event.data)
         else:
-            last[event.stream] = [event.data]
-            runs.append((len(out), event.stream, last[event.stream]))
-        out.append(event)
-    for place, stream, pieces in runs:
-        if len(pieces) > 1:
-            out[place] = DataReceived(stream, b"".join(pieces))
+            last[event.stream] = Gathered(event.stream, [event.data])
+            out.append(last[event.stream])
     return out

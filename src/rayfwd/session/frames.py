@@ -14,14 +14,24 @@ All integers are big-endian. What `offset` means depends on the kind, see `Kind`
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 HEADER = struct.Struct(">IQQ")
 HEADER_SIZE = HEADER.size
 MAX_PAYLOAD = 1 << 18
 """Bytes of payload that a frame may carry."""
 MAX_U64 = (1 << 64) - 1
+LONG = 1 << 14
+"""Bytes of a DATA frame from which its payload is left where it came in, and not copied."""
+LONG_PARTS = 16
+"""Parts that it may have come in: many short ones would take more memory than they have bytes."""
+LASTING = 4
+"""What is left there may keep so many times its own size of memory."""
+
+Piece = bytes | memoryview
+"""Bytes of a stream, never to be changed."""
 
 
 class Kind(IntEnum):
@@ -72,6 +82,13 @@ class Frame(NamedTuple):
     stream: int
     offset: int
     payload: bytes
+    pieces: Sequence[Piece] = ()
+    """Instead of `payload`, of a long DATA frame: one after the other, as they came in."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of payload."""
+        return len(self.payload) or sum(map(len, self.pieces))
 
 
 def header(kind: Kind, stream: int, offset: int, length: int) -> bytes:
@@ -88,7 +105,7 @@ def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -
 
 class FrameDecoder:
     """Cuts a lane's bytes into frames. Holds at most one unfinished frame, and copies a payload
-    once, however many pieces it comes in."""
+    once, however many pieces it comes in, and a long one of a stream's bytes not at all."""
 
     __slots__ = ("_header", "_held", "_parts", "_wanted")
 
@@ -105,7 +122,10 @@ class FrameDecoder:
         return self._held + (HEADER_SIZE if self._header else 0)
 
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
-        """The frames that `data` completes. Raises ProtocolError; the lane is then of no use."""
+        """The frames that `data` completes. Raises ProtocolError; the lane is then of no use.
+
+        What is passed as `memoryview` must not change any more.
+        """
         frames: list[Frame] = []
         view = memoryview(data)
         if not view.readonly:
@@ -118,15 +138,14 @@ class FrameDecoder:
                     break
                 self._parts.append(view[position : position + missing])
                 position += missing
-                whole = b"".join(self._parts)
-                header = self._header
+                parts, header = self._parts, self._header
                 self._rest()
                 if header is None:
-                    header = _header(whole, 0, MAX_PAYLOAD)
+                    header = _header(b"".join(parts), 0, MAX_PAYLOAD)
+                    parts = []
                     if header[1]:
                         self._header, self._wanted = header, header[1]
                         continue
-                    whole = b""
             else:
                 if size - position < HEADER_SIZE:
                     break
@@ -136,10 +155,13 @@ class FrameDecoder:
                 if stop > size:
                     self._header, self._wanted = header, header[1]
                     break
-                whole = bytes(view[position:stop])
+                parts = [view[position:stop]]
                 position = stop
-            kind, _, stream, offset = header
-            frames.append(Frame(kind, stream, offset, whole))
+            kind, length, stream, offset = header
+            if kind is Kind.DATA and length >= LONG and len(parts) <= LONG_PARTS:
+                frames.append(Frame(kind, stream, offset, b"", list(map(_lasting, parts))))
+            else:
+                frames.append(Frame(kind, stream, offset, b"".join(parts)))
         if position < size:
             self._parts.append(view[position:])
             self._held += size - position
@@ -148,9 +170,15 @@ class FrameDecoder:
     def _rest(self) -> None:
         """Nothing is unfinished."""
         self._header = None
-        self._parts.clear()
+        self._parts = []
         self._held = 0
         self._wanted = HEADER_SIZE
+
+
+def _lasting(view: memoryview) -> Piece:
+    """The bytes of a view, which may be kept for long: a copy where the view is a small part of
+    what it keeps in memory."""
+    return view if len(view) * LASTING >= len(cast(bytes, view.obj)) else bytes(view)
 
 
 def first_frame(buffer: bytearray, limit: int) -> Frame | None:

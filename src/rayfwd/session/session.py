@@ -36,6 +36,7 @@ from rayfwd.session.frames import (
     Frame,
     FrameDecoder,
     Kind,
+    Piece,
     ProtocolError,
     encode,
     header,
@@ -178,7 +179,7 @@ class Session:
         self._set_state(SessionState.PARKED)
         return [Parked()]
 
-    def receive(self, number: int, data: bytes | memoryview, now: float) -> list[Event]:
+    def receive(self, number: int, data: Piece, now: float) -> list[Event]:
         """Bytes from a lane. Raises ProtocolError: the peer is broken, close the session."""
         lane = self.lanes.get(number)
         if lane is None or self.ended:
@@ -237,7 +238,7 @@ class Session:
         self._enqueue(stream)
         return number
 
-    def send(self, number: int, data: bytes | memoryview) -> bool:
+    def send(self, number: int, data: Piece) -> bool:
         """Bytes to send. False: no more, please, until StreamWritable (or StreamReset)."""
         stream = self._writable_stream(number)
         if stream is None:
@@ -446,10 +447,10 @@ class Session:
             if stream is None:
                 return True
             receive = stream.receive
-            known = frame.offset + (len(frame.payload) or 1) <= receive.next
+            known = frame.offset + (frame.size or 1) <= receive.next
             was_complete = receive.complete
             if kind is Kind.DATA:
-                for data in receive.data(frame.offset, frame.payload):
+                for data in receive.data(frame.offset, *(frame.pieces or (frame.payload,))):
                     if stream.id == CONTROL_STREAM:
                         self._control_bytes(data, now, events)
                     else:
@@ -614,7 +615,7 @@ class Session:
             self._forget(stream)
             events.append(StreamFinished(stream.id))
 
-    def _control_bytes(self, data: bytes, now: float, events: list[Event]) -> None:
+    def _control_bytes(self, data: Piece, now: float, events: list[Event]) -> None:
         buffer = self._message
         buffer += data
         while len(buffer) >= _LENGTH.size:
@@ -650,7 +651,7 @@ class Session:
         self._acks.clear()
         return size
 
-    def _stream_frames(self, lane: Lane, budget: int) -> Iterator[list[bytes | memoryview]]:
+    def _stream_frames(self, lane: Lane, budget: int) -> Iterator[list[Piece]]:
         """Frames of streams for a lane, round robin, one a turn."""
         for bulk in self._classes(lane):
             queue = self._queues[bulk]
@@ -685,7 +686,7 @@ class Session:
     def _is_bulk(stream: Stream) -> bool:
         return stream.bulk and stream.state is StreamState.OPEN
 
-    def _next_frame(self, stream: Stream, lane: Lane) -> list[bytes | memoryview]:
+    def _next_frame(self, stream: Stream, lane: Lane) -> list[Piece]:
         if stream.state is StreamState.RESETTING:
             stream.reset_due = False
             stream.lane = lane.id

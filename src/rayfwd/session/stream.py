@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Sequence
 from enum import Enum, IntEnum
 
-from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, ProtocolError
+from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Piece, ProtocolError
 from rayfwd.session.snapshot import Tree
 
 FRAME_BYTES = 1 << 16
@@ -69,7 +70,7 @@ class Segment:
 
     __slots__ = ("data", "end", "lane", "offset")
 
-    def __init__(self, offset: int, data: bytes | memoryview, end: bool) -> None:
+    def __init__(self, offset: int, data: Piece, end: bool) -> None:
         self.offset = offset
         self.data = data
         self.end = end
@@ -91,7 +92,7 @@ class SendSide:
     )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
-        self._pending: deque[bytes | memoryview] = deque()
+        self._pending: deque[Piece] = deque()
         self._resend: deque[Segment] = deque()
         self._end_wanted = False
         self.pending_bytes = 0
@@ -129,7 +130,7 @@ class SendSide:
             return self.next < self.limit
         return self._end_wanted and not self.end_sent
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: Piece) -> None:
         if self._end_wanted:
             raise ValueError("bytes after the end of a stream")
         if data:
@@ -160,7 +161,7 @@ class SendSide:
         self.unacked.append(segment)
         return segment
 
-    def _chunk(self, room: int) -> bytes | memoryview:
+    def _chunk(self, room: int) -> Piece:
         pending = self._pending
         first = pending.popleft()
         if len(first) > room:
@@ -246,7 +247,7 @@ class ReceiveSide:
     )  # fmt: skip
 
     def __init__(self, window: int, now: float) -> None:
-        self._early: dict[int, bytes] = {}
+        self._early: dict[int, Piece] = {}
         self._early_at: list[int] = []
         self.early_bytes = 0
         self.next = 0
@@ -276,28 +277,29 @@ class ReceiveSide:
         """Bytes received and not yet taken by the reader, those out of order too."""
         return self.unread + self.early_bytes
 
-    def data(self, offset: int, payload: bytes) -> list[bytes]:
-        """Take in a DATA frame; returns what is now in order. Raises ProtocolError."""
-        stop = offset + len(payload)
+    def data(self, offset: int, *payload: Piece) -> list[Piece]:
+        """Take in a DATA frame, whose payload may be in pieces; returns what is now in order.
+        Raises ProtocolError."""
+        stop = offset + sum(map(len, payload))
         if stop > self.limit_sent:
             raise ProtocolError(
                 "credit_exceeded", f"DATA up to {stop}, but the limit is {self.limit_sent}"
             )
         if self.end_at is not None and stop > self.end_at:
             raise ProtocolError("data_after_end", f"DATA up to {stop}, but END was {self.end_at}")
-        if stop <= self.next or not payload:
+        if stop <= self.next or stop == offset:
             return []
         if offset > self.next:
-            self._keep_early(offset, payload)
+            self._keep_early(offset, payload[0] if len(payload) == 1 else b"".join(payload))
             return []
-        out = [payload[self.next - offset :] if offset < self.next else payload]
+        out = list(payload) if offset == self.next else _behind(payload, self.next - offset)
         self.next = stop
         if self._early_at:
             self._take_early(out)
         self._pass_end()
         return out
 
-    def _keep_early(self, offset: int, payload: bytes) -> None:
+    def _keep_early(self, offset: int, payload: Piece) -> None:
         known = self._early.get(offset)
         if known is not None:
             if len(known) >= len(payload):
@@ -311,7 +313,7 @@ class ReceiveSide:
             # Each byte is sent again at the same cut, so that what is held overlaps only by intent.
             raise ProtocolError("credit_exceeded", f"{self.early_bytes} bytes out of order")
 
-    def _take_early(self, out: list[bytes]) -> None:
+    def _take_early(self, out: list[Piece]) -> None:
         taken = 0
         for offset in self._early_at:
             if offset > self.next:
@@ -391,6 +393,16 @@ class ReceiveSide:
         side.limit_sent, side.ack_sent = tree["limit_sent"], tree["ack_sent"]
         side.mark_consumed = side.consumed
         return side
+
+
+def _behind(pieces: Sequence[Piece], skip: int) -> list[Piece]:
+    """The pieces without their first `skip` bytes."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if skip < len(piece):
+            out.append(piece[skip:])
+        skip = max(0, skip - len(piece))
+    return out
 
 
 class Stream:
