@@ -19,6 +19,7 @@ from typing import Any
 
 import asyncssh
 
+from rayfwd.beat import pause
 from rayfwd.config import HeadConfig
 from rayfwd.demand import Demand
 from rayfwd.fastpath import FastPath
@@ -366,7 +367,7 @@ class Link:
         session = mux.session
         demand = Demand(mux.now(), (session.bytes_in, session.bytes_out))
         while not session.ended:
-            await asyncio.sleep(DEMAND_IDLE if demand.idle else DEMAND_EVERY)
+            await pause(DEMAND_IDLE if demand.idle else DEMAND_EVERY)
             lanes = session.lanes.values()
             rtts = (lane.base_rtt for lane in lanes if lane.base_rtt is not None)
             bulk = sum(lane.kind is LaneClass.BULK for lane in lanes)

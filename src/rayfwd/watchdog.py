@@ -8,10 +8,10 @@ is down is no such fault: the loop that dials it turns.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping
 
+from rayfwd.beat import pause
 from rayfwd.logs import get_logger
 from rayfwd.mux import Mux
 from rayfwd.notify import Notifier
@@ -70,7 +70,7 @@ class Watchdog:
         """Until cancelled."""
         while True:
             self.look()
-            await asyncio.sleep(self._seconds / 4)
+            await pause(self._seconds / 4)
 
     def look(self) -> None:
         """Feed it, or say why not."""

@@ -17,6 +17,7 @@ from typing import Any
 from prometheus_client.core import Metric
 
 from rayfwd import __version__, logs
+from rayfwd.beat import pause
 from rayfwd.config import Config, ConfigError, ForwardConfig, load
 from rayfwd.control import ControlServer
 from rayfwd.daemon import handover, reload, service
@@ -154,7 +155,7 @@ class Daemon:
     async def _watch_token(self) -> None:
         """Whether this node's Ray and its user's drivers have the token that the cluster wants."""
         while True:
-            await asyncio.sleep(TOKEN_INTERVAL)
+            await pause(TOKEN_INTERVAL)
             found: Problem | None = None
             situation, head = self.situation(), self.node_named("head")
             if situation is not None and head is not None and not self.link_problems():

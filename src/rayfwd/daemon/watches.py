@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from rayfwd.beat import pause
 from rayfwd.problems import Problem
 from rayfwd.progress import Progress
 from rayfwd.watch import conditions, links, machine
@@ -82,7 +83,7 @@ class Watches:
             self.progress.turn(links.INTERVAL + PATIENCE)
             found = rules.look(self._daemon.links_seen(), loop.time())
             self._daemon.board.put_all("links", found)
-            await asyncio.sleep(links.INTERVAL)
+            await pause(links.INTERVAL)
 
     async def run_machine(self) -> None:
         """Until cancelled."""
@@ -101,7 +102,7 @@ class Watches:
             )
             found = [Seen(daemon.config.name, problem) for problem in machine.judge(seen)]
             daemon.board.put_all("machine", found)
-            await asyncio.sleep(machine.INTERVAL if daemon.nodes else 1.0)
+            await pause(machine.INTERVAL if daemon.nodes else 1.0)
 
     # -- between nodes --------------------------------------------------------
 

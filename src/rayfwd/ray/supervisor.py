@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rayfwd.beat import end_of_pause
 from rayfwd.config import Config
 from rayfwd.logs import get_logger
 from rayfwd.plan import NodePlan
@@ -470,7 +471,7 @@ class RaySupervisor:
             self.progress.turn(seconds + PATIENCE)
         # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the note.
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(None if seconds is None else end_of_pause(seconds)):
                 await self._wake.wait()
         self._wake.clear()
         self.progress.turn(BUSY)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from rayfwd.beat import end_of_pause, pause
 from rayfwd.config import RayConfig
 from rayfwd.logs import get_logger
 from rayfwd.plan import NodePlan
@@ -111,7 +112,9 @@ class ClusterWatch:
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
             )
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(1.0, wait - (time.monotonic() - began))):
+                async with asyncio.timeout_at(
+                    end_of_pause(max(1.0, wait - (time.monotonic() - began)))
+                ):
                     await self._soon.wait()
                     await asyncio.sleep(SETTLE)
             self._soon.clear()
@@ -180,7 +183,7 @@ class DashboardWatch:
             self._board.put(
                 "dashboard", {} if why is None else {self._head.name: self._problem(why)}
             )
-            await asyncio.sleep(self.INTERVAL if why is None else self.AGAIN)
+            await pause(self.INTERVAL if why is None else self.AGAIN)
 
     async def _look(self) -> str | None:
         """What is wrong with it; None: nothing, or it is not to be expected now."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rayfwd import probe
+from rayfwd.beat import pause
 from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.watch.board import Board
@@ -75,7 +76,7 @@ class Reach:
         while (left := due - loop.time()) > 0:
             if any(self._looked.get(name) != peer for name, peer in self._peers().items()):
                 return
-            await asyncio.sleep(min(left, NEWCOMERS))
+            await pause(min(left, NEWCOMERS))
 
     async def look(self) -> dict[str, Problem]:
         """What is wrong now, by node; a failure is confirmed once before it counts."""
