@@ -36,7 +36,7 @@ def direct(port: int) -> Iterator[tuple[int, list[int]]]:
 
 
 class Bench:
-    """An sshd, a server behind it, a directory, and what was asked for."""
+    """An sshd, a server behind it, what was asked for, and a directory in that of the whole run."""
 
     def __init__(self, directory: Path, rounds: int, megabytes: int, seconds: float) -> None:
         self.directory, self.rounds = directory, rounds
@@ -210,7 +210,7 @@ def memory(pid: int) -> float:
 def ray(bench: Bench) -> Results:
     """Ray's own calls and objects, over `ssh -L`/`-R` and over rayfwd."""
     results: Results = defaultdict(lambda: defaultdict(list))
-    rays.install(bench.directory)
+    rays.install(bench.directory.parent)
     for number in range(bench.rounds):
         for name, over in ((REFERENCE, rays.over_ssh), ("rayfwd", rays.over_rayfwd)):
             with Lab(bench.place()) as lab, over(lab):
@@ -224,7 +224,7 @@ def ray(bench: Bench) -> Results:
 def idle_ray(bench: Bench) -> Results:
     """What the daemons take with two other nodes and Ray on all three, which nobody uses."""
     results: Results = defaultdict(lambda: defaultdict(list))
-    rays.install(bench.directory)
+    rays.install(bench.directory.parent)
     with Lab(bench.place()) as lab, rays.over_rayfwd(lab, ("w1", "w2")) as cluster:
         time.sleep(20)  # what follows a start is over
         for _ in range(bench.rounds):
@@ -254,15 +254,17 @@ def main() -> None:
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    for name in options.only or PIECES:
-        if name in PIECES:
-            with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as directory:
-                bench = Bench(Path(directory), options.rounds, options.megabytes, options.seconds)
+    with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as whole:
+        for name in options.only or PIECES:
+            if name in PIECES:
+                directory = Path(whole) / name
+                directory.mkdir()
+                bench = Bench(directory, options.rounds, options.megabytes, options.seconds)
                 try:
                     results = PIECES[name](bench)
                 finally:
                     bench.close()
-            page.keep(name, results)
+                page.keep(name, results)
     page.write()
 
 

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, settings
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
 
-ORDER = ("unit", "ray", "lab", "systemd", "demo")
-"""Directories below tests/, the quick ones first."""
+ORDER = ("unit", "ray", "demo", "package", "lab", "systemd")
+"""Directories below tests/: the quick ones first, and last those with many files, so that whoever
+runs files side by side has some for everybody to the end."""
 
 LIMITS = {"unit": 60, "ray": 200, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""

@@ -93,10 +93,11 @@ def printable(text: str) -> str:
     """Control characters but line ends and tabs as escapes: journalctl shows others as a blob."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else _code(c) for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else code_of(c) for c in text)
 
 
-def _code(char: str) -> str:
+def code_of(char: str) -> str:
+    """A character that would not be seen, as its number."""
     number = ord(char)
     return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
 

@@ -378,9 +378,6 @@ def escaped(text: str) -> str:
     """Everything that a terminal would act on, or that would end the line, as an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _SHORT_ESCAPES.get(c) or _code(c) for c in text)
-
-
-def _code(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+    return "".join(
+        c if c.isprintable() else _SHORT_ESCAPES.get(c) or journal.code_of(c) for c in text
+    )

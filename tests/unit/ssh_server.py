@@ -85,8 +85,9 @@ class Sshd:
     def allows(self, key: asyncssh.SSHKey) -> bool:
         return key == self._user_key
 
-    def to_socket(self, path: str) -> Handler | bool:
-        """What a stream to a Unix socket is joined with; False where nothing answers."""
+    def to_socket(self, path: str, waiting: set[socket.socket]) -> Handler | bool:
+        """What a stream to a Unix socket is joined with; False where nothing answers. Its socket
+        is among those `waiting` until then, which a cut may make for ever."""
         if self.prohibits:
             raise asyncssh.ChannelOpenError(
                 asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed"
@@ -101,9 +102,11 @@ class Sshd:
         async def join(
             reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]
         ) -> None:
+            waiting.discard(sock)
             near_reader, near_writer = await asyncio.open_unix_connection(sock=sock)
             await asyncio.gather(self._copy(reader, near_writer), self._copy(near_reader, writer))
 
+        waiting.add(sock)
         return join
 
     async def _copy(self, reader: Any, writer: Any) -> None:
@@ -146,6 +149,7 @@ class _Server(asyncssh.SSHServer):
     def __init__(self, sshd: Sshd) -> None:
         self._sshd = sshd
         self._connection: asyncssh.SSHServerConnection | None = None
+        self._waiting: set[socket.socket] = set()
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
@@ -155,6 +159,8 @@ class _Server(asyncssh.SSHServer):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._connection in self._sshd.connections:
             self._sshd.connections.remove(self._connection)
+        while self._waiting:
+            self._waiting.pop().close()
 
     async def begin_auth(self, username: str) -> bool:
         await asyncio.sleep(self._sshd.login_takes)
@@ -167,4 +173,4 @@ class _Server(asyncssh.SSHServer):
         return self._sshd.allows(key)
 
     def unix_connection_requested(self, dest_path: str) -> Any:
-        return self._sshd.to_socket(dest_path)
+        return self._sshd.to_socket(dest_path, self._waiting)
