@@ -25,8 +25,8 @@ endif
 
 # The fast ones first, so that a plain mistake is seen in seconds.
 OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
-# Two files at a time, each whole on one side: most tests of the lab wait more than they compute.
-SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+# Three files at a time, each whole on one side: most tests of the lab wait more than they compute.
+SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
 .PHONY: test demo bench manual checks lint types fast packages ray-envs roots show-pytest clean

@@ -3,7 +3,7 @@
 Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs root and its tools
 (everything below tests/lab/ has it), `systemd` boots machines (everything below tests/systemd/).
 Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all. `alone` is for a
-file that measures how long something takes: where files run side by side (`pytest -n 2`), none
+file that measures how long something takes: where files run side by side (`pytest -n 3`), none
 runs beside it.
 """
 
