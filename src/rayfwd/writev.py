@@ -34,6 +34,8 @@ def write(transport: asyncio.Transport, pieces: Sequence[bytes | bytearray | mem
             except OSError:
                 pass
         for piece in pieces:
+            if transport.is_closing():
+                break  # the piece before has met an error
             if sent < len(piece):
                 transport.write(memoryview(piece)[sent:])
             sent = max(0, sent - len(piece))
