@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from rayfwd.control import ask
+from rayfwd.problems import ProblemError
 from tests.lab.process import HOME, Process, tail
 
 if TYPE_CHECKING:
@@ -65,32 +69,30 @@ class Daemon:
         return self._until(look, timeout, what)
 
     def status(self) -> dict[str, Any]:
-        """What `rayfwd status --json` says. Raises AssertionError when no daemon answers."""
-        asked = self._ask()
-        assert asked.returncode in {0, 3}, (
-            f"rayfwd status: {asked.stderr}{self.machine.lab.tails()}"
-        )
-        answer: dict[str, Any] = json.loads(asked.stdout)
-        return answer
+        """What `rayfwd status --json` prints. Raises AssertionError when no daemon answers."""
+        try:
+            return self._ask()
+        except ProblemError as exc:
+            raise AssertionError(f"{exc}{self.machine.lab.tails()}") from None
 
-    def _ask(self) -> Any:
-        argv = [str(self.machine.lab.rayfwd), "status", "--json", "--config", CONFIG]
-        return self.machine.run(argv, check=False)
+    def _ask(self) -> dict[str, Any]:
+        """Raises ProblemError. From this process: the command would start anew for each question,
+        and take half of what the machines of a test have to compute with."""
+        config = tomllib.loads(self.machine.host_path(CONFIG).read_text())
+        return ask(self.machine.host_path(f"{config['runtime_dir']}/control.sock"), "status")
 
     def wait_status(
         self, predicate: Callable[[dict[str, Any]], object], timeout: float = 60
     ) -> dict[str, Any]:
-        """The first status for which `predicate` is true. Asked once a second: it costs CPU."""
+        """The first status for which `predicate` is true."""
         last: dict[str, Any] = {}
 
         def look() -> dict[str, Any] | None:
             nonlocal last
-            asked = self._ask()
-            if asked.returncode in {0, 3}:
-                last = json.loads(asked.stdout)
+            with suppress(ProblemError):
+                last = self._ask()
                 if predicate(last):
                     return last
-            time.sleep(0.9)
             return None
 
         return self._until(look, timeout, lambda: f"a status; the last: {json.dumps(last)}")
