@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,10 @@ for another run's labs too, but a process that began before that was ours.
 def tag() -> str:
     """How this run's interfaces, mounts and inits are marked."""
     return f"rfl{os.getpid()}"
+
+
+_TAG = re.compile(r'"(rfl\d+)-')
+"""The tag of a run, as the command line of an init has it."""
 
 
 class Init:
@@ -574,7 +579,8 @@ def _inside(spaces: Mapping[str, float]) -> list[int]:
 def left_over() -> list[str]:
     """What is there of this process's labs, one line a thing; nothing once all are closed."""
     mark = tag()
-    lines = [f"process {pid} in a lab's namespace: {_called(pid)}" for pid in _inside(made)]
+    inside = [pid for pid in _inside(made) if not _anothers(pid)]
+    lines = [f"process {pid} in a lab's namespace: {_called(pid)}" for pid in inside]
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
         if f'"{mark}-' in _called(pid):
             lines.append(f"process {pid}, a lab's init: {_called(pid)}")
@@ -583,6 +589,19 @@ def left_over() -> list[str]:
     links = os.listdir("/sys/class/net")
     lines += [f"interface {link}" for link in links if link.startswith(f"{mark}-")]
     return lines
+
+
+def _anothers(pid: int) -> bool:
+    """Whether a process descends from a lab of another run: it began before ours gave a namespace
+    up, and got one of its own, under the same number, right after (systemd's services do)."""
+    while pid > 1:
+        if any(mark != tag() for mark in _TAG.findall(_called(pid))):
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # gone meanwhile
+            return False
+    return False
 
 
 def _called(pid: int) -> str:

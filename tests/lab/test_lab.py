@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.cluster import HUB_SOCKET, Cluster, change, toml
-from tests.lab.machines import INIT, Lab, Machine, left_over
+from tests.lab.machines import INIT, Lab, Machine, left_over, made, tag
 from tests.lab.process import HOME, UID, CommandFailed, Process, began, boot_time, state, until
 from tests.need import CHECKOUT, need, no_ray, ray_envs
 
@@ -451,3 +451,22 @@ def test_left_over_sees_a_lab(tmp_path: Path) -> None:
         assert f"process {pid} in a lab's namespace: sleep 607" in during
         assert "a lab's init" in during
     assert sorted(left_over()) == sorted(before)
+
+
+@pytest.mark.parametrize(("run", "ours"), [("rfl1", False), (tag(), True)])
+def test_left_over_leaves_out_what_another_runs_lab_began(run: str, ours: bool) -> None:
+    """The kernel gives a namespace's number again; here it is the very one that is listed."""
+    argv = ["unshare", "--mount", "sh", "-c", "sleep 609 & echo $!; wait", f'{{"tag": "{run}-w1"}}']
+    parent = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    try:
+        pid = int(parent.stdout.readline())
+        space = os.readlink(f"/proc/{pid}/ns/mnt")
+        made[space] = math.inf
+        line = f"process {pid} in a lab's namespace: sleep 609"
+        assert (line in left_over()) is ours
+    finally:
+        made.pop(space, None)
+        os.kill(pid, signal.SIGKILL)
+        parent.kill()
+        parent.communicate()
