@@ -98,11 +98,12 @@ def test_no_colours_without_a_terminal() -> None:
 
 @given(st.text(), st.sampled_from(["text", "json"]))
 def test_one_event_is_one_line_whatever_it_holds(value: str, form: Format) -> None:
-    line = written("e", {"v": value, value or "k": 1}, form)
+    # Never a name that the call has itself, such as `event`.
+    line = written("e", {"v": value, f"{value}k": 1}, form)
     assert line.endswith("\n")
     assert line[:-1].isprintable()
     if form == "json" and not names_a_secret(value):
-        assert json.loads(line)["v"] == redact_text(value) or value == "v"
+        assert json.loads(line)["v"] == redact_text(value)
 
 
 def test_a_terminal_gets_no_control_characters() -> None:
