@@ -10,18 +10,18 @@ from rayfwd.beat import BEAT, end_of_pause, pause
 from tests.unit.loops import run
 
 
-def test_pauses_end_in_one_turn_of_the_loop() -> None:
-    ended: list[float] = []
-
-    async def one(after: float, seconds: float) -> None:
-        await asyncio.sleep(after)
-        await pause(seconds)
-        ended.append(asyncio.get_running_loop().time())
-
+@pytest.mark.parametrize("seconds", [BEAT, 8 * BEAT])
+def test_pauses_end_in_one_turn_of_the_loop(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
-        await pause(BEAT)  # from here on none of them begins in the middle between two beats
-        await asyncio.gather(one(0.0, BEAT), one(0.1, BEAT), one(0.3, BEAT))
-        assert max(ended) - min(ended) < 0.05
+        loop = asyncio.get_running_loop()
+        ends = set()
+        for moment in (99.6, 100.0, 100.1, 100.4):
+            with monkeypatch.context() as patch:
+                patch.setattr(loop, "time", lambda at=moment: at)
+                ends.add(end_of_pause(seconds))
+        assert ends == {100.0 + seconds}
 
     run(main)
 
@@ -40,5 +40,14 @@ def test_a_short_one_is_exact() -> None:
     async def main() -> None:
         now = asyncio.get_running_loop().time()
         assert end_of_pause(0.25) - now == pytest.approx(0.25, abs=0.01)
+
+    run(main)
+
+
+def test_it_is_slept_to_its_end() -> None:
+    async def main() -> None:
+        end = end_of_pause(BEAT)
+        await pause(BEAT)
+        assert asyncio.get_running_loop().time() >= end - 0.001  # the resolution of a timer
 
     run(main)
