@@ -25,7 +25,7 @@ endif
 
 # The fast ones first, so that a plain mistake is seen in seconds.
 OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
-# Three files at a time, each whole on one side: most tests of the lab wait more than they compute.
+# Three files at a time, each whole on one side: a test of the lab waits as much as it computes.
 SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 

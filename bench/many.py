@@ -23,6 +23,7 @@ from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
+from rayfwd.writev import write
 
 MESSAGE = bytes(200)
 
@@ -68,8 +69,8 @@ class Lane(asyncio.Protocol):
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
 
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
-        self._transport.writelines(chunks)
+    def write(self, chunks: Sequence[Piece]) -> None:
+        write(self._transport, chunks)
 
     def close(self) -> None:
         self._transport.close()

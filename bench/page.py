@@ -114,7 +114,7 @@ def table(results: Results) -> list[str]:
             times = ratio(results, way, key)
             more = "" if times is None else f" ({times:.2f} x)"
             value = statistics.median(found[key])
-            cells.append(f"{value:,.0f}{more}" if value >= 100 else f"{value:.2g}{more}")
+            cells.append(f"{value:,.0f}{more}" if value >= 99.5 else f"{value:.2g}{more}")
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
     return lines
 

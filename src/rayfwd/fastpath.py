@@ -29,11 +29,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from rayfwd.logs import get_logger
 from rayfwd.pace import pace
+from rayfwd.session.frames import Piece
 from rayfwd.writev import write
 
 log = get_logger(__name__)
-
-Chunk = bytes | bytearray | memoryview
 
 BLOCK = 16
 """Bytes that an encrypted packet is a multiple of, without its length."""
@@ -83,7 +82,7 @@ class FastPath(asyncio.Protocol):
         self._outgoing = _Key()
         self._full = False
         """The transport takes no more bytes for now."""
-        self._held: list[Chunk] = []
+        self._held: list[Piece] = []
         """What the server's window had no room for, in order."""
         self._reopened = False
         """What was held has gone out, and nobody was told yet."""
@@ -277,14 +276,14 @@ class FastPath(asyncio.Protocol):
             and channel._send_pktsize
         )
 
-    def write(self, chunks: Sequence[Chunk]) -> None:
+    def write(self, chunks: Sequence[Piece]) -> None:
         """Send data on the channel. Raises OSError where the channel is closed."""
         if self._held:
             self._held += chunks
         else:
             self._send(chunks)
 
-    def _send(self, chunks: Sequence[Chunk]) -> None:
+    def _send(self, chunks: Sequence[Piece]) -> None:
         channel = self._channel
         if (
             channel._send_buf
@@ -320,7 +319,7 @@ class FastPath(asyncio.Protocol):
             with suppress(OSError):
                 self._channel.write(b"".join(held))
 
-    def _packet(self, data: list[Chunk], length: int) -> tuple[bytes, bytes]:
+    def _packet(self, data: list[Piece], length: int) -> tuple[bytes, bytes]:
         """A packet of `length` bytes of data: its length, and the rest of it encrypted."""
         connection, cipher = self._connection, self._outgoing.cipher
         padding = -(_DATA.size + length) % BLOCK
@@ -362,9 +361,9 @@ class _Key:
         return self.aead is not None
 
 
-def _split(chunks: Sequence[Chunk], size: int) -> tuple[list[Chunk], list[Chunk]]:
+def _split(chunks: Sequence[Piece], size: int) -> tuple[list[Piece], list[Piece]]:
     """The first `size` bytes, and the rest; nothing is copied."""
-    first: list[Chunk] = []
+    first: list[Piece] = []
     for number, chunk in enumerate(chunks):
         if len(chunk) > size:
             view = memoryview(chunk)
@@ -374,12 +373,12 @@ def _split(chunks: Sequence[Chunk], size: int) -> tuple[list[Chunk], list[Chunk]
     return first, []
 
 
-def _cut(chunks: Sequence[Chunk], size: int, most: int) -> Iterator[tuple[list[Chunk], int]]:
+def _cut(chunks: Sequence[Piece], size: int, most: int) -> Iterator[tuple[list[Piece], int]]:
     """The chunks in runs of at most `most` bytes, each with its length; nothing is copied."""
     if size <= most:
         yield list(chunks), size
         return
-    run: list[Chunk] = []
+    run: list[Piece] = []
     room = most
     for chunk in chunks:
         if len(chunk) < room:

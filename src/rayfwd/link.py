@@ -29,7 +29,7 @@ from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.progress import Progress
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Kind, ProtocolError, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
@@ -185,7 +185,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     def paused(self) -> bool:
         return self._full or self.lost.done() or (self._fast is not None and self._fast.paused)
 
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+    def write(self, chunks: Sequence[Piece]) -> None:
         try:
             if self._fast is not None:
                 self._fast.write(chunks)

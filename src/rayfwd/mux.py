@@ -57,7 +57,7 @@ class LaneTransport(Protocol):
     def paused(self) -> bool:
         """It takes no more bytes for now."""
 
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None: ...
+    def write(self, chunks: Sequence[Piece]) -> None: ...
 
     def close(self) -> None:
         """Send what was written, then close."""
@@ -190,7 +190,7 @@ class Mux:
         record = self.lanes.get(number)
         if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
             self._look_for_short(events)
-        self._run(gathered(events))
+        self._run(events)
 
     def _look_for_short(self, events: list[Event]) -> None:
         """What came on the lane for short messages is one, unless it answers a long transfer."""
@@ -324,11 +324,11 @@ class Mux:
             return
         self._run(self.session.tick(self.now()))
 
-    def _run(self, events: Sequence[Event | Gathered]) -> None:
+    def _run(self, events: list[Event]) -> None:
         """Do what the events say, then flush once."""
         self._depth += 1
         try:
-            for event in events:
+            for event in gathered(events):
                 self._do(event)
         finally:
             self._depth -= 1

@@ -11,14 +11,16 @@ import asyncio
 import os
 from collections.abc import Sequence
 
+from rayfwd.session.frames import Piece, behind
+
 JOIN_BYTES = 1 << 14
 """Bytes that are joined after all: to copy them is cheaper than to tell the kernel of each."""
 PIECES = os.sysconf("SC_IOV_MAX")
 """Pieces that the kernel takes at a time (writev(2))."""
 
 
-def write(transport: asyncio.Transport, pieces: Sequence[bytes | bytearray | memoryview]) -> None:
-    """As `transport.write` of all of them; they must not change afterwards.
+def write(transport: asyncio.Transport, pieces: Sequence[Piece]) -> None:
+    """As `transport.write` of all of them.
 
     An error is the transport's to find, which then tells its protocol.
     """
@@ -33,9 +35,7 @@ def write(transport: asyncio.Transport, pieces: Sequence[bytes | bytearray | mem
                 sent = os.writev(transport.get_extra_info("socket").fileno(), pieces[:PIECES])
             except OSError:
                 pass
-        for piece in pieces:
+        for piece in behind(pieces, sent):
             if transport.is_closing():
                 break  # the piece before has met an error
-            if sent < len(piece):
-                transport.write(memoryview(piece)[sent:])
-            sent = max(0, sent - len(piece))
+            transport.write(piece)

@@ -23,10 +23,11 @@ from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.plan import head_plan
 from rayfwd.roster import Roster
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, Piece, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
+from rayfwd.writev import write
 from tests.unit.loops import until
 
 INTERACTIVE, BULK = LaneClass.INTERACTIVE, LaneClass.BULK
@@ -104,10 +105,9 @@ class SocketLane(asyncio.Protocol):
             self._buffer.clear()
         return self._number
 
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+    def write(self, chunks: Sequence[Piece]) -> None:
         assert self.transport is not None
-        if not self.transport.is_closing():  # see hub/lane.py
-            self.transport.writelines(chunks)
+        write(self.transport, chunks)
 
     def close(self) -> None:
         assert self.transport is not None

@@ -15,7 +15,7 @@ from rayfwd.mux import Mux
 from rayfwd.pace import pace
 from rayfwd.plan import NodePlan
 from rayfwd.session.checkup import Answer, read_hello
-from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.session.frames import Kind, Piece, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
 from rayfwd.writev import write
 
@@ -174,7 +174,7 @@ class HubLane(asyncio.Protocol):
 
     # -- as the transport of a lane ------------------------------------------------------
 
-    def write(self, chunks: Sequence[bytes | bytearray | memoryview]) -> None:
+    def write(self, chunks: Sequence[Piece]) -> None:
         if self._transport is not None:
             write(self._transport, chunks)
 

@@ -181,6 +181,16 @@ def _lasting(view: memoryview) -> Piece:
     return view if len(view) * LASTING >= len(cast(bytes, view.obj)) else bytes(view)
 
 
+def behind(pieces: Sequence[Piece], skip: int) -> list[Piece]:
+    """The pieces without their first `skip` bytes."""
+    out: list[Piece] = []
+    for piece in pieces:
+        if skip < len(piece):
+            out.append(memoryview(piece)[skip:] if skip else piece)
+        skip = max(0, skip - len(piece))
+    return out
+
+
 def first_frame(buffer: bytearray, limit: int) -> Frame | None:
     """Take the first frame off `buffer`, if it is whole; what follows stays. Raises ProtocolError.
 

@@ -383,14 +383,12 @@ class Session:
 
     # -- what the driver takes ----------------------------------------------------------------
 
-    def data_to_send(
-        self, number: int, budget: int, now: float
-    ) -> list[bytes | bytearray | memoryview]:
+    def data_to_send(self, number: int, budget: int, now: float) -> list[Piece]:
         """About `budget` bytes for a lane, in order; empty when there is nothing for it."""
         lane = self.lanes.get(number)
         if lane is None:
             return []
-        out: list[bytes | bytearray | memoryview] = []
+        out: list[Piece] = []
         if self._closing is not None:
             out.append(self._closing)
             del self.lanes[number]
@@ -630,7 +628,7 @@ class Session:
 
     # -- frames out ----------------------------------------------------------------------------
 
-    def _control_frames(self, out: list[bytes | bytearray | memoryview]) -> int:
+    def _control_frames(self, out: list[Piece]) -> int:
         before = len(out)
         size = 0
         for number in self._gone:

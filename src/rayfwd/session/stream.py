@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from enum import Enum, IntEnum
 
-from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Piece, ProtocolError
+from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Piece, ProtocolError, behind
 from rayfwd.session.snapshot import Tree
 
 FRAME_BYTES = 1 << 16
@@ -292,7 +291,7 @@ class ReceiveSide:
         if offset > self.next:
             self._keep_early(offset, payload[0] if len(payload) == 1 else b"".join(payload))
             return []
-        out = list(payload) if offset == self.next else _behind(payload, self.next - offset)
+        out = list(payload) if offset == self.next else behind(payload, self.next - offset)
         self.next = stop
         if self._early_at:
             self._take_early(out)
@@ -393,16 +392,6 @@ class ReceiveSide:
         side.limit_sent, side.ack_sent = tree["limit_sent"], tree["ack_sent"]
         side.mark_consumed = side.consumed
         return side
-
-
-def _behind(pieces: Sequence[Piece], skip: int) -> list[Piece]:
-    """The pieces without their first `skip` bytes."""
-    out: list[Piece] = []
-    for piece in pieces:
-        if skip < len(piece):
-            out.append(piece[skip:])
-        skip = max(0, skip - len(piece))
-    return out
 
 
 class Stream:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from rayfwd.beat import pause
 from rayfwd.config import CanaryConfig, RayConfig
 from rayfwd.logs import get_logger
 from rayfwd.plan import NodePlan
@@ -98,7 +99,7 @@ class Canary:
                 # One that was sent by hand and failed is sent again, so that the end of it is seen.
                 failed = self.last is not None and not self.last.ok
                 if not (self._config.enabled or failed) or self._situation() is None:
-                    await asyncio.sleep(1.0)
+                    await pause(1.0)
                     continue
                 await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
                 if self._situation() is not None:
