@@ -172,6 +172,23 @@ def test_less_throughput(cluster: Cluster, w2: Daemon) -> None:
         process.signal(signal.SIGKILL)
 
 
+def test_a_short_silence_makes_no_slow_link(cluster: Cluster) -> None:
+    """The PINGs of its time were answered late, which says nothing of the time after it.
+
+    So short that TCP's next attempt after it comes before a lane is given up.
+    """
+    both, w1 = [cluster.head, cluster.worker("w1")], cluster.worker("w1")
+    lanes = [lane["lane"] for lane in w1.status()["link"]["lanes"]]
+    since = time.time()
+    cluster.lab.cut(w1.machine)
+    time.sleep(2.8)
+    cluster.lab.heal(w1.machine)
+    time.sleep(12)  # far more looks than it takes
+    assert [lane["lane"] for lane in w1.status()["link"]["lanes"]] == lanes, "no silence: a cut"
+    for daemon in both:
+        assert not [e for e in daemon.events("link_slow") if said_at(e) >= since]
+
+
 def test_longer_round_trips(cluster: Cluster) -> None:
     """The way to w1 is one day longer than it was. (On a link without traffic it is asked for
     its round-trip time more seldom, and named some seconds later.)"""
@@ -182,12 +199,14 @@ def test_longer_round_trips(cluster: Cluster) -> None:
     chatter = w1.machine.popen([python, "-c", CHATTER])
     undo = cluster.lab.lengthen(w1.machine, 0.3)
     since = time.time()
-    for row in named([head, w1], "link_slow", "w1", WITHIN, since):
-        assert "ms are usual" in row["cause"]
-        assert "`ping`" in row["remedy"]
-        assert row["severity"] == "warning"
-        assert row["explained_by"] is None
-    undo()
+    try:
+        for row in named([head, w1], "link_slow", "w1", WITHIN, since):
+            assert "ms are usual" in row["cause"]
+            assert "`ping`" in row["remedy"]
+            assert row["severity"] == "warning"
+            assert row["explained_by"] is None
+    finally:
+        undo()
     over([head, w1], 20, "link_slow")
     assert chatter.poll() is None, "nothing of it was lost"
     for process in (chatter, echo):

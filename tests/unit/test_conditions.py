@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.watch import conditions, machine
 from rayfwd.watch.board import Board
 from rayfwd.watch.conditions import CATALOGUE, Condition, Kind, Seen, worst
-from rayfwd.watch.links import INTERVAL, THIN_FOR, LinkRules, LinkSeen
+from rayfwd.watch.links import INTERVAL, SLOW_LOOKS, THIN_FOR, LinkRules, LinkSeen
 from rayfwd.watch.machine import MachineSeen
 from tests.unit.loops import log_events, of
 from tests.unit.test_events import codes
@@ -412,16 +413,16 @@ def trips(*spans: tuple[float, float | None]) -> list[tuple[float, float | None]
     ("spans", "slow"),
     [
         ([(3600, 40)], []),
-        ([(60, 1), (20, 400)], [(66, 78)]),
+        ([(60, 1), (20, 400)], [(64, 78)]),
         ([(60, 1), (4, 400), (10, 1), (4, 400), (10, 1)], []),  # never for long enough
-        ([(60, 1), (20, 400), (20, 1)], [(66, 78)]),
+        ([(60, 1), (20, 400), (20, 1)], [(64, 78)]),
         ([(60, 1), (20, 100)], []),  # a hundred times as long, and still short
         ([(60, 200), (20, 700)], []),  # half a second more, and less than five times as long
-        ([(60, 200), (20, 1200)], [(66, 78)]),
+        ([(60, 200), (20, 1200)], [(64, 78)]),
         ([(10, 1), (30, 400)], []),  # no past to speak of
-        ([(60, 1), (4, 400), (10, None), (6, 400)], []),  # it went, and came back
-        ([(60, 1), (7200, 400)], [(66, 654)]),  # what lasts is usual one day
-        ([(60, 1), (300, 400)], [(66, 358)]),
+        ([(60, 1), (4, 400), (10, None), (4, 400)], []),  # it went, and came back
+        ([(60, 1), (7200, 400)], [(64, 654)]),  # what lasts is usual one day
+        ([(60, 1), (300, 400)], [(64, 358)]),
     ],
 )
 def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, float]]) -> None:
@@ -432,6 +433,20 @@ def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, f
         if any(s.problem.code == "link_slow" for s in rules.look({"w1": LinkSeen({}, trip)}, now))
     ]
     assert found == [float(t) for first, last in slow for t in range(int(first), int(last) + 1, 2)]
+
+
+@pytest.mark.parametrize("phase", [0.0, 0.4, 0.8, 1.2, 1.6])
+@pytest.mark.parametrize("seed", range(4))
+def test_slow_is_named_in_time_however_exact_looks_are(phase: float, seed: int) -> None:
+    """A look is woken some milliseconds early or late; none of them costs another look."""
+    rules, chance = LinkRules(), random.Random(seed)
+    begins = 60.0 + phase
+    for look in range(60):
+        now = INTERVAL * look + chance.uniform(-0.02, 0.02)
+        trip = 0.001 if now < begins else 0.4
+        if rules.look({"w1": LinkSeen({}, trip)}, now):
+            break
+    assert now - begins <= SLOW_LOOKS * INTERVAL + 0.05
 
 
 MB = 1_000_000

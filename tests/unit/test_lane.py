@@ -67,6 +67,23 @@ def test_a_pong_answers_earlier_pings_too() -> None:
     assert not lane.silent(0.4)
 
 
+def test_a_silence_that_is_over_is_soon_forgotten() -> None:
+    """The PINGs of its time were answered late; what comes after them is as quick as ever."""
+    lane = lane_at()
+    for i in range(10):
+        answered(lane, 1.5 * i, 0.001)
+    tokens = [lane.ping(at) for at in (15.0, 16.5, 18.0)]
+    for token in tokens:
+        lane.pong(token, 18.5)
+    assert lane.newest_rtt == pytest.approx(0.5)
+    for i in range(4):
+        answered(lane, 19.0 + PING_BUSY * i, 0.001)
+    assert lane.newest_rtt == pytest.approx(0.001)
+    lane.heard = lane.answered_at
+    lane.ping(20.0)
+    assert lane.stalled(20.0 + SUSPECT_AFTER), "patience with it is still that of the silence"
+
+
 @pytest.mark.parametrize("token", [0, 2, 1 << 63])
 def test_a_pong_that_answers_no_ping_does_nothing(token: int) -> None:
     lane = lane_at()

@@ -30,7 +30,7 @@ def test_what_was_carried_is_told_of_bulk_lanes(kinds: tuple[LaneClass, ...]) ->
             seen = link_seen(mux, History())
             assert seen.confirmed == judged.confirmed
             assert seen.confirmed_at == judged.answered_at
-            assert seen.round_trip == other.rtt
+            assert seen.round_trip == other.newest_rtt
 
     run(main)
 

@@ -15,6 +15,10 @@ PING_IDLE = 1.5
 """Seconds between PINGs on an idle lane."""
 PING_BUSY = 0.25
 """Seconds between PINGs while something is under way."""
+RTT_RISE = 0.2
+RTT_FALL = 0.5
+"""How much of its distance from a sample the smoothed round-trip time goes. PINGs that a silence
+held up say nothing of what comes after it, and would leave a lane unwatched for a while."""
 SUSPECT_AFTER = 0.4
 """Seconds that a PING may go unanswered, at the least, before other lanes take over. With those
 before a busy lane's next PING and two timers' 0.1 s each, a lane that falls silent stalls nobody
@@ -46,8 +50,8 @@ class Lane:
 
     __slots__ = (
         "_limited", "_pinged_at", "_pings", "_token", "answered_at", "base_rtt", "bytes_in",
-        "bytes_out", "confirmed", "heard", "id", "kind", "pongs", "rtt", "sent", "spoke", "suspect",
-        "window",
+        "bytes_out", "confirmed", "heard", "id", "kind", "newest_rtt", "pongs", "rtt", "sent",
+        "spoke", "suspect", "window",
     )  # fmt: skip
 
     def __init__(self, number: int, kind: LaneClass, now: float) -> None:
@@ -68,6 +72,8 @@ class Lane:
         self.window = WINDOW_START
         self.rtt: float | None = None
         """Smoothed round-trip time in seconds."""
+        self.newest_rtt: float | None = None
+        """The last one measured, in seconds."""
         self.base_rtt: float | None = None
         """The least round-trip time seen, in seconds."""
         self.suspect = False
@@ -113,7 +119,9 @@ class Lane:
             if number == token:
                 break
         sample = max(now - sent_at, 1e-6)
-        self.rtt = sample if self.rtt is None else 0.8 * self.rtt + 0.2 * sample
+        self.newest_rtt = sample
+        before = sample if self.rtt is None else self.rtt
+        self.rtt = before + (RTT_RISE if sample > before else RTT_FALL) * (sample - before)
         self.base_rtt = sample if self.base_rtt is None else min(self.base_rtt, sample)
         queue = sample - self.base_rtt
         if queue > QUEUE_BOUND:

@@ -26,8 +26,8 @@ CALM = 60.0
 SLOW_FACTOR = 5.0
 SLOW_SECONDS = 0.15
 """A link is slow where its round trip takes so many times as long as it did, and so much longer."""
-SLOW_FOR = 6.0
-"""For so many seconds without a break."""
+SLOW_LOOKS = 3
+"""In so many looks without a break."""
 PAST = 3600.0
 SAMPLE = 5.0
 """One round-trip time every so many seconds is kept for so long: what is usual is their median."""
@@ -51,7 +51,8 @@ class LinkSeen:
     losses: Mapping[str, int]
     """Lanes lost since the daemon began, by lane."""
     round_trip: float | None
-    """Seconds, of the fastest lane for short messages; None: it is not up."""
+    """Seconds that the last one took, on the fastest lane for short messages; None: it is not up,
+    or none was measured."""
     said: str = ""
     """Why a lane was lost last."""
     confirmed: int | None = None
@@ -70,7 +71,7 @@ class _Past:
     lost_at: dict[str, deque[float]] = field(default_factory=dict)
     flapping: set[str] = field(default_factory=set)
     trips: deque[tuple[float, float]] = field(default_factory=deque)
-    slow_since: float | None = None
+    slow_looks: int = 0
     confirmed: tuple[float, int] | None = None
     """What had arrived, and when it was known, if the last look found the link full."""
     rates: deque[tuple[float, float]] = field(default_factory=deque)
@@ -139,18 +140,14 @@ def _slow(past: _Past, link: LinkSeen, now: float) -> float | None:
     while past.trips and now - past.trips[0][0] > PAST:
         past.trips.popleft()
     if trip is None:
-        past.slow_since = None
+        past.slow_looks = 0
         return None
     usual = median(t for _, t in past.trips) if len(past.trips) >= ENOUGH else None
     far_off = usual is not None and trip > max(SLOW_FACTOR * usual, usual + SLOW_SECONDS)
     if not past.trips or now - past.trips[-1][0] >= (SAMPLE_SLOW if far_off else SAMPLE):
         past.trips.append((now, trip))
-    if not far_off:
-        past.slow_since = None
-        return None
-    if past.slow_since is None:
-        past.slow_since = now
-    return usual if now - past.slow_since >= SLOW_FOR else None
+    past.slow_looks = past.slow_looks + 1 if far_off else 0
+    return usual if past.slow_looks >= SLOW_LOOKS else None
 
 
 def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
