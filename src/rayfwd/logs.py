@@ -72,7 +72,7 @@ def setup(
     terminal = _is_terminal(out)
     text = config.format == "text" or (config.format == "auto" and terminal)
     renderer: Callable[[WrappedLogger, str, _EventDict], Any]
-    _close_journal()
+    close_journal()
     if config.format == "auto" and _is_journal(out):
         _journals.append(journal.Journal(journal_socket))
         renderer = _render_journal
@@ -158,7 +158,8 @@ _journals: list[journal.Journal] = []
 """The one that is in use, if any."""
 
 
-def _close_journal() -> None:
+def close_journal() -> None:
+    """Before this process becomes another: what waits for journald has a moment to go."""
     while _journals:
         _journals.pop().close()
 

@@ -438,6 +438,7 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
     (new,) = nodes() - old
     said = head.run([str(PYTHON), "-c", ON_NODE, new], user="ray", timeout=120)
     assert "ran on 127.77.0.2" in said.stdout.splitlines()
+    assert "`journalctl -u rayfwd-ray`" in worker.events("ray_died")[-1]["REMEDY"]
     assert (worker.show()["MainPID"], raylets(head)) == (daemon, others)
     assert group(worker, raylet(worker)) == "rayfwd-ray.service"
 

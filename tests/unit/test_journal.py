@@ -327,6 +327,32 @@ for number in range(200):
     assert [e["NUMBER"] for e in came] == [str(n) for n in range(200)]
 
 
+def test_what_waits_is_written_before_a_process_becomes_another(
+    journald: Journald, stream: io.TextIOWrapper
+) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from rayfwd import journal, logs
+from rayfwd.config import LogConfig
+from rayfwd.daemon import handover
+journal.CLOSE_SECONDS = 10
+logs.setup(LogConfig(), journal_socket=Path({str(journald.path)!r}))
+log = logs.get_logger("daemon")
+if os.environ.setdefault("RUN", "first") == "second":
+    log.warning("rayfwd_restarted")
+else:
+    os.environ["RUN"] = "second"
+    for number in range(200):
+        log.warning("lane_lost", number=number)
+    handover.exec_again(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stderr=stream) as process:
+        came = journald.wait_for(201)
+        assert process.wait(10) == 0
+    assert [e["EVENT"] for e in came] == [*["lane_lost"] * 200, "rayfwd_restarted"]
+
+
 def test_a_journald_that_hangs_does_not_keep_a_process(
     journald: Journald, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from typing import NoReturn, Protocol
 
 from rayfwd import __version__, parcel
 from rayfwd.doors import Dialer, Doors, Held, Pump, Target, linger_off
-from rayfwd.logs import get_logger
+from rayfwd.logs import close_journal, get_logger
 from rayfwd.mux import Mux
 from rayfwd.notify import Notifier
 from rayfwd.parcel import Packed, ParcelError
@@ -300,6 +300,7 @@ def opened(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival
 
 def exec_again(left: Packed | None) -> NoReturn:
     """Become the next process, in the place of this one, with the parcel if there is one."""
+    close_journal()  # its thread would end with this program
     sys.stdout.flush()
     sys.stderr.flush()
     env = os.environ if left is None else parcel.start_with(left.parcel, os.environ)

@@ -37,6 +37,8 @@ _log = get_logger(__name__)
 class Children:
     """What was started here, as a `Launcher`."""
 
+    log = None
+
     def __init__(self) -> None:
         self._codes: dict[int, int | None] = {}
         """By process id: the exit code, None while it runs."""

@@ -30,6 +30,11 @@ ANSWER_SECONDS = 2.0
 class Launcher(Protocol):
     """Starts `ray start`, and knows how it ended."""
 
+    @property
+    def log(self) -> str | None:
+        """Where else than in Ray's own files it may be said why Ray ended; None: nowhere."""
+        ...
+
     def spawn(self, argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
         """The process id of `argv`, in a session of its own, writing to `OUTPUT` in `state_dir`.
 
@@ -77,6 +82,8 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
 class Direct:
     """Ray is the daemon's own child."""
 
+    log = None
+
     def spawn(self, argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
         return spawn(argv, env, state_dir)
 
@@ -92,6 +99,9 @@ class Direct:
 
 class ByKeeper:
     """Ray is the keeper's child."""
+
+    log = "`journalctl -u rayfwd-ray`"
+    """There: that the keeper itself was killed, or that systemd ended all of the unit."""
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket

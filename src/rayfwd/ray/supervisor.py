@@ -351,7 +351,7 @@ class RaySupervisor:
         if dead:
             await process.wait(REPORT_TIME)
         self._tell_output(process)
-        problem = _ending(process, dead, up=up_at is not None, late=late)
+        problem = _ending(process, dead, up_at is not None, late, self._launcher.log)
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
         await self._end("dead", drain=False)
         raise ProblemError(problem)
@@ -515,7 +515,7 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
         )
 
 
-def _ending(process: RayProcess, dead: list[str], up: bool, late: bool) -> Problem:
+def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str | None) -> Problem:
     output = " | ".join(process.last_lines[-SHOWN_LINES:]) or "none"
     logs = f"{process.session_dir}/logs" if process.session_dir else "Ray's session directory"
     if up:
@@ -526,7 +526,9 @@ def _ending(process: RayProcess, dead: list[str], up: bool, late: bool) -> Probl
         return Problem(
             "ray_died",
             f"Ray's {what} ended{code}; its last output: {output}",
-            f"look at raylet.out, raylet.err and gcs_server.out in {logs}; rayfwd starts Ray again",
+            f"look at raylet.out, raylet.err and gcs_server.out in {logs}"
+            + (f", and at {log}" if log else "")
+            + "; rayfwd starts Ray again",
         )
     if late:
         cause = f"`ray start` was not done after {START_TIMEOUT:.0f} s"
