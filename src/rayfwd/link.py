@@ -29,7 +29,7 @@ from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.progress import Progress
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, ProtocolError, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, ProtocolError, encode, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
@@ -118,6 +118,16 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._end(str(exc) if exc else "closed by the head")
 
     # -- the handshake -------------------------------------------------------------------
+
+    @property
+    def greeting(self) -> bool:
+        """It said hello, and is no lane of a session yet."""
+        return bool(self._session) and self._mux is None
+
+    def take_back(self, why: str) -> None:
+        """End the session that the hub may begin with our hello."""
+        self.write([encode(Kind.CLOSE, payload=why.encode())])
+        self.close()
 
     async def greet(self, hello: Hello) -> Welcome:
         """Say hello. Raises LinkRefusedError or ProblemError."""
@@ -295,6 +305,9 @@ class Link:
         self._closing = True
         if self.mux is not None:
             self.mux.close(why)
+        for lane in self._lanes:
+            if lane.greeting:
+                lane.take_back(why)
         if self._lanes:
             await asyncio.wait([lane.lost for lane in self._lanes], timeout=CLOSE_TIMEOUT)
         for connection in list(self._connections):
@@ -400,11 +413,13 @@ class Link:
         lane = _Lane()
         try:
             await self._open_channel(connection, lane)
+            if self._closing:
+                return
             session = self._current_session()
             resumes = self.mux is not None
             hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
-            welcome = await lane.greet(hello)
             self._lanes.add(lane)
+            welcome = await lane.greet(hello)
             self._join(slot, lane, welcome, session, connection)
             hint = asyncio.create_task(self._dialer.send_at_once(connection), name="send at once")
             slot.progress.rest()  # its session's timer shows that it is alive
@@ -448,7 +463,9 @@ class Link:
         session: str,
         connection: asyncssh.SSHClientConnection,
     ) -> None:
-        if session != self._session or self._closing:
+        if self._closing:
+            return  # what we said hello for was taken back
+        if session != self._session:
             lane.abort("its session has ended")
             return
         if self.mux is None:

@@ -262,6 +262,45 @@ def test_an_extra_lane_that_cannot_be_made_changes_nothing_else(
     assert {e["code"] for e in of(log, "extra_lane_failed")} == {"channel_refused"}
 
 
+def sessions_begun(log: Log) -> int:
+    """At the hub and at the worker together."""
+    return len(of(log, "session_started"))
+
+
+def test_a_lane_that_is_being_dialled_at_the_end_begins_no_session(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            s.sshd.login_takes, tries = 0.3, s.sshd.tries
+            s.sshd.cut(1)
+            await until(lambda: s.sshd.tries > tries)
+            await s.link.close("the worker stops")
+            await asyncio.sleep(0.6)
+            assert s.head.hub.nodes["w1"].mux is None
+
+    with log_events() as log:
+        run(main)
+    assert sessions_begun(log) == 2
+
+
+def test_a_hello_under_way_at_the_end_leaves_no_session(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.flowing.clear()
+            await until(lambda: any(lane.greeting for lane in s.link._lanes))
+            closing = asyncio.create_task(s.link.close("the worker stops"))
+            await asyncio.sleep(0.1)
+            s.sshd.flowing.set()
+            await closing
+            await until(lambda: of(log, "session_ended"))
+            assert s.head.hub.nodes["w1"].mux is None
+
+    with log_events() as log:
+        run(main)
+    (ended,) = of(log, "session_ended")
+    assert ended["cause"] == "the worker stops"
+
+
 def test_cuts_in_the_middle_of_a_transfer_lose_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path) as s:
@@ -315,18 +354,21 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_p
     async def main() -> None:
         with contextlib.ExitStack() as full:
             deaf = full.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-            for _ in range(3):
-                sock = full.enter_context(socket.socket())
+            waiting = [full.enter_context(socket.socket()) for _ in range(3)]
+            for sock in waiting:
                 sock.setblocking(False)
                 sock.connect_ex(deaf.getsockname())
             host, port = deaf.getsockname()
             options = asyncssh.SSHClientConnectionOptions(host=host, port=port, config=None)
             dialling = asyncio.create_task(ssh_module._first_to_answer(host, options))
-            await asyncio.sleep(2 * ssh_module.HASTY_EVERY)
+            # Of the attempts so far TCP repeats the first after one second and after three.
+            await asyncio.sleep(2.5 * ssh_module.HASTY_EVERY)
             assert not dialling.done()
+            for sock in waiting:  # else one of these takes the place
+                sock.close()
             deaf.setblocking(False)
-            for _ in range(3):
-                with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(BlockingIOError):
+                while True:
                     deaf.accept()[0].close()
             async with asyncio.timeout(2 * ssh_module.HASTY_EVERY + 0.5):
                 (await dialling).close()
