@@ -29,7 +29,7 @@ from rayfwd.mux import Mux, MuxStream, StreamOwner
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.progress import Progress
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, ProtocolError, encode, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, ProtocolError, close_frame, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
@@ -126,7 +126,7 @@ class _Lane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     def take_back(self, why: str) -> None:
         """End the session that the hub may begin with our hello."""
-        self.write([encode(Kind.CLOSE, payload=why.encode())])
+        self.write([close_frame(why)])
         self.close()
 
     async def greet(self, hello: Hello) -> Welcome:

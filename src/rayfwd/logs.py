@@ -159,7 +159,8 @@ _journals: list[journal.Journal] = []
 
 
 def close_journal() -> None:
-    """Before this process becomes another: what waits for journald has a moment to go."""
+    """What waits for journald has a moment to go; before this process logs otherwise, or becomes
+    another."""
     while _journals:
         _journals.pop().close()
 

@@ -177,7 +177,7 @@ def test_a_short_silence_makes_no_slow_link(cluster: Cluster) -> None:
 
     So short that TCP's next attempt after it comes before a lane is given up.
     """
-    both, w1 = [cluster.head, cluster.worker("w1")], cluster.worker("w1")
+    w1 = cluster.worker("w1")
     lanes = [lane["lane"] for lane in w1.status()["link"]["lanes"]]
     since = time.time()
     cluster.lab.cut(w1.machine)
@@ -185,13 +185,13 @@ def test_a_short_silence_makes_no_slow_link(cluster: Cluster) -> None:
     cluster.lab.heal(w1.machine)
     time.sleep(12)  # far more looks than it takes
     assert [lane["lane"] for lane in w1.status()["link"]["lanes"]] == lanes, "no silence: a cut"
-    for daemon in both:
+    for daemon in (cluster.head, w1):
         assert not [e for e in daemon.events("link_slow") if said_at(e) >= since]
 
 
 def test_longer_round_trips(cluster: Cluster) -> None:
     """The way to w1 is one day longer than it was. (On a link without traffic it is asked for
-    its round-trip time more seldom, and named some seconds later.)"""
+    its round-trip time more seldom, and named a second later.)"""
     head, w1 = cluster.head, cluster.worker("w1")
     python = str(head.machine.ray_python())
     echo = head.machine.popen([python, "-c", ECHO])

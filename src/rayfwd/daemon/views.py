@@ -111,15 +111,12 @@ def declared_resources(config: Config) -> dict[str, float]:
 
 def link_seen(mux: Mux | None, history: History) -> LinkSeen:
     """A link as the rules of `watch/links.py` look at it."""
+    lanes = list(mux.session.lanes.values()) if mux is not None else []
     trips = [
         lane.newest_rtt
-        for number, record in (mux.lanes.items() if mux is not None else ())
-        if record.kind is LaneClass.INTERACTIVE
-        and mux is not None
-        and (lane := mux.session.lanes.get(number)) is not None
-        and lane.newest_rtt is not None
+        for lane in lanes
+        if lane.kind is LaneClass.INTERACTIVE and lane.newest_rtt is not None
     ]
-    lanes = list(mux.session.lanes.values()) if mux is not None else []
     # What is short and fits says nothing of what the link could carry.
     lanes = [lane for lane in lanes if lane.kind is LaneClass.BULK] or lanes
     return LinkSeen(

@@ -100,7 +100,7 @@ class Direct:
 class ByKeeper:
     """Ray is the keeper's child."""
 
-    log = "`journalctl -u rayfwd-ray`"
+    log = "`journalctl -u rayfwd-ray` (a user's own service: with `--user`)"
     """There: that the keeper itself was killed, or that systemd ended all of the unit."""
 
     def __init__(self, socket: Path) -> None:

@@ -181,6 +181,11 @@ def _lasting(view: memoryview) -> Piece:
     return view if len(view) * LASTING >= len(cast(bytes, view.obj)) else bytes(view)
 
 
+def close_frame(why: str) -> bytes:
+    """The CLOSE that ends a session."""
+    return encode(Kind.CLOSE, payload=why.encode()[:1024])
+
+
 def behind(pieces: Sequence[Piece], skip: int) -> list[Piece]:
     """The pieces without their first `skip` bytes."""
     out: list[Piece] = []

@@ -38,7 +38,7 @@ from rayfwd.session.frames import (
     Kind,
     Piece,
     ProtocolError,
-    encode,
+    close_frame,
     header,
 )
 from rayfwd.session.lane import Lane, LaneClass
@@ -319,7 +319,7 @@ class Session:
     def close(self, why: str) -> list[Event]:
         """End the session in order; a CLOSE goes out on every lane that still takes it."""
         events = self._end(why) if not self.ended else []
-        self._closing = encode(Kind.CLOSE, payload=why.encode()[:1024])
+        self._closing = close_frame(why)
         return events
 
     # -- for a process that comes after this one -------------------------------------------------

@@ -27,7 +27,8 @@ SLOW_FACTOR = 5.0
 SLOW_SECONDS = 0.15
 """A link is slow where its round trip takes so many times as long as it did, and so much longer."""
 SLOW_LOOKS = 3
-"""In so many looks without a break."""
+"""In so many looks without a break: they come some milliseconds early or late, by which so many
+seconds would be a look more or less."""
 PAST = 3600.0
 SAMPLE = 5.0
 """One round-trip time every so many seconds is kept for so long: what is usual is their median."""
