@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from rayfwd.doors import Target
-from rayfwd.mux import Mux, MuxStream
-from rayfwd.session.frames import MAX_PAYLOAD, Kind, Piece, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, first_frame
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
-from rayfwd.writev import write
+from rayfwd.transport.listeners import Target
+from rayfwd.transport.mux import Mux, MuxStream
+from rayfwd.transport.writev import write
 
 MESSAGE = bytes(200)
 
@@ -69,7 +69,7 @@ class Lane(asyncio.Protocol):
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
 
-    def write(self, chunks: Sequence[Piece]) -> None:
+    def write(self, chunks: Sequence[Chunk]) -> None:
         write(self._transport, chunks)
 
     def close(self) -> None:
@@ -90,9 +90,9 @@ class Caller:
         self.first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._came = 0
 
-    def stream_data(self, pieces: Sequence[Piece]) -> None:
+    def stream_data(self, chunks: Sequence[Chunk]) -> None:
         assert self.stream is not None
-        size = sum(map(len, pieces))
+        size = sum(map(len, chunks))
         self._came += size
         self.stream.consumed(size)
         if self._came >= len(MESSAGE):

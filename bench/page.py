@@ -56,7 +56,7 @@ TITLES = {
 
 
 def keep(name: str, results: Results) -> None:
-    """Keep what a piece found, with the commit and the time; what it found before is replaced."""
+    """Keep what a chunk found, with the commit and the time; what it found before is replaced."""
     data = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     data[name] = {
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
@@ -152,13 +152,13 @@ def plot(results: Results) -> str:
     )
 
 
-def section(name: str, piece: Mapping[str, object], results: Results) -> Sequence[str]:
+def section(name: str, chunk: Mapping[str, object], results: Results) -> Sequence[str]:
     rounds = len(next(iter(next(iter(results.values())).values())))
     plural = "round" if rounds == 1 else "rounds"
     return [
         f"## {TITLES[name]}",
         "",
-        f"Medians of {rounds} {plural}, {piece['at']}, code {piece['commit']}."
+        f"Medians of {rounds} {plural}, {chunk['at']}, code {chunk['commit']}."
         + (" In brackets the ratio to `ssh -L` in the same round." if REFERENCE in results else ""),
         "",
         *table(results),
@@ -170,7 +170,7 @@ def write() -> None:
     """Write docs/benchmarks.md and docs/benchmarks.svg from what is kept."""
     data = json.loads(KEPT.read_text())
     lines = ["# Benchmarks", "", "Written by `make bench` from docs/benchmarks.json.", ""]
-    machines = list(dict.fromkeys(line for piece in data.values() for line in piece["machine"]))
+    machines = list(dict.fromkeys(line for chunk in data.values() for line in chunk["machine"]))
     lines += ["The machine:", "", *(f"- {line}" for line in machines), ""]
     for name in TITLES:
         if name in data:

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
-from rayfwd.plan import NodePlan, allocate, head_plan
 from rayfwd.ray.commandline import by_hand
 from tests.lab import package
 from tests.lab.cluster import Cluster

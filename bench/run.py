@@ -1,7 +1,7 @@
 """`make bench`: rayfwd beside what people use today, in one run: medians and ratios.
 
 Everything goes through one sshd on this machine's loopback. Run it as root (sshd wants it) on a
-machine that does nothing else. It is done in pieces (`--only PIECE`), each of a few minutes; what
+machine that does nothing else. It is done in chunks (`--only PIECE`), each of a few minutes; what
 was measured is kept in docs/benchmarks.json, and docs/benchmarks.md is written from that.
 """
 
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--only", action="append", choices=[*PIECES, "nothing"], help="a piece")
+    parser.add_argument("--only", action="append", choices=[*PIECES, "nothing"], help="a chunk")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -23,21 +23,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfwd import __version__
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
-from rayfwd.doors import BACKLOG, Pump, Target
-from rayfwd.link import Link
-from rayfwd.logs import get_logger
-from rayfwd.mux import MuxStream, StreamOwner
-from rayfwd.notify import Notifier
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
-from rayfwd.roster import write_file
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
-from rayfwd.watchdog import Late, Watchdog, late
+from rayfwd.system.files import replace_file
+from rayfwd.system.logs import get_logger
+from rayfwd.system.notify import Notifier
+from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.transport.link import Link
+from rayfwd.transport.listeners import BACKLOG, SocketRelay, Target
+from rayfwd.transport.mux import MuxStream, StreamOwner
 
 log = get_logger(__name__)
 
@@ -112,7 +112,7 @@ class Client:
         self._auth: RayAuth | None = None
         self._listening: list[tuple[Place, socket.socket]] = []
         self._servers: list[asyncio.Server] = []
-        self._pumps: set[Pump] = set()
+        self._relays: set[SocketRelay] = set()
         self._news = asyncio.Event()
         self._ending = False
         self._shown = ("", "")
@@ -156,7 +156,7 @@ class Client:
         link = self._link
         if link is None:
             return []
-        return late((s.progress for s in link.slots), [link.mux] if link.mux is not None else [])
+        return late((s.heartbeat for s in link.slots), [link.mux] if link.mux is not None else [])
 
     async def _hold(self) -> None:
         """Hold the link for ever, once there was a way to the hub."""
@@ -222,7 +222,7 @@ class Client:
         loop = asyncio.get_running_loop()
         for place, sock in self._listening:
             server = await loop.create_server(
-                lambda place=place: self._pump_for(place),  # type: ignore[misc]
+                lambda place=place: self._relay_for(place),  # type: ignore[misc]
                 sock=sock,
                 backlog=BACKLOG,
             )
@@ -235,16 +235,16 @@ class Client:
         with closing(Notifier()) as notifier:
             notifier.send("READY=1")
 
-    def _pump_for(self, place: Place) -> Pump:
-        return Pump(self._pumps, lambda pump: self._route(place, pump))
+    def _relay_for(self, place: Place) -> SocketRelay:
+        return SocketRelay(self._relays, lambda relay: self._route(place, relay))
 
-    def _route(self, place: Place, pump: Pump) -> None:
+    def _route(self, place: Place, relay: SocketRelay) -> None:
         mux = self._link.mux if self._link is not None else None
         if mux is None or mux.session.ended or self._plan is None:
-            pump.refuse()
+            relay.refuse()
         else:
             target = Target(self._plan.address, place.port_at(self._plan))
-            pump.attach(mux.open(target.encode(), pump))
+            relay.attach(mux.open(target.encode(), relay))
 
     def _message(self, message: dict[str, Any]) -> None:
         if message.get("type") == "ray_auth":
@@ -267,7 +267,7 @@ class Client:
             return
         try:
             self.token_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_file(self.token_file, auth.token.encode() + b"\n")
+            replace_file(self.token_file, auth.token.encode() + b"\n")
         except OSError as exc:
             problem = Problem(
                 "ray_auth_unwritable",

@@ -29,15 +29,15 @@ from pydantic import (
     model_validator,
 )
 
-from rayfwd.places import DEFAULT_CONFIG, default_runtime_dir, default_state_dir
-from rayfwd.plan import (
+from rayfwd.cluster.plan import (
     PORT_CEILING,
     NodePlan,
     check_name,
     default_worker_ports,
     head_plan,
 )
-from rayfwd.redact import names_a_secret
+from rayfwd.system.paths import DEFAULT_CONFIG, default_runtime_dir, default_state_dir
+from rayfwd.system.redact import names_a_secret
 
 DEFAULT_PATH = DEFAULT_CONFIG
 
@@ -435,7 +435,7 @@ class Config(_Section):
 
     @property
     def forwards(self) -> tuple[ForwardConfig, ...]:
-        """The further doors, with the role's default."""
+        """The further listeners, with the role's default."""
         if self.forward is not None:
             return self.forward
         if self.role == "worker":

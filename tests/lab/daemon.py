@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from rayfwd.control import ask
 from rayfwd.problems import ProblemError
+from rayfwd.system.control import ask
 from tests.lab.process import HOME, Process, tail
 
 if TYPE_CHECKING:

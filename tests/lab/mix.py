@@ -23,15 +23,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
-from rayfwd.plan import NodePlan, allocate, head_plan
 from rayfwd.ray.commandline import by_hand
 from tests.lab import package
 from tests.lab.cluster import Cluster
 from tests.lab.faults import Cut, Faults, provoke, schedule, strict_firewalls
+from tests.lab.loadgen import ECHO, LISTENERS, Echoes, Job, listeners
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME
-from tests.lab.toll import DOORS, ECHO, Echoes, Job, doors
 from tests.need import tool
 
 WAYS = ("w1>head", "head>w1", "w1>w2", "w2>head")
@@ -50,7 +50,7 @@ SSHD_FOR_AUTOSSH = (
 @contextmanager
 def over_rayfwd(lab: Lab, **overrides: Any) -> Iterator[Cluster]:
     """A cluster whose links are rayfwd's: three lanes from w1, two from w2."""
-    own: dict[str, Any] = {name: {"forward": doors(name)} for name in DOORS}
+    own: dict[str, Any] = {name: {"forward": listeners(name)} for name in LISTENERS}
     own["w1"]["head.bulk_lanes"] = 2
     own["every"] = {"expose": [ECHO], "ride_through": RIDE_THROUGH, **overrides}
     cluster = Cluster(lab, **own)
@@ -102,12 +102,12 @@ def ssh_config(own: NodePlan, plans: list[NodePlan], head: Machine) -> str:
         for port in plan.ports:
             where = f"{plan.address}:{port} {plan.address}:{port}"
             lines.append(f"{'RemoteForward' if plan is own else 'LocalForward'} {where}")
-    for name, door in DOORS.items():
+    for name, listener in LISTENERS.items():
         if name == own.name:
-            lines.append(f"RemoteForward 127.0.0.1:{door} 127.0.0.1:{ECHO}")
+            lines.append(f"RemoteForward 127.0.0.1:{listener} 127.0.0.1:{ECHO}")
         else:
-            port = ECHO if name == "head" else door
-            lines.append(f"LocalForward 127.0.0.1:{door} 127.0.0.1:{port}")
+            port = ECHO if name == "head" else listener
+            lines.append(f"LocalForward 127.0.0.1:{listener} 127.0.0.1:{port}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -65,7 +65,7 @@ def said_at(event: Row) -> float:
 def over(daemons: Iterable[Daemon], within: float, *codes: str, subject: str = "") -> None:
     """No daemon has any of these codes any more; without codes: nothing at all is wrong.
 
-    `subject`: a node, where only its conditions and those of its lanes and doors count.
+    `subject`: a node, where only its conditions and those of its lanes and listeners count.
     """
     deadline = time.time() + within + ASKING
 

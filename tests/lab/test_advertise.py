@@ -33,13 +33,13 @@ def test_essential_work(cluster: Cluster, driver: str) -> None:
     verify(lines, driver, list(addresses.values()))
 
 
-def test_nobody_has_doors_for_it(cluster: Cluster) -> None:
+def test_nobody_has_listeners_for_it(cluster: Cluster) -> None:
     block = ports(cluster, "w1")
     assert len(block) == 46
     for name in ("head", "w2"):
         assert not block & listening(cluster.lab.machine(name))
     for name in ("head", "w1"):
-        assert ports(cluster, "w2") <= listening(cluster.lab.machine(name)), "w2's doors"
+        assert ports(cluster, "w2") <= listening(cluster.lab.machine(name)), "w2's listeners"
 
 
 def test_others_reach_it_without_the_link(cluster: Cluster) -> None:

@@ -1,7 +1,7 @@
 """The canary names a node that takes no tasks or no objects, and the port that is dead behind it.
 
 One cluster for all; each fault is made by the machines' own firewalls on loopback, where Ray's
-connections meet the doors, and is undone under the running daemons.
+connections meet the listeners, and is undone under the running daemons.
 """
 
 from __future__ import annotations
@@ -145,13 +145,13 @@ def _read(cluster: Cluster, pid: int) -> bytes:
 
 
 def test_one_direction_only_and_an_object_manager_alone(cluster: Cluster) -> None:
-    """The head's doors to w1 are shut while w1 goes on reaching the head; w2 takes no objects."""
+    """The head's listeners to w1 are shut while w1 still reaches the head; w2 takes no objects."""
     (w1, first, _), (w2, second, _) = plan_of(cluster, "w1"), plan_of(cluster, "w2")
     head = cluster.lab.machine("head")
     with dropped(head, f"ip daddr {w1} meta l4proto tcp", f"ip daddr {w2} tcp dport {second + 1}"):
         sooner = named(cluster.head, "ray_port_unreachable", "w1", SOONER)
         assert f"{first} (the raylet)" in sooner["cause"]
-        assert f"the door at {w1}" in sooner["cause"]
+        assert f"the listener at {w1}" in sooner["cause"]
         assert "on head itself drops packets" in sooner["cause"]
         problem = named(cluster.head, "canary_no_task", "w1", NEXT)
         assert f"{first} (the raylet)" in problem["cause"]
@@ -187,7 +187,7 @@ def test_worker_ports_alone_and_what_a_worker_sees(cluster: Cluster) -> None:
         rows = {node["name"]: node for node in answer["nodes"]}
         assert rows["head"]["ok"]
         assert rows["w1"]["problem"]["code"] == "canary_no_task"
-        # From the head all ports of w2 answer; w2 itself names the door.
+        # From the head all ports of w2 answer; w2 itself names the listener.
         assert rows["w2"]["problem"]["code"] == "canary_no_objects"
         assert of(cluster.head.status(), "ray_port_unreachable", "w1") is None
     check_healed(cluster)

@@ -84,7 +84,7 @@ def test_only_loopback_listens(cluster: Cluster) -> None:
             for line in daemon.machine.network_command("ss", "-Hltnp").splitlines()
             if f"pid={daemon.process.pid}," in line
         ]
-        assert listening, f"{daemon.machine.name}: no door is open"
+        assert listening, f"{daemon.machine.name}: no listener is open"
         outside = [where for where in listening if not where.startswith("127.")]
         assert not outside, f"{daemon.machine.name}: {outside}"
 

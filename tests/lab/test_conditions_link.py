@@ -65,7 +65,7 @@ with socket.create_connection(("127.0.0.1", {ECHO_PORT})) as sock:
 """
 """Small messages, ten a second, there and back."""
 FILES = 150
-"""What w2's daemon may have open: enough for its doors, and fewer than its plan needs."""
+"""What w2's daemon may have open: enough for its listeners, and fewer than its plan needs."""
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.lab.process import HOME, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
-HOARD = Path(__file__).with_name("hoard.py")
+HOARD = Path(__file__).with_name("fd_hog.py")
 FEW = 8
 """Ports of w2 for Ray's worker processes: the least that there may be."""
 
@@ -138,7 +138,7 @@ def taken(worker: Daemon) -> int:
 
 def test_worker_ports_are_exhausted(cluster: Cluster) -> None:
     head, w2 = cluster.head, cluster.worker("w2")
-    script = f"{HOME}/hoard.py"
+    script = f"{HOME}/fd_hog.py"
     head.machine.write(script, HOARD.read_text())
     argv = [str(head.machine.ray_python()), script, "tape", str(FEW + 2)]
     driver = head.machine.popen(argv)

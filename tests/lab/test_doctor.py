@@ -229,12 +229,12 @@ def test_ports_that_others_have(cluster: Cluster) -> None:
     found = doctor(cluster, "w1")
     assert found.rows["ports"]["code"] == "port_in_use"
     assert f"{first + 3} (held by python" in found.rows["ports"]["said"]
-    assert found.rows["doors"]["code"] == "door_blocked"
-    assert "port 6379 is in use" in found.rows["doors"]["said"]
+    assert found.rows["listeners"]["code"] == "listener_blocked"
+    assert "port 6379 is in use" in found.rows["listeners"]["said"]
     for squatter in squatters:
         squatter.signal(9)
         squatter.wait(20)
-    assert doctor(cluster, "w1").results("ports", "doors") == ["pass", "pass"]
+    assert doctor(cluster, "w1").results("ports", "listeners") == ["pass", "pass"]
 
 
 def test_other_versions_of_ray_and_python(cluster: Cluster) -> None:

@@ -16,12 +16,12 @@ import pytest
 
 from tests.lab.cluster import Cluster
 from tests.lab.daemon import Daemon, Event
+from tests.lab.false_alarms import errors
 from tests.lab.faults import Connection, Faults, kill, schedule, strict_firewalls
-from tests.lab.healthy import errors
+from tests.lab.loadgen import Echoes, Job
 from tests.lab.machines import Lab, Machine
 from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
 from tests.lab.process import until
-from tests.lab.toll import Echoes, Job
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.alone]
 
@@ -254,5 +254,5 @@ def test_nothing_was_lost(rig: Rig) -> None:
 
 @pytest.mark.ray
 def test_nobody_cried_wolf(rig: Rig) -> None:
-    """All these cuts were ridden through: no error was said. (healthy.py goes on for longer.)"""
+    """All these cuts were ridden through: no error was said. (false_alarms.py takes longer.)"""
     assert errors(rig.cluster.daemons, rig.since) == []

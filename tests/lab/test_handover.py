@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import pytest
 
 from tests.lab.cluster import Cluster
+from tests.lab.loadgen import Echoes, Job
 from tests.lab.machines import Lab
 from tests.lab.mix import DRIVER, WAYS, over_rayfwd
-from tests.lab.toll import Echoes, Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

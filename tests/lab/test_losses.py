@@ -14,10 +14,10 @@ import pytest
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.faults import Faults, strict_firewalls
+from tests.lab.loadgen import ECHO, Echoes, Job, listeners
 from tests.lab.machines import Lab
 from tests.lab.mix import over_rayfwd
 from tests.lab.process import until
-from tests.lab.toll import ECHO, Echoes, Job, doors
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -28,8 +28,8 @@ def test_after_ride_through_all_is_given_up(lab: Lab) -> None:
         lab,
         workers=("w1",),
         every={"ray.start": False, "expose": [ECHO], "ride_through": 6},
-        head={"forward": [d for d in doors("head") if "w1" in d["to"]]},
-        w1={"forward": [d for d in doors("w1") if "head" in d["to"]]},
+        head={"forward": [d for d in listeners("head") if "w1" in d["to"]]},
+        w1={"forward": [d for d in listeners("w1") if "head" in d["to"]]},
     )
     cluster.start(["head"])
     cluster.head.wait_event("hub_listening")

@@ -244,23 +244,23 @@ class TestNames:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("end")
-def test_door_blocked(cluster: Cluster) -> None:
+def test_listener_blocked(cluster: Cluster) -> None:
     """Something else listens on a port that stands for one of the head's."""
     port = cluster.head.status()["node"]["base"] + 1
     squatter = squat(cluster.lab.machine("w1"), port)
     worker = cluster.start_node("w1")
-    event = worker.wait_event("door_blocked")
+    event = worker.wait_event("listener_blocked")
     assert f"port {port} is in use" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
     status = worker.wait_status(lambda s: s["state"] == "ready", 30)
-    assert [problem["code"] for problem in status["problems"]] == ["door_blocked"]
-    assert len(status["doors"]["blocked"]) == 1
+    assert [problem["code"] for problem in status["problems"]] == ["listener_blocked"]
+    assert len(status["listeners"]["blocked"]) == 1
     time.sleep(6)  # it is tried again every few seconds
     assert len(errors(worker)) == 1
     squatter.signal(signal.SIGKILL)
-    worker.wait_event("door_unblocked", 30)
+    worker.wait_event("listener_unblocked", 30)
     status = worker.wait_status(lambda s: not s["problems"], 30)
-    assert status["doors"]["blocked"] == []
+    assert status["listeners"]["blocked"] == []
 
 
 @pytest.mark.ray

@@ -1,7 +1,7 @@
 """TCP connections of every kind through rayfwd: the same bytes and endings as without it.
 
-Ray is not started. Each part's client is run twice, on the server's own machine and through a door
-of another machine, and both transcripts, the server's and the client's, are compared.
+Ray is not started. Each part's client is run twice, on the server's own machine and through a
+listener of another machine, and both transcripts, the server's and the client's, are compared.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from tests.lab.cluster import Cluster
+from tests.lab.conversation import FAST, PARTS, SLOW
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, Process, until
-from tests.lab.talk import FAST, PARTS, SLOW
 
 BASE = 15000
 """First port of a machine's servers."""
-DOOR = {"head": 16000, "w1": 16100, "w2": 16200}
+LISTENER = {"head": 16000, "w1": 16100, "w2": 16200}
 """First of the ports on other machines that stand for them."""
-TALK = Path(__file__).with_name("talk.py")
+TALK = Path(__file__).with_name("conversation.py")
 WAYS = [("w1", "head"), ("head", "w1"), ("w1", "w2")]
 
 
@@ -33,7 +33,7 @@ class Talk:
         self.lab = lab
         assert lab.rayfwd is not None
         self.python = str(lab.rayfwd.with_name("python"))
-        self.script = f"{HOME}/talk.py"
+        self.script = f"{HOME}/conversation.py"
         self.servers: dict[str, Process] = {}
         for machine in lab.machines:
             machine.write(self.script, TALK.read_text())
@@ -66,10 +66,10 @@ class Talk:
 
 
 def forwards(name: str) -> list[dict[str, str]]:
-    """On each machine, doors to every part of every other."""
+    """On each machine, listeners to every part of every other."""
     return [
-        {"listen": f"127.0.0.1:{DOOR[other] + i}", "to": f"{other}:{BASE + i}"}
-        for other in DOOR
+        {"listen": f"127.0.0.1:{LISTENER[other] + i}", "to": f"{other}:{BASE + i}"}
+        for other in LISTENER
         if other != name
         for i in range(len(PARTS))
     ]
@@ -78,7 +78,7 @@ def forwards(name: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     ports = [BASE + i for i in range(len(PARTS))]
-    own: dict[str, Any] = {name: {"forward": forwards(name)} for name in DOOR}
+    own: dict[str, Any] = {name: {"forward": forwards(name)} for name in LISTENER}
     cluster = Cluster(module_lab, every={"ray.start": False, "expose": ports}, **own)
     cluster.start(["head"])
     cluster.head.wait_event("hub_listening")  # a worker that comes sooner says that it is absent
@@ -110,7 +110,7 @@ def compare(
     machine = talk.lab.machine
     name = client or part
     direct = talk.both(machine(target), target, BASE + index, name, connections)
-    through = talk.both(machine(source), target, DOOR[target] + index, name, connections)
+    through = talk.both(machine(source), target, LISTENER[target] + index, name, connections)
     assert through == direct
     return through[0]
 
@@ -160,11 +160,11 @@ def test_500_connections_open_at_once(talk: Talk, way: tuple[str, str]) -> None:
 
 
 def test_refused(talk: Talk, way: tuple[str, str]) -> None:
-    """A door has accepted before the far end can refuse: the client is reset at once instead."""
+    """A listener has accepted before the far end can refuse: the client is reset at once."""
     source, target = way
     index = PARTS.index("refused")
     assert talk.call(talk.lab.machine(target), BASE + index, "refused") == [["refused"]]
-    found = talk.call(talk.lab.machine(source), DOOR[target] + index, "refused")
+    found = talk.call(talk.lab.machine(source), LISTENER[target] + index, "refused")
     assert [(line[1], line[-1]) for line in found] == [(0, "reset")]
 
 
@@ -174,8 +174,8 @@ def test_a_port_that_is_not_exposed_is_reset(cluster: Cluster, talk: Talk) -> No
     argv = [talk.python, talk.script, "serve", "17000"]
     server = head.popen(argv)
     until(lambda: "listening" in server.log.read_text(), 20, lambda: "the server")
-    doors = [{"listen": "127.0.0.1:17000", "to": "head:17000"}, *forwards("w1")]
-    cluster.configs["w1"]["forward"] = doors
+    listeners = [{"listen": "127.0.0.1:17000", "to": "head:17000"}, *forwards("w1")]
+    cluster.configs["w1"]["forward"] = listeners
     cluster.worker("w1").stop()
     cluster.start_node("w1").wait_ready()
     found = talk.call(w1, 17000, "refused")

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
-from rayfwd.ray import nodes, procfs, status
+from rayfwd.ray import nodes, procfs, status_text
 from rayfwd.ray.supervisor import RaySupervisor
 from tests.ray.machines import HEAD, NETWORK, WORKER, head_config, ray_command, worker_config
 
@@ -149,7 +149,7 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
             totals: dict[str, tuple[float, float]] = {}
             deadline = time.monotonic() + 40
             while "tape" not in totals and time.monotonic() < deadline:
-                totals = (await status.ask(command, f"{HEAD.address}:6379", env)).totals
+                totals = (await status_text.ask(command, f"{HEAD.address}:6379", env)).totals
             assert totals["tape"] == (0.0, 2.0)
             worker.set_link_up(False)
             await asyncio.sleep(1.5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rayfwd.cluster.plan import allocate, head_plan
 from rayfwd.config import Config, parse
-from rayfwd.plan import allocate, head_plan
 from tests.need import ray_envs
 
 NETWORK = "127.77.0.0/16"

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from rayfwd.config import LogConfig
-from rayfwd.logs import setup
 from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.system.logs import setup
 from tests.ray.machines import HEAD, NETWORK, head_config
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.lab.loadgen import Job
 from tests.lab.process import Process, until
-from tests.lab.toll import Job
 from tests.systemd.machines import RAY, Lab, Machine
 
 PYTHON = Path("/home/ray/venv/bin/python")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.toll import Job
+from tests.lab.loadgen import Job
 from tests.systemd.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(400)

@@ -216,7 +216,7 @@ def test_a_reload_takes_effect_without_a_break(kept: Kept) -> None:
     assert json.loads(reloaded["CHANGED"]) == ["log.level", "forward"]
     (told,) = worker.events("config_kept")
     assert (json.loads(told["KEPT"]), told["PRIORITY"]) == (["ride_through"], "4")
-    until(lambda: dial(worker, 9022) == "", 20, lambda: "the door is open")
+    until(lambda: dial(worker, 9022) == "", 20, lambda: "the listener is open")
     exposed = edit(head, with_key("expose = [22]"))
     head.systemctl("reload", "rayfwd")
     until(lambda: dial(worker, 9022).startswith("SSH-2.0"), 20, lambda: "port 22 is exposed")
@@ -224,7 +224,7 @@ def test_a_reload_takes_effect_without_a_break(kept: Kept) -> None:
     for machine, text in ((head, exposed), (worker, file)):
         edit(machine, lambda _, text=text: text)  # type: ignore[misc]
         machine.systemctl("reload", "rayfwd")
-    until(lambda: dial(worker, 9022) == "refused", 20, lambda: "the door is closed")
+    until(lambda: dial(worker, 9022) == "refused", 20, lambda: "the listener is closed")
     kept.check()
 
 

@@ -12,7 +12,7 @@ SUITE = "trixie"
 
 UNITS = (
     "test_control.py",
-    "test_doors.py",
+    "test_listeners.py",
     "test_fastpath.py",
     "test_hub.py",
     "test_journal.py",

@@ -1,7 +1,7 @@
-"""A head and workers in one process: real hub, sessions, doors and sockets, only the SSH left out.
+"""A head and workers in one process: real hub, sessions, listeners and sockets, without SSH.
 
-Each node's services listen on its own address; its doors on the others listen elsewhere, since all
-the machines are this one.
+Each node's services listen on its own address; its listeners on the others listen elsewhere, since
+all the machines are this one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from rayfwd.doors import Dialer, Doors, Pump, Target
+from rayfwd.cluster.plan import head_plan
 from rayfwd.hub import Hub
-from rayfwd.mux import Mux, MuxStream, StreamOwner
-from rayfwd.plan import head_plan
-from rayfwd.roster import Roster
+from rayfwd.hub.roster import Roster
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, Piece, first_frame
+from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Frame, Kind, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
-from rayfwd.writev import write
+from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.writev import write
 from tests.unit.loops import until
 
 INTERACTIVE, BULK = LaneClass.INTERACTIVE, LaneClass.BULK
@@ -105,7 +105,7 @@ class SocketLane(asyncio.Protocol):
             self._buffer.clear()
         return self._number
 
-    def write(self, chunks: Sequence[Piece]) -> None:
+    def write(self, chunks: Sequence[Chunk]) -> None:
         assert self.transport is not None
         write(self.transport, chunks)
 
@@ -141,7 +141,7 @@ async def answer_to(path: Path, first: bytes) -> Welcome | Refusal | None:
 
 
 class Worker:
-    """A worker: its session, its doors, its services' dialler."""
+    """A worker: its session, its listeners, its services' dialler."""
 
     def __init__(self, name: str, hub: Path, limits: Limits) -> None:
         self.name = name
@@ -151,8 +151,8 @@ class Worker:
         self.welcome: Welcome | None = None
         self.changes: list[Parked | Resumed | SessionEnded] = []
         self.messages: list[dict[str, Any]] = []
-        self.dialer = Dialer()
-        self.doors = Doors(self._route)
+        self.connector = LocalConnector()
+        self.listeners = Listeners(self._route)
         self._hub = hub
         self._limits = limits
 
@@ -186,18 +186,18 @@ class Worker:
     async def close(self) -> None:
         if self.mux is not None:
             self.mux.close("the worker stops")
-        await self.dialer.close()
+        await self.connector.close()
         for lane in self.lanes:
             await lane.closed
 
     def _accept(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
-        return self.dialer.accept(stream, Target.decode(data))
+        return self.connector.accept(stream, Target.decode(data))
 
-    def _route(self, target: Target, pump: Pump) -> None:
+    def _route(self, target: Target, relay: SocketRelay) -> None:
         if self.mux is None or self.mux.session.ended:
-            pump.refuse()
+            relay.refuse()
         else:
-            pump.attach(self.mux.open(target.encode(), pump))
+            relay.attach(self.mux.open(target.encode(), relay))
 
 
 class Cluster:
@@ -208,7 +208,7 @@ class Cluster:
         services = {"gcs": 6379, "dashboard": 8265, "client": 10001}
         own = head_plan("head", NETWORK, 20000, 40, services)
         self.address = own.address
-        self.dialer = Dialer()
+        self.connector = LocalConnector()
         self.roster = Roster(directory / "roster.json", own, NETWORK, 20000)
         self.messages: list[tuple[str, dict[str, Any]]] = []
         self.hub = Hub(
@@ -218,12 +218,12 @@ class Cluster:
             NETWORK,
             ride_through,
             self.limits,
-            self.dialer.accept,
+            self.connector.accept,
             lambda: ("2.60.0", "3.11"),
             lambda node, message: self.messages.append((node, message)),
             lambda: None,
         )
-        self.doors = Doors(self.hub.open)
+        self.listeners = Listeners(self.hub.open)
         self.workers: dict[str, Worker] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -233,23 +233,23 @@ class Cluster:
         worker.hello = replace(worker.hello, **hello)
         await worker.connect(INTERACTIVE)
         await worker.connect(BULK)
-        self._tasks.append(asyncio.create_task(worker.doors.run()))
+        self._tasks.append(asyncio.create_task(worker.listeners.run()))
         return worker
 
     def address_of(self, name: str) -> str:
         return self.address if name == "head" else self.workers[name].address
 
-    async def door(self, near: str, target: Target) -> Target:
-        """A door on node `near` to a port of another; where it listens."""
-        doors = self.doors if near == "head" else self.workers[near].doors
+    async def listener(self, near: str, target: Target) -> Target:
+        """A listener on node `near` to a port of another; where it listens."""
+        listeners = self.listeners if near == "head" else self.workers[near].listeners
         listen = free_place()
-        doors.set_wanted({**doors._wanted, listen: target})
-        await until(lambda: listen in doors._servers, what=f"no door at {listen}")
+        listeners.set_wanted({**listeners._wanted, listen: target})
+        await until(lambda: listen in listeners._servers, what=f"no listener at {listen}")
         return listen
 
     async def start(self) -> None:
         await self.hub.start()
-        self._tasks.append(asyncio.create_task(self.doors.run()))
+        self._tasks.append(asyncio.create_task(self.listeners.run()))
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -258,7 +258,7 @@ class Cluster:
         for worker in self.workers.values():
             await worker.close()
         await self.hub.close("the head stops")
-        await self.dialer.close()
+        await self.connector.close()
 
 
 @asynccontextmanager

@@ -1,6 +1,6 @@
 """A head and a worker in a process that may open few files: `few_descriptors DIRECTORY LIMIT PORT`.
 
-Says at which address of the head a program may listen on PORT and where the worker's door to it
+Says at which address of the head a program may listen on PORT and where the worker's listener to it
 is; ends when something comes on standard input.
 """
 
@@ -11,15 +11,15 @@ import resource
 import sys
 from pathlib import Path
 
-from rayfwd import logs
 from rayfwd.config import LogConfig
-from rayfwd.doors import Target
+from rayfwd.system import logs
+from rayfwd.transport.listeners import Target
 from tests.unit.cluster import cluster
 
 
 async def main(directory: Path, limit: int, port: int) -> None:
     async with cluster(directory, "w1") as c:
-        listen = await c.door("w1", Target(c.address, port))
+        listen = await c.listener("w1", Target(c.address, port))
         print(c.address, *listen, flush=True)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         await asyncio.to_thread(sys.stdin.readline)

@@ -19,10 +19,10 @@ import pytest
 from rayfwd import __version__
 from rayfwd.cli import VERBS, main
 from rayfwd.cli.screen import duration, size
-from rayfwd.control import ControlServer
+from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.daemon.resources import lock
-from rayfwd.plan import NodePlan, allocate, head_plan
-from rayfwd.roster import Roster
+from rayfwd.hub.roster import Roster
+from rayfwd.system.control import ControlServer
 
 NETWORK = "127.77.0.0/16"
 KEY = "k" * 32
@@ -33,8 +33,8 @@ def _no_logging_left_behind() -> Iterator[None]:
     yield
     import io
 
-    from rayfwd import logs
     from rayfwd.config import LogConfig
+    from rayfwd.system import logs
 
     logs.setup(LogConfig(), io.StringIO())
 
@@ -344,9 +344,9 @@ STATUS: dict[str, Any] = {
     "workers": None,
     "streams": {"open": 12, "parked": 1},
     "bytes": {"in": 0, "out": 999_999},
-    "doors": {
+    "listeners": {
         "open": 140,
-        "blocked": [{"code": "door_blocked", "cause": "port 1 is taken", "remedy": "free it"}],
+        "blocked": [{"code": "listener_blocked", "cause": "port 1 is taken", "remedy": "free it"}],
     },
     "ray": {
         "phase": "up",

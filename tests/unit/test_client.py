@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from rayfwd import client as client_module
-from rayfwd import link as link_module
 from rayfwd.cli import MistakeError, attach, connect
 from rayfwd.cli import main as rayfwd
 from rayfwd.client import Client, Place, addresses
 from rayfwd.config import ConfigError, parse
-from rayfwd.doors import Target
 from rayfwd.hub import hub as hub_module
 from rayfwd.problems import ProblemError
-from rayfwd.session.checkup import first_question
+from rayfwd.session.checks import first_question
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.transport import link as link_module
+from rayfwd.transport.listeners import Target
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
 from tests.unit.loops import run, until
 from tests.unit.ssh_server import Sshd
@@ -250,10 +250,10 @@ class TestTheHub:
                 assert plan is not None
                 place = Target(c.address_of(who), port or plan.node["base"] + 8)
                 async with serving(echo, place):
-                    listen = await c.door("laptop", place)
+                    listen = await c.listener("laptop", place)
                     assert not await passes(listen)
                 async with serving(echo, Target(c.address, 8265)):
-                    listen = await c.door("laptop", Target(c.address, 8265))
+                    listen = await c.listener("laptop", Target(c.address, 8265))
                     assert await passes(listen)
 
         run(main)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rayfwd.cli import explain
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.watch import conditions, machine
 from rayfwd.watch.board import Board
@@ -295,7 +295,7 @@ def test_a_node_that_has_gone() -> None:
         ([seen("leaf", "w1"), seen("root", "head")], ["root head", "leaf w1 < root head"]),
         ([seen("leaf", "w1"), seen("root", "w2")], ["leaf w1", "root w2"]),
         ([seen("leaf", "head"), seen("root", "w1")], ["leaf head", "root w1"]),
-        # Of a lane or a door: its node.
+        # Of a lane or a listener: its node.
         ([seen("leaf", "w1/bulk"), seen("root", "w1")], ["root w1", "leaf w1/bulk < root w1"]),
         # The same code: the head's explains the workers'.
         ([seen("leaf", "w1"), seen("leaf", "head")], ["leaf head", "leaf w1 < leaf head"]),
@@ -557,7 +557,7 @@ def test_flapping(lost_at: list[float], flaps: tuple[float, float] | None) -> No
 
 
 FINE = MachineSeen(
-    doors=100, others=2, limit=1024, disks={"/tmp/ray": (50, 100)}, listening=(22, 20054),
+    listeners=100, others=2, limit=1024, disks={"/tmp/ray": (50, 100)}, listening=(22, 20054),
     workers=range(20054, 20062),
 )  # fmt: skip
 
@@ -566,7 +566,7 @@ FINE = MachineSeen(
     ("changes", "code", "said"),
     [
         ({}, None, ""),
-        ({"limit": -1, "doors": 10_000}, None, ""),
+        ({"limit": -1, "listeners": 10_000}, None, ""),
         ({"limit": 256}, "descriptors_low", "may have 256 files open, and the plan needs 292"),
         ({"others": 20}, "descriptors_low", "20 other nodes"),
         ({"disks": {"/tmp/ray": (6, 100)}}, None, ""),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rayfwd.config import ConfigError, load, parse
-from rayfwd.places import default_runtime_dir, default_state_dir, find_socket
+from rayfwd.system.paths import default_runtime_dir, default_state_dir, find_socket
 
 WORKER = 'role = "worker"\nname = "w1"\n[head]\nssh = "ray@head"\n'
 HEAD = 'role = "head"\nname = "h"\n'
@@ -380,7 +380,7 @@ def test_a_services_socket_is_found_from_a_users_shell(
 ) -> None:
     service, own = tmp_path / "service", tmp_path / "own"
     service.mkdir()
-    monkeypatch.setattr("rayfwd.places.SERVICE_RUNTIME_DIR", service)
+    monkeypatch.setattr("rayfwd.system.paths.SERVICE_RUNTIME_DIR", service)
     assert find_socket(own, "hub.sock") == own / "hub.sock"
     (service / "hub.sock").touch()
     assert find_socket(own, "hub.sock") == service / "hub.sock"

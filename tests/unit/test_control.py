@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from rayfwd import unixsocket
-from rayfwd.control import REQUEST_LIMIT, ControlServer, ask
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import unixsocket
+from rayfwd.system.control import REQUEST_LIMIT, ControlServer, ask
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:

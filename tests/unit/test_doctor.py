@@ -19,12 +19,12 @@ import pytest
 
 from rayfwd import __version__
 from rayfwd.cli import VERBS, doctor, main
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
-from rayfwd.doctor import looks, rows, rules, service
+from rayfwd.doctor import judgements, observe, rows, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
+from rayfwd.doctor.judgements import Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
-from rayfwd.doctor.rules import Tick
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Refusal
@@ -42,8 +42,8 @@ def _no_logging_left_behind() -> Iterator[None]:
     yield
     import io
 
-    from rayfwd import logs
     from rayfwd.config import LogConfig
+    from rayfwd.system import logs
 
     logs.setup(LogConfig(), io.StringIO())
 
@@ -102,9 +102,9 @@ RECORDED = {
     ],
 )
 def test_the_clock(ticks: str, ahead: float, said: str) -> None:
-    found, doubt = rules.offset(RECORDED[ticks])
+    found, doubt = judgements.offset(RECORDED[ticks])
     assert found == pytest.approx(ahead, abs=1e-6)
-    problem = rules.judge_clock(found, doubt)
+    problem = judgements.judge_clock(found, doubt)
     assert (problem is None) == (not said)
     assert problem is None or said in problem.cause
 
@@ -120,7 +120,7 @@ def test_the_clock(ticks: str, ahead: float, said: str) -> None:
     ],
 )
 def test_the_link(seen: tuple[float, float, float], said: list[str]) -> None:
-    problem = rules.judge_link(*seen)
+    problem = judgements.judge_link(*seen)
     assert (problem is None) == (not said)
     assert problem is None or all(words in problem.cause for words in said)
 
@@ -130,7 +130,7 @@ def test_the_link(seen: tuple[float, float, float], said: list[str]) -> None:
     [(None, 10**6, 64, False), (4000, 100, 4, False), (1200, 100, 4, True), (4000, 100, 64, True)],
 )
 def test_threads(limit: int | None, running: int, cpus: int, low: bool) -> None:
-    problem = rules.judge_threads(limit, running, cpus)
+    problem = judgements.judge_threads(limit, running, cpus)
     assert (problem is not None and problem.code == "processes_low") == low
 
 
@@ -157,7 +157,7 @@ PROXY = {"http_proxy": "http://ann:sesame@proxy.example:3128"}
     ],
 )
 def test_proxies(env: dict[str, str], catches: str) -> None:
-    problem = rules.judge_proxies(env, {}, NETWORK, ["127.77.0.1", "127.77.0.2"])
+    problem = judgements.judge_proxies(env, {}, NETWORK, ["127.77.0.1", "127.77.0.2"])
     assert (problem is None) == (not catches)
     if problem is not None:
         assert problem.code == "proxy_catches"
@@ -179,7 +179,7 @@ def test_proxies(env: dict[str, str], catches: str) -> None:
 def test_proxies_of_rays_own_environment(
     env: dict[str, str], ray_env: dict[str, str], catches: bool
 ) -> None:
-    problem = rules.judge_proxies(env, ray_env, NETWORK, ["127.77.0.1"])
+    problem = judgements.judge_proxies(env, ray_env, NETWORK, ["127.77.0.1"])
     assert (problem is not None) == catches
     assert problem is None or "ray.env" in problem.remedy
 
@@ -204,24 +204,24 @@ def test_proxies_of_rays_own_environment(
 )
 def test_sshds_options(tmp_path: Path, text: str, names: list[str]) -> None:
     (tmp_path / "sshd_config").write_text(text)
-    options = looks.sshd_options(tmp_path / "sshd_config")
+    options = observe.sshd_options(tmp_path / "sshd_config")
     assert options is not None
-    found = rules.judge_sshd(looks.first_values(options), workers=4)
+    found = judgements.judge_sshd(observe.first_values(options), workers=4)
     assert [problem.cause.split()[0] for problem in found] == names
 
 
 def test_sshds_included_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "SSHD_CONFIG", tmp_path / "sshd_config")
+    monkeypatch.setattr(observe, "SSHD_CONFIG", tmp_path / "sshd_config")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "1.conf").write_text("Port 2222\nMatch all\nMaxSessions 0\n")
     (tmp_path / "d" / "2.conf").write_text("MaxSessions 5\nInclude sshd_config\n")  # a circle
     (tmp_path / "d" / "3.conf").symlink_to("/nonexistent")
     (tmp_path / "sshd_config").write_text("Include d/*.conf\nMaxSessions 1\nPort 22\n")
-    options = looks.sshd_options(tmp_path / "sshd_config")
+    options = observe.sshd_options(tmp_path / "sshd_config")
     assert options is not None
-    assert looks.first_values(options)["maxsessions"] == "5"
+    assert observe.first_values(options)["maxsessions"] == "5"
     assert set(options["port"]) == {"22", "2222"}
-    assert looks.sshd_options(tmp_path / "absent") is None
+    assert observe.sshd_options(tmp_path / "absent") is None
 
 
 # -- this machine
@@ -229,7 +229,7 @@ def test_sshds_included_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_limits_of_this_process_and_of_a_daemon() -> None:
     for pid in (None, os.getpid()):
-        found = looks.limits(pid)
+        found = observe.limits(pid)
         assert found.descriptors == -1 or found.descriptors > 100
         assert found.threads is None or found.threads > found.running > 0
         assert ("daemon" in found.whose) == (pid is not None)
@@ -245,31 +245,31 @@ def test_a_control_groups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "proc" / str(os.getpid())).mkdir(parents=True)
     cgroup = "0::/system.slice/rayfwd.service\n"
     (tmp_path / "proc" / str(os.getpid()) / "cgroup").write_text(cgroup)
-    monkeypatch.setattr(looks, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(looks, "CGROUPS", tmp_path / "groups")
-    found = looks.limits(os.getpid())
+    monkeypatch.setattr(observe, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(observe, "CGROUPS", tmp_path / "groups")
+    found = observe.limits(os.getpid())
     assert (found.threads, found.running) == (500, 400)
 
 
-def test_a_door_that_is_taken_is_named() -> None:
+def test_a_listener_that_is_taken_is_named() -> None:
     place = free_place()
     node = NodePlan("w2", "worker", place.address, place.port, 8)
     own = NodePlan("w1", "worker", "127.77.0.9", 30000, 8)
-    assert looks.blocked_doors([node, own], own) == []
+    assert observe.blocked_listeners([node, own], own) == []
     with socket.create_server((place.address, place.port + 3)):
-        (problem,) = looks.blocked_doors([node, own], own)
-        assert problem.code == "door_blocked"
+        (problem,) = observe.blocked_listeners([node, own], own)
+        assert problem.code == "listener_blocked"
         assert str(place.port + 3) in problem.cause
-        assert looks.blocked_doors([replace(node, advertised=True)], own) == []
+        assert observe.blocked_listeners([replace(node, advertised=True)], own) == []
 
 
 def test_names_are_looked_up() -> None:
     async def main_() -> None:
-        seconds, addresses = await looks.look_up("localhost", 22)
+        seconds, addresses = await observe.look_up("localhost", 22)
         assert seconds < 20
         assert {"127.0.0.1", "::1"} & set(addresses)
         with pytest.raises(Exception, match=r"no\.such\.host\.invalid cannot be resolved"):
-            await looks.look_up("no.such.host.invalid", 22)
+            await observe.look_up("no.such.host.invalid", 22)
 
     run(main_)
 
@@ -290,29 +290,29 @@ def test_whose_service_it_is(
 ) -> None:
     if unit is not None:
         (tmp_path / "rayfwd.service").write_text(unit)
-    found = service.of(tmp_path, Path(config))
+    found = unit_checks.of(tmp_path, Path(config))
     assert (None if found is None else found.user) == user
 
 
 def test_a_users_own_service_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(unit_checks, "SYSTEM", tmp_path / "system")
     own = tmp_path / ".config" / "systemd" / "user"
-    for folder in (own, service.SYSTEM):
+    for folder in (own, unit_checks.SYSTEM):
         folder.mkdir(parents=True)
         (folder / "rayfwd.service").write_text("ExecStart=/o/rayfwd --config /h/r.toml run\n")
-    for at in (own, service.SYSTEM):
-        found = service.find(Path("/h/r.toml"), {"HOME": str(tmp_path)})
+    for at in (own, unit_checks.SYSTEM):
+        found = unit_checks.find(Path("/h/r.toml"), {"HOME": str(tmp_path)})
         assert found is not None
         assert found.path.parent == at
         found.path.unlink()
-    assert service.find(Path("/h/r.toml"), {"HOME": str(tmp_path)}) is None
+    assert unit_checks.find(Path("/h/r.toml"), {"HOME": str(tmp_path)}) is None
 
 
 # -- the keeper
 
 
 def test_the_keeper_before_the_first_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "SYSTEM", tmp_path)
+    monkeypatch.setattr(unit_checks, "SYSTEM", tmp_path)
     unit = f"[Service]\nExecStart=/o/rayfwd --config {tmp_path / 'rayfwd.toml'} run\n"
 
     async def main_() -> None:
@@ -372,7 +372,7 @@ def status_of(phase: str, *waiting: dict[str, str], blocked: tuple[Any, ...] = (
         "problems": [],
         "node": NodePlan("w1", "worker", "203.0.113.7", 20048, 70, advertised=True).to_wire(),
         "ray": {"phase": phase},
-        "doors": {"open": 97, "blocked": list(blocked)},
+        "listeners": {"open": 97, "blocked": list(blocked)},
     }
 
 
@@ -461,7 +461,7 @@ def test_a_good_way(tmp_path: Path, via: str) -> None:
             s.sshd.attach_to = s.head.hub.path
             found = await s.look(head__via=via)
             assert results(found, *WAY, *MEASURED) == ["pass"] * 8
-            assert results(found, "ports", "doors", "names", "proxies") == ["pass"] * 4
+            assert results(found, "ports", "listeners", "names", "proxies") == ["pass"] * 4
             assert "will get" in found["place"].said
             assert found["hub"].seen["version"] == __version__
             assert abs(found["clock"].seen["seconds_behind"]) < 0.5, "it is one clock"
@@ -523,7 +523,7 @@ def test_where_the_way_ends(tmp_path: Path, break_: str, stage: str, code: str) 
             assert problem is not None
             assert problem.code == code
             assert problem.remedy
-            assert results(found, *MEASURED, "ports", "doors") == ["skip"] * 4
+            assert results(found, *MEASURED, "ports", "listeners") == ["skip"] * 4
             if break_ == "name":
                 assert found["names"].result == "fail"
 
@@ -602,7 +602,7 @@ def test_what_answers_is_no_hub(tmp_path: Path) -> None:
 
 
 def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "LOGIN", 0.3)
+    monkeypatch.setattr(judgements, "LOGIN", 0.3)
 
     async def main_() -> None:
         async with site(tmp_path) as s:
@@ -616,7 +616,7 @@ def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run(main_)
 
 
-def test_ports_and_doors_that_are_taken(tmp_path: Path) -> None:
+def test_ports_and_listeners_that_are_taken(tmp_path: Path) -> None:
     async def main_() -> None:
         async with site(tmp_path) as s:
             found = await s.look()
@@ -629,9 +629,9 @@ def test_ports_and_doors_that_are_taken(tmp_path: Path) -> None:
             with socket.create_server((s.head.address, 6379)):
                 found = await s.look()
             assert found["ports"].result == "pass"
-            assert found["doors"].problem is not None
-            assert found["doors"].problem.code == "door_blocked"
-            assert "port 6379 is in use" in found["doors"].said
+            assert found["listeners"].problem is not None
+            assert found["listeners"].problem.code == "listener_blocked"
+            assert "port 6379 is in use" in found["listeners"].said
 
     run(main_)
 
@@ -664,21 +664,21 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
 
 
 def test_beside_a_daemon(tmp_path: Path) -> None:
-    """Its word is taken for ports, doors and the advertised address: nothing is held beside it."""
+    """Its word is taken for ports, listeners and the advertised address: nothing is held here."""
 
     dropped = {**Problem("advertise_dropped", "no way", "a rule").to_wire(), "severity": "error"}
-    blocked = Problem("door_blocked", "port 6379 is in use", "end it").to_wire()
+    blocked = Problem("listener_blocked", "port 6379 is in use", "end it").to_wire()
 
     async def main_() -> None:
         async with site(tmp_path) as s:
             with daemon(tmp_path, status=status_of("up")):
                 found = await s.look(ray__advertise="203.0.113.7")
-                assert results(found, "daemon", "ports", "doors") == ["pass"] * 3
+                assert results(found, "daemon", "ports", "listeners") == ["pass"] * 3
                 assert results(found, "advertise", "advertise_self") == ["pass"] * 2
                 assert "this node's Ray has them" in found["ports"].said
             with daemon(tmp_path, status=status_of("failed", dropped, blocked=(blocked,))):
                 found = await s.look(ray__advertise="203.0.113.7")
-                assert results(found, "daemon", "ports", "doors") == ["warn", "pass", "fail"]
+                assert results(found, "daemon", "ports", "listeners") == ["warn", "pass", "fail"]
                 assert results(found, "advertise", "advertise_self") == ["fail", "skip"]
                 assert "`rayfwd status`" in str(found["daemon"].problem)
             with daemon(tmp_path, status=status_of("starting")):
@@ -854,7 +854,7 @@ def test_the_clock_that_is_asked_is_the_hubs(
         def time() -> float:
             return time.time() - 90.0
 
-    monkeypatch.setattr("rayfwd.checkup.time", Late)
+    monkeypatch.setattr("rayfwd.hub.checks.time", Late)
 
     async def main_() -> None:
         async with site(tmp_path) as s:

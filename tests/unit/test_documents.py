@@ -14,7 +14,7 @@ import pytest
 
 from rayfwd.cli import VERBS, _parser
 from rayfwd.setup import texts
-from rayfwd.setup.wishes import user_places
+from rayfwd.setup.request import user_layout
 
 CHECKOUT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -152,7 +152,7 @@ def test_every_entry_is_used() -> None:
 
 
 def test_the_next_command_is_the_one_documented() -> None:
-    places = user_places(Path("/h"), 1, "r", "p", None)
+    places = user_layout(Path("/h"), 1, "r", "p", None)
     documented = "systemctl enable --now --no-block rayfwd"
     assert texts.next_command(places) == documented.replace("systemctl", "systemctl --user")
 

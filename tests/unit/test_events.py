@@ -26,7 +26,7 @@ ALIASES = {"say"}
 """Names by which a level of a logger is called."""
 
 PROBLEMS = {"Problem", "Refusal"}
-AT_THE_DOOR = {"frames.py", "handshake.py", "checkup.py"}
+AT_THE_LISTENER = {"frames.py", "handshake.py", "checkup.py"}
 """Where a breach of the protocol is one that a lane or a doctor is turned away for, by its code;
 later on it ends a session, which is what is told."""
 MADE_IN_LOGS = {"events_suppressed", "library_message"}
@@ -93,7 +93,7 @@ def codes() -> set[str]:
         function = call.func
         name = getattr(function, "id", getattr(function, "attr", ""))
         helper = name == "_problem" and path.name == "control.py"
-        breach = name == "ProtocolError" and path.name in AT_THE_DOOR
+        breach = name == "ProtocolError" and path.name in AT_THE_LISTENER
         if (name in PROBLEMS or helper or breach) and call.args:
             first = call.args[0]
             if isinstance(first, ast.Constant):
@@ -137,7 +137,7 @@ def test_levels_and_fields(name: str) -> None:
 
 
 def test_the_events_made_in_logs_are_there() -> None:
-    text = (SOURCE / "logs.py").read_text()
+    text = (SOURCE / "system" / "logs.py").read_text()
     for name in MADE_IN_LOGS:
         assert f'"{name}"' in text
         assert name in documented_events()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from rayfwd.cluster.plan import default_worker_ports
 from rayfwd.config import SECTIONS, Config, parse
-from rayfwd.plan import default_worker_ports
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 

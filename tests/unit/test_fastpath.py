@@ -12,7 +12,7 @@ import asyncssh
 import pytest
 from asyncssh.crypto import cipher
 
-from rayfwd.fastpath import FastPath
+from rayfwd.transport.fastpath import FastPath
 from tests.unit.loops import run
 
 GCM = "aes128-gcm@openssh.com"
@@ -300,7 +300,7 @@ def test_no_counter_is_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
                 return bytes(self.real.decrypt(nonce, data, more))
 
         monkeypatch.setattr(cipher, "AESGCM", Recorder)
-        monkeypatch.setattr("rayfwd.fastpath.AESGCM", Recorder)
+        monkeypatch.setattr("rayfwd.transport.fastpath.AESGCM", Recorder)
         path._outgoing._encryption = None  # looked at anew
 
     run(main)

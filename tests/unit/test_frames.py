@@ -85,12 +85,12 @@ def test_any_kind_of_buffer_will_do(kind_of: type) -> None:
 @example([b"\x00" * 20])
 @example([b"\xff" * 20])
 @example([b"\x05\x04\x00\x01" + b"\x00" * 16])
-def test_any_bytes_are_frames_or_a_protocol_error(pieces: list[bytes]) -> None:
+def test_any_bytes_are_frames_or_a_protocol_error(chunks: list[bytes]) -> None:
     decoder = FrameDecoder()
     broken = ""
     try:
-        for piece in pieces:
-            for frame in decoder.feed(piece):
+        for chunk in chunks:
+            for frame in decoder.feed(chunk):
                 assert frame.size <= MAX_PAYLOAD
     except ProtocolError as exc:
         broken = exc.code
@@ -113,7 +113,7 @@ def test_a_long_payload_comes_in_pieces_of_the_same_bytes(
     out: list[Frame] = []
     for start, stop in zip([0, *cuts], [*cuts, len(whole)], strict=True):
         out += decoder.feed(whole[start:stop])
-    assert [b"".join(f.pieces) or f.payload for f in out] == [d[HEADER_SIZE:] for d in many]
+    assert [b"".join(f.chunks) or f.payload for f in out] == [d[HEADER_SIZE:] for d in many]
     assert [f.size for f in out] == [len(d) - HEADER_SIZE for d in many]
 
 
@@ -121,10 +121,10 @@ def test_a_long_payload_is_not_copied() -> None:
     data = encode(Kind.DATA, 1, 0, bytes(2 * LONG)) * 2
     first, second = data[: 3 * LONG], data[3 * LONG :]
     decoder = FrameDecoder()
-    pieces = [p for part in (first, second) for f in decoder.feed(part) for p in f.pieces]
-    assert len(pieces) == 3
-    assert all(isinstance(piece, memoryview) for piece in pieces)
-    assert [piece.obj for piece in pieces if isinstance(piece, memoryview)] == [
+    chunks = [p for part in (first, second) for f in decoder.feed(part) for p in f.chunks]
+    assert len(chunks) == 3
+    assert all(isinstance(chunk, memoryview) for chunk in chunks)
+    assert [chunk.obj for chunk in chunks if isinstance(chunk, memoryview)] == [
         first, first, second,
     ]  # fmt: skip
 
@@ -134,10 +134,10 @@ def test_what_is_kept_of_a_payload_keeps_little_else() -> None:
     other = encode(Kind.DATA, 3, 0, bytes(MAX_PAYLOAD))
     long = encode(Kind.DATA, 1, 0, bytes(LONG))
     frame, _ = FrameDecoder().feed(long + other)
-    assert [type(piece) for piece in frame.pieces] == [bytes]
+    assert [type(chunk) for chunk in frame.chunks] == [bytes]
     decoder = FrameDecoder()
     frames = decoder.feed(other + long[:40]) + decoder.feed(long[40:])
-    assert [type(piece) for piece in frames[1].pieces] == [bytes, memoryview]
+    assert [type(chunk) for chunk in frames[1].chunks] == [bytes, memoryview]
 
 
 def test_a_payload_in_many_parts_is_joined() -> None:
@@ -145,7 +145,7 @@ def test_a_payload_in_many_parts_is_joined() -> None:
     data = encode(Kind.DATA, 1, 0, bytes(LONG))
     (frame,) = [f for at in range(0, len(data), 100) for f in decoder.feed(data[at : at + 100])]
     assert frame.payload == bytes(LONG)
-    assert not frame.pieces
+    assert not frame.chunks
 
 
 def test_only_bytes_of_streams_come_in_pieces() -> None:
@@ -164,14 +164,14 @@ def test_the_longest_payload_passes_and_one_more_byte_does_not() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=4000), max_size=20))
-def test_no_more_is_held_than_one_unfinished_frame(pieces: list[bytes]) -> None:
+def test_no_more_is_held_than_one_unfinished_frame(chunks: list[bytes]) -> None:
     """A header that announces the longest payload, then whatever comes."""
     decoder = FrameDecoder()
     decoder.feed(header(Kind.DATA, 1, 0, MAX_PAYLOAD))
     fed = HEADER_SIZE
-    for piece in pieces:
-        decoder.feed(piece)
-        fed += len(piece)
+    for chunk in chunks:
+        decoder.feed(chunk)
+        fed += len(chunk)
         assert decoder.held == fed <= HEADER_SIZE + MAX_PAYLOAD
 
 

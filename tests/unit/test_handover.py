@@ -1,6 +1,6 @@
-"""A restart of either side costs no connection: real hub, sessions, doors and sockets.
+"""A restart of either side costs no connection: real hub, sessions, listeners and sockets.
 
-The process that comes after is the same one here; what it gets comes out of a parcel all the same.
+The process that comes after is the same one here; what it gets comes out of a bundle all the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd import parcel
 from rayfwd.daemon import handover
-from rayfwd.doors import Dialer, Doors, Pump, Target
 from rayfwd.hub import Hub
-from rayfwd.mux import Mux
-from rayfwd.notify import Notifier
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree, dump
+from rayfwd.system import fdpass
+from rayfwd.system.notify import Notifier
+from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.transport.mux import Mux
 from tests.unit.cluster import (
     BULK,
     INTERACTIVE,
@@ -46,13 +46,13 @@ PATHS = ["w1>head", "head>w1", "w1>w2"]
 class HeadHolder:
     """The test's head as a daemon hands it over."""
 
-    def __init__(self, doors: Doors, dialer: Dialer, hub: Hub) -> None:
-        self.doors, self.dialer, self.hub = doors, dialer, hub
+    def __init__(self, listeners: Listeners, connector: LocalConnector, hub: Hub) -> None:
+        self.listeners, self.connector, self.hub = listeners, connector, hub
 
     def muxes(self) -> dict[str, Mux]:
         return self.hub.muxes()
 
-    def waiting(self) -> list[tuple[Target, Pump]]:
+    def waiting(self) -> list[tuple[Target, SocketRelay]]:
         return self.hub.waiting
 
     def stop_accepting(self) -> socket.socket | None:
@@ -74,12 +74,12 @@ class WorkerHolder:
     """A worker of the test's."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker, self.doors, self.dialer = worker, worker.doors, worker.dialer
+        self.worker, self.listeners, self.connector = worker, worker.listeners, worker.connector
 
     def muxes(self) -> dict[str, Mux]:
         return {} if self.worker.mux is None else {"head": self.worker.mux}
 
-    def waiting(self) -> list[tuple[Target, Pump]]:
+    def waiting(self) -> list[tuple[Target, SocketRelay]]:
         return []
 
     def stop_accepting(self) -> socket.socket | None:
@@ -101,25 +101,25 @@ class WorkerHolder:
 async def carry(holder: handover.Holder) -> handover.Arrival:
     """What the process that comes after finds."""
     left = await handover.leave(holder, "worker", "w1")
-    with left.parcel, left.other_end:
-        unpacked = parcel.unpack(left.parcel)
+    with left.bundle, left.other_end:
+        unpacked = fdpass.unpack(left.bundle)
     assert unpacked is not None
     return handover.opened(*unpacked, "worker", "w1")
 
 
 async def restart_head(c: Cluster) -> None:
-    old = HeadHolder(c.doors, c.dialer, c.hub)
-    wanted = dict(c.doors._wanted)
+    old = HeadHolder(c.listeners, c.connector, c.hub)
+    wanted = dict(c.listeners._wanted)
     arrival = await carry(old)
-    await old.dialer.close()
+    await old.connector.close()
     again = Cluster(c.hub.path.parent, c.limits)
     again.hub.client_ports = c.hub.client_ports
-    c.hub, c.doors, c.dialer = again.hub, again.doors, again.dialer
-    c.doors.inherit(arrival.doors())
+    c.hub, c.listeners, c.connector = again.hub, again.listeners, again.connector
+    c.listeners.inherit(arrival.listeners())
     listening = arrival.listening()
-    await arrival.take_over(HeadHolder(c.doors, c.dialer, c.hub))
-    c.doors.set_wanted(wanted)
-    c._tasks.append(asyncio.create_task(c.doors.run()))
+    await arrival.take_over(HeadHolder(c.listeners, c.connector, c.hub))
+    c.listeners.set_wanted(wanted)
+    c._tasks.append(asyncio.create_task(c.listeners.run()))
     await c.hub.start(listening)
     for worker in c.workers.values():
         worker.lanes.clear()
@@ -129,15 +129,15 @@ async def restart_head(c: Cluster) -> None:
 
 async def restart_worker(c: Cluster, name: str) -> None:
     old = c.workers[name]
-    wanted = dict(old.doors._wanted)
+    wanted = dict(old.listeners._wanted)
     arrival = await carry(WorkerHolder(old))
-    await old.dialer.close()
+    await old.connector.close()
     worker = c.workers[name] = Worker(name, c.hub.path, c.limits)
     worker.hello = old.hello
-    worker.doors.inherit(arrival.doors())
+    worker.listeners.inherit(arrival.listeners())
     await arrival.take_over(WorkerHolder(worker))
-    worker.doors.set_wanted(wanted)
-    c._tasks.append(asyncio.create_task(worker.doors.run()))
+    worker.listeners.set_wanted(wanted)
+    c._tasks.append(asyncio.create_task(worker.listeners.run()))
     await worker.connect(INTERACTIVE)
     await worker.connect(BULK)
 
@@ -151,7 +151,7 @@ async def echoing(c: Cluster, path: str) -> AsyncIterator[Target]:
     """Where a client dials to reach an echo server by `path`."""
     near, _, far = path.partition(">")
     place = Target(c.address_of(far), free_place().port)
-    listen = await c.door(near, place)
+    listen = await c.listener(near, place)
     async with serving(echo, place):
         yield listen
 
@@ -232,7 +232,7 @@ def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
             assert await reader.readexactly(5) == b"hello"
             old = c.workers["w1"]
             arrival = await carry(WorkerHolder(old))
-            arrival.tree["pumps"] = [["another", 1, None, None, b""]]
+            arrival.tree["relays"] = [["another", 1, None, None, b""]]
             worker = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
             worker.hello = old.hello
             with log_events() as log:
@@ -246,7 +246,7 @@ def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
             assert worker.mux is not None
             session = worker.mux.session
             await until(lambda: list(session.streams) == [0])
-            await old.dialer.close()
+            await old.connector.close()
 
     run(main)
 
@@ -254,12 +254,12 @@ def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
 class TestParcel:
     def test_everything_comes_in_order_however_much_it_is(self, tmp_path: Path) -> None:
         pairs = [socket.socketpair() for _ in range(300)]
-        packed = parcel.pack([b"some ", memoryview(b"bytes")], [a.fileno() for a, _ in pairs])
+        packed = fdpass.pack([b"some ", memoryview(b"bytes")], [a.fileno() for a, _ in pairs])
         for a, _ in pairs:
             a.close()
-        with packed.parcel, packed.other_end:
-            unpacked = parcel.unpack(packed.parcel)
-            assert parcel.unpack(packed.parcel) is None, "it is emptied once"
+        with packed.bundle, packed.other_end:
+            unpacked = fdpass.unpack(packed.bundle)
+            assert fdpass.unpack(packed.bundle) is None, "it is emptied once"
         assert unpacked is not None
         data, descriptors = unpacked
         assert data == b"some bytes"
@@ -272,13 +272,13 @@ class TestParcel:
 
     def test_what_nobody_keeps_is_closed(self) -> None:
         ours, theirs = socket.socketpair()
-        packed = parcel.pack([b""], [ours.fileno()])
+        packed = fdpass.pack([b""], [ours.fileno()])
         ours.close()
         theirs.setblocking(False)
         with theirs, packed.other_end:
             with pytest.raises(BlockingIOError):
                 theirs.recv(1)
-            packed.parcel.close()
+            packed.bundle.close()
             assert theirs.recv(1) == b""
 
     def test_half_of_one_is_refused(self) -> None:
@@ -286,8 +286,8 @@ class TestParcel:
         with ours, theirs, open(os.devnull, "rb") as file:
             socket.send_fds(ours, [b"some"], [file.fileno()])
             ours.close()
-            with pytest.raises(parcel.ParcelError, match="not whole"):
-                parcel.unpack(theirs)
+            with pytest.raises(fdpass.BundleError, match="not whole"):
+                fdpass.unpack(theirs)
 
 
 class TestArrival:
@@ -308,12 +308,12 @@ class TestArrival:
 
 EXEC = """
 import os, sys
-from rayfwd import parcel
+from rayfwd.system import fdpass
 if "LISTEN_FDS" not in os.environ:
-    packed = parcel.pack([b"from before"], [])
-    os.execve(sys.executable, sys.orig_argv, parcel.start_with(packed.parcel, os.environ))
-(found,) = parcel.received(os.environ)
-print(parcel.unpack(found), [name for name in os.environ if name.startswith("LISTEN")])
+    packed = fdpass.pack([b"from before"], [])
+    os.execve(sys.executable, sys.orig_argv, fdpass.start_with(packed.bundle, os.environ))
+(found,) = fdpass.received(os.environ)
+print(fdpass.unpack(found), [name for name in os.environ if name.startswith("LISTEN")])
 """
 
 
@@ -365,12 +365,12 @@ def test_it_is_known_whether_the_service_manager_keeps_descriptors(
     manager, notifier = Manager(tmp_path / "notify", keeps), Notifier()
     try:
         assert handover.can_keep(notifier) is keeps
-        packed = parcel.pack([b"data"], [])
+        packed = fdpass.pack([b"data"], [])
         if keeps:
             handover.keep(packed, notifier)
             (kept,) = manager.kept.values()
             with socket.socket(fileno=kept) as again:
-                assert parcel.unpack(again) == (b"data", [])
+                assert fdpass.unpack(again) == (b"data", [])
         else:
             with pytest.raises(OSError, match="has not taken it"):
                 handover.keep(packed, notifier)

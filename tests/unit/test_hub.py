@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.doors import Target
 from rayfwd.hub import Hub, allowed_uids
-from rayfwd.hub import lane as lane_module
+from rayfwd.hub import connection as lane_module
 from rayfwd.hub.hub import MAX_UNGREETED
 from rayfwd.problems import ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.transport.listeners import Target
 from tests.unit.cluster import (
     BULK,
     Cluster,
@@ -47,10 +47,10 @@ CODES = {
 
 async def works(c: Cluster, name: str) -> bool:
     """A connection from a worker to the head passes bytes."""
-    doors = c.workers[name].doors
+    listeners = c.workers[name].listeners
     place = Target(c.address, 6379)
-    listen = next((x for x, to in doors._wanted.items() if to == place), None)
-    listen = listen or await c.door(name, place)
+    listen = next((x for x, to in listeners._wanted.items() if to == place), None)
+    listen = listen or await c.listener(name, place)
     async with serving(echo, place):
         reader, writer = await asyncio.open_connection(*listen)
         writer.write(b"hello")
@@ -304,7 +304,7 @@ with socket.socket(socket.AF_UNIX) as sock:
     def hub(self, directory: Path, users: tuple[str, ...]) -> Hub:
         c = Cluster(directory)
         return Hub(
-            c.hub.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits, c.dialer.accept,
+            c.hub.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits, c.connector.accept,
             lambda: (None, None), lambda _node, _message: None, lambda: None,
         )  # fmt: skip
 
@@ -367,7 +367,7 @@ class TestSessions:
                 async with cluster(tmp_path, "w1") as c:
                     worker, node = c.workers["w1"], c.hub.nodes["w1"]
                     place = Target(c.address, 6379)
-                    listen = await c.door("w1", place)
+                    listen = await c.listener("w1", place)
                     async with serving(echo, place):
                         reader, writer = await asyncio.open_connection(*listen)
                         writer.write(b"before ")
@@ -528,7 +528,7 @@ class TestRouting:
             again = Cluster(tmp_path)
             await again.start()
             try:
-                listen = await again.door("head", place)
+                listen = await again.listener("head", place)
                 async with serving(echo, place):
                     reader, writer = await asyncio.open_connection(*listen)
                     writer.write(b"early")
@@ -550,7 +550,7 @@ class TestRouting:
             again = Cluster(tmp_path, ride_through=0.5)
             await again.start()
             try:
-                listen = await again.door("head", place)
+                listen = await again.listener("head", place)
                 for _ in range(2):  # the second comes when the time of grace is over
                     with pytest.raises(ConnectionResetError):
                         await connect_and_read(listen)
@@ -566,7 +566,7 @@ class Owner:
     def __init__(self) -> None:
         self.lost = ""
 
-    def stream_data(self, pieces: object) -> None: ...
+    def stream_data(self, chunks: object) -> None: ...
 
     def stream_ended(self) -> None: ...
 

@@ -23,9 +23,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfwd import journal, logs
 from rayfwd.config import LogConfig
-from rayfwd.redact import REDACTED
+from rayfwd.system import journal, logs
+from rayfwd.system.redact import REDACTED
 
 Entry = dict[str, str]
 
@@ -315,7 +315,7 @@ def test_a_finalizer_that_logs_meanwhile_holds_nothing_up(
 def test_the_last_words_of_a_process_are_written(journald: Journald) -> None:
     script = f"""
 from pathlib import Path
-from rayfwd import journal
+from rayfwd.system import journal
 journal.CLOSE_SECONDS = 10  # the reader may be slow, on a busy machine
 sink = journal.Journal(Path({str(journald.path)!r}))
 for number in range(200):
@@ -333,7 +333,8 @@ def test_what_waits_is_written_before_a_process_becomes_another(
     script = f"""
 import os
 from pathlib import Path
-from rayfwd import journal, logs
+from rayfwd.system import journal
+from rayfwd.system import logs
 from rayfwd.config import LogConfig
 from rayfwd.daemon import handover
 journal.CLOSE_SECONDS = 10

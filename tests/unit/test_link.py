@@ -18,16 +18,16 @@ from typing import Any
 import asyncssh
 import pytest
 
-from rayfwd import demand as demand_module
-from rayfwd import link as link_module
-from rayfwd import ssh as ssh_module
 from rayfwd.config import HeadConfig
-from rayfwd.doors import Dialer, Doors, Pump, Target
-from rayfwd.link import Link, LinkRefusedError
-from rayfwd.mux import MuxStream, StreamOwner
 from rayfwd.session import lane as lane_module
 from rayfwd.session.handshake import Refusal, Welcome
 from rayfwd.session.session import Limits
+from rayfwd.transport import link as link_module
+from rayfwd.transport import saturation as demand_module
+from rayfwd.transport import ssh as ssh_module
+from rayfwd.transport.link import Link, LinkRefusedError
+from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.transport.mux import MuxStream, StreamOwner
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, run, until
@@ -56,8 +56,8 @@ class Site:
         self.head = Cluster(directory, ride_through=ride_through)
         self.welcomes: list[Welcome] = []
         self.messages: list[dict[str, Any]] = []
-        self.dialer = Dialer()
-        self.doors = Doors(self._route)
+        self.connector = LocalConnector()
+        self.listeners = Listeners(self._route)
         self._fields = fields
         self._tasks: list[asyncio.Task[None]] = []
         self._link: Link | None = None
@@ -90,7 +90,7 @@ class Site:
             Limits(),
         )
         self._tasks.append(asyncio.create_task(self.link.run()))
-        self._tasks.append(asyncio.create_task(self.doors.run()))
+        self._tasks.append(asyncio.create_task(self.listeners.run()))
 
     async def up(self, lanes: int = 2, seconds: float = 10.0) -> None:
         """Wait until all lanes stand."""
@@ -119,27 +119,27 @@ class Site:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.dialer.close()
+        await self.connector.close()
         await self.head.close()
         await self.sshd.stop()
 
     @asynccontextmanager
-    async def door(self) -> AsyncIterator[Target]:
-        """A door of the worker to an echo server on the head."""
+    async def listener(self) -> AsyncIterator[Target]:
+        """A listener of the worker to an echo server on the head."""
         place, listen = Target(self.head.address, free_place().port), free_place()
-        self.doors.set_wanted({**self.doors._wanted, listen: place})
-        await until(lambda: listen in self.doors._servers)
+        self.listeners.set_wanted({**self.listeners._wanted, listen: place})
+        await until(lambda: listen in self.listeners._servers)
         async with serving(echo, place):
             yield listen
 
     def _accept(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
-        return self.dialer.accept(stream, Target.decode(data))
+        return self.connector.accept(stream, Target.decode(data))
 
-    def _route(self, target: Target, pump: Pump) -> None:
+    def _route(self, target: Target, relay: SocketRelay) -> None:
         if self.link.mux is None:
-            pump.refuse()
+            relay.refuse()
         else:
-            pump.attach(self.link.mux.open(target.encode(), pump))
+            relay.attach(self.link.mux.open(target.encode(), relay))
 
 
 @asynccontextmanager
@@ -168,8 +168,8 @@ async def transfer(listen: Target, size: int, meanwhile: Callable[[int], Any]) -
         writer.write_eof()
 
     sending = asyncio.create_task(send())
-    while piece := await reader.read(1 << 18):
-        digest.update(piece)
+    while chunk := await reader.read(1 << 18):
+        digest.update(chunk)
     await sending
     assert digest.digest() == hashlib.sha256(data * size).digest()
     writer.close()
@@ -177,7 +177,7 @@ async def transfer(listen: Target, size: int, meanwhile: Callable[[int], Any]) -
 
 
 async def works(s: Site) -> bool:
-    async with s.door() as listen:
+    async with s.listener() as listen:
         await transfer(listen, 1, lambda _: None)
     return True
 
@@ -221,9 +221,9 @@ def test_a_transfer_that_fills_its_lanes_gets_extra_ones_until_these_are_lost(
         async with site(tmp_path, extra_lanes=2) as s:
             await s.up()
             assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 async with asyncio.timeout(20):
-                    # Demand is looked at once a second: a transfer may be over before it is seen.
+                    # It is looked at once a second: a transfer may be over before it is seen.
                     while len(s.sshd.connections) < 4:
                         await transfer(listen, 8, lambda _: None)
                 await s.up(4)
@@ -248,7 +248,7 @@ def test_an_extra_lane_that_cannot_be_made_changes_nothing_else(
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 s.sshd.prohibits = True
                 while not of(log, "extra_lane_failed"):
                     await transfer(listen, 8, lambda _: None)
@@ -300,7 +300,7 @@ def test_cuts_in_the_middle_of_a_transfer_lose_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 await transfer(listen, 12, lambda i: s.sshd.cut() if i in {3, 6, 9} else None)
             await s.up()
             assert s.link.cuts >= 1
@@ -316,7 +316,7 @@ def test_one_lane_of_two_is_lost_and_comes_back(tmp_path: Path, which: int) -> N
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 await transfer(listen, 6, lambda i: s.sshd.cut(which) if i == 2 else None)
             await s.up()
             assert s.link.cuts == 0
@@ -380,7 +380,7 @@ def test_a_link_that_is_held_is_found_silent_and_dialled_again(
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 reader, writer = await asyncio.open_connection(*listen)
                 s.sshd.flowing.clear()
                 writer.write(b"held")
@@ -401,7 +401,7 @@ def test_a_restarted_hub_resets_streams_once_and_all_goes_on(tmp_path: Path) -> 
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 reader, writer = await asyncio.open_connection(*listen)
                 writer.write(b"x")
                 assert await reader.read(1) == b"x"
@@ -438,7 +438,7 @@ def test_after_ride_through_streams_are_reset_and_it_heals_when_the_head_is_back
     async def main() -> None:
         async with site(tmp_path, ride_through=1.0) as s:
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 reader, writer = await asyncio.open_connection(*listen)
                 writer.write(b"x")
                 assert await reader.read(1) == b"x"
@@ -579,7 +579,7 @@ def test_what_to_do_about_a_host_key_helps(tmp_path: Path) -> None:
             ">> ~/.ssh/known_hosts`, and set head.known_hosts to ~/.ssh/known_hosts; or",
         ),
         (
-            "ProxyJump the-door",
+            "ProxyJump the-listener",
             "`ssh -o 'UserKnownHostsFile=~/.ssh/known_hosts' -F {file} ray@the-head`, once; or",
         ),
         (
@@ -594,7 +594,7 @@ def test_where_an_unknown_host_key_is_to_be_added(tmp_path: Path, config: str, s
 
     async def main() -> None:
         head = HeadConfig(ssh="ray@the-head", ssh_config=file)
-        known = ssh_module._known_hosts(head, await ssh_module.Dialer(head)._options())
+        known = ssh_module._known_hosts(head, await ssh_module.SshConnector(head)._options())
         problem = ssh_module.explain(asyncssh.HostKeyNotVerifiable("no"), head, known)
         assert problem.code == "host_key_unknown"
         assert said.format(file=file) in problem.remedy
@@ -670,12 +670,12 @@ def test_an_alias_of_the_users_own_configuration(
                 f"  IdentityFile {s.sshd.identity}\n"
             )
             await s.up()
-            async with s.door() as listen:
+            async with s.listener() as listen:
                 await transfer(listen, 6, lambda i: s.sshd.cut() if i == 2 else None)
             assert s.link.cuts == 1
-            dialer = ssh_module.Dialer(HeadConfig(ssh="the-head"))
-            assert await dialer.place() == ("127.0.0.1", s.sshd.port, True)
-            shown = await dialer.host_key()
+            connector = ssh_module.SshConnector(HeadConfig(ssh="the-head"))
+            assert await connector.place() == ("127.0.0.1", s.sshd.port, True)
+            shown = await connector.host_key()
             assert (shown.host, shown.port, shown.known) == ("127.0.0.1", s.sshd.port, True)
 
     run(main)
@@ -808,7 +808,7 @@ class TestExec:
             async with site(tmp_path, via="exec") as s:
                 s.sshd.attach_to = s.head.hub.path
                 await s.up(seconds=20)
-                async with s.door() as listen:
+                async with s.listener() as listen:
                     await transfer(listen, 4, lambda i: s.sshd.cut() if i == 1 else None)
                 await s.up(seconds=20)
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfwd import logs
 from rayfwd.config import LogConfig
-from rayfwd.redact import REDACTED, names_a_secret, redact_text
+from rayfwd.system import logs
+from rayfwd.system.redact import REDACTED, names_a_secret, redact_text
 
 
 class Terminal(io.StringIO):

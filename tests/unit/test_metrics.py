@@ -21,9 +21,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from rayfwd import metrics
-from rayfwd.history import History
-from rayfwd.metrics import MetricsServer, families, registry
+from rayfwd.daemon import metrics
+from rayfwd.daemon.metrics import MetricsServer, families, registry
+from rayfwd.transport.linkstats import LinkStats
 from tests.exposition import dashboard_mistakes, documented, exposed, series
 from tests.promql import Query, QueryError
 from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
@@ -42,26 +42,26 @@ CANARY = {
 }
 
 
-def past() -> History:
-    history = History()
-    history.began()
+def past() -> LinkStats:
+    link_stats = LinkStats()
+    link_stats.began()
     for seconds in (0.7, 3.0, 3.5, 5000.0):
-        history.parked(100.0, 10.0)
-        history.resumed(seconds)
-    history.parked(100.0, 10.0)
-    history.ended(12.0, 0, 0)
-    history.parked(200.0, 20.0)
-    return history
+        link_stats.parked(100.0, 10.0)
+        link_stats.resumed(seconds)
+    link_stats.parked(100.0, 10.0)
+    link_stats.ended(12.0, 0, 0)
+    link_stats.parked(200.0, 20.0)
+    return link_stats
 
 
 def exposition(path: Path) -> str:
     status = json.loads(path.read_text())["status"]
     if status["role"] == "head":
         status["canary"] = CANARY
-        histories = {worker["name"]: past() for worker in status["workers"]}
+        link_stats = {worker["name"]: past() for worker in status["workers"]}
     else:
-        histories = {metrics.HEAD: past()}
-    return generate_latest(registry(lambda: families(status, histories, 25.0))).decode()
+        link_stats = {metrics.HEAD: past()}
+    return generate_latest(registry(lambda: families(status, link_stats, 25.0))).decode()
 
 
 def values(text: str) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -99,7 +99,7 @@ def test_the_dashboard_asks_for_what_is_there() -> None:
         ("rate(rayfwd_link_cuts_total)", "with a range"),
         ("rate(rayfwd_link_streams[$__range])", "no counter"),
         ("sum by (code) (rayfwd_link_streams)", "no such label"),
-        ("rayfwd_link_streams / rayfwd_doors", "never match"),
+        ("rayfwd_link_streams / rayfwd_listeners", "never match"),
         ("sum(rayfwd_link_streams", "expected"),
         ("rayfwd_link_streams)", "not expected"),
         ("rayfwd_link_streams @@", "not PromQL"),
@@ -138,8 +138,8 @@ def test_values_of_a_head() -> None:
     text = values(exposition(recording("head-ready")))
     assert text["rayfwd_cluster_resource_capacity", ("CPU",)] == 3
     assert text["rayfwd_cluster_node_alive", ("w1",)] == 1
-    assert text["rayfwd_doors", ("w1",)] == 46
-    assert text["rayfwd_doors", ("head",)] == 0
+    assert text["rayfwd_listeners", ("w1",)] == 46
+    assert text["rayfwd_listeners", ("head",)] == 0
     assert 0 < text["rayfwd_link_round_trip_seconds", ("interactive", "w1")] < 1
     assert text["rayfwd_canary_success", ("w1",)] == 1
     assert text["rayfwd_canary_success", ("w2",)] == 0

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import pytest
 
-from rayfwd import mux as mux_module
-from rayfwd.mux import Mux, MuxStream, StreamOwner
-from rayfwd.pace import Pace
 from rayfwd.session import lane as lane_module
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import FrameDecoder, Kind, Piece, encode
+from rayfwd.session.frames import Chunk, FrameDecoder, Kind, encode
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
+from rayfwd.transport import mux as mux_module
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.readpacing import Pace
 from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
 from tests.unit.loops import log_events, of, run, until
 
@@ -33,8 +33,8 @@ class Owner:
     told: list[str] = field(default_factory=list)
     reads: bool = True
 
-    def stream_data(self, pieces: Sequence[Piece]) -> None:
-        data = b"".join(pieces)
+    def stream_data(self, chunks: Sequence[Chunk]) -> None:
+        data = b"".join(chunks)
         self.got += data
         if self.reads and self.stream is not None:
             self.stream.consumed(len(data))
@@ -136,12 +136,12 @@ def test_owners_are_told_what_happens_to_their_streams() -> None:
 
 
 def test_pieces_that_came_together_are_passed_on_together() -> None:
-    told: list[Sequence[Piece]] = []
+    told: list[Sequence[Chunk]] = []
 
     class Reader(Owner):
-        def stream_data(self, pieces: Sequence[Piece]) -> None:
-            told.append(pieces)
-            super().stream_data(pieces)
+        def stream_data(self, chunks: Sequence[Chunk]) -> None:
+            told.append(chunks)
+            super().stream_data(chunks)
 
     async def main() -> None:
         async with pair(INTERACTIVE) as p:

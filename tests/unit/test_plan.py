@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfwd.plan import (
+from rayfwd.cluster.plan import (
     PORT_CEILING,
     RESERVED,
     NodePlan,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rayfwd import probe
+from rayfwd.cluster import probe
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.advertise import AdvertiseCheck, DialBack
-from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
 from tests.unit.cluster import free_place
 from tests.unit.loops import run
@@ -24,8 +24,8 @@ def test_listeners_answer_with_their_nonce_and_leave_no_trace() -> None:
     async def body() -> None:
         place = free_place()
         ports = [place.port, free_place().port]
-        async with probe.Listeners(place.address, ports, NONCE) as listeners:
-            assert not listeners.translated
+        async with probe.HeldPorts(place.address, ports, NONCE) as held:
+            assert not held.translated
             results = await probe.dial_all(place.address, ports, NONCE)
             assert set(results.values()) == {probe.ANSWERED}
             assert set(results) == set(ports)
@@ -43,8 +43,8 @@ def test_listeners_answer_with_their_nonce_and_leave_no_trace() -> None:
 def test_an_address_that_no_interface_has_is_listened_for_everywhere() -> None:
     async def body() -> None:
         place = free_place()
-        async with probe.Listeners("192.0.2.1", [place.port], NONCE) as listeners:
-            assert listeners.translated
+        async with probe.HeldPorts("192.0.2.1", [place.port], NONCE) as held:
+            assert held.translated
             assert await probe.dial(place.address, place.port, NONCE) == probe.ANSWERED
 
     run(body)
@@ -54,7 +54,7 @@ def test_a_port_in_use_is_named() -> None:
     async def body() -> None:
         place = free_place()
         with socket.create_server(place), pytest.raises(ProblemError) as caught:
-            async with probe.Listeners(place.address, [free_place().port, place.port], NONCE):
+            async with probe.HeldPorts(place.address, [free_place().port, place.port], NONCE):
                 pass
         assert caught.value.problem.code == "port_in_use"
         assert str(place.port) in caught.value.problem.cause

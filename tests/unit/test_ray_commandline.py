@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
+from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
-from rayfwd.plan import NodePlan, allocate, head_plan
 from rayfwd.ray import commandline
 from rayfwd.ray.install import RayInstall, Versions
 

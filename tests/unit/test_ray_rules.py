@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.ray.status import RayStatus
+from rayfwd.ray.status_text import RayStatus
 from rayfwd.watch import rules
 from rayfwd.watch.interruptions import Interruptions
 

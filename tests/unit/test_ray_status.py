@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.ray import nodes, status
-from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray import nodes, status_text
+from rayfwd.ray.cluster_report import ClusterReport
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "ray_status"
 VERSIONS = ["2.9.3", "2.40.0", "2.60.0"]
@@ -26,8 +26,8 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def read(name: str) -> status.RayStatus:
-    return status.parse((FIXTURES / f"{name}.txt").read_text())
+def read(name: str) -> status_text.RayStatus:
+    return status_text.parse((FIXTURES / f"{name}.txt").read_text())
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -86,20 +86,20 @@ def test_with_failures(recorded: str) -> None:
 
 @pytest.mark.parametrize("version", ["2.9.3", "2.40.0"])
 def test_nothing_reported_yet(version: str) -> None:
-    assert read(f"{version}-unreported") == status.RayStatus(None, {}, (), 0, 0)
+    assert read(f"{version}-unreported") == status_text.RayStatus(None, {}, (), 0, 0)
 
 
 def test_time_stamp() -> None:
     text = (FIXTURES / "2.60.0-idle.txt").read_text()
     stamp = text.splitlines()[0].split("status: ")[1].rstrip(" =")
-    as_of = status.parse(text).as_of
+    as_of = status_text.parse(text).as_of
     assert as_of is not None
     assert time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(as_of)) == stamp.partition(".")[0]
 
 
 def test_what_an_autoscaler_adds() -> None:
     """The shape of `format_info_string` in `ray/autoscaler/_private/util.py` (2.60)."""
-    seen = status.parse(
+    seen = status_text.parse(
         "======== Autoscaler status: 2026-01-02 03:04:05.678901 ========\n"
         "Node status\n-----\n"
         "Active:\n 3 cpu_node\nIdle:\n 1 gpu_node\n"
@@ -123,7 +123,7 @@ def test_what_an_autoscaler_adds() -> None:
 @pytest.mark.parametrize("text", ["", "Ray cluster is not found at 127.77.0.1:6379\n", "\x00"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not the output of ray status"):
-        status.parse(text)
+        status_text.parse(text)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
-from rayfwd.plan import head_plan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import ports, procfs
 from rayfwd.ray import process as process_module

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
-from rayfwd.plan import head_plan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, token
 from rayfwd.ray.token import RayAuth

@@ -15,8 +15,8 @@ import pytest
 
 from rayfwd.cli import main
 from rayfwd.config import SECTIONS, Config, parse
-from rayfwd.control import ask
 from rayfwd.daemon.reload import LIVE, merge
+from rayfwd.system.control import ask
 
 
 def config(**keys: Any) -> Config:

@@ -16,7 +16,7 @@ from rayfwd import __version__
 from rayfwd.cli import doctor
 from rayfwd.doctor import report, scrubbing
 from rayfwd.problems import ProblemError
-from rayfwd.redact import REDACTED
+from rayfwd.system.redact import REDACTED
 from tests.unit.test_cli import daemon, rayfwd
 
 PLANTED = {
@@ -108,7 +108,7 @@ def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
         "waiting_for": [],
         "problems": [],
         "ray": {"phase": "up", "command": f"ray start {PLANTED['kept token']}"},
-        "doors": {"open": 3, "blocked": []},
+        "listeners": {"open": 3, "blocked": []},
         "token": "short",
     }
     words = ["--config", str(tmp_path / "rayfwd.toml"), "doctor", "--report", str(out)]

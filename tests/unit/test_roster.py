@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from rayfwd import logs
+from rayfwd.cluster.plan import NodePlan, head_plan
 from rayfwd.config import LogConfig
-from rayfwd.plan import NodePlan, head_plan
+from rayfwd.hub.roster import Roster, read, settle
 from rayfwd.problems import ProblemError
-from rayfwd.roster import Roster, read, settle
+from rayfwd.system import logs
 
 NETWORK = "127.77.0.0/16"
 KEY = "k" * 32

@@ -76,12 +76,12 @@ def test_what_is_wrong_comes_first_and_once() -> None:
         "         no \\x1b[31mresources",
         "     do  look",
         "",
-        "problem  door_blocked",
+        "problem  listener_blocked",
         "         port 1 is taken",
         "     do  free it",
     ]
-    again = STATUS | {"problems": [*STATUS["problems"], STATUS["doors"]["blocked"][0]]}
-    assert drawn(again, 1000.0, 80).count("door_blocked") == 1
+    again = STATUS | {"problems": [*STATUS["problems"], STATUS["listeners"]["blocked"][0]]}
+    assert drawn(again, 1000.0, 80).count("listener_blocked") == 1
 
 
 def test_a_severity_is_shown_where_there_is_one() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd import cli, watchdog
+from rayfwd import cli
 from rayfwd.ray import launcher
+from rayfwd.system import watchdog
 
 UNITS = Path(__file__).parents[2] / "systemd"
 DAEMON, KEEPER = "rayfwd.service", "rayfwd-ray.service"

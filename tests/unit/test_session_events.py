@@ -27,14 +27,14 @@ OTHERS = st.one_of(
 def between_others(
     events: Sequence[Event | Gathered],
 ) -> list[tuple[Event | None, dict[int, bytes]]]:
-    """The events that are no pieces, each with the bytes of every stream before it."""
+    """The events that are no chunks, each with the bytes of every stream before it."""
     found: list[tuple[Event | None, dict[int, bytes]]] = []
     before: defaultdict[int, bytes] = defaultdict(bytes)
     for event in events:
         if isinstance(event, DataReceived):
             before[event.stream] += event.data
         elif isinstance(event, Gathered):
-            before[event.stream] += b"".join(event.pieces)
+            before[event.stream] += b"".join(event.chunks)
         else:
             found.append((event, dict(before)))
             before.clear()
@@ -57,8 +57,8 @@ def test_the_pieces_of_a_stream_are_told_at_once() -> None:
 
 
 def test_what_is_told_is_what_came() -> None:
-    """To join pieces would copy them once more."""
+    """To join chunks would copy them once more."""
     long = [DataReceived(1, bytes(100)) for _ in range(2)]
     (told,) = gathered([*long])
     assert isinstance(told, Gathered)
-    assert all(a is b.data for a, b in zip(told.pieces, long, strict=True))
+    assert all(a is b.data for a, b in zip(told.chunks, long, strict=True))

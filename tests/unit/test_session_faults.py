@@ -31,7 +31,7 @@ ROOMY = Limits()
 
 
 def run_schedule(seed: int) -> Wire:
-    # In half of each kind short payloads come in pieces too.
+    # In half of each kind short payloads come in chunks too.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "LONG", 1 if seed // 6 % 2 else frames.LONG)
         return _run_schedule(seed)

@@ -15,26 +15,26 @@ import pytest
 
 from rayfwd.cli import init, main
 from rayfwd.config import load
-from rayfwd.doctor.service import SERVICE
+from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import Outcome, apply, take_away
-from rayfwd.setup.look import see
 from rayfwd.setup.manifest import Manifest
-from rayfwd.setup.plan import plan
+from rayfwd.setup.planner import plan
+from rayfwd.setup.request import MAN_PAGES, Layout, SetupRequest, system_layout, user_layout
 from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
-from rayfwd.setup.wishes import MAN_PAGES, Places, Wishes, system_places, user_places
+from rayfwd.setup.survey import see
 
 COMMAND, PYTHON = "/srv/rayfwd/bin/rayfwd", "/srv/rayfwd/bin/python"
 HOST_KEY = "head.example.org ssh-ed25519 AAAA\n"
 
 
-def head() -> Wishes:
-    return Wishes("head", "h", "ann", Path("/home/ann"), False, "/srv/ray/bin/ray")
+def head() -> SetupRequest:
+    return SetupRequest("head", "h", "ann", Path("/home/ann"), False, "/srv/ray/bin/ray")
 
 
-def worker(home: Path = Path("/home/ann")) -> Wishes:
-    return Wishes(
+def worker(home: Path = Path("/home/ann")) -> SetupRequest:
+    return SetupRequest(
         "worker",
         "w1",
         "ann",
@@ -54,13 +54,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def places(home: Path) -> Places:
-    return user_places(home, 1000, COMMAND, PYTHON, None)
+def layout(home: Path) -> Layout:
+    return user_layout(home, 1000, COMMAND, PYTHON, None)
 
 
 def test_the_machines_service() -> None:
-    places = system_places(COMMAND, PYTHON)
-    steps = plan(worker(), places, units.shipped())
+    layout = system_layout(COMMAND, PYTHON)
+    steps = plan(worker(), layout, units.shipped())
     assert steps[:2] == (Group("rayfwd"), Member("ann", "rayfwd"))
     assert steps[2] == Directory(Path("/etc/rayfwd"), "root", "rayfwd", 0o750)
     assert isinstance(steps[3], Key)
@@ -75,14 +75,14 @@ def test_the_machines_service() -> None:
 
 
 def test_a_user_that_is_to_be_made_comes_after_its_group() -> None:
-    wishes = replace(head(), user="rayfwd", home=Path("/var/lib/rayfwd"), user_is_new=True)
-    steps = plan(wishes, system_places(COMMAND, PYTHON), units.shipped())
-    assert steps[:2] == (Group("rayfwd"), User("rayfwd", wishes.home, "rayfwd"))
+    wanted = replace(head(), user="rayfwd", home=Path("/var/lib/rayfwd"), user_is_new=True)
+    steps = plan(wanted, system_layout(COMMAND, PYTHON), units.shipped())
+    assert steps[:2] == (Group("rayfwd"), User("rayfwd", wanted.home, "rayfwd"))
     assert not any(isinstance(step, Key | Directory) for step in steps)
 
 
-def test_a_user_without_root_makes_nothing_outside_of_home(places: Places, home: Path) -> None:
-    for step in plan(worker(home), places, units.shipped()):
+def test_a_user_without_root_makes_nothing_outside_of_home(layout: Layout, home: Path) -> None:
+    for step in plan(worker(home), layout, units.shipped()):
         assert isinstance(step, Directory | File | Key)
         assert step.path.is_relative_to(home)
         assert step.owner is None
@@ -99,37 +99,37 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_machines_man_pages(pages: Path) -> None:
-    places = replace(system_places(COMMAND, PYTHON), pages=pages)
+    layout = replace(system_layout(COMMAND, PYTHON), pages=pages)
     man = Path("/usr/local/share/man")
-    steps = plan(head(), places, units.shipped())
+    steps = plan(head(), layout, units.shipped())
     directories = [Directory(man / name, None, None, 0o755) for name in ("man1", "man5")]
     links = [Link(man / page, pages / page) for page in MAN_PAGES]
     assert list(steps[-4:]) == [*directories, *links]
 
 
-def test_a_users_man_pages_come_and_go(places: Places, home: Path, pages: Path) -> None:
-    places = replace(places, pages=pages)
-    dry, _ = make(worker(home), places, dry=True)
-    outcome, _ = make(worker(home), places)
+def test_a_users_man_pages_come_and_go(layout: Layout, home: Path, pages: Path) -> None:
+    layout = replace(layout, pages=pages)
+    dry, _ = make(worker(home), layout, dry=True)
+    outcome, _ = make(worker(home), layout)
     assert outcome.changed == dry.changed, "each directory once"
     for page in MAN_PAGES:
         assert (home / ".local/share/man" / page).read_text() == ".TH RAYFWD"
-    assert make(worker(home), places)[0] == Outcome((), ())
-    take_away(Manifest(places.manifest), places, False, False, Told())
+    assert make(worker(home), layout)[0] == Outcome((), ())
+    take_away(Manifest(layout.manifest), layout, False, False, Told())
     assert tree(home) == {}
 
 
-def test_another_environments_man_pages(places: Places, home: Path, pages: Path) -> None:
+def test_another_environments_man_pages(layout: Layout, home: Path, pages: Path) -> None:
     """Ours follow the environment, somebody else's stay, and so does what leads there already."""
-    page, other = (places.man / page for page in MAN_PAGES)
-    make(worker(home), replace(places, pages=Path("/old")))
+    page, other = (layout.man / page for page in MAN_PAGES)
+    make(worker(home), replace(layout, pages=Path("/old")))
     other.unlink()
     other.symlink_to("/elsewhere")
-    outcome, _ = make(worker(home), replace(places, pages=pages))
+    outcome, _ = make(worker(home), replace(layout, pages=pages))
     assert outcome == Outcome((str(page),), (str(other),))
     assert page.read_text() == ".TH RAYFWD"
     told = Told()
-    take_away(Manifest(places.manifest), places, False, False, told)
+    take_away(Manifest(layout.manifest), layout, False, False, told)
     assert ("left (it leads elsewhere now)", str(other)) in told.lines
     assert other.is_symlink()
     assert not page.is_symlink()
@@ -137,7 +137,7 @@ def test_another_environments_man_pages(places: Places, home: Path, pages: Path)
     (pages.parent / "same").symlink_to(pages)
     page.parent.mkdir(exist_ok=True)
     page.symlink_to(pages.parent / "same" / MAN_PAGES[0])  # as pipx does
-    outcome, _ = make(worker(home), replace(places, pages=pages))
+    outcome, _ = make(worker(home), replace(layout, pages=pages))
     assert str(page) not in (*outcome.changed, *outcome.kept)
 
 
@@ -164,27 +164,27 @@ def test_which_pages_are_to_be_linked(
 
 
 def test_a_configuration_by_hand_gets_no_key() -> None:
-    steps = plan(replace(worker(), by_hand=True), system_places(COMMAND, PYTHON), units.shipped())
+    steps = plan(replace(worker(), by_hand=True), system_layout(COMMAND, PYTHON), units.shipped())
     assert not any(isinstance(step, Key | Directory) for step in steps)
     assert not any(step.id.endswith("known_hosts") for step in steps)
 
 
-@pytest.mark.parametrize("wishes", [head(), replace(head(), logins=("bob", "c d")), worker()])
+@pytest.mark.parametrize("wanted", [head(), replace(head(), logins=("bob", "c d")), worker()])
 def test_the_configuration_is_valid_and_says_what_was_wished(
-    wishes: Wishes, places: Places, tmp_path: Path
+    wanted: SetupRequest, layout: Layout, tmp_path: Path
 ) -> None:
     file = tmp_path / "made.toml"
-    file.write_text(texts.config_text(wishes, places))
+    file.write_text(texts.config_text(wanted, layout))
     config = load(file)
-    assert (config.role, config.name) == (wishes.role, wishes.name)
-    assert (config.state_dir, config.runtime_dir) == (places.state, places.runtime)
-    assert config.ray.command == wishes.ray
-    assert config.hub.users == wishes.logins
+    assert (config.role, config.name) == (wanted.role, wanted.name)
+    assert (config.state_dir, config.runtime_dir) == (layout.state, layout.runtime)
+    assert config.ray.command == wanted.ray
+    assert config.hub.users == wanted.logins
     if config.head is not None:
-        assert config.head.ssh == wishes.head
+        assert config.head.ssh == wanted.head
         assert (config.head.identity, config.head.known_hosts) == (
-            places.identity,
-            places.known_hosts,
+            layout.identity,
+            layout.known_hosts,
         )
         assert (config.head.via, config.head.attach_command) == (
             "exec",
@@ -211,9 +211,9 @@ class TestUnits:
         return [line for line in text.splitlines() if line and not line.startswith("#")]
 
     def test_of_the_machine(self) -> None:
-        places = system_places(COMMAND, PYTHON)
+        layout = system_layout(COMMAND, PYTHON)
         for name, shipped in units.shipped().items():
-            made = texts.unit_text(name, shipped, "ann", places)
+            made = texts.unit_text(name, shipped, "ann", layout)
             assert "/opt/rayfwd" not in made
             expected = [
                 line.replace("/opt/rayfwd/bin/", "/srv/rayfwd/bin/").replace("User=ray", "User=ann")
@@ -222,13 +222,13 @@ class TestUnits:
             assert self.settings(made) == expected
             assert "`rayfwd uninstall`" in made
 
-    def test_of_a_user(self, places: Places) -> None:
+    def test_of_a_user(self, layout: Layout) -> None:
         for name, shipped in units.shipped().items():
-            made = texts.unit_text(name, shipped, "ann", places)
+            made = texts.unit_text(name, shipped, "ann", layout)
             for word in ("/opt/", "User=", "/run/", "Protect", "network-online", "multi-user"):
                 assert word not in "\n".join(self.settings(made)), (name, word)
             if name == SERVICE:
-                assert f"ExecStart={COMMAND} --config {places.config} run" in made
+                assert f"ExecStart={COMMAND} --config {layout.config} run" in made
                 assert "WantedBy=default.target" in made
                 assert "Wants=rayfwd-ray.service\nAfter=basic.target rayfwd-ray.service\n" in made
                 assert "DefaultDependencies=no\nRequires=basic.target\n" in made
@@ -244,18 +244,18 @@ class TestUnits:
         assert "Device" not in text
 
     def test_paths_with_anything_in_them(self) -> None:
-        places = system_places('/a b/50%/"/rayfwd', PYTHON)
-        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", places)
+        layout = system_layout('/a b/50%/"/rayfwd', PYTHON)
+        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", layout)
         assert 'ExecStart="/a b/50%%/\\"/rayfwd" run' in made
 
     def test_another_file_is_named(self) -> None:
-        places = system_places(COMMAND, PYTHON, Path("/srv/r.toml"))
-        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", places)
+        layout = system_layout(COMMAND, PYTHON, Path("/srv/r.toml"))
+        made = texts.unit_text(SERVICE, units.shipped()[SERVICE], "ann", layout)
         assert f"ExecStart={COMMAND} --config /srv/r.toml run" in made
 
     def test_a_unit_that_has_changed_is_not_guessed_at(self) -> None:
         with pytest.raises(ValueError, match="ExecStart=/bin/x"):
-            texts.unit_text("u", "[Service]\nExecStart=/bin/x\n", "ann", system_places("r", "p"))
+            texts.unit_text("u", "[Service]\nExecStart=/bin/x\n", "ann", system_layout("r", "p"))
 
 
 def test_an_aliass_login_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,10 +286,10 @@ class Told:
         self.lines.append((came, thing))
 
 
-def make(wishes: Wishes, places: Places, dry: bool = False) -> tuple[Outcome, Told]:
+def make(wanted: SetupRequest, layout: Layout, dry: bool = False) -> tuple[Outcome, Told]:
     told = Told()
-    steps = plan(wishes, places, units.shipped())
-    return apply(steps, Manifest(places.manifest), places, dry, told), told
+    steps = plan(wanted, layout, units.shipped())
+    return apply(steps, Manifest(layout.manifest), layout, dry, told), told
 
 
 def tree(home: Path) -> dict[str, tuple[int, bytes]]:
@@ -299,106 +299,106 @@ def tree(home: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_a_dry_run_says_what_a_run_does_and_changes_nothing(places: Places, home: Path) -> None:
-    dry, told_dry = make(worker(home), places, dry=True)
+def test_a_dry_run_says_what_a_run_does_and_changes_nothing(layout: Layout, home: Path) -> None:
+    dry, told_dry = make(worker(home), layout, dry=True)
     assert tree(home) == {}
-    outcome, told = make(worker(home), places)
+    outcome, told = make(worker(home), layout)
     assert outcome.changed == dry.changed
     assert [thing for _, thing in told.lines] == [thing for _, thing in told_dry.lines]
     assert {came for came, _ in told_dry.lines} == {"to make"}
 
 
-def test_made_once_and_taken_away_whole(places: Places, home: Path) -> None:
+def test_made_once_and_taken_away_whole(layout: Layout, home: Path) -> None:
     (home / ".config").mkdir(mode=0o755)
     before = tree(home)
-    make(worker(home), places)
-    assert stat.S_IMODE(places.config.stat().st_mode) == 0o600
-    assert stat.S_IMODE(places.identity.stat().st_mode) == 0o600
-    assert (public_key(places.identity) or "").startswith("ssh-ed25519 ")
-    load(places.config)
+    make(worker(home), layout)
+    assert stat.S_IMODE(layout.config.stat().st_mode) == 0o600
+    assert stat.S_IMODE(layout.identity.stat().st_mode) == 0o600
+    assert (public_key(layout.identity) or "").startswith("ssh-ed25519 ")
+    load(layout.config)
     made = tree(home)
-    again, told = make(worker(home), places)
+    again, told = make(worker(home), layout)
     assert again == Outcome((), ())
     assert {came for came, _ in told.lines} == {"is there"}
     assert tree(home) == made
 
     dry = Told()
-    assert take_away(Manifest(places.manifest), places, True, False, dry) == ()
+    assert take_away(Manifest(layout.manifest), layout, True, False, dry) == ()
     assert tree(home) == made
     gone = Told()
-    assert take_away(Manifest(places.manifest), places, False, False, gone) == ()
+    assert take_away(Manifest(layout.manifest), layout, False, False, gone) == ()
     assert tree(home) == before
     assert [thing for _, thing in gone.lines] == [thing for _, thing in dry.lines]
 
 
-def test_what_was_edited_is_never_overwritten_nor_removed(places: Places, home: Path) -> None:
-    make(worker(home), places)
-    edited = places.config.read_text() + "num_cpus = 3\n"
-    places.config.write_text(edited)
-    outcome, _ = make(replace(worker(home), name="other"), places)
-    assert outcome == Outcome((), (str(places.config),))
-    assert places.config.read_text() == edited
-    assert take_away(Manifest(places.manifest), places, False, False, Told()) == (
-        str(places.config),
+def test_what_was_edited_is_never_overwritten_nor_removed(layout: Layout, home: Path) -> None:
+    make(worker(home), layout)
+    edited = layout.config.read_text() + "num_cpus = 3\n"
+    layout.config.write_text(edited)
+    outcome, _ = make(replace(worker(home), name="other"), layout)
+    assert outcome == Outcome((), (str(layout.config),))
+    assert layout.config.read_text() == edited
+    assert take_away(Manifest(layout.manifest), layout, False, False, Told()) == (
+        str(layout.config),
     )
-    assert places.config.read_text() == edited
-    assert not places.identity.exists()
-    assert not list(places.units.glob("*"))
-    assert take_away(Manifest(places.manifest), places, False, True, Told()) == ()
+    assert layout.config.read_text() == edited
+    assert not layout.identity.exists()
+    assert not list(layout.units.glob("*"))
+    assert take_away(Manifest(layout.manifest), layout, False, True, Told()) == ()
     assert tree(home) == {}
 
 
-def test_what_was_not_edited_follows_the_wishes(places: Places, home: Path) -> None:
-    make(worker(home), places)
-    outcome, told = make(replace(worker(home), name="other"), places)
-    assert outcome.changed == (str(places.config),)
-    assert ("renewed", str(places.config)) in told.lines
-    assert load(places.config).name == "other"
-    take_away(Manifest(places.manifest), places, False, False, Told())
+def test_what_was_not_edited_follows_the_wishes(layout: Layout, home: Path) -> None:
+    make(worker(home), layout)
+    outcome, told = make(replace(worker(home), name="other"), layout)
+    assert outcome.changed == (str(layout.config),)
+    assert ("renewed", str(layout.config)) in told.lines
+    assert load(layout.config).name == "other"
+    take_away(Manifest(layout.manifest), layout, False, False, Told())
     assert tree(home) == {}
 
 
-def test_a_key_that_was_moved_away_is_made_anew(places: Places, home: Path) -> None:
-    make(worker(home), places)
-    first = public_key(places.identity)
-    places.identity.unlink()
-    outcome, _ = make(worker(home), places)
-    assert outcome.changed == (str(places.identity),)
-    assert public_key(places.identity) != first
-    take_away(Manifest(places.manifest), places, False, False, Told())
+def test_a_key_that_was_moved_away_is_made_anew(layout: Layout, home: Path) -> None:
+    make(worker(home), layout)
+    first = public_key(layout.identity)
+    layout.identity.unlink()
+    outcome, _ = make(worker(home), layout)
+    assert outcome.changed == (str(layout.identity),)
+    assert public_key(layout.identity) != first
+    take_away(Manifest(layout.manifest), layout, False, False, Told())
     assert tree(home) == {}
 
 
-def test_somebody_elses_file_is_kept_and_not_ours_to_remove(places: Places, home: Path) -> None:
-    places.units.mkdir(parents=True)
-    mine = places.units / SERVICE
+def test_somebody_elses_file_is_kept_and_not_ours_to_remove(layout: Layout, home: Path) -> None:
+    layout.units.mkdir(parents=True)
+    mine = layout.units / SERVICE
     mine.write_text("[Service]\n")
-    outcome, _ = make(worker(home), places)
+    outcome, _ = make(worker(home), layout)
     assert outcome.kept == (str(mine),)
-    take_away(Manifest(places.manifest), places, False, True, Told())
+    take_away(Manifest(layout.manifest), layout, False, True, Told())
     assert mine.read_text() == "[Service]\n"
 
 
-def test_a_run_that_failed_midway_goes_on_and_is_taken_away(places: Places, home: Path) -> None:
+def test_a_run_that_failed_midway_goes_on_and_is_taken_away(layout: Layout, home: Path) -> None:
     (home / ".config").mkdir()
     (home / ".config" / "systemd").write_text("in the way")
     with pytest.raises(ProblemError, match="systemd is there, and is no directory"):
-        make(worker(home), places)
+        make(worker(home), layout)
     (home / ".config" / "systemd").unlink()
-    make(worker(home), places)
-    take_away(Manifest(places.manifest), places, False, False, Told())
+    make(worker(home), layout)
+    take_away(Manifest(layout.manifest), layout, False, False, Told())
     assert set(tree(home)) == {".config"}
 
 
-def test_the_state_stays_unless_purged(places: Places, home: Path) -> None:
-    make(worker(home), places)
-    (places.state / "plan.json").write_text("{}")
-    take_away(Manifest(places.manifest), places, False, False, Told())
-    assert (places.state / "plan.json").exists()
-    assert not places.manifest.exists()
-    make(worker(home), places)
-    take_away(Manifest(places.manifest), places, False, True, Told())
-    assert not places.state.exists()
+def test_the_state_stays_unless_purged(layout: Layout, home: Path) -> None:
+    make(worker(home), layout)
+    (layout.state / "plan.json").write_text("{}")
+    take_away(Manifest(layout.manifest), layout, False, False, Told())
+    assert (layout.state / "plan.json").exists()
+    assert not layout.manifest.exists()
+    make(worker(home), layout)
+    take_away(Manifest(layout.manifest), layout, False, True, Told())
+    assert not layout.state.exists()
 
 
 @pytest.mark.parametrize(
@@ -424,10 +424,10 @@ def test_a_manifest_that_others_may_write_is_not_believed(tmp_path: Path) -> Non
 class TestTheCommand:
     @pytest.fixture(autouse=True)
     def _as_somebody(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """All its places below `home`, whoever runs the test, and nobody at the terminal."""
+        """All its layout below `home`, whoever runs the test, and nobody at the terminal."""
         from rayfwd.cli import uninstall
 
-        found = user_places(home, os.geteuid(), COMMAND, PYTHON, None)
+        found = user_layout(home, os.geteuid(), COMMAND, PYTHON, None)
         for module in (init, uninstall):
             monkeypatch.setattr(module, "find_places", lambda _: found)
         with open(os.devnull) as nobody:

@@ -149,7 +149,7 @@ class TestReceiving:
         side.data(0, b"abc")
         assert side.data(0, b"abc") == []
         assert side.data(1, b"bcde") == [b"de"]
-        assert side.data(3, b"d", b"efg", b"h") == [b"fg", b"h"], "of a payload in pieces too"
+        assert side.data(3, b"d", b"efg", b"h") == [b"fg", b"h"], "of a payload in chunks too"
 
     def test_a_payload_in_pieces_waits_in_one(self) -> None:
         side = ReceiveSide(100, 0.0)
@@ -274,8 +274,8 @@ def test_any_cut_any_order_any_repeat_gives_the_same_bytes(data: st.DataObject) 
             receive.end(segment.offset)
         else:
             cut = data.draw(st.integers(0, len(segment.data)))
-            pieces = bytes(segment.data[:cut]), segment.data[cut:]
-            out += b"".join(receive.data(segment.offset, *pieces))
+            chunks = bytes(segment.data[:cut]), segment.data[cut:]
+            out += b"".join(receive.data(segment.offset, *chunks))
         ends += receive.complete and not before
         send.acknowledge(receive.next, LOTS)
     assert out == content

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd import unixsocket
+from rayfwd.system import unixsocket
 
 HEADER = "Num       RefCount Protocol Flags    Type St Inode Path\n"
 LISTENS, STREAM = "00000002 00000000 00010000 0001 01", "00000003 00000000 00000000 0001 03"

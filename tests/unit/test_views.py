@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rayfwd.daemon.views import link_seen, mux_status
-from rayfwd.history import History
 from rayfwd.session import lane as lane_module
 from rayfwd.session.lane import LaneClass
+from rayfwd.transport.linkstats import LinkStats
 from tests.unit.cluster import BULK, INTERACTIVE
 from tests.unit.loops import run, until
 from tests.unit.test_mux import Owner, pair
@@ -20,14 +20,14 @@ DATA = bytes(1 << 20)
 def test_what_was_carried_is_told_of_bulk_lanes(kinds: tuple[LaneClass, ...]) -> None:
     async def main() -> None:
         async with pair(*kinds) as p:
-            mux, before = p.worker.mux, link_seen(p.worker.mux, History())
+            mux, before = p.worker.mux, link_seen(p.worker.mux, LinkStats())
             lanes = {lane.kind: lane for lane in mux.session.lanes.values()}
             judged, other = lanes.get(BULK, lanes[INTERACTIVE]), lanes[INTERACTIVE]
             assert before.confirmed == 0
             p.worker.open(Owner()).send(b"question")
             p.worker.open(Owner()).send(DATA)
             await until(lambda: other.confirmed and judged.confirmed and judged.rtt and other.rtt)
-            seen = link_seen(mux, History())
+            seen = link_seen(mux, LinkStats())
             assert seen.confirmed == judged.confirmed
             assert seen.confirmed_at == judged.answered_at
             assert seen.round_trip == other.newest_rtt
@@ -36,7 +36,7 @@ def test_what_was_carried_is_told_of_bulk_lanes(kinds: tuple[LaneClass, ...]) ->
 
 
 def test_no_link_at_all() -> None:
-    seen = link_seen(None, History())
+    seen = link_seen(None, LinkStats())
     assert (seen.confirmed, seen.confirmed_at, seen.round_trip) == (None, None, None)
     assert not seen.backlog
 

@@ -12,12 +12,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from rayfwd.config import parse
-from rayfwd.mux import Mux
-from rayfwd.notify import Notifier
-from rayfwd.progress import Progress
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.session import Limits, Session
-from rayfwd.watchdog import PERIOD, Late, Watchdog, period
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.notify import Notifier
+from rayfwd.system.watchdog import PERIOD, Late, Watchdog, period
+from rayfwd.transport.mux import Mux
 
 
 class Clock:
@@ -29,16 +29,16 @@ class Clock:
 
 def test_a_loop_is_late_when_its_turn_has_not_come() -> None:
     clock = Clock()
-    loop = Progress("x", clock)
+    loop = Heartbeat("x", clock)
     assert loop.late() == 0, "it has not begun"
-    loop.turn(5)
+    loop.beat(5)
     clock.now += 5
     assert loop.late() == 0
     clock.now += 2
     assert loop.late() == 2
-    loop.turn(1)
+    loop.beat(1)
     assert loop.late() == 0
-    loop.rest()
+    loop.idle()
     clock.now += 1e6
     assert loop.late() == 0
 
@@ -99,18 +99,18 @@ def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(tmp_path: Pat
     async def scenario() -> None:
         supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
         clock = Clock()
-        supervisor.progress = Progress("ray", clock)
+        supervisor.heartbeat = Heartbeat("ray", clock)
         task = asyncio.create_task(supervisor.run())
         await asyncio.sleep(0.05)
         clock.now += 1e6
-        assert supervisor.progress.late() == 0, "it has no plan, and waits for one"
-        supervisor.progress.turn(1)  # as its own turns do
+        assert supervisor.heartbeat.late() == 0, "it has no plan, and waits for one"
+        supervisor.heartbeat.beat(1)  # as its own turns do
         clock.now += 2
-        assert supervisor.progress.late() == 1
+        assert supervisor.heartbeat.late() == 1
         await supervisor.stop()
         await task
         clock.now += 1e6
-        assert supervisor.progress.late() == 0, "it was told to end"
+        assert supervisor.heartbeat.late() == 0, "it was told to end"
 
     asyncio.run(scenario())
 

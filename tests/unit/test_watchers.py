@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from rayfwd import probe
-from rayfwd.plan import NodePlan
+from rayfwd.cluster import probe
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.canary.run import CanaryRun
 from rayfwd.ray.commandline import given_up_after
@@ -48,7 +48,7 @@ def test_where_a_port_is_dead(plan: NodePlan, bad: dict[int, str], said: str, re
     assert problem.code == "ray_port_unreachable"
     assert said in problem.cause
     assert remedy in problem.remedy
-    assert ("the door at 127.77.0.2" in problem.cause) is not plan.advertised
+    assert ("the listener at 127.77.0.2" in problem.cause) is not plan.advertised
 
 
 def test_what_a_port_is_for() -> None:
@@ -133,7 +133,7 @@ def test_worker_ports_one_of_which_answers_are_not_dead(monkeypatch: pytest.Monk
     async def body() -> None:
         place = free_place()
         plan = NodePlan("w", "worker", place.address, place.port, 8)
-        # No worker at all: each port is refused (here by the door), and none is called dead.
+        # No worker at all: each port is refused (here by the listener), and none is called dead.
         direct = replace(plan, advertised=True)
         assert await reach.dead_worker_ports(direct) == {}
         assert set((await reach.dead_worker_ports(plan)).values()) == {"refused"}

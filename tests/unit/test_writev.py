@@ -1,4 +1,4 @@
-"""Many pieces are written at once, whatever the socket takes of them."""
+"""Many chunks are written at once, whatever the socket takes of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from rayfwd.writev import JOIN_BYTES, PIECES, write
+from rayfwd.transport.writev import JOIN_BYTES, PIECES, write
 from tests.unit.loops import run, until
 
 
@@ -45,12 +45,12 @@ async def writer() -> AsyncIterator[tuple[Writer, socket.socket]]:
 
 @pytest.fixture
 def vectors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many bytes the kernel took, each time that it was given pieces."""
+    """How many bytes the kernel took, each time that it was given chunks."""
     taken: list[int] = []
     real = os.writev
 
-    def noted(fd: int, pieces: Sequence[bytes]) -> int:
-        taken.append(real(fd, pieces))
+    def noted(fd: int, chunks: Sequence[bytes]) -> int:
+        taken.append(real(fd, chunks))
         return taken[-1]
 
     monkeypatch.setattr(os, "writev", noted)
@@ -75,13 +75,13 @@ async def received(far: socket.socket, size: int) -> bytes:
     ],
 )
 def test_all_of_it_arrives_in_order(sizes: list[int]) -> None:
-    pieces = [random.randbytes(size) for size in sizes]
+    chunks = [random.randbytes(size) for size in sizes]
 
     async def main() -> None:
         async with writer() as (protocol, far):
-            write(protocol.transport, pieces)
+            write(protocol.transport, chunks)
             write(protocol.transport, [b"what", bytes(JOIN_BYTES), b"follows"])
-            whole = b"".join(pieces) + b"what" + bytes(JOIN_BYTES) + b"follows"
+            whole = b"".join(chunks) + b"what" + bytes(JOIN_BYTES) + b"follows"
             assert await received(far, len(whole)) == whole
 
     run(main)

@@ -129,7 +129,7 @@ class Wire:
         """Lanes that both sides know to be gone are no more."""
         self.lanes = [lane for lane in self.lanes if len(lane.dead) < 2]
 
-    def pump(self, lane: WireLane, side: str) -> bool:
+    def relay(self, lane: WireLane, side: str) -> bool:
         """What `side` wants to send goes under way."""
         if side in lane.dead:
             return False
@@ -265,7 +265,7 @@ class Wire:
         elif roll < 0.43:
             self.message(side)
         elif roll < 0.62 and lane is not None:
-            self.pump(lane, side)
+            self.relay(lane, side)
         elif roll < 0.88 and lane is not None:
             self.deliver(lane, side)
         elif roll < 0.92:
@@ -313,7 +313,7 @@ class Wire:
         for _ in range(self.PATIENCE):
             for lane in list(self.lanes):
                 for side in ("worker", "hub"):
-                    self.pump(lane, side)
+                    self.relay(lane, side)
                     while self.deliver(lane, side, whole=True):
                         pass
             for side, halves in self.halves.items():

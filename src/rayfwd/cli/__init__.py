@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__
-from rayfwd.journal import is_stream
 from rayfwd.problems import ProblemError
+from rayfwd.system.journal import is_stream
 
 OK = 0
 FAULT = 1

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd.cli import FAULT, OK, MistakeError
-from rayfwd.places import default_runtime_dir, find_socket, usual_config
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
 
 _CHUNK = 262144
 _HUB_SOCKET = "hub.sock"

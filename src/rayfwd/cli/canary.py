@@ -10,9 +10,9 @@ from typing import Any
 
 from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_config, quiet_logs, table
-from rayfwd.control import ask
-from rayfwd.logs import escaped
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.control import ask
+from rayfwd.system.logs import escaped
 
 PAUSE = 0.5
 """Seconds between two questions whether it is back."""

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from rayfwd.cli import OK
 from rayfwd.cli.common import load_config, own_head_plan, quiet_logs, table
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor.settings import doubts
-from rayfwd.plan import NodePlan
 from rayfwd.problems import ProblemError
 from rayfwd.ray import install
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rayfwd import logs
 from rayfwd.cli import MistakeError
+from rayfwd.cluster.plan import NodePlan, PlanError
 from rayfwd.config import Config, ConfigError, LogConfig, load
-from rayfwd.places import find_socket, usual_config
-from rayfwd.plan import NodePlan, PlanError
+from rayfwd.system import logs
+from rayfwd.system.paths import find_socket, usual_config
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -15,13 +15,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from rayfwd import logs
 from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import load_config
 from rayfwd.client import Client
 from rayfwd.config import Config, ConfigError, LogConfig, parse
-from rayfwd.memory import keep_freed
-from rayfwd.places import usual_config
+from rayfwd.system import logs
+from rayfwd.system.malloc import keep_freed
+from rayfwd.system.paths import usual_config
 
 _OPTIONS = {
     "head.ssh": "HEAD",

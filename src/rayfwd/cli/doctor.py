@@ -21,15 +21,15 @@ from rayfwd import __version__
 from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
 from rayfwd.cli.common import control_socket, quiet_logs
 from rayfwd.cli.status import console
+from rayfwd.cluster.plan import PlanError
 from rayfwd.config import Config, ConfigError, load
-from rayfwd.doctor import report, service
+from rayfwd.doctor import report, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
-from rayfwd.logs import escaped
-from rayfwd.places import usual_config
-from rayfwd.plan import PlanError
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.setup.look import Person, become, person_named
+from rayfwd.setup.survey import Person, become, person_named
+from rayfwd.system.logs import escaped
+from rayfwd.system.paths import usual_config
 
 _STYLES: dict[Result, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
@@ -168,7 +168,7 @@ def _person(asked: str | None, path: Path) -> Person | None:
         if asked is not None:
             raise MistakeError([f"rayfwd doctor: --user {asked}: needs root"])
         return None
-    unit = service.of(service.SYSTEM, path)
+    unit = unit_checks.of(unit_checks.SYSTEM, path)
     name = asked or (None if unit is None else unit.user)
     if name is None:
         return None

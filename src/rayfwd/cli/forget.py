@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs
 from rayfwd.config import Config
-from rayfwd.control import ask
 from rayfwd.daemon.resources import lock
+from rayfwd.hub.roster import Roster
 from rayfwd.problems import ProblemError
-from rayfwd.roster import Roster
+from rayfwd.system.control import ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,25 +18,25 @@ from pathlib import Path
 import asyncssh
 
 from rayfwd.cli import OK, MistakeError, doctor
+from rayfwd.cluster.plan import check_name
 from rayfwd.config import Config, ConfigError, load, parse
 from rayfwd.doctor.rows import worst
-from rayfwd.doctor.service import SERVICE
-from rayfwd.plan import check_name
+from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import apply
-from rayfwd.setup.look import Person, Seen, look, person_named, person_of
 from rayfwd.setup.manifest import Manifest
-from rayfwd.setup.plan import plan
-from rayfwd.setup.steps import public_key
-from rayfwd.setup.wishes import (
+from rayfwd.setup.planner import plan
+from rayfwd.setup.request import (
     GROUP,
     MAN_PAGES,
-    Places,
-    Wishes,
-    system_places,
-    user_places,
+    Layout,
+    SetupRequest,
+    system_layout,
+    user_layout,
 )
+from rayfwd.setup.steps import public_key
+from rayfwd.setup.survey import Person, Survey, look, person_named, person_of
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
@@ -80,48 +80,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_flags(args)
-    places = find_places(args.config)
-    before = _config_before(places.config, args.role)
+    layout = find_places(args.config)
+    before = _config_before(layout.config, args.role)
     shipped = units.shipped()
-    manifest = Manifest(places.manifest)
-    by_hand = before is not None and manifest.of(str(places.config)) is None
-    wishes, seen = _wishes(args, places, before, by_hand)
-    kind = "the machine's service" if places.system else "a service of this user's"
-    print(f"{args.role} {wishes.name}: {kind}, run by {wishes.user}")
+    manifest = Manifest(layout.manifest)
+    by_hand = before is not None and manifest.of(str(layout.config)) is None
+    request, seen = _request(args, layout, before, by_hand)
+    kind = "the machine's service" if layout.system else "a service of this user's"
+    print(f"{args.role} {request.name}: {kind}, run by {request.user}")
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
 
     def tell(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    outcome = apply(plan(wishes, places, shipped), manifest, places, args.dry_run, tell)
+    outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, tell)
     if not outcome.changed:
         print("Nothing was to be done: it is all there.")
     elif args.dry_run:
         print("Nothing was changed (--dry-run).")
     for kept in outcome.kept:
         print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
-    failing = False if args.dry_run else _doctor(wishes, places)
+    failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
-        _say_for_workers(wishes, places)
+        _say_for_workers(request, layout)
     elif not by_hand:
-        own = seen.public_key if wishes.identity else public_key(places.identity)
-        _say_for_head(wishes, seen.login, own or "(the key that is to be made)")
-    if not places.system:
+        own = seen.public_key if request.identity else public_key(layout.identity)
+        _say_for_head(request, seen.login, own or "(the key that is to be made)")
+    if not layout.system:
         print("\nFor a service that starts at boot and stays after logging out, once:\n")
-        print(f"    loginctl enable-linger {wishes.user}")
+        print(f"    loginctl enable-linger {request.user}")
     waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
     print(f"\nNext, here{waits}:\n")
-    print(f"    {texts.next_command(places)}")
+    print(f"    {texts.next_command(layout)}")
     return OK
 
 
-def _doctor(wishes: Wishes, places: Places) -> bool:
+def _doctor(request: SetupRequest, layout: Layout) -> bool:
     """How it looks now, as the service's user; whether something fails."""
     print("\nHow it is now (`rayfwd doctor` looks again):\n")
     sys.stdout.flush()
     found = doctor.look(
-        places.config, person_named(wishes.user), lambda row: doctor.print_row(row, "  ")
+        layout.config, person_named(request.user), lambda row: doctor.print_row(row, "  ")
     )
     return worst(found) == "fail"
 
@@ -142,7 +142,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise MistakeError([f"rayfwd init {args.role}: {line}" for line in wrong])
 
 
-def find_places(config: Path | None) -> Places:
+def find_places(config: Path | None) -> Layout:
     """Of the machine's service for root, of their own for others."""
     given = Path(sys.argv[0])
     own = Path(sys.prefix) / "bin" / "rayfwd"
@@ -151,12 +151,12 @@ def find_places(config: Path | None) -> Places:
     config = config.absolute() if config is not None else None
     home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
     if os.geteuid() == 0:
-        places = system_places(str(own), sys.executable, config)
+        layout = system_layout(str(own), sys.executable, config)
     else:
-        places = user_places(home, os.geteuid(), str(own), sys.executable, config)
-    if places.system and not places.man.is_dir():
-        return places  # where it is absent, man does not look there
-    return replace(places, pages=_pages(Path(sys.prefix), places.man))
+        layout = user_layout(home, os.geteuid(), str(own), sys.executable, config)
+    if layout.system and not layout.man.is_dir():
+        return layout  # where it is absent, man does not look there
+    return replace(layout, pages=_pages(Path(sys.prefix), layout.man))
 
 
 def _pages(prefix: Path, man: Path) -> Path | None:
@@ -186,9 +186,9 @@ def _config_before(path: Path, role: str) -> Config | None:
     return before
 
 
-def _wishes(
-    args: argparse.Namespace, places: Places, before: Config | None, by_hand: bool
-) -> tuple[Wishes, Seen]:
+def _request(
+    args: argparse.Namespace, layout: Layout, before: Config | None, by_hand: bool
+) -> tuple[SetupRequest, Survey]:
     """Every answer: from a flag, from the file that is there, looked for, or asked."""
     head = None
     if args.role == "worker":
@@ -197,7 +197,7 @@ def _wishes(
     ray = args.ray or (before.ray.command if before is not None else None) or _ray_beside()
     if ray is not None and "/" in ray:
         ray = str(Path(ray).expanduser().absolute())
-    person, is_new = _person(args.user or _user_before(places), ray)
+    person, is_new = _person(args.user or _user_before(layout), ray)
     name = args.name or (before.name if before else None) or socket.gethostname().split(".")[0]
     try:
         check_name(name)
@@ -207,13 +207,13 @@ def _wishes(
         raise MistakeError([f"rayfwd init: {line}" for line in exc.problems]) from None
     except ValueError as exc:
         raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
-    host_key = _host_key_before(places)
+    host_key = _host_key_before(layout)
     moved = before is not None and before.head is not None and before.head.ssh != head
     fetch = head is not None and not by_hand and bool(not host_key or args.fingerprint or moved)
     identity = args.identity.absolute() if args.identity is not None else None
     if before is not None and before.head is not None and identity is None:
         kept = before.head.identity
-        identity = kept if kept not in {None, places.identity} else None
+        identity = kept if kept not in {None, layout.identity} else None
     seen = look(person, ray or "ray", head, identity, fetch)
     if seen.ray is None and ray is None:
         ray = _ask("--ray", "Where is the `ray` command of this machine? ")
@@ -227,7 +227,7 @@ def _wishes(
         wrong = f"{person.name} can read no SSH key there"
         raise MistakeError([f"rayfwd init: --identity {args.identity}: {wrong}"])
     logins = args.login or (before.hub.users if before is not None else ())
-    wishes = Wishes(
+    request = SetupRequest(
         role=args.role,
         name=name,
         user=person.name,
@@ -236,12 +236,12 @@ def _wishes(
         ray=seen.ray,
         logins=tuple(logins),
         head=head,
-        head_command=args.head_rayfwd or _head_command_before(before) or places.command,
+        head_command=args.head_rayfwd or _head_command_before(before) or layout.command,
         identity=identity,
         by_hand=by_hand,
         host_key=host_key,
     )
-    return wishes, seen
+    return request, seen
 
 
 def _ray_beside() -> str | None:
@@ -257,10 +257,10 @@ def _head_command_before(before: Config | None) -> str | None:
     return command if space and verb == "attach" and "'" not in command else None
 
 
-def _user_before(places: Places) -> str | None:
+def _user_before(layout: Layout) -> str | None:
     """Whom the service that is there runs as."""
     try:
-        lines = (places.units / SERVICE).read_text().splitlines()
+        lines = (layout.units / SERVICE).read_text().splitlines()
     except OSError:
         return None
     return next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)
@@ -294,14 +294,14 @@ def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
     return person, person.home == Path("/var/lib/rayfwd")
 
 
-def _host_key_before(places: Places) -> str | None:
+def _host_key_before(layout: Layout) -> str | None:
     try:
-        return places.known_hosts.read_text()
+        return layout.known_hosts.read_text()
     except OSError:
         return None
 
 
-def _trust(asked: str | None, seen: Seen, before: str | None) -> str | None:
+def _trust(asked: str | None, seen: Survey, before: str | None) -> str | None:
     """The line of known hosts that is to be written; None: the user's own files have the key.
 
     Raises ProblemError for another fingerprint than was given, or a no.
@@ -347,7 +347,7 @@ def _ask(flag: str, question: str) -> str:
     raise MistakeError([f"rayfwd init: {flag}: must be given, there is nobody to ask"])
 
 
-def _say_for_workers(wishes: Wishes, places: Places) -> None:
+def _say_for_workers(request: SetupRequest, layout: Layout) -> None:
     prints = []
     for kind in _HOST_KEYS:
         path = Path(f"/etc/ssh/ssh_host_{kind}_key.pub")
@@ -355,13 +355,13 @@ def _say_for_workers(wishes: Wishes, places: Places) -> None:
             prints.append(asyncssh.read_public_key(path).get_fingerprint())
         except (OSError, ValueError):
             continue
-    line = texts.worker_command(wishes, places, socket.gethostname(), prints)
+    line = texts.worker_command(request, layout, socket.gethostname(), prints)
     print(
         "\nOn each worker, with this machine's name or address as seen from there, and its `ray`:\n"
     )
     print(f"    {line}")
 
 
-def _say_for_head(wishes: Wishes, login: str, key: str) -> None:
-    print(f"\nOn the head, as a line of ~{login or wishes.user}/.ssh/authorized_keys:\n")
-    print(f"    {texts.authorized_line(wishes.head_command, key)}")
+def _say_for_head(request: SetupRequest, login: str, key: str) -> None:
+    print(f"\nOn the head, as a line of ~{login or request.user}/.ssh/authorized_keys:\n")
+    print(f"    {texts.authorized_line(request.head_command, key)}")

@@ -6,10 +6,10 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from rayfwd import logs
 from rayfwd.cli import OK
 from rayfwd.config import LogConfig
 from rayfwd.ray.keeper import Keeper
+from rayfwd.system import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

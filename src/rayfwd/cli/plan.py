@@ -11,12 +11,12 @@ from typing import Any
 
 from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs, table
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.control import ask
-from rayfwd.plan import NodePlan
+from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install, token
-from rayfwd.roster import read, settle
+from rayfwd.system.control import ask
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import argparse
 
 from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import control_socket, load_config
-from rayfwd.control import ask
+from rayfwd.system.control import ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,12 @@ import argparse
 import faulthandler
 from contextlib import closing
 
-from rayfwd import daemon, logs
+from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.common import load_config
-from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
+from rayfwd.system import logs
+from rayfwd.system.notify import Notifier
 
 _log = logs.get_logger("rayfwd")
 

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from rayfwd.logs import escaped
+from rayfwd.system.logs import escaped
 
 SYMPTOMS = 5
 """Symptoms that are named below their root."""
@@ -89,7 +89,7 @@ class Screen:
             ("waiting", _objects(status.get("waiting_for"))),
             ("problem", _objects(status.get("problems"))),
             ("problem", _objects([link.get("problem"), ray.get("problem")])),
-            ("problem", _objects(_object(status.get("doors")).get("blocked"))),
+            ("problem", _objects(_object(status.get("listeners")).get("blocked"))),
         ):
             for problem in problems:
                 key = (_text(problem.get("code")), _text(problem.get("cause")))
@@ -144,7 +144,7 @@ class Screen:
             ("link", self._link()),
             ("ray", self._ray()),
             ("streams", self._streams()),
-            ("doors", self._doors()),
+            ("listeners", self._listeners()),
             ("cluster", self._cluster()),
         ):
             for index, line in enumerate(lines):
@@ -239,12 +239,12 @@ class Screen:
         line.append(f"{parked} parked", "" if parked == "0" else _STYLES["parked"])
         return [line.append(f"; {size(volume.get('in'))} in, {size(volume.get('out'))} out")]
 
-    def _doors(self) -> list[RenderableType]:
-        doors = _object(self.status.get("doors"))
-        if not doors:
+    def _listeners(self) -> list[RenderableType]:
+        listeners = _object(self.status.get("listeners"))
+        if not listeners:
             return []
-        blocked = _objects(doors.get("blocked"))
-        line = Text(f"{_text(doors.get('open', 0))} open")
+        blocked = _objects(listeners.get("blocked"))
+        line = Text(f"{_text(listeners.get('open', 0))} open")
         return [line.append(f", {len(blocked)} blocked", _STYLES["error"]) if blocked else line]
 
     def _cluster(self) -> list[RenderableType]:
@@ -323,7 +323,7 @@ class Screen:
     def _nodes(self, wide: bool) -> Iterable[RenderableType]:
         """The plan's nodes, and those that Ray has besides."""
         roster = _objects(self.status.get("roster"))
-        columns = ["node", "address", "Ray", "brings", ">doors"]
+        columns = ["node", "address", "Ray", "brings", ">listeners"]
         if wide:
             columns[2:2] = ["role", "ports"]
         rows = []
@@ -337,7 +337,7 @@ class Screen:
                 Text(address + " (direct)" * bool(node.get("advertised"))),
                 _state(self._ray_of(node, there)),
                 Text(_brings(_object(there.get("resources_total")), wide)),
-                _doors_of(_object(node.get("doors"))),
+                _listeners_of(_object(node.get("listeners"))),
             ]
             if wide:
                 row[2:2] = [role, Text(_text(node.get("ports")))]
@@ -469,8 +469,8 @@ def _brings(resources: Mapping[str, Any], memory: bool) -> str:
     return ", ".join(f"{_label(name)} {_quantity(name, own[name])}" for name in names) or "-"
 
 
-def _doors_of(doors: Mapping[str, Any]) -> Text:
-    is_open, blocked = _number(doors.get("open")), _number(doors.get("blocked"))
+def _listeners_of(listeners: Mapping[str, Any]) -> Text:
+    is_open, blocked = _number(listeners.get("open")), _number(listeners.get("blocked"))
     if not is_open and not blocked:
         return Text("-")
     text = Text(f"{is_open or 0:g}")

@@ -20,9 +20,9 @@ from rich.text import Text
 from rayfwd.cli import NOT_READY, OK
 from rayfwd.cli.common import control_socket, load_config, quiet_logs
 from rayfwd.cli.screen import Screen, duration
-from rayfwd.control import ask
-from rayfwd.logs import escaped
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.control import ask
+from rayfwd.system.logs import escaped
 
 INTERVAL = 2.0
 SHORTEST = 0.2

@@ -22,16 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    places = find_places(args.config)
-    manifest = Manifest(places.manifest)
+    layout = find_places(args.config)
+    manifest = Manifest(layout.manifest)
     if not manifest.entries:
-        print(f"There is nothing to take away: {places.manifest} is not there.")
+        print(f"There is nothing to take away: {layout.manifest} is not there.")
         return OK
 
     def tell(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    kept = take_away(manifest, places, args.dry_run, args.purge, tell)
+    kept = take_away(manifest, layout, args.dry_run, args.purge, tell)
     if args.dry_run:
         print("Nothing was changed (--dry-run).")
     elif kept:

@@ -6,13 +6,13 @@ import asyncio
 
 from rayfwd.config import Config
 from rayfwd.daemon import handover
-from rayfwd.daemon.base import Daemon
 from rayfwd.daemon.head import HeadDaemon
+from rayfwd.daemon.runtime import Daemon
 from rayfwd.daemon.worker import WorkerDaemon
-from rayfwd.logs import get_logger
-from rayfwd.memory import keep_freed
-from rayfwd.notify import Notifier
 from rayfwd.problems import ProblemError
+from rayfwd.system.logs import get_logger
+from rayfwd.system.malloc import keep_freed
+from rayfwd.system.notify import Notifier
 
 log = get_logger(__name__)
 

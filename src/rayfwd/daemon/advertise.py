@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
-from rayfwd import probe
-from rayfwd.logs import get_logger
-from rayfwd.plan import NodePlan
+from rayfwd.cluster import probe
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
 
@@ -55,7 +55,7 @@ class AdvertiseCheck:
     async def _check(self, own: NodePlan) -> Problem | None:
         nonce = secrets.token_hex(16)
         ports = probe.sample(own)
-        async with probe.Listeners(own.address, ports, nonce) as listeners:
+        async with probe.HeldPorts(own.address, ports, nonce) as held:
             results, mine = await asyncio.gather(
                 self._dial_back(ports, nonce), probe.dial_all(own.address, ports, nonce)
             )
@@ -67,7 +67,7 @@ class AdvertiseCheck:
                     "ray.advertise_check = false starts Ray all the same",
                 )
             return probe.judge_dial_back(own, results) or probe.judge_self_dial(
-                own, mine, listeners.translated
+                own, mine, held.translated
             )
 
     async def _dial_back(self, ports: list[int], nonce: str) -> dict[int, str] | None:

@@ -1,8 +1,8 @@
 """Streams outlive a restart: what this process holds goes to the one that comes after it.
 
-`leave` packs sessions, connections and doors of the process that ends; `Arrival` is what the next
-one found. Both know muxes, pumps and doors; what else head and worker give along is theirs. The
-parcel between them is `rayfwd.parcel`'s, its bytes are a `session.snapshot`.
+`leave` packs sessions, connections and listeners of the process that ends; `Arrival` is what the
+next one found. Both know muxes, relays and listeners; what else head and worker give along is
+theirs. The bundle between them is `rayfwd.system.fdpass`'s, its bytes are a `session.snapshot`.
 """
 
 from __future__ import annotations
@@ -17,36 +17,44 @@ import time
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import NoReturn, Protocol
 
-from rayfwd import __version__, parcel
-from rayfwd.doors import Dialer, Doors, Held, Pump, Target, linger_off
-from rayfwd.logs import close_journal, get_logger
-from rayfwd.mux import Mux
-from rayfwd.notify import Notifier
-from rayfwd.parcel import Packed, ParcelError
+from rayfwd import __version__
 from rayfwd.session import snapshot
 from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.system import fdpass
+from rayfwd.system.fdpass import BundleError, Packed
+from rayfwd.system.logs import close_journal, get_logger
+from rayfwd.system.notify import Notifier
+from rayfwd.transport.listeners import (
+    Held,
+    Listeners,
+    LocalConnector,
+    SocketRelay,
+    Target,
+    linger_off,
+)
+from rayfwd.transport.mux import Mux
 
 log = get_logger(__name__)
 
 RESET = "nothing: the streams are reset once, and all heals by itself"
 KEEP_SECONDS = 10
 """Seconds that the service manager may take to store a descriptor: as long as it is busy."""
-PROBE = f"{parcel.NAME}-probe"
+PROBE = f"{fdpass.NAME}-probe"
 ACCEPT_TURNS = 5
-"""Turns of the loop after which what a door accepted has its pump: asyncio takes three."""
+"""Turns of the loop after which what a listener accepted has its relay: asyncio takes three."""
 
 
 class Holder(Protocol):
     """A daemon, as far as it hands over and takes over."""
 
-    doors: Doors
-    dialer: Dialer
+    listeners: Listeners
+    connector: LocalConnector
 
     def muxes(self) -> Mapping[str, Mux]:
         """The sessions, by the peer's name."""
 
-    def waiting(self) -> Iterable[tuple[Target, Pump]]:
-        """Connections of doors that wait for a session."""
+    def waiting(self) -> Iterable[tuple[Target, SocketRelay]]:
+        """Connections of listeners that wait for a session."""
 
     def stop_accepting(self) -> socket.socket | None:
         """The role's own listening socket, which goes on listening. Raises OSError."""
@@ -79,29 +87,29 @@ class Leaving:
         return len(self.descriptors) - 1
 
     def add_listening(
-        self, doors: Mapping[Target, socket.socket], own: socket.socket | None
+        self, listeners: Mapping[Target, socket.socket], own: socket.socket | None
     ) -> None:
-        self.tree["doors"] = [[*at, self.add(s.fileno())] for at, s in doors.items()]
+        self.tree["listeners"] = [[*at, self.add(s.fileno())] for at, s in listeners.items()]
         self.tree["listening"] = None if own is None else self.add(own.fileno())
 
-    def add_pumps(self, holder: Holder) -> None:
+    def add_relays(self, holder: Holder) -> None:
         """The connections: those of streams, those that wait for a session, and those that only
         wait for their last bytes."""
-        rows, dialer = [], holder.dialer
-        rest = holder.doors.pumps | dialer.pumps
+        rows, connector = [], holder.connector
+        rest = holder.listeners.relays | connector.relays
         for name, mux in holder.muxes().items():
             for number, owner in mux.owners.items():
-                if isinstance(owner, Pump):
+                if isinstance(owner, SocketRelay):
                     rest.discard(owner)
-                    held, target = owner.held, dialer.target_of(owner)
+                    held, target = owner.held, connector.target_of(owner)
                     rows.append([name, number, self._of(held), target, held.data])
-        self.tree["pumps"] = rows
+        self.tree["relays"] = rows
         self.tree["waiting"] = waiting = []
-        for target, pump in holder.waiting():
-            if pump in rest:
-                rest.discard(pump)
-                waiting.append([target, self._of(pump.held)])
-        last = [pump.held for pump in rest]
+        for target, relay in holder.waiting():
+            if relay in rest:
+                rest.discard(relay)
+                waiting.append([target, self._of(relay.held)])
+        last = [relay.held for relay in rest]
         self.tree["finishing"] = [[self._of(held), held.data] for held in last]
 
     def _of(self, held: Held) -> int | None:
@@ -114,31 +122,31 @@ async def leave(holder: Holder, role: str, name: str) -> Packed:
     Nothing of the holder's works afterwards, whether this succeeds or not.
     """
     leaving = Leaving(role, name)
-    pumps: set[Pump] = set()
+    relays: set[SocketRelay] = set()
     with contextlib.ExitStack() as stack:
         try:
-            doors = holder.doors.stop_accepting()
-            for sock in doors.values():
+            listeners = holder.listeners.stop_accepting()
+            for sock in listeners.values():
                 stack.enter_context(sock)
             own = holder.stop_accepting()
             if own is not None:
                 stack.enter_context(own)
-            leaving.add_listening(doors, own)
+            leaving.add_listening(listeners, own)
             for _ in range(ACCEPT_TURNS):
                 await asyncio.sleep(0)
-            # From here on in one go, so that no byte is read that is not in the parcel.
-            pumps = holder.doors.pumps | holder.dialer.pumps
-            leaving.add_pumps(holder)
+            # From here on in one go, so that no byte is read that is not in the bundle.
+            relays = holder.listeners.relays | holder.connector.relays
+            leaving.add_relays(holder)
             leaving.tree["sessions"] = holder.hand_over()
-            packed = parcel.pack(snapshot.dump(leaving.tree), leaving.descriptors)
+            packed = fdpass.pack(snapshot.dump(leaving.tree), leaving.descriptors)
         except BaseException:
-            for pump in pumps:
-                pump.refuse()
+            for relay in relays:
+                relay.refuse()
             raise
-        holder.dialer.let_go()
-        for pump in pumps:
-            pump.let_go()
-    log.info("handover_packed", streams=len(leaving.tree["pumps"]), doors=len(doors))
+        holder.connector.let_go()
+        for relay in relays:
+            relay.let_go()
+    log.info("handover_packed", streams=len(leaving.tree["relays"]), listeners=len(listeners))
     return packed
 
 
@@ -164,9 +172,11 @@ class Arrival:
             raise SnapshotError(f"there is no socket {number}")
         return sock
 
-    def doors(self) -> dict[Target, socket.socket]:
-        """The sockets of doors."""
-        return {Target(address, port): self.claim(at) for address, port, at in self.tree["doors"]}
+    def listeners(self) -> dict[Target, socket.socket]:
+        """The sockets of listeners."""
+        return {
+            Target(address, port): self.claim(at) for address, port, at in self.tree["listeners"]
+        }
 
     def listening(self) -> socket.socket | None:
         """The role's own listening socket."""
@@ -197,30 +207,30 @@ class Arrival:
     async def _connect(self, holder: Holder) -> int:
         """Join connections and streams again; how many. Raises SnapshotError."""
         muxes, joined = holder.muxes(), 0
-        doors, dialer = holder.doors, holder.dialer
-        for name, number, at, target, data in self.tree["pumps"]:
+        listeners, connector = holder.listeners, holder.connector
+        for name, number, at, target, data in self.tree["relays"]:
             mux = muxes.get(name)
             if mux is None or not mux.has(number) or (at is None and target is None):
                 continue
-            pump = Pump(doors.pumps if target is None else dialer.pumps)
-            stream = mux.own(number, pump)
-            pump.go_on(stream, data, at is not None)
+            relay = SocketRelay(listeners.relays if target is None else connector.relays)
+            stream = mux.own(number, relay)
+            relay.go_on(stream, data, at is not None)
             joined += 1
             if at is None:
-                dialer.dial(stream, pump, Target(*target))
+                connector.dial(stream, relay, Target(*target))
             else:
-                await _connected(pump, self.claim(at))
+                await _connected(relay, self.claim(at))
         for target, at in self.tree["waiting"]:
-            await _connected(doors.pump_for(Target(*target)), self.claim(at))
+            await _connected(listeners.relay_for(Target(*target)), self.claim(at))
         for at, data in self.tree["finishing"]:
-            pump = Pump(doors.pumps)
-            pump.finish(data)
-            await _connected(pump, self.claim(at))
+            relay = SocketRelay(listeners.relays)
+            relay.finish(data)
+            await _connected(relay, self.claim(at))
         return joined
 
 
-async def _connected(pump: Pump, sock: socket.socket) -> None:
-    await asyncio.get_running_loop().create_connection(lambda: pump, sock=sock)
+async def _connected(relay: SocketRelay, sock: socket.socket) -> None:
+    await asyncio.get_running_loop().create_connection(lambda: relay, sock=sock)
 
 
 def can_keep(notifier: Notifier) -> bool:
@@ -231,27 +241,27 @@ def can_keep(notifier: Notifier) -> bool:
 
 
 def keep(left: Packed, notifier: Notifier) -> None:
-    """Give the parcel to the service manager, which gives it to the next process. Raises OSError
+    """Give the bundle to the service manager, which gives it to the next process. Raises OSError
     where it has not taken it."""
-    if not _keep(notifier, parcel.NAME, left):
+    if not _keep(notifier, fdpass.NAME, left):
         raise OSError("the service manager has not taken it")
 
 
 def _keep(notifier: Notifier, name: str, left: Packed) -> bool:
     """Give a descriptor away, and see that somebody has it."""
     wait_until, taken = os.pipe()
-    with left.parcel, left.other_end, open(wait_until, "rb"):
+    with left.bundle, left.other_end, open(wait_until, "rb"):
         try:
             # It is not to look into it (FDPOLL), and to have taken it before this process ends:
             # who has ended is nobody to systemd (sd_notify_barrier(3)).
             words = ("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0")
-            notifier.send(*words, descriptors=[left.parcel.fileno()])
+            notifier.send(*words, descriptors=[left.bundle.fileno()])
             sent = notifier.send("BARRIER=1", descriptors=[taken])
         finally:
             os.close(taken)
         hung_up = select.poll()
         hung_up.register(wait_until, 0)
-        left.parcel.close()
+        left.bundle.close()
         if not sent or not hung_up.poll(KEEP_SECONDS * 1000):
             return False
         hung_up.unregister(wait_until)
@@ -265,17 +275,17 @@ def arrived(
     """What an earlier process of this node has handed over to this one; where that cannot be
     used, it is said why."""
     found: Arrival | None = None
-    parcels = parcel.received(env)
-    if parcels:
-        notifier.send("FDSTOREREMOVE=1", f"FDNAME={parcel.NAME}")  # they are here now
-    for each in parcels:
+    bundles = fdpass.received(env)
+    if bundles:
+        notifier.send("FDSTOREREMOVE=1", f"FDNAME={fdpass.NAME}")  # they are here now
+    for each in bundles:
         with each:
             try:
-                unpacked = parcel.unpack(each)
+                unpacked = fdpass.unpack(each)
                 if unpacked is None:
                     continue
                 arrival = opened(*unpacked, role, name)
-            except (ParcelError, SnapshotError) as exc:
+            except (BundleError, SnapshotError) as exc:
                 log.error("handover_refused", cause=str(exc), remedy=RESET)
                 continue
         if found is not None:
@@ -299,9 +309,9 @@ def opened(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival
 
 
 def exec_again(left: Packed | None) -> NoReturn:
-    """Become the next process, in the place of this one, with the parcel if there is one."""
+    """Become the next process, in the place of this one, with the bundle if there is one."""
     close_journal()  # its thread would end with this program
     sys.stdout.flush()
     sys.stderr.flush()
-    env = os.environ if left is None else parcel.start_with(left.parcel, os.environ)
+    env = os.environ if left is None else fdpass.start_with(left.bundle, os.environ)
     os.execve(sys.executable, sys.orig_argv, env)

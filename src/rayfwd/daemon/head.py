@@ -1,4 +1,4 @@
-"""The head: roster, hub, doors to the workers, Ray's head node, and a watch on the cluster."""
+"""The head: roster, hub, listeners to the workers, Ray's head node, and a watch on the cluster."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from rayfwd.cluster.plan import NodePlan, PlanError
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
-from rayfwd.daemon.base import SAY_AGAIN, Daemon
+from rayfwd.daemon.runtime import SAY_AGAIN, Daemon
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
@@ -23,24 +24,23 @@ from rayfwd.daemon.views import (
     streams_status,
 )
 from rayfwd.daemon.watches import LINK
-from rayfwd.doors import Pump, Target
-from rayfwd.history import History
 from rayfwd.hub import Hub, HubNode
-from rayfwd.logs import get_logger
-from rayfwd.mux import Mux
-from rayfwd.plan import NodePlan, PlanError
+from rayfwd.hub.roster import Roster
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
-from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.commandline import MARGIN, given_up_after
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
-from rayfwd.roster import Roster
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.listeners import SocketRelay, Target
+from rayfwd.transport.mux import Mux
 from rayfwd.watch.canary import alive_nodes
-from rayfwd.watch.cluster import ClusterWatch, DashboardWatch
+from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
@@ -166,7 +166,7 @@ class HeadDaemon(Daemon):
     def muxes(self) -> dict[str, Mux]:
         return {} if self._hub is None else self._hub.muxes()
 
-    def waiting(self) -> list[tuple[Target, Pump]]:
+    def waiting(self) -> list[tuple[Target, SocketRelay]]:
         return [] if self._hub is None else self._hub.waiting
 
     def stop_accepting(self) -> socket.socket | None:
@@ -336,11 +336,11 @@ class HeadDaemon(Daemon):
         assert self.own is not None, "a canary is sent once the plan is there"
         return await alive_nodes(self.own, self.ray.environment or {})
 
-    def route(self, target: Target, pump: Pump) -> None:
+    def route(self, target: Target, relay: SocketRelay) -> None:
         if self._hub is None:
-            pump.refuse()
+            relay.refuse()
         else:
-            self._hub.open(target, pump)
+            self._hub.open(target, relay)
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         assert self._hub is not None, "the control socket opens after the hub is made"
@@ -377,7 +377,7 @@ class HeadDaemon(Daemon):
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
         return {
-            n.plan.name: link_seen(n.mux, n.history)
+            n.plan.name: link_seen(n.mux, n.link_stats)
             for n in self._nodes_of_hub()
             if n.state != "away"
         }
@@ -387,9 +387,9 @@ class HeadDaemon(Daemon):
         if self._watch is not None:
             self._watch.take_config(config.ray)
 
-    def histories(self) -> Mapping[str, History]:
+    def link_stats(self) -> Mapping[str, LinkStats]:
         nodes = self._hub.nodes if self._hub is not None else {}
-        return {name: node.history for name, node in nodes.items()}
+        return {name: node.link_stats for name, node in nodes.items()}
 
     def role_status(self) -> dict[str, Any]:
         hub = self._hub
@@ -402,8 +402,8 @@ class HeadDaemon(Daemon):
                     "name": node.plan.name,
                     "state": node.state,
                     "since": node.since,
-                    **node.history.to_wire(),
-                    **streams_status([(node.mux, node.history)]),
+                    **node.link_stats.to_wire(),
+                    **streams_status([(node.mux, node.link_stats)]),
                     "ray": self._workers_ray.get(node.plan.name),
                     "declares": dict(node.hello.resources) if node.hello else {},
                     "lanes": mux_status(node.mux),
@@ -411,6 +411,6 @@ class HeadDaemon(Daemon):
                 for node in nodes
             ],
             "clients": [] if hub is None else [client_row(c) for c in hub.clients.values()],
-            **streams_status((node.mux, node.history) for node in nodes),
-            "roster": roster_rows(self.nodes, states, self.doors),
+            **streams_status((node.mux, node.link_stats) for node in nodes),
+            "roster": roster_rows(self.nodes, states, self.listeners),
         }

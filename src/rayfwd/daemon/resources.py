@@ -59,7 +59,7 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
 
 
 def raise_descriptor_limit() -> None:
-    """Take as many file descriptors as we may: a door and a connection cost one each."""
+    """Take as many file descriptors as we may: a listener and a connection cost one each."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from statistics import mean
 from typing import Any
 
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.doors import Doors
-from rayfwd.history import History
 from rayfwd.hub import HubClient
-from rayfwd.mux import Mux
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.session.lane import LaneClass
+from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.listeners import Listeners
+from rayfwd.transport.mux import Mux
 from rayfwd.watch.links import LinkSeen
 
 
@@ -42,21 +42,21 @@ def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
     return rows
 
 
-def streams_status(links: Iterable[tuple[Mux | None, History]]) -> dict[str, Any]:
+def streams_status(links: Iterable[tuple[Mux | None, LinkStats]]) -> dict[str, Any]:
     """Streams of the present sessions, and the bytes of all since the daemon began.
 
     A stream is parked while its session has no lane.
     """
     streams = {"open": 0, "parked": 0}
     moved = {"in": 0, "out": 0}
-    for mux, history in links:
+    for mux, link_stats in links:
         received = sent = 0
         if mux is not None:
             count = max(len(mux.session.streams) - 1, 0)  # one is the control stream
             streams["open"] += count
             streams["parked"] += 0 if mux.lanes else count
             received, sent = mux.session.bytes_in, mux.session.bytes_out
-        received, sent = history.bytes_moved(received, sent)
+        received, sent = link_stats.bytes_moved(received, sent)
         moved["in"] += received
         moved["out"] += sent
     return {"streams": streams, "bytes": moved}
@@ -70,17 +70,17 @@ def client_row(client: HubClient) -> dict[str, Any]:
         "version": None if client.hello is None else client.hello.version,
         "state": client.state,
         "since": client.since,
-        **client.history.to_wire(),
-        **streams_status([(client.mux, client.history)]),
+        **client.link_stats.to_wire(),
+        **streams_status([(client.mux, client.link_stats)]),
         "lanes": mux_status(client.mux),
     }
 
 
 def roster_rows(
-    nodes: Iterable[NodePlan], states: Mapping[str, str] | None, doors: Doors
+    nodes: Iterable[NodePlan], states: Mapping[str, str] | None, listeners: Listeners
 ) -> list[dict[str, Any]]:
     """The nodes of the plan; `states` of the links by name, None where only the head knows."""
-    counts = doors.counts()
+    counts = listeners.counts()
     rows = []
     for plan in nodes:
         is_open, blocked = counts.get(plan.address, (0, 0))
@@ -92,7 +92,7 @@ def roster_rows(
                 "ports": f"{plan.base}-{plan.last_worker_port}",
                 "advertised": plan.advertised,
                 "state": None if states is None else states.get(plan.name, "away"),
-                "doors": {"open": is_open, "blocked": blocked},
+                "listeners": {"open": is_open, "blocked": blocked},
             }
         )
     return rows
@@ -109,7 +109,7 @@ def declared_resources(config: Config) -> dict[str, float]:
     return declared
 
 
-def link_seen(mux: Mux | None, history: History) -> LinkSeen:
+def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
     """A link as the rules of `watch/links.py` look at it."""
     lanes = list(mux.session.lanes.values()) if mux is not None else []
     trips = [
@@ -120,9 +120,9 @@ def link_seen(mux: Mux | None, history: History) -> LinkSeen:
     # What is short and fits says nothing of what the link could carry.
     lanes = [lane for lane in lanes if lane.kind is LaneClass.BULK] or lanes
     return LinkSeen(
-        losses=dict(history.lanes_lost),
+        losses=dict(link_stats.lanes_lost),
         round_trip=min(trips, default=None),
-        said=history.lane_loss,
+        said=link_stats.lane_loss,
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
         confirmed_at=mean(lane.answered_at for lane in lanes) if lanes else None,
         backlog=mux is not None and mux.session.backlog,

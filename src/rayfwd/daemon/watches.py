@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rayfwd.beat import pause
 from rayfwd.problems import Problem
-from rayfwd.progress import Progress
+from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.watch import conditions, links, machine
 from rayfwd.watch.conditions import Seen, node_of
 
 if TYPE_CHECKING:
-    from rayfwd.daemon.base import Daemon
+    from rayfwd.daemon.runtime import Daemon
 
-MOST_DOORS = 20
-"""Doors that have a condition of their own; all that are blocked are in the status."""
+MOST_LISTENERS = 20
+"""Listeners that have a condition of their own; all that are blocked are in the status."""
 
 PATIENCE = 60.0
 """Seconds that a look at the links may be late before the watchdog takes it for dead."""
@@ -40,7 +40,7 @@ class Watches:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self.progress = Progress("links")
+        self.heartbeat = Heartbeat("links")
         self.told: dict[str, Any] | None = None
         """The last message to the others."""
 
@@ -54,8 +54,8 @@ class Watches:
         ray = daemon.ray.state
         wrong = [Seen(name, ray.problem)] if ray.problem and ray.phase != "up" else []
         board.put_all("ray", wrong, quiet=True)
-        blocked = islice(daemon.doors.blocked_at.items(), MOST_DOORS)
-        board.put_all("doors", [Seen(f"{name}/{at}", p) for at, p in blocked], quiet=True)
+        blocked = islice(daemon.listeners.blocked_at.items(), MOST_LISTENERS)
+        board.put_all("listeners", [Seen(f"{name}/{at}", p) for at, p in blocked], quiet=True)
         problem = daemon.metrics_problem
         board.put_all("metrics", [Seen(name, problem)] if problem else [], quiet=True)
         board.put_all("forwards", self._forwards())
@@ -80,10 +80,10 @@ class Watches:
         rules = links.LinkRules()
         loop = asyncio.get_running_loop()
         while True:
-            self.progress.turn(links.INTERVAL + PATIENCE)
+            self.heartbeat.beat(links.INTERVAL + PATIENCE)
             found = rules.look(self._daemon.links_seen(), loop.time())
             self._daemon.board.put_all("links", found)
-            await pause(links.INTERVAL)
+            await sleep_coalesced(links.INTERVAL)
 
     async def run_machine(self) -> None:
         """Until cancelled."""
@@ -91,7 +91,7 @@ class Watches:
         while True:
             seen = await asyncio.to_thread(
                 machine.look,
-                daemon.doors.wanted,
+                daemon.listeners.wanted,
                 daemon.nodes,
                 daemon.own,
                 [
@@ -102,7 +102,7 @@ class Watches:
             )
             found = [Seen(daemon.config.name, problem) for problem in machine.judge(seen)]
             daemon.board.put_all("machine", found)
-            await pause(machine.INTERVAL if daemon.nodes else 1.0)
+            await sleep_coalesced(machine.INTERVAL if daemon.nodes else 1.0)
 
     # -- between nodes --------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A worker: the link to the head, doors to every other node, and Ray once the link stands."""
+"""A worker: the link to the head, listeners to every other node, and Ray once the link stands."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
-from rayfwd.daemon.base import SAY_AGAIN, Daemon
+from rayfwd.daemon.metrics import HEAD
+from rayfwd.daemon.runtime import SAY_AGAIN, Daemon
 from rayfwd.daemon.views import (
     declared_resources,
     link_seen,
@@ -22,26 +24,24 @@ from rayfwd.daemon.views import (
     roster_rows,
     streams_status,
 )
-from rayfwd.doors import Pump, Target
-from rayfwd.history import History
-from rayfwd.link import Link
-from rayfwd.logs import get_logger
-from rayfwd.metrics import HEAD
-from rayfwd.mux import Mux, MuxStream, StreamOwner
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.progress import Progress
 from rayfwd.ray import token
-from rayfwd.ray.cluster import ClusterReport
+from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
-from rayfwd.roster import write_file
 from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
+from rayfwd.system.files import replace_file
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.link import Link
+from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.listeners import SocketRelay, Target
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.conditions import Seen, Severity
 from rayfwd.watch.links import LinkSeen
@@ -187,7 +187,7 @@ class WorkerDaemon(Daemon):
             return
         self._kept_plan = plan
         try:
-            write_file(self.config.plan_file, plan)
+            replace_file(self.config.plan_file, plan)
         except OSError as exc:
             log.warning("plan_not_kept", cause=str(exc))
 
@@ -337,12 +337,12 @@ class WorkerDaemon(Daemon):
 
     # -- streams --------------------------------------------------------
 
-    def route(self, target: Target, pump: Pump) -> None:
+    def route(self, target: Target, relay: SocketRelay) -> None:
         mux = self._link.mux
         if mux is None or mux.session.ended:
-            pump.refuse()
+            relay.refuse()
         else:
-            pump.attach(mux.open(target.encode(), pump))
+            relay.attach(mux.open(target.encode(), relay))
 
     def _accept_bytes(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
         try:
@@ -378,13 +378,13 @@ class WorkerDaemon(Daemon):
         return found
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
-        return {self.config.name: link_seen(self._link.mux, self._link.history)}
+        return {self.config.name: link_seen(self._link.mux, self._link.link_stats)}
 
-    def loops(self) -> list[Progress]:
-        return [*super().loops(), *(slot.progress for slot in self._link.slots)]
+    def loops(self) -> list[Heartbeat]:
+        return [*super().loops(), *(slot.heartbeat for slot in self._link.slots)]
 
-    def histories(self) -> Mapping[str, History]:
-        return {HEAD: self._link.history}
+    def link_stats(self) -> Mapping[str, LinkStats]:
+        return {HEAD: self._link.link_stats}
 
     def role_status(self) -> dict[str, Any]:
         link = self._link
@@ -394,14 +394,14 @@ class WorkerDaemon(Daemon):
                 "state": link.state,
                 "head": link.head.ssh,
                 "since": link.since,
-                **link.history.to_wire(),
+                **link.link_stats.to_wire(),
                 "problem": problem.to_wire() if problem else None,
                 "lanes": mux_status(link.mux),
             },
             "workers": None,
             "clients": None,
-            **streams_status([(link.mux, link.history)]),
-            "roster": roster_rows(self.nodes, None, self.doors),
+            **streams_status([(link.mux, link.link_stats)]),
+            "roster": roster_rows(self.nodes, None, self.listeners),
         }
 
 
@@ -428,7 +428,7 @@ def node_key(path: Path) -> str:
             if len(key) >= 32:
                 return key
         key = secrets.token_hex(32)
-        write_file(path, key.encode() + b"\n")
+        replace_file(path, key.encode() + b"\n")
     except (OSError, UnicodeDecodeError) as exc:
         raise ProblemError(
             Problem("node_key_unusable", f"{path}: {exc}", "make it readable, or remove it")

@@ -18,9 +18,9 @@ from typing import Any
 
 from rayfwd.demo.story import Story
 from rayfwd.demo.teller import StepFailedError, Teller
-from rayfwd.logs import escaped
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.install import RayInstall, find
+from rayfwd.system.logs import escaped
 
 TAIL = 15
 """Lines of each log that are shown after a failure."""

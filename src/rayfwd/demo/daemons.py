@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayfwd.control import ask
 from rayfwd.demo.machine import Machine
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall
+from rayfwd.system.control import ask
 
 OBJECT_STORE = 250_000_000
 """Bytes of each node's object store."""

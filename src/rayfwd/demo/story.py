@@ -22,8 +22,8 @@ from rayfwd.demo.daemons import (
 from rayfwd.demo.machine import Machine
 from rayfwd.demo.sshserver import ALIAS, SSHServer
 from rayfwd.demo.teller import StepFailedError, Teller
-from rayfwd.logs import escaped
 from rayfwd.ray.install import RayInstall
+from rayfwd.system.logs import escaped
 
 PATIENCE = 120.0
 """Seconds for a step that waits for Ray."""

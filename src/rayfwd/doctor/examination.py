@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rayfwd.config import Config
-from rayfwd.doctor.base import Examination, Tell
-from rayfwd.doctor.client import ClientExamination
-from rayfwd.doctor.head import HeadExamination
+from rayfwd.doctor.client_checks import ClientExamination
+from rayfwd.doctor.common_checks import Examination, Tell
+from rayfwd.doctor.head_checks import HeadExamination
 from rayfwd.doctor.rows import Row, failed
-from rayfwd.doctor.worker import WorkerExamination
+from rayfwd.doctor.worker_checks import WorkerExamination
 from rayfwd.problems import Problem
 
 _KINDS: Mapping[str, type[Examination]] = {

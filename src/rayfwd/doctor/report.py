@@ -20,13 +20,13 @@ from typing import Any
 
 from rayfwd import __version__
 from rayfwd.config import Config
-from rayfwd.control import ask
 from rayfwd.doctor import scrubbing
-from rayfwd.doctor.service import RAY_SERVICE, SERVICE
-from rayfwd.places import default_state_dir
+from rayfwd.doctor.unit_checks import RAY_SERVICE, SERVICE
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
+from rayfwd.system.control import ask
+from rayfwd.system.paths import default_state_dir
 
 JOURNAL_LINES = 2000
 LOG_BYTES = 512 * 1024

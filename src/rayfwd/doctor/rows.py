@@ -16,11 +16,11 @@ SCHEMA = 1
 
 WORKER = (
     "config", "daemon", "keeper", "ssh", "host_key", "auth", "channel", "hub", "place", "ray",
-    "versions", "ports", "doors", "limits", "clock", "names", "proxies", "link", "advertise",
+    "versions", "ports", "listeners", "limits", "clock", "names", "proxies", "link", "advertise",
     "advertise_self",
 )  # fmt: skip
 HEAD = (
-    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "doors", "limits", "clock",
+    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "listeners", "limits", "clock",
     "names", "proxies", "link",
 )  # fmt: skip
 CLIENT = (

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from rayfwd.ray.commandline import shown
-from rayfwd.redact import REDACTED, names_a_secret, redact_text, secrets_in
+from rayfwd.system.redact import REDACTED, names_a_secret, redact_text, secrets_in
 
 SHORTEST = 6
 """Characters of a secret that is looked for in text: shorter ones are in every other word."""

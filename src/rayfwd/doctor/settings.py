@@ -7,10 +7,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayfwd import unixsocket
+from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HeadConfig
-from rayfwd.plan import PORT_CEILING
 from rayfwd.problems import ProblemError
+from rayfwd.system import unixsocket
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 

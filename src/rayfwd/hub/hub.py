@@ -11,24 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayfwd import __version__, unixsocket
-from rayfwd.doors import Pump, Target
-from rayfwd.hub.lane import HubLane
+from rayfwd import __version__
+from rayfwd.cluster.plan import check_name
+from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer
 from rayfwd.hub.refusals import Refusals
-from rayfwd.hub.splice import Splice
+from rayfwd.hub.roster import KEY_MINIMUM, Roster
+from rayfwd.hub.stream_relay import StreamRelay
 from rayfwd.hub.users import allowed_uids, user_name
-from rayfwd.logs import get_logger
-from rayfwd.mux import Mux, MuxStream, StreamOwner
-from rayfwd.plan import check_name
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.roster import KEY_MINIMUM, Roster
-from rayfwd.session.checkup import Answer
+from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
+from rayfwd.system import unixsocket
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.listeners import SocketRelay, Target
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 
 log = get_logger(__name__)
 
@@ -78,8 +79,8 @@ class Hub:
         self._head_versions = head_versions
         self._on_message = on_message
         self._on_change = on_change
-        self._ungreeted: set[HubLane] = set()
-        self._asking: set[HubLane] = set()
+        self._ungreeted: set[HubConnection] = set()
+        self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
         self._grace: asyncio.TimerHandle | None = None
@@ -101,7 +102,7 @@ class Hub:
         sock = inherited or unixsocket.bind(self.path, mode)
         if inherited is not None:
             self.path.chmod(mode)
-        self._server = await loop.create_unix_server(lambda: HubLane(self), sock=sock)
+        self._server = await loop.create_unix_server(lambda: HubConnection(self), sock=sock)
         self._grace = loop.call_later(self._ride_through, self._grace_is_over)
         log.info("hub_listening", socket=str(self.path), nodes=len(self.nodes))
 
@@ -133,8 +134,8 @@ class Hub:
         return sock
 
     @property
-    def waiting(self) -> list[tuple[Target, Pump]]:
-        """Connections of doors that came before the node did."""
+    def waiting(self) -> list[tuple[Target, SocketRelay]]:
+        """Connections of listeners that came before the node did."""
         return [each for node in self.nodes.values() for each in node.waiting]
 
     def splices(self) -> list[Tree]:
@@ -145,7 +146,7 @@ class Hub:
         found: dict[frozenset[tuple[str, int]], Tree] = {}
         for name, mux in muxes.items():
             for number, owner in mux.owners.items():
-                if isinstance(owner, Splice):
+                if isinstance(owner, StreamRelay):
                     ends = [(name, number)]
                     far = owner.other.stream if owner.other is not None else None
                     if far is not None and far.mux in names and far.mux.has(far.number):
@@ -193,14 +194,14 @@ class Hub:
         if peer is None:
             raise SnapshotError(f"no node {name} is in the roster")
         mux = self._begin(peer, core, number)
-        peer.history.parked(time.time(), mux.now())
+        peer.link_stats.parked(time.time(), mux.now())
         mux.flush()  # sets its clock
         return mux
 
     def splice(self, tree: Tree) -> None:
         """Join two streams of sessions that were taken over. Where one of them was not, the other
         is left without an owner."""
-        near, far = Splice(), Splice()
+        near, far = StreamRelay(), StreamRelay()
         near.other, far.other = far, near
         muxes, found = self.muxes(), []
         for splice, (name, number) in zip((near, far), tree["ends"], strict=False):
@@ -218,13 +219,13 @@ class Hub:
     def _grace_is_over(self) -> None:
         self._grace = None
         for node in self.nodes.values():
-            for _, pump in node.waiting:
-                pump.refuse()
+            for _, relay in node.waiting:
+                relay.refuse()
             node.waiting.clear()
 
     # -- lanes ---------------------------------------------------------------------------
 
-    def came(self, lane: HubLane) -> None:
+    def came(self, lane: HubConnection) -> None:
         """A connection; it has said nothing yet."""
         self._ungreeted.add(lane)
         if self._closing:
@@ -241,12 +242,12 @@ class Hub:
         elif len(self._ungreeted) > MAX_UNGREETED:
             lane.close()
 
-    def went(self, lane: HubLane) -> None:
+    def went(self, lane: HubConnection) -> None:
         """It was greeted, or it is gone."""
         self._ungreeted.discard(lane)
         self._asking.discard(lane)
 
-    def refused(self, lane: HubLane, refusal: Refusal) -> None:
+    def refused(self, lane: HubConnection, refusal: Refusal) -> None:
         """It is told so, and closed."""
         self._refusals.add(lane.node, lane.uid, refusal)
 
@@ -258,14 +259,14 @@ class Hub:
         if not self._closing:
             self._on_change()
 
-    def lane_lost(self, lane: HubLane, why: str) -> None:
+    def lane_lost(self, lane: HubConnection, why: str) -> None:
         if not self._closing:
             log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
             if lane.peer is not None:
-                lane.peer.history.lane_lost(lane.kind, why)
+                lane.peer.link_stats.lane_lost(lane.kind, why)
             self._on_change()
 
-    def greeted(self, lane: HubLane, hello: Hello) -> None:
+    def greeted(self, lane: HubConnection, hello: Hello) -> None:
         """A hello: welcome the lane, or refuse it."""
         lane.node = hello.node if hello.role == "worker" else f"client {hello.node[:63]}"
         peer: HubNode | HubClient
@@ -323,7 +324,7 @@ class Hub:
             )
         return HubClient(hello.node, key_sha256=digest, user=user_name(uid))
 
-    def asked(self, lane: HubLane, hello: Hello) -> None:
+    def asked(self, lane: HubConnection, hello: Hello) -> None:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
         if len(self._asking) >= MAX_CHECKUPS:
             lane.refuse(
@@ -346,7 +347,7 @@ class Hub:
         ride_through = min(self._ride_through, hello.ride_through)
         own = {} if plan is None else plan.to_wire()
         nodes = tuple(node.to_wire() for node in plans)
-        answer = Answer(self._welcome(own, nodes, ride_through), time.time(), refusal)
+        answer = CheckReply(self._welcome(own, nodes, ride_through), time.time(), refusal)
         log.info("hub_asked", node=hello.node, uid=lane.uid, version=hello.version)
         lane.examine(answer, plan)
 
@@ -440,7 +441,7 @@ class Hub:
         peer.mux, peer.session, peer.lost = mux, session, None
         # Whoever was turned away under this name is in, or is turned away again soon.
         self._refusals.forget(peer.label)
-        peer.history.began()
+        peer.link_stats.began()
         return mux
 
     def _changed(
@@ -451,7 +452,7 @@ class Hub:
         peer.since = time.time()
         match event:
             case Parked():
-                peer.history.parked(peer.since, mux.now())
+                peer.link_stats.parked(peer.since, mux.now())
                 log.warning(
                     "link_parked",
                     node=peer.label,
@@ -459,12 +460,12 @@ class Hub:
                     ride_through=mux.session.ride_through,
                 )
             case Resumed(seconds):
-                peer.history.resumed(seconds)
+                peer.link_stats.resumed(seconds)
                 log.info("link_resumed", node=peer.label, parked_seconds=round(seconds, 1))
             case SessionEnded(why):
-                cut = peer.history.last_cut
+                cut = peer.link_stats.last_cut
                 peer.lost = why if cut is not None and cut.seconds is None else None
-                peer.history.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
+                peer.link_stats.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
                 peer.mux, peer.session = None, ""
                 if isinstance(peer, HubClient):
                     del self.clients[peer.key_sha256]
@@ -474,22 +475,22 @@ class Hub:
 
     # -- streams -------------------------------------------------------------------------
 
-    def open(self, target: Target, pump: Pump) -> None:
-        """A door of the head was used: find the pump a stream to the worker behind it."""
+    def open(self, target: Target, relay: SocketRelay) -> None:
+        """A listener of the head was used: find the relay a stream to the worker behind it."""
         node = self._node_at(target.address)
         if node is None:
-            pump.refuse()
+            relay.refuse()
         elif node.mux is not None and not node.mux.session.ended:
-            pump.attach(node.mux.open(target.encode(), pump))
+            relay.attach(node.mux.open(target.encode(), relay))
         elif self._grace is not None:
-            node.waiting.append((target, pump))
+            node.waiting.append((target, relay))
         else:
-            pump.refuse()
+            relay.refuse()
 
     def _serve_waiting(self, node: HubNode) -> None:
         waiting, node.waiting = node.waiting, []
-        for target, pump in waiting:
-            self.open(target, pump)
+        for target, relay in waiting:
+            self.open(target, relay)
 
     def _node_at(self, address: str) -> HubNode | None:
         return next((n for n in self.nodes.values() if n.plan.address == address), None)
@@ -522,7 +523,7 @@ class Hub:
         if node.mux is None or node.mux.session.ended:
             stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
             return None
-        near, far = Splice(), Splice()
+        near, far = StreamRelay(), StreamRelay()
         near.other, far.other = far, near
         near.stream, far.stream = stream, node.mux.open(data, far)
         return near

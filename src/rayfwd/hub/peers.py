@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from rayfwd.doors import Pump, Target
-from rayfwd.history import History
-from rayfwd.mux import Mux
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.session.handshake import Hello
+from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.listeners import SocketRelay, Target
+from rayfwd.transport.mux import Mux
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class HubPeer:
     hello: Hello | None = None
     since: float = field(default_factory=time.time)
     """Wall-clock seconds of the last change between up, parked and away."""
-    history: History = field(default_factory=History)
+    link_stats: LinkStats = field(default_factory=LinkStats)
     lost: str | None = None
     """Why there is no session, where it did not end in order; None: there is one, or it did."""
 
@@ -34,12 +34,12 @@ class HubPeer:
     @property
     def cuts(self) -> int:
         """How often every lane was lost."""
-        return self.history.cuts
+        return self.link_stats.cuts
 
     @property
     def ridden_through(self) -> int:
         """How many of these cuts the streams outlived."""
-        return self.history.ridden_through
+        return self.link_stats.ridden_through
 
     @property
     def state(self) -> str:
@@ -54,7 +54,7 @@ class HubNode(HubPeer):
     """A worker as the hub knows it."""
 
     plan: NodePlan = field(kw_only=True)
-    waiting: list[tuple[Target, Pump]] = field(default_factory=list)
+    waiting: list[tuple[Target, SocketRelay]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
 
 

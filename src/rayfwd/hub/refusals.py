@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from rayfwd.logs import get_logger
 from rayfwd.session.handshake import Refusal
+from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
 

@@ -12,8 +12,8 @@ import re
 import shlex
 from collections.abc import Mapping
 
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
-from rayfwd.plan import NodePlan
 from rayfwd.ray.install import RayInstall, version_key
 from rayfwd.ray.token import RayAuth
 

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rayfwd.control import ControlServer
-from rayfwd.logs import get_logger
-from rayfwd.notify import Notifier
 from rayfwd.ray.launcher import spawn
 from rayfwd.ray.process import RayProcess
+from rayfwd.system.control import ControlServer
+from rayfwd.system.logs import get_logger
+from rayfwd.system.notify import Notifier
 
 REQUEST_LIMIT = 4 << 20
 """Bytes: an environment and its arguments may have 2 MiB (execve(2))."""

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayfwd.control import ask
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.control import ask
 
 KEEPER = "RAYFWD_KEEPER"
 """The environment variable that has the path of the keeper's socket."""

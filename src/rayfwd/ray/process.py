@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,11 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rayfwd.logs import get_logger
 from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import OUTPUT, Direct, Launcher
+from rayfwd.system.files import replace_file
+from rayfwd.system.logs import get_logger
 
 _log = get_logger(__name__)
 
@@ -332,12 +332,4 @@ def _boot_id() -> str:
 
 
 def _write(path: Path, record: Record) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w") as out:
-            json.dump(asdict(record), out)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    replace_file(path, json.dumps(asdict(record)).encode())

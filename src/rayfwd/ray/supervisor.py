@@ -24,17 +24,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rayfwd.beat import end_of_pause
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.logs import get_logger
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.progress import Progress
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
 from rayfwd.ray.token import RayAuth
+from rayfwd.system.coalesce import end_of_pause
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.logs import get_logger
 
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -126,7 +126,7 @@ class RaySupervisor:
         self._link_up = True
         self._stopping = False
         self._wake = asyncio.Event()
-        self.progress = Progress("ray")
+        self.heartbeat = Heartbeat("ray")
         self._inner: asyncio.Task[None] | None = None
         self._process: RayProcess | None = None
         self._told: tuple[str, str] | None = None
@@ -206,7 +206,7 @@ class RaySupervisor:
 
     async def _cease(self) -> None:
         self._stopping = True
-        self.progress.rest()
+        self.heartbeat.idle()
         if self._inner is not None and not self._inner.done():
             self._inner.cancel()
             await asyncio.wait({self._inner})
@@ -232,7 +232,7 @@ class RaySupervisor:
     async def _one_life(self, wanted: _Wanted) -> None:
         """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
         returns where the plan changed or something has to be waited for first."""
-        self.progress.turn(BUSY)
+        self.heartbeat.beat(BUSY)
         process = self._process
         if process is not None and not process.alive():
             _log.info("ray_remains_found", pid=process.pid)
@@ -431,7 +431,7 @@ class RaySupervisor:
         process = self._process
         if process is None:
             return
-        self.progress.turn(BUSY + process.record.drain)
+        self.heartbeat.beat(BUSY + process.record.drain)
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(phase="stopping")
@@ -466,15 +466,15 @@ class RaySupervisor:
     async def _sleep(self, seconds: float | None) -> None:
         """For so long, or until a note was left."""
         if seconds is None:
-            self.progress.rest()
+            self.heartbeat.idle()
         else:
-            self.progress.turn(seconds + PATIENCE)
+            self.heartbeat.beat(seconds + PATIENCE)
         # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the note.
         with suppress(TimeoutError):
             async with asyncio.timeout_at(None if seconds is None else end_of_pause(seconds)):
                 await self._wake.wait()
         self._wake.clear()
-        self.progress.turn(BUSY)
+        self.heartbeat.beat(BUSY)
 
     def _set(self, **changes: Any) -> None:
         state = replace(self.state, **changes)

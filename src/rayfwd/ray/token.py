@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.install import version_key
-from rayfwd.roster import write_file
+from rayfwd.system.files import replace_file
 
 FIRST = (2, 52)
 """First Ray that knows tokens."""
@@ -144,7 +144,7 @@ def keep(auth: RayAuth, state_dir: Path) -> None:
         if kept_auth(state_dir) != auth:
             _record(auth, written, state_dir)
         if auth.mode == "token" and _read(state_dir / TOKEN_FILE) != auth.token:
-            write_file(state_dir / TOKEN_FILE, auth.token.encode() + b"\n")
+            replace_file(state_dir / TOKEN_FILE, auth.token.encode() + b"\n")
     except OSError as exc:
         raise ProblemError(
             Problem(
@@ -185,7 +185,7 @@ def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem |
         if there is None or ours:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             _record(auth, _digest(auth.token), state_dir)
-            write_file(path, auth.token.encode() + b"\n")
+            replace_file(path, auth.token.encode() + b"\n")
             return None
     except OSError as exc:
         return Problem(
@@ -286,7 +286,7 @@ def _written(state_dir: Path) -> str:
 
 def _record(auth: RayAuth, given: str, state_dir: Path) -> None:
     data = {**auth.to_wire(), "given": given}
-    write_file(state_dir / RECORD, json.dumps(data).encode() + b"\n")
+    replace_file(state_dir / RECORD, json.dumps(data).encode() + b"\n")
 
 
 def _digest(token: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from rayfwd.session.frames import Piece
+from rayfwd.session.frames import Chunk
 from rayfwd.session.stream import ResetReason
 
 
@@ -19,7 +19,7 @@ class DataReceived(NamedTuple):
     """Bytes of a stream, in order. Call `consumed` when they have been passed on."""
 
     stream: int
-    data: Piece
+    data: Chunk
 
 
 class EndReceived(NamedTuple):
@@ -95,21 +95,21 @@ class Gathered(NamedTuple):
     """What several `DataReceived` of one stream say, in order."""
 
     stream: int
-    pieces: list[Piece]
+    chunks: list[Chunk]
 
 
 def gathered(events: list[Event]) -> list[Event | Gathered]:
-    """The same events, but the pieces of a stream in one, unless they would overtake an event of
+    """The same events, but the chunks of a stream in one, unless they would overtake an event of
     another kind: who reads the stream is woken once by them, not once a frame."""
     out: list[Event | Gathered] = []
     last: dict[int, Gathered] = {}
-    """The pieces of a stream that those to come join, by its number."""
+    """The chunks of a stream that those to come join, by its number."""
     for event in events:
         if not isinstance(event, DataReceived):
             last.clear()
             out.append(event)
         elif event.stream in last:
-            last[event.stream].pieces.append(event.data)
+            last[event.stream].chunks.append(event.data)
         else:
             last[event.stream] = Gathered(event.stream, [event.data])
             out.append(last[event.stream])

@@ -30,7 +30,7 @@ LONG_PARTS = 16
 LASTING = 4
 """What is left there may keep so many times its own size of memory."""
 
-Piece = bytes | memoryview
+Chunk = bytes | memoryview
 """Bytes of a stream, never to be changed."""
 
 
@@ -82,13 +82,13 @@ class Frame(NamedTuple):
     stream: int
     offset: int
     payload: bytes
-    pieces: Sequence[Piece] = ()
+    chunks: Sequence[Chunk] = ()
     """Instead of `payload`, of a long DATA frame: one after the other, as they came in."""
 
     @property
     def size(self) -> int:
         """Bytes of payload."""
-        return len(self.payload) or sum(map(len, self.pieces))
+        return len(self.payload) or sum(map(len, self.chunks))
 
 
 def header(kind: Kind, stream: int, offset: int, length: int) -> bytes:
@@ -105,7 +105,7 @@ def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -
 
 class FrameDecoder:
     """Cuts a lane's bytes into frames. Holds at most one unfinished frame, and copies a payload
-    once, however many pieces it comes in, and a long one of a stream's bytes not at all."""
+    once, however many chunks it comes in, and a long one of a stream's bytes not at all."""
 
     __slots__ = ("_header", "_held", "_parts", "_wanted")
 
@@ -175,7 +175,7 @@ class FrameDecoder:
         self._wanted = HEADER_SIZE
 
 
-def _lasting(view: memoryview) -> Piece:
+def _lasting(view: memoryview) -> Chunk:
     """The bytes of a view, which may be kept for long: a copy where the view is a small part of
     what it keeps in memory."""
     return view if len(view) * LASTING >= len(cast(bytes, view.obj)) else bytes(view)
@@ -186,13 +186,13 @@ def close_frame(why: str) -> bytes:
     return encode(Kind.CLOSE, payload=why.encode()[:1024])
 
 
-def behind(pieces: Sequence[Piece], skip: int) -> list[Piece]:
-    """The pieces without their first `skip` bytes."""
-    out: list[Piece] = []
-    for piece in pieces:
-        if skip < len(piece):
-            out.append(memoryview(piece)[skip:] if skip else piece)
-        skip = max(0, skip - len(piece))
+def skip_bytes(chunks: Sequence[Chunk], skip: int) -> list[Chunk]:
+    """The chunks without their first `skip` bytes."""
+    out: list[Chunk] = []
+    for chunk in chunks:
+        if skip < len(chunk):
+            out.append(memoryview(chunk)[skip:] if skip else chunk)
+        skip = max(0, skip - len(chunk))
     return out
 
 

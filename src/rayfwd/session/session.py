@@ -33,10 +33,10 @@ from rayfwd.session.events import (
 )
 from rayfwd.session.frames import (
     HEADER_SIZE,
+    Chunk,
     Frame,
     FrameDecoder,
     Kind,
-    Piece,
     ProtocolError,
     close_frame,
     header,
@@ -63,7 +63,7 @@ REFUSED_STREAMS = 1 << 14
 SHORT_KINDS = frozenset({Kind.OPEN, Kind.ACK, Kind.GONE, Kind.RESET})
 """Frames that go by the interactive lane while the sender trusts it."""
 JOIN_BYTES = 1 << 12
-"""A payload up to this length is joined with its header into one piece."""
+"""A payload up to this length is joined with its header into one chunk."""
 
 _LIMIT = struct.Struct(">Q")
 _LENGTH = struct.Struct(">I")
@@ -179,7 +179,7 @@ class Session:
         self._set_state(SessionState.PARKED)
         return [Parked()]
 
-    def receive(self, number: int, data: Piece, now: float) -> list[Event]:
+    def receive(self, number: int, data: Chunk, now: float) -> list[Event]:
         """Bytes from a lane. Raises ProtocolError: the peer is broken, close the session."""
         lane = self.lanes.get(number)
         if lane is None or self.ended:
@@ -238,7 +238,7 @@ class Session:
         self._enqueue(stream)
         return number
 
-    def send(self, number: int, data: Piece) -> bool:
+    def send(self, number: int, data: Chunk) -> bool:
         """Bytes to send. False: no more, please, until StreamWritable (or StreamReset)."""
         stream = self._writable_stream(number)
         if stream is None:
@@ -383,12 +383,12 @@ class Session:
 
     # -- what the driver takes ----------------------------------------------------------------
 
-    def data_to_send(self, number: int, budget: int, now: float) -> list[Piece]:
+    def data_to_send(self, number: int, budget: int, now: float) -> list[Chunk]:
         """About `budget` bytes for a lane, in order; empty when there is nothing for it."""
         lane = self.lanes.get(number)
         if lane is None:
             return []
-        out: list[Piece] = []
+        out: list[Chunk] = []
         if self._closing is not None:
             out.append(self._closing)
             del self.lanes[number]
@@ -448,7 +448,7 @@ class Session:
             known = frame.offset + (frame.size or 1) <= receive.next
             was_complete = receive.complete
             if kind is Kind.DATA:
-                for data in receive.data(frame.offset, *(frame.pieces or (frame.payload,))):
+                for data in receive.data(frame.offset, *(frame.chunks or (frame.payload,))):
                     if stream.id == CONTROL_STREAM:
                         self._control_bytes(data, now, events)
                     else:
@@ -613,7 +613,7 @@ class Session:
             self._forget(stream)
             events.append(StreamFinished(stream.id))
 
-    def _control_bytes(self, data: Piece, now: float, events: list[Event]) -> None:
+    def _control_bytes(self, data: Chunk, now: float, events: list[Event]) -> None:
         buffer = self._message
         buffer += data
         while len(buffer) >= _LENGTH.size:
@@ -628,7 +628,7 @@ class Session:
 
     # -- frames out ----------------------------------------------------------------------------
 
-    def _control_frames(self, out: list[Piece]) -> int:
+    def _control_frames(self, out: list[Chunk]) -> int:
         before = len(out)
         size = 0
         for number in self._gone:
@@ -649,7 +649,7 @@ class Session:
         self._acks.clear()
         return size
 
-    def _stream_frames(self, lane: Lane, budget: int) -> Iterator[list[Piece]]:
+    def _stream_frames(self, lane: Lane, budget: int) -> Iterator[list[Chunk]]:
         """Frames of streams for a lane, round robin, one a turn."""
         for bulk in self._classes(lane):
             queue = self._queues[bulk]
@@ -684,7 +684,7 @@ class Session:
     def _is_bulk(stream: Stream) -> bool:
         return stream.bulk and stream.state is StreamState.OPEN
 
-    def _next_frame(self, stream: Stream, lane: Lane) -> list[Piece]:
+    def _next_frame(self, stream: Stream, lane: Lane) -> list[Chunk]:
         if stream.state is StreamState.RESETTING:
             stream.reset_due = False
             stream.lane = lane.id

@@ -31,20 +31,20 @@ class SnapshotError(Exception):
 
 
 def dump(tree: Tree) -> list[bytes | memoryview]:
-    """The snapshot, in pieces that belong one behind the other."""
-    pieces: list[bytes | memoryview] = []
+    """The snapshot, in chunks that belong one behind the other."""
+    chunks: list[bytes | memoryview] = []
     position = 0
 
     def place(value: object) -> dict[str, list[int]]:
         nonlocal position
         if not isinstance(value, bytes | memoryview):
             raise TypeError(f"{type(value).__name__} in a snapshot")
-        pieces.append(value)
+        chunks.append(value)
         begin, position = position, position + len(value)
         return {_BYTES: [begin, len(value)]}
 
     text = json.dumps(tree, default=place).encode()
-    return [MAGIC + _HEAD.pack(FORMAT, len(text)) + text, *pieces]
+    return [MAGIC + _HEAD.pack(FORMAT, len(text)) + text, *chunks]
 
 
 def load(data: bytes | memoryview) -> Tree:

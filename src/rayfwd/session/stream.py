@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from enum import Enum, IntEnum
 
-from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Piece, ProtocolError, behind
+from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Chunk, ProtocolError, skip_bytes
 from rayfwd.session.snapshot import Tree
 
 FRAME_BYTES = 1 << 16
@@ -69,7 +69,7 @@ class Segment:
 
     __slots__ = ("data", "end", "lane", "offset")
 
-    def __init__(self, offset: int, data: Piece, end: bool) -> None:
+    def __init__(self, offset: int, data: Chunk, end: bool) -> None:
         self.offset = offset
         self.data = data
         self.end = end
@@ -91,7 +91,7 @@ class SendSide:
     )  # fmt: skip
 
     def __init__(self, limit: int) -> None:
-        self._pending: deque[Piece] = deque()
+        self._pending: deque[Chunk] = deque()
         self._resend: deque[Segment] = deque()
         self._end_wanted = False
         self.pending_bytes = 0
@@ -129,7 +129,7 @@ class SendSide:
             return self.next < self.limit
         return self._end_wanted and not self.end_sent
 
-    def write(self, data: Piece) -> None:
+    def write(self, data: Chunk) -> None:
         if self._end_wanted:
             raise ValueError("bytes after the end of a stream")
         if data:
@@ -160,7 +160,7 @@ class SendSide:
         self.unacked.append(segment)
         return segment
 
-    def _chunk(self, room: int) -> Piece:
+    def _chunk(self, room: int) -> Chunk:
         pending = self._pending
         first = pending.popleft()
         if len(first) > room:
@@ -246,7 +246,7 @@ class ReceiveSide:
     )  # fmt: skip
 
     def __init__(self, window: int, now: float) -> None:
-        self._early: dict[int, Piece] = {}
+        self._early: dict[int, Chunk] = {}
         self._early_at: list[int] = []
         self.early_bytes = 0
         self.next = 0
@@ -276,8 +276,8 @@ class ReceiveSide:
         """Bytes received and not yet taken by the reader, those out of order too."""
         return self.unread + self.early_bytes
 
-    def data(self, offset: int, *payload: Piece) -> list[Piece]:
-        """Take in a DATA frame, whose payload may be in pieces; returns what is now in order.
+    def data(self, offset: int, *payload: Chunk) -> list[Chunk]:
+        """Take in a DATA frame, whose payload may be in chunks; returns what is now in order.
         Raises ProtocolError."""
         stop = offset + sum(map(len, payload))
         if stop > self.limit_sent:
@@ -291,14 +291,14 @@ class ReceiveSide:
         if offset > self.next:
             self._keep_early(offset, payload[0] if len(payload) == 1 else b"".join(payload))
             return []
-        out = list(payload) if offset == self.next else behind(payload, self.next - offset)
+        out = list(payload) if offset == self.next else skip_bytes(payload, self.next - offset)
         self.next = stop
         if self._early_at:
             self._take_early(out)
         self._pass_end()
         return out
 
-    def _keep_early(self, offset: int, payload: Piece) -> None:
+    def _keep_early(self, offset: int, payload: Chunk) -> None:
         known = self._early.get(offset)
         if known is not None:
             if len(known) >= len(payload):
@@ -312,7 +312,7 @@ class ReceiveSide:
             # Each byte is sent again at the same cut, so that what is held overlaps only by intent.
             raise ProtocolError("credit_exceeded", f"{self.early_bytes} bytes out of order")
 
-    def _take_early(self, out: list[Piece]) -> None:
+    def _take_early(self, out: list[Chunk]) -> None:
         taken = 0
         for offset in self._early_at:
             if offset > self.next:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfwd.doctor.service import SERVICE
+from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup.manifest import Entry, Manifest
+from rayfwd.setup.request import Layout
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
-from rayfwd.setup.wishes import Places
 
 Tell = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def apply(
-    steps: Sequence[Step], manifest: Manifest, places: Places, dry: bool, tell: Tell
+    steps: Sequence[Step], manifest: Manifest, layout: Layout, dry: bool, tell: Tell
 ) -> Outcome:
     """Make what is not there. `dry` changes nothing. Raises ProblemError; what is done stays."""
     changed: list[str] = []
@@ -56,18 +56,18 @@ def apply(
         elif verdict is Verdict.KEPT:
             kept.append(step.id)
         tell(_WORDS[verdict][dry], step.id)
-    if any(name.startswith(f"{places.units}/") for name in changed) and manager_runs(places):
+    if any(name.startswith(f"{layout.units}/") for name in changed) and manager_runs(layout):
         if not dry:
-            command([*manager(places), "daemon-reload"])
-        tell("to do" if dry else "done", " ".join([*manager(places), "daemon-reload"]))
+            command([*manager(layout), "daemon-reload"])
+        tell("to do" if dry else "done", " ".join([*manager(layout), "daemon-reload"]))
     return Outcome(tuple(changed), tuple(kept))
 
 
 def take_away(
-    manifest: Manifest, places: Places, dry: bool, purge: bool, tell: Tell
+    manifest: Manifest, layout: Layout, dry: bool, purge: bool, tell: Tell
 ) -> tuple[str, ...]:
     """Undo what the manifest has, last first; what was kept. Raises ProblemError."""
-    _end_service(manifest, places, dry, tell)
+    _end_service(manifest, layout, dry, tell)
     kept: list[str] = []
     directories: list[Entry] = []
     units_changed = False
@@ -76,7 +76,7 @@ def take_away(
             directories.append(entry)
             continue
         came = _undo(entry, purge, dry)
-        units_changed |= str(entry.get("path", "")).startswith(f"{places.units}/")
+        units_changed |= str(entry.get("path", "")).startswith(f"{layout.units}/")
         tell(came, entry["id"])
         if came.startswith("kept"):
             kept.append(entry["id"])
@@ -84,8 +84,8 @@ def take_away(
             manifest.drop(entry["id"])
     if purge:
         if not dry:
-            remove_tree(places.state)
-        tell("to remove" if dry else "removed", f"{places.state} (state)")
+            remove_tree(layout.state)
+        tell("to remove" if dry else "removed", f"{layout.state} (state)")
     # The manifest may lie in one of the directories.
     if not dry and not kept:
         manifest.path.unlink(missing_ok=True)
@@ -96,8 +96,8 @@ def take_away(
             manifest.entries.remove(entry)
     if not dry and kept:
         manifest.save()
-    if units_changed and not dry and manager_runs(places):
-        command([*manager(places), "daemon-reload"])
+    if units_changed and not dry and manager_runs(layout):
+        command([*manager(layout), "daemon-reload"])
     return tuple(kept)
 
 
@@ -112,40 +112,40 @@ def _undo(entry: Entry, purge: bool, dry: bool) -> str:
     return "to remove" if dry and came == "removed" else came
 
 
-def _end_service(manifest: Manifest, places: Places, dry: bool, tell: Tell) -> None:
+def _end_service(manifest: Manifest, layout: Layout, dry: bool, tell: Tell) -> None:
     """Stop and disable: rayfwd ends its Ray in order."""
     made = [Path(e["path"]).name for e in manifest.entries if "path" in e]
     units = [name for name in made if name.endswith((".service", ".socket"))]
     if SERVICE not in units:
         return
     others = [name for name in units if name != SERVICE]
-    runs = manager_runs(places)
-    words = [*manager(places), "disable", *(["--now"] if runs else []), SERVICE]
+    runs = manager_runs(layout)
+    words = [*manager(layout), "disable", *(["--now"] if runs else []), SERVICE]
     if not dry:
         if runs:
             command(words)
             if others:
-                command([*manager(places), "stop", *others])
-        for link in places.units.glob(f"*.wants/{SERVICE}"):
+                command([*manager(layout), "stop", *others])
+        for link in layout.units.glob(f"*.wants/{SERVICE}"):
             link.unlink()  # where no manager runs; nothing else of ours is there
     tell("to do" if dry else "done", " ".join(words))
 
 
-def manager(places: Places) -> list[str]:
+def manager(layout: Layout) -> list[str]:
     """How systemd is spoken to."""
-    return ["systemctl"] if places.system else ["systemctl", "--user"]
+    return ["systemctl"] if layout.system else ["systemctl", "--user"]
 
 
-def manager_runs(places: Places) -> bool:
+def manager_runs(layout: Layout) -> bool:
     """Whether there is a systemd to speak to: in a container, or after `su`, there may be none."""
-    if places.system:
+    if layout.system:
         return Path("/run/systemd/system").is_dir()
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if not runtime or not (Path(runtime) / "systemd").is_dir():
         return False
     try:
         asked = subprocess.run(
-            [*manager(places), "show-environment"], check=False, capture_output=True, timeout=20
+            [*manager(layout), "show-environment"], check=False, capture_output=True, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.setup.files import write_new
+from rayfwd.system.files import write_new
 
 SCHEMA = 1
 

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import asyncssh
 
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.setup.files import digest, write_new
 from rayfwd.setup.manifest import Entry, Manifest
-from rayfwd.setup.wishes import KEY_TYPE
+from rayfwd.setup.request import KEY_TYPE
+from rayfwd.system.files import digest, write_new
 
 
 class Verdict(Enum):

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from rayfwd.setup.wishes import Places, Wishes
+from rayfwd.setup.request import Layout, SetupRequest
 
 _SHIPPED_COMMAND = "/opt/rayfwd/bin/rayfwd"
 _SHIPPED_PYTHON = "/opt/rayfwd/bin/python"
@@ -21,25 +21,25 @@ _NOT_FOR_USERS = re.compile(
 )
 
 
-def config_text(wishes: Wishes, places: Places) -> str:
+def config_text(request: SetupRequest, layout: Layout) -> str:
     """The configuration, with what is known and nothing else."""
     lines = [
         "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.",
-        f"role = {_toml(wishes.role)}",
-        f"name = {_toml(wishes.name)}",
-        f"state_dir = {_toml(places.state)}",
-        f"runtime_dir = {_toml(places.runtime)}",
+        f"role = {_toml(request.role)}",
+        f"name = {_toml(request.name)}",
+        f"state_dir = {_toml(layout.state)}",
+        f"runtime_dir = {_toml(layout.runtime)}",
     ]
-    if wishes.role == "worker":
-        identity = wishes.identity or places.identity
-        lines += ["", "[head]", f"ssh = {_toml(wishes.head)}", f"identity = {_toml(identity)}"]
-        if wishes.host_key is not None:
-            lines.append(f"known_hosts = {_toml(places.known_hosts)}")
-        lines += ['via = "exec"', f"attach_command = {_toml(attach_command(wishes.head_command))}"]
-    elif wishes.logins:
-        names = ", ".join(_toml(name) for name in wishes.logins)
+    if request.role == "worker":
+        identity = request.identity or layout.identity
+        lines += ["", "[head]", f"ssh = {_toml(request.head)}", f"identity = {_toml(identity)}"]
+        if request.host_key is not None:
+            lines.append(f"known_hosts = {_toml(layout.known_hosts)}")
+        lines += ['via = "exec"', f"attach_command = {_toml(attach_command(request.head_command))}"]
+    elif request.logins:
+        names = ", ".join(_toml(name) for name in request.logins)
         lines += ["", "[hub]", f"users = [{names}]"]
-    lines += ["", "[ray]", f"command = {_toml(wishes.ray)}"]
+    lines += ["", "[ray]", f"command = {_toml(request.ray)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -65,18 +65,18 @@ def known_hosts_line(host: str, port: int, public_key: str) -> str:
     return f"{name} {kind} {key}\n"
 
 
-def unit_text(name: str, shipped: str, user: str, places: Places) -> str:
-    """A unit as shipped, for this user and these places. Raises ValueError where it has changed.
+def unit_text(name: str, shipped: str, user: str, layout: Layout) -> str:
+    """A unit as shipped, for this user and these layout. Raises ValueError where it has changed.
 
     `shipped` expects the user `ray` and rayfwd in /opt/rayfwd.
     """
     body = shipped[re.search(r"(?m)^\[", shipped).start() :]  # type: ignore[union-attr]
-    run = f"{_exec_word(places.command)} run"
-    if not places.system or str(places.config) != "/etc/rayfwd.toml":
-        run = f"{_exec_word(places.command)} --config {_exec_word(str(places.config))} run"
+    run = f"{_exec_word(layout.command)} run"
+    if not layout.system or str(layout.config) != "/etc/rayfwd.toml":
+        run = f"{_exec_word(layout.command)} --config {_exec_word(str(layout.config))} run"
     out: list[str] = []
     for line in body.splitlines():
-        if not places.system and _NOT_FOR_USERS.match(line):
+        if not layout.system and _NOT_FOR_USERS.match(line):
             if line.startswith("WantedBy="):
                 out.append("WantedBy=default.target")
             continue
@@ -90,16 +90,16 @@ def unit_text(name: str, shipped: str, user: str, places: Places) -> str:
                 raise ValueError(f"{name}: {line}")
             value = value.replace(f"{_SHIPPED_COMMAND} run", run)
             value = value.replace(_SHIPPED_COMMAND, run.removesuffix(" run"))
-            value = value.replace(_SHIPPED_PYTHON, _exec_word(places.python))
-        elif equals and not places.system and "/run/rayfwd" in value:
+            value = value.replace(_SHIPPED_PYTHON, _exec_word(layout.python))
+        elif equals and not layout.system and "/run/rayfwd" in value:
             value = value.replace("/run/rayfwd", "%t/rayfwd")
-        elif equals and not places.system and key in {"After", "Wants"}:
+        elif equals and not layout.system and key in {"After", "Wants"}:
             kept = [w for w in value.split() if w.startswith("rayfwd") or w == "basic.target"]
             if not kept:
                 continue
             value = " ".join(kept)
         out.append(f"{key}={value}" if equals else line)
-    manager = "systemctl edit" if places.system else "systemctl --user edit"
+    manager = "systemctl edit" if layout.system else "systemctl --user edit"
     first = (
         "# Made by `rayfwd init`; `rayfwd uninstall` takes it away.\n"
         f"# Changes: `{manager} {name}`.\n\n"
@@ -115,17 +115,19 @@ def _exec_word(word: str) -> str:
     return '"' + escaped.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def next_command(places: Places) -> str:
+def next_command(layout: Layout) -> str:
     """What is to be said next on this machine."""
-    manager = "systemctl" if places.system else "systemctl --user"
+    manager = "systemctl" if layout.system else "systemctl --user"
     return f"{manager} enable --now --no-block rayfwd"
 
 
-def worker_command(wishes: Wishes, places: Places, host: str, fingerprints: Sequence[str]) -> str:
+def worker_command(
+    request: SetupRequest, layout: Layout, host: str, fingerprints: Sequence[str]
+) -> str:
     """Of a head: what to say on each worker."""
-    login = wishes.logins[0] if wishes.logins else wishes.user
+    login = request.logins[0] if request.logins else request.user
     words = ["rayfwd", "init", "worker", "--head", f"{login}@{host}"]
-    words += ["--head-rayfwd", places.command]
+    words += ["--head-rayfwd", layout.command]
     if fingerprints:
         words += ["--fingerprint", fingerprints[0]]
-    return shlex.join([*words, "--ray", wishes.ray])
+    return shlex.join([*words, "--ray", request.ray])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayfwd.doctor.service import SERVICE
+from rayfwd.doctor.unit_checks import SERVICE
 
 _BESIDE = Path(__file__).with_name("units")
 _CHECKOUT = Path(__file__).parents[3] / "systemd"

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rayfwd.logs import get_logger
 from rayfwd.problems import Problem
+from rayfwd.system.logs import get_logger
 from rayfwd.watch import conditions
 from rayfwd.watch.conditions import Condition, Key, Seen, Tracked
 

@@ -13,16 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rayfwd.beat import pause
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import CanaryConfig, RayConfig
-from rayfwd.logs import get_logger
-from rayfwd.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import nodes as node_table
 from rayfwd.ray.canary import run as canary
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
+from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.logs import get_logger
 from rayfwd.watch import reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.reach import Peer
@@ -99,7 +99,7 @@ class Canary:
                 # One that was sent by hand and failed is sent again, so that the end of it is seen.
                 failed = self.last is not None and not self.last.ok
                 if not (self._config.enabled or failed) or self._situation() is None:
-                    await pause(1.0)
+                    await sleep_coalesced(1.0)
                     continue
                 await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
                 if self._situation() is not None:

@@ -86,7 +86,7 @@ CATALOGUE: Mapping[str, Kind] = {
     **_kinds("warning", "clients_full"),
     **_kinds("warning", "link_throughput_low", by=LINK_CODES | {"link_slow"}),
     # This machine.
-    **_kinds("error", "door_blocked metrics_blocked"),
+    **_kinds("error", "listener_blocked metrics_blocked"),
     **_kinds("warning", "descriptors_low"),
     **_kinds("error", "descriptors_exhausted", by=["descriptors_low"]),
     **_kinds("warning", "disk_nearly_full"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch.interruptions import Interruptions

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray import procfs
 
@@ -21,7 +21,7 @@ INTERVAL = 10.0
 OWN_DESCRIPTORS = 64
 """What the daemon needs for itself: lanes, logs, the control socket, the metrics."""
 NODE_DESCRIPTORS = 64
-"""Connections that one other node's Ray keeps open through the doors here, at least: an idle
+"""Connections that one other node's Ray keeps open through the listeners here, at least: an idle
 cluster of three has 20 to 40 a node."""
 
 DISK_FULL = 0.95
@@ -33,10 +33,10 @@ DISK_FULL = 0.95
 class MachineSeen:
     """What was looked at. Sizes in bytes."""
 
-    doors: int
-    """Doors that there are to be here."""
+    listeners: int
+    """Listeners that there are to be here."""
     others: int
-    """Nodes that reach this one, or are reached, through doors."""
+    """Nodes that reach this one, or are reached, through listeners."""
     limit: int
     """File descriptors that the daemon may have open."""
     disks: Mapping[str, tuple[int, int]]
@@ -48,7 +48,11 @@ class MachineSeen:
 
 
 def look(
-    doors: int, nodes: Collection[NodePlan], own: NodePlan | None, disks: Collection[str], up: bool
+    listeners: int,
+    nodes: Collection[NodePlan],
+    own: NodePlan | None,
+    disks: Collection[str],
+    up: bool,
 ) -> MachineSeen:
     """Look now. Directories that cannot be looked at are left out."""
     found = {}
@@ -63,7 +67,7 @@ def look(
             found[directory] = (stat.f_bavail * stat.f_frsize, total)
     workers = range(own.first_worker_port, own.last_worker_port + 1) if own and up else range(0)
     return MachineSeen(
-        doors=doors,
+        listeners=listeners,
         others=max(0, len(nodes) - 1),
         limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         disks=found,
@@ -99,14 +103,14 @@ def judge(seen: MachineSeen) -> list[Problem]:
 
 
 def _descriptors(seen: MachineSeen) -> list[Problem]:
-    need = OWN_DESCRIPTORS + seen.doors + NODE_DESCRIPTORS * seen.others
+    need = OWN_DESCRIPTORS + seen.listeners + NODE_DESCRIPTORS * seen.others
     if seen.limit < 0 or seen.limit >= need:
         return []
     return [
         Problem(
             "descriptors_low",
-            f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.doors} "
-            f"doors, and connections of {seen.others} other nodes",
+            f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.listeners} "
+            f"listeners, and connections of {seen.others} other nodes",
             f"raise the limit to {2 * need} at least: LimitNOFILE= of the service, or `ulimit -Hn`",
         )
     ]

@@ -1,6 +1,6 @@
 """Dials the servers of other nodes' Ray where this node's Ray dials them, and says which is dead.
 
-A gRPC server speaks first, so a connection that brings nothing tells of a door that is shut, a
+A gRPC server speaks first, so a connection that brings nothing tells of a listener that is shut, a
 port that is dead or a way that swallows packets, without Ray's help and before Ray gives up.
 """
 
@@ -10,10 +10,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from rayfwd import probe
-from rayfwd.beat import pause
-from rayfwd.plan import NodePlan
+from rayfwd.cluster import probe
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
+from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.watch.board import Board
 
 INTERVAL = 20.0
@@ -76,7 +76,7 @@ class Reach:
         while (left := due - loop.time()) > 0:
             if any(self._looked.get(name) != peer for name, peer in self._peers().items()):
                 return
-            await pause(min(left, NEWCOMERS))
+            await sleep_coalesced(min(left, NEWCOMERS))
 
     async def look(self) -> dict[str, Problem]:
         """What is wrong now, by node; a failure is confirmed once before it counts."""
@@ -137,7 +137,7 @@ def explain(plan: NodePlan, bad: Mapping[int, str], near: str) -> Problem:
     outcome = max(sorted(set(bad.values())), key=lambda o: sum(b == o for b in bad.values()))
     what = probe.purposes(plan, bad)
     span = f"{min(bad)}-{max(bad)}" if len(bad) > 1 else f"{next(iter(bad))}"
-    way = "" if plan.advertised else "the door at "
+    way = "" if plan.advertised else "the listener at "
     cause = f"{near} does not reach port {what} of {plan.name} by {way}{plan.address}: "
     for_what = _for_what(plan, bad)
     if plan.advertised:
@@ -156,7 +156,7 @@ def explain(plan: NodePlan, bad: Mapping[int, str], near: str) -> Problem:
         how = f"something on {near} itself {verb} to it"
         remedy = (
             f"see {near}'s firewall: programs on {near} must reach {plan.address} port {span} on "
-            "the loopback interface (`nft list ruleset`); and `rayfwd status` for blocked doors"
+            "the loopback interface (`nft list ruleset`); and `rayfwd status` for blocked listeners"
         )
     elif outcome == probe.RESET:
         how = f"nothing listens on it on {plan.name}"

@@ -10,10 +10,10 @@ from datetime import datetime
 from itertools import combinations, pairwise
 from math import comb
 
-from rayfwd.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.ray.status import RayStatus
+from rayfwd.ray.status_text import RayStatus
 from rayfwd.watch.conditions import Seen
 from rayfwd.watch.interruptions import Interruptions
 

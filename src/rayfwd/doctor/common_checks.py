@@ -1,0 +1,225 @@
+"""What the examinations have in common: the file, the daemon, its keeper, Ray, ports, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import Config
+from rayfwd.daemon.watches import temp_dir
+from rayfwd.doctor import judgements, observe, unit_checks
+from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
+from rayfwd.doctor.settings import doubts
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import install, ports
+from rayfwd.ray.install import RayInstall
+from rayfwd.ray.launcher import ByKeeper
+from rayfwd.ray.process import RayProcess, find_foreign
+from rayfwd.system.control import ask
+from rayfwd.transport.listeners import listeners_for
+from rayfwd.watch import machine
+
+Tell = Callable[[Row], None]
+
+
+class Examination:
+    """Of any role."""
+
+    def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
+        self.config = config
+        self.env = env
+        self.rows: list[Row] = []
+        self._control = control
+        self._tell = tell
+        self.status: dict[str, Any] | None = None
+        """Of the daemon, where one answers."""
+        self.nodes: tuple[NodePlan, ...] = ()
+        self.own: NodePlan | None = None
+        self.network = config.hub.network
+
+    def say(self, row: Row) -> None:
+        self.rows.append(row)
+        self._tell(row)
+
+    async def run(self) -> None:
+        raise NotImplementedError
+
+    # -- the file and the daemon --------------------------------------------------------
+
+    def settings(self) -> Row:
+        config = self.config
+        found = list(doubts(config))
+        if not found:
+            return passed("config", f"{config.path}: {config.role} {config.name}")
+        return warned(
+            "config",
+            Problem("config_doubtful", "; ".join(found), "see whether that is meant so"),
+        )
+
+    async def daemon(self) -> Row:
+        try:
+            self.status = status = await asyncio.to_thread(ask, self._control, "status")
+        except ProblemError as exc:
+            if exc.problem.code == "daemon_not_running":
+                return skipped("daemon", "none runs here")
+            return warned("daemon", exc.problem)
+        self.own = plan_of(status.get("node"))
+        state, summary = str(status.get("state")), str(status.get("summary"))
+        wrong = [*status.get("waiting_for", []), *status.get("problems", [])]
+        first = next((p for p in wrong if p.get("severity") != "note"), None)
+        if first is None and state == "ready":
+            return passed("daemon", summary, pid=status.get("pid"), state=state)
+        first = first or next(iter(wrong), {"code": "ray_starting"})
+        problem = Problem(str(first["code"]), summary, "see `rayfwd status`")
+        return warned("daemon", problem, pid=status.get("pid"), state=state)
+
+    async def keeper(self) -> Row:
+        """The service in which Ray runs: that it answers the daemon that there is, or is to."""
+        if self.status is None:
+            unit = unit_checks.find(self.config.path, self.env)
+            if unit is None or not unit.has_keeper:
+                return skipped("keeper", "no service of this file has one")
+            if not unit.keeper.exists():
+                cause = f"{unit.path} has Ray in a service of its own, and {unit.keeper} is absent"
+                problem = Problem("keeper_absent", cause, "`rayfwd init` makes it again")
+                return failed("keeper", problem)
+            return passed(
+                "keeper", f"{unit.keeper.name} is there, and starts with {unit.path.name}"
+            )
+        socket = await asyncio.to_thread(observe.keeper_of, int(self.status["pid"]))
+        if socket is None:
+            return skipped("keeper", "the daemon that runs has none: Ray is its own child")
+        try:
+            await asyncio.to_thread(ByKeeper(socket).check)
+        except ProblemError as exc:
+            return failed("keeper", exc.problem)
+        return passed("keeper", f"{unit_checks.RAY_SERVICE} answers on {socket}")
+
+    @property
+    def phase(self) -> str | None:
+        """Of Ray, as the daemon has it; None: no daemon answers."""
+        return None if self.status is None else str(self.status["ray"]["phase"])
+
+    # -- Ray, ports, limits --------------------------------------------------------
+
+    async def ray(self) -> tuple[Row, RayInstall | None]:
+        try:
+            found = await install.find(self.config.ray.command, self.env)
+        except ProblemError as exc:
+            if not self.config.ray.start:
+                return warned("ray", exc.problem), None
+            return failed("ray", exc.problem), None
+        versions = found.versions
+        said = f"{found.command}: Ray {versions.ray}, Python {versions.python}"
+        return passed("ray", said, ray=versions.ray, python=versions.python), found
+
+    async def ports(self) -> Row:
+        own, phase = self.own, self.phase
+        if own is None:
+            return skipped("ports", "this node's ports are known when the hub has answered")
+        span = f"{own.base}-{own.last_worker_port}"
+        if own.head_services:
+            span = ", ".join([*(str(p) for p in own.head_services.values()), span])
+        if phase == "up":
+            return passed("ports", f"{span}: this node's Ray has them")
+        if phase == "starting":
+            return skipped("ports", "Ray is being started on them")
+        found = await asyncio.to_thread(self._taken, own)
+        if isinstance(found, Problem):
+            return failed("ports", found)
+        return passed("ports", f"{span}: {found}")
+
+    def _taken(self, own: NodePlan) -> Problem | str:
+        try:
+            ports.check_free(own.ports)
+        except ProblemError as exc:
+            left = RayProcess.recover(self.config.state_dir)
+            if left is not None and left.alive():
+                return "a Ray that rayfwd has started holds them, and will be taken over"
+            if find_foreign(own.address) is not None:
+                return "a Ray of this user's with this node's address holds them"
+            return exc.problem
+        return "free"
+
+    async def listeners(self) -> Row:
+        own = self.own
+        if self.status is not None:
+            listeners = self.status["listeners"]
+            if listeners["blocked"]:
+                return failed("listeners", several([Problem(**p) for p in listeners["blocked"]]))
+            return passed("listeners", f"{listeners['open']} are open", open=listeners["open"])
+        if own is None or not self.nodes:
+            return skipped("listeners", "the other nodes are known when the hub has answered")
+        blocked = await asyncio.to_thread(observe.blocked_listeners, self.nodes, own)
+        if blocked:
+            return failed("listeners", several(blocked))
+        return passed("listeners", f"{self._listeners()} can be opened")
+
+    def _listeners(self) -> int:
+        others = [n for n in self.nodes if not (n.advertised or n is self.own)]
+        others = [n for n in others if self.own is None or n.name != self.own.name]
+        return sum(len(listeners_for(n.address, n.ports)) for n in others)
+
+    async def limits(self) -> Row:
+        pid = ray_pid = None
+        if self.status is not None:
+            pid, ray_pid = int(self.status["pid"]), self.status["ray"].get("pid")
+        found = await asyncio.to_thread(observe.limits, pid, ray_pid)
+        ray = self.config.ray
+        cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1
+        directory = temp_dir(ray.env, ray.extra_args)
+        seen = machine.look(self._listeners(), self.nodes, self.own, [directory], False)
+        wrong = machine.judge(replace(seen, limit=found.descriptors))
+        threads = judgements.judge_threads(found.threads, found.running, cpus)
+        if threads is not None:
+            wrong.append(threads)
+        values = {"descriptors": found.descriptors, "threads": found.threads, "whose": found.whose}
+        if wrong:
+            return warned("limits", several(wrong), **values)
+        files = "any number of" if found.descriptors < 0 else str(found.descriptors)
+        tasks = "any number of" if found.threads is None else str(found.threads)
+        said = f"{files} files, {tasks} processes and threads ({found.whose})"
+        return passed("limits", said, **values)
+
+    def proxies(self, addresses: Sequence[str] = ()) -> Row:
+        """Of these addresses; without any, of the head's and this node's."""
+        if not addresses:
+            nodes = [node for node in (*self.nodes[:1], self.own) if node is not None]
+            addresses = list(dict.fromkeys(node.address for node in nodes))
+        addresses = addresses or [str(ipaddress.ip_network(self.network)[1])]
+        problem = judgements.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
+        if problem is not None:
+            return warned("proxies", problem)
+        return passed("proxies", f"none catches {', '.join(addresses)}")
+
+
+def plan_of(data: Any) -> NodePlan | None:
+    try:
+        return NodePlan.from_wire(data) if data else None
+    except ValueError:
+        return None
+
+
+def several(problems: list[Problem]) -> Problem:
+    """The first, with what the next ones say."""
+    first, *others = problems
+    if not others:
+        return first
+    shown = "; ".join(p.cause for p in problems[:4])
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    different = list(dict.fromkeys(p.remedy for p in problems[:4]))
+    return Problem(first.code, f"{shown}{more}", "; ".join(different))
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

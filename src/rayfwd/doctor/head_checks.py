@@ -1,0 +1,100 @@
+"""Examines a head: its hub's place, its sshd, its Ray and ports."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Mapping
+
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.doctor import judgements, observe
+from rayfwd.doctor.common_checks import Examination, is_address, several
+from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
+from rayfwd.doctor.settings import not_writable
+from rayfwd.hub import allowed_uids
+from rayfwd.hub.roster import read, settle
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import unixsocket
+
+
+class HeadExamination(Examination):
+    """Of a head."""
+
+    async def run(self) -> None:
+        config = self.config
+        self.say(self.settings())
+        self.say(await self.daemon())
+        self.say(await self.keeper())
+        self.own = own = config.own_head_plan()
+        self.nodes = await asyncio.to_thread(self._roster, own)
+        self.say(self._socket())
+        self.say(await self._sshd())
+        self.say((await self.ray())[0])
+        self.say(await self.ports())
+        self.say(await self.listeners())
+        self.say(await self.limits())
+        self.say(skipped("clock", "each worker compares its own with this one"))
+        self.say(skipped("names", "a head dials nobody"))
+        self.say(self.proxies())
+        self.say(skipped("link", "each worker measures its own"))
+
+    def _roster(self, own: NodePlan) -> tuple[NodePlan, ...]:
+        try:
+            records, _ = read(self.config.roster_file)
+        except ProblemError:
+            return (own,)
+        hub = self.config.hub
+        settled = settle(records, own, hub.network, hub.port_base)
+        return (own, *(record.plan for record in settled.records))
+
+    def _socket(self) -> Row:
+        path = self.config.hub_socket
+        try:
+            allowed_uids(self.config.hub.users)
+            if self.status is not None:
+                return passed("socket", f"the daemon listens on {path}")
+            unixsocket.check_path(path)
+            unixsocket.check_not_taken(path)
+        except ProblemError as exc:
+            return failed("socket", exc.problem)
+        if (fault := not_writable(path.parent)) is not None:
+            remedy = "give the directory to the user that runs rayfwd, or set runtime_dir elsewhere"
+            return warned("socket", Problem("directory_unusable", fault, remedy))
+        return passed("socket", f"{path} can be made")
+
+    async def _sshd(self) -> Row:
+        options = await asyncio.to_thread(observe.sshd_options)
+        places = _sshd_places(options or {})
+        said = None
+        for host, port in places:
+            if (said := await observe.greeting(host, port)) is not None:
+                break
+        if said is None:
+            where = " and ".join(f"{host}:{port}" for host, port in places)
+            problem = Problem(
+                "sshd_absent",
+                f"no SSH server answers on {where}",
+                "start sshd (`systemctl enable --now ssh`); where it listens elsewhere, see that "
+                "workers name that place in head.ssh",
+            )
+            return failed("sshd", problem) if options is not None else warned("sshd", problem)
+        if options is None:
+            return passed("sshd", f"{said} answers; its options may not be read by this user")
+        workers = len([node for node in self.nodes if node.role == "worker"])
+        wrong = judgements.judge_sshd(observe.first_values(options), workers)
+        if wrong:
+            return warned("sshd", several(wrong), server=said)
+        return passed("sshd", f"{said} answers, and its options suit", server=said)
+
+
+def _sshd_places(options: Mapping[str, list[str]]) -> list[tuple[str, int]]:
+    """Where an sshd with these options listens, loopback first."""
+    numbers = [int(p) for p in options.get("port", []) if p.isdecimal()] or [22]
+    found = [("127.0.0.1", port) for port in numbers]
+    for given in options.get("listenaddress", []):
+        host, colon, port = given.partition(":")
+        if is_address(host) and not ipaddress.ip_address(host).is_unspecified:
+            found.append((host, int(port) if colon and port.isdecimal() else numbers[0]))
+        elif colon and port.isdecimal():
+            found.append(("127.0.0.1", int(port)))
+    return list(dict.fromkeys(found))

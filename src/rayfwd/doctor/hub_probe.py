@@ -1,0 +1,216 @@
+"""Asks the hub over an SSH channel of its own, as docs/protocol.md has it under "Checks".
+
+A probe makes no session: what runs on this machine or on the head does not notice it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import asyncssh
+
+from rayfwd.doctor.judgements import Tick
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.session import checks
+from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
+from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
+from rayfwd.session.handshake import Hello, Refusal
+from rayfwd.transport.ssh import why_no_answer
+
+T = TypeVar("T")
+
+PATIENCE = 15.0
+"""Seconds for an answer."""
+TICKS = 7
+FIRST_PIECE = 1 << 16
+OLDER = Problem(
+    "hub_older",
+    "the head's rayfwd is older and does not answer a doctor's questions",
+    "upgrade rayfwd on the head; what runs here works with it all the same",
+)
+ENOUGH = 0.4
+"""Seconds that a transfer must take for its speed to be believed."""
+
+
+class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
+    """A channel to the hub; one question at a time."""
+
+    def __init__(self) -> None:
+        self._channel: Any = None
+        self._decoder = FrameDecoder()
+        self._said = bytearray()
+        """What came on standard error."""
+        self._answers: asyncio.Queue[Frame | Problem] = asyncio.Queue()
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._wanted = 0
+        """Bytes of filler that are still to come."""
+        self._all_here = asyncio.Event()
+        self._over: Problem | None = None
+
+    # -- AsyncSSH's callbacks --------------------------------------------------------
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+
+    def session_started(self) -> None: ...
+
+    def data_received(self, data: Any, datatype: int | None) -> None:
+        if datatype is not None:
+            self._said += data[: 4096 - len(self._said)]
+            return
+        try:
+            for frame in self._decoder.feed(data):
+                if frame.kind is Kind.CHECK and frame.stream == FILLER:
+                    self._wanted -= frame.size
+                    if self._wanted <= 0:
+                        self._all_here.set()
+                else:
+                    self._answers.put_nowait(frame)
+        except ProtocolError as exc:
+            self._end(_not_ours(exc))
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def eof_received(self) -> bool:
+        self.connection_lost(None)
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        said = self._said.decode(errors="replace").strip()
+        self._end(why_no_answer(said, str(exc) if exc else "closed by the head"))
+
+    def _end(self, problem: Problem) -> None:
+        if self._over is None:
+            self._over = problem
+            self._answers.put_nowait(problem)
+            self._all_here.set()
+            self._writable.set()
+
+    # -- questions --------------------------------------------------------
+
+    async def begin(self, hello: Hello) -> CheckReply:
+        """What would come of this HELLO. Raises ProblemError."""
+        with suppress(OSError):  # a command that has ended already: its end says why
+            self._channel.write(checks.first_question(hello))
+        frame = await self._answer()
+        try:
+            return CheckReply.decode(frame)
+        except ProtocolError as exc:
+            raise ProblemError(_not_ours(exc)) from None
+
+    async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A question and its answer. Raises ProblemError."""
+        self._write(checks.talk(body))
+        try:
+            return checks.read(await self._answer())
+        except ProtocolError as exc:
+            raise ProblemError(_not_ours(exc)) from None
+
+    async def ticks(self) -> list[Tick]:
+        """Ask for the head's clock, several times. Raises ProblemError."""
+        found = []
+        for _ in range(TICKS):
+            asked, began = time.time(), time.monotonic()
+            answer = await self.ask({"ask": "time"})
+            trip = time.monotonic() - began
+            try:
+                found.append(Tick(asked, checks.read_time(answer), trip))
+            except ProtocolError as exc:
+                raise ProblemError(_not_ours(exc)) from None
+        return found
+
+    async def rates(self, trip: float) -> tuple[float, float]:
+        """Bytes a second from the head and to it; `trip` is a round trip's time, in seconds.
+
+        Each way takes a moment where the link is quick, and some seconds where it is very slow.
+        Raises ProblemError.
+        """
+        return await _rate(self._pull, trip), await _rate(self._push, trip)
+
+    async def _pull(self, size: int) -> None:
+        self._wanted = size
+        self._all_here.clear()
+        self._write(checks.talk({"ask": "send", "bytes": size}))
+        await self._patiently(self._all_here.wait(), "filler", 4 * PATIENCE)
+        self._check()
+
+    async def _push(self, size: int) -> None:
+        self._write(checks.talk({"ask": "take", "bytes": size}))
+        chunk = checks.filler(bytes(FILLER_CHUNK))
+        for _ in range(size // FILLER_CHUNK):
+            await self._patiently(self._writable.wait(), "room", 4 * PATIENCE)
+            self._write(chunk)
+        checks.read(await self._answer(4 * PATIENCE))
+
+    def _write(self, data: bytes) -> None:
+        self._check()
+        try:
+            self._channel.write(data)
+        except OSError:
+            self._end(why_no_answer("", "closed by the head"))
+            self._check()
+
+    def _check(self) -> None:
+        if self._over is not None:
+            raise ProblemError(self._over)
+
+    async def _answer(self, patience: float = PATIENCE) -> Frame:
+        found = await self._patiently(self._answers.get(), "answer", patience)
+        if isinstance(found, Problem):
+            raise ProblemError(found)
+        if found.kind is Kind.REFUSE:
+            raise ProblemError(_refused(found))
+        return found
+
+    async def _patiently(self, what: Awaitable[T], name: str, seconds: float) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await what
+        except TimeoutError:
+            raise ProblemError(
+                Problem(
+                    "hub_silent",
+                    f"the hub gave no {name} in {seconds:.0f} s",
+                    "see rayfwd's log on the head",
+                )
+            ) from None
+
+
+async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
+    """Move ever more until it takes long enough to tell; bytes a second."""
+    size = FIRST_PIECE
+    while True:
+        began = time.monotonic()
+        await move(size)
+        took = time.monotonic() - began
+        if took >= max(ENOUGH, 4 * trip) or size >= MOST_FILLER:
+            return size / max(took - trip, took / 4, 1e-6)
+        size = min(4 * size, MOST_FILLER)
+
+
+def _refused(frame: Frame) -> Problem:
+    try:
+        refusal = Refusal.decode(frame)
+    except ProtocolError as exc:
+        return _not_ours(exc)
+    if refusal.code == "frame_unknown":
+        return OLDER
+    return Problem(refusal.code, refusal.cause, refusal.remedy)
+
+
+def _not_ours(exc: ProtocolError) -> Problem:
+    return Problem(
+        exc.code,
+        f"the answer at the hub's socket is not rayfwd's: {exc}",
+        "see that head.socket is the hub's socket and that both sides run the same version of "
+        "rayfwd",
+    )

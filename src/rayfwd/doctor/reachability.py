@@ -1,0 +1,255 @@
+"""A machine's way to the hub, as its doctor goes it: what a worker and a client have in common.
+
+One SSH connection serves all of it, and is closed before this machine's own checks begin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import asyncssh
+
+from rayfwd import __version__
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import Config, HeadConfig
+from rayfwd.doctor import judgements, observe
+from rayfwd.doctor.common_checks import Examination, Tell, is_address
+from rayfwd.doctor.hub_probe import PATIENCE, HubProbe
+from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.install import Versions
+from rayfwd.session.checks import CheckReply
+from rayfwd.session.handshake import Hello
+from rayfwd.transport.ssh import SshConnector
+
+NOT_REACHED = "not got so far"
+STAGES = ("ssh", "host_key", "auth", "channel", "hub")
+_STAGE_OF = {
+    "ssh_unreachable": "ssh",
+    "ssh_turned_away": "ssh",
+    "ssh_lost": "ssh",
+    "ssh_failed": "ssh",
+    "ssh_config_invalid": "ssh",
+    "ssh_file_unreadable": "ssh",
+    "host_key_mismatch": "host_key",
+    "host_key_unknown": "host_key",
+    "ssh_key_unusable": "auth",
+    "ssh_auth_refused": "auth",
+    "channel_refused": "channel",
+}
+"""At which stage of the way to the hub a problem is met; any other at the last."""
+_BEFORE_DIALLING = frozenset({"ssh_key_unusable", "ssh_config_invalid", "ssh_file_unreadable"})
+
+
+class WayExamination(Examination):
+    """Of a machine that dials the head."""
+
+    after_hub: tuple[str, ...] = ()
+    """Checks that `answered` makes of the hub's answer."""
+
+    def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
+        super().__init__(config, control, env, tell)
+        assert config.head is not None, f"a {config.role}'s configuration has a head"
+        self._head: HeadConfig = config.head
+        self._later: dict[str, Row] = {}
+        """Rows that are known before their turn."""
+        self._versions: Versions | None = None
+        """Of the head's Ray."""
+
+    # -- what a role adds --------------------------------------------------------
+
+    def hello(self) -> Hello:
+        """What the hub is asked about."""
+        raise NotImplementedError
+
+    def ways(self) -> tuple[HeadConfig, ...]:
+        """How the hub is reached; where the first is none, the next is tried."""
+        return (self._head,)
+
+    def leads_on(self, problem: Problem) -> bool:
+        """Whether the next way may be one where this one was not."""
+        del problem
+        return False
+
+    def answered(self, answer: CheckReply) -> None:
+        """Say the rows that follow from it."""
+
+    async def further(self, hub_probe: HubProbe, answer: CheckReply) -> None:
+        """Ask for what else there is. Raises ProblemError."""
+
+    # -- the way --------------------------------------------------------
+
+    async def way(self) -> None:
+        """Dial, ask, measure; say the rows of the way, and keep those of later checks."""
+        connector = SshConnector(self._head)
+        began = time.monotonic()
+        try:
+            connection = await connector.connect()
+        except ProblemError as exc:
+            self._stopped(exc.problem)
+            return
+        try:
+            self._connected(connection, time.monotonic() - began)
+            await self._ask(connection)
+        finally:
+            connection.abort()
+
+    async def _ask(self, connection: asyncssh.SSHClientConnection) -> None:
+        stopped: tuple[HeadConfig, Problem] | None = None
+        for head in self.ways():
+            self._head = head
+            hub_probe = HubProbe()
+            try:
+                answer = await self.open(connection, hub_probe)
+            except ProblemError as exc:
+                # That `rayfwd` is not found there says less than why the first was no way.
+                if stopped is None or exc.problem.code != "hub_closed":
+                    stopped = head, exc.problem
+                if self.leads_on(exc.problem):
+                    continue
+                break
+            self.say(passed("channel", self._channel_kind()))
+            self.say(self.hub(answer))
+            self.answered(answer)
+            await self._measure_all(hub_probe, answer)
+            return
+        assert stopped is not None, "there is a way"
+        self._head, problem = stopped
+        if problem.code != "hub_older":
+            self._stopped(problem)
+            return
+        self.say(passed("channel", self._channel_kind()))
+        self.say(warned("hub", problem))
+        for check in self.after_hub:
+            self.say(skipped(check, "the head's rayfwd does not say"))
+
+    async def open(
+        self, connection: asyncssh.SSHClientConnection, hub_probe: HubProbe
+    ) -> CheckReply:
+        """Reach the hub by the way whose turn it is, and ask. Raises ProblemError."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await SshConnector(self._head).open_channel(connection, lambda: hub_probe)
+        except TimeoutError:
+            cause = f"the head's sshd opened no channel in {PATIENCE:.0f} s"
+            problem = Problem("hub_silent", cause, "see the head's load and its sshd log")
+            raise ProblemError(problem) from None
+        return await hub_probe.begin(self.hello())
+
+    def _stopped(self, problem: Problem) -> None:
+        """The way ends at a stage: what was before is well, what comes after is not known."""
+        at = STAGES.index(_STAGE_OF.get(problem.code, "hub"))
+        target = self._head.ssh
+        well = {
+            "ssh": f"{target} answers",
+            "host_key": "the head's host key is the one that is known",
+            "auth": f"{target} takes this machine's key",
+            "channel": self._channel_kind(),
+        }
+        done = {row.check for row in self.rows}
+        for index, stage in enumerate((*STAGES, *self.after_hub)):
+            if stage in done:
+                continue
+            if index == at:
+                self.say(failed(stage, problem))
+            elif index > at or problem.code in _BEFORE_DIALLING:
+                self.say(skipped(stage, NOT_REACHED))
+            else:
+                self.say(passed(stage, well[stage]))
+
+    def _channel_kind(self) -> str:
+        if self._head.via == "exec":
+            return f"a session that runs `{self._head.attach_command}` (via = exec)"
+        return f"a stream to {self._head.socket} (via = socket)"
+
+    def _connected(self, connection: asyncssh.SSHClientConnection, seconds: float) -> None:
+        key = connection.get_server_host_key()
+        version = str(connection.get_extra_info("server_version", "")).removeprefix("SSH-2.0-")
+        cipher = str(connection.get_extra_info("send_cipher", ""))
+        user = str(connection.get_extra_info("username", ""))
+        target = self._head.ssh
+        self.say(passed("ssh", f"{target} answers: {version}", server=version, cipher=cipher))
+        known = "none" if key is None else f"{key.get_algorithm()} {key.get_fingerprint()}"
+        self.say(passed("host_key", f"{known} is known", fingerprint=known))
+        slow = judgements.judge_login(target, seconds)
+        if slow is not None:
+            self.say(warned("auth", slow, seconds=round(seconds, 3)))
+        else:
+            said = f"logged in as {user} in {seconds:.2f} s"
+            self.say(passed("auth", said, user=user, seconds=round(seconds, 3)))
+
+    def hub(self, answer: CheckReply) -> Row:
+        """What the hub says of itself."""
+        welcome = answer.welcome
+        self.network = welcome.network
+        if welcome.ray is not None and welcome.python is not None:
+            self._versions = Versions(welcome.ray, welcome.python)
+        try:
+            self.nodes = tuple(NodePlan.from_wire(node) for node in welcome.nodes)
+        except ValueError as exc:
+            remedy = "run the same rayfwd on both sides"
+            return failed(
+                "hub", Problem("plan_malformed", f"the hub's plan is none: {exc}", remedy)
+            )
+        problem = judgements.judge_version(__version__, welcome.version)
+        if problem is not None:
+            return warned("hub", problem, version=welcome.version)
+        said = f"rayfwd {welcome.version} answers, {len(self.nodes)} nodes are known"
+        return passed("hub", said, version=welcome.version, nodes=len(self.nodes))
+
+    async def _measure_all(self, hub_probe: HubProbe, answer: CheckReply) -> None:
+        try:
+            await self._measure(hub_probe)
+            await self.further(hub_probe, answer)
+        except ProblemError as exc:
+            for check in ("clock", "link"):
+                self._later.setdefault(check, failed(check, exc.problem))
+
+    async def _measure(self, hub_probe: HubProbe) -> None:
+        """Raises ProblemError."""
+        ticks = await hub_probe.ticks()
+        ahead, doubt = judgements.offset(ticks)
+        trip = sorted(tick.trip for tick in ticks)[len(ticks) // 2]
+        values = {"seconds_behind": round(ahead, 4), "doubt": round(doubt, 4)}
+        problem = judgements.judge_clock(ahead, doubt)
+        if problem is not None:
+            self._later["clock"] = warned("clock", problem, **values)
+        else:
+            within = max(abs(ahead) + doubt, 0.001)
+            said = f"the head's clock is the same within {within:.3f} s"
+            self._later["clock"] = passed("clock", said, **values)
+        down, up = await hub_probe.rates(trip)
+        values = {"rtt_ms": round(trip * 1000, 3), "down": round(down), "up": round(up)}
+        problem = judgements.judge_link(trip, down, up)
+        if problem is not None:
+            self._later["link"] = warned("link", problem, **values)
+            return
+        said = (
+            f"a round trip takes {trip * 1000:.1f} ms; one connection moves "
+            f"{judgements.shown_rate(down)} from the head and {judgements.shown_rate(up)} to it"
+        )
+        self._later["link"] = passed("link", said, **values)
+
+    def later(self, check: str, otherwise: str = NOT_REACHED) -> Row:
+        """A row that was to be known by now; `otherwise` says why it is not."""
+        return self._later.get(check) or skipped(check, otherwise)
+
+    async def names(self) -> Row:
+        """How soon the head's name is found."""
+        try:
+            host, port, direct = await SshConnector(self._head).place()
+            if not direct:
+                return skipped("names", f"a jump host or command finds {host}")
+            if is_address(host):
+                return passed("names", f"{host} is an address: nobody is asked")
+            seconds, addresses = await observe.look_up(host, port)
+        except ProblemError as exc:
+            return failed("names", exc.problem)
+        problem = judgements.judge_names(host, seconds)
+        if problem is not None:
+            return warned("names", problem, seconds=round(seconds, 3))
+        said = f"{host} is {', '.join(addresses)}, found in {seconds:.2f} s"
+        return passed("names", said, seconds=round(seconds, 3))

@@ -1,0 +1,160 @@
+"""Examines a worker: its way to the hub, what the hub says of it, and its own Ray and ports."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from rayfwd.cluster import probe
+from rayfwd.daemon import advertise
+from rayfwd.daemon.worker import hello_of
+from rayfwd.doctor.common_checks import plan_of
+from rayfwd.doctor.hub_probe import HubProbe
+from rayfwd.doctor.reachability import NOT_REACHED, WayExamination
+from rayfwd.doctor.rows import Row, failed, passed, skipped
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray.install import RayInstall
+from rayfwd.ray.supervisor import check_versions
+from rayfwd.session.checks import CheckReply
+from rayfwd.session.handshake import Hello
+
+
+class WorkerExamination(WayExamination):
+    """Of a worker."""
+
+    after_hub = ("place",)
+    _key_is_known = True
+    """False: the node's key is there, and may not be read."""
+
+    async def run(self) -> None:
+        self.say(self.settings())
+        self.say(await self.daemon())
+        self.say(await self.keeper())
+        await self.way()
+        row, found = await self.ray()
+        self.say(row)
+        self.say(self._compared(found))
+        self.say(await self.ports())
+        self.say(await self.listeners())
+        self.say(await self.limits())
+        self.say(self.later("clock"))
+        self.say(await self.names())
+        self.say(self.proxies())
+        self.say(self.later("link"))
+        why = "ray.advertise is not set" if self.config.ray.advertise is None else NOT_REACHED
+        for check in ("advertise", "advertise_self"):
+            self.say(self.later(check, why))
+
+    # -- what the hub says of it --------------------------------------------------------
+
+    def hello(self) -> Hello:
+        key, self._key_is_known = self._key()
+        return hello_of(self.config, key)
+
+    def _key(self) -> tuple[str, bool]:
+        """The node's key, or one as the daemon would make it; False: ours cannot be read."""
+        path = self.config.state_dir / "node.key"
+        try:
+            return path.read_text(encoding="ascii").strip() or secrets.token_hex(32), True
+        except (FileNotFoundError, NotADirectoryError):
+            return secrets.token_hex(32), True
+        except (OSError, UnicodeDecodeError):
+            return secrets.token_hex(32), False
+
+    def answered(self, answer: CheckReply) -> None:
+        self.say(self._place(answer))
+
+    def _place(self, answer: CheckReply) -> Row:
+        known = self._key_is_known
+        if answer.refusal is not None and (known or answer.refusal.code != "name_taken"):
+            refusal = answer.refusal
+            return failed("place", Problem(refusal.code, refusal.cause, refusal.remedy))
+        plan = plan_of(answer.welcome.node)
+        if plan is None:
+            return skipped("place", f"{self.config.state_dir}/node.key cannot be read by this user")
+        self.own = plan
+        there = any(node.name == plan.name for node in self.nodes)
+        span = f"{plan.base}-{plan.last_worker_port}"
+        said = f"{plan.name} {'has' if there else 'will get'} {plan.address} and ports {span}"
+        return passed("place", said, address=plan.address, ports=span)
+
+    # -- an advertised address --------------------------------------------------------
+
+    async def further(self, hub_probe: HubProbe, answer: CheckReply) -> None:
+        """Raises ProblemError where the hub does not answer."""
+        own = self.own
+        if self.config.ray.advertise is None or own is None:
+            return
+        if self.status is not None:
+            self._advertised_by_daemon(self.status)
+            return
+        if advertise.FEATURE not in answer.welcome.features:
+            why = "the head's rayfwd does not dial back"
+            self._keep(skipped("advertise", why), skipped("advertise_self", why))
+            return
+        nonce, wanted = secrets.token_hex(16), probe.sample(own)
+        try:
+            async with probe.HeldPorts(own.address, wanted, nonce) as held:
+                question = {"ask": "dial_back", "ports": wanted, "nonce": nonce}
+                told, mine = await asyncio.gather(
+                    hub_probe.ask(question), probe.dial_all(own.address, wanted, nonce)
+                )
+                translated = held.translated
+        except ProblemError as exc:
+            if exc.problem.code != "port_in_use":
+                raise
+            why = "its ports are not free"
+            self._keep(skipped("advertise", why), skipped("advertise_self", why))
+            return
+        try:
+            results = probe.read_results(told.get("results"), wanted)
+        except ValueError as exc:
+            cause = f"the hub's answer is none: {exc}"
+            raise ProblemError(Problem("advertise_unchecked", cause, "ask again")) from None
+        span = f"{own.address}, {len(wanted)} ports"
+        back = probe.judge_dial_back(own, results)
+        self_ = probe.judge_self_dial(own, mine, translated)
+        self._keep(
+            failed("advertise", back)
+            if back is not None
+            else passed("advertise", f"the head reaches {span}"),
+            failed("advertise_self", self_)
+            if self_ is not None
+            else passed("advertise_self", f"this machine reaches {span}"),
+        )
+
+    def _advertised_by_daemon(self, status: Mapping[str, Any]) -> None:
+        """The daemon has looked before it started Ray, and looks again while it does not."""
+        for waited in status.get("waiting_for", []):
+            if str(waited["code"]).startswith("advertise_"):
+                problem = Problem(waited["code"], waited["cause"], waited["remedy"])
+                own_side = problem.code == "advertise_self_unreachable"
+                check, other = ("advertise_self", "advertise")[:: 1 if own_side else -1]
+                self._keep(failed(check, problem), skipped(other, "see the other"))
+                return
+        if self.phase == "up" and self.config.ray.advertise_check:
+            said = "the daemon has seen it before it started Ray"
+            self._keep(passed("advertise", said), passed("advertise_self", said))
+        else:
+            why = "the daemon that runs looks before it starts Ray"
+            self._keep(skipped("advertise", why), skipped("advertise_self", why))
+
+    def _keep(self, *found: Row) -> None:
+        self._later |= {row.check: row for row in found}
+
+    # -- the rest --------------------------------------------------------
+
+    def _compared(self, found: RayInstall | None) -> Row:
+        if found is None:
+            return skipped("versions", "there is no Ray to compare")
+        if self._versions is None:
+            why = "the head's rayfwd does not know its own Ray (yet)" if self.nodes else NOT_REACHED
+            return skipped("versions", why)
+        try:
+            check_versions(found, self._versions, {**self.env, **self.config.ray.env})
+        except ProblemError as exc:
+            return failed("versions", exc.problem)
+        head = self._versions
+        return passed("versions", f"the head's too: Ray {head.ray}, Python {head.python}")

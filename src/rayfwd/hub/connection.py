@@ -1,0 +1,188 @@
+"""A connection to the hub's socket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol, cast
+
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.hub.checks import Checkup
+from rayfwd.hub.peers import HubPeer
+from rayfwd.session.checks import CheckReply, read_hello
+from rayfwd.session.frames import Chunk, Kind, ProtocolError, first_frame
+from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
+from rayfwd.system import unixsocket
+from rayfwd.transport.mux import Mux
+from rayfwd.transport.readpacing import pace
+from rayfwd.transport.writev import write
+
+HELLO_TIMEOUT = 10.0
+"""Seconds that a connection may take to say hello."""
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a lane's transport before the session is asked for no more."""
+
+
+class Owner(Protocol):
+    """Who decides what becomes of a connection, and is told of it."""
+
+    def came(self, lane: HubConnection) -> None:
+        """It is there, and has said nothing yet."""
+
+    def greeted(self, lane: HubConnection, hello: Hello) -> None:
+        """A hello: welcome it as a lane, or refuse it."""
+
+    def asked(self, lane: HubConnection, hello: Hello) -> None:
+        """The first question of a doctor: `examine` it, or refuse it."""
+
+    def refused(self, lane: HubConnection, refusal: Refusal) -> None:
+        """It is told so, and closed."""
+
+    def went(self, lane: HubConnection) -> None:
+        """It was greeted, or it is gone."""
+
+    def lane_lost(self, lane: HubConnection, why: str) -> None:
+        """A lane of a session that goes on is gone."""
+
+
+class HubConnection(asyncio.Protocol):
+    """A connection to the hub's socket: first the handshake, then a lane of a session."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._mux: Mux | None = None
+        self._checkup: Checkup | None = None
+        self._number = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._why_aborted = ""
+        self.kind = ""
+        self.node = ""
+        """What its HELLO says, as the log has it."""
+        self.peer: HubPeer | None = None
+        self.uid = -1
+        self.paused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        pace.begin(self._transport)
+        self.uid = unixsocket.peer_credentials(self._transport.get_extra_info("socket"))[1]
+        self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._no_hello)
+        self._owner.came(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._mux is not None:
+            self._mux.lane_data(self._number, data)
+            pace.after_read(self._transport, len(data))
+            return
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._checkup is not None:
+            self._checkup.received(data)
+            return
+        self._buffer += data
+        try:
+            frame = first_frame(self._buffer, MAX_HANDSHAKE)
+            if frame is None:
+                return
+            if frame.kind is Kind.CHECK:
+                self._owner.asked(self, read_hello(frame))
+                return
+            hello = Hello.decode(frame)
+        except ProtocolError as exc:
+            self.refuse(Refusal(exc.code, str(exc), "run the same version of rayfwd on both sides"))
+            return
+        self._owner.greeted(self, hello)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        if self._checkup is not None:
+            self._checkup.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self._mux is not None:
+            self._mux.flush()
+        if self._checkup is not None:
+            self._checkup.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._owner.went(self)
+        if self._checkup is not None:
+            self._checkup.gone()
+        transport, self._transport = self._transport, None
+        if isinstance(exc, BrokenPipeError | ConnectionResetError) and transport is not None:
+            self._take_last(transport)
+        if self._mux is not None and not self._mux.session.ended:
+            self._owner.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
+            self._mux.lane_lost(self._number)
+
+    def _take_last(self, transport: asyncio.Transport) -> None:
+        """Read what came before the peer closed. A write that meets a closed socket ends a
+        transport at once, and what is unread may be the worker's CLOSE."""
+        mux, descriptor = self._mux, transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # it is not blocking, and still open here
+            while mux is not None and descriptor >= 0 and (data := os.read(descriptor, 1 << 18)):
+                mux.lane_data(self._number, data)
+
+    def _no_hello(self) -> None:
+        self.refuse(
+            Refusal("hello_missing", f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub")
+        )
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Say why not, and close."""
+        self._stop_timer()
+        self._owner.refused(self, refusal)
+        if self._transport is not None:
+            self._transport.write(refusal.encode())
+            self._transport.close()
+
+    def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:
+        """Become a lane; bytes that followed the hello are the session's."""
+        self._stop_timer()
+        self._owner.went(self)
+        assert self._transport is not None, "a lane that has gone is not welcomed"
+        self._transport.write(welcome.encode())
+        self._mux = mux
+        self.peer, self.kind = peer, hello.lane.value
+        self._number = mux.add_lane(self, hello.lane)
+        if self._buffer:
+            rest = bytes(self._buffer)
+            self._buffer.clear()
+            mux.lane_data(self._number, rest)
+
+    def examine(self, answer: CheckReply, plan: NodePlan | None) -> None:
+        """CheckReply a doctor's questions, which make no lane of it."""
+        self._stop_timer()
+        assert self._transport is not None, "it has just asked"
+        self._checkup = Checkup(self._transport, answer, plan, self.refuse)
+        if self._buffer:
+            rest = bytes(self._buffer)
+            self._buffer.clear()
+            self._checkup.received(rest)
+
+    # -- as the transport of a lane ------------------------------------------------------
+
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        if self._transport is not None:
+            write(self._transport, chunks)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, why: str) -> None:
+        if self._transport is not None:
+            self._why_aborted = why
+            self._transport.abort()

@@ -1,0 +1,325 @@
+"""Keeps on the head's disk which worker has which address and ports, and what proves its name.
+
+The hub owns one `Roster`. Each worker proves its name with a key of its own making; the roster
+keeps the key's SHA-256 only. Reading and settling are functions without side effects, so that
+`rayfwd plan` can use them beside a running daemon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rayfwd.cluster.plan import NodePlan, PlanError, allocate, check_name, fits
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.files import replace_file
+from rayfwd.system.logs import get_logger
+
+SCHEMA = 1
+
+KEY_MINIMUM = 16
+"""Bytes of a node's key below which it proves nothing."""
+
+WORKER_PORTS = range(8, 10001)
+"""How many worker ports a node may ask for, as in the configuration file."""
+
+_log = get_logger("roster")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A worker as the roster keeps it."""
+
+    plan: NodePlan
+    key_sha256: str
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"plan": self.plan.to_wire(), "key_sha256": self.key_sha256}
+
+    @classmethod
+    def from_wire(cls, data: Any) -> Record:
+        """The inverse of `to_wire`. Raises ValueError on anything else."""
+        if not isinstance(data, dict) or not isinstance(data.get("plan"), dict):
+            raise ValueError("not a node's record")
+        plan = NodePlan.from_wire(data["plan"])
+        check_name(plan.name)
+        digest = data.get("key_sha256")
+        if not isinstance(digest, str) or len(digest) != 64 or plan.role != "worker":
+            raise ValueError(f"node {plan.name}: not a worker's record")
+        return cls(plan, digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Records that fit the head's present plan, and what that took."""
+
+    records: tuple[Record, ...]
+    moved: tuple[str, ...] = ()
+    """Names of workers whose address or ports had to change."""
+    dropped: tuple[str, ...] = ()
+    """Names of workers for which nothing is left."""
+
+
+def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
+    """The file's records, and what is damaged about it (None: nothing).
+
+    Records that can be read are kept even where others cannot. A missing file is an empty
+    roster. Raises ProblemError `roster_unreadable` and `roster_newer`.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return (), None
+    except OSError as exc:
+        raise ProblemError(
+            Problem(
+                "roster_unreadable",
+                f"the roster {path} cannot be read: {exc.strerror}",
+                "give it to the user that rayfwd runs as",
+            )
+        ) from exc
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        return (), f"not JSON: {exc}"
+    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+        return (), "no schema number"
+    if data["schema"] > SCHEMA:
+        raise ProblemError(
+            Problem(
+                "roster_newer",
+                f"the roster {path} has schema {data['schema']}; this rayfwd knows {SCHEMA}",
+                "run the newer rayfwd that wrote it, or move the file away",
+            )
+        )
+    nodes = data.get("nodes")
+    if not isinstance(nodes, list):
+        return (), "no list of nodes"
+    records: dict[str, Record] = {}
+    damage: list[str] = []
+    for node in nodes:
+        try:
+            record = Record.from_wire(node)
+        except ValueError as exc:
+            damage.append(str(exc))
+            continue
+        if record.plan.name in records:
+            damage.append(f"node {record.plan.name} is there twice")
+        records.setdefault(record.plan.name, record)
+    return tuple(records.values()), "; ".join(damage) or None
+
+
+def settle(records: Iterable[Record], own: NodePlan, network: str, port_base: int) -> Settled:
+    """Fit the workers beside the head's plan: who can stay stays, the others are moved."""
+    kept: dict[str, Record] = {}
+    misfits: list[Record] = []
+    dropped: list[str] = []
+    order: list[str] = []
+    for record in records:
+        beside = [own, *(r.plan for r in kept.values())]
+        if record.plan.name == own.name:
+            dropped.append(record.plan.name)
+            continue
+        order.append(record.plan.name)
+        if fits(record.plan, beside, network, port_base):
+            kept[record.plan.name] = record
+        else:
+            misfits.append(record)
+    moved: list[str] = []
+    for record in misfits:
+        old = record.plan
+        others = [own, *(r.plan for r in kept.values())]
+        advertise = old.address if old.advertised else None
+        try:
+            # `old` goes in too, so that the half of it that still fits is kept.
+            plan = allocate(
+                [*others, old], old.name, network, port_base, old.worker_ports, advertise
+            )
+        except PlanError:
+            dropped.append(old.name)
+            order.remove(old.name)
+            continue
+        kept[old.name] = replace(record, plan=plan)
+        moved.append(old.name)
+    return Settled(tuple(kept[name] for name in order), tuple(moved), tuple(dropped))
+
+
+class Roster:
+    """The plan of every node, the head's first; every change is on disk before it is told."""
+
+    def __init__(self, path: Path, own: NodePlan, network: str, port_base: int) -> None:
+        """Read the file and fit it to the head's plan `own`.
+
+        A damaged file is copied aside and what can be read of it is kept. Raises ProblemError
+        `roster_unreadable`, `roster_newer` and `roster_unwritable`.
+        """
+        self._path = path
+        self._own = own
+        self._network = network
+        self._port_base = port_base
+        records, damage = read(path)
+        if damage is not None:
+            aside = _set_aside(path)
+            _log.error(
+                "roster_damaged",
+                file=str(path),
+                damage=damage,
+                kept=[r.plan.name for r in records],
+                aside=str(aside),
+                remedy="nodes that are not listed as kept get a new address when they join",
+            )
+        settled = settle(records, own, network, port_base)
+        self._records = {r.plan.name: r for r in settled.records}
+        if settled.moved:
+            _log.warning(
+                "roster_moved",
+                nodes=list(settled.moved),
+                cause="hub.network, hub.port_base, or the head's name or ports have changed",
+            )
+        if settled.dropped:
+            _log.error(
+                "roster_dropped",
+                nodes=list(settled.dropped),
+                cause="no address, no ports or no name is left for them",
+                remedy="widen hub.network or lower hub.port_base",
+            )
+        if damage is not None or settled.moved or settled.dropped:
+            self._write(self._records)
+
+    @property
+    def own(self) -> NodePlan:
+        return self._own
+
+    def plans(self) -> tuple[NodePlan, ...]:
+        """Every node's plan, the head's first."""
+        return (self._own, *(r.plan for r in self._records.values()))
+
+    def join(
+        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+    ) -> NodePlan:
+        """The plan of worker `name`, made now or kept from before.
+
+        Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `join_bad` (a value that
+        no rayfwd sends), `roster_unwritable`.
+        """
+        known = self._records.get(name)
+        record = self._record(name, key, worker_ports, advertise)
+        if record != known:
+            records = {**self._records, name: record}
+            self._write(records)
+            self._records = records
+            plan = record.plan
+            _log.info(
+                "roster_changed",
+                node=name,
+                address=plan.address,
+                ports=f"{plan.base}-{plan.last_worker_port}",
+            )
+        return record.plan
+
+    def preview(
+        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+    ) -> NodePlan:
+        """What `join` would give, changing nothing. Raises ProblemError as that does."""
+        return self._record(name, key, worker_ports, advertise).plan
+
+    def _record(
+        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+    ) -> Record:
+        digest = _digest(key)
+        _check_request(name, key, worker_ports, advertise)
+        known = self._records.get(name)
+        if name in (self._own.name, "head"):
+            raise _name_taken(name, "is the head's")
+        if known is not None and not hmac.compare_digest(known.key_sha256, digest):
+            raise _name_taken(name, "belongs to a node with another key")
+        twin = next((p.name for p in self.plans() if p.name != name and p.address == advertise), "")
+        try:
+            plan = allocate(
+                self.plans(), name, self._network, self._port_base, worker_ports, advertise
+            )
+        except PlanError as exc:
+            cause, _, remedy = str(exc).partition("; ")
+            code = "address_taken" if twin else "plan_full"
+            raise ProblemError(Problem(code, cause, remedy or "see hub.network")) from exc
+        return Record(plan, digest)
+
+    def forget(self, name: str) -> bool:
+        """Drop worker `name`, so that its name, address and ports are free. False: not known."""
+        if name not in self._records:
+            return False
+        records = {n: r for n, r in self._records.items() if n != name}
+        self._write(records)
+        self._records = records
+        _log.info("roster_forgot", node=name)
+        return True
+
+    def _write(self, records: dict[str, Record]) -> None:
+        data = {"schema": SCHEMA, "nodes": [r.to_wire() for r in records.values()]}
+        try:
+            replace_file(self._path, json.dumps(data, indent=1).encode() + b"\n")
+        except OSError as exc:
+            raise ProblemError(
+                Problem(
+                    "roster_unwritable",
+                    f"the roster {self._path} cannot be written: {exc.strerror or exc}",
+                    "make state_dir writable for this user and see that its disk is not full",
+                )
+            ) from exc
+
+
+def _set_aside(path: Path) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
+    aside = path.with_name(f"{path.name}.damaged-{stamp}")
+    try:
+        shutil.copy2(path, aside)
+    except OSError as exc:
+        raise ProblemError(
+            Problem(
+                "roster_unwritable",
+                f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror}",
+                "make state_dir writable for this user and see that its disk is not full",
+            )
+        ) from exc
+    return aside
+
+
+def _digest(key: str | bytes) -> str:
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
+
+
+def _name_taken(name: str, why: str) -> ProblemError:
+    return ProblemError(
+        Problem(
+            "name_taken",
+            f"the name {name} {why}",
+            "give this node another name; if it is the same machine made anew, say "
+            f"`rayfwd forget {name}` on the head first",
+        )
+    )
+
+
+def _check_request(name: str, key: str | bytes, worker_ports: int, advertise: str | None) -> None:
+    try:
+        check_name(name)
+        if len(key) < KEY_MINIMUM:
+            raise ValueError(f"the key has {len(key)} bytes; at least {KEY_MINIMUM} are needed")
+        if worker_ports not in WORKER_PORTS:
+            allowed = f"{WORKER_PORTS.start} to {WORKER_PORTS.stop - 1}"
+            raise ValueError(f"worker_ports = {worker_ports}: must be {allowed}")
+        if advertise is not None:
+            address = ipaddress.IPv4Address(advertise)
+            if address.is_loopback or address.is_unspecified or address.is_multicast:
+                raise ValueError(f"advertise = {advertise}: must be an address others reach")
+    except ValueError as exc:
+        raise ProblemError(
+            Problem("join_bad", f"node {name[:63]!r} asked to join: {exc}", "correct it there")
+        ) from exc

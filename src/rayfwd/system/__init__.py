@@ -1,0 +1,1 @@
+"""Services of the system: journal, service manager, Unix sockets, paths, descriptors."""

@@ -1,0 +1,213 @@
+"""The local socket that `rayfwd status` asks: one JSON line in, one JSON line out.
+
+The daemon owns a `ControlServer`; commands call `ask`. A request that is bad, slow or not
+permitted is answered with `{"error": {code, cause, remedy}}` and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import unixsocket
+from rayfwd.system.logs import get_logger
+
+Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+REQUEST_LIMIT = 65536
+"""Bytes of a request's line."""
+ANSWER_LIMIT = 16 * 1024 * 1024
+"""Bytes of an answer that a client takes."""
+REQUEST_SECONDS = 5.0
+VERB_SECONDS = 60.0
+CONNECTION_LIMIT = 32
+
+_log = get_logger("control")
+
+
+class ControlServer:
+    """Answers verbs on a Unix socket that only this user and root may use."""
+
+    def __init__(
+        self,
+        path: Path,
+        verbs: Mapping[str, Verb],
+        request_seconds: float = REQUEST_SECONDS,
+        verb_seconds: float = VERB_SECONDS,
+        request_limit: int = REQUEST_LIMIT,
+    ) -> None:
+        self._path = path
+        self._verbs = dict(verbs)
+        self._request_seconds = request_seconds
+        self._verb_seconds = verb_seconds
+        self._request_limit = request_limit
+        self._server: asyncio.Server | None = None
+        self._inode = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen. Raises ProblemError as `unixsocket.bind` does."""
+        listener = unixsocket.bind(self._path, 0o600)
+        self._inode = self._path.stat().st_ino
+        self._server = await asyncio.start_unix_server(
+            self._connected, sock=listener, limit=self._request_limit
+        )
+
+    async def close(self) -> None:
+        """Stop listening, end what is being answered, and remove our socket file."""
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._server = None
+        try:
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+        except OSError:
+            pass
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(
+            self._serve(reader, writer), name="control-connection"
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await self._answer(reader, writer)
+            writer.write(json.dumps(answer, default=str).encode() + b"\n")
+            async with asyncio.timeout(self._request_seconds):
+                await writer.drain()
+        except (OSError, TimeoutError):
+            writer.transport.abort()  # who asked has gone, or does not read
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> dict[str, Any]:
+        try:
+            self._check_peer(writer.get_extra_info("socket"))
+            if len(self._tasks) > CONNECTION_LIMIT:
+                raise _problem("control_busy", f"{CONNECTION_LIMIT} are asking", "ask again later")
+            verb, args = await self._request(reader)
+            async with asyncio.timeout(self._verb_seconds):
+                return await self._verbs[verb](args)
+        except ProblemError as exc:
+            return {"error": exc.problem.to_wire()}
+        except TimeoutError:
+            cause = f"no answer within {self._verb_seconds:g} s"
+            return {"error": Problem("control_slow", cause, "look into the log").to_wire()}
+        except OSError:
+            raise
+        except Exception as exc:  # a fault in an answer must not end what the answer is about
+            _log.error("control_fault", exc_info=True)
+            cause = f"{type(exc).__name__} while answering"
+            return {"error": Problem("control_fault", cause, "look into the log").to_wire()}
+
+    def _check_peer(self, peer: socket.socket) -> None:
+        _, uid, _ = unixsocket.peer_credentials(peer)
+        if uid not in (0, os.geteuid()):
+            _log.warning("control_not_permitted", uid=uid)
+            raise _problem(
+                "daemon_not_permitted",
+                f"user id {uid} may not ask the daemon of user id {os.geteuid()}",
+                "ask as that user or as root",
+            )
+
+    async def _request(self, reader: asyncio.StreamReader) -> tuple[str, dict[str, Any]]:
+        try:
+            async with asyncio.timeout(self._request_seconds):
+                line = await reader.readline()
+        except TimeoutError:
+            cause = f"no whole line came within {self._request_seconds:g} s"
+            raise _bad(cause) from None
+        except ValueError:
+            raise _bad(f"the line is longer than {self._request_limit} bytes") from None
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            raise _bad("the line is not JSON") from None
+        if not isinstance(request, dict) or not isinstance(request.get("args", {}), dict):
+            raise _bad("the line is not an object with a verb and args")
+        verb = request.get("verb")
+        if not isinstance(verb, str) or verb not in self._verbs:
+            raise _bad(f"the verb {str(verb)[:40]!r} is not one of {', '.join(self._verbs)}")
+        return verb, request.get("args", {})
+
+
+def _problem(code: str, cause: str, remedy: str) -> ProblemError:
+    return ProblemError(Problem(code, cause, remedy))
+
+
+def _bad(cause: str) -> ProblemError:
+    return _problem("control_bad_request", cause, 'send {"verb": …, "args": {…}} and a line end')
+
+
+def ask(
+    path: Path, verb: str, args: Mapping[str, Any] | None = None, timeout: float = 10.0
+) -> dict[str, Any]:
+    """The daemon's answer to `verb`; `timeout` in seconds bounds each wait.
+
+    Raises ProblemError: `daemon_not_running`, `daemon_not_permitted`, `daemon_not_answering`,
+    `socket_path_too_long`, or what the daemon itself answered.
+    """
+    unixsocket.check_path(path)
+    request = json.dumps({"verb": verb, "args": dict(args or {})}).encode() + b"\n"
+    try:
+        line = _exchange(path, request, timeout)
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as exc:
+        raise _problem(
+            "daemon_not_running",
+            f"no rayfwd answers on {path}",
+            "start it (`systemctl start rayfwd`, or by hand `rayfwd run`), or name its file with "
+            "--config",
+        ) from exc
+    except PermissionError as exc:
+        raise _problem(
+            "daemon_not_permitted",
+            f"{path}: this user may not ask the daemon",
+            "ask as the user it runs as, or as root",
+        ) from exc
+    except OSError as exc:  # TimeoutError among them
+        raise _not_answering(path, str(exc) or type(exc).__name__) from exc
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        raise _not_answering(path, "it closed the connection without an answer") from None
+    if not isinstance(answer, dict):
+        raise _not_answering(path, "its answer is not an object")
+    error = answer.get("error")
+    if isinstance(error, dict):
+        raise _problem(*(str(error.get(part, "?")) for part in ("code", "cause", "remedy")))
+    return answer
+
+
+def _not_answering(path: Path, why: str) -> ProblemError:
+    return _problem(
+        "daemon_not_answering", f"the daemon on {path} does not answer: {why}", "look into its log"
+    )
+
+
+def _exchange(path: Path, request: bytes, timeout: float) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout)
+        sock.connect(str(path))
+        sock.sendall(request)
+        parts: list[bytes] = []
+        size = 0
+        while size <= ANSWER_LIMIT and (part := sock.recv(65536)):
+            parts.append(part)
+            size += len(part)
+            if part.endswith(b"\n"):
+                break
+        return b"".join(parts)

@@ -1,0 +1,76 @@
+"""Files written whole or not at all, with their owner and mode from the first moment."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_new(
+    path: Path,
+    data: bytes,
+    mode: int,
+    uid: int = -1,
+    gid: int = -1,
+    *,
+    replace: bool = False,
+) -> None:
+    """Write beside `path` and move it there; on disk when this returns. Raises OSError.
+
+    Raises FileExistsError where it is there already, if not `replace`.
+    """
+    with _written_beside(path, data, mode, uid, gid) as fresh:
+        if replace:
+            os.rename(fresh, path)
+        else:
+            os.link(fresh, path)
+    _sync(path.parent)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace `path` at once with `data`, mode 0600, on disk when this returns. Raises OSError.
+
+    An owner that the file had is kept, so that root can edit for the daemon's user.
+    """
+    uid = gid = -1
+    if os.geteuid() == 0:
+        with contextlib.suppress(FileNotFoundError):
+            before = path.lstat()
+            uid, gid = before.st_uid, before.st_gid
+    write_new(path, data, 0o600, uid, gid, replace=True)
+
+
+@contextlib.contextmanager
+def _written_beside(path: Path, data: bytes, mode: int, uid: int, gid: int) -> Iterator[Path]:
+    """A file with `data` in the same directory; gone afterwards unless it was moved."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(fresh, flags, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fchown(out.fileno(), uid, gid)
+            os.fchmod(out.fileno(), mode)
+            os.fsync(out.fileno())
+        yield fresh
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _sync(directory: Path) -> None:
+    """Have the name on disk, not only what it stands for."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()

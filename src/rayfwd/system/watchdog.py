@@ -1,0 +1,91 @@
+"""Feeds systemd's watchdog (sd_watchdog_enabled(3)) as long as every loop turns.
+
+That this task runs shows that the event loop does. The other loops say themselves when they are to
+be heard of next (`progress.py`), and sessions have a timer that is to be on time. If one of them
+is late, systemd gets nothing more, kills the daemon, and starts it again; Ray lives on. A link that
+is down is no such fault: the loop that dials it turns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.logs import get_logger
+from rayfwd.system.notify import Notifier
+
+PERIOD = 30.0
+"""Seconds within which it would have to be fed, where no service manager says."""
+
+START_SECONDS = 90.0
+"""What a start may take longer each time it asks; the unit's `TimeoutStartSec` is the first."""
+
+SESSION_LATE = 60.0
+"""Seconds that a session's timer may be late. It is made anew many times a minute."""
+
+_log = get_logger(__name__)
+
+Late = tuple[str, float]
+"""A loop's name, and the seconds since it should have turned."""
+
+
+class Timed(Protocol):
+    """What has a timer that is to be on time: a session that runs."""
+
+    def late(self) -> float:
+        """Seconds since its timer should have come; 0: it is on time."""
+
+
+def late(loops: Iterable[Heartbeat], muxes: Iterable[Timed]) -> list[Late]:
+    """Those of these loops and sessions that are late."""
+    found = [(loop.name, loop.late()) for loop in loops]
+    found += [("session", mux.late() - SESSION_LATE) for mux in muxes]
+    return [(name, seconds) for name, seconds in found if seconds > 0]
+
+
+def period(env: Mapping[str, str], pid: int) -> float:
+    """Seconds within which the service manager wants to hear of this process."""
+    if env.get("WATCHDOG_PID") not in {None, str(pid)}:
+        return PERIOD
+    try:
+        return max(int(env["WATCHDOG_USEC"]) / 1e6, 1.0)
+    except (KeyError, ValueError):
+        return PERIOD
+
+
+class Watchdog:
+    """`run` is a task of the daemon's, or of the client's."""
+
+    def __init__(
+        self,
+        late: Callable[[], Iterable[Late]],
+        ready: Callable[[], bool],
+        notifier: Notifier,
+        seconds: float | None = None,
+    ) -> None:
+        """`late` gives the loops that are late; `ready`: READY was said, the start is over."""
+        self._late = late
+        self._ready = ready
+        self._notifier = notifier
+        self._seconds = period(os.environ, os.getpid()) if seconds is None else seconds
+        self._told: set[str] = set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self.look()
+            await sleep_coalesced(self._seconds / 4)
+
+    def look(self) -> None:
+        """Feed it, or say why not."""
+        late = dict(self._late())
+        for name, seconds in late.items():
+            if name not in self._told:
+                _log.error("loop_stuck", loop=name, late_seconds=round(seconds, 1))
+        self._told = set(late)
+        if not late:
+            further = [] if self._ready() else [f"EXTEND_TIMEOUT_USEC={START_SECONDS * 1e6:.0f}"]
+            self._notifier.send("WATCHDOG=1", *further)

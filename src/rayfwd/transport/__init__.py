@@ -1,0 +1,1 @@
+"""What carries bytes: SSH connections, lanes, sessions on the loop, listeners and relays."""

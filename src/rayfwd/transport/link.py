@@ -1,0 +1,555 @@
+"""The worker's side of the link: one task a lane dials, says hello, and redials when it is lost.
+
+Beside the lanes that always stand there are extra ones, made while a transfer fills those: they
+stay until they are lost.
+
+The session outlives its lanes. It is made by the first lane that is welcomed and ended by
+ride-through, by the hub's word, or by `Link.close`; then the next lane makes a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import asyncssh
+
+from rayfwd.config import HeadConfig
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.session.events import Parked, Resumed, SessionEnded
+from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, ProtocolError, close_frame, first_frame
+from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits, Session
+from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.fastpath import FastPath
+from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.saturation import Saturation
+from rayfwd.transport.ssh import SshConnector, why_no_answer
+
+log = get_logger(__name__)
+
+HANDSHAKE_TIMEOUT = 15.0
+"""Seconds between HELLO and the hub's answer, and before that for the channel to the hub."""
+REDIAL_FIRST = 0.2
+REDIAL_PARKED = 1.0
+"""Seconds between attempts, at most, while streams wait for a lane."""
+REDIAL_LAST = 15.0
+"""Seconds between attempts, at most, otherwise."""
+REDIAL_KEYS = 30.0
+"""Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a channel before the session is asked for no more."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds for the peer to confirm that a lane is closed."""
+PATIENCE = 180.0
+"""Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
+LASTED = 10.0
+"""Seconds after which a lane that is lost counts as having been a good one."""
+DEMAND_EVERY, DEMAND_IDLE = 0.25, 1.0
+"""Seconds between two looks at whether the lanes are full; while little moves."""
+EXTRA_AGAIN = 30.0
+"""Seconds between two attempts at the extra lanes, at least."""
+
+
+class LinkRefusedError(Exception):
+    """The hub refused the lane; `problem` is its reason, `session` what the lane was for."""
+
+    def __init__(self, refusal: Refusal, session: str) -> None:
+        super().__init__(refusal.cause)
+        self.problem = Problem(refusal.code, refusal.cause, refusal.remedy)
+        self.session = session
+
+
+class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
+    """A channel to the hub: first the handshake, then a lane of a session."""
+
+    def __init__(self) -> None:
+        self._channel: Any = None
+        self._fast: FastPath | None = None
+        self._buffer = bytearray()
+        self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self._session = ""
+        self._mux: Mux | None = None
+        self._number = 0
+        self._stderr = bytearray()
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._full = False
+
+    # -- AsyncSSH's callbacks ------------------------------------------------------------
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+        chan.set_write_buffer_limits(WRITE_BUFFER)
+
+    def session_started(self) -> None: ...
+
+    def data_received(self, data: Any, datatype: int | None) -> None:
+        if datatype is not None:
+            self._stderr += data[: 4096 - len(self._stderr)]
+        elif self._mux is not None:
+            self._mux.lane_data(self._number, data)
+        else:
+            self._buffer += data
+            self._take_answer()
+
+    def eof_received(self) -> bool:
+        self._end("closed by the head")
+        return False
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        if self._mux is not None:
+            self._mux.flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end(str(exc) if exc else "closed by the head")
+
+    # -- the handshake -------------------------------------------------------------------
+
+    @property
+    def greeting(self) -> bool:
+        """It said hello, and is no lane of a session yet."""
+        return bool(self._session) and self._mux is None
+
+    def take_back(self, why: str) -> None:
+        """End the session that the hub may begin with our hello."""
+        self.write([close_frame(why)])
+        self.close()
+
+    async def greet(self, hello: Hello) -> Welcome:
+        """Say hello. Raises LinkRefusedError or ProblemError."""
+        self._session = hello.session
+        self.write([hello.encode()])
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                return await self._answer
+        except TimeoutError:
+            raise ProblemError(
+                Problem(
+                    "hub_silent",
+                    f"the hub did not answer in {HANDSHAKE_TIMEOUT:.0f} s",
+                    "see rayfwd's log on the head",
+                )
+            ) from None
+
+    def _take_answer(self) -> None:
+        if self._answer.done():
+            return
+        try:
+            frame = first_frame(self._buffer, MAX_PAYLOAD)
+            if frame is None:
+                return
+            if frame.kind is Kind.REFUSE:
+                refusal = Refusal.decode(frame)
+                self._answer.set_exception(LinkRefusedError(refusal, self._session))
+            else:
+                self._answer.set_result(Welcome.decode(frame))
+        except ProtocolError as exc:
+            self._answer.set_exception(
+                ProblemError(
+                    Problem(
+                        exc.code,
+                        f"the answer at the hub's socket is not rayfwd's: {exc}",
+                        "see that head.socket is the hub's socket and that both sides run the same "
+                        "version of rayfwd",
+                    )
+                )
+            )
+
+    def _end(self, why: str) -> None:
+        if not self._answer.done():
+            said = self._stderr.decode(errors="replace").strip()
+            self._answer.set_exception(ProblemError(why_no_answer(said, why)))
+            self._answer.exception()  # seen, also where nobody waits for the answer any more
+        if not self.lost.done():
+            self.lost.set_result(why)
+
+    # -- a lane of a session -------------------------------------------------------------
+
+    def join(self, mux: Mux, kind: LaneClass, connection: asyncssh.SSHClientConnection) -> int:
+        """Become a lane; bytes that followed the welcome are the session's."""
+        self._mux = mux
+        self._number = mux.add_lane(self, kind)
+        if self._buffer:
+            mux.lane_data(self._number, bytes(self._buffer))
+            self._buffer.clear()
+        self._fast = FastPath.install(
+            connection, self._channel, lambda came: mux.lane_data(self._number, *came), mux.flush
+        )
+        return self._number
+
+    @property
+    def paused(self) -> bool:
+        return self._full or self.lost.done() or (self._fast is not None and self._fast.paused)
+
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        try:
+            if self._fast is not None:
+                self._fast.write(chunks)
+            else:
+                self._channel.write(b"".join(chunks))
+        except OSError:
+            # The head has closed the channel, and AsyncSSH's word of it is still on its way. What
+            # was to go by this lane goes by another when the lane is taken down.
+            self._end("closed by the head")
+
+    def close(self) -> None:
+        # It is over when the peer has confirmed it: until then what was written is on its way.
+        if self._fast is not None:
+            self._fast.close()
+        self._channel.close()
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
+
+    def abort(self, why: str) -> None:
+        if not self.lost.done():
+            self._channel.abort()
+            self._end(why)
+
+
+@dataclass(slots=True)
+class LaneTask:
+    """A lane that there should be, and how it is."""
+
+    name: str
+    kind: LaneClass
+    number: int | None = None
+    up_since: float | None = None
+    """Wall-clock seconds."""
+    problem: Problem | None = None
+    heartbeat: Heartbeat = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.heartbeat = Heartbeat(f"lane {self.name}")
+
+
+class Link:
+    """The link to the head. `run` holds it up until it is cancelled; `close` ends it in order."""
+
+    def __init__(
+        self,
+        head: HeadConfig,
+        hello: Callable[[], Hello],
+        accept: Callable[[MuxStream, bytes], StreamOwner | None],
+        on_welcome: Callable[[Welcome], None],
+        on_message: Callable[[dict[str, Any]], None],
+        on_change: Callable[[], None],
+        limits: Limits,
+    ) -> None:
+        """`hello` gives what is said of this node; session, resumption and class are filled in."""
+        self.head = head
+        self.mux: Mux | None = None
+        self.link_stats = LinkStats()
+        self.since = time.time()
+        """Wall-clock seconds of the last change between up, parked and down."""
+        self.slots = [LaneTask("interactive", LaneClass.INTERACTIVE)]
+        self.slots += [LaneTask(f"bulk-{i + 1}", LaneClass.BULK) for i in range(head.bulk_lanes)]
+        self._connector = SshConnector(head)
+        self._hello = hello
+        self._accept = accept
+        self._on_welcome = on_welcome
+        self._on_message = on_message
+        self._on_change = on_change
+        self._limits = limits
+        self._session = ""
+        self._connections: set[asyncssh.SSHClientConnection] = set()
+        self._lanes: set[SshLane] = set()
+        self._closing = False
+        self._established = asyncio.Event()
+
+    @property
+    def state(self) -> str:
+        """`up`, `parked` (streams wait for a lane) or `down` (there is no session)."""
+        if self.mux is None or self.mux.session.ended:
+            return "down"
+        return "up" if self.mux.lanes else "parked"
+
+    @property
+    def problem(self) -> Problem | None:
+        """What keeps the link from standing, if it does not stand."""
+        if self.state == "up":
+            return None
+        return next((slot.problem for slot in self.slots if slot.problem is not None), None)
+
+    @property
+    def cuts(self) -> int:
+        """How often every lane was lost."""
+        return self.link_stats.cuts
+
+    @property
+    def ridden_through(self) -> int:
+        """How many of these cuts the streams outlived."""
+        return self.link_stats.ridden_through
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for slot in self.slots:
+                group.create_task(self._hold(slot), name=f"lane {slot.name}")
+            if self.head.extra_lanes and self.head.bulk_lanes:
+                group.create_task(self._hold_extra(group), name="extra lanes")
+
+    async def close(self, why: str) -> None:
+        """End the session in order. Call `run`'s cancellation after it."""
+        self._closing = True
+        if self.mux is not None:
+            self.mux.close(why)
+        for lane in self._lanes:
+            if lane.greeting:
+                lane.take_back(why)
+        if self._lanes:
+            await asyncio.wait([lane.lost for lane in self._lanes], timeout=CLOSE_TIMEOUT)
+        for connection in list(self._connections):
+            connection.close()
+
+    # -- for a process that comes after this one -----------------------------------------
+
+    def hand_over(self) -> Tree | None:
+        """Stop, and give the session as it is then. None: there is none. Nothing comes after it
+        but `run`'s cancellation."""
+        self._closing = True
+        mux, self.mux = self.mux, None
+        core = mux.stop() if mux is not None else None
+        for connection in list(self._connections):
+            connection.abort()
+        return None if core is None else {"session": self._session, "core": core}
+
+    def take_over(self, tree: Tree) -> Mux:
+        """Go on with the session of an earlier process; before `run`. Raises SnapshotError."""
+        try:
+            number = str(tree["session"])
+            core = Session.restored(tree["core"], asyncio.get_running_loop().time())
+        except (KeyError, TypeError) as exc:
+            raise SnapshotError(f"a link that does not fit: {exc!r}") from exc
+        self._session = number
+        mux = self._begin(core)
+        self.link_stats.parked(self.since, mux.now())
+        mux.flush()  # sets its clock
+        return mux
+
+    # -- one lane ------------------------------------------------------------------------
+
+    async def _hold(self, slot: LaneTask) -> None:
+        wait = REDIAL_FIRST
+        while not self._closing:
+            if slot is not self.slots[0]:
+                slot.heartbeat.idle()
+                await self._established.wait()  # one lane finds out whether there is a hub
+            began = time.monotonic()
+            slot.heartbeat.beat(PATIENCE)
+            try:
+                await self._one_lane(slot)
+                if time.monotonic() - began > LASTED:
+                    wait = REDIAL_FIRST
+            except LinkRefusedError as exc:
+                if self._begins_anew(exc):
+                    wait = REDIAL_FIRST
+                else:
+                    self._set_problem(slot, exc.problem)
+            except ProblemError as exc:
+                self._set_problem(slot, exc.problem)
+            longest = REDIAL_PARKED if self.state == "parked" else REDIAL_LAST
+            wait = min(wait, longest)
+            pause = wait * random.uniform(0.8, 1.2)
+            if slot.problem is not None and slot.problem.code == "ssh_auth_refused":
+                pause = max(pause, REDIAL_KEYS)
+            slot.heartbeat.beat(pause + PATIENCE)
+            await asyncio.sleep(pause)
+            wait = min(wait * 2, longest)
+
+    async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
+        """Make the extra lanes when those that stand are full."""
+        while not self._closing:
+            await self._established.wait()
+            if self.mux is not None:
+                await self._watch_demand(group, self.mux)
+
+    async def _watch_demand(self, group: asyncio.TaskGroup, mux: Mux) -> None:
+        """The same while one session lasts."""
+        session = mux.session
+        saturation = Saturation(mux.now(), (session.bytes_in, session.bytes_out))
+        while not session.ended:
+            await sleep_coalesced(DEMAND_IDLE if saturation.idle else DEMAND_EVERY)
+            lanes = session.lanes.values()
+            rtts = (lane.base_rtt for lane in lanes if lane.base_rtt is not None)
+            bulk = sum(lane.kind is LaneClass.BULK for lane in lanes)
+            moved = (session.bytes_in, session.bytes_out)
+            if saturation.saturated(mux.now(), moved, min(rtts, default=math.inf), bulk):
+                self._add_lanes(group)
+                await asyncio.sleep(EXTRA_AGAIN)
+
+    def _add_lanes(self, group: asyncio.TaskGroup) -> None:
+        standing = {slot.name for slot in self.slots}
+        for i in range(self.head.bulk_lanes, self.head.bulk_lanes + self.head.extra_lanes):
+            slot = LaneTask(f"bulk-{i + 1}", LaneClass.BULK)
+            if slot.name not in standing:
+                group.create_task(self._extra_lane(slot), name=f"lane {slot.name}")
+
+    async def _extra_lane(self, slot: LaneTask) -> None:
+        """A lane beside those that always stand; what stands goes on without it."""
+        self.slots.append(slot)
+        try:
+            await self._one_lane(slot)
+        except (LinkRefusedError, ProblemError) as exc:
+            log.info("extra_lane_failed", lane=slot.name, code=exc.problem.code, cause=str(exc))
+        finally:
+            self.slots.remove(slot)
+
+    async def _one_lane(self, slot: LaneTask) -> None:
+        """Dial, be welcomed, and stay until the lane is lost."""
+        connection = await self._connector.connect(hasty=self.state == "parked")
+        self._connections.add(connection)
+        lane = SshLane()
+        try:
+            await self._open_channel(connection, lane)
+            if self._closing:
+                return
+            session = self._current_session()
+            resumes = self.mux is not None
+            hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
+            self._lanes.add(lane)
+            welcome = await lane.greet(hello)
+            self._join(slot, lane, welcome, session, connection)
+            hint = asyncio.create_task(
+                self._connector.send_at_once(connection), name="send at once"
+            )
+            slot.heartbeat.idle()  # its session's timer shows that it is alive
+            try:
+                why = await lane.lost
+            finally:
+                hint.cancel()
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        finally:
+            self._lanes.discard(lane)
+            self._connections.discard(connection)
+            connection.abort()
+        self._lost(slot, why)
+
+    async def _open_channel(self, connection: asyncssh.SSHClientConnection, lane: SshLane) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                await self._connector.open_channel(connection, lambda: lane)
+        except TimeoutError:
+            raise ProblemError(
+                Problem(
+                    "hub_silent",
+                    f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
+                    "nothing, if it comes back; else see the head's load and its sshd log",
+                )
+            ) from None
+
+    def _current_session(self) -> str:
+        if self.mux is None and not self._session:
+            # Larger for every new session of this node, also after a restart.
+            self._session = f"{time.time_ns():016x}{random.getrandbits(32):08x}"
+        return self._session
+
+    def _join(
+        self,
+        slot: LaneTask,
+        lane: SshLane,
+        welcome: Welcome,
+        session: str,
+        connection: asyncssh.SSHClientConnection,
+    ) -> None:
+        if self._closing:
+            return  # what we said hello for was taken back
+        if session != self._session:
+            lane.abort("its session has ended")
+            return
+        if self.mux is None:
+            loop = asyncio.get_running_loop()
+            self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
+            log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
+        assert self.mux is not None, "a session has just begun"
+        slot.number = lane.join(self.mux, slot.kind, connection)
+        slot.up_since = time.time()
+        slot.problem = None
+        log.info("lane_up", lane=slot.name)
+        self._on_welcome(welcome)
+        self._on_change()
+
+    def _begin(self, core: Session) -> Mux:
+        self.mux = Mux(core, self._accept, self._on_message, self._changed)
+        self._established.set()
+        self.since = time.time()
+        self.link_stats.began()
+        return self.mux
+
+    def _lost(self, slot: LaneTask, why: str) -> None:
+        number, slot.number = slot.number, None
+        up_since, slot.up_since = slot.up_since, None
+        if number is not None and self.mux is not None:
+            self.mux.lane_lost(number)
+        if self._closing:
+            return
+        slot.problem = Problem(
+            "lane_lost", f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
+        )
+        self.link_stats.lane_lost(slot.name, why)
+        up = None if up_since is None else round(time.time() - up_since, 1)
+        log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
+        self._on_change()
+
+    def _begins_anew(self, refused: LinkRefusedError) -> bool:
+        """The hub does not know our session (any more): what it carried is lost, make another."""
+        problem = refused.problem
+        if problem.code not in {"session_unknown", "session_stale"}:
+            return False
+        if refused.session != self._session:
+            return True  # another lane was told so before, and has begun anew already
+        log.warning(problem.code, cause=problem.cause)
+        self._session = ""
+        if self.mux is not None:
+            self.mux.close(problem.cause)
+        return True
+
+    def _set_problem(self, slot: LaneTask, problem: Problem) -> None:
+        """Say it once; the same again is no news."""
+        if self._closing:
+            return
+        known = any(s.problem == problem for s in self.slots)
+        slot.problem = problem
+        if not known:
+            # While streams are held, a head that does not answer is no news beside `link_parked`.
+            say = log.warning if self.state != "down" else log.error
+            say(problem.code, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
+            self._on_change()
+
+    def _changed(self, event: Parked | Resumed | SessionEnded) -> None:
+        self.since = time.time()
+        match event:
+            case Parked():
+                assert self.mux is not None, "a session that is parked is there"
+                self.link_stats.parked(self.since, self.mux.now())
+                log.warning(
+                    "link_parked",
+                    streams=len(self.mux.session.streams) - 1,
+                    ride_through=self.mux.session.ride_through,
+                )
+            case Resumed(seconds):
+                self.link_stats.resumed(seconds)
+                log.info("link_resumed", parked_seconds=round(seconds, 1))
+            case SessionEnded(why):
+                if not self._closing:
+                    log.warning("session_ended", cause=why)
+                if self.mux is not None:
+                    session = self.mux.session
+                    self.link_stats.ended(self.mux.now(), session.bytes_in, session.bytes_out)
+                self.mux = None
+                self._session = ""
+                self._established.clear()
+        self._on_change()

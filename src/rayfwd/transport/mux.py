@@ -1,0 +1,385 @@
+"""Runs one session on an event loop: bytes in and out of lanes, its clock, its streams' owners.
+
+The session decides; this module carries out. It belongs to whoever made it (link or hub), who also
+owns the lanes' transports and tells it when one is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayfwd.session.events import (
+    DataReceived,
+    EndReceived,
+    Event,
+    Gathered,
+    LaneSilent,
+    MessageReceived,
+    Parked,
+    Resumed,
+    SessionEnded,
+    StreamFinished,
+    StreamOpened,
+    StreamReset,
+    StreamWritable,
+    gathered,
+)
+from rayfwd.session.frames import Chunk, ProtocolError
+from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import CONTROL_STREAM, Session
+from rayfwd.session.snapshot import Tree
+from rayfwd.session.stream import ReceiveSide, ResetReason, StreamState
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.readpacing import pace
+
+log = get_logger(__name__)
+
+FLUSH_BYTES = 1 << 18
+"""Bytes that are asked of the session for one write."""
+TIMER_SLACK = 0.2
+"""Seconds: a timer that comes by then is left as it is. What becomes due does so 0.1 s later at the
+earliest (an ACK), and may come 0.1 s late."""
+TIMER_GRID = 0.1
+"""Seconds between the moments at which timers fire: the sessions of a hub wake it together."""
+LATE = 1.0
+"""Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
+
+
+class LaneTransport(Protocol):
+    """What carries a lane's bytes. It calls `Mux.flush` when it is no longer `paused`."""
+
+    @property
+    def paused(self) -> bool:
+        """It takes no more bytes for now."""
+
+    def write(self, chunks: Sequence[Chunk]) -> None: ...
+
+    def close(self) -> None:
+        """Send what was written, then close."""
+
+    def abort(self, why: str) -> None:
+        """Close at once."""
+
+
+class StreamOwner(Protocol):
+    """Who has the other side of a stream: a socket's relay, or another session's stream."""
+
+    def stream_data(self, chunks: Sequence[Chunk]) -> None:
+        """Bytes, in order. Answer with `MuxStream.consumed` when they have been passed on."""
+
+    def stream_ended(self) -> None:
+        """The peer sends no more bytes; the other direction lives on."""
+
+    def stream_writable(self) -> None:
+        """`MuxStream.send` had returned False; now there is room."""
+
+    def stream_lost(self, reason: ResetReason, text: str) -> None:
+        """The stream was reset; nothing follows."""
+
+    def stream_finished(self) -> None:
+        """Both directions ended and all arrived; nothing follows."""
+
+
+class MuxStream:
+    """A stream as its owner holds it."""
+
+    __slots__ = ("_mux", "number")
+
+    def __init__(self, mux: Mux, number: int) -> None:
+        self._mux = mux
+        self.number = number
+
+    @property
+    def mux(self) -> Mux:
+        return self._mux
+
+    @property
+    def must_wait(self) -> bool:
+        """No more, please, until the owner's `stream_writable`."""
+        return self._mux.session.must_wait(self.number)
+
+    @property
+    def receive(self) -> ReceiveSide:
+        """What came in; only for a stream that is not over."""
+        return self._mux.session.streams[self.number].receive
+
+    def send(self, *chunks: Chunk) -> bool:
+        """False: no more, please, until the owner's `stream_writable`."""
+        for chunk in chunks:
+            self._mux.session.send(self.number, chunk)
+        self._mux.flush()
+        # Asked after the flush: it may have taken what was too much, and said so already.
+        return not self._mux.session.must_wait(self.number)
+
+    def end(self) -> None:
+        self._mux.session.end(self.number)
+        self._mux.flush()
+
+    def reset(self, reason: ResetReason, text: str = "") -> None:
+        """Give the stream up; the owner hears no more of it."""
+        self._mux.drop_owner(self.number)
+        self._mux.session.reset(self.number, reason, text)
+        self._mux.flush()
+
+    def consumed(self, size: int) -> None:
+        self._mux.session.consumed(self.number, size, self._mux.now())
+        self._mux.flush()
+
+
+@dataclass(slots=True)
+class MuxLane:
+    """A lane's transport, and since when (wall-clock seconds are the owner's business)."""
+
+    transport: LaneTransport
+    kind: LaneClass
+    since: float
+
+
+class Mux:
+    """One session with its lanes and the owners of its streams."""
+
+    def __init__(
+        self,
+        session: Session,
+        accept: Callable[[MuxStream, bytes], StreamOwner | None],
+        on_message: Callable[[dict[str, Any]], None],
+        on_change: Callable[[Parked | Resumed | SessionEnded], None],
+    ) -> None:
+        """`accept` takes a stream that the peer opened, or resets it and returns None."""
+        self.session = session
+        self.lanes: dict[int, MuxLane] = {}
+        self._accept = accept
+        self._on_message = on_message
+        self._on_change = on_change
+        self._owners: dict[int, StreamOwner] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._depth = 0
+
+    def now(self) -> float:
+        return self._loop.time()
+
+    # -- lanes ---------------------------------------------------------------------------------
+
+    def add_lane(self, transport: LaneTransport, kind: LaneClass) -> int:
+        """A lane that was welcomed. Returns its number."""
+        number, events = self.session.lane_up(kind, self.now())
+        self.lanes[number] = MuxLane(transport, kind, self.now())
+        if kind is LaneClass.INTERACTIVE:
+            # Asked first, also when it is the youngest: what any lane may carry is short.
+            self.lanes = {number: self.lanes.pop(number), **self.lanes}
+        self._run(events)
+        return number
+
+    def lane_data(self, number: int, *chunks: bytes | memoryview) -> None:
+        """Bytes that came in on a lane, in as many chunks as they came."""
+        events: list[Event] = []
+        now = self.now()
+        try:
+            for data in chunks:
+                events += self.session.receive(number, data, now)
+        except ProtocolError as exc:
+            log.error("session_broken", code=exc.code, cause=str(exc))
+            self.close(f"{exc.code}: {exc}")
+            return
+        record = self.lanes.get(number)
+        if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
+            self._look_for_short(events)
+        self._run(events)
+
+    def _look_for_short(self, events: list[Event]) -> None:
+        """What came on the lane for short messages is one, unless it answers a long transfer."""
+        for event in events:
+            if isinstance(event, DataReceived):
+                stream = self.session.streams.get(event.stream)
+                if stream is not None and not stream.bulk:
+                    pace.short_message()
+                    return
+
+    def lane_lost(self, number: int) -> None:
+        """A lane's transport is gone."""
+        if self.lanes.pop(number, None) is not None:
+            self._run(self.session.lane_down(number, self.now()))
+
+    # -- streams -------------------------------------------------------------------------------
+
+    def open(self, target: bytes, owner: StreamOwner) -> MuxStream:
+        """Open a stream for `owner`."""
+        number = self.session.open(target, self.now())
+        self._owners[number] = owner
+        self.flush()
+        return MuxStream(self, number)
+
+    def drop_owner(self, number: int) -> None:
+        """No events of this stream are wanted any more."""
+        self._owners.pop(number, None)
+
+    @property
+    def owners(self) -> Mapping[int, StreamOwner]:
+        """Who has the streams, by their numbers."""
+        return self._owners
+
+    def has(self, number: int) -> bool:
+        """A stream of that number is there, and is not being given up."""
+        stream = self.session.streams.get(number)
+        return stream is not None and stream.state is not StreamState.RESETTING
+
+    def own(self, number: int, owner: StreamOwner) -> MuxStream:
+        """Give a stream of a session that was restored its owner."""
+        self._owners[number] = owner
+        return MuxStream(self, number)
+
+    def reset_unowned(self) -> int:
+        """Give up the streams of a session that was restored which have found no owner."""
+        unowned = [
+            number
+            for number in self.session.streams
+            if number != CONTROL_STREAM and number not in self._owners and self.has(number)
+        ]
+        for number in unowned:
+            self.session.reset(number, ResetReason.ABORTED, "its connection was not handed over")
+        self.flush()
+        return len(unowned)
+
+    def stop(self) -> Tree | None:
+        """Take every lane down, without a word to peer or owners, and give the session as it is
+        then, for another process. None: it has ended. Nothing comes after this."""
+        now = self.now()
+        while self.lanes:
+            number, record = self.lanes.popitem()
+            self.session.lane_down(number, now)
+            record.transport.abort("handed over")
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        return None if self.session.ended else self.session.snapshot()
+
+    def send_message(self, message: dict[str, Any]) -> None:
+        """A message to the peer's `on_message`; reliable, in order."""
+        if not self.session.ended:
+            self.session.send_message(json.dumps(message).encode())
+            self.flush()
+
+    def close(self, why: str) -> None:
+        """End the session in order. Its streams are reset, its lanes closed."""
+        self._run(self.session.close(why))
+
+    def late(self) -> float:
+        """Seconds since its timer should have come; 0: it is on time, or has no more to do."""
+        if self.session.ended or self._timer is None:
+            return 0.0
+        return max(0.0, self.now() - self._timer.when())
+
+    # -- at work -------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Give every lane what the session has for it, as far as the lane takes it."""
+        if self._depth:
+            return  # the outermost call does it, once
+        now = self.now()
+        for number, record in list(self.lanes.items()):
+            transport = record.transport
+            # The word that it is over goes behind what waits: the peer would hold on for it.
+            while not transport.paused or self.session.ended:
+                chunks = self.session.data_to_send(number, FLUSH_BYTES, now)
+                if not chunks:
+                    break
+                transport.write(chunks)
+        if drained := self.session.drained():
+            self._run(drained)
+        else:
+            self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        if self.session.ended:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            return
+        if self._timer is not None and self._timer.when() <= now + TIMER_SLACK:
+            return
+        due = self.session.deadline(now)
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        on_grid = math.ceil(max(due, now + 0.01) / TIMER_GRID) * TIMER_GRID
+        self._timer = self._loop.call_at(on_grid, self._tick)
+
+    def _tick(self) -> None:
+        assert self._timer is not None, "a timer that fires was set"
+        late = self.now() - self._timer.when()
+        self._timer = None
+        if late > LATE:
+            # The machine slept or the process was stopped. What came in meanwhile is still to be
+            # read, and a PING that became due to be sent; only then is it known whether a lane is
+            # silent.
+            self._timer = self._loop.call_later(0.25, self._tick)
+            self.flush()
+            return
+        self._run(self.session.tick(self.now()))
+
+    def _run(self, events: list[Event]) -> None:
+        """Do what the events say, then flush once."""
+        self._depth += 1
+        try:
+            for event in gathered(events):
+                self._do(event)
+        finally:
+            self._depth -= 1
+        self.flush()
+        if self.session.ended and not self._depth:
+            for number in list(self.lanes):
+                self.lanes.pop(number).transport.close()
+
+    def _do(self, event: Event | Gathered) -> None:
+        match event:
+            case Gathered(number, chunks):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_data(chunks)
+            case EndReceived(number):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_ended()
+            case StreamWritable(number):
+                owner = self._owners.get(number)
+                if owner is not None:
+                    owner.stream_writable()
+            case StreamOpened(number, target):
+                stream = MuxStream(self, number)
+                owner = self._accept(stream, target)
+                if owner is not None:
+                    self._owners[number] = owner
+            case StreamReset(number, reason, text):
+                owner = self._owners.pop(number, None)
+                if owner is not None:
+                    owner.stream_lost(reason, text)
+            case StreamFinished(number):
+                owner = self._owners.pop(number, None)
+                if owner is not None:
+                    owner.stream_finished()
+            case MessageReceived(data):
+                self._message(data)
+            case LaneSilent(number):
+                record = self.lanes.get(number)
+                if record is not None:
+                    record.transport.abort("silent")
+                    self.lane_lost(number)
+            case Parked() | Resumed() | SessionEnded():
+                self._on_change(event)
+
+    def _message(self, data: bytes) -> None:
+        try:
+            message = json.loads(data)
+            if not isinstance(message, dict):
+                raise TypeError("not an object")
+        except (ValueError, TypeError, RecursionError) as exc:
+            log.warning("message_malformed", cause=repr(exc))
+            return
+        self._on_message(message)

@@ -1,0 +1,210 @@
+"""Looks at the cluster from the head every so often, and applies the rules to what it saw.
+
+`ClusterWatch` runs `ray status` and reads the node table; `DashboardWatch` asks the dashboard for
+no more than an answer, and more often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import RayConfig
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.ray import nodes as node_table
+from rayfwd.ray import status_text
+from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.ray.install import find
+from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.ray.token import read_token
+from rayfwd.system.coalesce import end_of_pause, sleep_coalesced
+from rayfwd.system.logs import get_logger
+from rayfwd.watch import rules
+from rayfwd.watch.board import Board
+from rayfwd.watch.interruptions import Interruptions
+
+SOON = 5.0
+"""Seconds until the next look while something is being confirmed, or could not be seen."""
+
+SETTLE = 6.0
+"""Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
+
+HOPE = 3
+"""Looks that fail one after another and are soon repeated: each costs a second of CPU."""
+
+WATCHER = "cluster"
+TOTALS = "totals"
+"""As the watcher of the totals' age, which is known without the node table."""
+LOOKING = "cluster look"
+"""As the watcher that finds what kept from looking."""
+
+_log = get_logger(__name__)
+
+
+class ClusterWatch:
+    """Of a head. One task, `run`, owns it; `report` is its last look, None before the first.
+
+    `plans` gives the nodes of the roster, `up` those of them whose own rayfwd has Ray up,
+    `declared` what their configurations say they bring, by address; `interruptions` knows when they
+    went, and `patience` is how many seconds Ray takes, at the most, to give up one that has gone.
+    `on_report` is called in the loop after every look.
+    """
+
+    def __init__(
+        self,
+        ray: RayConfig,
+        head: NodePlan,
+        supervisor: RaySupervisor,
+        board: Board,
+        plans: Callable[[], Iterable[NodePlan]],
+        up: Callable[[], Iterable[NodePlan]],
+        declared: Callable[[], Mapping[str, Mapping[str, float]]],
+        interruptions: Interruptions,
+        patience: float,
+        on_report: Callable[[ClusterReport], None],
+    ) -> None:
+        self.report: ClusterReport | None = None
+        self._ray = ray
+        self._head = head
+        self._supervisor = supervisor
+        self._board = board
+        self._plans = plans
+        self._up = up
+        self._declared = declared
+        self._interruptions = interruptions
+        self._patience = patience
+        self._on_report = on_report
+        self._totals_told: dict[str, float] | None = None
+        self._soon = asyncio.Event()
+
+    def take_config(self, ray: RayConfig) -> None:
+        """From the next look on; only its interval may differ."""
+        self._ray = ray
+
+    def look_soon(self) -> None:
+        """A node's Ray came up or went: the next look need not wait its whole turn."""
+        self._soon.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Looks only while the head's own Ray is up."""
+        failed = 0
+        while True:
+            began = time.monotonic()
+            pending = False
+            if self._supervisor.state.phase == "up":
+                try:
+                    pending = await self._look()
+                    failed = 0
+                    self._board.put(LOOKING, {})
+                except ProblemError as exc:
+                    failed += 1
+                    pending = failed <= HOPE
+                    self._board.put(LOOKING, {self._head.name: exc.problem})
+            else:
+                failed = 0
+                for watcher in (LOOKING, WATCHER, TOTALS):
+                    self._board.put(watcher, {})
+            interval = min(SOON, self._ray.status_interval) if pending else None
+            wait = interval or (
+                self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
+            )
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(
+                    end_of_pause(max(1.0, wait - (time.monotonic() - began)))
+                ):
+                    await self._soon.wait()
+                    await asyncio.sleep(SETTLE)
+            self._soon.clear()
+
+    async def _look(self) -> bool:
+        """One look. Returns whether a fault waits to be confirmed."""
+        env = self._supervisor.environment or {}
+        install = await find(self._ray.command, env)
+        services = self._head.services
+        gcs = f"{self._head.address}:{services['gcs']}"
+        status = await status_text.ask(install.command, gcs, env)
+        self._board.put_all(TOTALS, rules.stale_totals(status, self._head.name, time.time()))
+        token = await asyncio.to_thread(read_token, env)
+        # The table after the totals: what joins in between is confirmed by the next look.
+        seen = await node_table.fetch(self._head.address, services["dashboard"], token)
+        plans = {plan.address: plan for plan in self._plans()}
+        names = {address: plan.name for address, plan in plans.items()}
+        now = time.time()
+        found = [
+            *rules.fewer_than_declared(seen, plans, self._declared()),
+            *rules.one_address_twice(seen, names, self._interruptions, self._patience, now),
+            *rules.not_listed(seen, self._up()),
+            *rules.nodes_without_resources(status, seen, names, self._declared(), now),
+        ]
+        self._tell_totals(status, seen)
+        self.report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
+        self._board.put_all(WATCHER, found)
+        self._on_report(self.report)
+        waits = status.as_of is None or rules.ageing(status, now)
+        return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
+
+    def _tell_totals(
+        self, status: status_text.RayStatus, seen: Iterable[node_table.NodeSeen]
+    ) -> None:
+        totals = {resource: total for resource, (_, total) in status.totals.items()}
+        # Free memory moves a little at every start; what counts is which there is and how many.
+        counted = {r: t for r, t in totals.items() if "memory" not in r}
+        if status.as_of is not None and counted != self._totals_told:
+            self._totals_told = counted
+            alive = sum(node.state == "ALIVE" for node in seen)
+            _log.info("ray_totals", totals=totals, nodes_alive=alive)
+
+
+class DashboardWatch:
+    """Of a head. `run` asks the dashboard for its version until it is cancelled."""
+
+    INTERVAL = 8.0
+    """Seconds between two questions; one costs the dashboard a millisecond."""
+    AGAIN = 3.0
+    """Seconds until the next one after a failure."""
+    PATIENCE = 6.0
+    """Seconds for an answer."""
+    GRACE = 60.0
+    """Seconds after Ray came up in which a dashboard that never answered may still be starting."""
+
+    def __init__(self, head: NodePlan, supervisor: RaySupervisor, board: Board) -> None:
+        self._head = head
+        self._supervisor = supervisor
+        self._board = board
+        self._answered = 0.0
+        """Since when Ray was up as it answered last."""
+
+    async def run(self) -> None:
+        while True:
+            why = await self._look()
+            self._board.put(
+                "dashboard", {} if why is None else {self._head.name: self._problem(why)}
+            )
+            await sleep_coalesced(self.INTERVAL if why is None else self.AGAIN)
+
+    async def _look(self) -> str | None:
+        """What is wrong with it; None: nothing, or it is not to be expected now."""
+        state = self._supervisor.state
+        if state.phase != "up":
+            return None
+        host, port = self._head.address, self._head.services["dashboard"]
+        why = await node_table.no_answer(host, port, self.PATIENCE)
+        if why is None:
+            self._answered = state.since
+        elif self._answered != state.since and time.time() - state.since < self.GRACE:
+            return None
+        now = self._supervisor.state
+        return why if (now.phase, now.since) == (state.phase, state.since) else None
+
+    def _problem(self, why: str) -> Problem:
+        where = f"{self._head.address}:{self._head.services['dashboard']}"
+        return Problem(
+            "ray_dashboard_absent",
+            f"Ray's dashboard does not answer at http://{where}: {why}",
+            "look at dashboard.log and dashboard.err in Ray's session directory on the head; "
+            "without it there are no job submissions, no state API and no node table. It comes "
+            'with `pip install "ray[default]"`, and back with a restart of the head\'s Ray',
+        )

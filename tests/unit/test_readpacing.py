@@ -1,0 +1,140 @@
+"""Long transfers read little, and rest, while short messages are about."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import pytest
+
+from rayfwd.transport import readpacing as module
+from rayfwd.transport.readpacing import BURST, LINGER, LONG, READ_LARGE, READ_SMALL, Pace, Reading
+from tests.unit.loops import run, until
+
+
+@pytest.fixture
+def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
+    """That of the process, as it begins."""
+    fresh = Pace()
+    monkeypatch.setattr(module, "pace", fresh)
+    return fresh
+
+
+class Reader(asyncio.Protocol):
+    """Counts what it reads."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.reading = Reading(self.transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.size += len(data)
+
+
+async def reader() -> tuple[Reader, socket.socket]:
+    """One end of a connection that is read, and the other."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    _, protocol = await asyncio.get_running_loop().create_connection(Reader, sock=near)
+    return protocol, far
+
+
+@contextmanager
+def closed(protocol: Reader, far: socket.socket) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        protocol.transport.abort()
+        far.close()
+
+
+def taken(reading: Reader) -> int:
+    """How much its next read takes."""
+    return int(reading.transport.max_size)  # type: ignore[attr-defined]
+
+
+def test_reads_are_large_when_there_is_nobody_to_wait(pace: Pace) -> None:
+    async def main() -> None:
+        protocol, far = await reader()
+        with closed(protocol, far):
+            assert taken(protocol) == READ_SMALL
+            for _ in range(20):
+                protocol.reading.after_read(READ_SMALL)
+                assert taken(protocol) == READ_LARGE
+                assert protocol.transport.is_reading(), "it rests, though nobody waits"
+
+    run(main)
+
+
+def test_a_long_transfer_rests_while_short_messages_are_about(pace: Pace) -> None:
+    async def main() -> None:
+        protocol, far = await reader()
+        with closed(protocol, far):
+            pace.short_message()
+            for _ in range(BURST // READ_SMALL - 1):
+                protocol.reading.after_read(READ_SMALL)
+                assert taken(protocol) == READ_SMALL
+                assert protocol.transport.is_reading()
+            protocol.reading.after_read(READ_SMALL)
+            assert not protocol.transport.is_reading(), "it does not rest"
+            far.send(b"behind the rest")
+            await until(lambda: protocol.size == 15)
+            assert protocol.transport.is_reading()
+
+    run(main)
+
+
+def test_short_messages_are_soon_over(pace: Pace) -> None:
+    pace.short_message()
+    assert pace.gentle
+    time.sleep(LINGER * 1.5)
+    assert not pace.gentle
+
+
+def test_what_is_short_never_rests(pace: Pace) -> None:
+    async def main() -> None:
+        protocol, far = await reader()
+        with closed(protocol, far):
+            for _ in range(2 * BURST // LONG):
+                pace.short_message()
+                protocol.reading.after_read(LONG - 1)
+            assert protocol.transport.is_reading()
+
+    run(main)
+
+
+def test_the_end_of_a_rest_does_not_start_what_was_stopped(pace: Pace) -> None:
+    """Nor does its owner's word end a rest."""
+
+    async def main() -> None:
+        protocol, far = await reader()
+        with closed(protocol, far):
+            pace.short_message()
+            protocol.reading.after_read(BURST)
+            protocol.reading.go_on()
+            assert not protocol.transport.is_reading(), "it was resting"
+            protocol.reading.stop()
+            await asyncio.sleep(0.02)
+            assert not protocol.transport.is_reading(), "it was stopped"
+            protocol.reading.go_on()
+            assert protocol.transport.is_reading()
+
+    run(main)
+
+
+def test_a_rest_outlives_its_connection(pace: Pace) -> None:
+    async def main() -> None:
+        protocol, far = await reader()
+        with closed(protocol, far):
+            pace.short_message()
+            protocol.reading.after_read(BURST)
+        await asyncio.sleep(0.02)  # `run` fails if the loop is told of an exception
+
+    run(main)
