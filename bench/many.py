@@ -21,7 +21,7 @@ from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
-from rayfwd.transport.listeners import Target
+from rayfwd.session.target import Target
 from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.writev import write
 

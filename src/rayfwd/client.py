@@ -31,13 +31,15 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.watchdog import Late, Watchdog, late
 from rayfwd.transport.link import Link
-from rayfwd.transport.listeners import BACKLOG, SocketRelay, Target
+from rayfwd.transport.listeners import BACKLOG
 from rayfwd.transport.mux import MuxStream, StreamOwner
+from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
 

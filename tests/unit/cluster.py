@@ -25,8 +25,11 @@ from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Frame, Kind, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
-from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.session.target import Target
+from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.writev import write
 from tests.unit.loops import until
 

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from rayfwd.config import LogConfig
+from rayfwd.session.target import Target
 from rayfwd.system import logs
-from rayfwd.transport.listeners import Target
 from tests.unit.cluster import cluster
 
 

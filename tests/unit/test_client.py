@@ -23,8 +23,8 @@ from rayfwd.problems import ProblemError
 from rayfwd.session.checks import first_question
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
-from rayfwd.transport.listeners import Target
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
 from tests.unit.loops import run, until
 from tests.unit.ssh_server import Sshd

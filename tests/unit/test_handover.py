@@ -23,10 +23,13 @@ from rayfwd.daemon import handover
 from rayfwd.hub import Hub
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree, dump
+from rayfwd.session.target import Target
 from rayfwd.system import fdpass
 from rayfwd.system.notify import Notifier
-from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux
+from rayfwd.transport.relay import SocketRelay
 from tests.unit.cluster import (
     BULK,
     INTERACTIVE,

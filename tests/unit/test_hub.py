@@ -23,7 +23,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
-from rayfwd.transport.listeners import Target
+from rayfwd.session.target import Target
 from tests.unit.cluster import (
     BULK,
     Cluster,

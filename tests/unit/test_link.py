@@ -22,12 +22,15 @@ from rayfwd.config import HeadConfig
 from rayfwd.session import lane as lane_module
 from rayfwd.session.handshake import Refusal, Welcome
 from rayfwd.session.session import Limits
+from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
 from rayfwd.transport import ssh as ssh_module
+from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.link import Link, LinkRefusedError
-from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target
+from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
+from rayfwd.transport.relay import SocketRelay
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, run, until

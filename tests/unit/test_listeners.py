@@ -20,8 +20,11 @@ from typing import Any, cast
 import pytest
 
 from rayfwd.session.session import Limits
+from rayfwd.session.target import Target
 from rayfwd.transport import listeners as listeners_module
-from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target, listeners_for
+from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.listeners import Listeners, listeners_for
+from rayfwd.transport.relay import SocketRelay
 from tests.unit.cluster import (
     Cluster,
     Handler,

@@ -13,13 +13,12 @@ import errno
 import hmac
 import re
 import socket
-import struct
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, cast
 
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.tcp import cut
 
 PATIENCE = 3.0
 """Seconds for a connection and its first bytes: enough for two further SYNs after a lost one."""
@@ -45,7 +44,6 @@ and brought nothing."""
 OUTCOMES = frozenset({ANSWERED, REFUSED, DROPPED, UNROUTABLE, STRANGER})
 """Those that `dial` can have."""
 
-_LINGER_OFF = struct.pack("ii", 1, 0)
 
 _PURPOSES = {
     "gcs": "the GCS",
@@ -104,7 +102,7 @@ async def dial(address: str, port: int, nonce: str) -> str:
     except (OSError, TimeoutError, asyncio.IncompleteReadError):
         return STRANGER
     finally:
-        _cut(writer)
+        cut(writer.transport)
     return ANSWERED if hmac.compare_digest(said, nonce.encode()) else STRANGER
 
 
@@ -132,7 +130,7 @@ async def greets(address: str, port: int, patience: float = PATIENCE) -> str:
     except OSError:
         return RESET
     finally:
-        _cut(writer)
+        cut(writer.transport)
 
 
 def _failure(exc: OSError) -> str:
@@ -141,14 +139,6 @@ def _failure(exc: OSError) -> str:
     if exc.errno in {errno.EPERM, errno.EACCES}:  # a local firewall's way to drop what goes out
         return DROPPED
     return UNROUTABLE
-
-
-def _cut(writer: asyncio.StreamWriter) -> None:
-    sock = writer.get_extra_info("socket")
-    if sock is not None:
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
-    writer.transport.abort()
 
 
 class _Answer(asyncio.Protocol):
@@ -168,10 +158,7 @@ class _Answer(asyncio.Protocol):
 
     def cut(self) -> None:
         assert self._transport is not None, "it has been made"
-        sock = self._transport.get_extra_info("socket")
-        with suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF)
-        self._transport.abort()
+        cut(self._transport)
 
 
 class HeldPorts:

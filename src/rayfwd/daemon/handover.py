@@ -20,19 +20,16 @@ from typing import NoReturn, Protocol
 from rayfwd import __version__
 from rayfwd.session import snapshot
 from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.session.target import Target
 from rayfwd.system import fdpass
 from rayfwd.system.fdpass import BundleError, Packed
 from rayfwd.system.logs import close_journal, get_logger
 from rayfwd.system.notify import Notifier
-from rayfwd.transport.listeners import (
-    Held,
-    Listeners,
-    LocalConnector,
-    SocketRelay,
-    Target,
-    linger_off,
-)
+from rayfwd.system.tcp import reset_on_close
+from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux
+from rayfwd.transport.relay import Held, SocketRelay
 
 log = get_logger(__name__)
 
@@ -186,7 +183,7 @@ class Arrival:
     def close(self) -> None:
         while self._sockets:
             _, sock = self._sockets.popitem()
-            linger_off(sock)
+            reset_on_close(sock)
             sock.close()
 
     async def take_over(self, holder: Holder) -> None:

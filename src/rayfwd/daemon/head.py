@@ -35,10 +35,11 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.session.target import Target
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.listeners import SocketRelay, Target
 from rayfwd.transport.mux import Mux
+from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen

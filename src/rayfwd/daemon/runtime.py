@@ -33,6 +33,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
 from rayfwd.system import logs
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.control import ControlServer
@@ -41,9 +42,11 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.listeners import Listeners, LocalConnector, SocketRelay, Target, listeners_for
+from rayfwd.transport.listeners import Listeners, listeners_for
 from rayfwd.transport.mux import Mux, MuxStream
+from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
 from rayfwd.watch.conditions import Seen, Severity, kind_of, worst

@@ -35,13 +35,14 @@ from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
 from rayfwd.system.files import replace_file
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.link import Link
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.listeners import SocketRelay, Target
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.conditions import Seen, Severity
 from rayfwd.watch.links import LinkSeen

@@ -19,7 +19,8 @@ from pathlib import Path
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray.launcher import KEEPER
-from rayfwd.transport.listeners import Target, listeners_for, why_blocked
+from rayfwd.session.target import Target
+from rayfwd.transport.listeners import listeners_for, why_blocked
 
 SSHD_CONFIG = Path("/etc/ssh/sshd_config")
 CGROUPS = Path("/sys/fs/cgroup")

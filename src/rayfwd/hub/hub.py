@@ -26,10 +26,11 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.listeners import SocketRelay, Target
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
 

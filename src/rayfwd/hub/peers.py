@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.session.handshake import Hello
+from rayfwd.session.target import Target
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.listeners import SocketRelay, Target
 from rayfwd.transport.mux import Mux
+from rayfwd.transport.relay import SocketRelay
 
 
 @dataclass(slots=True)
