@@ -23,7 +23,7 @@ from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.planner import plan
 from rayfwd.setup.request import MAN_PAGES, Layout, SetupRequest, system_layout, user_layout
 from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
-from rayfwd.setup.survey import see
+from rayfwd.setup.survey import probe
 
 COMMAND, PYTHON = "/srv/rayfwd/bin/rayfwd", "/srv/rayfwd/bin/python"
 HOST_KEY = "head.example.org ssh-ed25519 AAAA\n"
@@ -264,17 +264,17 @@ def test_an_aliass_login_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -
     (home / ".ssh").mkdir()
     (home / ".ssh" / "config").write_text("Host head-node\n  HostName 127.0.0.1\n  User eve\n")
     for head, login in (("head-node", "eve"), ("bob@head-node:2222", "bob")):
-        seen = asyncio.run(see(None, head, None, False, {}))
+        seen = asyncio.run(probe(None, head, None, False))
         assert (seen["login"], "host_key" in seen) == (login, False)
     (home / ".ssh" / "config").write_text("Port none\n")
-    assert "login" not in asyncio.run(see(None, "head-node", None, False, {}))
+    assert "login" not in asyncio.run(probe(None, "head-node", None, False))
 
 
 def test_a_key_is_read_where_its_owner_can(tmp_path: Path) -> None:
     path = tmp_path / "id"
-    assert asyncio.run(see(None, None, str(path), False, {}))["public_key"] is None
+    assert asyncio.run(probe(None, None, str(path), False))["public_key"] is None
     Key(path, None, "w1").do()
-    found = asyncio.run(see(None, None, str(path), False, {}))["public_key"]
+    found = asyncio.run(probe(None, None, str(path), False))["public_key"]
     assert found == (tmp_path / "id.pub").read_text().strip()
 
 

@@ -9,11 +9,11 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -26,10 +26,13 @@ from rayfwd.config import Config, ConfigError, load
 from rayfwd.doctor import report, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
-from rayfwd.problems import Problem, ProblemError
-from rayfwd.setup.survey import Person, become, person_named
+from rayfwd.system import asuser
+from rayfwd.system.asuser import Account, ChildError, account_named
 from rayfwd.system.logs import escaped
 from rayfwd.system.paths import usual_config
+
+DOCTOR_TIMEOUT = 300.0
+"""Seconds for all checks of another user's child; each has a bound of its own."""
 
 _STYLES: dict[Result, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
@@ -49,21 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--log", metavar="PATH", type=Path, help="with --report: the log, where it is a file"
     )
     parser.add_argument("--user", help="look as this user (root only; default: the service's user)")
-    parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.config or usual_config(os.environ)
     if args.log is not None and args.report is None:
         raise MistakeError(["rayfwd doctor: --log: belongs to --report"])
-    person = _person(args.user, path)
+    account = _account(args.user, path)
     config = load_if_valid(path)
-    tell: Callable[[Row], None] = _quiet if args.json else _print_row
-    if args.rows:
-        tell = _print_wire
-    found = look(path, person, tell)
-    if args.rows:
-        return OK
+    found = rows_of(path, account, _ignore if args.json else print_row)
     whole = document(
         None if config is None else config.role,
         None if config is None else config.name,
@@ -99,15 +96,15 @@ def load_if_valid(path: Path) -> Config | None:
         return None
 
 
-def look(path: Path, person: Person | None, tell: Callable[[Row], None]) -> list[Row]:
-    """All rows; each is told as it comes. `person`: as whom, if not as oneself.
+def rows_of(path: Path, account: Account | None, emit: Callable[[Row], None]) -> list[Row]:
+    """All rows; each is emitted as it comes. `account`: as whom, if not as oneself.
 
     Raises ProblemError (rayfwd_not_executable).
     """
-    return _look_here(path, tell) if person is None else _look_as(path, person, tell)
+    return _own_rows(path, emit) if account is None else _rows_as(path, account, emit)
 
 
-def _look_here(path: Path, tell: Callable[[Row], None]) -> list[Row]:
+def _own_rows(path: Path, emit: Callable[[Row], None]) -> list[Row]:
     quiet_logs()
     try:
         config = load(path)
@@ -118,52 +115,36 @@ def _look_here(path: Path, tell: Callable[[Row], None]) -> list[Row]:
     except PlanError as exc:
         mistakes = [f"{path}: {exc}"]
     else:
-        return asyncio.run(examine(config, control_socket(config), os.environ, tell))
+        return asyncio.run(examine(config, control_socket(config), os.environ, emit))
     row = of_a_mistake(mistakes)
-    tell(row)
+    emit(row)
     return [row]
 
 
-def _look_as(path: Path, person: Person, tell: Callable[[Row], None]) -> list[Row]:
+def _rows_as(path: Path, account: Account, emit: Callable[[Row], None]) -> list[Row]:
     """In a child that is that user."""
-    env, ids = become(person)
-    env |= {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
-    argv = [sys.executable, "-m", "rayfwd", "--config", str(path), "doctor", "--rows"]
-    found = []
-    try:
-        with subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd="/",
-            **ids,
-        ) as child:
-            assert child.stdout is not None
-            assert child.stderr is not None
-            for line in child.stdout:
-                row = Row.from_wire(json.loads(line))
-                found.append(row)
-                tell(row)
-            said = child.stderr.read().strip().splitlines()
-        code = child.returncode
-    except OSError as exc:
-        said, code = [str(exc)], 1
-    if code != OK:
-        raise ProblemError(
-            Problem(
-                "rayfwd_not_executable",
-                f"user {person.name} cannot run {sys.executable}: "
-                f"{said[-1] if said else 'no output'}",
-                "install rayfwd where that user may read it, as in /opt/rayfwd",
-            )
-        )
+    found: list[Row] = []
+
+    def take(answer: Any) -> None:
+        try:
+            row = Row.from_wire(answer)
+        except (KeyError, TypeError):
+            raise ChildError("wrote what is no row") from None
+        found.append(row)
+        emit(row)
+
+    proxies = {name: text for name, text in os.environ.items() if name.lower().endswith("_proxy")}
+    asked = {"path": str(path)}
+    asuser.call(account, emit_rows, asked, timeout=DOCTOR_TIMEOUT, env=proxies, emit=take)
     return found
 
 
-def _person(asked: str | None, path: Path) -> Person | None:
+def emit_rows(path: str, emit: Callable[[Any], None]) -> None:
+    """In the child: the rows of that file, as they go over a wire."""
+    _own_rows(Path(path), lambda row: emit(row.to_wire()))
+
+
+def _account(asked: str | None, path: Path) -> Account | None:
     if os.geteuid() != 0:
         if asked is not None:
             raise MistakeError([f"rayfwd doctor: --user {asked}: needs root"])
@@ -173,21 +154,13 @@ def _person(asked: str | None, path: Path) -> Person | None:
     if name is None:
         return None
     try:
-        return person_named(name)
+        return account_named(name)
     except KeyError:
         raise MistakeError([f"rayfwd doctor: --user {name}: there is no such user"]) from None
 
 
-def _quiet(row: Row) -> None:
+def _ignore(row: Row) -> None:
     del row
-
-
-def _print_wire(row: Row) -> None:
-    print(json.dumps(row.to_wire()), flush=True)
-
-
-def _print_row(row: Row) -> None:
-    print_row(row)
 
 
 def print_row(row: Row, indent: str = "") -> None:

@@ -36,7 +36,8 @@ from rayfwd.setup.request import (
     user_layout,
 )
 from rayfwd.setup.steps import public_key
-from rayfwd.setup.survey import Person, Survey, look, person_named, person_of
+from rayfwd.setup.survey import Survey, survey
+from rayfwd.system.asuser import Account, account_named, account_of, own_account
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
@@ -120,8 +121,8 @@ def _doctor(request: SetupRequest, layout: Layout) -> bool:
     """How it looks now, as the service's user; whether something fails."""
     print("\nHow it is now (`rayfwd doctor` looks again):\n")
     sys.stdout.flush()
-    found = doctor.look(
-        layout.config, person_named(request.user), lambda row: doctor.print_row(row, "  ")
+    found = doctor.rows_of(
+        layout.config, account_named(request.user), lambda row: doctor.print_row(row, "  ")
     )
     return worst(found) == "fail"
 
@@ -214,10 +215,10 @@ def _request(
     if before is not None and before.head is not None and identity is None:
         kept = before.head.identity
         identity = kept if kept not in {None, layout.identity} else None
-    seen = look(person, ray or "ray", head, identity, fetch)
+    seen = survey(person, ray or "ray", head, identity, fetch)
     if seen.ray is None and ray is None:
         ray = _ask("--ray", "Where is the `ray` command of this machine? ")
-        seen = look(person, str(Path(ray).expanduser().absolute()), head, identity, fetch)
+        seen = survey(person, str(Path(ray).expanduser().absolute()), head, identity, fetch)
     if seen.ray is None:
         assert seen.ray_problem is not None, "it was looked for and not found"
         raise ProblemError(seen.ray_problem)
@@ -266,10 +267,10 @@ def _user_before(layout: Layout) -> str | None:
     return next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)
 
 
-def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
+def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
     """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
     if os.geteuid() != 0:
-        return person_of(pwd.getpwuid(os.geteuid())), False
+        return own_account(), False
     if asked is None and ray is not None:
         try:
             owner = os.stat(ray).st_uid
@@ -288,8 +289,8 @@ def _person(asked: str | None, ray: str | None) -> tuple[Person, bool]:
     except KeyError:
         nobody = pwd.getpwnam("nobody")
         home = Path("/var/lib/rayfwd")
-        return Person(name, nobody.pw_uid, nobody.pw_gid, (), home), True
-    person = person_of(found)
+        return Account(name, nobody.pw_uid, nobody.pw_gid, (), home), True
+    person = account_of(found)
     # One that we have made stays one, so that a second run finds the same plan.
     return person, person.home == Path("/var/lib/rayfwd")
 
