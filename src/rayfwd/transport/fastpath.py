@@ -7,10 +7,10 @@ attack on CBC ciphers). On a lane nearly all packets are data of one channel, or
 other packet (key exchange, end) it leaves to AsyncSSH, whole and still encrypted. So there is one
 cipher state, AsyncSSH's, which both use in turn.
 
-It relies on attributes of AsyncSSH that are not public. Where they are not as expected (another
-version, another cipher, a connection through a jump host) the lane goes AsyncSSH's way, as slow and
-as correct as ever. Sources: RFC 4253 section 6 (packets), RFC 4254 section 5.2 (data and window),
-RFC 5647 with OpenSSH's PROTOCOL (AES-GCM: the length is authenticated and not encrypted).
+It relies on attributes of AsyncSSH that are not public (`asyncssh_internals.py` has them all).
+Where they are not as expected (another version, another cipher, a connection through a jump host)
+the lane goes AsyncSSH's way, as slow and as correct as ever. Sources: RFC 4253 section 6
+(packets), RFC 4254 section 5.2 (data and window).
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any, cast
 
 from asyncssh.constants import MSG_CHANNEL_DATA, MSG_CHANNEL_WINDOW_ADJUST
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from rayfwd.session.frames import Chunk
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.asyncssh_internals import LENGTH, TAG, AsyncsshInternals, UnexpectedError
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.writev import write
 
@@ -36,8 +35,6 @@ log = get_logger(__name__)
 
 BLOCK = 16
 """Bytes that an encrypted packet is a multiple of, without its length."""
-TAG = 16
-"""Bytes of authentication behind a packet."""
 PACKET_LIMIT = 1 << 18
 """Bytes of a packet that is taken here; AsyncSSH has a limit of its own for what is longer."""
 WRITE_BUFFER = 1 << 17
@@ -46,7 +43,6 @@ WRITE_BUFFER = 1 << 17
 RANDOM = 1 << 12
 """Random bytes that are asked of the kernel at a time, to fill packets up."""
 
-_LENGTH = struct.Struct(">I")
 _DATA = struct.Struct(">BBII")
 """Padding length, message number, channel, length of the data; or by how much the window grows."""
 
@@ -60,26 +56,22 @@ class FastPath(asyncio.Protocol):
 
     def __init__(
         self,
-        connection: Any,
-        channel: Any,
+        insides: AsyncsshInternals,
         deliver: Callable[[list[memoryview]], None],
         resume: Callable[[], None],
     ) -> None:
-        self._connection = connection
-        self._channel = channel
+        self._insides = insides
+        self._connection = insides.connection
+        self._channel = insides.channel
         self._deliver_to = deliver
         self._resume = resume
         self._came: list[memoryview] = []
         """Data of the channel that was not yet delivered."""
-        self._transport: asyncio.Transport = connection._transport
-        self._between = connection._recv_pkthdr
-        """AsyncSSH's state when it is between two packets."""
+        self._transport: asyncio.Transport = insides.transport
         self._aligned = False
         """AsyncSSH holds no part of a packet: what comes in next is the start of one."""
         self._rest = b""
         self._random = memoryview(b"")
-        self._incoming = _Key()
-        self._outgoing = _Key()
         self._full = False
         """The transport takes no more bytes for now."""
         self._held: list[Chunk] = []
@@ -107,28 +99,18 @@ class FastPath(asyncio.Protocol):
         channel's session, as ever.
         """
         try:
-            transport = connection._transport
-            if not isinstance(transport, asyncio.Transport):
-                return None  # through a jump host: packets come out of another connection's channel
-            path = cls(connection, channel, deliver, resume)
-            usable = (
-                path._incoming.follow(connection._recv_encryption)
-                and path._outgoing.follow(connection._send_encryption)
-                and connection._compressor is None
-                and connection._decompressor is None
-                and channel._recv_paused is False
-                and not connection._deferred_packets
-                and path._may_send()
-            )
-        except AttributeError as exc:
-            log.info("fast_path_absent", cause=str(exc))
+            insides = AsyncsshInternals(connection, channel)
+            usable = insides.usable()
+        except UnexpectedError as exc:
+            say_absent(str(exc))
             return None
         if not usable:
             return None
+        path = cls(insides, deliver, resume)
         path._align()
-        transport.set_write_buffer_limits(WRITE_BUFFER)
-        pace.begin(transport)
-        transport.set_protocol(path)
+        insides.transport.set_write_buffer_limits(WRITE_BUFFER)
+        pace.begin(insides.transport)
+        insides.transport.set_protocol(path)
         return path
 
     # -- the transport's side --------------------------------------------------------------------
@@ -149,10 +131,10 @@ class FastPath(asyncio.Protocol):
 
     def _missing(self) -> int:
         """Bytes of the packet that was cut, or more where its length is not known."""
-        if len(self._rest) < _LENGTH.size:
+        if len(self._rest) < LENGTH.size:
             return PACKET_LIMIT
-        (length,) = _LENGTH.unpack_from(self._rest)
-        return int(_LENGTH.size + length + TAG - len(self._rest))
+        (length,) = LENGTH.unpack_from(self._rest)
+        return int(LENGTH.size + length + TAG - len(self._rest))
 
     def _take_in(self, view: memoryview) -> None:
         """Take packets, the last of which may be cut."""
@@ -161,14 +143,12 @@ class FastPath(asyncio.Protocol):
             self._align()
             return
         position, size = 0, len(view)
-        while size - position >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(view, position)
-            stop = position + _LENGTH.size + length + TAG
+        while size - position >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(view, position)
+            stop = position + LENGTH.size + length + TAG
             if stop > size and length <= PACKET_LIMIT:
                 break
-            if length > PACKET_LIMIT or not self._incoming.follow(
-                self._connection._recv_encryption
-            ):
+            if length > PACKET_LIMIT or not self._insides.may_open():
                 # Not for us, and where the next packet starts is not known either.
                 self._pass_on(view[position:])
                 self._align()
@@ -215,66 +195,30 @@ class FastPath(asyncio.Protocol):
             self._resume()
 
     def _align(self) -> None:
-        connection = self._connection
-        self._aligned = self._idle() and not connection._packet
-
-    def _idle(self) -> bool:
-        """AsyncSSH has nothing of a packet, and does not work on one."""
-        connection = self._connection
-        return not connection._inpbuf and bool(connection._recv_handler == self._between)
+        self._aligned = self._insides.between_packets()
 
     def _take(self, view: memoryview, position: int, stop: int) -> bool:
         """Take a packet, if it is data of the channel or room for it. False: it is AsyncSSH's,
         untouched."""
-        channel, cipher = self._channel, self._incoming.cipher
-        if channel._recv_state != "open" or channel._recv_paused or not self._idle():
-            return False
-        start = position + _LENGTH.size
-        try:
-            packet = self._incoming.aead.decrypt(cipher._iv, view[start:stop], view[position:start])
-        except InvalidTag:
-            return False  # AsyncSSH finds the same, and ends the connection
-        if len(packet) < _DATA.size:
+        insides = self._insides
+        packet = insides.open(view, position, stop)
+        if packet is None or len(packet) < _DATA.size:
             return False
         padding, message, number, length = _DATA.unpack_from(packet)
         size = len(packet) - padding - _DATA.size
-        if number != channel._recv_chan:
+        if number != insides.own_number:
             return False
-        if message == MSG_CHANNEL_WINDOW_ADJUST and size == 0 and not channel._send_buf:
-            self._taken()
-            channel._send_window += length
+        if message == MSG_CHANNEL_WINDOW_ADJUST and size == 0:
+            if not insides.take_room(length):
+                return False
             self._send_held()
             return True
-        if message != MSG_CHANNEL_DATA or size != length or not 0 < size <= channel._recv_window:
+        if message != MSG_CHANNEL_DATA or size != length or not insides.take_data(length):
             return False
-        self._taken()
-        channel._recv_window -= length
-        if channel._recv_window < channel._init_recv_window // 2:
-            room = channel._init_recv_window - channel._recv_window
-            channel.send_packet(MSG_CHANNEL_WINDOW_ADJUST, _LENGTH.pack(room))
-            channel._recv_window = channel._init_recv_window
         self._came.append(memoryview(packet)[_DATA.size : _DATA.size + length])
         return True
 
-    def _taken(self) -> None:
-        """Count a packet as AsyncSSH does."""
-        self._incoming.cipher._update_iv()
-        self._connection._recv_seq = (self._connection._recv_seq + 1) & 0xFFFFFFFF
-
     # -- packets out -----------------------------------------------------------------------------
-
-    def _may_send(self) -> bool:
-        """Data may go out now, in AsyncSSH's eyes too."""
-        connection, channel = self._connection, self._channel
-        return bool(
-            connection._auth_complete
-            and connection._kex_complete
-            and not connection._deferred_packets
-            and connection._rekey_bytes_sent < connection._rekey_bytes
-            and (not connection._rekey_seconds or time.monotonic() < connection._rekey_time)
-            and channel._send_state == "open"
-            and channel._send_pktsize
-        )
 
     def write(self, chunks: Sequence[Chunk]) -> None:
         """Send data on the channel. Raises OSError where the channel is closed."""
@@ -284,29 +228,24 @@ class FastPath(asyncio.Protocol):
             self._send(chunks)
 
     def _send(self, chunks: Sequence[Chunk]) -> None:
-        channel = self._channel
-        if (
-            channel._send_buf
-            or not self._may_send()
-            or not self._outgoing.follow(self._connection._send_encryption)
-        ):
-            channel.write(b"".join(chunks))
+        wanted = sum(map(len, chunks))
+        room = self._insides.reserve(wanted)
+        if room is None:
+            self._channel.write(b"".join(chunks))
             return
-        size = sum(map(len, chunks))
-        if size > channel._send_window:
-            size = channel._send_window
+        size, most = room
+        if size < wanted:
             chunks, self._held = _split(chunks, size)
             if not size:
                 return
-        channel._send_window -= size
         out: list[bytes] = []
-        for data, length in _cut(chunks, size, channel._send_pktsize):
+        for data, length in _cut(chunks, size, most):
             out += self._packet(data, length)
         write(self._transport, out)
 
     def _send_held(self) -> None:
         """There may be room for what was held."""
-        if self._held and self._channel._send_window:
+        if self._held and self._insides.has_room():
             held, self._held = self._held, []
             with suppress(OSError):  # the channel is closed, and its lane is told of that
                 self._send(held)
@@ -321,44 +260,20 @@ class FastPath(asyncio.Protocol):
 
     def _packet(self, data: list[Chunk], length: int) -> tuple[bytes, bytes]:
         """A packet of `length` bytes of data: its length, and the rest of it encrypted."""
-        connection, cipher = self._connection, self._outgoing.cipher
         padding = -(_DATA.size + length) % BLOCK
         if padding < 4:  # RFC 4253: at least four bytes
             padding += BLOCK
         if len(self._random) < padding:
             self._random = memoryview(os.urandom(RANDOM))
         pad, self._random = self._random[:padding], self._random[padding:]
-        head = _DATA.pack(padding, MSG_CHANNEL_DATA, self._channel._send_chan, length)
-        packet = b"".join((head, *data, pad))
-        prefix = _LENGTH.pack(len(packet))
-        sealed = self._outgoing.aead.encrypt(cipher._iv, packet, prefix)
-        cipher._update_iv()  # at once: a counter that is used twice gives the key away
-        connection._send_seq = (connection._send_seq + 1) & 0xFFFFFFFF
-        connection._rekey_bytes_sent += len(packet)
-        return prefix, sealed
+        head = _DATA.pack(padding, MSG_CHANNEL_DATA, self._insides.number, length)
+        return self._insides.seal(b"".join((head, *data, pad)))
 
 
-class _Key:
-    """The AES-GCM key of one direction, as AsyncSSH has it until the next key exchange."""
-
-    __slots__ = ("_encryption", "aead", "cipher")
-
-    def __init__(self) -> None:
-        self._encryption: Any = None
-        self.cipher: Any = None
-        self.aead: Any = None
-
-    def follow(self, encryption: Any) -> bool:
-        """Be up to date with AsyncSSH. False: the cipher is another than AES-GCM."""
-        if encryption is self._encryption:
-            return self.aead is not None
-        self._encryption = encryption
-        cipher: Any = getattr(encryption, "_cipher", None)
-        if type(encryption).__name__ == "GCMEncryption" and hasattr(cipher, "_update_iv"):
-            self.cipher, self.aead = cipher, AESGCM(cipher._key)
-        else:
-            self.cipher = self.aead = None
-        return self.aead is not None
+@cache
+def say_absent(cause: str) -> None:
+    """Once, as every lane finds the same."""
+    log.info("fast_path_absent", cause=cause)
 
 
 def _split(chunks: Sequence[Chunk], size: int) -> tuple[list[Chunk], list[Chunk]]:
