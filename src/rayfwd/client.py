@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.handshake import Hello, Welcome
@@ -53,27 +53,6 @@ RETRY_FIRST, RETRY_LAST = 1.0, 15.0
 """Seconds between attempts before the link has stood for the first time."""
 RIDE_THROUGH_MOST = 86400.0
 """Seconds: says that the head decides."""
-
-LASTING = frozenset(
-    {
-        "channel_refused",
-        "host_key_mismatch",
-        "host_key_unknown",
-        "hub_not_permitted",
-        "hub_too_old",
-        "join_bad",
-        "protocol_version",
-        "ssh_auth_refused",
-        "ssh_config_invalid",
-        "ssh_file_unreadable",
-        "ssh_key_unusable",
-        "user_not_allowed",
-    }
-)
-"""What waiting does not mend. Before the link has stood for the first time it ends the client, as
-somebody sits before it; later nothing does."""
-ANOTHER_WAY = frozenset({"channel_refused", "hub_absent", "hub_unreachable", "hub_not_permitted"})
-"""Where the hub's socket cannot be opened, `rayfwd attach` on the head may find or reach it."""
 
 Via = Literal["socket", "exec"]
 
@@ -117,7 +96,7 @@ class Client:
         self._relays: set[SocketRelay] = set()
         self._news = asyncio.Event()
         self._ending = False
-        self._shown = ("", "")
+        self._shown: tuple[str, Code | None] = ("", None)
         """State of the link and code of its problem, as last said."""
 
     @property
@@ -164,14 +143,15 @@ class Client:
         """Hold the link for ever, once there was a way to the hub."""
         given = "via" in self._head.model_fields_set
         ways: Sequence[Via] = (self._head.via,) if given else ("socket", "exec")
-        wait, said = RETRY_FIRST, ""
+        wait = RETRY_FIRST
+        said: Code | None = None
         while True:
             problem = await self._by(ways[0])
-            if len(ways) > 1 and problem.code in ANOTHER_WAY:
+            if len(ways) > 1 and problem.code.another_way:
                 other = await self._by(ways[1])
                 # That `rayfwd` is not found there says less than why the socket was no way.
-                problem = problem if other.code == "hub_closed" else other
-            if problem.code in LASTING:
+                problem = problem if other.code == codes.HUB_CLOSED else other
+            if problem.code.lasting:
                 raise ProblemError(problem)
             if problem.code != said:
                 said = problem.code
@@ -271,8 +251,7 @@ class Client:
             self.token_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             replace_file(self.token_file, auth.token.encode() + b"\n")
         except OSError as exc:
-            problem = Problem(
-                "ray_auth_unwritable",
+            problem = codes.RAY_AUTH_UNWRITABLE.problem(
                 f"Ray's token cannot be written to {self.token_file}: {exc.strerror or exc}",
                 "make that directory writable, or set state_dir in a file (--config)",
             )
@@ -284,7 +263,7 @@ class Client:
         if link is None or self._welcome is None or self._ending:
             return
         state, problem = link.state, link.problem
-        code = problem.code if problem is not None else ""
+        code = problem.code if problem is not None else None
         before, self._shown = self._shown, (state, code)
         clock = time.strftime("%H:%M:%S")
         if state != before[0] and before[0]:
@@ -295,7 +274,7 @@ class Client:
                 "down": "what was open is lost; dialling on",
             }
             self._say(f"{clock}  {words[state]}")
-        if problem is not None and code not in {"lane_lost", before[1]}:
+        if problem is not None and code not in {codes.LANE_LOST, before[1]}:
             self._say(f"{clock}  {code}: {problem}")
 
 
@@ -319,9 +298,8 @@ def _nobody_dials(stream: MuxStream, data: bytes) -> StreamOwner | None:
 
 def _understood(problem: Problem, head: HeadConfig) -> Problem:
     """What a hub that knows no clients says to one, in words."""
-    if problem.code == "hello_malformed":
-        return Problem(
-            "hub_too_old",
+    if problem.code == codes.HELLO_MALFORMED:
+        return codes.HUB_TOO_OLD.problem(
             f"the rayfwd on {head.ssh} is older than this one and takes no clients",
             "upgrade rayfwd on the head",
         )
@@ -356,12 +334,9 @@ def _listen_near(usual: int) -> socket.socket:
     for port in range(usual, usual + NEAR):
         with suppress(ProblemError):
             return _listen(LOOPBACK, port)
-    raise ProblemError(
-        Problem(
-            "listen_taken",
-            f"every port from {usual} to {usual + NEAR - 1} is in use on {LOOPBACK}",
-            "name one with --dashboard-port or --client-port",
-        )
+    raise codes.LISTEN_TAKEN.error(
+        f"every port from {usual} to {usual + NEAR - 1} is in use on {LOOPBACK}",
+        "name one with --dashboard-port or --client-port",
     )
 
 
@@ -376,16 +351,13 @@ def _listen(address: str, port: int) -> socket.socket:
     except OSError as exc:
         sock.close()
         taken = exc.errno == errno.EADDRINUSE
-        raise ProblemError(
-            Problem(
-                "listen_taken",
-                f"{address}:{port} cannot be listened on: "
-                + ("something else does" if taken else str(exc.strerror)),
-                f"end what listens there (`ss -ltnp sport = :{port}`), or choose another port: "
-                "--dashboard-port, --client-port, --forward"
-                if taken
-                else "choose a port from 1024 on, and an address that this machine has",
-            )
+        raise codes.LISTEN_TAKEN.error(
+            f"{address}:{port} cannot be listened on: "
+            + ("something else does" if taken else str(exc.strerror)),
+            f"end what listens there (`ss -ltnp sport = :{port}`), or choose another port: "
+            "--dashboard-port, --client-port, --forward"
+            if taken
+            else "choose a port from 1024 on, and an address that this machine has",
         ) from exc
     return sock
 

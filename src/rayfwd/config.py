@@ -423,7 +423,7 @@ class Config(_Section):
         return default_worker_ports(cpus)
 
     def own_head_plan(self) -> NodePlan:
-        """Of a head: its own plan, which follows from the file alone. Raises PlanError."""
+        """Of a head: its own plan, which follows from the file alone. Raises ProblemError."""
         services = {
             "gcs": self.ray.port,
             "dashboard": self.ray.dashboard_port,

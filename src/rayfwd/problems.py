@@ -1,25 +1,108 @@
-"""Something wrong, with a name, a cause and a remedy: what logs, status and refusals all carry."""
+"""Something wrong, with a name, a cause and a remedy: what logs, status and refusals all carry.
+
+What is known of each name is in `codes.py`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+"""The worst first. An error: something that was to work does not. A warning: it works, and may soon
+not. A note: it passes by itself, or is as somebody wanted it."""
+
+Stage = Literal["ssh", "host_key", "auth", "channel", "hub"]
+"""How far a machine got on its way to the hub."""
+
+
+class Group(Enum):
+    """Codes that are causes of the same things."""
+
+    LINK_FAULT = "what keeps a node's link from standing"
+    LINK_GONE = "that a node's link does not stand"
+    RAY = "what keeps a node's Ray from running"
+    PORTS = "what keeps a node's Ray from being reached though it runs"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Code:
+    """The name of a fault, and all that is known of every fault of this name.
+
+    There is one object of a name (`codes.py`), and it equals nothing else: the type checker finds
+    a comparison with a text. A name of another version's is an error that shows at once.
+    """
+
+    name: str
+    """Snake case; also the name of its log event and its heading in docs/conditions.md."""
+    severity: Severity = "error"
+    group: Group | None = None
+    for_seconds: float = 0.0
+    """How long it must last before it shows."""
+    min_samples: int = 1
+    """How often in a row its watcher must have found it before it shows."""
+    caused_by: tuple[Code | Group, ...] = ()
+    """What explains it where the same node has that, or the head."""
+    heads_explains: bool = False
+    """The same fault of the head explains another node's."""
+    counted: bool = True
+    """Listed in the status and counted in the metrics; False: only ever an answer to a command or
+    to another node, or what ends the daemon."""
+    both_ends: bool = False
+    """Both ends of a link see it for themselves: neither tells the other."""
+    passing: bool = False
+    """A refusal after which the other side goes on by itself, or which no worker of ours gets."""
+    new_session: bool = False
+    """A refusal after which the worker begins another session."""
+    breach: bool = False
+    """The other side sent what docs/protocol.md does not allow."""
+    stage: Stage = "hub"
+    """Where on the way to the hub it is met."""
+    before_dialling: bool = False
+    """It is met before anything was dialled."""
+    check: Literal["advertise", "advertise_self", ""] = ""
+    """The check of `rayfwd doctor` that fails by it, where the daemon has looked already."""
+    lasting: bool = False
+    """Waiting does not mend it: it ends a client whose link has not stood yet."""
+    another_way: bool = False
+    """The hub's socket cannot be opened; `rayfwd attach` on the head may find or reach it."""
+    daemon_away: bool = False
+    """What a restart of the daemon looks like to who asks it."""
+
+    def problem(self, cause: str, remedy: str) -> Problem:
+        """One of this name; `cause` and `remedy` as those of `Problem`."""
+        return Problem(self, cause, remedy)
+
+    def error(self, cause: str, remedy: str) -> ProblemError:
+        """The same, to be raised."""
+        return ProblemError(Problem(self, cause, remedy))
+
+    def may_follow_from(self, other: Code) -> bool:
+        """Whether `other` explains it, where the same node has it, or the head."""
+        return other in self.caused_by or other.group in self.caused_by
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"Code({self.name})"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A fault that has a name.
 
-    `code` is a fixed short name (`hub_absent`, `ray_not_found`), also the name of its log event;
     `cause` says what was seen, with the thing and the value; `remedy` says what to do.
     """
 
-    code: str
+    code: Code
     cause: str
     remedy: str
 
     def to_wire(self) -> dict[str, Any]:
-        return {"code": self.code, "cause": self.cause, "remedy": self.remedy}
+        return {"code": self.code.name, "cause": self.cause, "remedy": self.remedy}
 
     def __str__(self) -> str:
         return f"{self.cause}; {self.remedy}"

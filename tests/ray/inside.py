@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.problems import ProblemError
@@ -206,7 +207,7 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
             os.kill(named("raylet"), signal.SIGTERM)
             await until(lambda: head.state.phase == "failed", "failed after SIGTERM")
             assert head.state.problem is not None
-            assert head.state.problem.code == "ray_died"
+            assert head.state.problem.code == codes.RAY_DIED
             assert "raylet" in head.state.problem.cause
             await up(head)
             second = head.state.pid
@@ -247,7 +248,7 @@ def test_port_in_use_and_stop_while_starting(tmp_path: Path, logs: Logs) -> None
             await until(lambda: head.state.phase == "failed", "failed")
             problem = head.state.problem
             assert problem is not None
-            assert problem.code == "port_in_use"
+            assert problem.code == codes.PORT_IN_USE
             assert "20001 (held by" in problem.cause
             assert f"pid {os.getpid()}" in problem.cause
             await asyncio.sleep(4)  # two tries more

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
 from rayfwd.system.asuser import (
     Account,
@@ -151,7 +152,7 @@ async def emit_each(count: int, emit: Callable[[Any], None]) -> str:
 
 
 def fail_by_name() -> None:
-    raise ProblemError(Problem("code", "cause", "remedy"))
+    raise ProblemError(codes.RAY_NOT_UP.problem("cause", "remedy"))
 
 
 def fail_unknown() -> None:
@@ -183,14 +184,14 @@ def test_what_it_emits_comes_in_order() -> None:
 def test_its_problem_is_raised_here() -> None:
     with pytest.raises(ProblemError) as raised:
         call(own_account(), fail_by_name, {}, timeout=30.0)
-    assert raised.value.problem == Problem("code", "cause", "remedy")
+    assert raised.value.problem == codes.RAY_NOT_UP.problem("cause", "remedy")
 
 
 @pytest.mark.usefixtures("_importable")
 def test_its_fault_is_a_problem_with_its_last_words() -> None:
     with pytest.raises(ProblemError) as raised:
         call(own_account(), fail_unknown, {}, timeout=30.0)
-    assert raised.value.problem.code == "rayfwd_not_executable"
+    assert raised.value.problem.code is codes.RAYFWD_NOT_EXECUTABLE
     assert raised.value.problem.cause.endswith("RuntimeError: broken")
 
 
@@ -217,7 +218,7 @@ def test_answers_that_are_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(asuser, "run", fake)
     with pytest.raises(ProblemError) as raised:
         call(own_account(), give_back, {}, timeout=30.0)
-    assert raised.value.problem.code == "rayfwd_not_executable"
+    assert raised.value.problem.code is codes.RAYFWD_NOT_EXECUTABLE
     assert sys.executable in raised.value.problem.cause
 
 

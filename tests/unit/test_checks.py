@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayfwd import codes
 from rayfwd.cluster.probe import HeldPorts
 from rayfwd.hub import checks as hub_checks
 from rayfwd.hub import hub as hub_module
+from rayfwd.problems import Problem
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, ProtocolError, encode, first_frame
@@ -25,7 +27,7 @@ from tests.unit.cluster import Cluster, cluster, free_place, hello_of
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.test_handshake import HELLO, REFUSAL, WELCOME, frame_of
 
-ANSWER = CheckReply(replace(WELCOME, ray_auth=None), 1.5e9, REFUSAL)
+ANSWER = CheckReply(replace(WELCOME, ray_auth=None), 1.5e9, REFUSAL.problem)
 NONCE = "0123456789abcdef" * 2
 
 
@@ -49,17 +51,19 @@ class Caller:
             self._buffer += data
         return frame
 
-    async def begin(self, hello: Hello) -> CheckReply | Refusal:
+    async def begin(self, hello: Hello) -> CheckReply | Problem:
         self.send(checks.first_question(hello))
         frame = await self.frame()
         assert frame is not None
-        return Refusal.decode(frame) if frame.kind is Kind.REFUSE else CheckReply.decode(frame)
+        return (
+            Refusal.decode(frame).problem if frame.kind is Kind.REFUSE else CheckReply.decode(frame)
+        )
 
-    async def ask(self, **body: Any) -> dict[str, Any] | Refusal:
+    async def ask(self, **body: Any) -> dict[str, Any] | Problem:
         self.send(checks.talk(body))
         frame = await self.frame()
         assert frame is not None
-        return Refusal.decode(frame) if frame.kind is Kind.REFUSE else checks.read(frame)
+        return Refusal.decode(frame).problem if frame.kind is Kind.REFUSE else checks.read(frame)
 
     async def refused(self) -> str:
         """The code with which the hub refuses, and closes."""
@@ -67,7 +71,7 @@ class Caller:
         assert frame is not None
         assert frame.kind is Kind.REFUSE, frame
         assert await self.frame() is None
-        return Refusal.decode(frame).code
+        return Refusal.decode(frame).problem.code.name
 
 
 @asynccontextmanager
@@ -153,8 +157,8 @@ def test_a_client_is_told_what_a_client_is_told(tmp_path: Path) -> None:
             assert [node["name"] for node in answer.welcome.nodes] == ["head"]
             assert c.hub.clients == {}
             refused = await doctor.ask(ask="dial_back", ports=[22], nonce=NONCE)
-            assert isinstance(refused, Refusal)
-            assert refused.code == "check_malformed"
+            assert isinstance(refused, Problem)
+            assert refused.code == codes.CHECK_MALFORMED
 
     run(main)
 
@@ -167,7 +171,7 @@ def test_a_client_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             answer = await doctor.begin(hello_of("laptop", role="client", worker_ports=0))
             assert isinstance(answer, CheckReply)
             assert answer.refusal is not None
-            assert answer.refusal.code == "clients_full"
+            assert answer.refusal.code == codes.CLIENTS_FULL
             assert [node["name"] for node in answer.welcome.nodes] == ["head"]
 
     run(main)
@@ -207,7 +211,7 @@ def test_who_would_not_be_let_in_hears_why(tmp_path: Path, hello: Hello, code: s
             answer = await doctor.begin(hello)
             assert isinstance(answer, CheckReply)
             assert answer.refusal is not None
-            assert answer.refusal.code == code
+            assert answer.refusal.code.name == code
             assert answer.welcome.node == {}
             assert c.hub.refused_lately() == []
             assert isinstance(await doctor.ask(ask="time"), dict), "it may ask on"
@@ -249,12 +253,12 @@ def test_dial_back_of_the_nodes_own_ports_alone(tmp_path: Path) -> None:
                     async with caller(c) as other:
                         await other.begin(hello_of("w1", advertise=address))
                         said = await other.ask(ask="dial_back", ports=ports, nonce=NONCE)
-                        assert isinstance(said, Refusal)
-                        assert said.code == "check_malformed"
+                        assert isinstance(said, Problem)
+                        assert said.code == codes.CHECK_MALFORMED
             async with caller(c) as doctor:  # without an address there is nothing to dial
                 await doctor.begin(hello_of("w2"))
                 said = await doctor.ask(ask="dial_back", ports=[base], nonce=NONCE)
-                assert isinstance(said, Refusal)
+                assert isinstance(said, Problem)
 
     run(main)
 
@@ -358,8 +362,8 @@ class TestBounds:
                 async with caller(c) as first, caller(c) as second:
                     assert isinstance(await first.begin(hello_of("w1")), CheckReply)
                     refusal = await second.begin(hello_of("w1"))
-                    assert isinstance(refusal, Refusal)
-                    assert refusal.code == "check_busy"
+                    assert isinstance(refusal, Problem)
+                    assert refusal.code == codes.CHECK_BUSY
                 await until(lambda: not c.hub._asking)
                 async with caller(c) as third:
                     assert isinstance(await third.begin(hello_of("w1")), CheckReply)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from rayfwd import client as client_module
+from rayfwd import codes
 from rayfwd.cli import MistakeError, attach, connect
 from rayfwd.cli import main as rayfwd
 from rayfwd.client import Client, Place, addresses
@@ -317,7 +318,7 @@ def client_hello(name: str, **fields: Any) -> Hello:
 
 async def code(c: Cluster, hello: Hello) -> str:
     answer = await answer_to(c.hub.path, hello.encode())
-    return answer.code if isinstance(answer, Refusal) else ""
+    return answer.problem.code.name if isinstance(answer, Refusal) else ""
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ async def code(c: Cluster, hello: Hello) -> str:
         (first_question(client_hello("a")), True),
         (first_question(hello_of("w1")), False),
         (hello_of("w1").encode(), False),
-        (Refusal("a", "b", "c").encode(), False),
+        (Refusal(codes.named("a").problem("b", "c")).encode(), False),
         (encode(Kind.HELLO, 0, 1, b"{"), False),
         (encode(Kind.HELLO, 0, 1, b"[]"), False),
         (b"\xff" * 40, False),
@@ -421,7 +422,7 @@ class TestWords:
             config = self.config("h", "--dashboard-port", str(ports[0]))
             with pytest.raises(ProblemError, match="something else does") as caught:
                 client_module.listen_all(config)
-            assert caught.value.problem.code == "listen_taken"
+            assert caught.value.problem.code == codes.LISTEN_TAKEN
             monkeypatch.setitem(client_module.USUAL_PORTS, "dashboard", ports[0])
             (dashboard, client) = client_module.listen_all(self.config("h"))
             for _, sock in (dashboard, client):

@@ -13,59 +13,75 @@ from typing import Any
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cli import explain
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Code, Group, ProblemError
 from rayfwd.watch import conditions, machine
 from rayfwd.watch.board import Board
-from rayfwd.watch.conditions import CATALOGUE, Condition, Kind, Seen, worst
+from rayfwd.watch.conditions import Condition, Seen, worst
 from rayfwd.watch.links import INTERVAL, SLOW_LOOKS, THIN_FOR, LinkRules, LinkSeen
 from rayfwd.watch.machine import MachineSeen
 from tests.unit.loops import log_events, of
-from tests.unit.test_events import codes
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "conditions.md").read_text()
-NAMED_BY = {"the link's": conditions.LINK_CODES, "Ray's": conditions.RAY_CODES}
-"""How the document names the codes of a whole part."""
 
 
-def meta(kind: Kind) -> str:
+def members(*groups: Group) -> set[str]:
+    return {code.name for code in codes.ALL.values() if code.group in groups}
+
+
+def causes(code: Code) -> list[str]:
+    """What explains it, as the document has it."""
+    by = {f"`{cause}`" for cause in code.caused_by if isinstance(cause, Code)}
+    if code.heads_explains:
+        by.add(f"`{code}`")
+    if Group.PORTS in code.caused_by:
+        by |= {f"`{name}`" for name in members(Group.PORTS)}
+    names = {Group.LINK_FAULT: "the link's", Group.RAY: "Ray's"}
+    return [name for group, name in names.items() if group in code.caused_by] + sorted(by)
+
+
+def meta(code: Code) -> str:
     """The line below a code's heading."""
-    if not kind.counted:
+    if not code.counted:
         return "*An answer or an ending, never in the status.*"
-    looks = "in two looks in a row" if kind.looks == 2 else ""
-    lasts = f"for {kind.hold:g} s" if kind.hold else ""
-    when = " and ".join(part for part in (looks, lasts) if part)
+    often = "in two looks in a row" if code.min_samples == 2 else ""
+    lasts = f"for {code.for_seconds:g} s" if code.for_seconds else ""
+    when = " and ".join(part for part in (often, lasts) if part)
     parts = [
-        kind.severity.capitalize(),
+        code.severity.capitalize(),
         f"shows when it was there {when}" if when else "shows at once",
     ]
-    by = set(kind.explained_by)
-    names = []
-    for name, whole in NAMED_BY.items():
-        if len(by & whole) > 8:
-            names.append(name)
-            by -= whole
-    if by or names:
-        parts.append("explained by " + ", ".join([*names, *sorted(f"`{code}`" for code in by)]))
+    if by := causes(code):
+        parts.append("explained by " + ", ".join(by))
     return f"*{'; '.join(parts)}.*"
 
 
 # -- the document
 
 
-def test_every_code_of_the_source_is_in_the_catalogue() -> None:
-    assert sorted(codes() - CATALOGUE.keys()) == []
+def test_a_code_is_found_under_its_name() -> None:
+    for name, code in codes.ALL.items():
+        assert getattr(codes, name.upper()) is code
+        assert codes.named(name) is code
 
 
-def test_every_code_of_the_catalogue_has_a_section_and_none_besides() -> None:
-    assert explain.sections(DOCUMENT).keys() == CATALOGUE.keys()
+def test_a_code_of_another_version_is_an_error_that_shows_at_once() -> None:
+    code = codes.named("of_another_version")
+    assert (code.name, code.severity, code.for_seconds) == ("of_another_version", "error", 0.0)
+    assert code is codes.named("of_another_version")
+    assert code not in codes.ALL.values()
 
 
-@pytest.mark.parametrize("code", CATALOGUE)
-def test_a_section_says_when_it_shows_and_what_to_do(code: str) -> None:
-    first, what, *do = explain.sections(DOCUMENT)[code].split("\n\n")
-    assert first == meta(CATALOGUE[code])
+def test_every_code_has_a_section_and_there_is_none_besides() -> None:
+    assert explain.sections(DOCUMENT).keys() == codes.ALL.keys()
+
+
+@pytest.mark.parametrize("code", codes.ALL.values(), ids=str)
+def test_a_section_says_when_it_shows_and_what_to_do(code: Code) -> None:
+    first, what, *do = explain.sections(DOCUMENT)[code.name].split("\n\n")
+    assert first == meta(code)
     assert len(what) > 20
     assert re.fullmatch(r"\*\*Do:\*\* .+", do[0], re.DOTALL)
     assert len(do) == 1
@@ -74,21 +90,23 @@ def test_a_section_says_when_it_shows_and_what_to_do(code: str) -> None:
 def errors_of(part: str) -> list[str]:
     """The codes of a part of the document that are errors, in its order."""
     text = DOCUMENT.partition(f"\n## {part}\n")[2].partition("\n## ")[0]
-    return [code for code in explain.sections(f"\n{text}") if CATALOGUE[code].severity == "error"]
+    return [name for name in explain.sections(f"\n{text}") if codes.named(name).severity == "error"]
 
 
 def test_the_document_says_which_codes_are_the_links_and_which_are_rays() -> None:
     links = {*errors_of("The link"), "ssh_lost", "lane_lost", "link_parked"}
-    assert links == conditions.LINK_CODES
+    assert links == members(Group.LINK_FAULT, Group.LINK_GONE)
     rays = errors_of("Ray on a node")
     rays = rays[: rays.index("ray_token_wrong") + 1]
     rays.remove("advertise_unchecked")
     more = {"keeper_absent", "keeper_silent", "ray_start_failed", "ray_died"}
-    assert {*rays, *more} == conditions.RAY_CODES
+    assert {*rays, *more} == members(Group.RAY)
 
 
-def test_what_explains_is_a_code() -> None:
-    assert {by for kind in CATALOGUE.values() for by in kind.explained_by} <= CATALOGUE.keys()
+def test_what_explains_is_in_the_table() -> None:
+    for code in codes.ALL.values():
+        for cause in code.caused_by:
+            assert isinstance(cause, Group) or codes.ALL[cause.name] is cause
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +134,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_what_there_is_not(code: str, near: str) -> None:
     with pytest.raises(ProblemError) as caught:
         explain.explanation(code)
-    assert caught.value.problem.code == "condition_unknown"
+    assert caught.value.problem.code == codes.CONDITION_UNKNOWN
     assert near in caught.value.problem.remedy
 
 
@@ -158,32 +176,34 @@ class Desk:
     def shown(self) -> list[str]:
         """`code subject`, and behind it the root's."""
         return [
-            f"{c.code} {c.subject}" + (f" < {' '.join(c.explained_by)}" if c.explained_by else "")
+            f"{c.code} {c.subject}"
+            + (f" < {c.explained_by[0]} {c.explained_by[1]}" if c.explained_by else "")
             for c in self.board.conditions
         ]
 
 
-def seen(code: str, subject: str, cause: str = "cause", **fields: Any) -> Seen:
-    return Seen(subject, Problem(code, cause, "remedy"), **fields)
+ROOT = Code("root")
+TWIG = Code("twig", caused_by=(ROOT,))
+MADE = {
+    code.name: code
+    for code in (
+        Code("now"),
+        Code("held", "warning", for_seconds=10.0),
+        Code("twice", min_samples=2),
+        Code("both", for_seconds=10.0, min_samples=2),
+        ROOT,
+        TWIG,
+        Code("leaf", caused_by=(ROOT, TWIG), heads_explains=True),
+        Code("aside", "note"),
+    )
+}
+"""Codes whose times are easily reckoned with."""
 
 
-@pytest.fixture
-def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes whose times are easily reckoned with."""
-    made = {
-        "now": Kind("error"),
-        "held": Kind("warning", hold=10.0),
-        "twice": Kind("error", looks=2),
-        "both": Kind("error", hold=10.0, looks=2),
-        "leaf": Kind("error", explained_by=frozenset({"root", "twig", "leaf"})),
-        "twig": Kind("error", explained_by=frozenset({"root"})),
-        "root": Kind("error"),
-        "aside": Kind("note"),
-    }
-    monkeypatch.setattr(conditions, "CATALOGUE", made)
+def seen(name: str, subject: str, cause: str = "cause", **fields: Any) -> Seen:
+    return Seen(subject, (MADE.get(name) or codes.named(name)).problem(cause, "remedy"), **fields)
 
 
-@pytest.mark.usefixtures("kinds")
 @pytest.mark.parametrize(
     ("code", "looks", "shows_at"),
     [
@@ -209,7 +229,6 @@ def test_when_it_shows(code: str, looks: list[float], shows_at: float | None) ->
     assert when == shows_at
 
 
-@pytest.mark.usefixtures("kinds")
 def test_what_another_node_has_confirmed_shows_at_once() -> None:
     """It is told once: nobody here looks a second time."""
     desk = Desk()
@@ -220,7 +239,6 @@ def test_what_another_node_has_confirmed_shows_at_once() -> None:
     assert [e["event"] for e in log] == ["held", "twice", "both"]
 
 
-@pytest.mark.usefixtures("kinds")
 def test_what_ends_before_it_shows_is_never_told() -> None:
     desk = Desk()
     with log_events() as log:
@@ -235,7 +253,6 @@ def test_what_ends_before_it_shows_is_never_told() -> None:
     assert desk.changes == 0
 
 
-@pytest.mark.usefixtures("kinds")
 def test_raised_once_and_cleared_once() -> None:
     desk = Desk()
     with log_events() as log:
@@ -257,7 +274,6 @@ def test_raised_once_and_cleared_once() -> None:
     assert desk.changes == 5
 
 
-@pytest.mark.usefixtures("kinds")
 def test_what_somebody_else_logs_is_not_logged() -> None:
     desk = Desk()
     with log_events() as log:
@@ -267,7 +283,6 @@ def test_what_somebody_else_logs_is_not_logged() -> None:
     assert log == []
 
 
-@pytest.mark.usefixtures("kinds")
 def test_a_node_that_has_gone() -> None:
     desk = Desk()
     desk.put("a", ("now", "w1"), ("now", "w1/bulk"), ("now", "w2"))
@@ -281,7 +296,6 @@ def test_a_node_that_has_gone() -> None:
 # -- what explains what
 
 
-@pytest.mark.usefixtures("kinds")
 @pytest.mark.parametrize(
     ("found", "shown"),
     [
@@ -316,7 +330,6 @@ def test_the_root_is_shown_first(found: list[Seen], shown: list[str]) -> None:
     assert desk.shown == shown
 
 
-@pytest.mark.usefixtures("kinds")
 def test_a_symptom_outlives_its_root_for_a_while() -> None:
     desk = Desk()
     with log_events() as log:
@@ -338,27 +351,26 @@ def test_a_symptom_outlives_its_root_for_a_while() -> None:
     ]
 
 
-@pytest.mark.usefixtures("kinds")
 def test_the_worst_is_a_root() -> None:
     desk = Desk()
     assert worst(desk.board.conditions) is None
     desk.put("a", ("aside", "w1"), ("held", "w1"), ("root", "w2"), ("leaf", "w2"))
     first = worst(desk.board.conditions)
     assert first is not None
-    assert (first.code, first.subject) == ("root", "w2")
+    assert (first.code.name, first.subject) == ("root", "w2")
 
 
 # -- between nodes
 
 
 def condition(code: str, severity: Any = "error", cause: str = "cause") -> Condition:
-    return Condition(code, severity, "w1", 5.0, cause, "remedy", "w1", None)
+    return Condition(codes.named(code), severity, "w1", 5.0, cause, "remedy", "w1", None)
 
 
 def test_conditions_go_over_the_wire() -> None:
     message = json.loads(json.dumps(conditions.message([condition("ray_died")])))
     (told,) = conditions.from_message(message, None)
-    problem = Problem("ray_died", "cause", "remedy")
+    problem = codes.RAY_DIED.problem("cause", "remedy")
     assert told == Seen("w1", problem, "w1", "error", confirmed=True)
     (told,) = conditions.from_message(message, "w2")
     assert told.seen_by == "w2", "a worker speaks for itself"
@@ -369,7 +381,7 @@ def test_too_much_to_tell_is_the_worst_of_it() -> None:
     message = conditions.message(rows)
     assert len(json.dumps(message)) < 1 << 18
     told = conditions.from_message(message, None)
-    assert told[0].problem.code == "ray_died"
+    assert told[0].problem.code == codes.RAY_DIED
     assert len(told) == conditions.MOST_TOLD
 
 
@@ -430,7 +442,9 @@ def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, f
     found = [
         now
         for now, trip in trips(*spans)
-        if any(s.problem.code == "link_slow" for s in rules.look({"w1": LinkSeen({}, trip)}, now))
+        if any(
+            s.problem.code == codes.LINK_SLOW for s in rules.look({"w1": LinkSeen({}, trip)}, now)
+        )
     ]
     assert found == [float(t) for first, last in slow for t in range(int(first), int(last) + 1, 2)]
 
@@ -487,7 +501,7 @@ def test_thin(spans: list[tuple[float, float | None]], thin: tuple[float, float]
     found = []
     for now, link in loads(*spans):
         for one in rules.look({"w1": link}, now):
-            assert one.problem.code == "link_throughput_low"
+            assert one.problem.code == codes.LINK_THROUGHPUT_LOW
             found.append(now)
     assert (tuple(found[:1] + found[-1:]) or None) == thin
 
@@ -547,7 +561,7 @@ def test_flapping(lost_at: list[float], flaps: tuple[float, float] | None) -> No
         count += now in lost_at
         losses = {"bulk": count, "interactive": 3}
         for one in rules.look({"w1": LinkSeen(losses, None, "reset")}, float(now)):
-            assert (one.subject, one.problem.code) == ("w1/bulk", "lane_flapping")
+            assert (one.subject, one.problem.code) == ("w1/bulk", codes.LANE_FLAPPING)
             assert "the last time: reset" in one.problem.cause
             found.append(now)
     assert (found[0], found[-1]) == flaps if flaps else found == []
@@ -579,7 +593,7 @@ FINE = MachineSeen(
 )
 def test_what_the_machine_is_short_of(changes: dict[str, Any], code: str | None, said: str) -> None:
     found = machine.judge(replace(FINE, **changes))
-    assert [problem.code for problem in found] == ([code] if code else [])
+    assert [problem.code.name for problem in found] == ([code] if code else [])
     assert not code or said in found[0].cause
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
 from rayfwd.system.control import REQUEST_LIMIT, ControlServer, ask
 
@@ -32,7 +33,7 @@ async def broken(_args: dict[str, Any]) -> dict[str, Any]:
 
 
 async def refusing(_args: dict[str, Any]) -> dict[str, Any]:
-    raise ProblemError(Problem("node_unknown", "no node x", "see the plan"))
+    raise codes.NAME_TAKEN.error("no node x", "see the plan")
 
 
 async def endless(_args: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ async def code(path: Path, verb: str, timeout: float = 10.0) -> str:
     try:
         await asyncio.to_thread(ask, path, verb, {}, timeout)
     except ProblemError as exc:
-        return exc.problem.code
+        return exc.problem.code.name
     return "ok"
 
 
@@ -97,7 +98,7 @@ def test_problems_reach_who_asked_and_the_server_goes_on(path: Path) -> None:
         async with server(path):
             with pytest.raises(ProblemError) as caught:
                 await asyncio.to_thread(ask, path, "refusing")
-            assert caught.value.problem == Problem("node_unknown", "no node x", "see the plan")
+            assert caught.value.problem == codes.NAME_TAKEN.problem("no node x", "see the plan")
             assert await code(path, "broken") == "control_fault"
             assert await code(path, "no such verb") == "control_bad_request"
             assert await code(path, "echo") == "ok"
@@ -192,7 +193,7 @@ def test_a_second_daemon_is_refused_and_takes_nothing_away(path: Path) -> None:
         async with server(path):
             with pytest.raises(ProblemError) as caught:
                 await ControlServer(path, VERBS).start()
-            assert caught.value.problem.code == "socket_in_use"
+            assert caught.value.problem.code == codes.SOCKET_IN_USE
             assert await code(path, "echo") == "ok"
 
     run(main)
@@ -226,7 +227,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(ProblemError) as caught:
             await ControlServer(tmp_path / "none" / "c.sock", VERBS).start()
-        assert caught.value.problem.code == "socket_not_possible"
+        assert caught.value.problem.code == codes.SOCKET_NOT_POSSIBLE
         assert "No such file or directory" in caught.value.problem.cause
 
     run(main)
@@ -241,7 +242,7 @@ def test_the_kernels_limit_of_a_path(tmp_path: Path) -> None:
             assert await code(longest, "echo") == "ok"
         with pytest.raises(ProblemError) as caught:
             await ControlServer(too_long, VERBS).start()
-        assert caught.value.problem.code == "socket_path_too_long"
+        assert caught.value.problem.code == codes.SOCKET_PATH_TOO_LONG
         assert "has 108 bytes; Linux allows 107" in caught.value.problem.cause
         assert await code(too_long, "echo") == "socket_path_too_long"
 
@@ -252,7 +253,7 @@ def test_no_daemon(tmp_path: Path) -> None:
     for missing in (tmp_path / "c.sock", tmp_path / "none" / "c.sock"):
         with pytest.raises(ProblemError) as caught:
             ask(missing, "status")
-        assert caught.value.problem.code == "daemon_not_running"
+        assert caught.value.problem.code == codes.DAEMON_NOT_RUNNING
         assert str(missing) in caught.value.problem.cause
 
 
@@ -298,7 +299,7 @@ def test_another_user_is_refused(tmp_path: Path) -> None:
                     ask(path, "echo")
                     os.write(send, b"ok")
                 except ProblemError as exc:
-                    os.write(send, exc.problem.code.encode())
+                    os.write(send, exc.problem.code.name.encode())
             finally:
                 os._exit(0)
         os.close(send)

@@ -17,7 +17,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cli import VERBS, doctor, main
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
@@ -25,7 +25,6 @@ from rayfwd.doctor import judgements, observe, rows, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.judgements import Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
-from rayfwd.problems import Problem
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Refusal
 from tests.unit.cluster import Cluster, free_place
@@ -33,7 +32,7 @@ from tests.unit.loops import run
 from tests.unit.ssh_server import Sshd
 from tests.unit.test_cli import daemon, rayfwd
 
-PROBLEM = Problem("clock_offset", "it is late", "wind it")
+PROBLEM = codes.CLOCK_OFFSET.problem("it is late", "wind it")
 NETWORK = "127.77.0.0/16"
 
 
@@ -131,7 +130,7 @@ def test_the_link(seen: tuple[float, float, float], said: list[str]) -> None:
 )
 def test_threads(limit: int | None, running: int, cpus: int, low: bool) -> None:
     problem = judgements.judge_threads(limit, running, cpus)
-    assert (problem is not None and problem.code == "processes_low") == low
+    assert (problem is not None and problem.code == codes.PROCESSES_LOW) == low
 
 
 PROXY = {"http_proxy": "http://ann:sesame@proxy.example:3128"}
@@ -160,7 +159,7 @@ def test_proxies(env: dict[str, str], catches: str) -> None:
     problem = judgements.judge_proxies(env, {}, NETWORK, ["127.77.0.1", "127.77.0.2"])
     assert (problem is None) == (not catches)
     if problem is not None:
-        assert problem.code == "proxy_catches"
+        assert problem.code == codes.PROXY_CATCHES
         assert catches in problem.cause
         assert NETWORK in problem.remedy
         assert "sesame" not in str(problem)
@@ -258,7 +257,7 @@ def test_a_listener_that_is_taken_is_named() -> None:
     assert observe.blocked_listeners([node, own], own) == []
     with socket.create_server((place.address, place.port + 3)):
         (problem,) = observe.blocked_listeners([node, own], own)
-        assert problem.code == "listener_blocked"
+        assert problem.code == codes.LISTENER_BLOCKED
         assert str(place.port + 3) in problem.cause
         assert observe.blocked_listeners([replace(node, advertised=True)], own) == []
 
@@ -325,7 +324,7 @@ def test_the_keeper_before_the_first_start(tmp_path: Path, monkeypatch: pytest.M
             (tmp_path / "rayfwd.service").write_text(text)
             missing = (await s.look())["keeper"]
             assert missing.problem is not None
-            assert missing.problem.code == "keeper_absent"
+            assert missing.problem.code == codes.KEEPER_ABSENT
             assert "`rayfwd init`" in missing.problem.remedy
             (tmp_path / "rayfwd-ray.service").write_text("[Service]\n")
             assert (await s.look())["keeper"].result == "pass"
@@ -349,7 +348,7 @@ def test_the_keeper_beside_a_daemon(tmp_path: Path) -> None:
                 with daemon(tmp_path, status=status):
                     absent = (await s.look())["keeper"]
                     assert absent.problem is not None
-                    assert absent.problem.code == "keeper_absent"
+                    assert absent.problem.code == codes.KEEPER_ABSENT
                     with daemon(keeper, exit_code={"exit_code": None}):
                         assert (await s.look())["keeper"].result == "pass"
         finally:
@@ -469,7 +468,7 @@ def test_a_good_way(tmp_path: Path, via: str) -> None:
             assert found["link"].seen["up"] > 1e6
             assert results(found, "advertise", "advertise_self") == ["skip", "skip"]
             assert found["ray"].problem is not None
-            assert found["ray"].problem.code == "ray_not_found"
+            assert found["ray"].problem.code == codes.RAY_NOT_FOUND
             assert found["versions"].result == "skip"
             assert s.head.hub.nodes == {}
 
@@ -521,7 +520,7 @@ def test_where_the_way_ends(tmp_path: Path, break_: str, stage: str, code: str) 
             assert results(found, *WAY) == [before] * at + ["fail"] + ["skip"] * (5 - at)
             problem = found[stage].problem
             assert problem is not None
-            assert problem.code == code
+            assert problem.code.name == code
             assert problem.remedy
             assert results(found, *MEASURED, "ports", "listeners") == ["skip"] * 4
             if break_ == "name":
@@ -541,9 +540,9 @@ def test_another_version_and_a_name_that_is_taken(
             found = await s.look()
             assert results(found, *WAY) == [*["pass"] * 4, "warn", "fail"]
             assert found["hub"].problem is not None
-            assert found["hub"].problem.code == "rayfwd_version_differs"
+            assert found["hub"].problem.code == codes.RAYFWD_VERSION_DIFFERS
             assert found["place"].problem is not None
-            assert found["place"].problem.code == "name_taken"
+            assert found["place"].problem.code == codes.NAME_TAKEN
             assert results(found, *MEASURED) == ["pass", "pass"], "the rest is looked at"
             assert s.head.hub.nodes["w1"].state == "up"
             (tmp_path / "state" / "node.key").write_text(s.head.workers["w1"].hello.key)
@@ -561,7 +560,8 @@ def test_a_hub_that_is_older(tmp_path: Path) -> None:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         kinds.append((await reader.read(1 << 16))[0])
-        writer.write(Refusal("frame_unknown", "a frame of unknown kind 13", "upgrade").encode())
+        wrong = codes.FRAME_UNKNOWN.problem("a frame of unknown kind 13", "upgrade")
+        writer.write(Refusal(wrong).encode())
         writer.close()
 
     async def main_() -> None:
@@ -571,7 +571,7 @@ def test_a_hub_that_is_older(tmp_path: Path) -> None:
             server.close()
             assert results(found, *WAY) == [*["pass"] * 4, "warn", "skip"]
             assert found["hub"].problem is not None
-            assert found["hub"].problem.code == "hub_older"
+            assert found["hub"].problem.code == codes.HUB_OLDER
             assert results(found, *MEASURED, "versions") == ["skip"] * 3
             assert kinds == [Kind.CHECK]
 
@@ -581,7 +581,7 @@ def test_a_hub_that_is_older(tmp_path: Path) -> None:
 def test_this_hub_refuses_what_a_newer_doctor_asks(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError) as caught:
         first_frame(bytearray(bytes([14]) + bytes(19)), 100)
-    assert caught.value.code == "frame_unknown"
+    assert caught.value.code == codes.FRAME_UNKNOWN
 
 
 def test_what_answers_is_no_hub(tmp_path: Path) -> None:
@@ -610,7 +610,7 @@ def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             found = await s.look()
             assert found["auth"].result == "warn"
             assert found["auth"].problem is not None
-            assert found["auth"].problem.code == "login_slow"
+            assert found["auth"].problem.code == codes.LOGIN_SLOW
             assert found["place"].result == "pass"
 
     run(main_)
@@ -624,13 +624,13 @@ def test_ports_and_listeners_that_are_taken(tmp_path: Path) -> None:
             with socket.create_server(("0.0.0.0", first)):
                 found = await s.look()
             assert found["ports"].problem is not None
-            assert found["ports"].problem.code == "port_in_use"
+            assert found["ports"].problem.code == codes.PORT_IN_USE
             assert f"{first} (held by python" in found["ports"].said
             with socket.create_server((s.head.address, 6379)):
                 found = await s.look()
             assert found["ports"].result == "pass"
             assert found["listeners"].problem is not None
-            assert found["listeners"].problem.code == "listener_blocked"
+            assert found["listeners"].problem.code == codes.LISTENER_BLOCKED
             assert "port 6379 is in use" in found["listeners"].said
 
     run(main_)
@@ -654,7 +654,7 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
             assert found["ray"].result == "pass"
             assert found["ray"].seen["ray"] == "2.40.0"
             assert found["versions"].problem is not None
-            assert found["versions"].problem.code == "ray_version_differs"
+            assert found["versions"].problem.code == codes.RAY_VERSION_DIFFERS
             s.head.hub._head_versions = lambda: ("2.40.0", found["ray"].seen["python"])
             assert (await s.look())["versions"].result == "pass"
             s.head.hub._head_versions = lambda: (None, None)
@@ -666,8 +666,8 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
 def test_beside_a_daemon(tmp_path: Path) -> None:
     """Its word is taken for ports, listeners and the advertised address: nothing is held here."""
 
-    dropped = {**Problem("advertise_dropped", "no way", "a rule").to_wire(), "severity": "error"}
-    blocked = Problem("listener_blocked", "port 6379 is in use", "end it").to_wire()
+    dropped = {**codes.ADVERTISE_DROPPED.problem("no way", "a rule").to_wire(), "severity": "error"}
+    blocked = codes.LISTENER_BLOCKED.problem("port 6379 is in use", "end it").to_wire()
 
     async def main_() -> None:
         async with site(tmp_path) as s:
@@ -722,7 +722,7 @@ def test_where_a_clients_way_ends(tmp_path: Path, via: str | None, stage: str, c
             found = await s.look_as_client(**({} if via is None else {"via": via}))
             problem = found[stage].problem
             assert problem is not None
-            assert problem.code == code
+            assert problem.code.name == code
             assert found["link"].result == "skip"
 
     run(main_)
@@ -741,7 +741,7 @@ def test_a_key_for_clients_alone(tmp_path: Path) -> None:
             found = await s.look_as_client(via="exec")
             assert found["hub"].result == "warn"
             assert found["hub"].problem is not None
-            assert found["hub"].problem.code == "hub_older"
+            assert found["hub"].problem.code == codes.HUB_OLDER
 
     run(main_)
 
@@ -753,7 +753,7 @@ def test_where_a_client_would_listen(tmp_path: Path) -> None:
                 port = other.getsockname()[1]
                 found = (await s.look_as_client(client={"dashboard_port": port}))["listen"]
                 assert found.problem is not None
-                assert found.problem.code == "listen_taken"
+                assert found.problem.code == codes.LISTEN_TAKEN
             found = (await s.look_as_client(client={"dashboard_port": port}))["listen"]
             assert found.result == "pass"
             assert found.seen["dashboard"] == f"127.0.0.1:{port}"
@@ -860,7 +860,7 @@ def test_the_clock_that_is_asked_is_the_hubs(
         async with site(tmp_path) as s:
             found = await s.look()
             assert found["clock"].problem is not None
-            assert found["clock"].problem.code == "clock_offset"
+            assert found["clock"].problem.code == codes.CLOCK_OFFSET
             assert "90.0 s ahead of the head's" in found["clock"].said
             assert found["clock"].seen["seconds_behind"] == pytest.approx(-90.0, abs=0.5)
 

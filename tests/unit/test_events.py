@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import rayfwd
+from rayfwd import codes
 
 SOURCE = Path(rayfwd.__file__).parent
 DOCS = Path(__file__).parents[2] / "docs"
@@ -25,10 +26,6 @@ LOGGERS = {"log", "_log"}
 ALIASES = {"say"}
 """Names by which a level of a logger is called."""
 
-PROBLEMS = {"Problem", "Refusal"}
-AT_THE_LISTENER = {"frames.py", "handshake.py", "checkup.py"}
-"""Where a breach of the protocol is one that a lane or a doctor is turned away for, by its code;
-later on it ends a session, which is what is told."""
 MADE_IN_LOGS = {"events_suppressed", "library_message"}
 """These are made of others' events, in logs.py."""
 
@@ -85,22 +82,6 @@ def events() -> tuple[dict[str, Event], list[str]]:
     return dict(found), named_by
 
 
-@cache
-def codes() -> set[str]:
-    """The codes of problems and refusals that the source spells out."""
-    found = set()
-    for path, call in calls():
-        function = call.func
-        name = getattr(function, "id", getattr(function, "attr", ""))
-        helper = name == "_problem" and path.name == "control.py"
-        breach = name == "ProtocolError" and path.name in AT_THE_LISTENER
-        if (name in PROBLEMS or helper or breach) and call.args:
-            first = call.args[0]
-            if isinstance(first, ast.Constant):
-                found.add(str(first.value))
-    return found
-
-
 def section(title: str) -> str:
     text = (DOCS / "events.md").read_text()
     return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
@@ -113,10 +94,6 @@ def documented_events() -> dict[str, tuple[set[str], set[str]]]:
         name: (set(levels.split(", ")), set(re.findall(r"`(\w+)`", fields)))
         for name, levels, fields, _ in rows
     }
-
-
-def documented_codes() -> set[str]:
-    return set(re.findall(r"(?m)^### (\w+)$", (DOCS / "conditions.md").read_text()))
 
 
 def test_every_event_is_documented() -> None:
@@ -146,19 +123,9 @@ def test_the_events_made_in_logs_are_there() -> None:
 def test_other_events_are_named_by_a_code() -> None:
     named_by = events()[1]
     assert len(named_by) >= 6
-    assert {name.rpartition(".")[2] for name in named_by} == {"code"}
-
-
-def test_no_code_that_is_gone_is_documented() -> None:
-    spelt = {
-        str(node.value)
-        for path in SOURCE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant)
-    }
-    assert sorted(documented_codes() - spelt) == []
+    assert {tuple(name.split(".")[-2:]) for name in named_by} == {("code", "name")}
 
 
 def test_names_are_snake_case() -> None:
-    for name in {*events()[0], *codes()}:
+    for name in {*events()[0], *codes.ALL}:
         assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name), name

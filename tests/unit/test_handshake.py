@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayfwd import codes
 from rayfwd.session.frames import Frame, Kind, ProtocolError, encode
 from rayfwd.session.handshake import PROTOCOL_VERSION, Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
@@ -39,7 +40,7 @@ WELCOME = Welcome(
     features=frozenset({"dial_back"}),
     ray_auth={"mode": "token", "token": "sesame"},
 )
-REFUSAL = Refusal("name_taken", "the name is taken", "choose another")
+REFUSAL = Refusal(codes.NAME_TAKEN.problem("the name is taken", "choose another"))
 
 
 def frame_of(data: bytes) -> Frame:
@@ -55,7 +56,7 @@ def hello_with(**fields: Any) -> Frame:
 def code(frame: Frame, kind: type[Hello | Welcome | Refusal] = Hello) -> str:
     with pytest.raises(ProtocolError) as caught:
         kind.decode(frame)
-    return caught.value.code
+    return caught.value.code.name
 
 
 @pytest.mark.parametrize("said", [HELLO, WELCOME, REFUSAL])
@@ -158,15 +159,15 @@ values = st.recursive(
 
 @given(st.dictionaries(st.sampled_from([*json.loads(HELLO.encode()[20:]), "nodes"]), values))
 def test_any_values_decode_or_are_malformed(fields: dict[str, Any]) -> None:
-    codes = set()
+    broken = set()
     for kind, base in ((Hello, HELLO), (Welcome, WELCOME), (Refusal, REFUSAL)):
         data = base.encode()
         body = json.dumps({**json.loads(data[20:]), **fields}).encode()
         try:
             kind.decode(Frame(Kind(data[0]), 0, 1, body))
         except ProtocolError as exc:
-            codes.add(exc.code)
-    assert codes <= {"hello_malformed", "welcome_malformed", "refusal_malformed"}
+            broken.add(exc.code.name)
+    assert broken <= {"hello_malformed", "welcome_malformed", "refusal_malformed"}
 
 
 @given(st.sampled_from(Kind), st.integers(0, 2), st.binary(max_size=60))

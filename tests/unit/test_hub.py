@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.hub import Hub, allowed_uids
 from rayfwd.hub import connection as lane_module
 from rayfwd.hub.hub import MAX_UNGREETED
@@ -65,7 +66,7 @@ async def refusal(c: Cluster, hello: Hello) -> str:
     """The code with which a hello is refused; empty if it is welcomed."""
     answer = await answer_to(c.hub.path, hello.encode())
     assert answer is not None
-    return answer.code if isinstance(answer, Refusal) else ""
+    return answer.problem.code.name if isinstance(answer, Refusal) else ""
 
 
 def test_a_worker_is_welcomed_with_the_plan(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ class TestRefusals:
                 newer = encode(Kind.HELLO, 0, 2, hello_of("w5").encode()[20:])
                 answer = await answer_to(c.hub.path, newer)
                 assert isinstance(answer, Refusal)
-                assert answer.code == "protocol_version"
+                assert answer.problem.code == codes.PROTOCOL_VERSION
                 assert c.hub.nodes["w1"].state == "up"
                 assert w1.changes == []
 
@@ -192,7 +193,7 @@ class TestRefusals:
                 for first in (b"", hello_of("w2").encode()[:-1]):
                     answer = await answer_to(c.hub.path, first)
                     assert isinstance(answer, Refusal)
-                    assert answer.code == "hello_missing"
+                    assert answer.problem.code == codes.HELLO_MISSING
                 await asyncio.sleep(0.3)
                 assert c.hub.nodes["w1"].state == "up", "who was welcomed is left alone"
 
@@ -249,7 +250,7 @@ class TestRefusals:
                     return encode(kind, rng.getrandbits(64), rng.randrange(3), rng.randbytes(30))
 
         async def main() -> None:
-            codes = set()
+            said = set()
             async with cluster(tmp_path, "w1") as c:
                 for _ in range(400):
                     lane = await knock(c.hub.path, some_bytes())
@@ -260,12 +261,12 @@ class TestRefusals:
                         frame = await lane.answer
                         await lane.closed
                     if frame is not None and frame.kind is Kind.REFUSE:
-                        codes.add(Refusal.decode(frame).code)
+                        said.add(Refusal.decode(frame).problem.code.name)
                 assert c.workers["w1"].changes == []
                 assert await works(c, "w1")
                 assert not c.hub._ungreeted
-            assert codes <= CODES, codes - CODES
-            assert len(codes) >= 5
+            assert said <= CODES, said - CODES
+            assert len(said) >= 5
 
         run(main)
 
@@ -356,7 +357,7 @@ with socket.socket(socket.AF_UNIX) as sock:
         assert allowed_uids([]) == {0, os.geteuid()}
         with pytest.raises(ProblemError) as caught:
             allowed_uids(["no-such-user"])
-        assert caught.value.problem.code == "user_unknown"
+        assert caught.value.problem.code == codes.USER_UNKNOWN
         assert "no-such-user" in caught.value.problem.cause
 
 

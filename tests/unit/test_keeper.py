@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.ray import procfs
 from rayfwd.ray.install import Versions
@@ -127,12 +128,12 @@ def test_a_keeper_that_is_not_there_or_does_not_answer(
 ) -> None:
     with pytest.raises(ProblemError) as caught:
         ByKeeper(tmp_path / "none.sock").spawn(["/bin/true"], ENV, tmp_path)
-    assert caught.value.problem.code == "keeper_absent"
+    assert caught.value.problem.code == codes.KEEPER_ABSENT
     keeper.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(ProblemError) as caught:
         ByKeeper(tmp_path / "k.sock").spawn(["/bin/true"], ENV, tmp_path)
-    assert caught.value.problem.code == "keeper_silent"
+    assert caught.value.problem.code == codes.KEEPER_SILENT
     assert time.monotonic() - began < 5, "the daemon's loop waits for it"
     assert ByKeeper(tmp_path / "k.sock").exit_code(1) is None
 

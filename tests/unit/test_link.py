@@ -18,9 +18,10 @@ from typing import Any
 import asyncssh
 import pytest
 
+from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.session import lane as lane_module
-from rayfwd.session.handshake import Refusal, Welcome
+from rayfwd.session.handshake import Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
@@ -427,7 +428,7 @@ def test_a_refusal_of_a_session_that_is_past_does_not_end_the_next(tmp_path: Pat
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            late = LinkRefusedError(Refusal("session_unknown", "cause", "remedy"), "0abc")
+            late = LinkRefusedError(codes.SESSION_UNKNOWN.problem("cause", "remedy"), "0abc")
             assert s.link._begins_anew(late)
             assert s.link.state == "up"
             assert await works(s)
@@ -452,7 +453,7 @@ def test_after_ride_through_streams_are_reset_and_it_heals_when_the_head_is_back
                 writer.close()
             problem = s.link.problem
             assert problem is not None
-            assert problem.code == "ssh_unreachable"
+            assert problem.code == codes.SSH_UNREACHABLE
             await asyncio.sleep(1.0)
             await s.sshd.start()
             await s.up()
@@ -479,7 +480,8 @@ def test_a_worker_that_stops_while_nothing_answers_leaves_nothing(tmp_path: Path
 
 async def tries(s: Site, log: Log, code: str, count: int = 4) -> None:
     """The link meets `code`, tries on, and says it once."""
-    await until(lambda: s.link.problem is not None and s.link.problem.code == code, 10, lambda: (
+    wanted = codes.ALL[code]
+    await until(lambda: s.link.problem is not None and s.link.problem.code is wanted, 10, lambda: (
         f"{s.link.problem} instead of {code}"
     ))  # fmt: skip
     assert s.link.problem is not None
@@ -599,7 +601,7 @@ def test_where_an_unknown_host_key_is_to_be_added(tmp_path: Path, config: str, s
         head = HeadConfig(ssh="ray@the-head", ssh_config=file)
         known = ssh_module._known_hosts(head, await ssh_module.SshConnector(head)._options())
         problem = ssh_module.explain(asyncssh.HostKeyNotVerifiable("no"), head, known)
-        assert problem.code == "host_key_unknown"
+        assert problem.code == codes.HOST_KEY_UNKNOWN
         assert said.format(file=file) in problem.remedy
 
     run(main)
@@ -705,7 +707,7 @@ def test_a_port_where_nothing_listens(tmp_path: Path) -> None:
                 await until(lambda: s.link.problem is not None)
                 await asyncio.sleep(1.0)
                 assert s.link.problem is not None
-                assert s.link.problem.code == "ssh_unreachable"
+                assert s.link.problem.code == codes.SSH_UNREACHABLE
                 assert str(port) in s.link.problem.cause
 
     with log_events() as log:
@@ -718,7 +720,7 @@ def test_a_name_that_cannot_be_resolved(tmp_path: Path) -> None:
         async with site(tmp_path, ssh="ray@no-such-host.invalid") as s:
             await until(lambda: s.link.problem is not None, 25)
             assert s.link.problem is not None
-            assert s.link.problem.code == "ssh_unreachable"
+            assert s.link.problem.code == codes.SSH_UNREACHABLE
             assert "no-such-host.invalid" in s.link.problem.cause
 
     run(main, 40)
@@ -776,7 +778,7 @@ def test_an_identity_that_cannot_be_used(tmp_path: Path, content: str | None, co
             await until(lambda: s.link.problem is not None)
             await asyncio.sleep(0.5)
             assert s.link.problem is not None
-            assert s.link.problem.code == code
+            assert s.link.problem.code.name == code
             assert s.sshd.tries == 0 or code != "ssh_file_unreadable"
 
     with log_events() as log:
@@ -821,8 +823,8 @@ class TestExec:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
                 s.sshd.attach_to = tmp_path / "nothing.sock"
-                await until(lambda: s.link.problem is not None and s.link.problem.code ==
-                            "hub_absent", 20, lambda: str(s.link.problem))  # fmt: skip
+                await until(lambda: s.link.problem is not None and s.link.problem.code is
+                            codes.HUB_ABSENT, 20, lambda: str(s.link.problem))  # fmt: skip
                 s.sshd.attach_to = s.head.hub.path
                 await s.up(seconds=20)
 

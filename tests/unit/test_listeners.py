@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
 from rayfwd.transport import listeners as listeners_module
@@ -522,7 +523,7 @@ def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free(
                 listeners.set_wanted({taken: taken, free: free})
                 await until(lambda: listeners.open == 1 and listeners.blocked)
                 (problem,) = listeners.blocked
-                assert problem.code == "listener_blocked"
+                assert problem.code == codes.LISTENER_BLOCKED
                 assert str(taken.port) in problem.cause
                 assert str(taken.port) in problem.remedy
                 await asyncio.sleep(0.3)
@@ -560,7 +561,7 @@ def test_an_address_that_is_not_local_is_a_blocked_listener() -> None:
                 there = Target("192.0.2.1", 20000)
                 listeners.set_wanted({there: there})
                 await until(lambda: listeners.blocked)
-                assert listeners.blocked[0].code == "listener_blocked"
+                assert listeners.blocked[0].code == codes.LISTENER_BLOCKED
         assert len(of(log, "listener_blocked")) == 1
 
     run(main)

@@ -21,6 +21,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from rayfwd import codes
 from rayfwd.daemon import metrics
 from rayfwd.daemon.metrics import MetricsServer, families, registry
 from rayfwd.transport.linkstats import LinkStats
@@ -305,7 +306,7 @@ def test_a_path_that_is_no_socket_is_left_alone(place: Path) -> None:  # noqa: F
     async def body(server: MetricsServer) -> None:
         while server.problem is None:
             await asyncio.sleep(0.01)
-        assert server.problem.code == "socket_not_possible"
+        assert server.problem.code == codes.SOCKET_NOT_POSSIBLE
 
     serving(str(path), body)
     assert path.read_text() == "mine"

@@ -13,13 +13,13 @@ from rayfwd.cluster.plan import (
     PORT_CEILING,
     RESERVED,
     NodePlan,
-    PlanError,
     allocate,
     check_name,
     default_worker_ports,
     fits,
     head_plan,
 )
+from rayfwd.problems import ProblemError
 
 NETWORK = "127.77.0.0/16"
 SERVICES = {"gcs": 6379, "dashboard": 8265, "client": 10001}
@@ -54,7 +54,7 @@ def test_blocks_never_overlap_and_joining_again_changes_nothing(
         before = dict(nodes)
         try:
             plan = allocate(nodes.values(), name, NETWORK, own.base, workers, advertise)
-        except PlanError:
+        except ProblemError:
             continue
         nodes[name] = plan
         assert allocate(nodes.values(), name, NETWORK, own.base, workers, advertise) == plan
@@ -88,7 +88,7 @@ def test_every_plan_made_fits_and_survives_the_wire(
     for name, workers, advertise in asked:
         try:
             nodes[name] = allocate(nodes.values(), name, NETWORK, own.base, workers, advertise)
-        except PlanError:
+        except ProblemError:
             continue
     for plan in nodes.values():
         assert NodePlan.from_wire(plan.to_wire()) == plan
@@ -110,7 +110,7 @@ def test_the_heads_block_goes_round_its_own_services() -> None:
 
 
 def test_a_head_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"hub\.port_base = 32700: 78 ports do not fit"):
+    with pytest.raises(ProblemError, match=r"hub\.port_base = 32700: 78 ports do not fit"):
         head(base=32700)
 
 
@@ -135,7 +135,7 @@ def test_an_advertised_address_is_taken_once() -> None:
     own = head()
     a = allocate([own], "a", NETWORK, 20000, 92, "203.0.113.7")
     assert (a.address, a.advertised) == ("203.0.113.7", True)
-    with pytest.raises(PlanError, match=r"node a already has the address 203\.0\.113\.7"):
+    with pytest.raises(ProblemError, match=r"node a already has the address 203\.0\.113\.7"):
         allocate([own, a], "b", NETWORK, 20000, 92, "203.0.113.7")
     back = allocate([own, a], "a", NETWORK, 20000, 92, None)
     assert (back.address, back.base, back.advertised) == ("127.77.0.2", a.base, False)
@@ -161,13 +161,15 @@ def test_a_network_that_is_full() -> None:
     for name in "abcde":
         nodes.append(allocate(nodes, name, "127.77.0.0/29", 20000, 8, None))
     assert nodes[-1].address == "127.77.0.6", "the last of six, before the broadcast address"
-    with pytest.raises(PlanError, match="every address is taken"):
+    with pytest.raises(ProblemError, match="every address is taken"):
         allocate(nodes, "f", "127.77.0.0/29", 20000, 8, None)
 
 
 def test_ports_that_are_used_up() -> None:
     own = head(base=32000)
-    with pytest.raises(PlanError, match="no 708 ports in a row are left between 32000 and 32768"):
+    with pytest.raises(
+        ProblemError, match="no 708 ports in a row are left between 32000 and 32768"
+    ):
         allocate([own], "a", NETWORK, 32000, 700, None)
 
 

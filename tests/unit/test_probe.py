@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.advertise import AdvertiseCheck, DialBack
@@ -56,7 +57,7 @@ def test_a_port_in_use_is_named() -> None:
         with socket.create_server(place), pytest.raises(ProblemError) as caught:
             async with probe.HeldPorts(place.address, [free_place().port, place.port], NONCE):
                 pass
-        assert caught.value.problem.code == "port_in_use"
+        assert caught.value.problem.code == codes.PORT_IN_USE
         assert str(place.port) in caught.value.problem.cause
 
     run(body)
@@ -139,7 +140,7 @@ def results(outcome: str, *others: tuple[str, range]) -> dict[int, str]:
 )
 def test_what_is_said_of_a_dial_back(seen: dict[int, str], code: str | None, said: str) -> None:
     problem = probe.judge_dial_back(PLAN, seen)
-    assert (problem.code if problem else None) == code
+    assert (problem.code.name if problem else None) == code
     if problem is not None:
         assert said in problem.cause
         assert "203.0.113.7" in problem.cause
@@ -150,7 +151,7 @@ def test_what_is_said_of_a_self_dial() -> None:
     assert probe.judge_self_dial(PLAN, results("answered")) is None
     problem = probe.judge_self_dial(PLAN, results("dropped"), translated=True)
     assert problem is not None
-    assert problem.code == "advertise_self_unreachable"
+    assert problem.code == codes.ADVERTISE_SELF_UNREACHABLE
     assert "NAT" in problem.cause
     assert "from 203.0.113.7/32 to ports 20046-20093" in problem.remedy
     assert "ip saddr 203.0.113.7 tcp dport 20046-20093 accept" in problem.remedy
@@ -210,7 +211,7 @@ def test_another_machines_address_is_found_out() -> None:
         ends.plan = NodePlan("w", "worker", "127.0.0.99", 20046, 8, advertised=True)
         with pytest.raises(ProblemError) as caught:
             await ends.check.run(here())
-        assert caught.value.problem.code == "advertise_refused"
+        assert caught.value.problem.code == codes.ADVERTISE_REFUSED
         await ends.dial_back.close()
 
     run(body)
@@ -223,7 +224,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         ends = Ends(here(), answers=False)
         with pytest.raises(ProblemError) as caught:
             await ends.check.run(ends.plan)
-        assert caught.value.problem.code == "advertise_unchecked"
+        assert caught.value.problem.code == codes.ADVERTISE_UNCHECKED
 
     run(body)
 

@@ -72,7 +72,7 @@ def code_of(command: str, env: dict[str, str] | None = None) -> tuple[str, str]:
     with pytest.raises(ProblemError) as caught:
         look(command, env)
     assert caught.value.problem.remedy
-    return caught.value.problem.code, caught.value.problem.cause
+    return caught.value.problem.code.name, caught.value.problem.cause
 
 
 TRAMPOLINE = "#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''"

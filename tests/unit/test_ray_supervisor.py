@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from rayfwd import codes
 from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
 from rayfwd.problems import ProblemError
@@ -50,7 +51,7 @@ def test_versions_must_be_the_heads(
         return
     with pytest.raises(ProblemError) as caught:
         check_versions(OWN, head, env)
-    assert caught.value.problem.code == code
+    assert caught.value.problem.code.name == code
 
 
 def test_a_missing_ray_is_told_once_and_tried_again(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_a_missing_ray_is_told_once_and_tried_again(tmp_path: Path) -> None:
             supervisor.set_plan(HEAD, HEAD, None, ride_through)
             await asyncio.sleep(0.2)
             assert supervisor.state.problem is not None
-            tries += supervisor.state.problem.code == "ray_not_found"
+            tries += supervisor.state.problem.code == codes.RAY_NOT_FOUND
         assert tries == 3
         await supervisor.stop()
         await task
@@ -91,7 +92,7 @@ def test_port_in_use_names_the_port_and_its_holder() -> None:
         with pytest.raises(ProblemError) as caught:
             ports.check_free([port])
     problem = caught.value.problem
-    assert problem.code == "port_in_use"
+    assert problem.code == codes.PORT_IN_USE
     assert f"{port} (held by " in problem.cause
     assert f"pid {os.getpid()}" in problem.cause
     ports.check_free([port])

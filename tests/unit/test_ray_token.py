@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
 from rayfwd.problems import ProblemError
@@ -88,7 +89,7 @@ def test_when_there_is_a_token(
 def test_a_ray_that_knows_none_is_not_started_without(home: Path, state: Path) -> None:
     with pytest.raises(ProblemError) as caught:
         token.decide("token", "2.40.0", {"HOME": str(home)}, state)
-    assert caught.value.problem.code == "ray_auth_unsupported"
+    assert caught.value.problem.code == codes.RAY_AUTH_UNSUPPORTED
 
 
 def test_it_holds_once_it_is_decided(home: Path, state: Path) -> None:
@@ -123,7 +124,7 @@ def test_drivers_find_it_and_their_own_files_are_left_alone(home: Path, state: P
     file.write_text("mine")
     problem = token.provide(other, env, state)
     assert problem is not None
-    assert problem.code == "ray_token_file_differs"
+    assert problem.code == codes.RAY_TOKEN_FILE_DIFFERS
     assert "another" not in str(problem).replace("another token", "")
     assert token.provide(OFF, env, state) is None
     assert file.read_text() == "mine"
@@ -141,7 +142,7 @@ def test_a_home_that_cannot_be_written(home: Path, state: Path) -> None:
     (home / ".ray").write_text("a file")
     problem = token.provide(RayAuth("token", "x"), {"HOME": str(home)}, state_made(state))
     assert problem is not None
-    assert problem.code == "ray_token_file_unwritable"
+    assert problem.code == codes.RAY_TOKEN_FILE_UNWRITABLE
 
 
 def state_made(state: Path) -> Path:
@@ -246,7 +247,7 @@ def test_the_heads_ray_is_asked(mode: str | None, env: dict[str, str], code: str
     async def body() -> None:
         with dashboard(mode, "good") as (host, port):
             problem = await token.check(host, port, env)
-        assert (problem.code if problem else None) == code
+        assert (problem.code.name if problem else None) == code
         place = free_place()
         assert await token.check(*place, env) is None, "nobody answers: nothing is known"
 

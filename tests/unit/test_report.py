@@ -12,7 +12,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cli import doctor
 from rayfwd.doctor import report, scrubbing
 from rayfwd.problems import ProblemError
@@ -158,7 +158,7 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, planted: dict[str, str]) -
     out.write_text("mine")
     with pytest.raises(ProblemError) as caught:
         report.write(out, "x")
-    assert caught.value.problem.code == "report_unwritable"
+    assert caught.value.problem.code == codes.REPORT_UNWRITABLE
     assert out.read_text() == "mine"
     name = str(report.default_path("w1", 0.0))
     assert re.fullmatch(r"rayfwd-report-w1-\d{8}T\d{6}\.txt", name)

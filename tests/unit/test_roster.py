@@ -44,7 +44,7 @@ def roster(path: Path, own: NodePlan = OWN, network: str = NETWORK, base: int = 
 
 
 def code_of(caught: pytest.ExceptionInfo[ProblemError]) -> str:
-    return caught.value.problem.code
+    return caught.value.problem.code.name
 
 
 def test_a_new_one_has_the_head_only(path: Path) -> None:

@@ -32,7 +32,7 @@ def taken(side: SendSide, lane: int = 1) -> list[Segment]:
 
 
 def code_of(error: pytest.ExceptionInfo[ProtocolError]) -> str:
-    return error.value.code
+    return error.value.code.name
 
 
 class TestSending:

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.problems import Problem
 from rayfwd.ray.canary.run import CanaryRun
 from rayfwd.ray.commandline import given_up_after
 from rayfwd.ray.nodes import NodeSeen
@@ -45,7 +45,7 @@ WORKERS = range(20054, 20094)
 )
 def test_where_a_port_is_dead(plan: NodePlan, bad: dict[int, str], said: str, remedy: str) -> None:
     problem = reach.explain(plan, bad, "head")
-    assert problem.code == "ray_port_unreachable"
+    assert problem.code == codes.RAY_PORT_UNREACHABLE
     assert said in problem.cause
     assert remedy in problem.remedy
     assert ("the listener at 127.77.0.2" in problem.cause) is not plan.advertised
@@ -87,7 +87,7 @@ def test_a_newcomer_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         await asyncio.sleep(0.1)  # its first look finds nobody
         peers["w"] = Peer(plan, 1)
         await until(lambda: board.conditions, 30)
-        assert board.conditions[0].code == "ray_port_unreachable"
+        assert board.conditions[0].code == codes.RAY_PORT_UNREACHABLE
         task.cancel()
 
     run(body)
@@ -208,7 +208,7 @@ def test_what_a_canary_says(
         assert problems == {}
         return
     assert problems.keys() == {"gpu-1"}
-    assert problems["gpu-1"].code == code
+    assert problems["gpu-1"].code.name == code
     assert said in problems["gpu-1"].cause
 
 
@@ -228,7 +228,9 @@ def test_lines_that_are_none_of_the_scripts(line: str) -> None:
 
 
 def test_a_node_whose_way_was_cut_is_not_judged() -> None:
-    problems = {name: Problem("canary_no_task", "x", "y") for name in ("head", "gpu-1", "10.0.0.9")}
+    problems = {
+        name: codes.CANARY_NO_TASK.problem("x", "y") for name in ("head", "gpu-1", "10.0.0.9")
+    }
     plans = {"127.77.0.2": PLAN, "127.77.0.1": replace(PLAN, name="head", address="127.77.0.1")}
 
     def judged(before: Mapping[str, Peer], after: Mapping[str, Peer]) -> set[str]:
@@ -276,7 +278,7 @@ def test_joined_and_gone(rows: list[NodeSeen], flaps: bool) -> None:
     problems = flapping(rows, {PLAN.address: PLAN}, NOW, PATIENCE)
     assert bool(problems) is flaps
     if flaps:
-        assert problems["gpu-1"].code == "ray_node_flapping"
+        assert problems["gpu-1"].code == codes.RAY_NODE_FLAPPING
         assert "70 s after it had joined" in problems["gpu-1"].cause
     assert flapping(rows, {}, NOW, PATIENCE) == {}
 

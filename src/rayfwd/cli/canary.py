@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_config, quiet_logs, table
-from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 2 * (config.canary.timeout + MARGIN)
     while answer.get("running"):
         if time.monotonic() > deadline:
-            raise ProblemError(
-                Problem("canary_lost", "the canary does not come back", "look into the log")
-            )
+            raise codes.CANARY_LOST.error("the canary does not come back", "look into the log")
         time.sleep(PAUSE)
         answer = ask(socket, "canary")
     if args.json:

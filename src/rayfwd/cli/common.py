@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rayfwd.cli import MistakeError
-from rayfwd.cluster.plan import NodePlan, PlanError
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ConfigError, LogConfig, load
+from rayfwd.problems import ProblemError
 from rayfwd.system import logs
 from rayfwd.system.paths import find_socket, usual_config
 
@@ -39,7 +40,7 @@ def own_head_plan(config: Config) -> NodePlan:
     """The head's own plan. Raises MistakeError where the file leaves no room for it."""
     try:
         return config.own_head_plan()
-    except PlanError as exc:
+    except ProblemError as exc:
         raise MistakeError([f"{config.path}: {exc}"]) from None
 
 

@@ -17,15 +17,15 @@ from typing import Any
 
 from rich.text import Text
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
 from rayfwd.cli.common import control_socket, quiet_logs
 from rayfwd.cli.status import console
-from rayfwd.cluster.plan import PlanError
 from rayfwd.config import Config, ConfigError, load
 from rayfwd.doctor import report, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
+from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
 from rayfwd.system.asuser import Account, ChildError, account_named
 from rayfwd.system.logs import escaped
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def exit_code(found: Sequence[Row]) -> int:
-    if any(row.problem is not None and row.problem.code == "config_invalid" for row in found):
+    if any(row.problem is not None and row.problem.code == codes.CONFIG_INVALID for row in found):
         return MISTAKE
     return {"fail": FAULT, "warn": WARNED}.get(worst(found), OK)
 
@@ -112,7 +112,7 @@ def _own_rows(path: Path, emit: Callable[[Row], None]) -> list[Row]:
             config.own_head_plan()
     except ConfigError as exc:
         mistakes = [f"{exc.path}: {line}" for line in exc.problems]
-    except PlanError as exc:
+    except ProblemError as exc:
         mistakes = [f"{path}: {exc}"]
     else:
         return asyncio.run(examine(config, control_socket(config), os.environ, emit))

@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.cli import OK
 from rayfwd.cli.common import table
-from rayfwd.problems import Problem, ProblemError
-from rayfwd.watch.conditions import CATALOGUE
 
 NEAREST = 4
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.code is None:
-        rows = [(code, kind.severity) for code, kind in sorted(CATALOGUE.items()) if kind.counted]
+        rows = [(name, code.severity) for name, code in sorted(codes.ALL.items()) if code.counted]
         print("\n".join(table(rows)))
     else:
         print(explanation(args.code))
@@ -55,12 +54,9 @@ def explanation(code: str) -> str:
         (other for other in known if words & set(other.split("_")) and other not in near),
         key=lambda other: (-len(words & set(other.split("_"))), other),
     )
-    raise ProblemError(
-        Problem(
-            "condition_unknown",
-            f'there is no code "{code}"',
-            f"did you mean {', '.join(near[:NEAREST])}?"
-            if near
-            else "`rayfwd explain` lists the codes",
-        )
+    raise codes.CONDITION_UNKNOWN.error(
+        f'there is no code "{code}"',
+        f"did you mean {', '.join(near[:NEAREST])}?"
+        if near
+        else "`rayfwd explain` lists the codes",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 
+from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs
 from rayfwd.config import Config
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         known = bool(ask(control_socket(config), "forget", {"name": name}).get("forgotten"))
     except ProblemError as exc:
-        if exc.problem.code != "daemon_not_running":
+        if exc.problem.code != codes.DAEMON_NOT_RUNNING:
             raise
         known = _forget_on_disk(config, name)
     if known:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import asyncssh
 
+from rayfwd import codes
 from rayfwd.cli import OK, MistakeError, doctor
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import Config, ConfigError, load, parse
 from rayfwd.doctor.rows import worst
 from rayfwd.doctor.unit_checks import SERVICE
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import apply
 from rayfwd.setup.manifest import Manifest
@@ -312,14 +313,10 @@ def _trust(asked: str | None, seen: Survey, before: str | None) -> str | None:
     if asked is not None:
         wanted = asked if asked.startswith("SHA256:") else f"SHA256:{asked}"
         if wanted.rstrip("=") != seen.fingerprint.rstrip("="):
-            raise ProblemError(
-                Problem(
-                    "host_key_mismatch",
-                    f"{seen.host} shows the host key {seen.fingerprint}, and --fingerprint is "
-                    f"{wanted}",
-                    "find out on the head itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
-                    "ed25519_key.pub`, which is right; if neither, somebody is in between",
-                )
+            raise codes.HOST_KEY_MISMATCH.error(
+                f"{seen.host} shows the host key {seen.fingerprint}, and --fingerprint is {wanted}",
+                "find out on the head itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
+                "ed25519_key.pub`, which is right; if neither, somebody is in between",
             )
         return None if seen.known and before is None else line
     if seen.known:
@@ -327,12 +324,9 @@ def _trust(asked: str | None, seen: Survey, before: str | None) -> str | None:
     print(f"{seen.host} shows the host key {seen.fingerprint} ({seen.host_key.split()[0]}).")
     print("On the head, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` prints what it must be.")
     if _ask("--fingerprint", "Is it that one (yes/no)? ").strip().lower() != "yes":
-        raise ProblemError(
-            Problem(
-                "host_key_unknown",
-                f"the host key of {seen.host} was not confirmed; nothing was changed",
-                "ask the head's owner for its fingerprint, and give it as --fingerprint",
-            )
+        raise codes.HOST_KEY_UNKNOWN.error(
+            f"the host key of {seen.host} was not confirmed; nothing was changed",
+            "ask the head's owner for its fingerprint, and give it as --fingerprint",
         )
     return line
 

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs, table
 from rayfwd.cluster.plan import NodePlan
@@ -67,7 +68,7 @@ def of_worker(config: Config) -> Plan | None:
     try:
         return _from_wire(ask(socket, "plan"), config, f"the daemon on {socket}")
     except ProblemError as exc:
-        if exc.problem.code != "daemon_not_running":
+        if exc.problem.code != codes.DAEMON_NOT_RUNNING:
             raise
     except ValueError:
         pass  # the daemon has no plan yet

@@ -31,9 +31,6 @@ LONGEST = 3600.0
 PIPE_WIDTH = 120
 """Columns where standard output is no terminal and COLUMNS does not say."""
 
-AWAY = frozenset({"daemon_not_running", "daemon_not_answering"})
-"""What a daemon's restart looks like from here: asking goes on."""
-
 RESTART_SHOWN = 60.0
 """Seconds for which it is said that the daemon was restarted."""
 
@@ -161,7 +158,7 @@ class Watch:
         try:
             status = self._look()
         except ProblemError as exc:
-            if exc.problem.code not in AWAY:
+            if not exc.problem.code.daemon_away:
                 raise
             self._away = time.monotonic() if self._away is None else self._away
             raise _AwayError(exc.problem) from exc

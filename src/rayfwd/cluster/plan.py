@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rayfwd import codes
+
 PORT_CEILING = 32768
 """First port that no block may reach: Linux takes ephemeral ports from here on."""
 
@@ -34,10 +36,6 @@ HEAD_METRICS = ("autoscaler_metrics", "dashboard_metrics")
 
 RESERVED = 8
 """Ports at the start of a block that are kept for the services above; worker ports follow."""
-
-
-class PlanError(Exception):
-    """No address or no block of ports can be had; the message says what to change."""
 
 
 def check_name(name: str) -> str:
@@ -141,9 +139,9 @@ def head_plan(
     address = str(ipaddress.ip_network(network)[1])
     plan = NodePlan(name, "head", address, port_base, worker_ports, False, dict(head_services))
     if plan.base + plan.size > PORT_CEILING:
-        raise PlanError(
-            f"hub.port_base = {port_base}: {plan.size} ports do not fit below {PORT_CEILING}; "
-            "lower port_base or ray.worker_ports"
+        raise codes.PLAN_FULL.error(
+            f"hub.port_base = {port_base}: {plan.size} ports do not fit below {PORT_CEILING}",
+            "lower port_base or ray.worker_ports",
         )
     return replace(plan, base=_first_fit(port_base, plan.size, [], head_services.values()))
 
@@ -159,7 +157,8 @@ def allocate(
     """A plan for worker `name` beside the plans that exist.
 
     What the node already has is kept where it still fits, so that a restart of anything changes
-    no address and no port. Raises PlanError when the network or the ports are used up.
+    no address and no port. Raises ProblemError: `plan_full` when the network or the ports are used
+    up, `address_taken`.
     """
     known = tuple(nodes)
     others = [n for n in known if n.name != name]
@@ -167,9 +166,9 @@ def allocate(
     if advertise is not None:
         twin = next((n.name for n in others if n.address == advertise), None)
         if twin is not None:
-            raise PlanError(
-                f"node {twin} already has the address {advertise}: two nodes cannot share one; "
-                "correct ray.advertise on one of them"
+            raise codes.ADDRESS_TAKEN.error(
+                f"node {twin} already has the address {advertise}: two nodes cannot share one",
+                "correct ray.advertise on one of them",
             )
         address = advertise
     elif mine is not None and not mine.advertised and _address_fits(mine, others, network):
@@ -226,9 +225,9 @@ def _free_address(nodes: Iterable[NodePlan], network: str) -> str:
     for host in hosts:
         if str(host) not in taken:
             return str(host)
-    raise PlanError(
-        f"hub.network = {network}: every address is taken; widen it, or drop nodes that are gone "
-        "with `rayfwd forget NAME` on the head"
+    raise codes.PLAN_FULL.error(
+        f"hub.network = {network}: every address is taken",
+        "widen it, or drop nodes that are gone with `rayfwd forget NAME` on the head",
     )
 
 
@@ -244,9 +243,9 @@ def _first_fit(base: int, size: int, nodes: Iterable[NodePlan], singles: Iterabl
             break
         start = block.stop
     if start + size > PORT_CEILING:
-        raise PlanError(
-            f"no {size} ports in a row are left between {base} and {PORT_CEILING}: lower "
-            "hub.port_base or ray.worker_ports, or drop nodes that are gone with "
-            "`rayfwd forget NAME` on the head"
+        raise codes.PLAN_FULL.error(
+            f"no {size} ports in a row are left between {base} and {PORT_CEILING}",
+            "lower hub.port_base or ray.worker_ports, or drop nodes that are gone with "
+            "`rayfwd forget NAME` on the head",
         )
     return start

@@ -16,8 +16,9 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem
 from rayfwd.system.tcp import cut
 
 PATIENCE = 3.0
@@ -195,12 +196,9 @@ class HeldPorts:
             self._servers.append(await loop.create_server(lambda: _Answer(self), sock=sock))
         except OSError as exc:
             sock.close()
-            raise ProblemError(
-                Problem(
-                    "port_in_use",
-                    f"port {port} cannot be held to check ray.advertise: {exc.strerror}",
-                    "end what uses it, or move this cluster's ports (hub.port_base)",
-                )
+            raise codes.PORT_IN_USE.error(
+                f"port {port} cannot be held to check ray.advertise: {exc.strerror}",
+                "end what uses it, or move this cluster's ports (hub.port_base)",
             ) from None
 
     def _bind(self, sock: socket.socket, port: int) -> None:
@@ -264,8 +262,7 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
     what = purposes(plan, (p for p, o in bad.items() if o == most))
     some = "" if len(bad) == len(results) else f"; {len(results) - len(bad)} other ports answer"
     if most == STRANGER:
-        return Problem(
-            "advertise_wrong_machine",
+        return codes.ADVERTISE_WRONG_MACHINE.problem(
             f"{where}: another program or machine answers there, on {what}{some}",
             "correct ray.advertise: it must be the address at which the other nodes reach this "
             f"machine, and no other program may use its ports; {override}",
@@ -276,17 +273,15 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
         f"the link; {override}"
     )
     if most == DROPPED:
-        return Problem(
-            "advertise_dropped",
+        return codes.ADVERTISE_DROPPED.problem(
             f"{where}: packets to {what} are dropped (no answer in {PATIENCE:.0f} s){some}",
             rule,
         )
     if most == REFUSED:
-        return Problem(
-            "advertise_refused", f"{where}: connections to {what} are refused{some}", rule
+        return codes.ADVERTISE_REFUSED.problem(
+            f"{where}: connections to {what} are refused{some}", rule
         )
-    return Problem(
-        "advertise_unroutable",
+    return codes.ADVERTISE_UNROUTABLE.problem(
         f"{where}: the head has no route there, or is told that there is none{some}",
         f"correct ray.advertise, or the head's routes; {override}",
     )
@@ -307,8 +302,7 @@ def judge_self_dial(
         STRANGER: "another program or machine answers",
     }.get(outcome, "there is no route")
     nat = "; no interface here has it, so the way leads through a NAT" if translated else ""
-    return Problem(
-        "advertise_self_unreachable",
+    return codes.ADVERTISE_SELF_UNREACHABLE.problem(
         f"{plan.name} cannot reach its own advertised address {plan.address} on "
         f"{purposes(plan, bad)}: {how}{nat}. Ray's agent and raylet dial each other there",
         f"add a rule to this machine's firewall and to its cloud's: allow inbound TCP from "

@@ -24,7 +24,7 @@ def run(config: Config) -> int:
         daemon = asyncio.run(_run(config))
     except ProblemError as exc:
         problem = exc.problem
-        log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+        log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
         Notifier().send(f"STATUS=cannot begin: {problem.cause}")
         return 1
     if daemon.again:

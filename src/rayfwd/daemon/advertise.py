@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
@@ -60,8 +61,7 @@ class AdvertiseCheck:
                 self._dial_back(ports, nonce), probe.dial_all(own.address, ports, nonce)
             )
             if results is None:
-                return Problem(
-                    "advertise_unchecked",
+                return codes.ADVERTISE_UNCHECKED.problem(
                     f"the head did not say in {ANSWER_WAIT:.0f} s whether it reaches {own.address}",
                     "nothing, if the link comes back: it is asked again; "
                     "ray.advertise_check = false starts Ray all the same",

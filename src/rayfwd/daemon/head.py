@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from rayfwd.cluster.plan import NodePlan, PlanError
+from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.runtime import SAY_AGAIN, Daemon
@@ -75,11 +76,7 @@ class HeadDaemon(Daemon):
 
     async def serve(self) -> None:
         config = self.config
-        try:
-            own = config.own_head_plan()
-        except PlanError as exc:
-            cause, _, remedy = str(exc).partition("; ")
-            raise ProblemError(Problem("plan_full", cause, remedy)) from exc
+        own = config.own_head_plan()
         roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
         self.own = own
         self._roster = roster
@@ -350,7 +347,7 @@ class HeadDaemon(Daemon):
     def link_problems(self) -> list[Problem]:
         if self._listening:
             return []
-        return [Problem("hub_starting", "the hub does not listen yet", "nothing: this is brief")]
+        return [codes.HUB_STARTING.problem("the hub does not listen yet", "nothing: this is brief")]
 
     def link_conditions(self) -> list[Seen]:
         found = []
@@ -362,8 +359,7 @@ class HeadDaemon(Daemon):
                 found.append(
                     Seen(
                         name,
-                        Problem(
-                            "link_down",
+                        codes.LINK_DOWN.problem(
                             f"{name}'s link is down, and what it carried is lost: {node.lost}",
                             f"nothing, if it comes back; else see `rayfwd status` on {name}, "
                             "whether that machine is up, and this machine's sshd",
@@ -371,7 +367,7 @@ class HeadDaemon(Daemon):
                     )
                 )
         for name, refusal in self._hub.refused_lately() if self._hub is not None else ():
-            problem = Problem(refusal.code, f"turned away: {refusal.cause}", refusal.remedy)
+            problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.
             found.append(Seen(name or self.config.name, problem, explains=False))
         return found

@@ -26,6 +26,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from rayfwd import codes
 from rayfwd.config import split_host_port
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
@@ -301,7 +302,9 @@ class MetricsServer:
                 server, path = await self._start()
             except ProblemError as exc:
                 if exc.problem != self.problem:
-                    log.error(exc.problem.code, cause=exc.problem.cause, remedy=exc.problem.remedy)
+                    log.error(
+                        exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy
+                    )
                 self._set_problem(exc.problem)
                 await asyncio.sleep(RETRY)
                 continue
@@ -337,13 +340,10 @@ class MetricsServer:
                 self._connected, host, port, limit=REQUEST_LIMIT, family=socket.AF_INET
             )
         except OSError as exc:
-            raise ProblemError(
-                Problem(
-                    "metrics_blocked",
-                    f"metrics.listen = {self.listen} cannot be opened: "
-                    f"{os.strerror(exc.errno) if exc.errno else exc}",
-                    f"end what listens on it (see `ss -ltnp sport = :{port}`), or set another port",
-                )
+            raise codes.METRICS_BLOCKED.error(
+                f"metrics.listen = {self.listen} cannot be opened: "
+                f"{os.strerror(exc.errno) if exc.errno else exc}",
+                f"end what listens on it (see `ss -ltnp sport = :{port}`), or set another port",
             ) from exc
         return server, None
 

@@ -9,7 +9,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 
 
 def make_directory(path: Path, mode: int) -> None:
@@ -21,20 +21,14 @@ def make_directory(path: Path, mode: int) -> None:
             path.chmod(found.st_mode & 0o777 | mode)
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "directory_unusable",
-                f"{path} cannot be made: {exc.strerror}",
-                "set state_dir and runtime_dir to places that this user may write",
-            )
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path} cannot be made: {exc.strerror}",
+            "set state_dir and runtime_dir to places that this user may write",
         ) from exc
     if not writable:
-        raise ProblemError(
-            Problem(
-                "directory_unusable",
-                f"{path} is not writable for this user",
-                "set state_dir and runtime_dir to places that this user may write",
-            )
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path} is not writable for this user",
+            "set state_dir and runtime_dir to places that this user may write",
         )
 
 
@@ -46,12 +40,9 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ProblemError(
-                Problem(
-                    "already_running",
-                    f"another rayfwd runs with state_dir = {state_dir}",
-                    "end it first, or give this one a state_dir and a runtime_dir of its own",
-                )
+            raise codes.ALREADY_RUNNING.error(
+                f"another rayfwd runs with state_dir = {state_dir}",
+                "end it first, or give this one a state_dir and a runtime_dir of its own",
             ) from None
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ConfigError, ForwardConfig, load
 from rayfwd.daemon import handover, reload, restart_job
@@ -25,7 +25,7 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.metrics import MetricsServer, families
 from rayfwd.daemon.resources import lock, make_directory, raise_descriptor_limit
 from rayfwd.daemon.watches import Watches
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
@@ -49,7 +49,7 @@ from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
-from rayfwd.watch.conditions import Seen, Severity, kind_of, worst
+from rayfwd.watch.conditions import Seen, worst
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer, Reach
 
@@ -173,8 +173,8 @@ class Daemon:
 
     async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
         """Drop a node from the roster; a head can."""
-        raise ProblemError(
-            Problem("not_a_head", "this node is a worker", "ask on the head: the roster is there")
+        raise codes.NOT_A_HEAD.error(
+            "this node is a worker", "ask on the head: the roster is there"
         )
 
     def board_changed(self) -> None:
@@ -468,7 +468,7 @@ class Daemon:
         if not waits and ray.phase not in {"up", "by_hand"}:
             waits.append(
                 ray.problem
-                or Problem("ray_starting", self.ray_waits(), "nothing: this takes a while")
+                or codes.RAY_STARTING.problem(self.ray_waits(), "nothing: this takes a while")
             )
         return waits
 
@@ -503,7 +503,7 @@ class Daemon:
         """A link that is parked is not as bad as one that is down, for the same reason."""
         code, own = waited_for.code, self.config.name
         shown = (c.severity for c in self.board.conditions if (c.code, c.subject) == (code, own))
-        return next(shown, kind_of(code).severity)
+        return next(shown, code.severity)
 
     def state(self) -> str:
         """`starting`, `waiting`, `ready` or `stopping`."""

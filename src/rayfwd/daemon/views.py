@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import mean
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.hub import HubClient
@@ -131,8 +132,7 @@ def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
 
 def parked_problem(link: str, mux: Mux) -> Problem:
     """A link without a lane whose streams are held."""
-    return Problem(
-        "link_parked",
+    return codes.LINK_PARKED.problem(
         f"every lane of {link} is lost; its {max(len(mux.session.streams) - 1, 0)} streams are "
         f"held for {mux.session.ride_through:g} s",
         "nothing, if it comes back within that time; else look at the network between the two",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rayfwd.problems import Problem
+from rayfwd import codes
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.watch import conditions, links, machine
@@ -28,11 +28,6 @@ PATIENCE = 60.0
 
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
-
-BOTH_ENDS = frozenset(
-    {"link_parked", "link_down", "link_slow", "lane_flapping", "lane_lost", "ssh_lost"}
-)
-"""What both ends of a link see for themselves."""
 
 
 class Watches:
@@ -65,8 +60,7 @@ class Watches:
         return [
             Seen(
                 f"{daemon.config.name}/{forward.listen}",
-                Problem(
-                    "forward_target_unknown",
+                codes.FORWARD_TARGET_UNKNOWN.problem(
                     f"[[forward]] to = {forward.to}: no node {forward.target()[0]} is in the plan",
                     "correct the name; it opens by itself when the node joins",
                 ),
@@ -112,8 +106,7 @@ class Watches:
         told = conditions.message(
             c
             for c in self._daemon.board.conditions
-            if all_of_them
-            or (c.seen_by == own and c.code not in BOTH_ENDS and c.severity != "note")
+            if all_of_them or (c.seen_by == own and not c.code.both_ends and c.severity != "note")
         )
         if told == self.told:
             return None
@@ -132,7 +125,7 @@ class Watches:
             seen
             for seen in told
             if seen.seen_by != own
-            and not (node_of(seen.subject) == own and seen.problem.code in BOTH_ENDS)
+            and not (node_of(seen.subject) == own and seen.problem.code.both_ends)
         ]
         # Of a hundred nodes each need not log what is wrong with the ninety-eight others.
         near = {own, board.head} if speaks_for_all else {node_of(seen.subject) for seen in news}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
@@ -24,7 +24,7 @@ from rayfwd.daemon.views import (
     roster_rows,
     streams_status,
 )
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
@@ -44,7 +44,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
-from rayfwd.watch.conditions import Seen, Severity
+from rayfwd.watch.conditions import Seen
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
@@ -240,18 +240,15 @@ class WorkerDaemon(Daemon):
             try:
                 token.keep(auth, self.config.state_dir)
             except ProblemError as exc:
-                log.error(exc.problem.code, cause=exc.problem.cause, remedy=exc.problem.remedy)
+                log.error(exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy)
             token.provide(auth, os.environ, self.config.state_dir)
 
     async def _check_token(self) -> None:
         """Raises ProblemError where the head's Ray would refuse this node's."""
         if self.config.ray.auth == "token" and (self.auth is None or self.auth.mode == "off"):
-            raise ProblemError(
-                Problem(
-                    "ray_auth_differs",
-                    'ray.auth = "token" on this node, and the head hands out no token',
-                    'set ray.auth = "token" on the head, or "auto" here',
-                )
+            raise codes.RAY_AUTH_DIFFERS.error(
+                'ray.auth = "token" on this node, and the head hands out no token',
+                'set ray.auth = "token" on the head, or "auto" here',
             )
         head = self.node_named("head")
         if head is not None:
@@ -361,7 +358,7 @@ class WorkerDaemon(Daemon):
             return []
         if link.problem is not None:
             return [link.problem]
-        return [Problem("link_starting", f"dialling {link.head.ssh}", "nothing: this is brief")]
+        return [codes.LINK_STARTING.problem(f"dialling {link.head.ssh}", "nothing: this is brief")]
 
     def link_conditions(self) -> list[Seen]:
         link, own = self._link, self.config.name
@@ -431,7 +428,7 @@ def node_key(path: Path) -> str:
         key = secrets.token_hex(32)
         replace_file(path, key.encode() + b"\n")
     except (OSError, UnicodeDecodeError) as exc:
-        raise ProblemError(
-            Problem("node_key_unusable", f"{path}: {exc}", "make it readable, or remove it")
+        raise codes.NODE_KEY_UNUSABLE.error(
+            f"{path}: {exc}", "make it readable, or remove it"
         ) from exc
     return key

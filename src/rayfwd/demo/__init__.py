@@ -16,9 +16,10 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.demo.story import Story
 from rayfwd.demo.teller import StepFailedError, Teller
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.system.logs import escaped
 
@@ -88,7 +89,7 @@ async def _tell(story: Story, teller: Teller) -> bool:
     try:
         await story.tell()
     except (StepFailedError, ProblemError) as exc:
-        if isinstance(exc, ProblemError) and exc.problem.code == "namespaces_forbidden":
+        if isinstance(exc, ProblemError) and exc.problem.code == codes.NAMESPACES_FORBIDDEN:
             raise
         _report(exc, teller, story.logs())
         return False
@@ -126,11 +127,8 @@ async def _find_ray(ray: str) -> RayInstall:
         return await find(ray, os.environ)
     except ProblemError as exc:
         problem = exc.problem
-        raise ProblemError(
-            Problem(
-                problem.code,
-                f"the demo needs Ray: {problem.cause.replace('ray.command = ', '--ray ')}",
-                "install it (python3 -m venv ~/ray && ~/ray/bin/pip install 'ray[default]') and "
-                "say `rayfwd demo --ray ~/ray/bin/ray`; in a checkout, `make demo` does both",
-            )
+        raise problem.code.error(
+            f"the demo needs Ray: {problem.cause.replace('ray.command = ', '--ray ')}",
+            "install it (python3 -m venv ~/ray && ~/ray/bin/pip install 'ray[default]') and "
+            "say `rayfwd demo --ray ~/ray/bin/ray`; in a checkout, `make demo` does both",
         ) from None

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
 
 MAKING_SECONDS = 15.0
@@ -157,7 +158,7 @@ class Machine:
         except OSError:
             said = []
         cause = f"the machine {self.name}: {what}{f' ({said[-1]})' if said else ''}"
-        return ProblemError(Problem("machine_failed", cause, "try again, or as root"))
+        return codes.MACHINE_FAILED.error(cause, "try again, or as root")
 
 
 def why_forbidden(number: int, cause: str) -> Problem:
@@ -173,8 +174,7 @@ def why_forbidden(number: int, cause: str) -> Problem:
         remedies.append("run it as root")
     if os.geteuid() == 0 or _in_a_container():
         remedies.append("in a container, start that with `--privileged`, or run it outside of one")
-    return Problem(
-        "namespaces_forbidden",
+    return codes.NAMESPACES_FORBIDDEN.problem(
         f"the demo makes two machines out of Linux namespaces, which are forbidden here: {cause}",
         "; or ".join(remedies),
     )

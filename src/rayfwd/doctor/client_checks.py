@@ -9,8 +9,8 @@ from pathlib import Path
 
 import asyncssh
 
-from rayfwd import __version__
-from rayfwd.client import ANOTHER_WAY, LOOPBACK, hello_of, listen_all
+from rayfwd import __version__, codes
+from rayfwd.client import LOOPBACK, hello_of, listen_all
 from rayfwd.config import HeadConfig
 from rayfwd.doctor import judgements
 from rayfwd.doctor.hub_probe import OLDER, HubProbe
@@ -72,16 +72,16 @@ class ClientExamination(WayExamination):
             return await super().open(connection, hub_probe)
         except ProblemError as exc:
             # Of a client that is what an `attach --client` says which knows no such questions.
-            raise ProblemError(OLDER) if exc.problem.code == "client_only" else exc from None
+            raise ProblemError(OLDER) if exc.problem.code == codes.CLIENT_ONLY else exc from None
 
     def leads_on(self, problem: Problem) -> bool:
-        return problem.code in ANOTHER_WAY
+        return problem.code.another_way
 
     def hub(self, answer: CheckReply) -> Row:
         welcome, refusal = answer.welcome, answer.refusal
         self.network = welcome.network
         if refusal is not None:
-            return failed("hub", Problem(refusal.code, refusal.cause, refusal.remedy))
+            return failed("hub", refusal)
         problem = judgements.judge_version(__version__, welcome.version)
         if problem is not None:
             return warned("hub", problem, version=welcome.version)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.watches import temp_dir
@@ -59,14 +60,14 @@ class Examination:
             return passed("config", f"{config.path}: {config.role} {config.name}")
         return warned(
             "config",
-            Problem("config_doubtful", "; ".join(found), "see whether that is meant so"),
+            codes.CONFIG_DOUBTFUL.problem("; ".join(found), "see whether that is meant so"),
         )
 
     async def daemon(self) -> Row:
         try:
             self.status = status = await asyncio.to_thread(ask, self._control, "status")
         except ProblemError as exc:
-            if exc.problem.code == "daemon_not_running":
+            if exc.problem.code == codes.DAEMON_NOT_RUNNING:
                 return skipped("daemon", "none runs here")
             return warned("daemon", exc.problem)
         self.own = plan_of(status.get("node"))
@@ -76,7 +77,7 @@ class Examination:
         if first is None and state == "ready":
             return passed("daemon", summary, pid=status.get("pid"), state=state)
         first = first or next(iter(wrong), {"code": "ray_starting"})
-        problem = Problem(str(first["code"]), summary, "see `rayfwd status`")
+        problem = codes.named(str(first["code"])).problem(summary, "see `rayfwd status`")
         return warned("daemon", problem, pid=status.get("pid"), state=state)
 
     async def keeper(self) -> Row:
@@ -87,7 +88,7 @@ class Examination:
                 return skipped("keeper", "no service of this file has one")
             if not unit.keeper.exists():
                 cause = f"{unit.path} has Ray in a service of its own, and {unit.keeper} is absent"
-                problem = Problem("keeper_absent", cause, "`rayfwd init` makes it again")
+                problem = codes.KEEPER_ABSENT.problem(cause, "`rayfwd init` makes it again")
                 return failed("keeper", problem)
             return passed(
                 "keeper", f"{unit.keeper.name} is there, and starts with {unit.path.name}"
@@ -152,7 +153,9 @@ class Examination:
         if self.status is not None:
             listeners = self.status["listeners"]
             if listeners["blocked"]:
-                return failed("listeners", several([Problem(**p) for p in listeners["blocked"]]))
+                return failed(
+                    "listeners", several([codes.problem_from(p) for p in listeners["blocked"]])
+                )
             return passed("listeners", f"{listeners['open']} are open", open=listeners["open"])
         if own is None or not self.nodes:
             return skipped("listeners", "the other nodes are known when the hub has answered")
@@ -214,7 +217,7 @@ def several(problems: list[Problem]) -> Problem:
     shown = "; ".join(p.cause for p in problems[:4])
     more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     different = list(dict.fromkeys(p.remedy for p in problems[:4]))
-    return Problem(first.code, f"{shown}{more}", "; ".join(different))
+    return first.code.problem(f"{shown}{more}", "; ".join(different))
 
 
 def is_address(host: str) -> bool:

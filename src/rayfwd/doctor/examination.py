@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.config import Config
 from rayfwd.doctor.client_checks import ClientExamination
 from rayfwd.doctor.common_checks import Examination, Tell
 from rayfwd.doctor.head_checks import HeadExamination
 from rayfwd.doctor.rows import Row, failed
 from rayfwd.doctor.worker_checks import WorkerExamination
-from rayfwd.problems import Problem
 
 _KINDS: Mapping[str, type[Examination]] = {
     "head": HeadExamination,
@@ -37,4 +37,4 @@ async def examine(config: Config, control: Path, env: Mapping[str, str], tell: T
 def of_a_mistake(lines: list[str]) -> Row:
     """The one row of a configuration that cannot be used."""
     remedy = "correct the file; `rayfwd check` looks at it alone"
-    return failed("config", Problem("config_invalid", "; ".join(lines), remedy))
+    return failed("config", codes.CONFIG_INVALID.problem("; ".join(lines), remedy))

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 from collections.abc import Mapping
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
@@ -13,7 +14,7 @@ from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import not_writable
 from rayfwd.hub import allowed_uids
 from rayfwd.hub.roster import read, settle
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
 
 
@@ -59,7 +60,7 @@ class HeadExamination(Examination):
             return failed("socket", exc.problem)
         if (fault := not_writable(path.parent)) is not None:
             remedy = "give the directory to the user that runs rayfwd, or set runtime_dir elsewhere"
-            return warned("socket", Problem("directory_unusable", fault, remedy))
+            return warned("socket", codes.DIRECTORY_UNUSABLE.problem(fault, remedy))
         return passed("socket", f"{path} can be made")
 
     async def _sshd(self) -> Row:
@@ -71,8 +72,7 @@ class HeadExamination(Examination):
                 break
         if said is None:
             where = " and ".join(f"{host}:{port}" for host, port in places)
-            problem = Problem(
-                "sshd_absent",
+            problem = codes.SSHD_ABSENT.problem(
                 f"no SSH server answers on {where}",
                 "start sshd (`systemctl enable --now ssh`); where it listens elsewhere, see that "
                 "workers name that place in head.ssh",

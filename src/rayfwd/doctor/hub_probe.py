@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import asyncssh
 
+from rayfwd import codes
 from rayfwd.doctor.judgements import Tick
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import checks
@@ -27,8 +28,7 @@ PATIENCE = 15.0
 """Seconds for an answer."""
 TICKS = 7
 FIRST_PIECE = 1 << 16
-OLDER = Problem(
-    "hub_older",
+OLDER = codes.HUB_OLDER.problem(
     "the head's rayfwd is older and does not answer a doctor's questions",
     "upgrade rayfwd on the head; what runs here works with it all the same",
 )
@@ -176,12 +176,9 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
             async with asyncio.timeout(seconds):
                 return await what
         except TimeoutError:
-            raise ProblemError(
-                Problem(
-                    "hub_silent",
-                    f"the hub gave no {name} in {seconds:.0f} s",
-                    "see rayfwd's log on the head",
-                )
+            raise codes.HUB_SILENT.error(
+                f"the hub gave no {name} in {seconds:.0f} s",
+                "see rayfwd's log on the head",
             ) from None
 
 
@@ -199,17 +196,16 @@ async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
 
 def _refused(frame: Frame) -> Problem:
     try:
-        refusal = Refusal.decode(frame)
+        refusal = Refusal.decode(frame).problem
     except ProtocolError as exc:
         return _not_ours(exc)
-    if refusal.code == "frame_unknown":
+    if refusal.code == codes.FRAME_UNKNOWN:
         return OLDER
-    return Problem(refusal.code, refusal.cause, refusal.remedy)
+    return refusal
 
 
 def _not_ours(exc: ProtocolError) -> Problem:
-    return Problem(
-        exc.code,
+    return exc.code.problem(
         f"the answer at the hub's socket is not rayfwd's: {exc}",
         "see that head.socket is the hub's socket and that both sides run the same version of "
         "rayfwd",

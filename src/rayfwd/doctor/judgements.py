@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from rayfwd import codes
 from rayfwd.problems import Problem
 
 CLOCK = 2.0
@@ -55,8 +56,7 @@ def judge_clock(ahead: float, doubt: float) -> Problem | None:
     if abs(ahead) - doubt <= CLOCK:
         return None
     which = "behind" if ahead > 0 else "ahead of"
-    return Problem(
-        "clock_offset",
+    return codes.CLOCK_OFFSET.problem(
         f"this machine's clock is {_seconds(abs(ahead))} {which} the head's",
         "have both keep time: `timedatectl set-ntp true`, or chrony; Ray works, but logs and "
         "timelines of the two do not fit together, and certificates may seem out of date",
@@ -73,8 +73,7 @@ def judge_link(trip: float, down: float, up: float) -> Problem | None:
             what.append(f"{shown_rate(rate)} {way}")
     if not what:
         return None
-    return Problem(
-        "link_poor",
+    return codes.LINK_POOR.problem(
         f"the way to the head is slow: {', '.join(what)}",
         "Ray works, but tasks start late or objects take long: keep data where it is used; see "
         "what lies between (a VPN, a jump host, Wi-Fi)",
@@ -93,8 +92,7 @@ def judge_names(host: str, seconds: float) -> Problem | None:
     """Of a name that was found, but late."""
     if seconds <= NAMES:
         return None
-    return Problem(
-        "names_slow",
+    return codes.NAMES_SLOW.problem(
         f"looking up {host} took {seconds:.1f} s",
         "put the head into /etc/hosts, or its address into head.ssh (or as HostName into the SSH "
         "configuration); see which name server in /etc/resolv.conf does not answer",
@@ -105,8 +103,7 @@ def judge_login(target: str, seconds: float) -> Problem | None:
     """Of a login that went well, but late."""
     if seconds <= LOGIN:
         return None
-    return Problem(
-        "login_slow",
+    return codes.LOGIN_SLOW.problem(
         f"logging in at {target} takes {seconds:.1f} s",
         "see what the head's sshd waits for (UseDNS, PAM, load, a jump host): after a cut the link "
         "is back that much later",
@@ -118,8 +115,7 @@ def judge_threads(limit: int | None, running: int, cpus: int) -> Problem | None:
     need = THREADS_OF_RAY + THREADS_OF_A_WORKER * cpus
     if limit is None or limit - running >= need:
         return None
-    return Problem(
-        "processes_low",
+    return codes.PROCESSES_LOW.problem(
         f"this user may have {limit} processes and threads, {running} are there, and Ray on "
         f"{cpus} CPUs wants {need} more",
         f"raise the limit to {running + 2 * need} at least: TasksMax= and LimitNPROC= of the "
@@ -165,16 +161,14 @@ def judge_proxies(
     spare = f"NO_PROXY=127.0.0.1,localhost,{network}"
     theirs = {name: value for name, value in ray_env.items() if name.lower() == "no_proxy"}
     if theirs and (found := caught({**env, **ray_env}, addresses)):
-        return Problem(
-            "proxy_catches",
+        return codes.PROXY_CATCHES.problem(
             f"{_first(found)} would catch what Ray's own clients send to the cluster's addresses: "
             "ray.env sets NO_PROXY, and leaves them out",
             f"add {network} and 127.0.0.1 to NO_PROXY in ray.env, or take it out: rayfwd sets it",
         )
     if found := caught(env, addresses):
         proxy = urlsplit(env[next(iter(found))])
-        return Problem(
-            "proxy_catches",
+        return codes.PROXY_CATCHES.problem(
             f"{_first(found)} here, which sends job submissions and state queries to the proxy "
             f"{proxy.hostname or 'that it names'}",
             f"where you run `ray job`, `ray list` or such: export {spare} (and no_proxy); Ray "
@@ -193,8 +187,7 @@ def judge_version(own: str, heads: str) -> Problem | None:
     """Of rayfwd itself."""
     if own == heads:
         return None
-    return Problem(
-        "rayfwd_version_differs",
+    return codes.RAYFWD_VERSION_DIFFERS.problem(
         f"this is rayfwd {own}, the head has {heads}",
         "upgrade the head first, then the workers: the two understand each other, but a check or a "
         "feature of the newer one may be missing",
@@ -221,8 +214,7 @@ def judge_sshd(options: Mapping[str, str], workers: int) -> list[Problem]:
     if begin.isdecimal() and int(begin) < workers:
         found.append(("MaxStartups", f"{workers} workers may log in at once: raise it"))
     return [
-        Problem(
-            "sshd_forbids",
+        codes.SSHD_FORBIDS.problem(
             f"{name} {options.get(name.lower(), 'is left out')} in the head's sshd_config",
             f"{what} (a Match block, which was not looked at, may say otherwise for some users)",
         )

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem
 from rayfwd.ray.launcher import KEEPER
 from rayfwd.session.target import Target
 from rayfwd.transport.listeners import listeners_for, why_blocked
@@ -42,12 +43,9 @@ async def look_up(host: str, port: int) -> tuple[float, list[str]]:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, TimeoutError) as exc:
         why = getattr(exc, "strerror", None) or f"no answer in {LOOKUP:.0f} s"
-        raise ProblemError(
-            Problem(
-                "ssh_unreachable",
-                f"the name {host} cannot be resolved: {why}",
-                "correct head.ssh, or this machine's DNS",
-            )
+        raise codes.SSH_UNREACHABLE.error(
+            f"the name {host} cannot be resolved: {why}",
+            "correct head.ssh, or this machine's DNS",
         ) from None
     return time.monotonic() - began, list(dict.fromkeys(str(a[4][0]) for a in found))
 

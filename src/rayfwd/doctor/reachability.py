@@ -9,39 +9,25 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import asyncssh
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, Tell, is_address
 from rayfwd.doctor.hub_probe import PATIENCE, HubProbe
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
 from rayfwd.transport.ssh import SshConnector
 
 NOT_REACHED = "not got so far"
-STAGES = ("ssh", "host_key", "auth", "channel", "hub")
-_STAGE_OF = {
-    "ssh_unreachable": "ssh",
-    "ssh_turned_away": "ssh",
-    "ssh_lost": "ssh",
-    "ssh_failed": "ssh",
-    "ssh_config_invalid": "ssh",
-    "ssh_file_unreadable": "ssh",
-    "host_key_mismatch": "host_key",
-    "host_key_unknown": "host_key",
-    "ssh_key_unusable": "auth",
-    "ssh_auth_refused": "auth",
-    "channel_refused": "channel",
-}
-"""At which stage of the way to the hub a problem is met; any other at the last."""
-_BEFORE_DIALLING = frozenset({"ssh_key_unusable", "ssh_config_invalid", "ssh_file_unreadable"})
+STAGES = get_args(Stage)
 
 
 class WayExamination(Examination):
@@ -106,7 +92,7 @@ class WayExamination(Examination):
                 answer = await self.open(connection, hub_probe)
             except ProblemError as exc:
                 # That `rayfwd` is not found there says less than why the first was no way.
-                if stopped is None or exc.problem.code != "hub_closed":
+                if stopped is None or exc.problem.code != codes.HUB_CLOSED:
                     stopped = head, exc.problem
                 if self.leads_on(exc.problem):
                     continue
@@ -118,7 +104,7 @@ class WayExamination(Examination):
             return
         assert stopped is not None, "there is a way"
         self._head, problem = stopped
-        if problem.code != "hub_older":
+        if problem.code != codes.HUB_OLDER:
             self._stopped(problem)
             return
         self.say(passed("channel", self._channel_kind()))
@@ -135,13 +121,13 @@ class WayExamination(Examination):
                 await SshConnector(self._head).open_channel(connection, lambda: hub_probe)
         except TimeoutError:
             cause = f"the head's sshd opened no channel in {PATIENCE:.0f} s"
-            problem = Problem("hub_silent", cause, "see the head's load and its sshd log")
+            problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
             raise ProblemError(problem) from None
         return await hub_probe.begin(self.hello())
 
     def _stopped(self, problem: Problem) -> None:
         """The way ends at a stage: what was before is well, what comes after is not known."""
-        at = STAGES.index(_STAGE_OF.get(problem.code, "hub"))
+        at = STAGES.index(problem.code.stage)
         target = self._head.ssh
         well = {
             "ssh": f"{target} answers",
@@ -155,7 +141,7 @@ class WayExamination(Examination):
                 continue
             if index == at:
                 self.say(failed(stage, problem))
-            elif index > at or problem.code in _BEFORE_DIALLING:
+            elif index > at or problem.code.before_dialling:
                 self.say(skipped(stage, NOT_REACHED))
             else:
                 self.say(passed(stage, well[stage]))
@@ -192,7 +178,7 @@ class WayExamination(Examination):
         except ValueError as exc:
             remedy = "run the same rayfwd on both sides"
             return failed(
-                "hub", Problem("plan_malformed", f"the hub's plan is none: {exc}", remedy)
+                "hub", codes.PLAN_MALFORMED.problem(f"the hub's plan is none: {exc}", remedy)
             )
         problem = judgements.judge_version(__version__, welcome.version)
         if problem is not None:

@@ -18,11 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.config import Config
 from rayfwd.doctor import scrubbing
 from rayfwd.doctor.unit_checks import RAY_SERVICE, SERVICE
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
 from rayfwd.system.control import ask
@@ -57,12 +57,9 @@ def write(path: Path, text: str) -> None:
             os.fchmod(out.fileno(), 0o600)
             out.write(text)
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "report_unwritable",
-                f"{path}: {exc.strerror}",
-                "give --report the path of a file that is not there yet",
-            )
+        raise codes.REPORT_UNWRITABLE.error(
+            f"{path}: {exc.strerror}",
+            "give --report the path of a file that is not there yet",
         ) from None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayfwd import codes
 from rayfwd.problems import Problem
 
 Result = Literal["pass", "warn", "fail", "skip"]
@@ -48,7 +49,7 @@ class Row:
             "check": self.check,
             "result": self.result,
             "said": self.said,
-            "code": None if problem is None else problem.code,
+            "code": None if problem is None else problem.code.name,
             "remedy": None if problem is None else problem.remedy,
             "seen": dict(self.seen),
         }
@@ -58,7 +59,7 @@ class Row:
         """The inverse of `to_wire`, of another process's own making."""
         problem = None
         if data["code"] is not None:
-            problem = Problem(data["code"], data["said"], data["remedy"])
+            problem = codes.named(data["code"]).problem(data["said"], data["remedy"])
         return cls(data["check"], data["result"], data["said"], problem, data["seen"])
 
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.daemon import advertise
 from rayfwd.daemon.worker import hello_of
@@ -14,7 +15,7 @@ from rayfwd.doctor.common_checks import plan_of
 from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.reachability import NOT_REACHED, WayExamination
 from rayfwd.doctor.rows import Row, failed, passed, skipped
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.supervisor import check_versions
 from rayfwd.session.checks import CheckReply
@@ -68,9 +69,9 @@ class WorkerExamination(WayExamination):
 
     def _place(self, answer: CheckReply) -> Row:
         known = self._key_is_known
-        if answer.refusal is not None and (known or answer.refusal.code != "name_taken"):
+        if answer.refusal is not None and (known or answer.refusal.code != codes.NAME_TAKEN):
             refusal = answer.refusal
-            return failed("place", Problem(refusal.code, refusal.cause, refusal.remedy))
+            return failed("place", refusal)
         plan = plan_of(answer.welcome.node)
         if plan is None:
             return skipped("place", f"{self.config.state_dir}/node.key cannot be read by this user")
@@ -103,7 +104,7 @@ class WorkerExamination(WayExamination):
                 )
                 translated = held.translated
         except ProblemError as exc:
-            if exc.problem.code != "port_in_use":
+            if exc.problem.code != codes.PORT_IN_USE:
                 raise
             why = "its ports are not free"
             self._keep(skipped("advertise", why), skipped("advertise_self", why))
@@ -112,7 +113,7 @@ class WorkerExamination(WayExamination):
             results = probe.read_results(told.get("results"), wanted)
         except ValueError as exc:
             cause = f"the hub's answer is none: {exc}"
-            raise ProblemError(Problem("advertise_unchecked", cause, "ask again")) from None
+            raise codes.ADVERTISE_UNCHECKED.error(cause, "ask again") from None
         span = f"{own.address}, {len(wanted)} ports"
         back = probe.judge_dial_back(own, results)
         self_ = probe.judge_self_dial(own, mine, translated)
@@ -128,11 +129,11 @@ class WorkerExamination(WayExamination):
     def _advertised_by_daemon(self, status: Mapping[str, Any]) -> None:
         """The daemon has looked before it started Ray, and looks again while it does not."""
         for waited in status.get("waiting_for", []):
-            if str(waited["code"]).startswith("advertise_"):
-                problem = Problem(waited["code"], waited["cause"], waited["remedy"])
-                own_side = problem.code == "advertise_self_unreachable"
-                check, other = ("advertise_self", "advertise")[:: 1 if own_side else -1]
-                self._keep(failed(check, problem), skipped(other, "see the other"))
+            problem = codes.problem_from(waited)
+            if problem.code.check:
+                checks = {"advertise", "advertise_self"}
+                (other,) = checks - {problem.code.check}
+                self._keep(failed(problem.code.check, problem), skipped(other, "see the other"))
                 return
         if self.phase == "up" and self.config.ray.advertise_check:
             said = "the daemon has seen it before it started Ray"

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
+from rayfwd.problems import Problem
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, TOTAL_FILLER, TOTAL_QUESTIONS, CheckReply
 from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
-from rayfwd.session.handshake import Refusal
 
 SECONDS = 60.0
 """For all that is asked on one connection."""
@@ -32,7 +33,7 @@ class Checkup:
         transport: asyncio.Transport,
         answer: CheckReply,
         plan: NodePlan | None,
-        refuse: Callable[[Refusal], None],
+        refuse: Callable[[Problem], None],
     ) -> None:
         """`answer` is the one to the first question; `plan` is the node's, if it has one.
 
@@ -60,8 +61,8 @@ class Checkup:
                 if not self._transport.is_closing():
                     self._frame(frame)
         except (ProtocolError, ValueError) as exc:
-            code = exc.code if isinstance(exc, ProtocolError) else "check_malformed"
-            self._refuse(Refusal(code, str(exc), "run the same version of rayfwd on both sides"))
+            code = exc.code if isinstance(exc, ProtocolError) else codes.CHECK_MALFORMED
+            self._refuse(code.problem(str(exc), "run the same version of rayfwd on both sides"))
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -78,7 +79,9 @@ class Checkup:
             self._dialling.cancel()
 
     def _too_long(self) -> None:
-        self._refuse(Refusal("check_long", f"a check takes {SECONDS:.0f} s at most", "ask again"))
+        self._refuse(
+            codes.CHECK_LONG.problem(f"a check takes {SECONDS:.0f} s at most", "ask again")
+        )
 
     def _frame(self, frame: Frame) -> None:
         if frame.kind is Kind.CHECK and frame.stream == FILLER:
@@ -91,7 +94,7 @@ class Checkup:
         self._questions += 1
         busy = self._to_send or self._to_take or self._dialling is not None
         if busy or self._questions > TOTAL_QUESTIONS:
-            raise ProtocolError("check_malformed", "CHECK: too many questions, or two at once")
+            raise ProtocolError(codes.CHECK_MALFORMED, "CHECK: too many questions, or two at once")
         match body.get("ask"):
             case "time":
                 self._say({"time": time.time()})
@@ -105,12 +108,12 @@ class Checkup:
                 dialling = self._dial_back(self._plan, ports, nonce)
                 self._dialling = asyncio.create_task(dialling, name="dial back for a check")
             case asked:
-                raise ProtocolError("check_malformed", f"CHECK: nothing to ask: {asked!r:.60}")
+                raise ProtocolError(codes.CHECK_MALFORMED, f"CHECK: nothing to ask: {asked!r:.60}")
 
     def _allowed(self, size: int) -> int:
         self._filler += size
         if self._filler > TOTAL_FILLER:
-            raise ProtocolError("check_malformed", f"CHECK: over {TOTAL_FILLER} bytes in all")
+            raise ProtocolError(codes.CHECK_MALFORMED, f"CHECK: over {TOTAL_FILLER} bytes in all")
         return size
 
     def _send(self) -> None:
@@ -122,7 +125,7 @@ class Checkup:
     def _take(self, size: int) -> None:
         self._taken += size
         if not self._to_take or self._taken > self._to_take:
-            raise ProtocolError("check_malformed", "CHECK: filler that was not announced")
+            raise ProtocolError(codes.CHECK_MALFORMED, "CHECK: filler that was not announced")
         if self._taken == self._to_take:
             self._to_take = 0
             self._say({"took": self._taken})

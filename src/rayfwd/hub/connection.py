@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol, cast
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.hub.checks import Checkup
 from rayfwd.hub.peers import HubPeer
+from rayfwd.problems import Problem
 from rayfwd.session.checks import CheckReply, read_hello
 from rayfwd.session.frames import Chunk, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
@@ -37,7 +39,7 @@ class Owner(Protocol):
     def asked(self, lane: HubConnection, hello: Hello) -> None:
         """The first question of a doctor: `examine` it, or refuse it."""
 
-    def refused(self, lane: HubConnection, refusal: Refusal) -> None:
+    def refused(self, lane: HubConnection, refusal: Problem) -> None:
         """It is told so, and closed."""
 
     def went(self, lane: HubConnection) -> None:
@@ -94,7 +96,7 @@ class HubConnection(asyncio.Protocol):
                 return
             hello = Hello.decode(frame)
         except ProtocolError as exc:
-            self.refuse(Refusal(exc.code, str(exc), "run the same version of rayfwd on both sides"))
+            self.refuse(exc.code.problem(str(exc), "run the same version of rayfwd on both sides"))
             return
         self._owner.greeted(self, hello)
 
@@ -132,7 +134,9 @@ class HubConnection(asyncio.Protocol):
 
     def _no_hello(self) -> None:
         self.refuse(
-            Refusal("hello_missing", f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub")
+            codes.HELLO_MISSING.problem(
+                f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub"
+            )
         )
 
     def _stop_timer(self) -> None:
@@ -140,12 +144,12 @@ class HubConnection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: Problem) -> None:
         """Say why not, and close."""
         self._stop_timer()
         self._owner.refused(self, refusal)
         if self._transport is not None:
-            self._transport.write(refusal.encode())
+            self._transport.write(Refusal(refusal).encode())
             self._transport.close()
 
     def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayfwd import __version__
+from rayfwd import __version__, codes
 from rayfwd.cluster.plan import check_name
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer
@@ -22,7 +22,7 @@ from rayfwd.hub.users import allowed_uids, user_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
@@ -234,8 +234,7 @@ class Hub:
         elif lane.uid not in self._uids:
             name = user_name(lane.uid)
             lane.refuse(
-                Refusal(
-                    "user_not_allowed",
+                codes.USER_NOT_ALLOWED.problem(
                     f"user {name} may not use the hub at {self.path}",
                     f'add "{name}" to hub.users in the head\'s file',
                 )
@@ -248,11 +247,11 @@ class Hub:
         self._ungreeted.discard(lane)
         self._asking.discard(lane)
 
-    def refused(self, lane: HubConnection, refusal: Refusal) -> None:
+    def refused(self, lane: HubConnection, refusal: Problem) -> None:
         """It is told so, and closed."""
         self._refusals.add(lane.node, lane.uid, refusal)
 
-    def refused_lately(self) -> list[tuple[str, Refusal]]:
+    def refused_lately(self) -> list[tuple[str, Problem]]:
         """Those who were refused in the last while, by the names that they claimed."""
         return self._refusals.lately()
 
@@ -275,7 +274,7 @@ class Hub:
             peer = self._admit(hello) if hello.role == "worker" else self._client(hello, lane.uid)
         except ProblemError as exc:
             problem = exc.problem
-            lane.refuse(Refusal(problem.code, problem.cause, problem.remedy))
+            lane.refuse(problem)
             return
         refusal = self._session_refusal(peer, hello)
         if refusal is not None:
@@ -312,16 +311,13 @@ class Hub:
                 raise ValueError(f"its key has less than {KEY_MINIMUM} characters")
         except ValueError as exc:
             cause = f"client {hello.node[:63]!r} asked to connect: {exc}"
-            raise ProblemError(Problem("join_bad", cause, "correct it there")) from exc
+            raise codes.JOIN_BAD.error(cause, "correct it there") from exc
         if (known := self.clients.get(digest)) is not None:
             return known
         if len(self.clients) >= MAX_CLIENTS:
-            raise ProblemError(
-                Problem(
-                    "clients_full",
-                    f"{MAX_CLIENTS} clients are connected, which is all that this head takes",
-                    "end one that is not needed: `rayfwd status` on the head lists them",
-                )
+            raise codes.CLIENTS_FULL.error(
+                f"{MAX_CLIENTS} clients are connected, which is all that this head takes",
+                "end one that is not needed: `rayfwd status` on the head lists them",
             )
         return HubClient(hello.node, key_sha256=digest, user=user_name(uid))
 
@@ -329,7 +325,7 @@ class Hub:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
         if len(self._asking) >= MAX_CHECKUPS:
             lane.refuse(
-                Refusal("check_busy", f"{MAX_CHECKUPS} checks are under way", "ask again later")
+                codes.CHECK_BUSY.problem(f"{MAX_CHECKUPS} checks are under way", "ask again later")
             )
             return
         self.went(lane)
@@ -344,7 +340,7 @@ class Hub:
                 ports = hello.worker_ports
                 plan = self._roster.preview(hello.node, hello.key, ports, hello.advertise)
         except ProblemError as exc:
-            refusal = Refusal(exc.problem.code, exc.problem.cause, exc.problem.remedy)
+            refusal = exc.problem
         ride_through = min(self._ride_through, hello.ride_through)
         own = {} if plan is None else plan.to_wire()
         nodes = tuple(node.to_wire() for node in plans)
@@ -386,28 +382,25 @@ class Hub:
             self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
         return node
 
-    def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Refusal | None:
+    def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Problem | None:
         if peer.mux is not None and peer.session == hello.session:
             return None
         if hello.resumes:
-            return Refusal(
-                "session_unknown",
+            return codes.SESSION_UNKNOWN.problem(
                 "the hub does not know this session: it was restarted, or gave the session up",
                 "nothing: a new session begins by itself",
             )
         if peer.mux is None:
             return None
         if int(hello.session, 16) < int(peer.session, 16):
-            return Refusal(
-                "session_stale",
+            return codes.SESSION_STALE.problem(
                 "the node has a newer session than this",
                 "nothing, unless the clock of the node was set back",
             )
         now = peer.mux.now()
         heard = max((lane.heard for lane in peer.mux.session.lanes.values()), default=0.0)
         if now - heard < IN_USE:
-            return Refusal(
-                "name_in_use",
+            return codes.NAME_IN_USE.problem(
                 f"another rayfwd is connected as {peer.label} with the same key",
                 "two machines share one state directory (a cloned disk?): remove node.key from it "
                 "on one of them and give it another name",

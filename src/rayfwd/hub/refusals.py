@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from rayfwd.session.handshake import Refusal
+from rayfwd.problems import Code, Problem
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -15,11 +15,6 @@ LASTS = 45.0
 """Seconds since the last refusal after which it is over: workers dial again within 18 s."""
 REPEAT = 600.0
 """Seconds in which the same refusal is said once."""
-PASSING = frozenset(
-    {"session_unknown", "session_stale", "hello_missing"}
-    | {"check_busy", "check_long", "check_malformed"}
-)
-"""Refusals after which a worker goes on by itself, or which no worker of ours gets."""
 MOST = 256
 """Different refusals that are said in that time, at most."""
 
@@ -30,15 +25,15 @@ class Refusals:
     def __init__(self, on_change: Callable[[], None]) -> None:
         """`on_change` is called when `lately` has become another."""
         self._on_change = on_change
-        self._said: dict[tuple[str, int, str], float] = {}
+        self._said: dict[tuple[str, int, Code], float] = {}
         """When one was last said, by node, uid and code."""
-        self._lately: dict[tuple[str, str], tuple[Refusal, float]] = {}
+        self._lately: dict[tuple[str, Code], tuple[Problem, float]] = {}
         """The last ones by node and code, and when they were."""
 
-    def add(self, node: str, uid: int, refusal: Refusal) -> None:
+    def add(self, node: str, uid: int, refusal: Problem) -> None:
         """Say it; a worker that tries again and again is said seldom."""
         now = time.monotonic()
-        if refusal.code not in PASSING and len(self._lately) < MOST:
+        if not refusal.code.passing and len(self._lately) < MOST:
             first = (node, refusal.code) not in self._lately
             self._lately[node, refusal.code] = (refusal, now)
             asyncio.get_running_loop().call_later(LASTS + 0.1, self._expire)
@@ -48,9 +43,11 @@ class Refusals:
         self._said = {k: t for k, t in self._said.items() if now - t < REPEAT}
         if key not in self._said and len(self._said) < MOST:
             self._said[key] = now
-            log.warning("lane_refused", node=node, uid=uid, code=refusal.code, cause=refusal.cause)
+            log.warning(
+                "lane_refused", node=node, uid=uid, code=refusal.code.name, cause=refusal.cause
+            )
 
-    def lately(self) -> list[tuple[str, Refusal]]:
+    def lately(self) -> list[tuple[str, Problem]]:
         """Those of the last `LASTS` seconds, with the name that was claimed."""
         return [(name, refusal) for (name, _), (refusal, _) in self._lately.items()]
 

@@ -18,8 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rayfwd.cluster.plan import NodePlan, PlanError, allocate, check_name, fits
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits
+from rayfwd.problems import ProblemError
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 
@@ -79,12 +80,9 @@ def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
     except FileNotFoundError:
         return (), None
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "roster_unreadable",
-                f"the roster {path} cannot be read: {exc.strerror}",
-                "give it to the user that rayfwd runs as",
-            )
+        raise codes.ROSTER_UNREADABLE.error(
+            f"the roster {path} cannot be read: {exc.strerror}",
+            "give it to the user that rayfwd runs as",
         ) from exc
     try:
         data = json.loads(text)
@@ -93,12 +91,9 @@ def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
     if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
         return (), "no schema number"
     if data["schema"] > SCHEMA:
-        raise ProblemError(
-            Problem(
-                "roster_newer",
-                f"the roster {path} has schema {data['schema']}; this rayfwd knows {SCHEMA}",
-                "run the newer rayfwd that wrote it, or move the file away",
-            )
+        raise codes.ROSTER_NEWER.error(
+            f"the roster {path} has schema {data['schema']}; this rayfwd knows {SCHEMA}",
+            "run the newer rayfwd that wrote it, or move the file away",
         )
     nodes = data.get("nodes")
     if not isinstance(nodes, list):
@@ -143,7 +138,7 @@ def settle(records: Iterable[Record], own: NodePlan, network: str, port_base: in
             plan = allocate(
                 [*others, old], old.name, network, port_base, old.worker_ports, advertise
             )
-        except PlanError:
+        except ProblemError:
             dropped.append(old.name)
             order.remove(old.name)
             continue
@@ -241,15 +236,7 @@ class Roster:
             raise _name_taken(name, "is the head's")
         if known is not None and not hmac.compare_digest(known.key_sha256, digest):
             raise _name_taken(name, "belongs to a node with another key")
-        twin = next((p.name for p in self.plans() if p.name != name and p.address == advertise), "")
-        try:
-            plan = allocate(
-                self.plans(), name, self._network, self._port_base, worker_ports, advertise
-            )
-        except PlanError as exc:
-            cause, _, remedy = str(exc).partition("; ")
-            code = "address_taken" if twin else "plan_full"
-            raise ProblemError(Problem(code, cause, remedy or "see hub.network")) from exc
+        plan = allocate(self.plans(), name, self._network, self._port_base, worker_ports, advertise)
         return Record(plan, digest)
 
     def forget(self, name: str) -> bool:
@@ -267,12 +254,9 @@ class Roster:
         try:
             replace_file(self._path, json.dumps(data, indent=1).encode() + b"\n")
         except OSError as exc:
-            raise ProblemError(
-                Problem(
-                    "roster_unwritable",
-                    f"the roster {self._path} cannot be written: {exc.strerror or exc}",
-                    "make state_dir writable for this user and see that its disk is not full",
-                )
+            raise codes.ROSTER_UNWRITABLE.error(
+                f"the roster {self._path} cannot be written: {exc.strerror or exc}",
+                "make state_dir writable for this user and see that its disk is not full",
             ) from exc
 
 
@@ -282,12 +266,9 @@ def _set_aside(path: Path) -> Path:
     try:
         shutil.copy2(path, aside)
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "roster_unwritable",
-                f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror}",
-                "make state_dir writable for this user and see that its disk is not full",
-            )
+        raise codes.ROSTER_UNWRITABLE.error(
+            f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror}",
+            "make state_dir writable for this user and see that its disk is not full",
         ) from exc
     return aside
 
@@ -297,13 +278,10 @@ def _digest(key: str | bytes) -> str:
 
 
 def _name_taken(name: str, why: str) -> ProblemError:
-    return ProblemError(
-        Problem(
-            "name_taken",
-            f"the name {name} {why}",
-            "give this node another name; if it is the same machine made anew, say "
-            f"`rayfwd forget {name}` on the head first",
-        )
+    return codes.NAME_TAKEN.error(
+        f"the name {name} {why}",
+        "give this node another name; if it is the same machine made anew, say "
+        f"`rayfwd forget {name}` on the head first",
     )
 
 
@@ -320,6 +298,6 @@ def _check_request(name: str, key: str | bytes, worker_ports: int, advertise: st
             if address.is_loopback or address.is_unspecified or address.is_multicast:
                 raise ValueError(f"advertise = {advertise}: must be an address others reach")
     except ValueError as exc:
-        raise ProblemError(
-            Problem("join_bad", f"node {name[:63]!r} asked to join: {exc}", "correct it there")
+        raise codes.JOIN_BAD.error(
+            f"node {name[:63]!r} asked to join: {exc}", "correct it there"
         ) from exc

@@ -6,7 +6,7 @@ import os
 import pwd
 from collections.abc import Iterable
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 
 
 def allowed_uids(users: Iterable[str]) -> frozenset[int]:
@@ -19,12 +19,9 @@ def allowed_uids(users: Iterable[str]) -> frozenset[int]:
         try:
             uids.add(pwd.getpwnam(name).pw_uid)
         except KeyError:
-            raise ProblemError(
-                Problem(
-                    "user_unknown",
-                    f'hub.users: this machine has no user "{name}"',
-                    "correct the name, or add the user",
-                )
+            raise codes.USER_UNKNOWN.error(
+                f'hub.users: this machine has no user "{name}"',
+                "correct the name, or add the user",
             ) from None
     return frozenset(uids)
 

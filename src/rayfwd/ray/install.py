@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 
 OLDEST = (2, 9)
 """First Ray whose flags this package knows (`--runtime-env-agent-port`)."""
@@ -80,12 +81,9 @@ def version_key(version: str) -> tuple[int, ...]:
 def check_supported(versions: Versions, path: str) -> None:
     """Raises ProblemError (ray_version_unsupported) for a Ray whose flags are not known."""
     if not OLDEST <= version_key(versions.ray) < TOO_NEW:
-        raise ProblemError(
-            Problem(
-                "ray_version_unsupported",
-                f"{path} is Ray {versions.ray}",
-                "install Ray 2.9 or newer, below 3, or point ray.command at one",
-            )
+        raise codes.RAY_VERSION_UNSUPPORTED.error(
+            f"{path} is Ray {versions.ray}",
+            "install Ray 2.9 or newer, below 3, or point ray.command at one",
         )
 
 
@@ -111,24 +109,17 @@ def _resolve(command: str, env: Mapping[str, str]) -> str:
 
 
 def _not_found(cause: str) -> ProblemError:
-    return ProblemError(
-        Problem(
-            "ray_not_found",
-            cause,
-            "install Ray (pip install 'ray[default]'), or give the path of its `ray` script as "
-            "ray.command",
-        )
+    return codes.RAY_NOT_FOUND.error(
+        cause,
+        "install Ray (pip install 'ray[default]'), or give the path of its `ray` script as "
+        "ray.command",
     )
 
 
 def _not_usable(cause: str) -> ProblemError:
-    return ProblemError(
-        Problem(
-            "ray_not_usable",
-            cause,
-            "reinstall Ray in its environment, or give the path of another `ray` script as "
-            "ray.command",
-        )
+    return codes.RAY_NOT_USABLE.error(
+        cause,
+        "reinstall Ray in its environment, or give the path of another `ray` script as ray.command",
     )
 
 

@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 from rayfwd.system.control import ask
 
 KEEPER = "RAYFWD_KEEPER"
@@ -132,8 +133,8 @@ class ByKeeper:
             return ask(self._socket, verb, args, ANSWER_SECONDS)
         except ProblemError as exc:
             cause = f"the keeper of Ray: {exc.problem.cause}"
-            if exc.problem.code == "daemon_not_answering":
+            if exc.problem.code == codes.DAEMON_NOT_ANSWERING:
                 remedy = "see its log; restart the service rayfwd-ray, which ends Ray"
-                raise ProblemError(Problem("keeper_silent", cause, remedy)) from None
+                raise codes.KEEPER_SILENT.error(cause, remedy) from None
             remedy = "start the service rayfwd-ray (as root: `systemctl start rayfwd-ray`)"
-            raise ProblemError(Problem("keeper_absent", cause, remedy)) from None
+            raise codes.KEEPER_ABSENT.error(cause, remedy) from None

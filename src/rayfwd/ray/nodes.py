@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 
 TIMEOUT = 10.0
 LIMIT = 10_000
@@ -44,13 +44,10 @@ async def fetch(host: str, port: int, token: str | None = None) -> list[NodeSeen
         body = await asyncio.to_thread(_get, host, port, token)
         return parse(json.loads(body))
     except (OSError, http.client.HTTPException, ValueError) as exc:
-        raise ProblemError(
-            Problem(
-                "ray_nodes_failed",
-                f"the node table at http://{host}:{port} could not be read: {exc}",
-                "see that the head's dashboard is up (dashboard.log in Ray's session directory); "
-                "rayfwd asks again",
-            )
+        raise codes.RAY_NODES_FAILED.error(
+            f"the node table at http://{host}:{port} could not be read: {exc}",
+            "see that the head's dashboard is up (dashboard.log in Ray's session directory); "
+            "rayfwd asks again",
         ) from None
 
 

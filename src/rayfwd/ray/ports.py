@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Iterable
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 from rayfwd.ray import procfs
 
 NAMED = 5
@@ -25,13 +25,10 @@ def check_free(ports: Iterable[int]) -> None:
     named = ", ".join(_describe(port, error) for port, error in taken[:NAMED])
     more = f" and {len(taken) - NAMED} more" if len(taken) > NAMED else ""
     what = "port" if len(taken) == 1 else "ports"
-    raise ProblemError(
-        Problem(
-            "port_in_use",
-            f"Ray's {what} {named}{more} cannot be bound",
-            "end what uses them, or move this cluster's ports (hub.port_base, ray.port, "
-            "ray.dashboard_port and ray.client_port in the head's configuration)",
-        )
+    raise codes.PORT_IN_USE.error(
+        f"Ray's {what} {named}{more} cannot be bound",
+        "end what uses them, or move this cluster's ports (hub.port_base, ray.port, "
+        "ray.dashboard_port and ray.client_port in the head's configuration)",
     )
 
 

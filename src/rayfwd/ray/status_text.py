@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 
 TIMEOUT = 30.0
 """Seconds for one call, which costs about one second of CPU."""
@@ -103,12 +104,9 @@ async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStat
 
 
 def _failed(cause: str) -> ProblemError:
-    return ProblemError(
-        Problem(
-            "ray_status_failed",
-            f"`ray status`: {cause}",
-            "see that the head's Ray is up; rayfwd asks again",
-        )
+    return codes.RAY_STATUS_FAILED.error(
+        f"`ray status`: {cause}",
+        "see that the head's Ray is up; rayfwd asks again",
     )
 
 

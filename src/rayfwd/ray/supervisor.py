@@ -24,9 +24,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
@@ -129,7 +130,7 @@ class RaySupervisor:
         self.heartbeat = Heartbeat("ray")
         self._inner: asyncio.Task[None] | None = None
         self._process: RayProcess | None = None
-        self._told: tuple[str, str] | None = None
+        self._told: tuple[Code, str] | None = None
         """Code and text, without numbers, of the problem that was logged last."""
         self._command_told: str | None = None
         self._failures = 0
@@ -291,17 +292,14 @@ class RaySupervisor:
                 launcher=self._launcher,
             )
         except ProblemError as exc:
-            if exc.problem.code == "keeper_silent":  # it may have been started all the same
+            if exc.problem.code == codes.KEEPER_SILENT:  # it may have been started all the same
                 self._process = await self._recover()
             raise
         except OSError as exc:
-            raise ProblemError(
-                Problem(
-                    "ray_start_failed",
-                    f"{install.command} cannot be started: {exc}",
-                    f"see that the command and the state directory {self._config.state_dir} "
-                    "are usable for this user",
-                )
+            raise codes.RAY_START_FAILED.error(
+                f"{install.command} cannot be started: {exc}",
+                f"see that the command and the state directory {self._config.state_dir} "
+                "are usable for this user",
             ) from None
         self._process = process
         self._starts += 1
@@ -378,12 +376,9 @@ class RaySupervisor:
             await self._sleep(WATCH_POLL)
         _log.warning("ray_exited", pid=raylet.pid, dead=["raylet"])
         if self._config.ray.start:
-            raise ProblemError(
-                Problem(
-                    "ray_died",
-                    f"the raylet (pid {raylet.pid}), which rayfwd had not started, ended",
-                    "nothing: rayfwd starts Ray itself now",
-                )
+            raise codes.RAY_DIED.error(
+                f"the raylet (pid {raylet.pid}), which rayfwd had not started, ended",
+                "nothing: rayfwd starts Ray itself now",
             )
 
     async def _wait_for_hand(self, wanted: _Wanted) -> None:
@@ -423,7 +418,10 @@ class RaySupervisor:
         if told != self._told:
             self._told = told
             _log.error(
-                problem.code, cause=problem.cause, remedy=problem.remedy, retry_in_seconds=delay
+                problem.code.name,
+                cause=problem.cause,
+                remedy=problem.remedy,
+                retry_in_seconds=delay,
             )
         await self._sleep(delay)
 
@@ -495,23 +493,17 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
         return
     own = install.versions
     if own.ray != head.ray:
-        raise ProblemError(
-            Problem(
-                "ray_version_differs",
-                f"this node has Ray {own.ray} ({install.command}), the head has Ray {head.ray}",
-                f"install Ray {head.ray} here, or {own.ray} on the head: they must be the same",
-            )
+        raise codes.RAY_VERSION_DIFFERS.error(
+            f"this node has Ray {own.ray} ({install.command}), the head has Ray {head.ray}",
+            f"install Ray {head.ray} here, or {own.ray} on the head: they must be the same",
         )
     parts = 2 if env.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL") == "minor" else 3
     if own.python.split(".")[:parts] != head.python.split(".")[:parts]:
-        raise ProblemError(
-            Problem(
-                "python_version_differs",
-                f"this node runs Ray with Python {own.python} ({install.python}), the head with "
-                f"Python {head.python}",
-                f"use Python {head.python} for Ray here, or {own.python} on the head: Ray wants "
-                "them the same to the last number",
-            )
+        raise codes.PYTHON_VERSION_DIFFERS.error(
+            f"this node runs Ray with Python {own.python} ({install.python}), the head with "
+            f"Python {head.python}",
+            f"use Python {head.python} for Ray here, or {own.python} on the head: Ray wants "
+            "them the same to the last number",
         )
 
 
@@ -523,8 +515,7 @@ def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str
         first = [name for line in process.last_lines for name in _EXITED.findall(line)]
         what = " and ".join(first or dead) or "`ray start`"
         code = "" if process.exit_code is None else f" (`ray start`: {_exit(process.exit_code)})"
-        return Problem(
-            "ray_died",
+        return codes.RAY_DIED.problem(
             f"Ray's {what} ended{code}; its last output: {output}",
             f"look at raylet.out, raylet.err and gcs_server.out in {logs}"
             + (f", and at {log}" if log else "")
@@ -536,8 +527,7 @@ def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str
         cause = f"{' and '.join(dead) or '`ray start`'} ended while Ray was starting"
     else:
         cause = f"`ray start` ended: {_exit(process.exit_code)}"
-    return Problem(
-        "ray_start_failed",
+    return codes.RAY_START_FAILED.problem(
         f"{cause}; its last output: {output}",
         f"correct what the output names (more in {logs}); rayfwd tries again",
     )

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import Problem
 from rayfwd.ray.install import version_key
 from rayfwd.system.files import replace_file
 
@@ -92,12 +93,9 @@ def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir:
     key = version_key(version) if version is not None else None
     said = env.get(MODE, "").lower()
     if setting == "token" and key is not None and key < FIRST:
-        raise ProblemError(
-            Problem(
-                "ray_auth_unsupported",
-                f'ray.auth = "token", but Ray {version} knows no token',
-                'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
-            )
+        raise codes.RAY_AUTH_UNSUPPORTED.error(
+            f'ray.auth = "token", but Ray {version} knows no token',
+            'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
         )
     if setting in {"token", "off"}:
         on = setting == "token"
@@ -146,12 +144,9 @@ def keep(auth: RayAuth, state_dir: Path) -> None:
         if auth.mode == "token" and _read(state_dir / TOKEN_FILE) != auth.token:
             replace_file(state_dir / TOKEN_FILE, auth.token.encode() + b"\n")
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "ray_auth_unwritable",
-                f"Ray's token cannot be kept in {state_dir}: {exc.strerror or exc}",
-                "make state_dir writable for this user and see that its disk is not full",
-            )
+        raise codes.RAY_AUTH_UNWRITABLE.error(
+            f"Ray's token cannot be kept in {state_dir}: {exc.strerror or exc}",
+            "make state_dir writable for this user and see that its disk is not full",
         ) from exc
 
 
@@ -188,15 +183,13 @@ def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem |
             replace_file(path, auth.token.encode() + b"\n")
             return None
     except OSError as exc:
-        return Problem(
-            "ray_token_file_unwritable",
+        return codes.RAY_TOKEN_FILE_UNWRITABLE.problem(
             f"{path} cannot be written: {exc.strerror or exc}; this user's drivers do not find the "
             "cluster's token there",
             f"make it writable, or give drivers {MODE}=token and "
             f"{PATH}={state_dir / TOKEN_FILE} as environment",
         )
-    return Problem(
-        "ray_token_file_differs",
+    return codes.RAY_TOKEN_FILE_DIFFERS.problem(
         f"{path} holds another token than the cluster's; this user's drivers are refused",
         f"move it away (the cluster's token is put there then), or give drivers "
         f"{PATH}={state_dir / TOKEN_FILE} as environment",
@@ -217,8 +210,7 @@ def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
         on = env.get(MODE, "").lower() == "token"
         token = read_token(env)
         if mode == "disabled" and on:
-            return Problem(
-                "ray_auth_differs",
+            return codes.RAY_AUTH_DIFFERS.problem(
                 "this node's Ray has a token, and the head's Ray asks for none: neither would "
                 "understand the other",
                 "start the head's Ray by rayfwd, or set the same ray.auth on both",
@@ -226,8 +218,7 @@ def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
         if mode != "token":
             return None
         if not on or token is None:
-            return Problem(
-                "ray_token_missing",
+            return codes.RAY_TOKEN_MISSING.problem(
                 "the head's Ray asks for a token, and this node has none"
                 + ("" if on else f" ({MODE} is {env.get(MODE) or 'not set'})"),
                 'set ray.auth = "auto" here, and take RAY_AUTH_* out of ray.env: the head hands '
@@ -235,8 +226,7 @@ def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
             )
         status, _ = _ask(host, port, "POST", "/api/authenticate", token)
         if status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
-            return Problem(
-                "ray_token_wrong",
+            return codes.RAY_TOKEN_WRONG.problem(
                 "the head's Ray refuses this node's token",
                 "take RAY_AUTH_* out of ray.env; if the head's Ray was started by hand, it was "
                 "with another token than rayfwd's (`rayfwd plan` there shows the command)",

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayfwd import codes
+from rayfwd.problems import Problem
 from rayfwd.session.frames import HEADER_SIZE, Frame, Kind, ProtocolError, encode
 from rayfwd.session.handshake import PROTOCOL_VERSION, Hello, Refusal, Welcome
 
@@ -36,11 +38,13 @@ class CheckReply:
     """As the node would get it, without Ray's token; `node` is empty where it would be refused."""
     time: float
     """The head's clock: seconds since 1970."""
-    refusal: Refusal | None = None
+    refusal: Problem | None = None
     """Why the node would not be let in."""
 
     def encode(self) -> bytes:
-        refusal = None if self.refusal is None else json.loads(_payload(self.refusal.encode()))
+        refusal = (
+            None if self.refusal is None else json.loads(_payload(Refusal(self.refusal).encode()))
+        )
         body = {
             "welcome": json.loads(_payload(self.welcome.encode())),
             "time": self.time,
@@ -57,10 +61,10 @@ class CheckReply:
             return cls(
                 Welcome.decode(_frame(Kind.WELCOME, body["welcome"])),
                 read_time(body),
-                None if refusal is None else Refusal.decode(_frame(Kind.REFUSE, refusal)),
+                None if refusal is None else Refusal.decode(_frame(Kind.REFUSE, refusal)).problem,
             )
         except KeyError as exc:
-            raise ProtocolError("check_malformed", f"CHECK: {exc!r}") from exc
+            raise ProtocolError(codes.CHECK_MALFORMED, f"CHECK: {exc!r}") from exc
 
 
 def first_question(hello: Hello) -> bytes:
@@ -86,13 +90,15 @@ def filler(chunk: bytes) -> bytes:
 def read(frame: Frame) -> dict[str, Any]:
     """The body of a question or an answer. Raises ProtocolError."""
     if frame.kind is not Kind.CHECK or frame.stream != TALK:
-        raise ProtocolError("check_malformed", f"{frame.kind.name} {frame.stream} instead of CHECK")
+        raise ProtocolError(
+            codes.CHECK_MALFORMED, f"{frame.kind.name} {frame.stream} instead of CHECK"
+        )
     try:
         body = json.loads(frame.payload)
     except (ValueError, RecursionError) as exc:
-        raise ProtocolError("check_malformed", f"CHECK: {exc}") from exc
+        raise ProtocolError(codes.CHECK_MALFORMED, f"CHECK: {exc}") from exc
     if not isinstance(body, dict):
-        raise ProtocolError("check_malformed", "CHECK is no JSON object")
+        raise ProtocolError(codes.CHECK_MALFORMED, "CHECK is no JSON object")
     return body
 
 
@@ -100,7 +106,7 @@ def read_size(body: Mapping[str, Any]) -> int:
     """How much filler a question is about. Raises ProtocolError."""
     size = body.get("bytes")
     if type(size) is not int or not 0 < size <= MOST_FILLER:
-        raise ProtocolError("check_malformed", f"CHECK: bytes must be 1 to {MOST_FILLER}")
+        raise ProtocolError(codes.CHECK_MALFORMED, f"CHECK: bytes must be 1 to {MOST_FILLER}")
     return size
 
 
@@ -108,7 +114,7 @@ def read_time(body: Mapping[str, Any]) -> float:
     """The clock in an answer. Raises ProtocolError."""
     value = body.get("time")
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ProtocolError("check_malformed", "CHECK: time must be a number")
+        raise ProtocolError(codes.CHECK_MALFORMED, "CHECK: time must be a number")
     return float(value)
 
 

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple, cast
 
+from rayfwd import codes
+from rayfwd.problems import Code
+
 HEADER = struct.Struct(">IQQ")
 HEADER_SIZE = HEADER.size
 MAX_PAYLOAD = 1 << 18
@@ -70,9 +73,10 @@ _KINDS = {int(kind): kind for kind in Kind}
 
 
 class ProtocolError(Exception):
-    """The peer sent what the protocol does not allow. `code` is one of the documented refusals."""
+    """The peer sent what the protocol does not allow. `code` names the breach."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: Code, message: str) -> None:
+        assert code.breach, f"{code} is no breach of the protocol"
         super().__init__(message)
         self.code = code
 
@@ -218,8 +222,8 @@ def _header(
     word, stream, offset = HEADER.unpack_from(view, position)
     kind = _KINDS.get(word >> 24)
     if kind is None:
-        raise ProtocolError("frame_unknown", f"a frame of unknown kind {word >> 24}")
+        raise ProtocolError(codes.FRAME_UNKNOWN, f"a frame of unknown kind {word >> 24}")
     length = word & 0xFFFFFF
     if length > limit:
-        raise ProtocolError("frame_too_long", f"{kind.name} of {length} bytes, over {limit}")
+        raise ProtocolError(codes.FRAME_TOO_LONG, f"{kind.name} of {length} bytes, over {limit}")
     return kind, length, stream, offset

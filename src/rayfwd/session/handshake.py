@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+from rayfwd import codes
+from rayfwd.problems import Code, Problem
 from rayfwd.session.frames import Frame, Kind, ProtocolError, encode
 from rayfwd.session.lane import LaneClass
 
@@ -86,7 +88,7 @@ class Hello:
             )
             int(hello.session, 16)
         except (KeyError, ValueError, TypeError) as exc:
-            raise ProtocolError("hello_malformed", f"HELLO: {exc!r}") from exc
+            raise ProtocolError(codes.HELLO_MALFORMED, f"HELLO: {exc!r}") from exc
         return hello
 
 
@@ -142,19 +144,17 @@ class Welcome:
                 ray_auth=_optional_object(body, "ray_auth"),
             )
         except (KeyError, ValueError, TypeError) as exc:
-            raise ProtocolError("welcome_malformed", f"WELCOME: {exc!r}") from exc
+            raise ProtocolError(codes.WELCOME_MALFORMED, f"WELCOME: {exc!r}") from exc
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the hub does not take a lane: a code, what was wrong, what to do."""
+    """Why the hub does not take a lane."""
 
-    code: str
-    cause: str
-    remedy: str
+    problem: Problem
 
     def encode(self) -> bytes:
-        body = {"code": self.code, "cause": self.cause[:2000], "remedy": self.remedy[:2000]}
+        body = {key: text[:2000] for key, text in self.problem.to_wire().items()}
         return encode(Kind.REFUSE, 0, PROTOCOL_VERSION, json.dumps(body).encode())
 
     @classmethod
@@ -162,26 +162,30 @@ class Refusal:
         """Raises ProtocolError. A refusal by another protocol version is still understood."""
         try:
             body = json.loads(frame.payload)
-            return cls(
-                _text(body, "code", 64), _text(body, "cause", 2000), _text(body, "remedy", 2000)
-            )
+            code = codes.named(_text(body, "code", 64))
+            return cls(code.problem(_text(body, "cause", 2000), _text(body, "remedy", 2000)))
         except (KeyError, ValueError, TypeError, RecursionError) as exc:
-            raise ProtocolError("refusal_malformed", f"REFUSE: {exc!r}") from exc
+            raise ProtocolError(codes.REFUSAL_MALFORMED, f"REFUSE: {exc!r}") from exc
+
+
+def _malformed(kind: Kind) -> Code:
+    return codes.HELLO_MALFORMED if kind is Kind.HELLO else codes.WELCOME_MALFORMED
 
 
 def _body(frame: Frame, kind: Kind) -> dict[str, Any]:
     if frame.kind is not kind:
-        raise ProtocolError("handshake_expected", f"{frame.kind.name} instead of {kind.name}")
+        raise ProtocolError(codes.HANDSHAKE_EXPECTED, f"{frame.kind.name} instead of {kind.name}")
     if frame.offset != PROTOCOL_VERSION:
         raise ProtocolError(
-            "protocol_version", f"protocol {frame.offset}, but this side speaks {PROTOCOL_VERSION}"
+            codes.PROTOCOL_VERSION,
+            f"protocol {frame.offset}, but this side speaks {PROTOCOL_VERSION}",
         )
     try:
         body = json.loads(frame.payload)
     except (ValueError, RecursionError) as exc:
-        raise ProtocolError(f"{kind.name.lower()}_malformed", f"{kind.name}: {exc}") from exc
+        raise ProtocolError(_malformed(kind), f"{kind.name}: {exc}") from exc
     if not isinstance(body, dict):
-        raise ProtocolError(f"{kind.name.lower()}_malformed", f"{kind.name} is no JSON object")
+        raise ProtocolError(_malformed(kind), f"{kind.name} is no JSON object")
     return body
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Literal
 
+from rayfwd import codes
 from rayfwd.session.events import (
     DataReceived,
     EndReceived,
@@ -454,7 +455,7 @@ class Session:
                     else:
                         events.append(DataReceived(stream.id, data))
             elif stream.id == CONTROL_STREAM:
-                raise ProtocolError("control_ended", "END of the control stream")
+                raise ProtocolError(codes.CONTROL_ENDED, "END of the control stream")
             else:
                 receive.end(frame.offset)
             if receive.complete and not was_complete:
@@ -464,7 +465,7 @@ class Session:
             self._finish(stream, events)
         elif kind is Kind.ACK:
             if len(frame.payload) != _LIMIT.size:
-                raise ProtocolError("ack_malformed", f"ACK with {len(frame.payload)} bytes")
+                raise ProtocolError(codes.ACK_MALFORMED, f"ACK with {len(frame.payload)} bytes")
             stream = self.streams.get(frame.stream)
             if stream is not None and stream.state is not StreamState.RESETTING:
                 self._acknowledged(stream, frame, now, events)
@@ -477,7 +478,7 @@ class Session:
             self._opened(frame, now, events)
         elif kind is Kind.RESET:
             if frame.stream == CONTROL_STREAM:
-                raise ProtocolError("control_ended", "RESET of the control stream")
+                raise ProtocolError(codes.CONTROL_ENDED, "RESET of the control stream")
             if frame.stream % 2 == self._peer_parity:
                 self._note_opened(frame.stream)  # given up before its OPEN was sent, or came
             self._known(frame)
@@ -493,13 +494,15 @@ class Session:
             events.extend(self._end(frame.payload.decode(errors="replace")[:1024]))
             return False
         else:
-            raise ProtocolError("handshake_late", f"{kind.name} on a lane that was welcomed")
+            raise ProtocolError(codes.HANDSHAKE_LATE, f"{kind.name} on a lane that was welcomed")
         return True
 
     def _opened(self, frame: Frame, now: float, events: list[Event]) -> None:
         number = frame.stream
         if number == CONTROL_STREAM or number % 2 != self._peer_parity:
-            raise ProtocolError("stream_number", f"OPEN of stream {number}, not the peer's to open")
+            raise ProtocolError(
+                codes.STREAM_NUMBER, f"OPEN of stream {number}, not the peer's to open"
+            )
         if self._was_opened(number):
             if number in self.streams:
                 self._acks[number] = None
@@ -511,7 +514,9 @@ class Session:
         stream = Stream(number, False, frame.payload, window, window, now)
         self.streams[number] = stream
         if len(self.streams) > self.limits.streams + REFUSED_STREAMS:
-            raise ProtocolError("stream_number", "streams are opened faster than they are refused")
+            raise ProtocolError(
+                codes.STREAM_NUMBER, "streams are opened faster than they are refused"
+            )
         if len(self.streams) > self.limits.streams:
             self.reset(number, ResetReason.TOO_MANY, f"over {self.limits.streams} streams")
             return
@@ -521,11 +526,11 @@ class Session:
     def _note_opened(self, number: int) -> None:
         """Lanes deliver in any order, so lower numbers may still come."""
         if number - self._peer_opened > 8 * self.limits.streams:
-            raise ProtocolError("stream_number", f"stream {number} is far ahead of the others")
+            raise ProtocolError(codes.STREAM_NUMBER, f"stream {number} is far ahead of the others")
         self._peer_gaps.update(range(self._peer_opened + 2, number, 2))
         self._peer_gaps.discard(number)
         if len(self._peer_gaps) > 8 * self.limits.streams:
-            raise ProtocolError("stream_number", f"too many streams below {number} never came")
+            raise ProtocolError(codes.STREAM_NUMBER, f"too many streams below {number} never came")
         self._peer_opened = max(self._peer_opened, number)
 
     def _was_opened(self, number: int) -> bool:
@@ -540,7 +545,8 @@ class Session:
             known = number < self._next_stream
         if not known:
             raise ProtocolError(
-                "stream_unknown", f"{frame.kind.name} of stream {number}, which was never opened"
+                codes.STREAM_UNKNOWN,
+                f"{frame.kind.name} of stream {number}, which was never opened",
             )
 
     def _live(self, frame: Frame) -> Stream | None:
@@ -619,7 +625,7 @@ class Session:
         while len(buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(buffer)
             if length > MAX_MESSAGE:
-                raise ProtocolError("message_too_long", f"a message of {length} bytes")
+                raise ProtocolError(codes.MESSAGE_TOO_LONG, f"a message of {length} bytes")
             if len(buffer) < _LENGTH.size + length:
                 break
             events.append(MessageReceived(bytes(buffer[_LENGTH.size : _LENGTH.size + length])))

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from enum import Enum, IntEnum
 
+from rayfwd import codes
 from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Chunk, ProtocolError, skip_bytes
 from rayfwd.session.snapshot import Tree
 
@@ -179,7 +180,7 @@ class SendSide:
     def acknowledge(self, offset: int, limit: int) -> int:
         """Take in an ACK; old ones do nothing. Returns the bytes that it freed."""
         if offset > self.next:
-            raise ProtocolError("ack_ahead", f"ACK of {offset}, but only {self.next} was sent")
+            raise ProtocolError(codes.ACK_AHEAD, f"ACK of {offset}, but only {self.next} was sent")
         self.limit = max(self.limit, limit)
         if offset <= self.acked:
             return 0
@@ -282,10 +283,12 @@ class ReceiveSide:
         stop = offset + sum(map(len, payload))
         if stop > self.limit_sent:
             raise ProtocolError(
-                "credit_exceeded", f"DATA up to {stop}, but the limit is {self.limit_sent}"
+                codes.CREDIT_EXCEEDED, f"DATA up to {stop}, but the limit is {self.limit_sent}"
             )
         if self.end_at is not None and stop > self.end_at:
-            raise ProtocolError("data_after_end", f"DATA up to {stop}, but END was {self.end_at}")
+            raise ProtocolError(
+                codes.DATA_AFTER_END, f"DATA up to {stop}, but END was {self.end_at}"
+            )
         if stop <= self.next or stop == offset:
             return []
         if offset > self.next:
@@ -310,7 +313,7 @@ class ReceiveSide:
         self.early_bytes += len(payload)
         if self.early_bytes > self.limit_sent - self.next:
             # Each byte is sent again at the same cut, so that what is held overlaps only by intent.
-            raise ProtocolError("credit_exceeded", f"{self.early_bytes} bytes out of order")
+            raise ProtocolError(codes.CREDIT_EXCEEDED, f"{self.early_bytes} bytes out of order")
 
     def _take_early(self, out: list[Chunk]) -> None:
         taken = 0
@@ -329,13 +332,13 @@ class ReceiveSide:
         """Take in an END frame. True when the direction has just ended. Raises ProtocolError."""
         if self.end_at is not None:
             if offset != self.end_at:
-                raise ProtocolError("end_moved", f"END at {offset}, before at {self.end_at}")
+                raise ProtocolError(codes.END_MOVED, f"END at {offset}, before at {self.end_at}")
             return False
         if offset > self.limit_sent:
-            raise ProtocolError("credit_exceeded", f"END at {offset}, limit {self.limit_sent}")
+            raise ProtocolError(codes.CREDIT_EXCEEDED, f"END at {offset}, limit {self.limit_sent}")
         highest = max([self.next, *(o + len(p) for o, p in self._early.items())])
         if offset < highest:
-            raise ProtocolError("end_moved", f"END at {offset}, but DATA reached {highest}")
+            raise ProtocolError(codes.END_MOVED, f"END at {offset}, but DATA reached {highest}")
         self.end_at = offset
         return self._pass_end()
 

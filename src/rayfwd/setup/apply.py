@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.doctor.unit_checks import SERVICE
-from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import Layout
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
@@ -50,8 +50,8 @@ def apply(
                     manifest.add(step.do())
                 except OSError as exc:
                     cause = f"{step.id}: {exc.strerror or exc}"
-                    raise ProblemError(
-                        Problem("setup_failed", cause, "mend it and say the same again")
+                    raise codes.SETUP_FAILED.error(
+                        cause, "mend it and say the same again"
                     ) from None
         elif verdict is Verdict.KEPT:
             kept.append(step.id)
@@ -106,9 +106,7 @@ def _undo(entry: Entry, purge: bool, dry: bool) -> str:
         came = undo(entry, purge, really=not dry)
     except OSError as exc:
         cause = f"{entry['id']}: {exc.strerror or exc}"
-        raise ProblemError(
-            Problem("uninstall_failed", cause, "mend it and say the same again")
-        ) from None
+        raise codes.UNINSTALL_FAILED.error(cause, "mend it and say the same again") from None
     return "to remove" if dry and came == "removed" else came
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 from rayfwd.system.files import write_new
 
 SCHEMA = 1
@@ -41,12 +41,9 @@ class Manifest:
             except (ValueError, TypeError, KeyError) as exc:
                 wrong = f"it cannot be read: {exc!r}"
         if wrong is not None:
-            raise ProblemError(
-                Problem(
-                    "manifest_unusable",
-                    f"{path} says what `rayfwd init` has made here, and {wrong}",
-                    "look at it, and remove it: what it names is then yours to take away",
-                )
+            raise codes.MANIFEST_UNUSABLE.error(
+                f"{path} says what `rayfwd init` has made here, and {wrong}",
+                "look at it, and remove it: what it names is then yours to take away",
             )
 
     def of(self, name: str) -> Entry | None:

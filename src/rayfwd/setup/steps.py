@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import asyncssh
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import KEY_TYPE
 from rayfwd.system.files import digest, write_new
@@ -158,13 +158,9 @@ class Directory:
             owner = user_id(self.owner) if _has(pwd.getpwnam, self.owner) else None
             if found.st_uid == owner:
                 return Verdict.THERE
-        raise ProblemError(
-            Problem(
-                "setup_blocked",
-                f"{self.path} is there, and is no directory that only {self.owner or 'you'} may "
-                "change",
-                "move it away, or correct its owner and mode",
-            )
+        raise codes.SETUP_BLOCKED.error(
+            f"{self.path} is there, and is no directory that only {self.owner or 'you'} may change",
+            "move it away, or correct its owner and mode",
         )
 
     def do(self) -> Entry:
@@ -195,7 +191,7 @@ class File:
             return Verdict.NEEDED
         except OSError as exc:
             cause = f"{self.path}: {exc.strerror}"
-            raise ProblemError(Problem("setup_blocked", cause, "move it away")) from None
+            raise codes.SETUP_BLOCKED.error(cause, "move it away") from None
         if found == self.text.encode():
             return Verdict.THERE
         made = manifest.of(self.id)
@@ -306,9 +302,7 @@ def undo(entry: Entry, purge: bool, really: bool) -> str:
     elif kind == "group":
         words, there = ["groupdel", entry["name"]], _has(grp.getgrnam, entry["name"])
     else:
-        raise ProblemError(
-            Problem("manifest_unusable", f"unknown kind {kind!r}", "use the rayfwd that made it")
-        )
+        raise codes.MANIFEST_UNUSABLE.error(f"unknown kind {kind!r}", "use the rayfwd that made it")
     if not there:
         return "gone"
     if really:
@@ -395,10 +389,7 @@ def command(words: Sequence[str]) -> str:
         if ran.returncode == 0:
             return ran.stdout
         said = (ran.stderr.strip() or ran.stdout.strip()).replace("\n", "; ")
-    raise ProblemError(
-        Problem(
-            "setup_command_failed",
-            f"`{' '.join(words)}`: {said}",
-            "mend it and say the same again: what is done already stays",
-        )
+    raise codes.SETUP_COMMAND_FAILED.error(
+        f"`{' '.join(words)}`: {said}",
+        "mend it and say the same again: what is done already stays",
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install
@@ -55,7 +56,7 @@ def survey(
     asked |= {"identity": None if identity is None else str(identity)}
     found = asuser.call(account, probe, asked, timeout=SURVEY_TIMEOUT)
     wrong = found.pop("ray_problem")
-    return Survey(ray_problem=Problem(**wrong) if wrong else None, **found)
+    return Survey(ray_problem=codes.problem_from(wrong) if wrong else None, **found)
 
 
 async def probe(

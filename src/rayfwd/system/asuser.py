@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
 
 MOST_OUTPUT = 16 << 20
@@ -204,17 +205,16 @@ def call(
             on_output=answers.feed,
         )
     except ChildError as exc:
-        raise ProblemError(_not_executable(account, str(exc))) from None
+        raise _not_executable(account, str(exc)) from None
     if answers.problem is not None:
         raise ProblemError(answers.problem)
     if done.code != 0 or not answers.returned:
-        raise ProblemError(_not_executable(account, done.last_words or "no output"))
+        raise _not_executable(account, done.last_words or "no output")
     return answers.result
 
 
-def _not_executable(account: Account, cause: str) -> Problem:
-    return Problem(
-        "rayfwd_not_executable",
+def _not_executable(account: Account, cause: str) -> ProblemError:
+    return codes.RAYFWD_NOT_EXECUTABLE.error(
         f"user {account.name} cannot run {sys.executable}: {cause}",
         "install rayfwd where that user may read it, as in /opt/rayfwd",
     )
@@ -247,7 +247,7 @@ class _Answers:
             case {"result": result}:
                 self.returned, self.result = True, result
             case {"problem": {"code": str(code), "cause": str(cause), "remedy": str(remedy)}}:
-                self.problem = Problem(code, cause, remedy)
+                self.problem = codes.named(code).problem(cause, remedy)
             case _:
                 raise ChildError("wrote what is no answer")
 

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
+from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
 
@@ -98,7 +99,7 @@ class ControlServer:
         try:
             self._check_peer(writer.get_extra_info("socket"))
             if len(self._tasks) > CONNECTION_LIMIT:
-                raise _problem("control_busy", f"{CONNECTION_LIMIT} are asking", "ask again later")
+                raise codes.CONTROL_BUSY.error(f"{CONNECTION_LIMIT} are asking", "ask again later")
             verb, args = await self._request(reader)
             async with asyncio.timeout(self._verb_seconds):
                 return await self._verbs[verb](args)
@@ -106,20 +107,19 @@ class ControlServer:
             return {"error": exc.problem.to_wire()}
         except TimeoutError:
             cause = f"no answer within {self._verb_seconds:g} s"
-            return {"error": Problem("control_slow", cause, "look into the log").to_wire()}
+            return {"error": codes.CONTROL_SLOW.problem(cause, "look into the log").to_wire()}
         except OSError:
             raise
         except Exception as exc:  # a fault in an answer must not end what the answer is about
             _log.error("control_fault", exc_info=True)
             cause = f"{type(exc).__name__} while answering"
-            return {"error": Problem("control_fault", cause, "look into the log").to_wire()}
+            return {"error": codes.CONTROL_FAULT.problem(cause, "look into the log").to_wire()}
 
     def _check_peer(self, peer: socket.socket) -> None:
         _, uid, _ = unixsocket.peer_credentials(peer)
         if uid not in (0, os.geteuid()):
             _log.warning("control_not_permitted", uid=uid)
-            raise _problem(
-                "daemon_not_permitted",
+            raise codes.DAEMON_NOT_PERMITTED.error(
                 f"user id {uid} may not ask the daemon of user id {os.geteuid()}",
                 "ask as that user or as root",
             )
@@ -145,12 +145,8 @@ class ControlServer:
         return verb, request.get("args", {})
 
 
-def _problem(code: str, cause: str, remedy: str) -> ProblemError:
-    return ProblemError(Problem(code, cause, remedy))
-
-
 def _bad(cause: str) -> ProblemError:
-    return _problem("control_bad_request", cause, 'send {"verb": …, "args": {…}} and a line end')
+    return codes.CONTROL_BAD_REQUEST.error(cause, 'send {"verb": …, "args": {…}} and a line end')
 
 
 def ask(
@@ -166,15 +162,13 @@ def ask(
     try:
         line = _exchange(path, request, timeout)
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as exc:
-        raise _problem(
-            "daemon_not_running",
+        raise codes.DAEMON_NOT_RUNNING.error(
             f"no rayfwd answers on {path}",
             "start it (`systemctl start rayfwd`, or by hand `rayfwd run`), or name its file with "
             "--config",
         ) from exc
     except PermissionError as exc:
-        raise _problem(
-            "daemon_not_permitted",
+        raise codes.DAEMON_NOT_PERMITTED.error(
             f"{path}: this user may not ask the daemon",
             "ask as the user it runs as, or as root",
         ) from exc
@@ -188,13 +182,14 @@ def ask(
         raise _not_answering(path, "its answer is not an object")
     error = answer.get("error")
     if isinstance(error, dict):
-        raise _problem(*(str(error.get(part, "?")) for part in ("code", "cause", "remedy")))
+        code, cause, remedy = (str(error.get(part, "?")) for part in ("code", "cause", "remedy"))
+        raise codes.named(code).error(cause, remedy)
     return answer
 
 
 def _not_answering(path: Path, why: str) -> ProblemError:
-    return _problem(
-        "daemon_not_answering", f"the daemon on {path} does not answer: {why}", "look into its log"
+    return codes.DAEMON_NOT_ANSWERING.error(
+        f"the daemon on {path} does not answer: {why}", "look into its log"
     )
 
 

@@ -10,7 +10,7 @@ import socket
 import struct
 from pathlib import Path
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 
 PATH_LIMIT = 107
 """Bytes of a socket's path: `sun_path` has 108, the last of them zero (unix(7))."""
@@ -24,12 +24,9 @@ def check_path(path: Path) -> None:
     """Raises ProblemError `socket_path_too_long` where the kernel could not take the path."""
     size = len(os.fsencode(path))
     if size > PATH_LIMIT:
-        raise ProblemError(
-            Problem(
-                "socket_path_too_long",
-                f"the socket path {path} has {size} bytes; Linux allows {PATH_LIMIT}",
-                "set runtime_dir (or hub.socket) to a shorter path",
-            )
+        raise codes.SOCKET_PATH_TOO_LONG.error(
+            f"the socket path {path} has {size} bytes; Linux allows {PATH_LIMIT}",
+            "set runtime_dir (or hub.socket) to a shorter path",
         )
 
 
@@ -60,12 +57,9 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
             raise
     except OSError as exc:
         listener.close()
-        raise ProblemError(
-            Problem(
-                "socket_not_possible",
-                f"cannot listen on {path}: {exc.strerror or exc}",
-                "make its directory writable for this user, or set runtime_dir elsewhere",
-            )
+        raise codes.SOCKET_NOT_POSSIBLE.error(
+            f"cannot listen on {path}: {exc.strerror or exc}",
+            "make its directory writable for this user, or set runtime_dir elsewhere",
         ) from exc
     except BaseException:
         listener.close()
@@ -95,12 +89,9 @@ def listens(table: str, path: Path) -> bool:
 def check_not_taken(path: Path) -> None:
     """Raises ProblemError (`socket_in_use`, `socket_not_possible`) where `path` is somebody's."""
     if path.exists() and not path.is_socket():
-        raise ProblemError(
-            Problem(
-                "socket_not_possible",
-                f"{path} exists and is not a socket",
-                "move it away, or set another path",
-            )
+        raise codes.SOCKET_NOT_POSSIBLE.error(
+            f"{path} exists and is not a socket",
+            "move it away, or set another path",
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_SECONDS)
@@ -111,12 +102,9 @@ def check_not_taken(path: Path) -> None:
         except OSError as exc:
             if exc.errno != errno.EAGAIN:  # EAGAIN: in use, its queue is full
                 return
-    raise ProblemError(
-        Problem(
-            "socket_in_use",
-            f"another process answers on {path}",
-            "end it first: only one rayfwd may run with one runtime_dir",
-        )
+    raise codes.SOCKET_IN_USE.error(
+        f"another process answers on {path}",
+        "end it first: only one rayfwd may run with one runtime_dir",
     )
 
 

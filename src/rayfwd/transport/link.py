@@ -19,6 +19,7 @@ from typing import Any
 
 import asyncssh
 
+from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
@@ -64,9 +65,9 @@ EXTRA_AGAIN = 30.0
 class LinkRefusedError(Exception):
     """The hub refused the lane; `problem` is its reason, `session` what the lane was for."""
 
-    def __init__(self, refusal: Refusal, session: str) -> None:
-        super().__init__(refusal.cause)
-        self.problem = Problem(refusal.code, refusal.cause, refusal.remedy)
+    def __init__(self, problem: Problem, session: str) -> None:
+        super().__init__(problem.cause)
+        self.problem = problem
         self.session = session
 
 
@@ -137,12 +138,9 @@ class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 return await self._answer
         except TimeoutError:
-            raise ProblemError(
-                Problem(
-                    "hub_silent",
-                    f"the hub did not answer in {HANDSHAKE_TIMEOUT:.0f} s",
-                    "see rayfwd's log on the head",
-                )
+            raise codes.HUB_SILENT.error(
+                f"the hub did not answer in {HANDSHAKE_TIMEOUT:.0f} s",
+                "see rayfwd's log on the head",
             ) from None
 
     def _take_answer(self) -> None:
@@ -153,19 +151,16 @@ class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             if frame is None:
                 return
             if frame.kind is Kind.REFUSE:
-                refusal = Refusal.decode(frame)
+                refusal = Refusal.decode(frame).problem
                 self._answer.set_exception(LinkRefusedError(refusal, self._session))
             else:
                 self._answer.set_result(Welcome.decode(frame))
         except ProtocolError as exc:
             self._answer.set_exception(
-                ProblemError(
-                    Problem(
-                        exc.code,
-                        f"the answer at the hub's socket is not rayfwd's: {exc}",
-                        "see that head.socket is the hub's socket and that both sides run the same "
-                        "version of rayfwd",
-                    )
+                exc.code.error(
+                    f"the answer at the hub's socket is not rayfwd's: {exc}",
+                    "see that head.socket is the hub's socket and that both sides run the same "
+                    "version of rayfwd",
                 )
             )
 
@@ -362,7 +357,7 @@ class Link:
             longest = REDIAL_PARKED if self.state == "parked" else REDIAL_LAST
             wait = min(wait, longest)
             pause = wait * random.uniform(0.8, 1.2)
-            if slot.problem is not None and slot.problem.code == "ssh_auth_refused":
+            if slot.problem is not None and slot.problem.code == codes.SSH_AUTH_REFUSED:
                 pause = max(pause, REDIAL_KEYS)
             slot.heartbeat.beat(pause + PATIENCE)
             await asyncio.sleep(pause)
@@ -402,7 +397,9 @@ class Link:
         try:
             await self._one_lane(slot)
         except (LinkRefusedError, ProblemError) as exc:
-            log.info("extra_lane_failed", lane=slot.name, code=exc.problem.code, cause=str(exc))
+            log.info(
+                "extra_lane_failed", lane=slot.name, code=exc.problem.code.name, cause=str(exc)
+            )
         finally:
             self.slots.remove(slot)
 
@@ -443,12 +440,9 @@ class Link:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 await self._connector.open_channel(connection, lambda: lane)
         except TimeoutError:
-            raise ProblemError(
-                Problem(
-                    "hub_silent",
-                    f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
-                    "nothing, if it comes back; else see the head's load and its sshd log",
-                )
+            raise codes.HUB_SILENT.error(
+                f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
+                "nothing, if it comes back; else see the head's load and its sshd log",
             ) from None
 
     def _current_session(self) -> str:
@@ -496,8 +490,8 @@ class Link:
             self.mux.lane_lost(number)
         if self._closing:
             return
-        slot.problem = Problem(
-            "lane_lost", f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
+        slot.problem = codes.LANE_LOST.problem(
+            f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
         )
         self.link_stats.lane_lost(slot.name, why)
         up = None if up_since is None else round(time.time() - up_since, 1)
@@ -507,11 +501,11 @@ class Link:
     def _begins_anew(self, refused: LinkRefusedError) -> bool:
         """The hub does not know our session (any more): what it carried is lost, make another."""
         problem = refused.problem
-        if problem.code not in {"session_unknown", "session_stale"}:
+        if not problem.code.new_session:
             return False
         if refused.session != self._session:
             return True  # another lane was told so before, and has begun anew already
-        log.warning(problem.code, cause=problem.cause)
+        log.warning(problem.code.name, cause=problem.cause)
         self._session = ""
         if self.mux is not None:
             self.mux.close(problem.cause)
@@ -526,7 +520,7 @@ class Link:
         if not known:
             # While streams are held, a head that does not answer is no news beside `link_parked`.
             say = log.warning if self.state != "down" else log.error
-            say(problem.code, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
+            say(problem.code.name, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
             self._on_change()
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:

@@ -7,6 +7,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterable, Mapping
 
+from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.session.target import Target
 from rayfwd.system.logs import get_logger
@@ -173,14 +174,13 @@ class Listeners:
         problem = why_blocked(listen, self._wanted[listen], exc)
         if self._blocked.get(listen) != problem:
             self._blocked = self._blocked | {listen: problem}
-            log.error(problem.code, cause=problem.cause, remedy=problem.remedy)
+            log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
 
 
 def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:
     """The problem behind an error in listening there."""
     if exc.errno == errno.EADDRINUSE:
-        return Problem(
-            "listener_blocked",
+        return codes.LISTENER_BLOCKED.problem(
             f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
             f"{target}",
             f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose another "
@@ -188,19 +188,16 @@ def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:
             "ray.client_port, or for any other hub.port_base",
         )
     if exc.errno in {errno.EMFILE, errno.ENFILE}:
-        return Problem(
-            "descriptors_exhausted",
+        return codes.DESCRIPTORS_EXHAUSTED.problem(
             f"no file descriptor is left for the listener {listen}",
             "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
         )
     if exc.errno in {errno.EACCES, errno.EPERM}:
-        return Problem(
-            "listener_blocked",
+        return codes.LISTENER_BLOCKED.problem(
             f"{listen} cannot be opened: {exc.strerror}",
             "choose a port from 1024 on (listen in [[forward]]): those below are root's",
         )
-    return Problem(
-        "listener_blocked",
+    return codes.LISTENER_BLOCKED.problem(
         f"{listen} cannot be opened: {exc.strerror}",
         "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
     )

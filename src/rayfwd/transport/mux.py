@@ -184,7 +184,7 @@ class Mux:
             for data in chunks:
                 events += self.session.receive(number, data, now)
         except ProtocolError as exc:
-            log.error("session_broken", code=exc.code, cause=str(exc))
+            log.error("session_broken", code=exc.code.name, cause=str(exc))
             self.close(f"{exc.code}: {exc}")
             return
         record = self.lanes.get(number)

@@ -17,6 +17,7 @@ from typing import Any
 
 import asyncssh
 
+from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
@@ -132,7 +133,7 @@ class SshConnector:
             return await self._hasty(known.host, options, trusted, sock)
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             problem = explain(exc, self._head, known)
-            if problem.code == "ssh_lost" and options is not None:
+            if problem.code == codes.SSH_LOST and options is not None:
                 problem = await self._why_lost(known.host, options, hasty) or problem
             raise ProblemError(problem) from exc
 
@@ -283,8 +284,7 @@ class SshConnector:
         self, connection: asyncssh.SSHClientConnection, exc: asyncssh.ChannelOpenError
     ) -> Problem:
         if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or self._head.via == "exec":
-            return Problem(
-                "channel_refused",
+            return codes.CHANNEL_REFUSED.problem(
                 f"the head's sshd refuses this kind of channel: {exc.reason}",
                 'set via = "exec" in [head]'
                 if self._head.via == "socket"
@@ -318,8 +318,7 @@ async def _turned_away(
     if said.startswith(b"SSH-"):
         return None
     words = said.decode(errors="replace").strip()
-    return Problem(
-        "ssh_turned_away",
+    return codes.SSH_TURNED_AWAY.problem(
         f"the sshd of {head.ssh} closes connections at once: {words or 'it says nothing'}",
         "raise MaxStartups in the head's sshd_config (too many logins are under way), and see "
         "whether something there bars this machine (fail2ban, hosts.deny); it is tried again",
@@ -416,8 +415,7 @@ async def look_at_socket(
     direct-tcpip only (`server_input_channel_open` in serverloop.c). So where the kernel there says
     that somebody listens, and this user may, it is sshd that will not.
     """
-    absent = Problem(
-        "hub_absent",
+    absent = codes.HUB_ABSENT.problem(
         f"nothing answers at {path} on the head",
         "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
     )
@@ -432,8 +430,7 @@ async def look_at_socket(
     except asyncssh.SFTPPermissionDenied:
         return _not_permitted(path, "its directory is closed to this user")
     except (asyncssh.Error, OSError, TimeoutError):
-        return Problem(
-            "hub_unreachable",
+        return codes.HUB_UNREACHABLE.problem(
             f"the head's sshd could not open {path}: {reason}",
             "see that rayfwd runs on the head, that this is its hub's socket, that this user "
             "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding)",
@@ -442,8 +439,7 @@ async def look_at_socket(
     if own not in {0, seen.uid} and not mode & 0o002:
         return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
     if unixsocket.listens(table, path) or unixsocket.listens(table, real):
-        return Problem(
-            "channel_refused",
+        return codes.CHANNEL_REFUSED.problem(
             f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, and "
             f"sshd says: {reason}",
             'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding and '
@@ -467,8 +463,7 @@ async def _read_table(sftp: asyncssh.SFTPClient) -> str:
 
 
 def _not_permitted(path: Path, why: str) -> Problem:
-    return Problem(
-        "hub_not_permitted",
+    return codes.HUB_NOT_PERMITTED.problem(
         f"this SSH user may not open {path} on the head: {why}",
         "add the user to hub.users in the head's file, or log in as the user that runs rayfwd",
     )
@@ -484,9 +479,10 @@ def why_no_answer(said: str, why: str) -> Problem:
         code, colon, text = rest.partition(": ")
         if not prefix and colon and code.isidentifier():
             cause, _, remedy = text.partition("; ")
-            return Problem(code, f"on the head: {cause}", remedy or "see the head's log")
-    return Problem(
-        "hub_closed",
+            return codes.named(code).problem(
+                f"on the head: {cause}", remedy or "see the head's log"
+            )
+    return codes.HUB_CLOSED.problem(
         f"the hub closed the lane before it answered: {said or why}",
         'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
     )
@@ -500,61 +496,53 @@ def explain(exc: Exception, head: HeadConfig, known: _KnownHosts) -> Problem:
         case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
             return _host_key(head, known)
         case asyncssh.PermissionDenied():
-            return Problem(
-                "ssh_auth_refused",
+            return codes.SSH_AUTH_REFUSED.problem(
                 f"{head.ssh} refuses this machine's SSH keys ({exc.reason})",
                 "add the public key to authorized_keys of that user on the head, or set "
                 "head.identity to the key that is there",
             )
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return Problem(
-                "ssh_key_unusable",
+            return codes.SSH_KEY_UNUSABLE.problem(
                 f"the private key cannot be read: {exc}",
                 "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` "
                 "takes it away); or leave head.identity out, and load the key into an agent whose "
                 "SSH_AUTH_SOCK the daemon has",
             )
         case asyncssh.ConfigParseError():
-            return Problem("ssh_config_invalid", str(exc), "correct the SSH configuration")
+            return codes.SSH_CONFIG_INVALID.problem(str(exc), "correct the SSH configuration")
         case asyncssh.DisconnectError():
-            return Problem(
-                "ssh_lost",
+            return codes.SSH_LOST.problem(
                 f"the SSH connection to {head.ssh} ended: {exc.reason or type(exc).__name__}",
                 "nothing, if it comes back; else see the head's sshd log (MaxStartups, firewall)",
             )
         case socket.gaierror():
-            return Problem(
-                "ssh_unreachable",
+            return codes.SSH_UNREACHABLE.problem(
                 f"the name {known.host} cannot be resolved: {exc.strerror}",
                 "correct head.ssh, or this machine's DNS",
             )
         case FileNotFoundError() | PermissionError() if exc.filename:
-            return Problem(
-                "ssh_file_unreadable",
+            return codes.SSH_FILE_UNREADABLE.problem(
                 f"{exc.filename}: {exc.strerror}",
                 "correct head.identity or head.ssh_config, or the file's owner and mode",
             )
         case ConnectionRefusedError():
-            return Problem(
-                "ssh_unreachable",
+            return codes.SSH_UNREACHABLE.problem(
                 f"nothing listens on the SSH port of {head.ssh}",
                 "see that sshd runs on the head and that the port in head.ssh is right",
             )
         case TimeoutError():
-            return Problem(
-                "ssh_unreachable",
+            return codes.SSH_UNREACHABLE.problem(
                 f"{head.ssh} did not answer in time",
                 "see that the head is up and that firewalls let SSH through",
             )
         case OSError():
-            return Problem(
-                "ssh_unreachable",
+            return codes.SSH_UNREACHABLE.problem(
                 f"{head.ssh}: {exc.strerror or exc}",
                 "see that this machine's network is up and that head.ssh is right",
             )
         case _:
-            return Problem(
-                "ssh_failed", f"{head.ssh}: {exc}", "see `ssh -v` from this machine to the head"
+            return codes.SSH_FAILED.problem(
+                f"{head.ssh}: {exc}", "see `ssh -v` from this machine to the head"
             )
 
 
@@ -568,8 +556,7 @@ def _host_key(head: HeadConfig, known: _KnownHosts) -> Problem:
         removed = " and ".join(
             f"`ssh-keygen -R {shlex.quote(name)} -f {shlex.quote(file)}`" for file in having_it
         )
-        return Problem(
-            "host_key_mismatch",
+        return codes.HOST_KEY_MISMATCH.problem(
             f"{known.host} shows another host key than {', '.join(having_it)} has",
             "compare the new key with the head's owner; if the head was reinstalled, "
             f"{removed} and add the new one, or {by_init}; if not, somebody is in between",
@@ -578,8 +565,7 @@ def _host_key(head: HeadConfig, known: _KnownHosts) -> Problem:
     if not known.files:
         looked = head.known_hosts or "any file of known hosts"
         where = f"{looked}: there is none that this user may read"
-    return Problem(
-        "host_key_unknown",
+    return codes.HOST_KEY_UNKNOWN.problem(
         f"the host key of {known.host} is not in {where}",
         f"compare its fingerprint with the head's owner and add it: {_add_key(head, known)}; or "
         f"{by_init}",

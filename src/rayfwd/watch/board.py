@@ -121,10 +121,10 @@ class Board:
         if t.seen.seen_by:
             fields["seen_by"] = t.seen.seen_by
         if t.root is not None:
-            _log.info(problem.code, **fields, explained_by=" ".join(t.root))
+            _log.info(problem.code.name, **fields, explained_by=f"{t.root[0]} {t.root[1]}")
             return
         say = {"error": _log.error, "warning": _log.warning, "note": _log.info}[t.severity]
-        say(problem.code, **fields)
+        say(problem.code.name, **fields)
 
     def _wake_later(self, now: float) -> None:
         """Have `_settle` called when the next one is to show, or is no longer explained."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import CanaryConfig, RayConfig
 from rayfwd.problems import Problem, ProblemError
@@ -119,12 +120,9 @@ class Canary:
         if self._running is None or self._running.done():
             situation = self._situation()
             if situation is None:
-                raise ProblemError(
-                    Problem(
-                        "ray_not_up",
-                        f"Ray is not up on {self._own_name}, so nothing can be sent from it",
-                        "wait until `rayfwd status` says that Ray is up",
-                    )
+                raise codes.RAY_NOT_UP.error(
+                    f"Ray is not up on {self._own_name}, so nothing can be sent from it",
+                    "wait until `rayfwd status` says that Ray is up",
                 )
             self._running = asyncio.create_task(self._round(situation), name="canary round")
         return await asyncio.shield(self._running)
@@ -206,8 +204,7 @@ def _own_failure(result: canary.CanaryRun) -> Problem | None:
     if result.connected and (result.complete or result.stages):
         return None
     did = "did not get to its end" if result.connected else "could not connect to this node's Ray"
-    return Problem(
-        "canary_failed",
+    return codes.CANARY_FAILED.problem(
         f"the canary {did}; it last said: {result.said or 'nothing'}",
         "see that a driver on this node works (`ray.init()` with the Python beside ray.command), "
         "and raise canary.timeout where the machine is slow",
@@ -304,8 +301,7 @@ def _no_task(
     if task is not None and task.ok:
         return None
     why = task.error if task is not None and task.error else "the canary did not get to it"
-    return Problem(
-        "canary_no_task",
+    return codes.CANARY_NO_TASK.problem(
         f"node {name} does not run tasks sent from {near} ({why})"
         + (f": {behind.cause}" if behind else "; its ports answer"),
         behind.remedy
@@ -322,8 +318,7 @@ def _no_objects(
         for key, a, b in (("to", near, name), ("from", name, near))
         if (stage := stages.get(key)) is None or not stage.ok
     ]
-    return Problem(
-        "canary_no_objects",
+    return codes.CANARY_NO_OBJECTS.problem(
         f"a 1 MB object does not arrive {' nor '.join(ways)}"
         + (f": {behind.cause}" if behind else "; the ports of both ends answer"),
         behind.remedy

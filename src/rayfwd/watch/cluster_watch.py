@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
 from rayfwd.problems import Problem, ProblemError
@@ -201,8 +202,7 @@ class DashboardWatch:
 
     def _problem(self, why: str) -> Problem:
         where = f"{self._head.address}:{self._head.services['dashboard']}"
-        return Problem(
-            "ray_dashboard_absent",
+        return codes.RAY_DASHBOARD_ABSENT.problem(
             f"Ray's dashboard does not answer at http://{where}: {why}",
             "look at dashboard.log and dashboard.err in Ray's session directory on the head; "
             "without it there are no job submissions, no state API and no node table. It comes "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
@@ -87,8 +88,7 @@ def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: f
         if plan.advertised
         else f"see `rayfwd status` on {plan.name}, and gcs_server.out on the head for the reason"
     )
-    return Problem(
-        "ray_node_flapping",
+    return codes.RAY_NODE_FLAPPING.problem(
         f"node {plan.name} ({plan.address}) joined and was given up by the head's Ray {times} in "
         f"the last {recent / 60:.0f} min, {min(lives):.0f} s after it had joined; it {now}"
         + (f". Ray says: {said[:300]}" if said else ""),

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
+from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.watch.conditions import Seen
 
@@ -180,8 +181,7 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
 
 
 def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
-    return Problem(
-        "lane_flapping",
+    return codes.LANE_FLAPPING.problem(
         f"lane {lane} of {node}'s link was lost {times} times in the last {FLAPPING:.0f} s"
         + (f"; the last time: {said}" if said else ""),
         "look for what ends SSH connections between the two: sshd's log on the head, "
@@ -191,8 +191,7 @@ def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
 
 
 def _is_slow(node: str, trip: float, usual: float) -> Problem:
-    return Problem(
-        "link_slow",
+    return codes.LINK_SLOW.problem(
         f"a round trip on {node}'s link takes {trip * 1000:.0f} ms, where {usual * 1000:.1f} ms "
         "are usual",
         "see what else uses the network between the two, and the load of both machines (`ping` "
@@ -201,8 +200,7 @@ def _is_slow(node: str, trip: float, usual: float) -> Problem:
 
 
 def _is_thin(node: str, thin: _Thin) -> Problem:
-    return Problem(
-        "link_throughput_low",
+    return codes.LINK_THROUGHPUT_LOW.problem(
         f"{node}'s link, with more to send than it takes, carries {thin.rate / 1e6:.2g} MB/s from "
         f"here, where {thin.usual / 1e6:.3g} MB/s are usual",
         "see what else uses the network between the two, and whether somebody limits it there "

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray import procfs
@@ -89,8 +90,7 @@ def judge(seen: MachineSeen) -> list[Problem]:
     for directory, (free, total) in seen.disks.items():
         if total > 0 and 1 - free / total >= DISK_FULL:
             found.append(
-                Problem(
-                    "disk_nearly_full",
+                codes.DISK_NEARLY_FULL.problem(
                     f"the disk of {directory}, where Ray keeps logs and spilt objects, is "
                     f"{100 * (1 - free / total):.0f} % full ({free / 1e6:.0f} MB free)",
                     "remove old sessions of Ray there (the one that runs is session_latest), or "
@@ -107,8 +107,7 @@ def _descriptors(seen: MachineSeen) -> list[Problem]:
     if seen.limit < 0 or seen.limit >= need:
         return []
     return [
-        Problem(
-            "descriptors_low",
+        codes.DESCRIPTORS_LOW.problem(
             f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.listeners} "
             f"listeners, and connections of {seen.others} other nodes",
             f"raise the limit to {2 * need} at least: LimitNOFILE= of the service, or `ulimit -Hn`",
@@ -121,8 +120,7 @@ def _ports(seen: MachineSeen) -> list[Problem]:
         return []
     span = f"{seen.workers[0]}-{seen.workers[-1]}"
     return [
-        Problem(
-            "ray_worker_ports_exhausted",
+        codes.RAY_WORKER_PORTS_EXHAUSTED.problem(
             f"all {len(seen.workers)} ports for Ray's worker processes ({span}) are in use: Ray "
             'starts no more of them here (raylet.out has "No available ports")',
             f"set ray.worker_ports = {2 * len(seen.workers)} or more on this node and restart "

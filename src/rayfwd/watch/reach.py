@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
@@ -167,7 +168,7 @@ def explain(plan: NodePlan, bad: Mapping[int, str], near: str) -> Problem:
             f"see {plan.name}'s firewall: rayfwd there must reach {plan.address} port {span} on "
             "the loopback interface; if that is open, Ray's process hangs (`py-spy dump`)"
         )
-    return Problem("ray_port_unreachable", f"{cause}{how}. {for_what}", remedy)
+    return codes.RAY_PORT_UNREACHABLE.problem(f"{cause}{how}. {for_what}", remedy)
 
 
 def _for_what(plan: NodePlan, bad: Iterable[int]) -> str:

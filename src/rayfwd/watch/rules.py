@@ -10,6 +10,7 @@ from datetime import datetime
 from itertools import combinations, pairwise
 from math import comb
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
@@ -44,8 +45,7 @@ def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Seen]:
     if status.as_of is None or wall_time - status.as_of <= STALE_SECONDS:
         return []
     stamp = datetime.fromtimestamp(status.as_of).isoformat(" ", "seconds")
-    problem = Problem(
-        "ray_totals_stale",
+    problem = codes.RAY_TOTALS_STALE.problem(
         f"`ray status` on {head} is of {stamp}, {wall_time - status.as_of:.0f} s old: Ray's "
         "monitor process, which renews it every 5 s, has ended or hangs",
         "look at monitor.log and monitor.err in Ray's session directory on the head, and restart "
@@ -79,8 +79,8 @@ def fewer_than_declared(
         said = ", ".join(
             f"{r} {_number(has.get(r, 0.0))} of {_number(a)}" for r, a in short.items()
         )
-        problem = Problem(
-            "ray_resources_none" if not has else "ray_resources_fewer",
+        code = codes.RAY_RESOURCES_FEWER if has else codes.RAY_RESOURCES_NONE
+        problem = code.problem(
             f"node {plan.name} ({plan.address}) joined "
             + ("with no resources" if not has else "with fewer resources than declared")
             + (f": {said}" if said else ""),
@@ -119,8 +119,7 @@ def one_address_twice(
         came_back = all(interruptions.between(name, a, b) for a, b in pairwise(began))
         if len(rows) < 2 or (came_back and wall_time - began[-1] <= patience):
             continue
-        problem = Problem(
-            "ray_address_twice",
+        problem = codes.RAY_ADDRESS_TWICE.problem(
             f"{len(rows)} nodes are ALIVE with the address {address}: connections meant for one "
             "reach the other",
             "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
@@ -136,8 +135,7 @@ def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Seen]:
     return [
         Seen(
             plan.name,
-            Problem(
-                "ray_not_listed",
+            codes.RAY_NOT_LISTED.problem(
                 f"Ray is up on {plan.name} ({plan.address}), and the head's node table "
                 "does not have it: it belongs to an earlier run of the head's Ray, or does not "
                 "reach the GCS",
@@ -276,8 +274,7 @@ def _problem(
         else f"look at raylet.out on {name} and at gcs_server.out on the head; restarting Ray on "
         f"{name} registers it again"
     )
-    return Problem(
-        "ray_node_without_resources",
+    return codes.RAY_NODE_WITHOUT_RESOURCES.problem(
         f"node {name} ({node.address}) is ALIVE with "
         f"{', '.join(f'{r} {_number(a)}' for r, a in shown.items())}, but the cluster's totals "
         f"({when}) hold only {lack}",

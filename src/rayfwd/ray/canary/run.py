@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rayfwd.problems import Problem, ProblemError
+from rayfwd import codes
 from rayfwd.ray import procfs
 from rayfwd.ray.install import RayInstall
 
@@ -104,12 +104,9 @@ async def run(
             limit=LINE_LIMIT,
         )
     except OSError as exc:
-        raise ProblemError(
-            Problem(
-                "canary_failed",
-                f"{install.python} cannot be started: {exc}",
-                "see that ray.command is a working Ray",
-            )
+        raise codes.CANARY_FAILED.error(
+            f"{install.python} cannot be started: {exc}",
+            "see that ray.command is a working Ray",
         ) from None
     leader = procfs.look_up(process.pid)
     found = CanaryRun()
