@@ -145,7 +145,9 @@ def test_a_report(worker: Machine, secrets: tuple[str, str, str]) -> None:
     """The doctor's, of a service: both units' entries, and no secret, though a log has them."""
     said = f"said: {secrets[0]} {secrets[1]}\n{worker.read('/etc/rayfwd/id_ed25519')}"
     worker.run(["sh", "-c", f"cat >>{RAYS_LOG}"], user="ray", input=said)
-    assert worker.run(["rayfwd", "doctor", "--report", "/root/report"]).returncode == 0
+    assert (
+        worker.run(["rayfwd", "doctor", "--report", "/root/report", "--with-logs"]).returncode == 0
+    )
     assert worker.run(["stat", "-c", "%a %U", "/root/report"]).stdout == "600 root\n"
     report = worker.read("/root/report")
     journal = report.partition("\n== journal\n")[2].partition("\n== ")[0]

@@ -48,7 +48,7 @@ def test_a_restart_costs_no_call_and_leaves_ray_alone(own: Cluster) -> None:
 def test_the_doctor_beside_it(own: Cluster) -> None:
     """And its report, in which a user finds what that user's own journal has."""
     for machine in own.lab.machines:
-        argv = ["rayfwd", "doctor", "--report", "/home/ray/report.txt"]
+        argv = ["rayfwd", "doctor", "--report", "/home/ray/report.txt", "--with-logs"]
         said = machine.run(argv, user="ray").stdout
         assert "pass  keeper          rayfwd-ray.service answers on /run/user/1000/" in said
         report = machine.read("/home/ray/report.txt")

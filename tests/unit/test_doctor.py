@@ -829,6 +829,8 @@ def test_words_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> No
     assert "doctor" in VERBS
     assert main(["doctor", "--log", "/x"]) == 2
     assert "--report" in capsys.readouterr().err
+    assert main(["doctor", "--with-logs"]) == 2
+    assert "--with-logs: belongs to --report" in capsys.readouterr().err
 
 
 def test_as_another_user(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ RUN = {
     "rayfwd canary": ("tests/lab/test_canary.py", '"canary"'),
     "rayfwd doctor": ("tests/lab/test_doctor.py", '"doctor"'),
     "rayfwd doctor --report": ("tests/lab/test_doctor.py", '"--report"'),
+    "rayfwd doctor --report --with-logs": ("tests/systemd/test_journal.py", '"--with-logs"'),
     "rayfwd explain": ("tests/unit/test_conditions.py", "explain.run"),
     "rayfwd forget": (OPERATIONS, '"forget"'),
     "rayfwd plan": (CLI, '"plan"'),

@@ -113,7 +113,7 @@ def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     }
     words = ["--config", str(tmp_path / "rayfwd.toml"), "doctor", "--report", str(out)]
     with daemon(tmp_path, status=status, plan={"network": "127.77.0.0/16"}):
-        ran = rayfwd(*words, "--log", str(tmp_path / "log"), env=planted)
+        ran = rayfwd(*words, "--with-logs", "--log", str(tmp_path / "log"), env=planted)
     assert ran.returncode == 1, ran.stderr
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     text = out.read_text()
@@ -127,6 +127,7 @@ def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
 def test_what_helps_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     out = tmp_path / "report.txt"
     words = ["--config", str(tmp_path / "rayfwd.toml"), "doctor", "--report", str(out), "--json"]
+    words += ["--with-logs"]
     ran = rayfwd(*words, "--log", str(tmp_path / "log"), env=planted)
     assert f"written: {out}" in ran.stderr
     found = parts(out.read_text())
@@ -151,6 +152,14 @@ def test_what_helps_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     assert "a line of Ray's" in found[f"Ray's output ({tmp_path / 'state' / 'ray.log'})"]
     assert "listening TCP ports: " in found["machine"]
     assert "journal" in found
+
+
+def test_logs_are_in_it_when_asked_for(tmp_path: Path, planted: dict[str, str]) -> None:
+    path = tmp_path / "rayfwd.toml"
+    config = doctor.load_if_valid(path)
+    found = parts(report.compose(path, config, None, planted, {}, None))
+    for part in ("journal", f"Ray's output ({tmp_path / 'state' / 'ray.log'})"):
+        assert found[part].strip() == report.LEFT_OUT
 
 
 def test_a_file_that_is_there_is_kept(tmp_path: Path, planted: dict[str, str]) -> None:
@@ -180,7 +189,8 @@ def test_links_and_pipes_of_a_lesser_user_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "ray.log").symlink_to(tmp_path / "shadow")
     os.mkfifo(tmp_path / "node.key")
     config = doctor.load_if_valid(tmp_path / "rayfwd.toml")
-    text = report.compose(tmp_path / "rayfwd.toml", config, None, {}, {}, tmp_path / "node.key")
+    node_key = tmp_path / "node.key"
+    text = report.compose(tmp_path / "rayfwd.toml", config, None, {}, {}, node_key, True)
     assert "root:hash" not in text
     assert "no plain file" in text
 

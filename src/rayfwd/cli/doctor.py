@@ -45,8 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=Path(),
         metavar="PATH",
-        help="write a file for whoever is to help (0600, no secrets in it):\n"
-        "this, the configuration, versions, status, journal",
+        help="write a file for whoever is to help (0600, secrets blanked):\n"
+        "this, the configuration, versions, status, the machine",
+    )
+    parser.add_argument(
+        "--with-logs",
+        action="store_true",
+        help="with --report: add the journal's lines and Ray's output, which hold what jobs print",
     )
     parser.add_argument(
         "--log", metavar="PATH", type=Path, help="with --report: the log, where it is a file"
@@ -58,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     path: Path = args.config or usual_config(os.environ)
     if args.log is not None and args.report is None:
         raise MistakeError(["rayfwd doctor: --log: belongs to --report"])
+    if args.with_logs and args.report is None:
+        raise MistakeError(["rayfwd doctor: --with-logs: belongs to --report"])
     account = _account(args.user, path)
     config = load_if_valid(path)
     found = rows_of(path, account, _ignore if args.json else print_row)
@@ -77,10 +84,16 @@ def run(args: argparse.Namespace) -> int:
             if args.report != Path()
             else report.default_path(whole["name"], time.time())
         )
-        control = None if config is None else control_socket(config)
-        report.write(to, report.compose(path, config, control, os.environ, whole, args.log))
+        report.write(to, _report(path, config, whole, args))
         print(f"written: {to}", file=sys.stderr if args.json else sys.stdout)
     return exit_code(found)
+
+
+def _report(
+    path: Path, config: Config | None, found: dict[str, Any], args: argparse.Namespace
+) -> str:
+    control = None if config is None else control_socket(config)
+    return report.compose(path, config, control, os.environ, found, args.log, args.with_logs)
 
 
 def exit_code(found: Sequence[Row]) -> int:

@@ -29,13 +29,14 @@ from rayfwd.system.control import ask
 from rayfwd.system.paths import default_state_dir
 
 JOURNAL_LINES = 2000
+LEFT_OUT = "left out: jobs print into it what they like; add it by --with-logs"
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
 COMMAND_SECONDS = 20.0
 
 HEADER = """\
-rayfwd report. Passwords, keys and tokens are blanked; names of hosts and users, addresses and
-paths are not. Read it before you send it.
+rayfwd report. What is known to be a secret, and what looks like one, is blanked; rayfwd cannot know
+all. Names of hosts and users, addresses and paths are in it. Read it before you send it.
 """
 
 PACKAGES = (
@@ -70,13 +71,18 @@ def compose(
     env: Mapping[str, str],
     found: Mapping[str, Any],
     log: Path | None,
+    with_logs: bool = False,
 ) -> str:
-    """The whole text. `path` is the configuration's, `found` the doctor's document."""
+    """The whole text. `path` is the configuration's, `found` the doctor's document.
+
+    With `with_logs` the journal's lines and Ray's output are in it; a file that is named as `log`
+    always is.
+    """
     data = _data(path)
     state_dir = config.state_dir if config is not None else default_state_dir(env)
     known = scrubbing.known(data or {}, env, _kept_secrets(data, state_dir, env))
     text = HEADER
-    for title, part in _parts(path, data, control, state_dir, env, found, log):
+    for title, part in _parts(path, data, control, state_dir, env, found, log, with_logs):
         if isinstance(part, str):
             shown = scrubbing.scrub(part, known)
         else:
@@ -93,6 +99,7 @@ def _parts(
     env: Mapping[str, str],
     found: Mapping[str, Any],
     log: Path | None,
+    with_logs: bool,
 ) -> Iterator[tuple[str, Any]]:
     """Title, and text or what is to be JSON."""
     yield "versions", "\n".join(f"{name}: {value}" for name, value in _versions())
@@ -104,10 +111,11 @@ def _parts(
         yield f"rayfwd {verb}", _asked(control, verb)
     yield "environment", "\n".join(f"{n}={v}" for n, v in scrubbing.environment(env).items())
     yield "machine", "\n".join(f"{name}: {value}" for name, value in _machine(state_dir))
-    yield "journal", _journal()
+    yield "journal", _journal() if with_logs else LEFT_OUT
     if log is not None:
         yield f"log ({log})", _tail(log.resolve())
-    yield f"Ray's output ({state_dir / OUTPUT})", _tail(state_dir / OUTPUT)
+    output = state_dir / OUTPUT
+    yield f"Ray's output ({output})", _tail(output) if with_logs else LEFT_OUT
 
 
 def _data(path: Path) -> dict[str, Any] | None:

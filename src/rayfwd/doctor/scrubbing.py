@@ -6,7 +6,6 @@ taken out of all text, also where nothing names it; and what looks like one in t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,10 +29,6 @@ NAMES = frozenset(
 PREFIXES = ("RAY_", "RAYFWD_", "GRPC_", "NCCL_", "GLOO_", "CUDA_")
 """Environment variables that bear on rayfwd or Ray."""
 
-_PRIVATE_KEY = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL
-)
-
 
 def matters(name: str) -> bool:
     return name.upper() in NAMES or name.startswith(PREFIXES)
@@ -43,7 +38,10 @@ def variable(name: str, value: str) -> str:
     """The value as it may be shown."""
     if names_a_secret(name):
         return REDACTED
-    return redact_text(value) if matters(name) else SET
+    if not matters(name):
+        return SET
+    # With its name, which says whether what looks random is an id that may be shown.
+    return redact_text(f"{name}={value}").removeprefix(f"{name}=")
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -105,7 +103,6 @@ def _of_configuration(name: str, value: Any) -> Iterator[str]:
 
 def scrub(text: str, secrets: Iterable[str]) -> str:
     """`text` without these secrets, and without what looks like one."""
-    text = _PRIVATE_KEY.sub(REDACTED, text)
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return redact_text(text)
