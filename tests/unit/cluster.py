@@ -19,6 +19,7 @@ from typing import Any, cast
 
 from rayfwd.cluster.plan import head_plan
 from rayfwd.hub import Hub
+from rayfwd.hub.connection import HELLO_TIMEOUT
 from rayfwd.hub.roster import Roster
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Frame, Kind, first_frame
@@ -134,7 +135,7 @@ async def knock(path: Path, first: bytes = b"") -> SocketLane:
 async def answer_to(path: Path, first: bytes) -> Welcome | Refusal | None:
     """What a hub answers to `first`; None: it just closes. The connection is closed then."""
     lane = await knock(path, first)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(2 * HELLO_TIMEOUT):
         frame = await lane.answer
         lane.close()
         await lane.closed

@@ -12,6 +12,8 @@ from typing import Any
 import structlog
 from structlog.testing import capture_logs
 
+from tests.unit.fake_clock import FakeClockLoop, fake_clock_loop
+
 Log = list[Any]
 """Events as dictionaries: `event`, `log_level` and the fields."""
 
@@ -27,44 +29,68 @@ def descriptors() -> dict[int, str]:
     return found
 
 
-def run(main: Callable[[], Coroutine[Any, Any, None]], seconds: float = 30.0) -> None:
+Main = Callable[[], Coroutine[Any, Any, None]]
+
+
+def run(main: Main, seconds: float = 30.0) -> None:
     """Run `main`. Fails if it takes longer, leaves a task or a descriptor, or if the loop was
     told of an exception that nobody took."""
+    _run(main, seconds, asyncio.new_event_loop)
+
+
+def run_on_fake_clock(main: Main, seconds: float = 3600.0) -> None:
+    """As `run`, where time jumps over whatever would be waited for (`fake_clock.py`)."""
+    _run(main, seconds, fake_clock_loop)
+
+
+def _run(main: Main, seconds: float, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     gc.collect()
     before = descriptors()
-    asyncio.run(_bounded(main, seconds))
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_bounded(main, seconds))
     gc.collect()
     left = {n: what for n, what in descriptors().items() if n not in before}
     assert not left, f"descriptors left open: {left}"
 
 
-async def _bounded(main: Callable[[], Coroutine[Any, Any, None]], seconds: float) -> None:
+async def _bounded(main: Main, seconds: float) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, about: complaints.append(about))
     async with asyncio.timeout(seconds):
         await main()
-    await until(lambda: not other_tasks(), 2.0, lambda: f"tasks left: {other_tasks()}")
+    me = asyncio.current_task()
+
+    def others() -> set[asyncio.Task[Any]]:
+        return asyncio.all_tasks() - {me}
+
+    await until(lambda: not others(), 2.0, lambda: f"tasks left: {others()}")
     assert not complaints, f"the loop was told: {complaints}"
-
-
-def other_tasks() -> set[asyncio.Task[Any]]:
-    return asyncio.all_tasks() - {asyncio.current_task()}
 
 
 async def until(
     true: Callable[[], object], seconds: float = 10.0, what: Callable[[], str] | str = ""
 ) -> None:
     """Wait for something to become true. Fails after `seconds`."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not true():
-        if asyncio.get_running_loop().time() > deadline:
-            raise AssertionError(what() if callable(what) else what or "it never came true")
-        await asyncio.sleep(0.01)
+    try:
+        await _come_true(true, seconds)
+    except TimeoutError:
+        message = what() if callable(what) else what or "it never came true"
+        raise AssertionError(message) from None
+
+
+async def _come_true(true: Callable[[], object], seconds: float) -> None:
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, FakeClockLoop):
+        await loop.come_true(true, seconds)
+        return
+    async with asyncio.timeout(seconds):
+        while not true():
+            await asyncio.sleep(0.01)
 
 
 @contextmanager
 def log_events() -> Iterator[Log]:
-    """The events that are logged meanwhile."""
+    """The events that are logged meanwhile, of every level, whatever an earlier test has set."""
     structlog.reset_defaults()
     with capture_logs() as caught:
         yield caught

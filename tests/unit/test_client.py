@@ -27,7 +27,8 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
-from tests.unit.loops import run, until
+from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.loops import until
 from tests.unit.ssh_server import Sshd
 from tests.unit.test_handover import restart_head
 

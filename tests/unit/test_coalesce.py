@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from rayfwd.system.coalesce import BEAT, end_of_pause, sleep_coalesced
-from tests.unit.loops import run
+from tests.unit.loops import run_on_fake_clock as run
 
 
 @pytest.mark.parametrize("seconds", [BEAT, 8 * BEAT])

@@ -41,7 +41,8 @@ from tests.unit.cluster import (
     goodbye,
     serving,
 )
-from tests.unit.loops import log_events, of, run, until
+from tests.unit.loops import log_events, of, until
+from tests.unit.loops import run_on_fake_clock as run
 
 PATHS = ["w1>head", "head>w1", "w1>w2"]
 

@@ -20,7 +20,6 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.session import lane as lane_module
 from rayfwd.session.handshake import Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
@@ -34,20 +33,10 @@ from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
-from tests.unit.loops import Log, log_events, of, run, until
+from tests.unit.loops import Log, log_events, of, until
+from tests.unit.loops import run as run_in_real_time
+from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.ssh_server import Sshd
-
-
-@pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redial fast, so that a test sees several attempts."""
-    for name, seconds in {
-        "REDIAL_FIRST": 0.05,
-        "REDIAL_PARKED": 0.1,
-        "REDIAL_LAST": 0.2,
-        "REDIAL_KEYS": 0.2,
-    }.items():
-        monkeypatch.setattr(link_module, name, seconds)
 
 
 class Site:
@@ -96,7 +85,7 @@ class Site:
         self._tasks.append(asyncio.create_task(self.link.run()))
         self._tasks.append(asyncio.create_task(self.listeners.run()))
 
-    async def up(self, lanes: int = 2, seconds: float = 10.0) -> None:
+    async def up(self, lanes: int = 2, seconds: float = 2 * link_module.REDIAL_LAST) -> None:
         """Wait until all lanes stand."""
 
         def standing() -> bool:
@@ -241,7 +230,7 @@ def test_a_transfer_that_fills_its_lanes_gets_extra_ones_until_these_are_lost(
             await s.up(2)
             assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
 
-    run(main)
+    run_in_real_time(main)
 
 
 def test_an_extra_lane_that_cannot_be_made_changes_nothing_else(
@@ -262,7 +251,7 @@ def test_an_extra_lane_that_cannot_be_made_changes_nothing_else(
             assert all(slot.problem is None for slot in s.link.slots)
 
     with log_events() as log:
-        run(main)
+        run_in_real_time(main)
     assert {e["code"] for e in of(log, "extra_lane_failed")} == {"channel_refused"}
 
 
@@ -274,7 +263,7 @@ def test_a_lane_that_is_being_dialled_at_the_end_begins_no_session(tmp_path: Pat
             s.sshd.cut(1)
             await until(lambda: s.sshd.tries > tries)
             await s.link.close("the worker stops")
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(10)
             assert s.head.hub.nodes["w1"].mux is None
 
     with log_events() as log:
@@ -288,7 +277,7 @@ def test_a_hello_under_way_at_the_end_leaves_no_session(tmp_path: Path) -> None:
             s.sshd.flowing.clear()
             await until(lambda: any(lane.greeting for lane in s.link._lanes))
             closing = asyncio.create_task(s.link.close("the worker stops"))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0)  # it has begun to end
             s.sshd.flowing.set()
             await closing
             await until(lambda: of(log, "session_ended"))
@@ -328,16 +317,13 @@ def test_one_lane_of_two_is_lost_and_comes_back(tmp_path: Path, which: int) -> N
     run(main)
 
 
-def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(tmp_path: Path) -> None:
     """Each login that took too long gives the next one more time."""
-    monkeypatch.setattr(ssh_module, "HASTY_LOGIN", 0.2)
 
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            s.sshd.login_takes = 1.0
+            s.sshd.login_takes = 2.5 * ssh_module.HASTY_LOGIN
             s.sshd.cut()
             await until(lambda: s.link.cuts == 1)
             await s.up()
@@ -372,15 +358,10 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_p
             async with asyncio.timeout(2 * ssh_module.HASTY_EVERY + 0.5):
                 (await dialling).close()
 
-    run(main)
+    run_in_real_time(main)
 
 
-def test_a_link_that_is_held_is_found_silent_and_dialled_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.8)
-    monkeypatch.setattr(lane_module, "PING_IDLE", 0.3)
-
+def test_a_link_that_is_held_is_found_silent_and_dialled_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
@@ -440,7 +421,7 @@ def test_after_ride_through_streams_are_reset_and_it_heals_when_the_head_is_back
     tmp_path: Path,
 ) -> None:
     async def main() -> None:
-        async with site(tmp_path, ride_through=1.0) as s:
+        async with site(tmp_path, ride_through=60.0) as s:
             await s.up()
             async with s.listener() as listen:
                 reader, writer = await asyncio.open_connection(*listen)
@@ -454,7 +435,7 @@ def test_after_ride_through_streams_are_reset_and_it_heals_when_the_head_is_back
             problem = s.link.problem
             assert problem is not None
             assert problem.code == codes.SSH_UNREACHABLE
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(60)
             await s.sshd.start()
             await s.up()
             assert await works(s)
@@ -488,7 +469,7 @@ async def tries(s: Site, log: Log, code: str, count: int = 4) -> None:
     assert s.link.problem.cause
     assert s.link.problem.remedy
     before = s.sshd.tries
-    await until(lambda: s.sshd.tries >= before + count)
+    await until(lambda: s.sshd.tries >= before + count, 2 * count * link_module.REDIAL_KEYS)
     assert s.link.state == "down"
     assert len(of(log, code)) == 1, "the same again is no news"
     assert of(log, code)[0]["cause"] == s.link.problem.cause
@@ -504,7 +485,7 @@ def wrong(
             before(s)
             await tries(s, log, code)
             mend(s)
-            await s.up()
+            await s.up(seconds=2 * link_module.REDIAL_KEYS)
             assert await works(s)
 
     with log_events() as log:
@@ -705,7 +686,7 @@ def test_a_port_where_nothing_listens(tmp_path: Path) -> None:
             port = unused.getsockname()[1]
             async with site(tmp_path, ssh=f"ray@127.0.0.1:{port}") as s:
                 await until(lambda: s.link.problem is not None)
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(60)
                 assert s.link.problem is not None
                 assert s.link.problem.code == codes.SSH_UNREACHABLE
                 assert str(port) in s.link.problem.cause
@@ -723,7 +704,7 @@ def test_a_name_that_cannot_be_resolved(tmp_path: Path) -> None:
             assert s.link.problem.code == codes.SSH_UNREACHABLE
             assert "no-such-host.invalid" in s.link.problem.cause
 
-    run(main, 40)
+    run_in_real_time(main, 40)
 
 
 def test_a_hub_that_is_not_there_and_then_is(tmp_path: Path) -> None:
@@ -776,7 +757,7 @@ def test_an_identity_that_cannot_be_used(tmp_path: Path, content: str | None, co
     async def main() -> None:
         async with site(tmp_path, identity=path) as s:
             await until(lambda: s.link.problem is not None)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(60)
             assert s.link.problem is not None
             assert s.link.problem.code.name == code
             assert s.sshd.tries == 0 or code != "ssh_file_unreadable"
@@ -817,7 +798,7 @@ class TestExec:
                     await transfer(listen, 4, lambda i: s.sshd.cut() if i == 1 else None)
                 await s.up(seconds=20)
 
-        run(main, 60)
+        run_in_real_time(main, 60)
 
     def test_an_absent_hub_is_named(self, tmp_path: Path) -> None:
         async def main() -> None:
@@ -829,6 +810,6 @@ class TestExec:
                 await s.up(seconds=20)
 
         with log_events() as log:
-            run(main, 60)
+            run_in_real_time(main, 60)
         assert len(of(log, "hub_absent")) == 1
         assert "nothing.sock" in of(log, "hub_absent")[0]["cause"]

@@ -22,9 +22,8 @@ import pytest
 from rayfwd import codes
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
-from rayfwd.transport import listeners as listeners_module
-from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.listeners import Listeners, listeners_for
+from rayfwd.transport.connector import DIAL_TIMEOUT, LocalConnector
+from rayfwd.transport.listeners import LISTENER_RETRY, Listeners, listeners_for
 from rayfwd.transport.relay import SocketRelay
 from tests.unit.cluster import (
     Cluster,
@@ -37,7 +36,9 @@ from tests.unit.cluster import (
     reset,
     serving,
 )
-from tests.unit.loops import log_events, of, run, until
+from tests.unit.loops import log_events, of, until
+from tests.unit.loops import run as run_in_real_time
+from tests.unit.loops import run_on_fake_clock as run
 
 PATHS = ["direct", "w1>head", "head>w1", "w1>w2"]
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -72,7 +73,7 @@ async def at_rest(c: Cluster) -> None:
     await until(lambda: not any(sessions()), 10.0, lambda: f"streams left: {sessions()}")
     for node in c.hub.nodes.values():
         assert node.mux is not None
-        assert node.mux._owners == {}
+        assert node.mux.owners == {}
 
 
 async def write_for_ever(writer: asyncio.StreamWriter) -> None:
@@ -198,13 +199,13 @@ def test_a_server_that_closes_with_bytes_unread_resets(tmp_path: Path, path: str
     async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stop_reading(writer)
         writer.write(b"no more")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(2)
 
     async def main() -> None:
         async with a_path(tmp_path, path, deaf) as listen:
             _, writer = await asyncio.open_connection(*listen)
             writer.write(b"x" * 1000)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(3)
             with pytest.raises(ConnectionError):
                 await write_for_ever(writer)
             await goodbye(writer)
@@ -264,7 +265,7 @@ def test_many_bytes_pass_unchanged_both_ways_at_once(tmp_path: Path, path: str) 
             assert set(digests) == {hashlib.sha256(data).hexdigest()}
             await goodbye(writer)
 
-    run(main, 60)
+    run(main)
 
 
 @every_path
@@ -292,7 +293,7 @@ def test_a_slow_reader_beside_a_fast_one(tmp_path: Path, path: str) -> None:
             assert len(await slow_reader.read()) == size
             await goodbye(slow_writer)
 
-    run(main, 60)
+    run(main)
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
@@ -323,7 +324,7 @@ def test_what_a_slow_reader_leaves_is_bounded_on_the_way(tmp_path: Path, path: s
             assert 0 < sent < 24 << 20
             sock.close()
 
-    run(main, 60)
+    run(main)
 
 
 @every_path
@@ -337,7 +338,7 @@ def test_a_thousand_short_connections_in_a_row(tmp_path: Path, path: str) -> Non
                 assert await reader.read() == b"%d" % i
                 await goodbye(writer)
 
-    run(main, 60)
+    run(main)
 
 
 @every_path
@@ -356,7 +357,7 @@ def test_five_hundred_open_at_once(tmp_path: Path, path: str) -> None:
                 assert await reader.read() == b""
                 await goodbye(writer)
 
-    run(main, 60)
+    run(main)
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
@@ -389,7 +390,7 @@ def test_open_connections_survive_a_cut(tmp_path: Path, path: str) -> None:
                 await goodbye(writer)
             await at_rest(c)
 
-    run(main, 60)
+    run(main)
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
@@ -406,7 +407,7 @@ def test_connections_made_while_parked_are_held_and_served(tmp_path: Path, path:
                 reader, writer = await asyncio.open_connection(*listen)
                 writer.write(b"patience")
                 writer.write_eof()
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(30)
                 await worker.connect()
                 assert await reader.read() == b"patience"
                 await goodbye(writer)
@@ -417,7 +418,8 @@ def test_connections_made_while_parked_are_held_and_served(tmp_path: Path, path:
 
 def test_a_relay_without_a_stream_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor under Python 3.11.2, which Debian 12 has: there a transport begins to read after
-    `connection_made`, though that has paused it."""
+    `connection_made`, though that has paused it. What a relay cannot pass on would be an exception
+    that the loop is told of, and `run` fails by that."""
 
     def add_reader(self: Any, descriptor: int, callback: Callable[[], None]) -> None:
         if not self._closing:
@@ -432,16 +434,14 @@ def test_a_relay_without_a_stream_reads_nothing(monkeypatch: pytest.MonkeyPatch)
         listeners.set_wanted({place: place})
         running = asyncio.create_task(listeners.run())
         await until(lambda: listeners.open == 1)
-        with log_events() as log:
-            reader, writer = await asyncio.open_connection(*place)
-            writer.write(b"early")
-            await until(lambda: waiting)
-            await asyncio.sleep(0.1)
-            waiting[0].refuse()
-            with pytest.raises(ConnectionResetError):
-                await reader.read()
-            writer.close()
-        assert of(log, "library_message") == []
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"early")
+        await until(lambda: waiting)
+        await asyncio.sleep(1)
+        waiting[0].refuse()
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -450,7 +450,7 @@ def test_a_relay_without_a_stream_reads_nothing(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_session_that_ends_resets_its_connections(tmp_path: Path) -> None:
     async def main() -> None:
-        async with cluster(tmp_path, "w1", ride_through=1.0) as c:
+        async with cluster(tmp_path, "w1", ride_through=60.0) as c:
             place = Target(c.address, free_place().port)
             listen = await c.listener("w1", place)
             async with serving(echo, place):
@@ -485,9 +485,7 @@ async def listeners_at_work(
         await asyncio.gather(task, return_exceptions=True)
 
 
-def test_who_shows_them_hears_of_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listeners_module, "LISTENER_RETRY", 0.05)
-
+def test_who_shows_them_hears_of_every_change() -> None:
     async def main() -> None:
         taken, free = free_place(), free_place()
         told: list[tuple[int, int]] = []
@@ -499,7 +497,7 @@ def test_who_shows_them_hears_of_every_change(monkeypatch: pytest.MonkeyPatch) -
             ) as listeners:
                 listeners.set_wanted({taken: taken, free: free})
                 await until(lambda: told == [(1, 1)])
-                await asyncio.sleep(0.3)  # tried again some times, to no avail
+                await asyncio.sleep(5 * LISTENER_RETRY)  # tried again some times, to no avail
                 assert told == [(1, 1)]
                 other.close()
                 await until(lambda: told == [(1, 1), (2, 0)])
@@ -509,11 +507,7 @@ def test_who_shows_them_hears_of_every_change(monkeypatch: pytest.MonkeyPatch) -
     run(main)
 
 
-def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(listeners_module, "LISTENER_RETRY", 0.05)
-
+def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free() -> None:
     async def main() -> None:
         taken, free = free_place(), free_place()
         with log_events() as log, socket.socket() as other:
@@ -526,7 +520,7 @@ def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free(
                 assert problem.code == codes.LISTENER_BLOCKED
                 assert str(taken.port) in problem.cause
                 assert str(taken.port) in problem.remedy
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(5 * LISTENER_RETRY)
                 assert len(of(log, "listener_blocked")) == 1, (
                     "it is the same problem, not a new one"
                 )
@@ -596,9 +590,13 @@ def test_attempts_to_dial_end_with_their_dialer() -> None:
                 filler.setblocking(False)
                 filler.connect_ex(place)
                 fillers.append(filler)
-            connector.accept(FakeStream(), place)  # type: ignore[arg-type]
-            await asyncio.sleep(0.1)
+            relay = connector.accept(FakeStream(), place)  # type: ignore[arg-type]
+            await asyncio.sleep(DIAL_TIMEOUT / 2)
+            assert connector.target_of(relay) == place, "it is dialled no more"
+            now = asyncio.get_running_loop().time
+            before = now()
             await connector.close()
+            assert now() == before, "it is waited for"
             for filler in fillers:
                 filler.close()
 
@@ -677,7 +675,7 @@ def test_few_descriptors_hold_up_new_connections_and_break_nothing(tmp_path: Pat
         assert [await once() for _ in range(10)] == ["served"] * 10
 
     try:
-        run(main, 60)
+        run_in_real_time(main, 60)
     finally:
         said, _ = child.communicate("stop\n", timeout=20)
     assert child.returncode == 0

@@ -21,7 +21,9 @@ from rayfwd.transport import mux as mux_module
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.readpacing import Pace
 from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
-from tests.unit.loops import log_events, of, run, until
+from tests.unit.fake_clock import FakeClockLoop
+from tests.unit.loops import log_events, of, until
+from tests.unit.loops import run_on_fake_clock as run
 
 
 @dataclass
@@ -130,7 +132,7 @@ def test_owners_are_told_what_happens_to_their_streams() -> None:
             await until(lambda: mine.told == ["ended", "finished"])
             assert mine.got == b"answer"
             await until(lambda: theirs.told == ["ended", "finished"])
-            assert p.worker.mux._owners == p.hub.mux._owners == {}
+            assert p.worker.mux.owners == p.hub.mux.owners == {}
 
     run(main)
 
@@ -196,8 +198,8 @@ def test_a_writer_waits_for_a_reader_and_is_called_when_it_may_go_on() -> None:
             while stream.send(b"x" * 500):
                 sent += 500
                 assert sent < 10_000, "it never has to wait"
-            await asyncio.sleep(0.1)
-            assert mine.told == []
+            await asyncio.sleep(10)
+            assert mine.told == [], "there is no room yet"
             theirs = p.hub.accepted[0]
             theirs.reads = True
             assert theirs.stream is not None
@@ -315,38 +317,28 @@ def test_ride_through_ends_the_session_by_itself() -> None:
     run(main)
 
 
-def test_a_silent_lane_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.6)
-    monkeypatch.setattr(lane_module, "PING_IDLE", 0.2)
-
+def test_a_silent_lane_is_aborted() -> None:
     async def main() -> None:
         async with pair(INTERACTIVE) as p:
-            await asyncio.sleep(1.0)
-            assert p.worker.changes == [], "a lane that answers is left alone"
-            deaf = p.hub.lanes[0]
-            assert deaf.transport is not None
-            deaf._mux = None  # what comes in goes nowhere: no PONG
-            await until(lambda: p.worker.changes)
-            assert "silent" in (p.worker.lanes[0].why_aborted, deaf.why_aborted)
-            deaf._mux = p.hub.mux
+            await asyncio.sleep(10 * lane_module.SILENT_AFTER)
+            assert p.worker.changes == p.hub.changes == [], "a lane that answers is left alone"
+            deaf = p.hub.lanes[0].transport
+            assert deaf is not None
+            deaf.pause_reading()  # no PING is answered, and no PONG heard
+            await until(lambda: p.worker.changes and p.hub.changes, 2 * lane_module.SILENT_AFTER)
+            assert {lane.why_aborted for lane in p.worker.lanes + p.hub.lanes} >= {"silent"}
 
     run(main)
 
 
-def test_a_process_that_was_stopped_does_not_take_its_lanes_for_silent(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(lane_module, "SILENT_AFTER", 0.8)
-    monkeypatch.setattr(lane_module, "UNANSWERED_AFTER", 1.2)
-
+def test_a_process_that_was_stopped_does_not_take_its_lanes_for_silent() -> None:
     async def main() -> None:
         async with pair(INTERACTIVE, BULK) as p:
             await asyncio.sleep(0.1)
             loop = asyncio.get_running_loop()
-            skipped = mux_module.LATE + 2.0
-            real = loop.time
-            loop.time = lambda: real() + skipped  # type: ignore[method-assign]
-            await asyncio.sleep(1.5)
+            assert isinstance(loop, FakeClockLoop)
+            loop.jump(mux_module.LATE + 2 * lane_module.SILENT_AFTER)
+            await asyncio.sleep(2 * lane_module.SILENT_AFTER)
             assert p.worker.changes == p.hub.changes == []
             assert len(p.worker.mux.lanes) == 2
 

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from rayfwd import codes
 from rayfwd.cluster.plan import head_plan
@@ -20,10 +20,14 @@ from rayfwd.config import parse
 from rayfwd.problems import ProblemError
 from rayfwd.ray import ports, procfs
 from rayfwd.ray import process as process_module
+from rayfwd.ray import supervisor as supervisor_module
 from rayfwd.ray.install import RayInstall, Versions
+from rayfwd.ray.install import find as find_ray
 from rayfwd.ray.launcher import Direct
 from rayfwd.ray.process import RayProcess, clean_lines
 from rayfwd.ray.supervisor import RaySupervisor, check_versions
+from rayfwd.system.coalesce import BEAT
+from tests.unit.loops import log_events, run_on_fake_clock
 
 OWN = RayInstall("/env/bin/ray", "/env/bin/python", Versions("2.60.0", "3.11.7"))
 HEAD = head_plan("h", "127.77.0.0/16", 20000, 8, {"gcs": 6379, "dashboard": 8265, "client": 10001})
@@ -54,7 +58,17 @@ def test_versions_must_be_the_heads(
     assert caught.value.problem.code.name == code
 
 
-def test_a_missing_ray_is_told_once_and_tried_again(tmp_path: Path) -> None:
+def test_a_missing_ray_is_told_once_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 1, 2, 4 s, and at once where there is a new plan."""
+    attempts: list[float] = []
+
+    async def find(command: str, env: Mapping[str, str]) -> RayInstall:
+        attempts.append(asyncio.get_running_loop().time())
+        return await find_ray(command, env)
+
+    monkeypatch.setattr(supervisor_module, "find", find)
     config = parse(
         {
             "role": "head",
@@ -64,24 +78,33 @@ def test_a_missing_ray_is_told_once_and_tried_again(tmp_path: Path) -> None:
     )
 
     async def scenario() -> None:
+        now = asyncio.get_running_loop().time
         supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
-        tries = 0
         task = asyncio.create_task(supervisor.run())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(60)
         phases = [supervisor.state.phase]
-        for ride_through in (60.0, 61.0, 62.0):  # a new plan is tried at once
+        assert attempts == [], "it has no plan"
+        supervisor.set_plan(HEAD, HEAD, None, 60.0)
+        began = now()
+        await asyncio.sleep(10)
+        assert [at - began for at in attempts] == pytest.approx([0, 1, 3, 7], abs=BEAT)
+        phases.append(supervisor.state.phase)
+        assert supervisor.state.problem is not None
+        assert supervisor.state.problem.code == codes.RAY_NOT_FOUND
+        attempts.clear()
+        for ride_through in (61.0, 62.0):
             supervisor.set_plan(HEAD, HEAD, None, ride_through)
-            await asyncio.sleep(0.2)
-            assert supervisor.state.problem is not None
-            tries += supervisor.state.problem.code == codes.RAY_NOT_FOUND
-        assert tries == 3
+            began = now()
+            await asyncio.sleep(0.1)
+            assert attempts.pop() == began
+            assert attempts == []
         await supervisor.stop()
         await task
         phases.append(supervisor.state.phase)
-        assert phases == ["waiting", "off"]
+        assert phases == ["waiting", "failed", "off"]
 
-    with capture_logs() as logs:
-        asyncio.run(scenario())
+    with log_events() as logs:
+        run_on_fake_clock(scenario)
     assert [e["event"] for e in logs] == ["ray_not_found"]
     assert str(tmp_path / "ray") in logs[0]["cause"]
 
@@ -170,7 +193,7 @@ def test_what_hears_no_signal_is_killed_and_named(
         (child,) = procfs.children(process.pid)
         return child.pid, await process.end(lambda: None, drain=False)
 
-    with capture_logs() as logs:
+    with log_events() as logs:
         pid, killed = asyncio.run(asyncio.wait_for(scenario(), 20))
     assert killed == 1
     assert procfs.look_up(pid) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -12,14 +11,27 @@ from typing import cast
 import pytest
 
 from rayfwd.transport import readpacing as module
-from rayfwd.transport.readpacing import BURST, LINGER, LONG, READ_LARGE, READ_SMALL, Pace, Reading
-from tests.unit.loops import run, until
+from rayfwd.transport.readpacing import BURST, LINGER, LONG, READ_SMALL, Pace, Reading
+from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.loops import until
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
-def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pace(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Pace:
     """That of the process, as it begins."""
-    fresh = Pace()
+    fresh = Pace(clock)
     monkeypatch.setattr(module, "pace", fresh)
     return fresh
 
@@ -29,6 +41,7 @@ class Reader(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.size = 0
+        self.reads: list[int] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -36,6 +49,7 @@ class Reader(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
+        self.reads.append(len(data))
 
 
 async def reader() -> tuple[Reader, socket.socket]:
@@ -55,19 +69,23 @@ def closed(protocol: Reader, far: socket.socket) -> Iterator[None]:
         far.close()
 
 
-def taken(reading: Reader) -> int:
-    """How much its next read takes."""
-    return int(reading.transport.max_size)  # type: ignore[attr-defined]
+async def next_read(reading: Reader, far: socket.socket) -> int:
+    """How much its next read takes, of twice as much as a small one."""
+    count = len(reading.reads)
+    far.sendall(bytes(2 * READ_SMALL))
+    size = reading.size + 2 * READ_SMALL
+    await until(lambda: reading.size == size)
+    return reading.reads[count]
 
 
 def test_reads_are_large_when_there_is_nobody_to_wait(pace: Pace) -> None:
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):
-            assert taken(protocol) == READ_SMALL
+            assert await next_read(protocol, far) == READ_SMALL
             for _ in range(20):
                 protocol.reading.after_read(READ_SMALL)
-                assert taken(protocol) == READ_LARGE
+                assert await next_read(protocol, far) > READ_SMALL
                 assert protocol.transport.is_reading(), "it rests, though nobody waits"
 
     run(main)
@@ -80,22 +98,25 @@ def test_a_long_transfer_rests_while_short_messages_are_about(pace: Pace) -> Non
             pace.short_message()
             for _ in range(BURST // READ_SMALL - 1):
                 protocol.reading.after_read(READ_SMALL)
-                assert taken(protocol) == READ_SMALL
+                assert await next_read(protocol, far) == READ_SMALL
                 assert protocol.transport.is_reading()
             protocol.reading.after_read(READ_SMALL)
             assert not protocol.transport.is_reading(), "it does not rest"
+            before = protocol.size
             far.send(b"behind the rest")
-            await until(lambda: protocol.size == 15)
+            await until(lambda: protocol.size == before + 15)
             assert protocol.transport.is_reading()
 
     run(main)
 
 
-def test_short_messages_are_soon_over(pace: Pace) -> None:
+def test_short_messages_are_soon_over(pace: Pace, clock: Clock) -> None:
+    seen = [pace.gentle]
     pace.short_message()
-    assert pace.gentle
-    time.sleep(LINGER * 1.5)
-    assert not pace.gentle
+    for passed in (0.9, 0.2):
+        clock.now += passed * LINGER
+        seen.append(pace.gentle)
+    assert seen == [False, True, False]
 
 
 def test_what_is_short_never_rests(pace: Pace) -> None:

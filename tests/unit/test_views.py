@@ -9,7 +9,8 @@ from rayfwd.session import lane as lane_module
 from rayfwd.session.lane import LaneClass
 from rayfwd.transport.linkstats import LinkStats
 from tests.unit.cluster import BULK, INTERACTIVE
-from tests.unit.loops import run, until
+from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.loops import until
 from tests.unit.test_mux import Owner, pair
 
 DATA = bytes(1 << 20)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
+from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
+from rayfwd.ray import supervisor as supervisor_module
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.session import Limits, Session
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.notify import Notifier
 from rayfwd.system.watchdog import PERIOD, Late, Watchdog, period
 from rayfwd.transport.mux import Mux
+from tests.unit.fake_clock import FakeClockLoop
+from tests.unit.loops import log_events, run_on_fake_clock
 
 
 class Clock:
@@ -80,7 +82,7 @@ def test_fed_while_all_loops_turn(manager: socket.socket, monkeypatch: pytest.Mo
     watchdog.look()
     assert heard(manager) == ["WATCHDOG=1"]
     late.append(("ray", 3.0))
-    with capture_logs() as logs:
+    with log_events() as logs:
         watchdog.look()
         watchdog.look()
     assert heard(manager) == []
@@ -93,44 +95,55 @@ def test_fed_while_all_loops_turn(manager: socket.socket, monkeypatch: pytest.Mo
     notifier.close()
 
 
-def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(tmp_path: Path) -> None:
+def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = parse({"role": "head", "state_dir": str(tmp_path), "ray": {"command": "/none"}})
+    services = {"gcs": 6379, "dashboard": 8265, "client": 10001}
+    own = head_plan("h", "127.77.0.0/16", 20000, 8, services)
+
+    async def hangs(*_: object) -> None:
+        await asyncio.Event().wait()
 
     async def scenario() -> None:
         supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
-        clock = Clock()
-        supervisor.heartbeat = Heartbeat("ray", clock)
+        heartbeat = supervisor.heartbeat = Heartbeat("ray", asyncio.get_running_loop().time)
         task = asyncio.create_task(supervisor.run())
-        await asyncio.sleep(0.05)
-        clock.now += 1e6
-        assert supervisor.heartbeat.late() == 0, "it has no plan, and waits for one"
-        supervisor.heartbeat.beat(1)  # as its own turns do
-        clock.now += 2
-        assert supervisor.heartbeat.late() == 1
+        await asyncio.sleep(1e6)
+        assert heartbeat.late() == 0, "it has no plan, and waits for one"
+        supervisor.set_plan(own, own, None, 60.0)
+        for _ in range(1000):
+            await asyncio.sleep(7)
+            assert heartbeat.late() == 0, "it tries again and again"
+        monkeypatch.setattr(supervisor_module, "find", hangs)
+        supervisor.set_plan(own, own, None, 61.0)
+        await asyncio.sleep(supervisor_module.BUSY)
+        assert heartbeat.late() == pytest.approx(0, abs=1)
+        await asyncio.sleep(100)
+        assert heartbeat.late() == pytest.approx(100, abs=1)
         await supervisor.stop()
         await task
-        clock.now += 1e6
-        assert supervisor.heartbeat.late() == 0, "it was told to end"
+        await asyncio.sleep(1e6)
+        assert heartbeat.late() == 0, "it was told to end"
 
-    asyncio.run(scenario())
+    run_on_fake_clock(scenario, 4e6)
 
 
 def test_a_session_whose_timer_does_not_come_is_late() -> None:
     async def scenario() -> None:
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, FakeClockLoop)
         mux = Mux(
-            Session("worker", 60.0, Limits(), now),
+            Session("worker", 60.0, Limits(), loop.time()),
             lambda *_: None,
             lambda _: None,
             lambda _: None,
         )
         mux.flush()
         assert mux.late() == 0
-        assert mux._timer is not None, "one that is parked has an end"
-        mux._timer.cancel()
-        mux._timer = asyncio.get_running_loop().call_at(now - 7, os.getpid)
-        assert 7 <= mux.late() < 8
+        loop.jump(67.0)  # nothing turns meanwhile; one that is parked has an end
+        assert mux.late() == pytest.approx(7, abs=0.2)
         mux.close("done")
         assert mux.late() == 0
 
-    asyncio.run(scenario())
+    run_on_fake_clock(scenario)

@@ -20,7 +20,8 @@ from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.reach import Peer, Reach
 from tests.unit.cluster import free_place
-from tests.unit.loops import run, until
+from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.loops import until
 
 PLAN = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
 DIRECT = replace(PLAN, address="203.0.113.7", advertised=True)
@@ -71,12 +72,8 @@ async def greeter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.close()
 
 
-def test_a_newcomer_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newcomer_is_looked_at_at_once() -> None:
     """Ray gives up a node that it does not reach soon: it cannot wait for the next look."""
-    for name in ("CONFIRM_AFTER", "NEWCOMERS"):
-        monkeypatch.setattr(reach, name, 0.01)
-    for name in ("PATIENCE", "CONFIRM_PATIENCE"):
-        monkeypatch.setattr(reach, name, 0.5)
 
     async def body() -> None:
         place = free_place()
@@ -84,20 +81,17 @@ def test_a_newcomer_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         peers: dict[str, Peer] = {}
         board = Board(lambda: None)
         task = asyncio.create_task(Reach("head", lambda: dict(peers), board, 3600).run())
-        await asyncio.sleep(0.1)  # its first look finds nobody
+        await asyncio.sleep(60)  # its first look finds nobody
+        assert not board.conditions
         peers["w"] = Peer(plan, 1)
-        await until(lambda: board.conditions, 30)
+        await until(lambda: board.conditions, reach.NEWCOMERS + reach.CONFIRM_AFTER + 0.5)
         assert board.conditions[0].code == codes.RAY_PORT_UNREACHABLE
         task.cancel()
 
     run(body)
 
 
-def test_a_dead_server_is_found_and_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "CONFIRM_AFTER", 0.01)
-    monkeypatch.setattr(reach, "PATIENCE", 0.5)
-    monkeypatch.setattr(reach, "CONFIRM_PATIENCE", 0.5)
-
+def test_a_dead_server_is_found_and_confirmed() -> None:
     async def body() -> None:
         place = free_place()
         plan = NodePlan("w", "worker", place.address, place.port, 8)
@@ -127,9 +121,7 @@ def test_a_dead_server_is_found_and_confirmed(monkeypatch: pytest.MonkeyPatch) -
     run(body)
 
 
-def test_worker_ports_one_of_which_answers_are_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "PATIENCE", 0.5)
-
+def test_worker_ports_one_of_which_answers_are_not_dead() -> None:
     async def body() -> None:
         place = free_place()
         plan = NodePlan("w", "worker", place.address, place.port, 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from rayfwd.problems import Code, Problem
@@ -32,7 +31,7 @@ class Refusals:
 
     def add(self, node: str, uid: int, refusal: Problem) -> None:
         """Say it; a worker that tries again and again is said seldom."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if not refusal.code.passing and len(self._lately) < MOST:
             first = (node, refusal.code) not in self._lately
             self._lately[node, refusal.code] = (refusal, now)
@@ -56,7 +55,7 @@ class Refusals:
         self._lately = {key: value for key, value in self._lately.items() if key[0] != name}
 
     def _expire(self) -> None:
-        now, before = time.monotonic(), len(self._lately)
+        now, before = asyncio.get_running_loop().time(), len(self._lately)
         self._lately = {
             key: (refusal, at) for key, (refusal, at) in self._lately.items() if now - at < LASTS
         }

@@ -341,11 +341,11 @@ class Link:
             if slot is not self.slots[0]:
                 slot.heartbeat.idle()
                 await self._established.wait()  # one lane finds out whether there is a hub
-            began = time.monotonic()
+            began = asyncio.get_running_loop().time()
             slot.heartbeat.beat(PATIENCE)
             try:
                 await self._one_lane(slot)
-                if time.monotonic() - began > LASTED:
+                if asyncio.get_running_loop().time() - began > LASTED:
                     wait = REDIAL_FIRST
             except LinkRefusedError as exc:
                 if self._begins_anew(exc):

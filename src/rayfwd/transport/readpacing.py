@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 READ_LARGE = 1 << 18
@@ -35,17 +36,18 @@ some 130 MB/s, when its machines could carry more and short messages are about."
 class Pace:
     """Whether short messages are about in this process; its loop's one thread owns it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._short_at = float("-inf")
 
     def short_message(self) -> None:
         """A message came in on a lane for short ones, and no transfer's answer."""
-        self._short_at = time.monotonic()
+        self._short_at = self._clock()
 
     @property
     def gentle(self) -> bool:
         """Short messages are about."""
-        return time.monotonic() - self._short_at < LINGER
+        return self._clock() - self._short_at < LINGER
 
     def begin(self, transport: asyncio.Transport) -> None:
         """A connection is there: its reads are small until one of them is full."""

@@ -93,7 +93,7 @@ class ClusterWatch:
         """Until cancelled. Looks only while the head's own Ray is up."""
         failed = 0
         while True:
-            began = time.monotonic()
+            began = asyncio.get_running_loop().time()
             pending = False
             if self._supervisor.state.phase == "up":
                 try:
@@ -113,9 +113,8 @@ class ClusterWatch:
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
             )
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(
-                    end_of_pause(max(1.0, wait - (time.monotonic() - began)))
-                ):
+                took = asyncio.get_running_loop().time() - began
+                async with asyncio.timeout_at(end_of_pause(max(1.0, wait - took))):
                     await self._soon.wait()
                     await asyncio.sleep(SETTLE)
             self._soon.clear()
