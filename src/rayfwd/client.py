@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +36,11 @@ from rayfwd.session.target import Target
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
+from rayfwd.system.users import allowed_uids
 from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.transport.acceptor import BACKLOG, Acceptor
+from rayfwd.transport.admission import Admission
 from rayfwd.transport.link import Link
-from rayfwd.transport.listeners import BACKLOG
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 
@@ -80,7 +83,7 @@ class Client:
     """Holds the head's ports here. `run` works until SIGTERM or Ctrl-C."""
 
     def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        """`say` is given lines for whoever started it."""
+        """`say` is given lines for whoever started it. Raises ProblemError."""
         assert config.head is not None, "a client's configuration has a head"
         self._config = config
         self._head: HeadConfig = config.head
@@ -92,7 +95,8 @@ class Client:
         self._welcome: Welcome | None = None
         self._auth: RayAuth | None = None
         self._listening: list[tuple[Place, socket.socket]] = []
-        self._servers: list[asyncio.Server] = []
+        self._admission = Admission(allowed_uids(config.listeners.users, "listeners.users"))
+        self._acceptor = Acceptor(self._admission, self._held_up)
         self._relays: set[SocketRelay] = set()
         self._news = asyncio.Event()
         self._ending = False
@@ -123,8 +127,8 @@ class Client:
                 holding.result()
         finally:
             self._ending = True
-            for server in self._servers:
-                server.close()
+            self._acceptor.close()
+            self._admission.close()
             for _, sock in self._listening:
                 sock.close()
             if self._link is not None:
@@ -201,14 +205,11 @@ class Client:
 
     async def _open(self) -> None:
         """What connects is taken from now on, and whoever started us is told where."""
-        loop = asyncio.get_running_loop()
+        self._admission.open()
+        if (problem := self._admission.problem) is not None:
+            self._say(f"{problem.code}: {problem}")
         for place, sock in self._listening:
-            server = await loop.create_server(
-                lambda place=place: self._relay_for(place),  # type: ignore[misc]
-                sock=sock,
-                backlog=BACKLOG,
-            )
-            self._servers.append(server)
+            self._acceptor.add(sock, partial(self._relay_for, place))
         assert self._welcome is not None, "it has come"
         places = [place for place, _ in self._listening]
         token_file = self.token_file if self._has_token else None
@@ -221,12 +222,14 @@ class Client:
         return SocketRelay(self._relays, lambda relay: self._route(place, relay))
 
     def _route(self, place: Place, relay: SocketRelay) -> None:
-        mux = self._link.mux if self._link is not None else None
-        if mux is None or mux.session.ended or self._plan is None:
-            relay.refuse()
-        else:
-            target = Target(self._plan.address, place.port_at(self._plan))
-            relay.attach(mux.open(target.encode(), relay))
+        assert self._link is not None, "listeners open once a link has stood"
+        assert self._plan is not None, "the plan has come before they open"
+        target = Target(self._plan.address, place.port_at(self._plan))
+        relay.open_stream(self._link.mux, target)
+
+    def _held_up(self) -> None:
+        if (problem := self._acceptor.problem) is not None:
+            self._say(f"{problem.code}: {problem}")
 
     def _message(self, message: dict[str, Any]) -> None:
         if message.get("type") == "ray_auth":

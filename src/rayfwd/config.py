@@ -252,6 +252,13 @@ class RayConfig(_Section):
     """seconds between two looks at `ray status`, which takes about one of CPU"""
 
 
+class ListenersConfig(_Section):
+    """Who may use the ports that stand for other nodes' here: on every machine, a client's too."""
+
+    users: tuple[Command, ...] = ()
+    """login names of this machine that may, beside root and the user that rayfwd runs as"""
+
+
 def _metrics_listen(value: str) -> str:
     if value.startswith(("/", "~/")):
         path = Path(value).expanduser()
@@ -338,6 +345,7 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     head: HeadConfig | None = None
     hub: HubConfig = HubConfig()
+    listeners: ListenersConfig = ListenersConfig()
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     canary: CanaryConfig = CanaryConfig()
@@ -448,6 +456,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "log": LogConfig,
     "head": HeadConfig,
     "hub": HubConfig,
+    "listeners": ListenersConfig,
     "ray": RayConfig,
     "metrics": MetricsConfig,
     "canary": CanaryConfig,

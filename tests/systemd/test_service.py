@@ -363,6 +363,28 @@ def test_another_user_reaches_none_of_its_sockets(kept: Kept) -> None:
     assert head.run(asked).stdout.splitlines() == [f"{path} keeps out" for path in paths]
 
 
+GREETED = """
+import socket
+sock = socket.create_connection(("127.77.0.1", 6379), 10)
+try:
+    print("greeted" if sock.recv(9) else "closed")
+except ConnectionResetError:
+    print("reset")
+"""
+
+
+def test_another_user_uses_none_of_its_listeners(kept: Kept) -> None:
+    """The head's Ray greets whoever comes to it: on a worker, by rayfwd's listener."""
+    worker = kept.cluster.worker
+    said = {
+        user: worker.run(["runuser", "-u", user, "--", "python3", "-c", GREETED]).stdout.strip()
+        for user in ("ray", "root", "nobody")
+    }
+    assert said == {"ray": "greeted", "root": "greeted", "nobody": "reset"}
+    assert [e["USER"] for e in worker.events("connection_refused")] == ["nobody"]
+    kept.check()
+
+
 def test_no_worker_takes_anothers_name(kept: Kept) -> None:
     """With that worker's own SSH key, from its own machine, and without the secret of its node."""
     worker = kept.cluster.worker

@@ -27,6 +27,7 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.target import Target
+from rayfwd.transport.admission import Admission
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
@@ -147,7 +148,9 @@ async def answer_to(path: Path, first: bytes) -> Welcome | Refusal | None:
 class Worker:
     """A worker: its session, its listeners, its services' dialler."""
 
-    def __init__(self, name: str, hub: Path, limits: Limits) -> None:
+    def __init__(
+        self, name: str, hub: Path, limits: Limits, admission: Admission | None = None
+    ) -> None:
         self.name = name
         self.hello = hello_of(name)
         self.mux: Mux | None = None
@@ -156,7 +159,7 @@ class Worker:
         self.changes: list[Parked | Resumed | SessionEnded] = []
         self.messages: list[dict[str, Any]] = []
         self.connector = LocalConnector()
-        self.listeners = Listeners(self._route)
+        self.listeners = Listeners(self._route, admission=admission)
         self._hub = hub
         self._limits = limits
 
@@ -198,10 +201,7 @@ class Worker:
         return self.connector.accept(stream, Target.decode(data))
 
     def _route(self, target: Target, relay: SocketRelay) -> None:
-        if self.mux is None or self.mux.session.ended:
-            relay.refuse()
-        else:
-            relay.attach(self.mux.open(target.encode(), relay))
+        relay.open_stream(self.mux, target)
 
 
 class Cluster:
@@ -229,11 +229,15 @@ class Cluster:
         )
         self.listeners = Listeners(self.hub.open)
         self.workers: dict[str, Worker] = {}
+        self.admission: Admission | None = None
+        """Of the next worker's listeners; None: the usual one."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def worker(self, name: str, called: str = "", **hello: Any) -> Worker:
         """`called`: what it is called here; `hello`: what is else in its HELLO."""
-        worker = self.workers[called or name] = Worker(name, self.hub.path, self.limits)
+        worker = self.workers[called or name] = Worker(
+            name, self.hub.path, self.limits, self.admission
+        )
         worker.hello = replace(worker.hello, **hello)
         await worker.connect(INTERACTIVE)
         await worker.connect(BULK)
@@ -248,7 +252,7 @@ class Cluster:
         listeners = self.listeners if near == "head" else self.workers[near].listeners
         listen = free_place()
         listeners.set_wanted({**listeners._wanted, listen: target})
-        await until(lambda: listen in listeners._servers, what=f"no listener at {listen}")
+        await until(lambda: listeners.is_open(listen), what=f"no listener at {listen}")
         return listen
 
     async def start(self) -> None:
@@ -267,9 +271,15 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    directory: Path, *workers: str, limits: Limits | None = None, ride_through: float = 60.0
+    directory: Path,
+    *workers: str,
+    limits: Limits | None = None,
+    ride_through: float = 60.0,
+    admission: Admission | None = None,
 ) -> AsyncIterator[Cluster]:
+    """`admission` is of a single worker."""
     made = Cluster(directory, limits, ride_through)
+    made.admission = admission
     await made.start()
     try:
         for name in workers:

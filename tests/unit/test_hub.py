@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from rayfwd import codes
-from rayfwd.hub import Hub, allowed_uids
+from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
 from rayfwd.hub.hub import MAX_UNGREETED
 from rayfwd.problems import ProblemError
@@ -25,6 +25,7 @@ from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.target import Target
+from rayfwd.system.users import allowed_uids
 from tests.unit.cluster import (
     BULK,
     Cluster,
@@ -350,10 +351,9 @@ with socket.socket(socket.AF_UNIX) as sock:
         run_in_real_time(main)
 
     def test_an_unknown_user_is_a_problem_with_a_remedy(self) -> None:
-        assert allowed_uids([]) == {0, os.geteuid()}
+        assert allowed_uids([], "hub.users") == {0, os.geteuid()}
         with pytest.raises(ProblemError) as caught:
-            allowed_uids(["no-such-user"])
-        assert caught.value.problem.code == codes.USER_UNKNOWN
+            allowed_uids(["no-such-user"], "hub.users")
         assert "no-such-user" in caught.value.problem.cause
 
 

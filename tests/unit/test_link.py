@@ -121,7 +121,7 @@ class Site:
         """A listener of the worker to an echo server on the head."""
         place, listen = Target(self.head.address, free_place().port), free_place()
         self.listeners.set_wanted({**self.listeners._wanted, listen: place})
-        await until(lambda: listen in self.listeners._servers)
+        await until(lambda: self.listeners.is_open(listen))
         async with serving(echo, place):
             yield listen
 
@@ -129,10 +129,7 @@ class Site:
         return self.connector.accept(stream, Target.decode(data))
 
     def _route(self, target: Target, relay: SocketRelay) -> None:
-        if self.link.mux is None:
-            relay.refuse()
-        else:
-            relay.attach(self.link.mux.open(target.encode(), relay))
+        relay.open_stream(self.link.mux, target)
 
 
 @asynccontextmanager

@@ -148,6 +148,19 @@ def test_a_mistake_is_refused_and_all_stays(
     assert ask(running.socket, "status")["name"] == "h"
 
 
+def test_users_of_listeners_hold_at_once_if_there_are_such(
+    running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running.write('[listeners]\nusers = ["no-such-user"]\n')
+    assert say("--config", str(running.file), "reload") == 2
+    assert 'listeners.users: this machine has no user "no-such-user"' in capsys.readouterr().err
+    running.wait("config_refused")
+    running.write('[listeners]\nusers = ["nobody"]\n')
+    assert say("--config", str(running.file), "reload") == 0
+    assert capsys.readouterr().out.split() == ["changed", "listeners.users"]
+    assert ask(running.socket, "status")["listeners"]["refused"] == []
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_end_of_a_terminal_is_no_wish_to_go_on(terminal: bool, tmp_path: Path) -> None:
     controller, inner = os.openpty()

@@ -171,7 +171,11 @@ def _listeners(status: Mapping[str, Any]) -> Iterator[Metric]:
     for row in status["roster"]:
         is_open.add_metric([row["name"]], row["listeners"]["open"])
         blocked.add_metric([row["name"]], row["listeners"]["blocked"])
-    yield from (is_open, blocked)
+    refused = CounterMetricFamily(
+        "rayfwd_refused_connections", "Connections to listeners that were reset at once."
+    )
+    refused.add_metric([], sum(row["connections"] for row in status["listeners"]["refused"]))
+    yield from (is_open, blocked, refused)
 
 
 def _ray(status: Mapping[str, Any]) -> Iterator[Metric]:

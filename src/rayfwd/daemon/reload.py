@@ -18,6 +18,7 @@ LIVE = frozenset(
         "log.format",
         "forward",
         "expose",
+        "listeners.users",
         "ray.status_interval",
         "metrics.listen",
         "canary.enabled",

@@ -25,7 +25,7 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.metrics import MetricsServer, families
 from rayfwd.daemon.resources import lock, make_directory, raise_descriptor_limit
 from rayfwd.daemon.watches import Watches
-from rayfwd.problems import Problem, Severity
+from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
@@ -41,7 +41,9 @@ from rayfwd.system.fdpass import Packed
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
+from rayfwd.system.users import allowed_uids
 from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.transport.admission import Admission
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners, listeners_for
@@ -71,11 +73,13 @@ class Daemon:
     """A node's daemon. `run` works until SIGTERM or SIGINT."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ProblemError."""
         self.config = config
         self.own: NodePlan | None = None
         self.nodes: tuple[NodePlan, ...] = ()
         self.cluster: ClusterReport | None = None
-        self.listeners = Listeners(self.route, self.changed)
+        uids = allowed_uids(config.listeners.users, "listeners.users")
+        self.listeners = Listeners(self.route, self.changed, Admission(uids))
         self.connector = LocalConnector()
         self._started = time.time()
         self._stop = asyncio.Event()
@@ -361,20 +365,23 @@ class Daemon:
         path = self.config.path
         try:
             new = reload.merge(self.config, load(path))
-        except ConfigError as exc:
-            for mistake in exc.problems:
+            uids = allowed_uids(new.config.listeners.users, "listeners.users")
+        except (ConfigError, ProblemError) as exc:
+            mistakes = exc.problems if isinstance(exc, ConfigError) else [exc.problem.cause]
+            for mistake in mistakes:
                 log.error(
                     "config_refused",
                     file=str(path),
                     mistake=mistake,
                     remedy="the configuration that was read before stays in force",
                 )
-            return {"mistakes": str(exc).splitlines()}
+            return {"mistakes": [f"{path}: {mistake}" for mistake in mistakes]}
         log.info("config_reloaded", file=str(path), changed=list(new.changed))
         if new.kept:
             remedy = "restart rayfwd (`systemctl restart rayfwd`) for these to take effect"
             log.warning("config_kept", kept=list(new.kept), remedy=remedy)
         if new.changed:
+            self.listeners.admission.take_uids(uids)
             self.take_config(new.config)
         return {"changed": list(new.changed), "kept": list(new.kept)}
 
@@ -537,6 +544,10 @@ class Daemon:
             "listeners": {
                 "open": self.listeners.open,
                 "blocked": [p.to_wire() for p in self.listeners.blocked],
+                "refused": [
+                    {"user": user, "connections": count}
+                    for user, count in self.listeners.admission.refused.most_common()
+                ],
             },
             "ray": {
                 "phase": ray.phase,

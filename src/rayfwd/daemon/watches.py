@@ -50,7 +50,9 @@ class Watches:
         wrong = [Seen(name, ray.problem)] if ray.problem and ray.phase != "up" else []
         board.put_all("ray", wrong, quiet=True)
         blocked = islice(daemon.listeners.blocked_at.items(), MOST_LISTENERS)
-        board.put_all("listeners", [Seen(f"{name}/{at}", p) for at, p in blocked], quiet=True)
+        wrong = [Seen(name, p) for p in daemon.listeners.problems]
+        wrong += [Seen(f"{name}/{at}", p) for at, p in blocked]
+        board.put_all("listeners", wrong, quiet=True)
         problem = daemon.metrics_problem
         board.put_all("metrics", [Seen(name, problem)] if problem else [], quiet=True)
         board.put_all("forwards", self._forwards())

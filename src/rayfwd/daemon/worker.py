@@ -336,11 +336,7 @@ class WorkerDaemon(Daemon):
     # -- streams --------------------------------------------------------
 
     def route(self, target: Target, relay: SocketRelay) -> None:
-        mux = self._link.mux
-        if mux is None or mux.session.ended:
-            relay.refuse()
-        else:
-            relay.attach(mux.open(target.encode(), relay))
+        relay.open_stream(self._link.mux, target)
 
     def _accept_bytes(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
         try:

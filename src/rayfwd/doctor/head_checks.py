@@ -12,10 +12,10 @@ from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import not_writable
-from rayfwd.hub import allowed_uids
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
+from rayfwd.system.users import allowed_uids
 
 
 class HeadExamination(Examination):
@@ -51,7 +51,7 @@ class HeadExamination(Examination):
     def _socket(self) -> Row:
         path = self.config.hub_socket
         try:
-            allowed_uids(self.config.hub.users)
+            allowed_uids(self.config.hub.users, "hub.users")
             if self.status is not None:
                 return passed("socket", f"the daemon listens on {path}")
             unixsocket.check_path(path)

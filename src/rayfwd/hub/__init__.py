@@ -7,6 +7,5 @@ no nodes, come the same way: they reach some ports of the head, and nobody reach
 
 from rayfwd.hub.hub import Hub
 from rayfwd.hub.peers import HubClient, HubNode
-from rayfwd.hub.users import allowed_uids
 
-__all__ = ["Hub", "HubClient", "HubNode", "allowed_uids"]
+__all__ = ["Hub", "HubClient", "HubNode"]

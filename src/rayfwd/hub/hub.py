@@ -18,7 +18,6 @@ from rayfwd.hub.peers import HubClient, HubNode, HubPeer
 from rayfwd.hub.refusals import Refusals
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
 from rayfwd.hub.stream_relay import StreamRelay
-from rayfwd.hub.users import allowed_uids, user_name
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
@@ -29,6 +28,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
+from rayfwd.system.users import allowed_uids, user_name
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 
@@ -71,7 +71,7 @@ class Hub:
         self.client_ports: frozenset[int] = frozenset()
         """The head's ports that clients may reach."""
         self._roster = roster
-        self._uids = allowed_uids(users)
+        self._uids = allowed_uids(users, "hub.users")
         self._shared = len(self._uids) > 1 and bool(tuple(users))
         self._network = network
         self._ride_through = ride_through
@@ -475,7 +475,7 @@ class Hub:
         if node is None:
             relay.refuse()
         elif node.mux is not None and not node.mux.session.ended:
-            relay.attach(node.mux.open(target.encode(), relay))
+            relay.open_stream(node.mux, target)
         elif self._grace is not None:
             node.waiting.append((target, relay))
         else:
@@ -516,6 +516,9 @@ class Hub:
             return None
         if node.mux is None or node.mux.session.ended:
             stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
+            return None
+        if not node.mux.has_room():
+            stream.reset(ResetReason.TOO_MANY, f"node {node.plan.name} has no stream to spare")
             return None
         near, far = StreamRelay(), StreamRelay()
         near.other, far.other = far, near

@@ -227,8 +227,14 @@ class Session:
 
     # -- what the owner of a stream asks ------------------------------------------------------
 
+    @property
+    def full(self) -> bool:
+        """The peer would refuse one more stream; the control stream is counted, as there."""
+        return len(self.streams) >= self.limits.streams
+
     def open(self, target: bytes, now: float) -> int:
-        """Open a stream. Bytes may follow at once."""
+        """Open a stream. Bytes may follow at once. Whoever opens asks first whether it is `full`:
+        of streams beyond `Limits.streams` a peer refuses some, and takes more for a fault."""
         if self.ended:
             raise ValueError("a stream in a session that has ended")
         number = self._next_stream

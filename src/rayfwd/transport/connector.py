@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
 
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
+from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
@@ -48,10 +51,9 @@ class LocalConnector:
             raise exc
 
     async def _dial(self, stream: MuxStream, relay: SocketRelay, target: Target) -> None:
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
-                await loop.create_connection(lambda: relay, target.address, target.port)
+                await _connect(relay, target)
         except ConnectionRefusedError:
             stream.reset(ResetReason.REFUSED, f"nothing listens on {target}")
         except TimeoutError:
@@ -74,3 +76,18 @@ class LocalConnector:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _connect(relay: SocketRelay, target: Target) -> None:
+    """Raises OSError; EMFILE also where only the reserve of descriptors is left."""
+    loop = asyncio.get_running_loop()
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if sock.fileno() >= descriptors.reserve():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        sock.setblocking(False)
+        await loop.sock_connect(sock, target)
+        await loop.create_connection(lambda: relay, sock=sock)
+    except BaseException:
+        sock.close()
+        raise

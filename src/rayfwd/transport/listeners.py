@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 
 from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.session.target import Target
+from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.acceptor import Acceptor
+from rayfwd.transport.admission import Admission
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
 
-BACKLOG = 1024
+OPENED_AT_ONCE = 100
+"""Listeners that are opened in one turn of the loop."""
 LISTENER_RETRY = 5.0
 """Seconds between attempts at a listener whose port was taken."""
 
@@ -29,31 +34,50 @@ class Listeners:
     `on_change` is called in the loop after listeners were opened, closed, blocked or unblocked.
     """
 
-    def __init__(self, route: Route, on_change: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        route: Route,
+        on_change: Callable[[], None] | None = None,
+        admission: Admission | None = None,
+    ) -> None:
+        """`admission` is opened and closed by `run`; by default our own user and root are let in.
+
+        `route` is asked for connections that were admitted."""
         self.relays: set[SocketRelay] = set()
         """Those behind the listeners that have a connection."""
+        self.admission = admission or Admission()
+        self._acceptor = Acceptor(self.admission, on_change)
         self._inherited: dict[Target, socket.socket] = {}
         """Sockets of an earlier process that listen already, for listeners that are yet to open."""
         self._told = False
         """It is known which listeners there are to be."""
-        self._left = asyncio.Event()
+        self._left = False
         """Another process has the listeners, or will have them."""
         self._route = route
         self._on_change = on_change
         self._wanted: dict[Target, Target] = {}
-        self._servers: dict[Target, asyncio.Server] = {}
+        self._open: dict[Target, socket.socket] = {}
         self._blocked: dict[Target, Problem] = {}
         self._changed = asyncio.Event()
 
     @property
     def open(self) -> int:
         """How many listeners are open."""
-        return len(self._servers)
+        return len(self._open)
+
+    def is_open(self, listen: Target) -> bool:
+        """Whether what listens there is a listener of ours."""
+        return listen in self._open
 
     @property
     def wanted(self) -> int:
         """How many listeners there are to be."""
         return len(self._wanted)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What is wrong with all of them at once."""
+        return [p for p in (self.admission.problem, self._acceptor.problem) if p is not None]
 
     @property
     def blocked_at(self) -> dict[Target, Problem]:
@@ -71,7 +95,7 @@ class Listeners:
         for listen, target in self._wanted.items():
             is_open, blocked = out.get(target.address, (0, 0))
             out[target.address] = (
-                is_open + (listen in self._servers),
+                is_open + (listen in self._open),
                 blocked + (listen in self._blocked),
             )
         return out
@@ -85,12 +109,13 @@ class Listeners:
 
     async def run(self) -> None:
         """Keep the listeners as wanted; a port that is taken is tried again until it is free."""
+        self.admission.open()
         try:
             while True:
                 self._changed.clear()
-                before = (set(self._servers), self._blocked)
+                before = (set(self._open), self._blocked)
                 await self._reconcile()
-                after = (set(self._servers), self._blocked)
+                after = (set(self._open), self._blocked)
                 if before != after and self._on_change is not None:
                     self._on_change()
                 try:
@@ -99,26 +124,20 @@ class Listeners:
                 except TimeoutError:
                     pass
         finally:
-            for server in self._servers.values():
-                server.close()
-            self._servers.clear()
+            self._acceptor.close()
+            self._open.clear()
             self._close_inherited()
+            self.admission.close()
 
     def stop_accepting(self) -> dict[Target, socket.socket]:
-        """For the next process: the sockets, which go on listening. None is opened any more.
-
-        Raises OSError where no descriptors are left.
-        """
-        self._left.set()
-        listening: dict[Target, socket.socket] = {}
-        for listen, server in self._servers.items():
-            listening[listen] = server.sockets[0].dup()
-        while self._servers:
-            self._servers.popitem()[1].close()
+        """For the next process: the sockets, which go on listening. None is opened any more."""
+        self._left = True
+        listening = {at: self._acceptor.release(sock) for at, sock in self._open.items()}
+        self._open.clear()
         return listening
 
     def relay_for(self, target: Target) -> SocketRelay:
-        """For a connection to `target`; it finds its way once it is there."""
+        """For a connection to `target` that was admitted; it finds its way once it is there."""
         return SocketRelay(self.relays, lambda relay: self._route(target, relay))
 
     def inherit(self, listening: Mapping[Target, socket.socket]) -> None:
@@ -130,41 +149,35 @@ class Listeners:
             self._inherited.popitem()[1].close()
 
     async def _reconcile(self) -> None:
-        for listen in [d for d in self._servers if d not in self._wanted]:
-            self._servers.pop(listen).close()
+        for listen in [d for d in self._open if d not in self._wanted]:
+            self._acceptor.release(self._open.pop(listen)).close()
         self._blocked = {d: p for d, p in self._blocked.items() if d in self._wanted}
         opened = 0
         for listen in self._wanted:
-            if listen not in self._servers and await self._open(listen):
+            if self._left:
+                return
+            if listen not in self._open and self._try(listen):
                 opened += 1
+                if opened % OPENED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
         if self._told:
             self._close_inherited()
         if opened:
             log.info("listeners_open", listeners=self.open, new=opened)
 
-    async def _open(self, listen: Target) -> bool:
-        if self._left.is_set():
-            return False
-        loop = asyncio.get_running_loop()
-        inherited = self._inherited.pop(listen, None)
-        sock = inherited or socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    def _try(self, listen: Target) -> bool:
+        """Open a listener, or keep what prevents it."""
         try:
-            if inherited is None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind(listen)
-            server = await loop.create_server(
-                lambda: self.relay_for(self._wanted.get(listen, listen)),
-                sock=sock,
-                backlog=BACKLOG,
-            )
+            sock = self._inherited.pop(listen, None) or _bound(listen)
+            try:
+                self._acceptor.add(sock, lambda: self.relay_for(self._wanted.get(listen, listen)))
+            except OSError:
+                sock.close()
+                raise
         except OSError as exc:
-            sock.close()
             self._block(listen, exc)
             return False
-        if self._left.is_set():
-            server.close()
-            return False
-        self._servers[listen] = server
+        self._open[listen] = sock
         if listen in self._blocked:
             self._blocked = {d: p for d, p in self._blocked.items() if d != listen}
             log.info("listener_unblocked", listen=str(listen))
@@ -175,6 +188,20 @@ class Listeners:
         if self._blocked.get(listen) != problem:
             self._blocked = self._blocked | {listen: problem}
             log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+
+
+def _bound(listen: Target) -> socket.socket:
+    """A socket there. Raises OSError; EMFILE also where only the reserve is left."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if sock.fileno() >= descriptors.reserve():
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(listen)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:

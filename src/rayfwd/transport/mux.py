@@ -46,6 +46,8 @@ TIMER_SLACK = 0.2
 earliest (an ACK), and may come 0.1 s late."""
 TIMER_GRID = 0.1
 """Seconds between the moments at which timers fire: the sessions of a hub wake it together."""
+FULL_TOLD_AGAIN = 600.0
+"""Seconds after which a session that is still full is told of again."""
 LATE = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
 
@@ -160,6 +162,7 @@ class Mux:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
+        self._full_told = -FULL_TOLD_AGAIN
 
     def now(self) -> float:
         return self._loop.time()
@@ -208,8 +211,20 @@ class Mux:
 
     # -- streams -------------------------------------------------------------------------------
 
+    def has_room(self) -> bool:
+        """Whether one more stream can be opened. That it cannot is told now and then."""
+        if self.session.ended:
+            return False
+        if not self.session.full:
+            return True
+        now = self.now()
+        if now - self._full_told >= FULL_TOLD_AGAIN:
+            self._full_told = now
+            log.warning("session_full", streams=self.session.limits.streams)
+        return False
+
     def open(self, target: bytes, owner: StreamOwner) -> MuxStream:
-        """Open a stream for `owner`."""
+        """Open a stream for `owner`; there must be room."""
         number = self.session.open(target, self.now())
         self._owners[number] = owner
         self.flush()

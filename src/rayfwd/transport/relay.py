@@ -13,8 +13,9 @@ from typing import NamedTuple, cast
 
 from rayfwd.session.frames import Chunk
 from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
 from rayfwd.system.tcp import cut, no_delay
-from rayfwd.transport.mux import MuxStream
+from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.readpacing import Reading
 from rayfwd.transport.writev import write
 
@@ -35,6 +36,7 @@ class SocketRelay(asyncio.Protocol):
         """It is in `among` while it has a connection."""
         self._among = among
         self._connected = connected
+        self._lost: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._reading: Reading | None = None
         """Of the transport; it outlives it."""
@@ -48,6 +50,10 @@ class SocketRelay(asyncio.Protocol):
         """Bytes written to the transport and not yet reported as consumed."""
         self._full = False
         self._over = False
+
+    def when_lost(self, lost: Callable[[], None]) -> None:
+        """`lost` is called when it had a connection and has it no more."""
+        self._lost = lost
 
     # -- the connection's side -------------------------------------------------------------------
 
@@ -102,12 +108,21 @@ class SocketRelay(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._among.discard(self)
+        if self._lost is not None:
+            self._lost()
         if not self._over:
             self._over = True
             if self._stream is not None:
                 self._stream.reset(ResetReason.ABORTED, str(exc) if exc else "")
 
     # -- the stream's side -----------------------------------------------------------------------
+
+    def open_stream(self, mux: Mux | None, target: Target) -> None:
+        """Take a new stream of that session; where it has none to give, the connection is reset."""
+        if mux is None or not mux.has_room():
+            self.refuse()
+        else:
+            self.attach(mux.open(target.encode(), self))
 
     def attach(self, stream: MuxStream) -> None:
         """Give the relay its stream."""

@@ -1,4 +1,4 @@
-"""Which users of the machine may use the hub."""
+"""Users of the machine, by name and by number."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from rayfwd import codes
 
 
-def allowed_uids(users: Iterable[str]) -> frozenset[int]:
-    """The uids that may use the hub: the daemon's own, root's, and those of the users named.
+def allowed_uids(users: Iterable[str], key: str) -> frozenset[int]:
+    """The daemon's own uid, root's, and those of the users that `key` of the configuration names.
 
     Raises ProblemError for a name that the machine does not know.
     """
@@ -20,7 +20,7 @@ def allowed_uids(users: Iterable[str]) -> frozenset[int]:
             uids.add(pwd.getpwnam(name).pw_uid)
         except KeyError:
             raise codes.USER_UNKNOWN.error(
-                f'hub.users: this machine has no user "{name}"',
+                f'{key}: this machine has no user "{name}"',
                 "correct the name, or add the user",
             ) from None
     return frozenset(uids)

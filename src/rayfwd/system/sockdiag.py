@@ -1,0 +1,204 @@
+"""The kernel's word on this machine's TCP sockets (sock_diag(7)): who has the other end of a
+connection, and who listens where. It takes no privilege.
+
+Sockets are those of this network namespace. Uids are as this process's user namespace has them: one
+that it does not have is the overflow uid (65534).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+Address = tuple[str, int]
+"""An IPv4 address and a port."""
+
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_TCP_LISTEN = 10
+_ANY_STATE = 0xFFFFFFFF
+_NLMSGHDR = struct.Struct("=IHHII")
+"""length, type, flags, sequence number, port id"""
+_REQUEST = struct.Struct("=BBBxI")
+"""inet_diag_req_v2: family, protocol, extensions, states; an _ID follows"""
+_ID = struct.Struct("!HH16s16s4s8s")
+"""inet_diag_sockid: its port, the other's, its address, the other's, interface, cookie"""
+_ANY_COOKIE = b"\xff" * 8
+_MESSAGE = struct.Struct("=BBBB48sIIIII")
+"""inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode"""
+
+_MOST = 1 << 16
+"""Bytes of one message of a dump; the kernel fits them to what is asked for."""
+
+
+class Owner(NamedTuple):
+    """Whose a socket is."""
+
+    uid: int
+    inode: int
+
+
+class ListeningSocket(NamedTuple):
+    """A socket that listens."""
+
+    address: str
+    """IPv4 or IPv6; `0.0.0.0` and `::` are all of the machine's."""
+    port: int
+    uid: int
+    inode: int
+
+    def takes(self, at: Address) -> bool:
+        """Whether it keeps others from listening there. `::` does unless it is for IPv6 only, which
+        the kernel does not tell here."""
+        return self.port == at[1] and self.address in {at[0], f"::ffff:{at[0]}", "0.0.0.0", "::"}
+
+
+class SockDiag:
+    """A way to ask the kernel. Every question is answered at once: it is worked on within send(2).
+
+    Raises OSError where the kernel or a sandbox does not let this process ask.
+    """
+
+    def __init__(self) -> None:
+        family = getattr(socket, "AF_NETLINK", None)
+        if family is None:
+            raise OSError("this system has no netlink sockets")
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        self._sock = socket.socket(family, kind, _NETLINK_SOCK_DIAG)
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def owner_of_peer(self, own: Address, peer: Address) -> Owner | None:
+        """Who has the other end of the connection whose ends are these, both on this machine.
+
+        None: nobody any more. A socket that its program has closed lives on in the kernel until its
+        bytes are delivered, and has no inode then; older kernels name root as its owner.
+
+        Raises OSError.
+        """
+        wanted = _ID.pack(peer[1], own[1], _packed(peer[0]), _packed(own[0]), b"", _ANY_COOKIE)
+        for message in self._ask(socket.AF_INET, _ANY_STATE, wanted, 0):
+            _, state, *_, uid, inode = _MESSAGE.unpack_from(message)
+            # Where no connection is found, the kernel looks for who listens there.
+            if inode and state != _TCP_LISTEN:
+                return Owner(uid, inode)
+        return None
+
+    def listening(self) -> list[ListeningSocket]:
+        """Every TCP socket that listens. Raises OSError."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            nothing = _ID.pack(0, 0, b"", b"", b"", _ANY_COOKIE)
+            for message in self._ask(family, 1 << _TCP_LISTEN, nothing, _NLM_F_DUMP):
+                _, _, _, _, about, *_, uid, inode = _MESSAGE.unpack_from(message)
+                port, _, address, *_ = _ID.unpack(about)
+                size = 4 if family == socket.AF_INET else 16
+                text = socket.inet_ntop(family, address[:size])
+                found.append(ListeningSocket(text, port, uid, inode))
+        return found
+
+    def _ask(self, family: int, states: int, about: bytes, flags: int) -> Iterator[bytes]:
+        """The answers; none where there is no such socket. Raises OSError."""
+        self._sequence += 1
+        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states) + about
+        length = _NLMSGHDR.size + len(request)
+        header = (length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | flags, self._sequence, 0)
+        self._sock.send(_NLMSGHDR.pack(*header) + request)
+        while True:
+            for kind, sequence, payload in _messages(self._sock.recv(_MOST)):
+                if sequence != self._sequence:
+                    continue  # of a question that was given up
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    error = -struct.unpack_from("=i", payload)[0]
+                    if error == 2 and not flags:  # ENOENT
+                        return
+                    raise OSError(error, os.strerror(error))
+                yield payload
+                if not flags:
+                    return
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, sequence number and payload of each message."""
+    at = 0
+    while at + _NLMSGHDR.size <= len(data):
+        length, kind, _, sequence, _ = _NLMSGHDR.unpack_from(data, at)
+        yield kind, sequence, data[at + _NLMSGHDR.size : at + length]
+        at += max((length + 3) & ~3, _NLMSGHDR.size)
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_aton(address)
+
+
+def opened() -> SockDiag:
+    """A way to ask that has shown on a connection of our own that it answers rightly: a kernel
+    without the module says of every socket that there is none.
+
+    Raises OSError.
+    """
+    diag = SockDiag()
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            with socket.create_connection(listener.getsockname()) as near:
+                with closing(listener.accept()[0]) as far:
+                    owner = diag.owner_of_peer(far.getsockname(), far.getpeername())
+                inode = os.fstat(near.fileno()).st_ino
+        if owner is None or owner.inode != inode or owner.uid != os.geteuid():
+            raise OSError("the kernel does not know whose a connection is (no tcp_diag module)")
+    except BaseException:
+        diag.close()
+        raise
+    return diag
+
+
+class Program(NamedTuple):
+    """A process, as far as it can be seen."""
+
+    pid: int
+    name: str
+
+
+def programs(inodes: Collection[int]) -> dict[int, Program]:
+    """Which process has each of these sockets, by its inode. Those of other users are seen by root
+    only. Walks all of /proc: milliseconds, and more where many files are open.
+    """
+    wanted = {f"socket:[{inode}]": inode for inode in inodes if inode}
+    found: dict[int, Program] = {}
+    for pid in _pids() if wanted else ():
+        try:
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                inode = wanted.get(_link(f"/proc/{pid}/fd/{descriptor}"))
+                if inode is not None and inode not in found:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
+                        found[inode] = Program(pid, comm.read().strip())
+        except OSError:
+            continue  # another user's, or it has just ended
+    return found
+
+
+def _pids() -> Iterable[int]:
+    try:
+        return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+    except OSError:
+        return ()
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,137 @@
+"""Whose connections our listeners take: by the kernel's word on each.
+
+Every user of a machine can dial any port on its loopback. The listeners there lead into Ray, which
+runs what it is told; so only some are let through, and the others are told of once in a while.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from rayfwd import codes
+from rayfwd.problems import Problem
+from rayfwd.system import sockdiag
+from rayfwd.system.logs import get_logger
+from rayfwd.system.sockdiag import SockDiag
+from rayfwd.system.users import user_name
+
+log = get_logger(__name__)
+
+TOLD_AGAIN = 600.0
+"""Seconds after which a user who is still refused is named again."""
+MOST_USERS = 100
+"""Users that are counted by themselves; the rest is counted together."""
+MOST_OF_ONE = 4096
+"""Connections that another user than our own may have open at once."""
+
+GONE = "(closed)"
+"""Who had a connection that was closed before it was looked at."""
+OTHERS = "(others)"
+
+REMEDY = "if they are to use Ray here, add them to listeners.users in rayfwd's file and reload it"
+
+
+class Admission:
+    """Takes connections of some users only. `open` and `close` are its listeners' to call."""
+
+    def __init__(
+        self,
+        uids: Iterable[int] = (),
+        most_of_one: int = MOST_OF_ONE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`uids` are let through besides this process's own user and root."""
+        self.refused: Counter[str] = Counter()
+        """How many connections, by user."""
+        self.problem: Problem | None = None
+        """The kernel cannot be asked: all are let through."""
+        self._most_of_one = most_of_one
+        self._clock = clock
+        self._diag: SockDiag | None = None
+        self._open: Counter[int] = Counter()
+        """Connections of other users than our own."""
+        self._told: dict[str, float] = {}
+        self._own = os.geteuid()
+        self._uids: frozenset[int] = frozenset()
+        self.take_uids(uids)
+
+    def take_uids(self, uids: Iterable[int]) -> None:
+        """From now on these, and this process's own user and root."""
+        self._uids = frozenset({self._own, 0, *uids})
+
+    def open(self) -> None:
+        """Be ready to ask the kernel, or say that it cannot be asked."""
+        try:
+            self._diag = sockdiag.opened()
+        except OSError as exc:
+            self.problem = problem = codes.PEER_CHECK_ABSENT.problem(
+                f"the kernel does not tell whose a connection is: {exc.strerror or exc}; every "
+                "user of this machine may use the listeners",
+                "let rayfwd open netlink sockets (AF_NETLINK in RestrictAddressFamilies= of its "
+                "unit, or the container's seccomp profile) and load tcp_diag; until then only "
+                "Ray's token keeps others out",
+            )
+            log.warning(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+
+    def close(self) -> None:
+        """Nothing comes after this."""
+        diag, self._diag = self._diag, None
+        if diag is not None:
+            diag.close()
+
+    def admit(self, connection: socket.socket) -> Pass | None:
+        """A connection that was accepted; None: it is to be reset. Takes some 20 us."""
+        if self._diag is None:
+            return Pass(None, self._open)
+        try:
+            own, peer = connection.getsockname(), connection.getpeername()
+            owner = self._diag.owner_of_peer(own, peer)
+        except OSError:
+            owner = None  # it was reset meanwhile, as a rule
+        if owner is None:
+            self._refuse(GONE, connection, "")
+        elif owner.uid == self._own:
+            return Pass(None, self._open)
+        elif owner.uid not in self._uids:
+            self._refuse(user_name(owner.uid), connection, REMEDY)
+        elif self._open[owner.uid] >= self._most_of_one:
+            remedy = f"nothing: a user beside Ray's may have {self._most_of_one} open at once"
+            self._refuse(user_name(owner.uid), connection, remedy)
+        else:
+            return Pass(owner.uid, self._open)
+        return None
+
+    def _refuse(self, user: str, connection: socket.socket, remedy: str) -> None:
+        if user not in self.refused and len(self.refused) >= MOST_USERS:
+            user = OTHERS
+        self.refused[user] += 1
+        now = self._clock()
+        if not remedy or now - self._told.get(user, -TOLD_AGAIN) < TOLD_AGAIN:
+            return
+        self._told[user] = now
+        listen = ":".join(map(str, connection.getsockname()))
+        count = self.refused[user]
+        log.warning("connection_refused", user=user, listen=listen, count=count, remedy=remedy)
+
+
+class Pass:
+    """A connection that was let through; `used` and `given_back` count it."""
+
+    __slots__ = ("_open", "_uid")
+
+    def __init__(self, uid: int | None, among: Counter[int]) -> None:
+        """None: it is counted nowhere."""
+        self._uid = uid
+        self._open = among
+        if uid is not None:
+            among[uid] += 1
+
+    def give_back(self) -> None:
+        """The connection is over."""
+        if self._uid is not None:
+            self._open[self._uid] -= 1
+            self._uid = None
