@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import shtab
+import tomli_w
 
-from rayfwd.cli import EXIT_CODES, full_parser
+from rayfwd.cli import EXIT_CODES, VERBS, full_parser
 from rayfwd.config import SECTIONS, Config
 
 CHECKOUT = Path(__file__).parents[1]
@@ -79,7 +80,17 @@ def keys(cls: type[Any]) -> Iterator[Key]:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(str(value) if isinstance(value, Path) else value)
+    """On one line, as a key's value."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_key(key)} = {_toml(inner)}' for key, inner in value.items())}}}"
+    plain = str(value) if isinstance(value, Path) else value
+    return tomli_w.dumps({"x": plain}).removeprefix("x = ").rstrip("\n")
+
+
+def _key(name: str) -> str:
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")
 
 
 _TYPES = {
@@ -222,11 +233,9 @@ def page_of_command() -> str:
     for verb, sub in verbs.items():
         lines += [f".SS {verb}", ".B", roff(_usage(sub)), ".PP", *_paragraphs(str(sub.description))]
         lines += _options(sub)
-        lines += [
-            roff(f"Exit code {code}: {why}.") for code, why in EXIT_CODES.get(verb, {}).items()
-        ]
+        lines += [roff(f"Exit code {code}: {why}.") for code, why in VERBS[verb].exit_codes.items()]
     lines += [".SH EXIT CODES"]
-    for code, why in EXIT_CODES[""].items():
+    for code, why in EXIT_CODES.items():
         lines += [".TP", f".B {code}", roff(why)]
     lines += [
         ".SH FILES",

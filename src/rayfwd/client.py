@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import random
 import re
 import secrets
 import shlex
@@ -33,11 +32,12 @@ from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.users import allowed_uids
-from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.acceptor import BACKLOG, Acceptor
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.link import Link
@@ -141,13 +141,15 @@ class Client:
         link = self._link
         if link is None:
             return []
-        return late((s.heartbeat for s in link.slots), [link.mux] if link.mux is not None else [])
+        return late_loops(
+            (s.heartbeat for s in link.slots), [link.mux] if link.mux is not None else []
+        )
 
     async def _hold(self) -> None:
         """Hold the link for ever, once there was a way to the hub."""
         given = "via" in self._head.model_fields_set
         ways: Sequence[Via] = (self._head.via,) if given else ("socket", "exec")
-        wait = RETRY_FIRST
+        backoff = Backoff(RETRY_FIRST, RETRY_LAST, jitter=0.2)
         said: Code | None = None
         while True:
             problem = await self._by(ways[0])
@@ -160,8 +162,7 @@ class Client:
             if problem.code != said:
                 said = problem.code
                 self._say(f"{problem.code}: {problem}; trying on")
-            await asyncio.sleep(wait * random.uniform(0.8, 1.2))
-            wait = min(2 * wait, RETRY_LAST)
+            await asyncio.sleep(backoff.next())
 
     async def _by(self, via: Via) -> Problem:
         """Hold the link by that way; where it does not come to stand even once, why not."""

@@ -12,6 +12,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from tests.lab.daemon import Daemon
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, CommandFailed
@@ -70,7 +72,7 @@ class Cluster:
 
     def config(self, name: str) -> str:
         """That node's file."""
-        return toml(self.configs[name])
+        return tomli_w.dumps(self.configs[name])
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """sshd on the head, then `rayfwd run` on these nodes (default: all) at once."""
@@ -174,32 +176,3 @@ def change(config: Data, overrides: Mapping[str, Any]) -> None:
             change(section[last], value)
         else:
             section[last] = deepcopy(value)
-
-
-def toml(config: Mapping[str, Any]) -> str:
-    """A configuration as TOML: plain keys first, then its sections."""
-    plain = {k: v for k, v in config.items() if not _section(v)}
-    lines = [f"{k} = {_value(v)}" for k, v in plain.items()]
-    for name, value in config.items():
-        if _section(value):
-            several = isinstance(value, list)
-            for section in value if several else [value]:
-                lines.append(f"[[{name}]]" if several else f"[{name}]")
-                lines += [f"{k} = {_value(v)}" for k, v in section.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _section(value: object) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-    )
-
-
-def _value(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, (bool, int, float, str)):
-        return json.dumps(value)
-    raise TypeError(f"{value!r} has no place in the file")

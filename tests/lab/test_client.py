@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli_w
 
-from tests.lab.cluster import HUB_SOCKET, Cluster, toml
+from tests.lab.cluster import HUB_SOCKET, Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, Process, tail, until
 from tests.status_doc import documented, mistakes
@@ -198,7 +199,7 @@ def test_a_forced_command_for_clients_takes_no_node(
     forced: None, cluster: Cluster, laptop: Machine
 ) -> None:
     node = {**cluster.configs["w2"], "head": {"ssh": HEAD, "via": "exec"}}
-    daemon = laptop.rayfwd_daemon(toml(node))
+    daemon = laptop.rayfwd_daemon(tomli_w.dumps(node))
     assert "is no client" in daemon.wait_event("client_only", 30)["cause"]
     assert daemon.stop() == 0
     status = cluster.head.status()

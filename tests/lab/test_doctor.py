@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
+import tomli_w
 
 from tests.lab import clock
-from tests.lab.cluster import HUB_SOCKET, Cluster, change, toml
+from tests.lab.cluster import HUB_SOCKET, Cluster, change
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, until
@@ -71,7 +72,7 @@ def doctor(
     machine = cluster.lab.machine(where)
     config = json.loads(json.dumps(cluster.configs[where]))
     change(config, {key.replace("__", "."): value for key, value in keys.items()})
-    machine.write(CONFIG, toml(config))
+    machine.write(CONFIG, tomli_w.dumps(config))
     argv = [*under, str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
     ran = machine.run(argv, check=False, env=env)
     assert "Traceback" not in ran.stderr, ran.stderr
@@ -153,7 +154,7 @@ def test_a_client(cluster: Cluster) -> None:
     w1 = cluster.lab.machine("w1")
     head = {"ssh": cluster.configs["w1"]["head"]["ssh"], "socket": HUB_SOCKET}
     config = {"role": "client", "name": "laptop", "state_dir": f"{HOME}/none", "head": head}
-    w1.write(CONFIG, toml(config))
+    w1.write(CONFIG, tomli_w.dumps(config))
     argv = [str(cluster.lab.rayfwd), "--config", CONFIG, "doctor", "--json"]
     ran = w1.run(argv, check=False)
     found = Found(ran.returncode, json.loads(ran.stdout))
@@ -398,7 +399,7 @@ def test_the_hub_of_another_user(cluster: Cluster) -> None:
 def guarded(cluster: Cluster, directory: str) -> str:
     config = json.loads(json.dumps(cluster.configs["head"]))
     change(config, {"state_dir": f"{directory}-state", "runtime_dir": directory})
-    return toml(config)
+    return tomli_w.dumps(config)
 
 
 def test_as_the_services_user(cluster: Cluster) -> None:

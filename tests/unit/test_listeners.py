@@ -23,7 +23,7 @@ from rayfwd import codes
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
 from rayfwd.transport.connector import DIAL_TIMEOUT, LocalConnector
-from rayfwd.transport.listeners import LISTENER_RETRY, Listeners, listeners_for
+from rayfwd.transport.listeners import RETRY_LAST, Listeners, listeners_for
 from rayfwd.transport.relay import SocketRelay
 from tests.unit.cluster import (
     Cluster,
@@ -497,7 +497,7 @@ def test_who_shows_them_hears_of_every_change() -> None:
             ) as listeners:
                 listeners.set_wanted({taken: taken, free: free})
                 await until(lambda: told == [(1, 1)])
-                await asyncio.sleep(5 * LISTENER_RETRY)  # tried again some times, to no avail
+                await asyncio.sleep(5 * RETRY_LAST)  # tried again some times, to no avail
                 assert told == [(1, 1)]
                 other.close()
                 await until(lambda: told == [(1, 1), (2, 0)])
@@ -520,7 +520,7 @@ def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free()
                 assert problem.code == codes.LISTENER_BLOCKED
                 assert str(taken.port) in problem.cause
                 assert str(taken.port) in problem.remedy
-                await asyncio.sleep(5 * LISTENER_RETRY)
+                await asyncio.sleep(5 * RETRY_LAST)
                 assert len(of(log, "listener_blocked")) == 1, (
                     "it is the same problem, not a new one"
                 )

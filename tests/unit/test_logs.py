@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rayfwd.config import LogConfig
 from rayfwd.system import logs
-from rayfwd.system.redact import REDACTED, names_a_secret, redact_text
+from rayfwd.system.redact import REDACTED, names_a_secret, redact_command, redact_text
 
 
 class Terminal(io.StringIO):
@@ -172,6 +172,14 @@ def test_what_is_no_secret_stays(text: str) -> None:
 def test_secrets_in_a_command_given_as_words() -> None:
     event = fields(command=["ray", "start", "--redis-password", "SECRET", "--port=1"])
     assert event["command"] == ["ray", "start", "--redis-password", REDACTED, "--port=1"]
+
+
+def test_a_command_has_the_values_of_its_secret_flags_blanked() -> None:
+    said = ["ray", "--token", "S", "--api-key=S", "--key-file=k", "--MYTOKEN", "S", "--port=1", "x"]
+    assert redact_command(said) == [
+        *("ray", "--token", REDACTED, f"--api-key={REDACTED}", "--key-file=k"),
+        *("--MYTOKEN", REDACTED, "--port=1", "x"),
+    ]
 
 
 def test_levels() -> None:

@@ -61,7 +61,7 @@ def test_help_reads_well(verb: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
     said = capsys.readouterr().out
     options = said.partition("options:")[2].partition("exit codes:")[0]
     assert max(map(len, options.splitlines())) <= 80
-    for code, why in EXIT_CODES.get(verb, {}).items():
+    for code, why in (VERBS[verb].exit_codes if verb else EXIT_CODES).items():
         assert f"  {code:<4} {why}" in said
 
 

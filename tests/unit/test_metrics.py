@@ -280,7 +280,7 @@ def test_those_who_say_nothing_are_few() -> None:
 
 
 def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "RETRY", 0.05)
+    monkeypatch.setattr(metrics, "RETRY_LAST", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 

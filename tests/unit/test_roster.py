@@ -282,3 +282,24 @@ def test_root_keeps_the_files_owner(path: Path) -> None:
     os.chown(path, 12345, 12346)
     kept.forget("a")
     assert (path.stat().st_uid, path.stat().st_gid) == (12345, 12346)
+
+
+def test_a_link_in_its_place_is_neither_read_nor_copied(path: Path, tmp_path: Path) -> None:
+    """Whoever owns the directory could have root read and copy any file so."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(secret)
+    with pytest.raises(ProblemError) as caught:
+        roster(path)
+    assert code_of(caught) == "roster_unreadable"
+    assert [p.name for p in path.parent.glob("roster*")] == [path.name]
+
+
+def test_a_damaged_one_is_set_aside_for_its_reader_alone(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{")
+    path.chmod(0o644)
+    roster(path)
+    (aside,) = path.parent.glob("*.damaged-*")
+    assert (aside.read_text(), aside.stat().st_mode & 0o777) == ("{", 0o600)

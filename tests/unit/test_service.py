@@ -65,8 +65,8 @@ def test_they_fit_daemon_and_keeper() -> None:
     assert unit["Type"] == keeper["Type"] == "notify"
     assert unit["ExecReload"].endswith("/rayfwd reload")
     extended = float(unit["TimeoutStartSec"])
-    assert extended == watchdog.START_SECONDS, "READY waits for a head that may be away"
-    assert float(unit["WatchdogSec"]) == watchdog.PERIOD
+    assert extended == watchdog.START_EXTENSION, "READY waits for a head that may be away"
+    assert float(unit["WatchdogSec"]) == watchdog.DEFAULT_PERIOD
     for each in (unit, keeper):
         assert int(each["TimeoutStopSec"]) > 30 + 30, "Ray's drain time, and ending what is left"
         assert each["StartLimitIntervalSec"] == "0", "transient faults are never given up"

@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import stat
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -169,7 +171,19 @@ def test_a_configuration_by_hand_gets_no_key() -> None:
     assert not any(step.id.endswith("known_hosts") for step in steps)
 
 
-@pytest.mark.parametrize("wanted", [head(), replace(head(), logins=("bob", "c d")), worker()])
+ODD = 'a "b" \\c\x7f\t'
+"""Characters of a path that TOML wants escaped."""
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        head(),
+        replace(head(), logins=("bob", "c d")),
+        worker(),
+        replace(worker(), ray=f"/opt/{ODD}/ray"),
+    ],
+)
 def test_the_configuration_is_valid_and_says_what_was_wished(
     wanted: SetupRequest, layout: Layout, tmp_path: Path
 ) -> None:
@@ -190,6 +204,15 @@ def test_the_configuration_is_valid_and_says_what_was_wished(
             "exec",
             "/opt/rayfwd/bin/rayfwd attach",
         )
+
+
+def test_any_path_comes_back_from_the_configuration(layout: Layout) -> None:
+    odd = replace(layout, state=Path("/s") / ODD)
+    wanted = replace(worker(), identity=Path("/i") / ODD, head_command=f"/opt/{ODD}/rayfwd")
+    made = tomllib.loads(texts.config_text(wanted, odd))
+    assert made["state_dir"] == f"/s/{ODD}"
+    assert made["head"]["identity"] == f"/i/{ODD}"
+    assert shlex.split(made["head"]["attach_command"]) == [f"/opt/{ODD}/rayfwd", "attach"]
 
 
 def test_the_line_for_authorized_keys() -> None:

@@ -16,7 +16,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.session import Limits, Session
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.notify import Notifier
-from rayfwd.system.watchdog import PERIOD, Late, Watchdog, period
+from rayfwd.system.watchdog import DEFAULT_PERIOD, Late, Watchdog, period
 from rayfwd.transport.mux import Mux
 from tests.unit.fake_clock import FakeClockLoop
 from tests.unit.loops import log_events, run_on_fake_clock
@@ -46,11 +46,11 @@ def test_a_loop_is_late_when_its_turn_has_not_come() -> None:
 
 
 def test_how_often_systemd_wants_it() -> None:
-    assert period({}, 7) == PERIOD
+    assert period({}, 7) == DEFAULT_PERIOD
     assert period({"WATCHDOG_USEC": "8000000"}, 7) == 8
     assert period({"WATCHDOG_USEC": "8000000", "WATCHDOG_PID": "7"}, 7) == 8
-    assert period({"WATCHDOG_USEC": "8000000", "WATCHDOG_PID": "8"}, 7) == PERIOD
-    assert period({"WATCHDOG_USEC": "soon"}, 7) == PERIOD
+    assert period({"WATCHDOG_USEC": "8000000", "WATCHDOG_PID": "8"}, 7) == DEFAULT_PERIOD
+    assert period({"WATCHDOG_USEC": "soon"}, 7) == DEFAULT_PERIOD
 
 
 @pytest.fixture
@@ -76,21 +76,21 @@ def test_fed_while_all_loops_turn(manager: socket.socket, monkeypatch: pytest.Mo
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     notifier = Notifier()
     watchdog = Watchdog(lambda: late, lambda: ready, notifier, 10)
-    watchdog.look()
+    watchdog.feed()
     assert heard(manager) == ["WATCHDOG=1\nEXTEND_TIMEOUT_USEC=90000000"]
     ready = True
-    watchdog.look()
+    watchdog.feed()
     assert heard(manager) == ["WATCHDOG=1"]
     late.append(("ray", 3.0))
     with log_events() as logs:
-        watchdog.look()
-        watchdog.look()
+        watchdog.feed()
+        watchdog.feed()
     assert heard(manager) == []
     assert logs == [
         {"event": "loop_stuck", "log_level": "error", "loop": "ray", "late_seconds": 3.0}
     ]
     late.clear()
-    watchdog.look()
+    watchdog.feed()
     assert heard(manager) == ["WATCHDOG=1"]
     notifier.close()
 

@@ -10,7 +10,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +28,80 @@ WARNED = 4
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
+EXIT_CODES = {
+    OK: "done",
+    FAULT: "a fault; the message says what, and what to do",
+    MISTAKE: "a mistake in the configuration file or on the command line, one line each",
+    NOT_READY: "`status` only: it runs, and is not ready",
+    WARNED: "`doctor` only: it would work, with warnings",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    PIPE_CLOSED: "whoever read the output has closed it",
+}
+"""What they mean, of all verbs."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What the command line knows of a verb before its module is loaded."""
+
+    help: str
+    exit_codes: Mapping[int, str] = field(default_factory=dict)
+    """Where one says more than it does of all verbs."""
+
+    @property
+    def epilog(self) -> str:
+        """The end of its help."""
+        return _epilog(self.exit_codes)
+
+
 VERBS = {
-    "init": "set this machine up as a head or as a worker",
-    "run": "run the daemon in front (what the service does)",
-    "connect": "hold the head's dashboard and Ray Client on a machine that is no node",
-    "reload": "have the running daemon read its file again",
-    "check": "validate the configuration file and say what it amounts to",
-    "doctor": "look for what would keep this machine from working",
-    "plan": "show every node's address and ports, and the exact `ray start` command",
-    "status": "ask the running daemon how it is",
-    "canary": "send a tiny task and 1 MB to every node and back, and say how it went",
-    "explain": "say what a code of the log or of the status means, and what to do",
-    "attach": "join standard input and output to the hub (a forced command for sshd)",
-    "keeper": "keep Ray for the daemon (what the service rayfwd-ray does)",
-    "forget": "on the head: drop a worker, and free its name, address and ports",
-    "uninstall": "take away what init has made",
-    "demo": "show it at work on this machine alone",
+    "init": Verb("set this machine up as a head or as a worker"),
+    "run": Verb(
+        "run the daemon in front (what the service does)",
+        {OK: "ended in order, by SIGTERM or Ctrl-C", FAULT: "it could not begin, or had a fault"},
+    ),
+    "connect": Verb(
+        "hold the head's dashboard and Ray Client on a machine that is no node",
+        {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},
+    ),
+    "reload": Verb("have the running daemon read its file again"),
+    "check": Verb("validate the configuration file and say what it amounts to"),
+    "doctor": Verb(
+        "look for what would keep this machine from working",
+        {OK: "all passes", FAULT: "something fails", WARNED: "there are warnings"},
+    ),
+    "plan": Verb(
+        "show every node's address and ports, and the exact `ray start` command",
+        {FAULT: "there is no plan yet: the head has not been reached"},
+    ),
+    "status": Verb(
+        "ask the running daemon how it is",
+        {OK: "ready", FAULT: "no daemon answers", NOT_READY: "it runs, and is not ready"},
+    ),
+    "canary": Verb(
+        "send a tiny task and 1 MB to every node and back, and say how it went",
+        {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
+    ),
+    "explain": Verb(
+        "say what a code of the log or of the status means, and what to do",
+        {FAULT: "there is no such code"},
+    ),
+    "attach": Verb(
+        "join standard input and output to the hub (a forced command for sshd)",
+        {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
+    ),
+    "keeper": Verb("keep Ray for the daemon (what the service rayfwd-ray does)"),
+    "forget": Verb(
+        "on the head: drop a worker, and free its name, address and ports",
+        {FAULT: "there is no such worker"},
+    ),
+    "uninstall": Verb("take away what init has made"),
+    "demo": Verb("show it at work on this machine alone"),
 }
-
-EXIT_CODES: dict[str, dict[int, str]] = {
-    "": {
-        OK: "done",
-        FAULT: "a fault; the message says what, and what to do",
-        MISTAKE: "a mistake in the configuration file or on the command line, one line each",
-        NOT_READY: "`status` only: it runs, and is not ready",
-        WARNED: "`doctor` only: it would work, with warnings",
-        INTERRUPTED: "interrupted by Ctrl-C",
-        PIPE_CLOSED: "whoever read the output has closed it",
-    },
-    "run": {
-        OK: "ended in order, by SIGTERM or Ctrl-C",
-        FAULT: "it could not begin, or had a fault",
-    },
-    "connect": {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},
-    "doctor": {OK: "all passes", FAULT: "something fails", WARNED: "there are warnings"},
-    "plan": {FAULT: "there is no plan yet: the head has not been reached"},
-    "status": {OK: "ready", FAULT: "no daemon answers", NOT_READY: "it runs, and is not ready"},
-    "canary": {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
-    "explain": {FAULT: "there is no such code"},
-    "attach": {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
-    "forget": {FAULT: "there is no such worker"},
-}
-"""What a verb's exit codes mean: all verbs' under the empty name, and where one says more."""
+"""By name; the verb's module has the same."""
 
 
-def _codes(verb: str) -> str:
-    """As the end of its help."""
-    codes = EXIT_CODES.get(verb, {})
+def _epilog(codes: Mapping[int, str]) -> str:
     lines = "".join(f"  {code:<4} {why}\n" for code, why in codes.items())
     return f"exit codes:\n{lines}" if codes else ""
 
@@ -112,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayfwd",
         description="Makes a Ray cluster work when its machines can reach each other by SSH only.",
-        epilog=_codes(""),
+        epilog=_epilog(EXIT_CODES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
@@ -121,11 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
     )
-    for verb, text in VERBS.items():
+    for name, verb in VERBS.items():
         sub = verbs.add_parser(
-            verb,
-            help=text,
-            epilog=_codes(verb),
+            name,
+            help=verb.help,
+            epilog=verb.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         # SUPPRESS: an absent --config after the verb must not hide one before it.
@@ -151,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.module.run(args)
         sys.stdout.flush()
     except MistakeError as exc:
-        return _say(MISTAKE, exc.lines)
+        return _complain(MISTAKE, exc.lines)
     except ProblemError as exc:
-        return _say(FAULT, [f"rayfwd: {exc.problem.code}: {exc.problem}"])
+        return _complain(FAULT, [f"rayfwd: {exc.problem.code}: {exc.problem}"])
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -163,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _say(code: int, lines: Sequence[str]) -> int:
+def _complain(code: int, lines: Sequence[str]) -> int:
     # The journal takes a number before a line for its priority (sd-daemon(3)): 3 is an error.
     mark = "<3>" if is_stream(2, os.environ) else ""
     for line in lines:

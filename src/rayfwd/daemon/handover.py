@@ -232,9 +232,10 @@ async def _connected(relay: SocketRelay, sock: socket.socket) -> None:
 
 def can_keep(notifier: Notifier) -> bool:
     """Whether the service manager keeps descriptors for the next process."""
-    return _keep(notifier, PROBE, Packed(*socket.socketpair())) and notifier.send(
-        "FDSTOREREMOVE=1", f"FDNAME={PROBE}"
-    )
+    if not _keep(notifier, PROBE, Packed(*socket.socketpair())):
+        return False
+    notifier.send("FDSTOREREMOVE=1", f"FDNAME={PROBE}")
+    return True
 
 
 def keep(left: Packed, notifier: Notifier) -> None:
@@ -252,8 +253,8 @@ def _keep(notifier: Notifier, name: str, left: Packed) -> bool:
             # It is not to look into it (FDPOLL), and to have taken it before this process ends:
             # who has ended is nobody to systemd (sd_notify_barrier(3)).
             words = ("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0")
-            notifier.send(*words, descriptors=[left.bundle.fileno()])
-            sent = notifier.send("BARRIER=1", descriptors=[taken])
+            notifier.send_descriptors([left.bundle.fileno()], *words)
+            sent = notifier.send_descriptors([taken], "BARRIER=1")
         finally:
             os.close(taken)
         hung_up = select.poll()

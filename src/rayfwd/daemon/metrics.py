@@ -30,6 +30,7 @@ from rayfwd import codes
 from rayfwd.config import split_host_port
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
 
@@ -54,7 +55,7 @@ REQUEST_LIMIT = 16384
 """Bytes of a request's head."""
 REQUEST_SECONDS = 10.0
 CONNECTIONS = 16
-RETRY = 15.0
+RETRY_FIRST, RETRY_LAST = 1.0, 15.0
 """Seconds until a port that is taken is tried again."""
 
 
@@ -301,6 +302,7 @@ class MetricsServer:
 
     async def run(self) -> None:
         """Until cancelled."""
+        backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         while True:
             try:
                 server, path = await self._start()
@@ -310,7 +312,7 @@ class MetricsServer:
                         exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy
                     )
                 self._set_problem(exc.problem)
-                await asyncio.sleep(RETRY)
+                await asyncio.sleep(backoff.next())
                 continue
             self._set_problem(None)
             log.info("metrics_listening", listen=self.listen)

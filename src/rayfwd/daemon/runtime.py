@@ -42,7 +42,7 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.users import allowed_uids
-from rayfwd.system.watchdog import Late, Watchdog, late
+from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
@@ -198,7 +198,7 @@ class Daemon:
         return (self.ray.heartbeat, self.watches.heartbeat)
 
     def _late(self) -> list[Late]:
-        return late(self.loops(), self.muxes().values())
+        return late_loops(self.loops(), self.muxes().values())
 
     @property
     def metrics_problem(self) -> Problem | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import site
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from rayfwd.demo.machine import Machine
 from rayfwd.problems import ProblemError
@@ -55,7 +56,7 @@ class Daemon:
     def start(self, env: Mapping[str, str]) -> None:
         """Write the file and start; the machine must be up."""
         file = self.machine.folder / "rayfwd.toml"
-        file.write_text(toml(self._config), encoding="utf-8")
+        file.write_text(tomli_w.dumps(self._config), encoding="utf-8")
         argv = [sys.executable, "-m", "rayfwd", "run", "--config", str(file)]
         self._ended = self.machine.run(_DAEMON, argv, env, out=self.log, log=self.log)
 
@@ -111,17 +112,3 @@ def needed_paths(folder: Path, ray: RayInstall) -> list[Path]:
         Path(ray.command).parent,
         Path(ray.command).resolve().parent,
     ]
-
-
-def toml(table: Mapping[str, Any], path: Sequence[str] = ()) -> str:
-    """The table as a TOML file; strings, numbers, booleans and tables in it."""
-    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    lines = [f"[{'.'.join(path)}]"] if path else []
-    lines += [
-        # JSON's strings, numbers and booleans are TOML's too.
-        f"{key} = {json.dumps(value, ensure_ascii=False)}"
-        for key, value in table.items()
-        if key not in tables
-    ]
-    text = "\n".join(lines) + "\n"
-    return text + "".join("\n" + toml(value, (*path, key)) for key, value in tables.items())

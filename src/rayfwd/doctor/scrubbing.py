@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from rayfwd.ray.commandline import shown
-from rayfwd.system.redact import REDACTED, names_a_secret, redact_text, secrets_in
+from rayfwd.system.redact import (
+    REDACTED,
+    names_a_secret,
+    redact_command,
+    redact_text,
+    secrets_in,
+)
 
 SHORTEST = 6
 """Characters of a secret that is looked for in text: shorter ones are in every other word."""
@@ -58,7 +63,7 @@ def configuration(data: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(env, Mapping):
             out["ray"]["env"] = {str(n): variable(str(n), str(v)) for n, v in env.items()}
         if isinstance(arguments, list):
-            out["ray"]["extra_args"] = [redact_text(w) for w in shown([str(a) for a in arguments])]
+            out["ray"]["extra_args"] = [redact_text(w) for w in redact_command(map(str, arguments))]
     return out
 
 

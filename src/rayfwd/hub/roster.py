@@ -11,7 +11,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +20,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits
 from rayfwd.problems import ProblemError
-from rayfwd.system.files import replace_file
+from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.logs import get_logger
 
 SCHEMA = 1
@@ -76,7 +75,7 @@ def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
     roster. Raises ProblemError `roster_unreadable` and `roster_newer`.
     """
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except FileNotFoundError:
         return (), None
     except OSError as exc:
@@ -264,7 +263,7 @@ def _set_aside(path: Path) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     aside = path.with_name(f"{path.name}.damaged-{stamp}")
     try:
-        shutil.copy2(path, aside)
+        write_new(aside, read_regular(path), 0o600)
     except OSError as exc:
         raise codes.ROSTER_UNWRITABLE.error(
             f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror}",

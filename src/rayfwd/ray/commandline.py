@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shlex
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
 from rayfwd.ray.install import RayInstall, version_key
 from rayfwd.ray.token import RayAuth
+from rayfwd.system.redact import names_a_secret, redact_command
 
 MARKER = "RAYFWD_NODE"
 """Environment variable by which our own Ray processes are known again; see `ray.process`."""
@@ -64,8 +64,6 @@ _NOT_FOR_RAY = frozenset(
 AUTH_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"})
 """What rayfwd decides where it decides on Ray's token; the first that is set wins in Ray."""
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(^|_)KEY(S)?$", re.IGNORECASE)
-
 
 def start_command(own: NodePlan, head: NodePlan, ray: RayConfig, install: RayInstall) -> list[str]:
     """The argument list that starts this node and stays in front (`--block`)."""
@@ -109,7 +107,7 @@ def by_hand(
     """
     additions = _additions(ride_through, ray, own, network, {}, auth)
     assignments = [
-        f'{name}="${name}"' if _is_secret(name) else f"{name}={shlex.quote(value)}"
+        f'{name}="${name}"' if names_a_secret(name) else f"{name}={shlex.quote(value)}"
         for name, value in sorted(additions.items())
     ]
     command = install.command if install else ray.command
@@ -118,24 +116,9 @@ def by_hand(
             "env",
             *assignments,
             _quoted_command(command),
-            *map(shlex.quote, shown(_arguments(own, head, ray, install, block=False))),
+            *map(shlex.quote, redact_command(_arguments(own, head, ray, install, block=False))),
         ]
     )
-
-
-def shown(argv: list[str]) -> list[str]:
-    """`argv` fit for a log: the values of flags that hold a secret are blanked."""
-    out: list[str] = []
-    blank = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        secret = word.startswith("--") and _SECRET_NAME.search(name.replace("-", "_")) is not None
-        if blank:
-            out.append("[redacted]")
-        else:
-            out.append(f"{name}=[redacted]" if secret and equals else word)
-        blank = secret and not equals and not blank
-    return out
 
 
 def timeouts(ride_through: float) -> dict[str, str]:
@@ -299,11 +282,6 @@ def _additions(
             added["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     added["RAY_USAGE_STATS_ENABLED"] = "0"
     return added | dict(auth or {}) | ray.env
-
-
-def _is_secret(name: str) -> bool:
-    """A path to a secret is none."""
-    return _SECRET_NAME.search(name) is not None and not name.upper().endswith("_PATH")
 
 
 def _quoted_command(command: str) -> str:

@@ -33,9 +33,11 @@ from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
 from rayfwd.ray.token import RayAuth
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
+from rayfwd.system.redact import redact_command
 
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -133,7 +135,7 @@ class RaySupervisor:
         self._told: tuple[Code, str] | None = None
         """Code and text, without numbers, of the problem that was logged last."""
         self._command_told: str | None = None
-        self._failures = 0
+        self._backoff = Backoff(BACKOFF_FIRST, BACKOFF_LAST)
         self._starts = 0
         self.before_start: BeforeStart | None = None
 
@@ -280,7 +282,7 @@ class RaySupervisor:
             if not self._link_up or self._plan_changed(wanted):
                 return None
         argv = commandline.start_command(wanted.own, wanted.head, ray, install)
-        command = shlex.join(commandline.shown(argv))
+        command = shlex.join(redact_command(argv))
         try:
             process = RayProcess.spawn(
                 argv,
@@ -345,7 +347,7 @@ class RaySupervisor:
                 break
             await self._sleep(POLL if up_at is None else WATCH_POLL)
         if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
-            self._failures = 0
+            self._backoff.reset()
         if dead:
             await process.wait(REPORT_TIME)
         self._tell_output(process)
@@ -367,7 +369,7 @@ class RaySupervisor:
             self._set(versions=install.versions)
         _log.info("ray_adopted", pid=raylet.pid, ours=False, session_dir=session_dir_of(raylet))
         self._told = None
-        self._failures = 0
+        self._backoff.reset()
         self._starts += 1
         self._set(phase="up", pid=raylet.pid, adopted=True, problem=None)
         while procfs.is_alive(raylet):
@@ -411,8 +413,7 @@ class RaySupervisor:
                 return
 
     async def _failed(self, problem: Problem) -> None:
-        delay = min(BACKOFF_LAST, BACKOFF_FIRST * 2**self._failures)
-        self._failures = min(self._failures + 1, 16)
+        delay = self._backoff.next()
         self._set(phase="failed", problem=problem, pid=None)
         told = (problem.code, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", problem.cause))
         if told != self._told:

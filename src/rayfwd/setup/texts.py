@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
+from typing import Any
+
+import tomli_w
 
 from rayfwd.setup.request import Layout, SetupRequest
 
@@ -23,28 +25,24 @@ _NOT_FOR_USERS = re.compile(
 
 def config_text(request: SetupRequest, layout: Layout) -> str:
     """The configuration, with what is known and nothing else."""
-    lines = [
-        "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.",
-        f"role = {_toml(request.role)}",
-        f"name = {_toml(request.name)}",
-        f"state_dir = {_toml(layout.state)}",
-        f"runtime_dir = {_toml(layout.runtime)}",
-    ]
+    config: dict[str, Any] = {
+        "role": request.role,
+        "name": request.name,
+        "state_dir": str(layout.state),
+        "runtime_dir": str(layout.runtime),
+    }
     if request.role == "worker":
         identity = request.identity or layout.identity
-        lines += ["", "[head]", f"ssh = {_toml(request.head)}", f"identity = {_toml(identity)}"]
+        config["head"] = {"ssh": request.head, "identity": str(identity)}
         if request.host_key is not None:
-            lines.append(f"known_hosts = {_toml(layout.known_hosts)}")
-        lines += ['via = "exec"', f"attach_command = {_toml(attach_command(request.head_command))}"]
+            config["head"]["known_hosts"] = str(layout.known_hosts)
+        attach = attach_command(request.head_command)
+        config["head"] |= {"via": "exec", "attach_command": attach}
     elif request.logins:
-        names = ", ".join(_toml(name) for name in request.logins)
-        lines += ["", "[hub]", f"users = [{names}]"]
-    lines += ["", "[ray]", f"command = {_toml(request.ray)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: object) -> str:
-    return json.dumps(str(value), ensure_ascii=False)
+        config["hub"] = {"users": list(request.logins)}
+    config["ray"] = {"command": request.ray}
+    first = "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.\n"
+    return first + tomli_w.dumps(config)
 
 
 def attach_command(rayfwd: str) -> str:

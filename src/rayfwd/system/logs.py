@@ -318,13 +318,13 @@ class _TextRenderer:
         self._colours = colours
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: _EventDict) -> str:
-        time, level = str(event.pop("timestamp")), str(event.pop("level"))
+        when, level = str(event.pop("timestamp")), str(event.pop("level"))
         name = escaped(str(event.pop("event")))
         fields = [
             f"{self._paint('36', escaped(key))}={_quoted(value)}" for key, value in event.items()
         ]
         shown = [
-            self._paint("2", time),
+            self._paint("2", when),
             self._paint(_COLOURS.get(level, "0"), f"{level:<7}"),
             self._paint("1", name),
         ]

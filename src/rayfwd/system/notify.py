@@ -5,45 +5,50 @@ Where nobody listens, nothing is sent: a daemon that is run by hand need not kno
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 
 import sdnotify
 
-SEND_SECONDS = 1.0
-"""A send waits only while the manager's queue is full, and no longer than this."""
+SEND_TIMEOUT = 1.0
+"""Seconds: a send waits only while the manager's queue is full, and no longer than this."""
 
 
 class Notifier:
     """A way to the service manager that started this process, if one did."""
 
     def __init__(self) -> None:
-        self._inner: sdnotify.SystemdNotifier | None = None
-        if not os.environ.get("NOTIFY_SOCKET"):
-            return  # there sdnotify would open a socket all the same
-        with suppress(OSError):
-            self._inner = sdnotify.SystemdNotifier(debug=True)
-            self._inner.socket.settimeout(SEND_SECONDS)
+        self._address = os.environ.get("NOTIFY_SOCKET", "")
+        # Without the variable sdnotify would leave a socket behind.
+        inner = sdnotify.SystemdNotifier() if self._address else None
+        self._inner = inner if inner is not None and inner.socket is not None else None
+        if self._inner is not None:
+            self._inner.socket.settimeout(SEND_TIMEOUT)
 
     def __bool__(self) -> bool:
         return self._inner is not None
 
-    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> bool:
-        """`NAME=value` each; with file descriptors for its store. False: it was not taken."""
+    def send(self, *lines: str) -> None:
+        """`NAME=value` each. Whether it was taken, nobody can tell."""
+        if self._inner is not None:
+            # It sends Latin-1, and systemd takes UTF-8: what is both is ASCII.
+            text = "\n".join(line.replace("\n", " ") for line in lines)
+            self._inner.notify(text.encode("ascii", "replace").decode("ascii"))
+
+    def send_descriptors(self, descriptors: Sequence[int], *lines: str) -> bool:
+        """The same with file descriptors, for its store. False: it was not taken.
+
+        Of its own: sdnotify sends text, and descriptors go beside the text (SCM_RIGHTS).
+        """
         if self._inner is None:
             return False
-        data = "\n".join(line.replace("\n", " ") for line in lines).encode("utf-8", "replace")
+        address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         try:
-            if descriptors:
-                rights = array.array("i", descriptors).tobytes()
-                control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-                self._inner.socket.sendmsg([data], control)
-            else:
-                # It sends Latin-1: so the bytes of UTF-8 come out as they are.
-                self._inner.notify(data.decode("latin-1"))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.settimeout(SEND_TIMEOUT)
+                sock.connect(address)
+                socket.send_fds(sock, ["\n".join(lines).encode()], list(descriptors))
         except OSError:
             return False
         return True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 REDACTED = "[redacted]"
 
@@ -163,6 +163,21 @@ def names_a_secret(name: str) -> bool:
 def is_secret_flag(word: str) -> bool:
     """Whether `word` is a flag whose value, the next word, must not be shown."""
     return _FLAG.fullmatch(word) is not None and names_a_secret(word)
+
+
+def redact_command(argv: Iterable[str]) -> list[str]:
+    """The words of a command with the values of flags that hold a secret blanked."""
+    out: list[str] = []
+    blank = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        secret = is_secret_flag(name)
+        if blank:
+            out.append(REDACTED)
+        else:
+            out.append(f"{name}={REDACTED}" if secret and equals else word)
+        blank = secret and not equals and not blank
+    return out
 
 
 def secrets_in(text: str) -> set[str]:

@@ -17,13 +17,14 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 
-PERIOD = 30.0
+DEFAULT_PERIOD = 30.0
 """Seconds within which it would have to be fed, where no service manager says."""
 
-START_SECONDS = 90.0
-"""What a start may take longer each time it asks; the unit's `TimeoutStartSec` is the first."""
+START_EXTENSION = 90.0
+"""Seconds more that a start may take each time it asks; the unit's `TimeoutStartSec` is the
+first."""
 
-SESSION_LATE = 60.0
+SESSION_GRACE = 60.0
 """Seconds that a session's timer may be late. It is made anew many times a minute."""
 
 _log = get_logger(__name__)
@@ -39,21 +40,21 @@ class Timed(Protocol):
         """Seconds since its timer should have come; 0: it is on time."""
 
 
-def late(loops: Iterable[Heartbeat], muxes: Iterable[Timed]) -> list[Late]:
+def late_loops(loops: Iterable[Heartbeat], muxes: Iterable[Timed]) -> list[Late]:
     """Those of these loops and sessions that are late."""
     found = [(loop.name, loop.late()) for loop in loops]
-    found += [("session", mux.late() - SESSION_LATE) for mux in muxes]
+    found += [("session", mux.late() - SESSION_GRACE) for mux in muxes]
     return [(name, seconds) for name, seconds in found if seconds > 0]
 
 
 def period(env: Mapping[str, str], pid: int) -> float:
     """Seconds within which the service manager wants to hear of this process."""
     if env.get("WATCHDOG_PID") not in {None, str(pid)}:
-        return PERIOD
+        return DEFAULT_PERIOD
     try:
         return max(int(env["WATCHDOG_USEC"]) / 1e6, 1.0)
     except (KeyError, ValueError):
-        return PERIOD
+        return DEFAULT_PERIOD
 
 
 class Watchdog:
@@ -61,31 +62,31 @@ class Watchdog:
 
     def __init__(
         self,
-        late: Callable[[], Iterable[Late]],
+        look_up: Callable[[], Iterable[Late]],
         ready: Callable[[], bool],
         notifier: Notifier,
         seconds: float | None = None,
     ) -> None:
-        """`late` gives the loops that are late; `ready`: READY was said, the start is over."""
-        self._late = late
+        """`look_up` gives the loops that are late; `ready`: READY was said, the start is over."""
+        self._look_up = look_up
         self._ready = ready
         self._notifier = notifier
         self._seconds = period(os.environ, os.getpid()) if seconds is None else seconds
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            self.look()
+            self.feed()
             await sleep_coalesced(self._seconds / 4)
 
-    def look(self) -> None:
-        """Feed it, or say why not."""
-        late = dict(self._late())
+    def feed(self) -> None:
+        """Feed it, or log why not."""
+        late = dict(self._look_up())
         for name, seconds in late.items():
-            if name not in self._told:
+            if name not in self._logged:
                 _log.error("loop_stuck", loop=name, late_seconds=round(seconds, 1))
-        self._told = set(late)
+        self._logged = set(late)
         if not late:
-            further = [] if self._ready() else [f"EXTEND_TIMEOUT_USEC={START_SECONDS * 1e6:.0f}"]
+            further = [] if self._ready() else [f"EXTEND_TIMEOUT_USEC={START_EXTENSION * 1e6:.0f}"]
             self._notifier.send("WATCHDOG=1", *further)

@@ -28,6 +28,7 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
@@ -336,7 +337,7 @@ class Link:
     # -- one lane ------------------------------------------------------------------------
 
     async def _hold(self, slot: LaneTask) -> None:
-        wait = REDIAL_FIRST
+        backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
         while not self._closing:
             if slot is not self.slots[0]:
                 slot.heartbeat.idle()
@@ -346,22 +347,19 @@ class Link:
             try:
                 await self._one_lane(slot)
                 if asyncio.get_running_loop().time() - began > LASTED:
-                    wait = REDIAL_FIRST
+                    backoff.reset()
             except LinkRefusedError as exc:
                 if self._begins_anew(exc):
-                    wait = REDIAL_FIRST
+                    backoff.reset()
                 else:
                     self._set_problem(slot, exc.problem)
             except ProblemError as exc:
                 self._set_problem(slot, exc.problem)
-            longest = REDIAL_PARKED if self.state == "parked" else REDIAL_LAST
-            wait = min(wait, longest)
-            pause = wait * random.uniform(0.8, 1.2)
+            pause = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
             if slot.problem is not None and slot.problem.code == codes.SSH_AUTH_REFUSED:
                 pause = max(pause, REDIAL_KEYS)
             slot.heartbeat.beat(pause + PATIENCE)
             await asyncio.sleep(pause)
-            wait = min(wait * 2, longest)
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
         """Make the extra lanes when those that stand are full."""

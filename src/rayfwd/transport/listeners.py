@@ -12,6 +12,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.session.target import Target
 from rayfwd.system import descriptors
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.acceptor import Acceptor
 from rayfwd.transport.admission import Admission
@@ -21,7 +22,7 @@ log = get_logger(__name__)
 
 OPENED_AT_ONCE = 100
 """Listeners that are opened in one turn of the loop."""
-LISTENER_RETRY = 5.0
+RETRY_FIRST, RETRY_LAST = 1.0, 5.0
 """Seconds between attempts at a listener whose port was taken."""
 
 Route = Callable[[Target, SocketRelay], None]
@@ -110,6 +111,7 @@ class Listeners:
     async def run(self) -> None:
         """Keep the listeners as wanted; a port that is taken is tried again until it is free."""
         self.admission.open()
+        backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
                 self._changed.clear()
@@ -119,8 +121,9 @@ class Listeners:
                 if before != after and self._on_change is not None:
                     self._on_change()
                 try:
-                    async with asyncio.timeout(LISTENER_RETRY if self._blocked else None):
+                    async with asyncio.timeout(backoff.next() if self._blocked else None):
                         await self._changed.wait()
+                        backoff.reset()
                 except TimeoutError:
                     pass
         finally:
