@@ -247,7 +247,8 @@ class RayConfig(_Section):
     advertise_check: YesNo = True
     """false: start Ray even where the head cannot reach the address in `advertise`"""
     auth: Literal["auto", "token", "off"] = "auto"
-    """Ray's token (Ray 2.52 on); "auto": one where all of Ray's tools find it by themselves"""
+    """Ray's token (Ray 2.52 on); "auto": enable it only for Ray versions whose tools
+    pick the token up without extra settings (2.61 on)"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
     """seconds between two looks at `ray status`, which takes about one of CPU"""
 
@@ -339,7 +340,7 @@ class Config(_Section):
     )
     """sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
     ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
-    """seconds a link may be down before its streams are given up, and Ray's patience with it"""
+    """seconds a link may be down before its streams are given up; Ray's own time-outs follow it"""
     expose: tuple[Port, ...] = ()
     """further ports of this machine, on 127.0.0.1, that others' [[forward]] may reach"""
     log: LogConfig = LogConfig()

@@ -276,7 +276,7 @@ class TestFewDescriptors:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nor where there is not even the reserve."""
-        monkeypatch.setattr(listeners_module, "LISTENER_RETRY", 0.05)
+        monkeypatch.setattr(listeners_module, "RETRY_LAST", 0.05)
 
         async def main() -> None:
             listeners = Listeners(lambda _target, relay: relay.refuse())

@@ -52,6 +52,7 @@ class Round:
 
     @property
     def ok(self) -> bool:
+        """It could be sent, and every node passed: one that could not be judged has not."""
         return self.problem is None and all(node["ok"] for node in self.nodes)
 
     def to_wire(self) -> dict[str, Any]:
