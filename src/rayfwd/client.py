@@ -43,6 +43,7 @@ from rayfwd.transport.admission import Admission
 from rayfwd.transport.link import Link
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
+from rayfwd.transport.ssh_carrier import SshCarrier
 
 log = get_logger(__name__)
 
@@ -167,15 +168,7 @@ class Client:
     async def _by(self, via: Via) -> Problem:
         """Hold the link by that way; where it does not come to stand even once, why not."""
         head = self._head.model_copy(update={"via": via})
-        link = self._link = Link(
-            head=head,
-            hello=lambda: hello_of(self._config, self._key),
-            accept=_nobody_dials,
-            on_welcome=self._welcomed,
-            on_message=self._message,
-            on_change=self._changed,
-            limits=Limits(),
-        )
+        link = self._link = Link(self, head, SshCarrier(head), Limits())
         async with asyncio.TaskGroup() as group:
             running = group.create_task(link.run(), name="link")
             while self._welcome is None and link.problem is None:
@@ -190,9 +183,16 @@ class Client:
         assert problem is not None, "there was no welcome"
         return _understood(problem, head)
 
-    # -- the link's words ----------------------------------------------------------------
+    # -- as the link's owner -------------------------------------------------------------
 
-    def _welcomed(self, welcome: Welcome) -> None:
+    def hello(self) -> Hello:
+        return hello_of(self._config, self._key)
+
+    def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
+        stream.reset(ResetReason.NOT_IN_PLAN, "a client serves nothing")
+        return None
+
+    def welcomed(self, welcome: Welcome) -> None:
         try:
             self._plan = NodePlan.from_wire(welcome.nodes[0])
             if not USUAL_PORTS.keys() <= self._plan.head_services.keys():
@@ -232,7 +232,7 @@ class Client:
         if (problem := self._acceptor.problem) is not None:
             self._say(f"{problem.code}: {problem}")
 
-    def _message(self, message: dict[str, Any]) -> None:
+    def message(self, message: dict[str, Any]) -> None:
         if message.get("type") == "ray_auth":
             try:
                 self._take_auth(message)
@@ -261,7 +261,7 @@ class Client:
             )
             self._say(f"{problem.code}: {problem}")
 
-    def _changed(self) -> None:
+    def link_changed(self) -> None:
         self._news.set()
         link = self._link
         if link is None or self._welcome is None or self._ending:
@@ -293,11 +293,6 @@ def hello_of(config: Config, key: str) -> Hello:
         role="client",
         ride_through=config.ride_through if given else RIDE_THROUGH_MOST,
     )
-
-
-def _nobody_dials(stream: MuxStream, data: bytes) -> StreamOwner | None:
-    stream.reset(ResetReason.NOT_IN_PLAN, "a client serves nothing")
-    return None
 
 
 def _understood(problem: Problem, head: HeadConfig) -> Problem:

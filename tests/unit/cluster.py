@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rayfwd.cluster.plan import head_plan
-from rayfwd.hub import Hub
+from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.connection import HELLO_TIMEOUT
 from rayfwd.hub.roster import Roster
 from rayfwd.session.events import Parked, Resumed, SessionEnded
@@ -215,23 +215,25 @@ class Cluster:
         self.connector = LocalConnector()
         self.roster = Roster(directory / "roster.json", own, NETWORK, 20000)
         self.messages: list[tuple[str, dict[str, Any]]] = []
-        self.hub = Hub(
-            directory / "hub.sock",
-            self.roster,
-            (),
-            NETWORK,
-            ride_through,
-            self.limits,
-            self.connector.accept,
-            lambda: ("2.60.0", "3.11"),
-            lambda node, message: self.messages.append((node, message)),
-            lambda: None,
-        )
+        self.offered = HubOffer(ray="2.60.0", python="3.11")
+        path = directory / "hub.sock"
+        self.hub = Hub(self, path, self.roster, (), NETWORK, ride_through, self.limits)
         self.listeners = Listeners(self.hub.open)
         self.workers: dict[str, Worker] = {}
         self.admission: Admission | None = None
         """Of the next worker's listeners; None: the usual one."""
         self._tasks: list[asyncio.Task[None]] = []
+
+    def offer(self) -> HubOffer:
+        return self.offered
+
+    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
+        return self.connector.accept(stream, target)
+
+    def message(self, node: str, message: dict[str, Any]) -> None:
+        self.messages.append((node, message))
+
+    def hub_changed(self) -> None: ...
 
     async def worker(self, name: str, called: str = "", **hello: Any) -> Worker:
         """`called`: what it is called here; `hello`: what is else in its HELLO."""

@@ -126,7 +126,8 @@ def test_nothing_that_comes_in_can_hurt(kind: Kind, stream: int, payload: bytes)
 def test_nothing_joins(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster(tmp_path, "w1") as c, caller(c) as doctor:
-            c.hub.ray_auth = {"mode": "token", "token": "sesame"}
+            auth = {"mode": "token", "token": "sesame"}
+            c.offered = replace(c.offered, ray_auth=auth)
             kept = (tmp_path / "roster.json").read_bytes()
             answer = await doctor.begin(hello_of("w2"))
             assert isinstance(answer, CheckReply)

@@ -8,6 +8,7 @@ import socket
 import tomllib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
+from tests.unit import daemons
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
 from tests.unit.ssh_server import Sshd
-from tests.unit.test_handover import restart_head
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,8 @@ class Site:
         self.running: asyncio.Task[None] | None = None
 
     async def start_head(self) -> None:
-        self.head.hub.client_ports = frozenset({8265, 10001, 8000})
+        ports = frozenset({8265, 10001, 8000})
+        self.head.offered = replace(self.head.offered, client_ports=ports)
         await self.head.start()
 
     async def start(self, hub: bool = True, **further: Any) -> None:
@@ -170,18 +172,27 @@ def test_a_cut_is_ridden_through_and_a_restart_of_the_hub_survived(
 
 def test_a_restart_of_the_head_hands_its_connections_over(tmp_path: Path, ports: list[int]) -> None:
     async def main() -> None:
-        async with site(tmp_path, ports) as s:
-            await s.start()
+        socket_ = str(tmp_path / "daemons/head/run/hub.sock")
+        (tmp_path / "daemons").mkdir()
+        async with (
+            daemons.site(tmp_path / "daemons") as real,
+            site(tmp_path, ports, socket=socket_) as s,
+        ):
+            await real.start()
+            await s.start(hub=False)
             await s.connected()
-            async with serving(echo, Target(s.head.address, 8265)):
+            own = real.head.role.node.view.own
+            assert own is not None
+            async with serving(echo, Target(own.address, 8265)):
                 reader, writer = await asyncio.open_connection("127.0.0.1", ports[0])
                 writer.write(b"before ")
                 assert await reader.readexactly(7) == b"before "
-                await restart_head(s.head)
+                await real.head.restart()
                 writer.write(b"after")
                 assert await reader.readexactly(5) == b"after"
-                (client,) = s.head.hub.clients.values()
-                assert (client.name, client.state, client.cuts) == ("laptop", "up", 1)
+                (client,) = real.head.runtime.status.to_wire()["clients"]
+                seen = (client["name"], client["state"], client["cuts"])
+                assert seen == ("laptop", "up", 1)
                 await goodbye(writer)
 
     run(main)
@@ -190,7 +201,8 @@ def test_a_restart_of_the_head_hands_its_connections_over(tmp_path: Path, ports:
 def test_the_token_is_written_and_not_told(tmp_path: Path, ports: list[int]) -> None:
     async def main() -> None:
         async with site(tmp_path, ports) as s:
-            s.head.hub.ray_auth = {"mode": "token", "token": "sesame"}
+            auth = {"mode": "token", "token": "sesame"}
+            s.head.offered = replace(s.head.offered, ray_auth=auth)
             await s.start()
             await s.connected()
             (path,) = (tmp_path / "state").rglob("ray_token")
@@ -202,8 +214,9 @@ def test_the_token_is_written_and_not_told(tmp_path: Path, ports: list[int]) -> 
             assert f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path}" in s.said
             assert not any("sesame" in line for line in s.said)
             # As the head does it: lanes that come after it are told the same.
-            s.head.hub.ray_auth = {"mode": "token", "token": "open"}
-            s.head.hub.tell_all({"type": "ray_auth", **s.head.hub.ray_auth}, True)
+            auth = {"mode": "token", "token": "open"}
+            s.head.offered = replace(s.head.offered, ray_auth=auth)
+            s.head.hub.tell_all({"type": "ray_auth", **auth}, True)
             await until(lambda: path.read_text() == "open\n")
 
     run(main)
@@ -243,7 +256,7 @@ class TestTheHub:
     ) -> None:
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
-                c.hub.client_ports = frozenset({8265})
+                c.offered = replace(c.offered, client_ports=frozenset({8265}))
                 client = await c.worker("laptop", role="client", worker_ports=0)
                 assert client.welcome is not None
                 assert client.welcome.node == {}

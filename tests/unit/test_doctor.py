@@ -25,6 +25,7 @@ from rayfwd.doctor import judgements, observe, rows, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.judgements import Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
+from rayfwd.hub import HubOffer
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Refusal
 from tests.unit.cluster import Cluster, free_place
@@ -655,9 +656,9 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
             assert found["ray"].seen["ray"] == "2.40.0"
             assert found["versions"].problem is not None
             assert found["versions"].problem.code == codes.RAY_VERSION_DIFFERS
-            s.head.hub._head_versions = lambda: ("2.40.0", found["ray"].seen["python"])
+            s.head.offered = HubOffer(ray="2.40.0", python=found["ray"].seen["python"])
             assert (await s.look())["versions"].result == "pass"
-            s.head.hub._head_versions = lambda: (None, None)
+            s.head.offered = HubOffer()
             assert "does not know its own Ray" in (await s.look())["versions"].said
 
     run(main_)

@@ -1,4 +1,4 @@
-"""A restart of either side costs no connection: real hub, sessions, listeners and sockets.
+"""A restart of either side costs no connection: whole daemons, their sessions and sockets.
 
 The process that comes after is the same one here; what it gets comes out of a bundle all the same.
 """
@@ -13,151 +13,31 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from rayfwd.daemon import handover
-from rayfwd.hub import Hub
-from rayfwd.session.session import Limits, Session
+from rayfwd.daemon import head as head_module
+from rayfwd.daemon import worker as worker_module
+from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree, dump
 from rayfwd.session.target import Target
 from rayfwd.system import fdpass
 from rayfwd.system.notify import Notifier
-from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.listeners import Listeners
-from rayfwd.transport.mux import Mux
-from rayfwd.transport.relay import SocketRelay
-from tests.unit.cluster import (
-    BULK,
-    INTERACTIVE,
-    Cluster,
-    Worker,
-    cluster,
-    echo,
-    free_place,
-    goodbye,
-    serving,
-)
-from tests.unit.loops import log_events, of, until
-from tests.unit.loops import run_on_fake_clock as run
-
-PATHS = ["w1>head", "head>w1", "w1>w2"]
+from rayfwd.transport import link as link_module
+from rayfwd.watch import reach
+from tests.unit.cluster import echo, goodbye, serving
+from tests.unit.daemons import exposed, site
+from tests.unit.loops import log_events, of, run, until
 
 
-class HeadHolder:
-    """The test's head as a daemon hands it over."""
-
-    def __init__(self, listeners: Listeners, connector: LocalConnector, hub: Hub) -> None:
-        self.listeners, self.connector, self.hub = listeners, connector, hub
-
-    def muxes(self) -> dict[str, Mux]:
-        return self.hub.muxes()
-
-    def waiting(self) -> list[tuple[Target, SocketRelay]]:
-        return self.hub.waiting
-
-    def stop_accepting(self) -> socket.socket | None:
-        return self.hub.stop_accepting()
-
-    def hand_over(self) -> Tree:
-        return {"splices": self.hub.splices(), "nodes": self.hub.hand_over()}
-
-    def take_over(self, tree: Tree) -> None:
-        for each in tree["nodes"]:
-            self.hub.take_over(each)
-
-    def take_over_splices(self, tree: Tree) -> None:
-        for each in tree["splices"]:
-            self.hub.splice(each)
-
-
-class WorkerHolder:
-    """A worker of the test's."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker, self.listeners, self.connector = worker, worker.listeners, worker.connector
-
-    def muxes(self) -> dict[str, Mux]:
-        return {} if self.worker.mux is None else {"head": self.worker.mux}
-
-    def waiting(self) -> list[tuple[Target, SocketRelay]]:
-        return []
-
-    def stop_accepting(self) -> socket.socket | None:
-        return None
-
-    def hand_over(self) -> Tree:
-        assert self.worker.mux is not None
-        return {"core": self.worker.mux.stop()}
-
-    def take_over(self, tree: Tree) -> None:
-        worker = self.worker
-        core = Session.restored(tree["core"], asyncio.get_running_loop().time())
-        worker.mux = Mux(core, worker._accept, worker.messages.append, worker.changes.append)
-        worker.mux.flush()
-
-    def take_over_splices(self, tree: Tree) -> None: ...
-
-
-async def carry(holder: handover.Holder) -> handover.Arrival:
-    """What the process that comes after finds."""
-    left = await handover.leave(holder, "worker", "w1")
-    with left.bundle, left.other_end:
-        unpacked = fdpass.unpack(left.bundle)
-    assert unpacked is not None
-    return handover.opened(*unpacked, "worker", "w1")
-
-
-async def restart_head(c: Cluster) -> None:
-    old = HeadHolder(c.listeners, c.connector, c.hub)
-    wanted = dict(c.listeners._wanted)
-    arrival = await carry(old)
-    await old.connector.close()
-    again = Cluster(c.hub.path.parent, c.limits)
-    again.hub.client_ports = c.hub.client_ports
-    c.hub, c.listeners, c.connector = again.hub, again.listeners, again.connector
-    c.listeners.inherit(arrival.listeners())
-    listening = arrival.listening()
-    await arrival.take_over(HeadHolder(c.listeners, c.connector, c.hub))
-    c.listeners.set_wanted(wanted)
-    c._tasks.append(asyncio.create_task(c.listeners.run()))
-    await c.hub.start(listening)
-    for worker in c.workers.values():
-        worker.lanes.clear()
-        await worker.connect(INTERACTIVE)
-        await worker.connect(BULK)
-
-
-async def restart_worker(c: Cluster, name: str) -> None:
-    old = c.workers[name]
-    wanted = dict(old.listeners._wanted)
-    arrival = await carry(WorkerHolder(old))
-    await old.connector.close()
-    worker = c.workers[name] = Worker(name, c.hub.path, c.limits)
-    worker.hello = old.hello
-    worker.listeners.inherit(arrival.listeners())
-    await arrival.take_over(WorkerHolder(worker))
-    worker.listeners.set_wanted(wanted)
-    c._tasks.append(asyncio.create_task(worker.listeners.run()))
-    await worker.connect(INTERACTIVE)
-    await worker.connect(BULK)
-
-
-async def restart(c: Cluster, who: str) -> None:
-    await (restart_head(c) if who == "head" else restart_worker(c, who))
-
-
-@asynccontextmanager
-async def echoing(c: Cluster, path: str) -> AsyncIterator[Target]:
-    """Where a client dials to reach an echo server by `path`."""
-    near, _, far = path.partition(">")
-    place = Target(c.address_of(far), free_place().port)
-    listen = await c.listener(near, place)
-    async with serving(echo, place):
-        yield listen
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redial fast; there is no Ray, so none is dialled."""
+    for name, seconds in {"REDIAL_FIRST": 0.01, "REDIAL_PARKED": 0.02, "REDIAL_LAST": 0.2}.items():
+        monkeypatch.setattr(link_module, name, seconds)
+    monkeypatch.setattr(reach, "servers", lambda _plan: [])
 
 
 async def converse(listen: Target, seed: int, size: int, done: list[int]) -> None:
@@ -199,26 +79,33 @@ TIGHT = Limits(window=1 << 15, window_ceiling=1 << 18, stream_buffer=1 << 15)
 
 @pytest.mark.parametrize("who", ["head", "w1"])
 @pytest.mark.parametrize("limits", [Limits(), TIGHT], ids=["roomy", "tight"])
-def test_streams_go_on_through_restarts(tmp_path: Path, who: str, limits: Limits) -> None:
+def test_streams_go_on_through_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str, limits: Limits
+) -> None:
     """On every path, at whatever moment: every byte comes out, once, and in order."""
+    monkeypatch.setattr(head_module, "Limits", lambda: limits)
+    monkeypatch.setattr(worker_module, "Limits", lambda: limits)
 
     async def main() -> None:
         done: list[int] = []
-        async with cluster(tmp_path, "w1", "w2", limits=limits) as c:
+        async with site(tmp_path, "w1", "w2") as s:
+            paths = [s.path("w1", "head"), s.path("head", "w1"), s.path("w1", "w2")]
+            await s.start()
             async with (
-                echoing(c, PATHS[0]) as first,
-                echoing(c, PATHS[1]) as second,
-                echoing(c, PATHS[2]) as third,
+                serving(echo, exposed(s.head)),
+                serving(echo, exposed(s.workers["w1"])),
+                serving(echo, exposed(s.workers["w2"])),
                 asyncio.TaskGroup() as group,
             ):
                 talks = [
                     group.create_task(converse(listen, seed, 3_000_000, done))
-                    for seed, listen in enumerate((first, second, third) * 3)
+                    for seed, listen in enumerate(paths * 3)
                 ]
                 restarts = 0
                 while not all(talk.done() for talk in talks):
                     await asyncio.sleep(0.03 * (1 + restarts % 4))
-                    await restart(c, who)
+                    await s.node(who).restart()
+                    await s.ready()  # or a slow machine would do nothing but restart
                     restarts += 1
                 assert restarts > 3
             assert len(done) == 9
@@ -230,27 +117,25 @@ def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
     """What cannot be joined again is reset on both sides, once, and said."""
 
     async def main() -> None:
-        async with cluster(tmp_path, "w1") as c, echoing(c, "w1>head") as listen:
-            reader, writer = await asyncio.open_connection(*listen)
-            writer.write(b"hello")
-            assert await reader.readexactly(5) == b"hello"
-            old = c.workers["w1"]
-            arrival = await carry(WorkerHolder(old))
-            arrival.tree["relays"] = [["another", 1, None, None, b""]]
-            worker = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
-            worker.hello = old.hello
-            with log_events() as log:
-                await arrival.take_over(WorkerHolder(worker))
-            (taken,) = of(log, "handover_taken")
-            assert (taken["streams"], taken["reset"]) == (0, 1)
-            with pytest.raises(ConnectionResetError):
-                await reader.read()
-            writer.close()
-            await worker.connect()
-            assert worker.mux is not None
-            session = worker.mux.session
-            await until(lambda: list(session.streams) == [0])
-            await old.connector.close()
+        async with site(tmp_path, "w1") as s:
+            listen = s.path("w1", "head")
+            await s.start()
+            w1 = s.workers["w1"]
+            async with serving(echo, exposed(s.head)):
+                reader, writer = await asyncio.open_connection(*listen)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                with log_events() as log:
+                    await w1.restart(
+                        lambda tree: tree.update(relays=[["another", 1, None, None, b""]])
+                    )
+                    with pytest.raises(ConnectionResetError):
+                        await reader.read()
+                (taken,) = of(log, "handover_taken")
+                assert (taken["streams"], taken["reset"]) == (0, 1)
+                writer.close()
+                session = s.head.head.muxes()["w1"].session
+                await until(lambda: list(session.streams) == [0])
 
     run(main)
 

@@ -301,10 +301,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
     def hub(self, directory: Path, users: tuple[str, ...]) -> Hub:
         c = Cluster(directory)
-        return Hub(
-            c.hub.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits, c.connector.accept,
-            lambda: (None, None), lambda _node, _message: None, lambda: None,
-        )  # fmt: skip
+        return Hub(c, c.hub.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
     def test_a_stranger_is_told_so_where_several_users_are_allowed(

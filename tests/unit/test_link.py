@@ -20,7 +20,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.session.handshake import Welcome
+from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
 from rayfwd.transport import link as link_module
@@ -31,6 +31,7 @@ from rayfwd.transport.link import Link, LinkRefusedError
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
+from rayfwd.transport.ssh_carrier import SshCarrier
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, until
@@ -73,15 +74,8 @@ class Site:
             "socket": self.head.hub.path,
         }
         given.update(self._fields)
-        self._link = Link(
-            HeadConfig(**given),
-            lambda: hello_of("w1", ride_through=self.ride_through),
-            self._accept,
-            self.welcomes.append,
-            self.messages.append,
-            lambda: None,
-            Limits(),
-        )
+        head = HeadConfig(**given)
+        self._link = Link(self, head, SshCarrier(head), Limits())
         self._tasks.append(asyncio.create_task(self.link.run()))
         self._tasks.append(asyncio.create_task(self.listeners.run()))
 
@@ -125,8 +119,19 @@ class Site:
         async with serving(echo, place):
             yield listen
 
-    def _accept(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
-        return self.connector.accept(stream, Target.decode(data))
+    def hello(self) -> Hello:
+        return hello_of("w1", ride_through=self.ride_through)
+
+    def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
+        return self.connector.accept(stream, Target.decode(target))
+
+    def welcomed(self, welcome: Welcome) -> None:
+        self.welcomes.append(welcome)
+
+    def message(self, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+
+    def link_changed(self) -> None: ...
 
     def _route(self, target: Target, relay: SocketRelay) -> None:
         relay.open_stream(self.link.mux, target)

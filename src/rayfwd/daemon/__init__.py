@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
+from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon import handover
-from rayfwd.daemon.head import HeadDaemon
-from rayfwd.daemon.runtime import Daemon
-from rayfwd.daemon.worker import WorkerDaemon
+from rayfwd.daemon.head import HeadRole
+from rayfwd.daemon.node import Makers
+from rayfwd.daemon.resources import claimed
+from rayfwd.daemon.role import Role
+from rayfwd.daemon.runtime import Runtime
+from rayfwd.daemon.worker import WorkerRole
 from rayfwd.problems import ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.system.malloc import keep_freed
@@ -21,19 +26,33 @@ def run(config: Config) -> int:
     """Run the daemon in front. Returns the exit code: 0 ended in order, 1 it could not begin."""
     keep_freed()
     try:
-        daemon = asyncio.run(_run(config))
+        runtime = asyncio.run(_run(config))
     except ProblemError as exc:
         problem = exc.problem
         log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
         Notifier().send(f"STATUS=cannot begin: {problem.cause}")
         return 1
-    if daemon.again:
-        handover.exec_again(daemon.left)
+    if runtime.again:
+        handover.exec_again(runtime.left)
     return 0
 
 
-async def _run(config: Config) -> Daemon:
+async def _run(config: Config) -> Runtime:
     """Raises ProblemError."""
-    daemon: Daemon = HeadDaemon(config) if config.role == "head" else WorkerDaemon(config)
-    await daemon.run()
-    return daemon
+    with claimed(config):
+        log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
+        notifier = Notifier()
+        arrival = handover.arrived(os.environ, config.role, config.name, notifier)
+        try:
+            runtime = Runtime(role_of(config), notifier, arrival)
+            await runtime.run()
+        finally:
+            if arrival is not None:
+                arrival.close()
+    return runtime
+
+
+def role_of(config: Config, makers: Makers | None = None) -> Role:
+    """The role that the configuration names, built whole. Raises ProblemError."""
+    makers = makers or Makers()
+    return HeadRole(config, makers) if config.role == "head" else WorkerRole(config, makers)

@@ -33,19 +33,27 @@ from rayfwd.transport.relay import Held, SocketRelay
 
 log = get_logger(__name__)
 
+SAY_AGAIN = {"type": "say_again"}
+"""A control message: whoever sends it was restarted, and knows no more what it had been told."""
+
 RESET = "nothing: the streams are reset once, and all heals by itself"
 KEEP_SECONDS = 10
 """Seconds that the service manager may take to store a descriptor: as long as it is busy."""
+SETTLE_SECONDS = 5.0
+"""Seconds that a process which is told to restart waits for the end of its own beginning."""
 PROBE = f"{fdpass.NAME}-probe"
 ACCEPT_TURNS = 5
 """Turns of the loop after which what a listener accepted has its relay: asyncio takes three."""
 
 
 class Holder(Protocol):
-    """A daemon, as far as it hands over and takes over."""
+    """A role, as far as it hands over and takes over."""
 
-    listeners: Listeners
-    connector: LocalConnector
+    @property
+    def listeners(self) -> Listeners: ...
+
+    @property
+    def connector(self) -> LocalConnector: ...
 
     def muxes(self) -> Mapping[str, Mux]:
         """The sessions, by the peer's name."""
@@ -152,6 +160,7 @@ class Arrival:
 
     def __init__(self, tree: Tree, descriptors: Iterable[int]) -> None:
         self.tree = tree
+        self._taken = asyncio.Event()
         self._sockets: dict[int, socket.socket] = {}
         for number, descriptor in enumerate(descriptors):
             self._sockets[number] = sock = socket.socket(fileno=descriptor)
@@ -186,6 +195,12 @@ class Arrival:
             reset_on_close(sock)
             sock.close()
 
+    async def settled(self) -> None:
+        """Until it was taken over, or for SETTLE_SECONDS: half of it is nothing to hand on."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                await self._taken.wait()
+
     async def take_over(self, holder: Holder) -> None:
         """Give the holder its sessions, and these their connections. What does not fit is reset."""
         joined = lost = 0
@@ -197,6 +212,7 @@ class Arrival:
             log.error("handover_refused", cause=str(exc), remedy=RESET)
         finally:
             self.close()
+            self._taken.set()
             for mux in holder.muxes().values():
                 lost += mux.reset_unowned()
         log.info("handover_taken", streams=joined, reset=lost, seconds=round(self.seconds, 1))

@@ -6,15 +6,17 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
-from rayfwd.daemon.runtime import SAY_AGAIN, Daemon
+from rayfwd.daemon.handover import SAY_AGAIN, Arrival
+from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
@@ -24,24 +26,27 @@ from rayfwd.daemon.views import (
     roster_rows,
     streams_status,
 )
-from rayfwd.daemon.watches import LINK
-from rayfwd.hub import Hub, HubNode
+from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
-from rayfwd.ray.commandline import MARGIN, given_up_after
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Target
+from rayfwd.system.control import Verb
+from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.mux import Mux
+from rayfwd.transport.listeners import Listeners
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
+from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Seen
 from rayfwd.watch.flapping import flapping
@@ -55,16 +60,17 @@ FIND_SECONDS = 5.0
 """Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
 
 
-class HeadDaemon(Daemon):
-    """The daemon of the head."""
+class HeadRole:
+    """The head, as the runtime runs it. Owner of its node and of its hub."""
 
-    _hub: Hub | None = None
-    _watch: ClusterWatch | None = None
-    _listening = False
-    _told_versions: tuple[str | None, str | None] = (None, None)
-    _told_phase = ""
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, makers: Makers) -> None:
+        """Raises ProblemError where the file leaves no room for the plan, or the roster is none."""
+        own = config.own_head_plan()
+        hub = config.hub
+        self._roster = Roster(config.roster_file, own, hub.network, hub.port_base)
+        view = ClusterView(hub.network, config.ride_through, own, self._roster.plans())
+        self._own = own
+        self._cluster: ClusterReport | None = None
         self._workers_ray: dict[str, dict[str, Any]] = {}
         self._dial_back = advertise.DialBack()
         self._interruptions = Interruptions(time.time())
@@ -72,69 +78,85 @@ class HeadDaemon(Daemon):
         """Nodes that were there once."""
         self._heard: dict[str, str] = {}
         """The session in which a worker was last told of all conditions."""
-        super().__init__(config)
-
-    async def serve(self) -> None:
-        config = self.config
-        own = config.own_head_plan()
-        roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
-        self.own = own
-        self._roster = roster
-        self._hub = hub = Hub(
+        self._told_versions: tuple[str | None, str | None] = (None, None)
+        self._told_phase = ""
+        self._node = node = Node(config, self, view, makers)
+        self._hub = Hub(
+            self,
             path=config.hub_socket,
-            roster=roster,
-            users=config.hub.users,
-            network=config.hub.network,
+            roster=self._roster,
+            users=hub.users,
+            network=hub.network,
             ride_through=config.ride_through,
             limits=Limits(),
-            accept=self.accept,
-            head_versions=self._versions,
-            on_message=self._message,
-            on_change=self._hub_changed,
         )
-        listening = self._inherited_socket()
-        await self.go_on()
-        self._hub_changed()
-        hub.features = frozenset({advertise.FEATURE})
-        services = own.head_services
-        hub.client_ports = frozenset({services["dashboard"], services["client"], *config.expose})
-        self.ray.before_start = self._before_start
+        self._cluster_watch = ClusterWatch(
+            config.ray, own, node.ray, node.board, self._interruptions, self
+        )
+        self._dashboard_watch = DashboardWatch(own, node.ray, node.board)
+
+    @property
+    def node(self) -> Node:
+        return self._node
+
+    @property
+    def view(self) -> ClusterView:
+        return self._node.view
+
+    @property
+    def cluster(self) -> ClusterReport | None:
+        return self._cluster
+
+    # -- life ----------------------------------------------------------------------------
+
+    async def serve(self, arrival: Arrival | None) -> None:
+        """Raises ProblemError where the hub cannot listen."""
+        config = self._node.config
+        if arrival is not None:
+            self._inherit_socket(arrival)
+            await arrival.take_over(self)
+        self.hub_changed()
         with suppress(ProblemError, TimeoutError):
             # Where Ray cannot be found now, or not soon, the start of Ray decides.
             async with asyncio.timeout(FIND_SECONDS):
                 install = await find(config.ray.command, os.environ)
                 await self._settle_auth(install.versions.ray)
-        if self.auth is None:
+        if self.view.auth is None:
             self._set_auth(token.kept_auth(config.state_dir) or RayAuth("off"))
-        await hub.start(listening)
-        self._listening = True
-        self._set_plan()
+        await self._hub.start()
+        self._tell_ray()
         self.changed()
-        self._watch = ClusterWatch(
-            config.ray,
-            own,
-            self.ray,
-            self.board,
-            roster.plans,
-            self._up,
-            self._declared,
-            self._interruptions,
-            config.ride_through + 2 * MARGIN,
-            self._report,
-        )
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._watch.run(), name="cluster watch")
-            dashboard = DashboardWatch(own, self.ray, self.board)
-            group.create_task(dashboard.run(), name="dashboard watch")
+        await self._hub.wait_closed()
 
-    def _set_plan(self) -> None:
-        if self.own is not None:
-            ride_through = self.config.ride_through
-            self.ray.set_plan(self.own, self.own, None, ride_through, auth=self.auth)
+    async def end(self) -> None:
+        await self._dial_back.close()
+        await self._hub.close("the head's rayfwd was stopped")
+
+    def watchers(self) -> dict[str, Work]:
+        return {"cluster": self._cluster_watch.run, "dashboard": self._dashboard_watch.run}
+
+    def loops(self) -> Iterable[Heartbeat]:
+        return ()
+
+    def take_config(self, config: Config) -> None:
+        self._node.take_config(config)
+        self._cluster_watch.take_config(config.ray)
+
+    def verbs(self) -> Mapping[str, Verb]:
+        return {"forget": self._forget_verb}
+
+    async def _forget_verb(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"forgotten": self._hub.forget(str(args.get("name", "")))}
+
+    # -- Ray -----------------------------------------------------------------------------
+
+    def _tell_ray(self) -> None:
+        view = self.view
+        self._node.ray.set_plan(self._own, self._own, None, view.ride_through, auth=view.auth)
 
     async def _settle_auth(self, version: str) -> None:
         """Decide whether Ray asks for a token. Raises ProblemError."""
-        config = self.config
+        config = self._node.config
         env = {**os.environ, **config.ray.env}
         auth = await asyncio.to_thread(
             token.decide, config.ray.auth, version, env, config.state_dir
@@ -143,48 +165,50 @@ class HeadDaemon(Daemon):
         self._set_auth(auth)
 
     def _set_auth(self, auth: RayAuth) -> None:
-        assert self._hub is not None, "the hub is made first"
-        if auth != self.auth:
-            self.auth = auth
-            self._hub.ray_auth = auth.to_wire()
+        if auth != self.view.auth:
+            self._node.set_view(replace(self.view, auth=auth))
             self._hub.tell_all({"type": "ray_auth", **auth.to_wire()}, clients=True)
             log.info("ray_auth_settled", mode=auth.mode)
 
-    async def _before_start(self, own: NodePlan, install: RayInstall) -> None:
+    async def before_start(self, own: NodePlan, install: RayInstall) -> None:
         await self._settle_auth(install.versions.ray)
-        self._set_plan()
+        self._tell_ray()
 
-    async def end(self) -> None:
-        await self._dial_back.close()
-        if self._hub is not None:
-            await self._hub.close("the head's rayfwd was stopped")
+    def ray_waits(self) -> str:
+        return f"Ray is {self._node.ray.state.phase}"
 
-    # -- for a process that comes after this one ---------------------------------
+    # -- for a process that comes after this one -----------------------------------------
+
+    @property
+    def listeners(self) -> Listeners:
+        return self._node.listeners
+
+    @property
+    def connector(self) -> LocalConnector:
+        return self._node.connector
 
     def muxes(self) -> dict[str, Mux]:
-        return {} if self._hub is None else self._hub.muxes()
+        return self._hub.muxes()
 
     def waiting(self) -> list[tuple[Target, SocketRelay]]:
-        return [] if self._hub is None else self._hub.waiting
+        return self._hub.waiting
 
     def stop_accepting(self) -> socket.socket | None:
-        return None if self._hub is None else self._hub.stop_accepting()
+        return self._hub.stop_accepting()
 
     def hand_over(self) -> Tree:
         hub = self._hub
-        if hub is None:
-            return {"path": "", "splices": [], "nodes": []}
         return {"path": str(hub.path), "splices": hub.splices(), "nodes": hub.hand_over()}
 
-    def _inherited_socket(self) -> socket.socket | None:
+    def _inherit_socket(self, arrival: Arrival) -> None:
         """The hub's, where an earlier process listened in the place that is asked for now."""
-        path, arrival = self.config.hub_socket, self._arrival
-        if arrival is None or arrival.tree["sessions"]["path"] != str(path) or not path.is_socket():
-            return None
-        return arrival.listening()
+        path = self._hub.path
+        if arrival.tree["sessions"]["path"] == str(path) and path.is_socket():
+            listening = arrival.listening()
+            if listening is not None:
+                self._hub.inherit(listening)
 
     def take_over(self, tree: Tree) -> None:
-        assert self._hub is not None, "the hub is made first"
         for each in tree["nodes"]:
             try:
                 self._hub.take_over(each).send_message(SAY_AGAIN)
@@ -192,73 +216,103 @@ class HeadDaemon(Daemon):
                 log.error("handover_refused", cause=str(exc), remedy=handover.RESET)
 
     def take_over_splices(self, tree: Tree) -> None:
-        assert self._hub is not None, "the hub is made first"
         for each in tree["splices"]:
             self._hub.splice(each)
 
-    def _hub_changed(self) -> None:
+    # -- as the hub's owner --------------------------------------------------------------
+
+    def offer(self) -> HubOffer:
+        auth, services = self.view.auth, self._own.head_services
+        ray, python = self._versions()
+        return HubOffer(
+            ray=ray,
+            python=python,
+            features=frozenset({advertise.FEATURE}),
+            ray_auth=None if auth is None else auth.to_wire(),
+            client_ports=frozenset(
+                {services["dashboard"], services["client"], *self._node.config.expose}
+            ),
+        )
+
+    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
+        return self._node.accept(stream, target)
+
+    def hub_changed(self) -> None:
         """A node came, went or changed."""
-        self.nodes = self._roster.plans()
-        there = {self.config.name}
-        there |= {n.plan.name for n in self._nodes_of_hub() if n.state != "away"}
+        there = {self._node.config.name}
+        there |= {n.plan.name for n in self._hub.nodes.values() if n.state != "away"}
         self._dial_back.keep(there)
         self._known |= there
         gone = self._known - there
         for name in gone:
-            self.watches.unheard(name)
-        self.board.drop(gone, but=(LINK,))
-        self._interruptions.look((plan.name for plan in self._up()), time.time())
-        self.plan_changed()
+            self._node.exchange.unheard(name)
+        self._node.board.drop(gone, but=(LINK,))
+        self._look_for_interruptions()
+        self._node.set_view(replace(self.view, nodes=self._roster.plans()))
         self._tell_newcomers()  # what is so now that they are here
 
-    def _nodes_of_hub(self) -> list[HubNode]:
-        return list(self._hub.nodes.values()) if self._hub is not None else []
+    def _look_for_interruptions(self) -> None:
+        self._interruptions.look((plan.name for plan in self.up()), time.time())
 
     def _versions(self) -> tuple[str | None, str | None]:
-        versions = self.ray.state.versions
+        versions = self._node.ray.state.versions
         return (versions.ray, versions.python) if versions else (None, None)
 
-    def _declared(self) -> dict[str, dict[str, float]]:
-        """What the configurations of the nodes say that they bring, by address."""
-        nodes = self._nodes_of_hub()
-        told = {n.plan.address: dict(n.hello.resources) for n in nodes if n.hello is not None}
-        own = {self.own.address: declared_resources(self.config)} if self.own is not None else {}
-        return told | own
+    # -- as the cluster watch's owner ----------------------------------------------------
 
-    def _up(self) -> list[NodePlan]:
-        """The nodes whose own rayfwd has Ray up, with a link that is up."""
+    def declared(self) -> dict[str, dict[str, float]]:
+        told = {
+            n.plan.address: dict(n.hello.resources)
+            for n in self._hub.nodes.values()
+            if n.hello is not None
+        }
+        return told | {self._own.address: declared_resources(self._node.config)}
+
+    def up(self) -> list[NodePlan]:
         return [
             node.plan
-            for node in self._nodes_of_hub()
+            for node in self._hub.nodes.values()
             if node.state == "up" and self._phase(node.plan.name) == "up"
         ]
 
     def _phase(self, name: str) -> str | None:
         return (self._workers_ray.get(name) or {}).get("phase")
 
-    def _report(self, report: ClusterReport) -> None:
-        self.cluster = report
-        plans = {n.plan.address: n.plan for n in self._nodes_of_hub() if n.state != "away"}
-        patience = given_up_after(self.config.ride_through)
-        found = flapping(report.nodes, plans, time.time(), patience, self._interruptions)
-        self.board.put("flapping", found)
+    def reported(self, report: ClusterReport) -> None:
+        self._cluster = report
+        plans = {n.plan.address: n.plan for n in self._hub.nodes.values() if n.state != "away"}
+        found = flapping(
+            report.nodes, plans, time.time(), self.view.gives_up_after, self._interruptions
+        )
+        self._node.board.put("flapping", found)
         self._tell_report()
         self.changed()
 
-    def _tell_report(self) -> None:
-        if self._hub is not None and self.cluster is not None:
-            self._hub.tell_all({"type": "cluster", "report": self.cluster.to_wire()})
+    # -- what the workers are told -------------------------------------------------------
+
+    def changed(self) -> None:
+        if self._versions() != self._told_versions:
+            self._told_versions = ray, python = self._versions()
+            self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
+        if self._node.ray.state.phase != self._told_phase:
+            self._told_phase = self._node.ray.state.phase
+            self._hub.tell_all(self._phase_message())
+        self._node.changed()
 
     def board_changed(self) -> None:
         """Workers hear of what was found of every node."""
-        super().board_changed()
-        if self._hub is not None and (told := self.watches.message(all_of_them=True)) is not None:
+        self._node.news.set()
+        if (told := self._node.exchange.message()) is not None:
             self._hub.tell_all(told)
+
+    def _tell_report(self) -> None:
+        if self._cluster is not None:
+            self._hub.tell_all({"type": "cluster", "report": self._cluster.to_wire()})
 
     def _tell_newcomers(self) -> None:
         """A worker with a new session has heard nothing yet."""
-        told = self.watches.told
-        for node in self._nodes_of_hub():
+        told = self._node.exchange.told
+        for node in self._hub.nodes.values():
             if node.session != self._heard.get(node.plan.name, ""):
                 self._heard[node.plan.name] = node.session
                 if node.mux is not None:
@@ -266,12 +320,18 @@ class HeadDaemon(Daemon):
                     if told is not None:
                         node.mux.send_message(told)
 
-    def _message(self, node: str, message: dict[str, Any]) -> None:
+    def _phase_message(self) -> dict[str, Any]:
+        """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
+        return {"type": "head_ray", "phase": self._node.ray.state.phase}
+
+    # -- what the workers say ------------------------------------------------------------
+
+    def message(self, node: str, message: dict[str, Any]) -> None:
         """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
         try:
             self._message_of_check(node, message)
             if message.get("type") == "conditions":
-                self.watches.heard(message, node, speaks_for_all=False)
+                self._node.exchange.heard(message, node)
         except ValueError as exc:
             log.warning("message_malformed", node=node, cause=str(exc))
         if message.get("type") == "say_again":
@@ -281,9 +341,8 @@ class HeadDaemon(Daemon):
                 key: None if message.get(key) is None else str(message[key])[:64]
                 for key in ("phase", "version", "python")
             }
-            self._interruptions.look((plan.name for plan in self._up()), time.time())
-            if self._watch is not None:
-                self._watch.look_soon()
+            self._look_for_interruptions()
+            self._cluster_watch.look_soon()
             self.changed()
 
     def _say_again(self, name: str) -> None:
@@ -293,7 +352,7 @@ class HeadDaemon(Daemon):
         self._tell_report()
 
     def _message_of_check(self, name: str, message: dict[str, Any]) -> None:
-        node = self._hub.nodes.get(name) if self._hub is not None else None
+        node = self._hub.nodes.get(name)
         if node is None or node.mux is None:
             return
         mux = node.mux
@@ -305,23 +364,15 @@ class HeadDaemon(Daemon):
         if message.get("type") == "dial_back":
             self._dial_back.asked(node.plan, message, send)
 
-    def changed(self) -> None:
-        if self._hub is not None and self._versions() != self._told_versions:
-            self._told_versions = ray, python = self._versions()
-            self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
-        if self._hub is not None and self.ray.state.phase != self._told_phase:
-            self._told_phase = self.ray.state.phase
-            self._hub.tell_all(self._phase_message())
-        super().changed()
+    # -- as the node's owner -------------------------------------------------------------
 
-    def _phase_message(self) -> dict[str, Any]:
-        """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
-        return {"type": "head_ray", "phase": self.ray.state.phase}
+    def route(self, target: Target, relay: SocketRelay) -> None:
+        self._hub.open(target, relay)
 
     def peers(self) -> dict[str, Peer]:
-        if self._hub is None or self.cluster is None or self.ray.state.phase != "up":
+        if self._cluster is None or self._node.ray.state.phase != "up":
             return {}
-        alive = {node.address for node in self.cluster.nodes if node.state == "ALIVE"}
+        alive = {node.address for node in self._cluster.nodes if node.state == "ALIVE"}
         return {
             node.plan.name: Peer(node.plan, (node.session, node.cuts))
             for node in self._hub.nodes.values()
@@ -331,27 +382,21 @@ class HeadDaemon(Daemon):
         }
 
     async def canary_targets(self) -> list[NodeSeen]:
-        assert self.own is not None, "a canary is sent once the plan is there"
-        return await alive_nodes(self.own, self.ray.environment or {})
+        return await alive_nodes(self._own, self._node.ray.environment or {})
 
-    def route(self, target: Target, relay: SocketRelay) -> None:
-        if self._hub is None:
-            relay.refuse()
-        else:
-            self._hub.open(target, relay)
+    # -- how it is -----------------------------------------------------------------------
 
-    async def forget(self, args: dict[str, Any]) -> dict[str, Any]:
-        assert self._hub is not None, "the control socket opens after the hub is made"
-        return {"forgotten": self._hub.forget(str(args.get("name", "")))}
+    def link_stands(self) -> bool:
+        return self._hub.started
 
     def link_problems(self) -> list[Problem]:
-        if self._listening:
+        if self.link_stands():
             return []
         return [codes.HUB_STARTING.problem("the hub does not listen yet", "nothing: this is brief")]
 
     def link_conditions(self) -> list[Seen]:
         found = []
-        for node in self._nodes_of_hub():
+        for node in self._hub.nodes.values():
             name, mux = node.plan.name, node.mux
             if node.state == "parked" and mux is not None:
                 found.append(Seen(name, parked_problem(f"{name}'s link", mux)))
@@ -366,32 +411,26 @@ class HeadDaemon(Daemon):
                         ),
                     )
                 )
-        for name, refusal in self._hub.refused_lately() if self._hub is not None else ():
+        for name, refusal in self._hub.refused_lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.
-            found.append(Seen(name or self.config.name, problem, explains=False))
+            found.append(Seen(name or self._node.config.name, problem, explains=False))
         return found
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
         return {
             n.plan.name: link_seen(n.mux, n.link_stats)
-            for n in self._nodes_of_hub()
+            for n in self._hub.nodes.values()
             if n.state != "away"
         }
 
-    def take_config(self, config: Config) -> None:
-        super().take_config(config)
-        if self._watch is not None:
-            self._watch.take_config(config.ray)
-
     def link_stats(self) -> Mapping[str, LinkStats]:
-        nodes = self._hub.nodes if self._hub is not None else {}
-        return {name: node.link_stats for name, node in nodes.items()}
+        return {name: node.link_stats for name, node in self._hub.nodes.items()}
 
     def role_status(self) -> dict[str, Any]:
-        hub = self._hub
-        nodes = [] if hub is None else list(hub.nodes.values())
-        states = {node.plan.name: node.state for node in nodes} | {self.config.name: "up"}
+        nodes = list(self._hub.nodes.values())
+        states = {node.plan.name: node.state for node in nodes}
+        states[self._node.config.name] = "up"
         return {
             "link": None,
             "workers": [
@@ -407,7 +446,7 @@ class HeadDaemon(Daemon):
                 }
                 for node in nodes
             ],
-            "clients": [] if hub is None else [client_row(c) for c in hub.clients.values()],
+            "clients": [client_row(c) for c in self._hub.clients.values()],
             **streams_status((node.mux, node.link_stats) for node in nodes),
-            "roster": roster_rows(self.nodes, states, self.listeners),
+            "roster": roster_rows(self.view.nodes, states, self._node.listeners),
         }

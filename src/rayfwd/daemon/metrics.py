@@ -286,6 +286,58 @@ def registry(look: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
 # -- how it is served ------------------------------------------------------------------------------
 
 
+class MetricsService:
+    """Has the metrics served where the file says so, also after it has changed."""
+
+    def __init__(
+        self,
+        listen: str | None,
+        look: Callable[[], Iterable[Metric]],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`listen`: as `MetricsServer` has it; None: nowhere."""
+        self._listen = listen
+        self._look = look
+        self._on_change = on_change
+        self._server: MetricsServer | None = None
+        self._moved = asyncio.Event()
+
+    @property
+    def problem(self) -> Problem | None:
+        """What keeps the metrics from being asked for."""
+        return self._server.problem if self._server is not None else None
+
+    def move(self, listen: str | None) -> None:
+        """Serve them there from now on."""
+        if listen != self._listen:
+            self._listen = listen
+            self._moved.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            self._moved.clear()
+            moved = asyncio.create_task(_set(self._moved), name="metrics moved")
+            tasks = [moved]
+            self._server = None
+            if self._listen is not None:
+                self._server = MetricsServer(self._listen, self._look, self._on_change)
+                tasks.append(asyncio.create_task(self._server.run(), name="metrics server"))
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            self._on_change()
+
+
+async def _set(event: asyncio.Event) -> None:
+    await event.wait()
+
+
 class MetricsServer:
     """Answers `GET /metrics`. One task, `run`, owns it; a port that is taken is tried again."""
 

@@ -10,6 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayfwd import codes
+from rayfwd.config import Config
+
+
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[None]:
+    """Have the directories, and be the only daemon there meanwhile. Raises ProblemError."""
+    make_directory(config.state_dir, 0o700)
+    # Users whom the hub is to serve must get through to its socket; the control socket beside it
+    # is for the daemon's own user by its mode.
+    make_directory(config.runtime_dir, 0o711 if config.hub.users else 0o700)
+    with lock(config.state_dir / "lock", config.state_dir):
+        raise_descriptor_limit()
+        yield
 
 
 def make_directory(path: Path, mode: int) -> None:

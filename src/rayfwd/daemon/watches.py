@@ -1,149 +1,77 @@
-"""What a daemon of either role puts on its board: its own parts' problems, its links, its machine.
-
-And what nodes tell each other of: a worker the head of what it found, the head every worker of all.
-"""
+"""The watches on a node's links and on its machine: what they find goes to the board."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
 
-from rayfwd import codes
+from rayfwd.config import Config
+from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
-from rayfwd.watch import conditions, links, machine
-from rayfwd.watch.conditions import Seen, node_of
+from rayfwd.transport.listeners import Listeners
+from rayfwd.watch import links, machine
+from rayfwd.watch.board import Board
+from rayfwd.watch.cluster_view import ClusterView
+from rayfwd.watch.conditions import Seen
+from rayfwd.watch.links import LinkSeen
 
-if TYPE_CHECKING:
-    from rayfwd.daemon.runtime import Daemon
-
-MOST_LISTENERS = 20
-"""Listeners that have a condition of their own; all that are blocked are in the status."""
-
-PATIENCE = 60.0
+LINKS_LATE = 60.0
 """Seconds that a look at the links may be late before the watchdog takes it for dead."""
 
-LINK = "link"
-"""The watcher of the links, which says why a node is away when everybody else is silent on it."""
 
+class LinkWatch:
+    """Looks at the links that are up, which `links_seen` gives by the worker's name."""
 
-class Watches:
-    """Belongs to the daemon, which runs `run_links` and `run_machine` as tasks."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, board: Board, links_seen: Callable[[], Mapping[str, LinkSeen]]) -> None:
         self.heartbeat = Heartbeat("links")
-        self.told: dict[str, Any] | None = None
-        """The last message to the others."""
+        self._board = board
+        self._links_seen = links_seen
 
-    def put_own(self) -> None:
-        """What the daemon's parts know themselves; most of them log it, too."""
-        daemon = self._daemon
-        name, board = daemon.config.name, daemon.board
-        head = daemon.node_named("head")
-        board.head = head.name if head is not None else ""
-        board.put_all(LINK, daemon.link_conditions(), quiet=True)
-        ray = daemon.ray.state
-        wrong = [Seen(name, ray.problem)] if ray.problem and ray.phase != "up" else []
-        board.put_all("ray", wrong, quiet=True)
-        blocked = islice(daemon.listeners.blocked_at.items(), MOST_LISTENERS)
-        wrong = [Seen(name, p) for p in daemon.listeners.problems]
-        wrong += [Seen(f"{name}/{at}", p) for at, p in blocked]
-        board.put_all("listeners", wrong, quiet=True)
-        problem = daemon.metrics_problem
-        board.put_all("metrics", [Seen(name, problem)] if problem else [], quiet=True)
-        board.put_all("forwards", self._forwards())
-
-    def _forwards(self) -> list[Seen]:
-        daemon = self._daemon
-        return [
-            Seen(
-                f"{daemon.config.name}/{forward.listen}",
-                codes.FORWARD_TARGET_UNKNOWN.problem(
-                    f"[[forward]] to = {forward.to}: no node {forward.target()[0]} is in the plan",
-                    "correct the name; it opens by itself when the node joins",
-                ),
-            )
-            for forward in (daemon.forwards() if daemon.nodes else ())
-            if daemon.node_named(forward.target()[0]) is None
-        ]
-
-    async def run_links(self) -> None:
+    async def run(self) -> None:
         """Until cancelled."""
         rules = links.LinkRules()
         loop = asyncio.get_running_loop()
         while True:
-            self.heartbeat.beat(links.INTERVAL + PATIENCE)
-            found = rules.look(self._daemon.links_seen(), loop.time())
-            self._daemon.board.put_all("links", found)
+            self.heartbeat.beat(links.INTERVAL + LINKS_LATE)
+            self._board.put_all("links", rules.look(self._links_seen(), loop.time()))
             await sleep_coalesced(links.INTERVAL)
 
-    async def run_machine(self) -> None:
+
+class MachineWatch:
+    """Looks at the machine: its descriptors, ports, memory and the space where Ray writes."""
+
+    def __init__(
+        self,
+        config: Config,
+        view: Callable[[], ClusterView],
+        board: Board,
+        listeners: Listeners,
+        ray: RaySupervisor,
+    ) -> None:
+        self._name = config.name
+        self._temp_dir = temp_dir(config.ray.env, config.ray.extra_args)
+        self._view = view
+        self._board = board
+        self._listeners = listeners
+        self._ray = ray
+
+    async def run(self) -> None:
         """Until cancelled."""
-        daemon = self._daemon
         while True:
+            view = self._view()
             seen = await asyncio.to_thread(
                 machine.look,
-                daemon.listeners.wanted,
-                daemon.nodes,
-                daemon.own,
-                [
-                    daemon.ray.session_dir
-                    or temp_dir(daemon.config.ray.env, daemon.config.ray.extra_args)
-                ],
-                daemon.ray.state.phase == "up",
+                self._listeners.wanted,
+                view.nodes,
+                view.own,
+                [self._ray.session_dir or self._temp_dir],
+                self._ray.state.phase == "up",
             )
-            found = [Seen(daemon.config.name, problem) for problem in machine.judge(seen)]
-            daemon.board.put_all("machine", found)
-            await sleep_coalesced(machine.INTERVAL if daemon.nodes else 1.0)
-
-    # -- between nodes --------------------------------------------------------
-
-    def message(self, all_of_them: bool) -> dict[str, Any] | None:
-        """What the others are told of; None: they know already."""
-        own = self._daemon.config.name
-        told = conditions.message(
-            c
-            for c in self._daemon.board.conditions
-            if all_of_them or (c.seen_by == own and not c.code.both_ends and c.severity != "note")
-        )
-        if told == self.told:
-            return None
-        self.told = told
-        return told
-
-    def forget_told(self) -> None:
-        """Somebody is there who has heard nothing yet."""
-        self.told = None
-
-    def heard(self, message: Mapping[str, Any], node: str, speaks_for_all: bool) -> None:
-        """What another node tells. Raises ValueError."""
-        own, board = self._daemon.config.name, self._daemon.board
-        told = conditions.from_message(message, None if speaks_for_all else node)
-        news = [
-            seen
-            for seen in told
-            if seen.seen_by != own
-            and not (node_of(seen.subject) == own and seen.problem.code.both_ends)
-        ]
-        # Of a hundred nodes each need not log what is wrong with the ninety-eight others.
-        near = {own, board.head} if speaks_for_all else {node_of(seen.subject) for seen in news}
-        self.put_told(node, [seen for seen in news if node_of(seen.subject) in near], quiet=False)
-        self.put_told(
-            node, [seen for seen in news if node_of(seen.subject) not in near], quiet=True
-        )
-
-    def put_told(self, node: str, found: list[Seen], quiet: bool) -> None:
-        watcher = f"{'quiet' if quiet else 'told'}:{node}"
-        self._daemon.board.put_all(watcher, found, quiet=quiet)
-
-    def unheard(self, node: str) -> None:
-        """It is away: what it told of counts no more."""
-        self.put_told(node, [], quiet=False)
-        self.put_told(node, [], quiet=True)
+            found = [Seen(self._name, problem) for problem in machine.judge(seen)]
+            self._board.put_all("machine", found)
+            await sleep_coalesced(machine.INTERVAL if view.nodes else 1.0)
 
 
 def temp_dir(env: Mapping[str, str], arguments: tuple[str, ...]) -> str:

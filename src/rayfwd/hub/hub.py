@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rayfwd import __version__, codes
 from rayfwd.cluster.plan import check_name
@@ -46,64 +46,97 @@ MAX_CLIENTS = 64
 """Clients at a time, those whose links are parked included."""
 
 
+@dataclass(frozen=True, slots=True)
+class HubOffer:
+    """What the head offers to whoever is welcomed, the plan apart."""
+
+    ray: str | None = None
+    python: str | None = None
+    """Version of the head's Ray, and of its Python; None: not known yet."""
+    features: frozenset[str] = frozenset()
+    """What this head can do besides."""
+    ray_auth: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Ray's token, as a WELCOME hands it over; None: not decided yet."""
+    client_ports: frozenset[int] = frozenset()
+    """The head's ports that clients may reach."""
+
+
+class HubOwner(Protocol):
+    """The head, as far as its hub asks it something. Nothing is asked before `Hub.start` or
+    `Hub.take_over`."""
+
+    def offer(self) -> HubOffer:
+        """As it is now."""
+
+    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
+        """Take a stream to the head itself, or reset it and return None."""
+
+    def message(self, node: str, message: dict[str, Any]) -> None:
+        """A worker's control message."""
+
+    def hub_changed(self) -> None:
+        """A node came, went or changed."""
+
+
 class Hub:
     """Owns the listening socket, the lanes and the workers' sessions."""
 
     def __init__(
         self,
+        owner: HubOwner,
         path: Path,
         roster: Roster,
         users: Iterable[str],
         network: str,
         ride_through: float,
         limits: Limits,
-        accept: Callable[[MuxStream, Target], StreamOwner | None],
-        head_versions: Callable[[], tuple[str | None, str | None]],
-        on_message: Callable[[str, dict[str, Any]], None],
-        on_change: Callable[[], None],
     ) -> None:
-        """`accept` takes streams to the head itself; `head_versions` gives Ray's and Python's."""
         self.path = path
         workers = [plan for plan in roster.plans() if plan.role == "worker"]
         self.nodes = {plan.name: HubNode(plan.name, plan=plan) for plan in workers}
         self.clients: dict[str, HubClient] = {}
         """Those that have a session, by the SHA-256 of their keys."""
-        self.client_ports: frozenset[int] = frozenset()
-        """The head's ports that clients may reach."""
         self._roster = roster
         self._uids = allowed_uids(users, "hub.users")
         self._shared = len(self._uids) > 1 and bool(tuple(users))
         self._network = network
         self._ride_through = ride_through
         self._limits = limits
-        self._accept = accept
-        self._head_versions = head_versions
-        self._on_message = on_message
-        self._on_change = on_change
+        self._owner = owner
         self._ungreeted: set[HubConnection] = set()
         self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
+        self._inherited: socket.socket | None = None
+        self.started = False
+        """The socket at `path` is, or was, this one's."""
+        self._closed = asyncio.Event()
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
-        self.features: frozenset[str] = frozenset()
-        """What its WELCOMEs say that this head can do besides."""
-        self.ray_auth: dict[str, Any] | None = None
-        """Ray's token, as its WELCOMEs hand it over."""
         self._refusals = Refusals(self._refusals_changed)
 
     # -- life ----------------------------------------------------------------------------
 
-    async def start(self, inherited: socket.socket | None = None) -> None:
-        """Listen, at a socket of an earlier process if there is one. Raises ProblemError."""
+    def inherit(self, listening: socket.socket) -> None:
+        """Where an earlier process listened at our path, and `start` is to go on listening."""
+        self._inherited = listening
+
+    async def start(self) -> None:
+        """Listen, where an earlier process did if there is a socket of it. Raises ProblemError."""
         loop = asyncio.get_running_loop()
         # Anyone may connect where several users are allowed: who may stay is decided by the
         # kernel's word on who is there, so that a stranger gets a sentence and not a riddle.
         mode = 0o666 if self._shared else 0o600
-        sock = inherited or unixsocket.bind(self.path, mode)
-        if inherited is not None:
+        sock = self._inherited or unixsocket.bind(self.path, mode)
+        if self._inherited is not None:
             self.path.chmod(mode)
-        self._server = await loop.create_unix_server(lambda: HubConnection(self), sock=sock)
+        self.started = True
+        # Ours before the loop turns: who stops meanwhile hands it over, or closes it.
+        self._server = await loop.create_unix_server(
+            lambda: HubConnection(self), sock=sock, start_serving=False
+        )
+        self._inherited = None
+        await self._server.start_serving()
         self._grace = loop.call_later(self._ride_through, self._grace_is_over)
         log.info("hub_listening", socket=str(self.path), nodes=len(self.nodes))
 
@@ -112,6 +145,8 @@ class Hub:
         self._closing = True
         if self._server is not None:
             self._server.close()
+        if self._inherited is not None:
+            self._inherited.close()
         if self._grace is not None:
             self._grace.cancel()
             self._grace_is_over()
@@ -121,14 +156,20 @@ class Hub:
             if peer.mux is not None:
                 peer.mux.close(why)
         await asyncio.sleep(0)
-        self.path.unlink(missing_ok=True)
+        if self.started:
+            self.path.unlink(missing_ok=True)
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        await self._closed.wait()
 
     # -- for a process that comes after this one -----------------------------------------
 
     def stop_accepting(self) -> socket.socket | None:
         """The hub's socket, which goes on listening. Raises OSError."""
         if self._server is None:
-            return None
+            inherited, self._inherited = self._inherited, None
+            return inherited
         sock = self._server.sockets[0].dup()
         self._server.close()
         self._server = None
@@ -257,14 +298,14 @@ class Hub:
 
     def _refusals_changed(self) -> None:
         if not self._closing:
-            self._on_change()
+            self._owner.hub_changed()
 
     def lane_lost(self, lane: HubConnection, why: str) -> None:
         if not self._closing:
             log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
             if lane.peer is not None:
                 lane.peer.link_stats.lane_lost(lane.kind, why)
-            self._on_change()
+            self._owner.hub_changed()
 
     def greeted(self, lane: HubConnection, hello: Hello) -> None:
         """A hello: welcome the lane, or refuse it."""
@@ -285,7 +326,7 @@ class Hub:
         assert peer.mux is not None, "a session was just made"
         own, nodes = self._shown_to(peer)
         welcome = self._welcome(own, nodes, peer.mux.session.ride_through)
-        welcome = replace(welcome, ray_auth=self.ray_auth)
+        welcome = replace(welcome, ray_auth=self._owner.offer().ray_auth)
         was = peer.state
         peer.hello = hello
         lane.welcome(welcome, peer, peer.mux, hello)
@@ -294,7 +335,7 @@ class Hub:
         log.info("lane_up", node=peer.label, lane=hello.lane.value)
         if isinstance(peer, HubNode):
             self._serve_waiting(peer)
-        self._on_change()
+        self._owner.hub_changed()
 
     def _shown_to(self, peer: HubPeer) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """Its own plan, and what it may know of the others'."""
@@ -352,16 +393,16 @@ class Hub:
         self, own: dict[str, Any], nodes: tuple[dict[str, Any], ...], ride_through: float
     ) -> Welcome:
         """Without Ray's token."""
-        ray, python = self._head_versions()
+        offer = self._owner.offer()
         return Welcome(
             version=__version__,
             node=own,
             nodes=nodes,
             network=self._network,
             ride_through=ride_through,
-            ray=ray,
-            python=python,
-            features=self.features,
+            ray=offer.ray,
+            python=offer.python,
+            features=offer.features,
         )
 
     def _admit(self, hello: Hello) -> HubNode:
@@ -465,7 +506,7 @@ class Hub:
                     del self.clients[peer.key_sha256]
                 if not self._closing:
                     log.warning("session_ended", node=peer.label, cause=why)
-        self._on_change()
+        self._owner.hub_changed()
 
     # -- streams -------------------------------------------------------------------------
 
@@ -493,7 +534,7 @@ class Hub:
         self, source: HubNode | HubClient, stream: MuxStream, data: bytes
     ) -> StreamOwner | None:
         """A worker opened a stream: to the head itself, or on to another worker. A client's leads
-        to the head only, and there to `client_ports`.
+        to the head only, and there to the ports of the offer.
         """
         try:
             target = Target.decode(data)
@@ -501,15 +542,17 @@ class Hub:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
         to_head = target.address == self._roster.own.address
-        if isinstance(source, HubClient) and not (to_head and target.port in self.client_ports):
-            ports = ", ".join(map(str, sorted(self.client_ports)))
-            stream.reset(
-                ResetReason.NOT_IN_PLAN,
-                f"{target} is not for clients: the head's ports {ports} are",
-            )
-            return None
+        if isinstance(source, HubClient):
+            allowed = self._owner.offer().client_ports
+            if not (to_head and target.port in allowed):
+                ports = ", ".join(map(str, sorted(allowed)))
+                stream.reset(
+                    ResetReason.NOT_IN_PLAN,
+                    f"{target} is not for clients: the head's ports {ports} are",
+                )
+                return None
         if to_head:
-            return self._accept(stream, target)
+            return self._owner.accept(stream, target)
         node = self._node_at(target.address)
         if node is None or node is source:
             stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
@@ -530,7 +573,7 @@ class Hub:
     def _heard(self, peer: HubNode | HubClient, message: dict[str, Any]) -> None:
         """Clients have nothing to say."""
         if isinstance(peer, HubNode):
-            self._on_message(peer.name, message)
+            self._owner.message(peer.name, message)
 
     def tell_all(self, message: dict[str, Any], clients: bool = False) -> None:
         """Send a message to every worker that has a session, and to clients if so said."""
@@ -547,5 +590,5 @@ class Hub:
             node.mux.close("the node was forgotten on the head")
         self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
         log.info("node_forgotten", node=name)
-        self._on_change()
+        self._owner.hub_changed()
         return True

@@ -118,6 +118,7 @@ class RaySupervisor:
         network: str,
         on_change: Callable[[], None],
         launcher: Launcher | None = None,
+        before_start: BeforeStart | None = None,
     ) -> None:
         """`launcher`: None is the one that the environment names."""
         self.state = RayState("waiting", time.time())
@@ -137,7 +138,7 @@ class RaySupervisor:
         self._command_told: str | None = None
         self._backoff = Backoff(BACKOFF_FIRST, BACKOFF_LAST)
         self._starts = 0
-        self.before_start: BeforeStart | None = None
+        self._before_start = before_start
 
     @property
     def environment(self) -> dict[str, str] | None:
@@ -277,8 +278,8 @@ class RaySupervisor:
         install = await find(ray.command, env)
         check_versions(install, wanted.head_versions, env)
         await asyncio.to_thread(ports.check_free, wanted.own.ports)
-        if self.before_start is not None:
-            await self.before_start(wanted.own, install)
+        if self._before_start is not None:
+            await self._before_start(wanted.own, install)
             if not self._link_up or self._plan_changed(wanted):
                 return None
         argv = commandline.start_command(wanted.own, wanted.head, ray, install)

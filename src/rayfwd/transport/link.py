@@ -13,11 +13,9 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import asyncssh
+from typing import Any, Protocol
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
@@ -32,11 +30,11 @@ from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.fastpath import FastPath
+from rayfwd.transport.carrier import Carrier, Connection, Pipe
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
-from rayfwd.transport.ssh import SshConnector, why_no_answer
+from rayfwd.transport.ssh import why_no_answer
 
 log = get_logger(__name__)
 
@@ -49,8 +47,6 @@ REDIAL_LAST = 15.0
 """Seconds between attempts, at most, otherwise."""
 REDIAL_KEYS = 30.0
 """Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
-WRITE_BUFFER = 1 << 18
-"""Bytes that may wait in a channel before the session is asked for no more."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
 PATIENCE = 180.0
@@ -72,12 +68,30 @@ class LinkRefusedError(Exception):
         self.session = session
 
 
-class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
-    """A channel to the hub: first the handshake, then a lane of a session."""
+class LinkOwner(Protocol):
+    """Who holds a link, and is told of it."""
+
+    def hello(self) -> Hello:
+        """What is said of this node; session, resumption and class are filled in."""
+
+    def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
+        """Take a stream that the hub opened, or reset it and return None."""
+
+    def welcomed(self, welcome: Welcome) -> None:
+        """A lane stands; the plan as it is now."""
+
+    def message(self, message: dict[str, Any]) -> None:
+        """A control message of the hub's."""
+
+    def link_changed(self) -> None:
+        """State or problem of the link are others."""
+
+
+class LinkLane:
+    """A pipe to the hub: first the handshake, then a lane of a session."""
 
     def __init__(self) -> None:
-        self._channel: Any = None
-        self._fast: FastPath | None = None
+        self._pipe: Pipe | None = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._session = ""
@@ -85,39 +99,30 @@ class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._number = 0
         self._stderr = bytearray()
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._full = False
 
-    # -- AsyncSSH's callbacks ------------------------------------------------------------
+    # -- as the pipe's owner -------------------------------------------------------------
 
-    def connection_made(self, chan: Any) -> None:
-        self._channel = chan
-        chan.set_write_buffer_limits(WRITE_BUFFER)
-
-    def session_started(self) -> None: ...
-
-    def data_received(self, data: Any, datatype: int | None) -> None:
-        if datatype is not None:
-            self._stderr += data[: 4096 - len(self._stderr)]
-        elif self._mux is not None:
+    def pipe_data(self, data: bytes | memoryview) -> None:
+        if self._mux is not None:
             self._mux.lane_data(self._number, data)
         else:
             self._buffer += data
             self._take_answer()
 
-    def eof_received(self) -> bool:
-        self._end("closed by the head")
-        return False
+    def pipe_said(self, data: bytes) -> None:
+        self._stderr += data[: 4096 - len(self._stderr)]
 
-    def pause_writing(self) -> None:
-        self._full = True
-
-    def resume_writing(self) -> None:
-        self._full = False
+    def pipe_writable(self) -> None:
         if self._mux is not None:
             self._mux.flush()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._end(str(exc) if exc else "closed by the head")
+    def pipe_lost(self, why: str) -> None:
+        if not self._answer.done():
+            said = self._stderr.decode(errors="replace").strip()
+            self._answer.set_exception(ProblemError(why_no_answer(said, why)))
+            self._answer.exception()  # seen, also where nobody waits for the answer any more
+        if not self.lost.done():
+            self.lost.set_result(why)
 
     # -- the handshake -------------------------------------------------------------------
 
@@ -131,9 +136,9 @@ class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self.write([close_frame(why)])
         self.close()
 
-    async def greet(self, hello: Hello) -> Welcome:
+    async def greet(self, pipe: Pipe, hello: Hello) -> Welcome:
         """Say hello. Raises LinkRefusedError or ProblemError."""
-        self._session = hello.session
+        self._pipe, self._session = pipe, hello.session
         self.write([hello.encode()])
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
@@ -165,54 +170,43 @@ class SshLane(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
                 )
             )
 
-    def _end(self, why: str) -> None:
-        if not self._answer.done():
-            said = self._stderr.decode(errors="replace").strip()
-            self._answer.set_exception(ProblemError(why_no_answer(said, why)))
-            self._answer.exception()  # seen, also where nobody waits for the answer any more
-        if not self.lost.done():
-            self.lost.set_result(why)
-
     # -- a lane of a session -------------------------------------------------------------
 
-    def join(self, mux: Mux, kind: LaneClass, connection: asyncssh.SSHClientConnection) -> int:
+    def join(self, mux: Mux, kind: LaneClass) -> int:
         """Become a lane; bytes that followed the welcome are the session's."""
+        assert self._pipe is not None, "it was welcomed"
         self._mux = mux
         self._number = mux.add_lane(self, kind)
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
             self._buffer.clear()
-        self._fast = FastPath.install(
-            connection, self._channel, lambda came: mux.lane_data(self._number, *came), mux.flush
-        )
+        self._pipe.carry(lambda came: mux.lane_data(self._number, *came), mux.flush)
         return self._number
 
     @property
     def paused(self) -> bool:
-        return self._full or self.lost.done() or (self._fast is not None and self._fast.paused)
+        return self.lost.done() or self._pipe is None or self._pipe.paused
 
     def write(self, chunks: Sequence[Chunk]) -> None:
+        assert self._pipe is not None, "nothing is written before the hello"
         try:
-            if self._fast is not None:
-                self._fast.write(chunks)
-            else:
-                self._channel.write(b"".join(chunks))
+            self._pipe.write(chunks)
         except OSError:
-            # The head has closed the channel, and AsyncSSH's word of it is still on its way. What
-            # was to go by this lane goes by another when the lane is taken down.
-            self._end("closed by the head")
+            # The head has closed it, and the word of it is still on its way. What was to go by
+            # this lane goes by another when the lane is taken down.
+            self.pipe_lost("closed by the head")
 
     def close(self) -> None:
         # It is over when the peer has confirmed it: until then what was written is on its way.
-        if self._fast is not None:
-            self._fast.close()
-        self._channel.close()
+        if self._pipe is not None:
+            self._pipe.close()
         asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
 
     def abort(self, why: str) -> None:
         if not self.lost.done():
-            self._channel.abort()
-            self._end(why)
+            if self._pipe is not None:
+                self._pipe.abort()
+            self.pipe_lost(why)
 
 
 @dataclass(slots=True)
@@ -236,15 +230,12 @@ class Link:
 
     def __init__(
         self,
+        owner: LinkOwner,
         head: HeadConfig,
-        hello: Callable[[], Hello],
-        accept: Callable[[MuxStream, bytes], StreamOwner | None],
-        on_welcome: Callable[[Welcome], None],
-        on_message: Callable[[dict[str, Any]], None],
-        on_change: Callable[[], None],
+        carrier: Carrier,
         limits: Limits,
     ) -> None:
-        """`hello` gives what is said of this node; session, resumption and class are filled in."""
+        """Nothing is asked of the owner before `run` or `take_over`."""
         self.head = head
         self.mux: Mux | None = None
         self.link_stats = LinkStats()
@@ -252,16 +243,12 @@ class Link:
         """Wall-clock seconds of the last change between up, parked and down."""
         self.slots = [LaneTask("interactive", LaneClass.INTERACTIVE)]
         self.slots += [LaneTask(f"bulk-{i + 1}", LaneClass.BULK) for i in range(head.bulk_lanes)]
-        self._connector = SshConnector(head)
-        self._hello = hello
-        self._accept = accept
-        self._on_welcome = on_welcome
-        self._on_message = on_message
-        self._on_change = on_change
+        self._owner = owner
+        self._carrier = carrier
         self._limits = limits
         self._session = ""
-        self._connections: set[asyncssh.SSHClientConnection] = set()
-        self._lanes: set[SshLane] = set()
+        self._connections: set[Connection] = set()
+        self._lanes: set[LinkLane] = set()
         self._closing = False
         self._established = asyncio.Event()
 
@@ -403,27 +390,25 @@ class Link:
 
     async def _one_lane(self, slot: LaneTask) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""
-        connection = await self._connector.connect(hasty=self.state == "parked")
+        connection = await self._carrier.dial(hasty=self.state == "parked")
         self._connections.add(connection)
-        lane = SshLane()
+        lane = LinkLane()
         try:
-            await self._open_channel(connection, lane)
+            pipe = await self._open(connection, lane)
             if self._closing:
                 return
             session = self._current_session()
             resumes = self.mux is not None
-            hello = replace(self._hello(), session=session, resumes=resumes, lane=slot.kind)
+            hello = replace(self._owner.hello(), session=session, resumes=resumes, lane=slot.kind)
             self._lanes.add(lane)
-            welcome = await lane.greet(hello)
-            self._join(slot, lane, welcome, session, connection)
-            hint = asyncio.create_task(
-                self._connector.send_at_once(connection), name="send at once"
-            )
+            welcome = await lane.greet(pipe, hello)
+            self._join(slot, lane, welcome, session)
+            tuning = asyncio.create_task(connection.tune(), name="tune the connection")
             slot.heartbeat.idle()  # its session's timer shows that it is alive
             try:
                 why = await lane.lost
             finally:
-                hint.cancel()
+                tuning.cancel()
         except asyncio.CancelledError:
             connection.close()
             raise
@@ -433,10 +418,10 @@ class Link:
             connection.abort()
         self._lost(slot, why)
 
-    async def _open_channel(self, connection: asyncssh.SSHClientConnection, lane: SshLane) -> None:
+    async def _open(self, connection: Connection, lane: LinkLane) -> Pipe:
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                await self._connector.open_channel(connection, lambda: lane)
+                return await connection.open(lane)
         except TimeoutError:
             raise codes.HUB_SILENT.error(
                 f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
@@ -449,14 +434,7 @@ class Link:
             self._session = f"{time.time_ns():016x}{random.getrandbits(32):08x}"
         return self._session
 
-    def _join(
-        self,
-        slot: LaneTask,
-        lane: SshLane,
-        welcome: Welcome,
-        session: str,
-        connection: asyncssh.SSHClientConnection,
-    ) -> None:
+    def _join(self, slot: LaneTask, lane: LinkLane, welcome: Welcome, session: str) -> None:
         if self._closing:
             return  # what we said hello for was taken back
         if session != self._session:
@@ -467,15 +445,15 @@ class Link:
             self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
         assert self.mux is not None, "a session has just begun"
-        slot.number = lane.join(self.mux, slot.kind, connection)
+        slot.number = lane.join(self.mux, slot.kind)
         slot.up_since = time.time()
         slot.problem = None
         log.info("lane_up", lane=slot.name)
-        self._on_welcome(welcome)
-        self._on_change()
+        self._owner.welcomed(welcome)
+        self._owner.link_changed()
 
     def _begin(self, core: Session) -> Mux:
-        self.mux = Mux(core, self._accept, self._on_message, self._changed)
+        self.mux = Mux(core, self._owner.accept_stream, self._owner.message, self._changed)
         self._established.set()
         self.since = time.time()
         self.link_stats.began()
@@ -494,7 +472,7 @@ class Link:
         self.link_stats.lane_lost(slot.name, why)
         up = None if up_since is None else round(time.time() - up_since, 1)
         log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
-        self._on_change()
+        self._owner.link_changed()
 
     def _begins_anew(self, refused: LinkRefusedError) -> bool:
         """The hub does not know our session (any more): what it carried is lost, make another."""
@@ -519,7 +497,7 @@ class Link:
             # While streams are held, a head that does not answer is no news beside `link_parked`.
             say = log.warning if self.state != "down" else log.error
             say(problem.code.name, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
-            self._on_change()
+            self._owner.link_changed()
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:
         self.since = time.time()
@@ -544,4 +522,4 @@ class Link:
                 self.mux = None
                 self._session = ""
                 self._established.clear()
-        self._on_change()
+        self._owner.link_changed()

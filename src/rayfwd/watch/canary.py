@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -66,6 +66,20 @@ class Round:
         }
 
 
+class CanaryOwner(Protocol):
+    """Who knows what a canary asks before it is sent, and is told when it is back."""
+
+    def situation(self) -> Situation | None:
+        """What is there now; None while this node's Ray is not up."""
+
+    def peers(self) -> Mapping[str, Peer]:
+        """The nodes whose Ray and whose link are up: only while they are so all the time is a
+        failure theirs. A link that is down is said by others, and Ray waits for it."""
+
+    def canary_back(self) -> None:
+        """`Canary.last` is a new one."""
+
+
 class Canary:
     """Owns the canary's process. `run` sends it every `interval`; `ask` at once."""
 
@@ -75,23 +89,14 @@ class Canary:
         ray: RayConfig,
         own_name: str,
         board: Board,
-        situation: Callable[[], Situation | None],
-        peers: Callable[[], Mapping[str, Peer]],
-        on_round: Callable[[], None],
+        owner: CanaryOwner,
     ) -> None:
-        """`situation` tells what is there now; None while this node's Ray is not up.
-
-        `peers` gives the nodes whose Ray and whose link are up: only while they are so all the
-        time is a failure theirs. A link that is down is said by others, and Ray waits for it.
-        """
         self.last: Round | None = None
         self._config = config
         self._ray = ray
         self._own_name = own_name
         self._board = board
-        self._situation = situation
-        self._peers = peers
-        self._on_round = on_round
+        self._owner = owner
         self._running: asyncio.Task[Round] | None = None
 
     async def run(self) -> None:
@@ -100,11 +105,11 @@ class Canary:
             while True:
                 # One that was sent by hand and failed is sent again, so that the end of it is seen.
                 failed = self.last is not None and not self.last.ok
-                if not (self._config.enabled or failed) or self._situation() is None:
+                if not (self._config.enabled or failed) or self._owner.situation() is None:
                     await sleep_coalesced(1.0)
                     continue
                 await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
-                if self._situation() is not None:
+                if self._owner.situation() is not None:
                     with suppress(ProblemError):
                         await self.send()
         finally:
@@ -119,7 +124,7 @@ class Canary:
     async def send(self) -> Round:
         """One canary now, or the one that is under way. Raises ProblemError (ray_not_up)."""
         if self._running is None or self._running.done():
-            situation = self._situation()
+            situation = self._owner.situation()
             if situation is None:
                 raise codes.RAY_NOT_UP.error(
                     f"Ray is not up on {self._own_name}, so nothing can be sent from it",
@@ -134,7 +139,7 @@ class Canary:
         rows: tuple[dict[str, Any], ...] = ()
         found: dict[str, Problem] = {}
         result = canary.CanaryRun()
-        before = dict(self._peers())
+        before = dict(self._owner.peers())
         try:
             seen = await situation.targets()
             install = await find(self._ray.command, situation.env)
@@ -149,7 +154,7 @@ class Canary:
                             result.stages[node.node_id] = again.stages.get(node.node_id, {})
                         ports |= await _look_behind(result, doubtful, situation.plans)
                 judged = judge(result, seen, situation.plans, ports, self._own_name)
-                after = dict(self._peers())
+                after = dict(self._owner.peers())
                 found = only_theirs(judged, situation.plans, before, after, self._own_name)
                 rows = _rows(result, seen, situation.plans, found)
         except ProblemError as exc:
@@ -178,7 +183,7 @@ class Canary:
         log("canary_back", ok=done.ok, seconds=done.seconds, failed=failed, cause=cause)
         own = {self._own_name: done.problem} if done.problem else {}
         self._board.put(WATCHER, {**found, **own})
-        self._on_round()
+        self._owner.canary_back()
 
 
 @dataclass(frozen=True, slots=True)

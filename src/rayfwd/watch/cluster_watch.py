@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -25,6 +26,7 @@ from rayfwd.system.coalesce import end_of_pause, sleep_coalesced
 from rayfwd.system.logs import get_logger
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
+from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.interruptions import Interruptions
 
 SOON = 5.0
@@ -45,14 +47,25 @@ LOOKING = "cluster look"
 _log = get_logger(__name__)
 
 
-class ClusterWatch:
-    """Of a head. One task, `run`, owns it; `report` is its last look, None before the first.
+class ClusterWatchOwner(Protocol):
+    """The head, as far as the watch on its cluster asks it."""
 
-    `plans` gives the nodes of the roster, `up` those of them whose own rayfwd has Ray up,
-    `declared` what their configurations say they bring, by address; `interruptions` knows when they
-    went, and `patience` is how many seconds Ray takes, at the most, to give up one that has gone.
-    `on_report` is called in the loop after every look.
-    """
+    @property
+    def view(self) -> ClusterView:
+        """The cluster as the roster has it."""
+
+    def up(self) -> list[NodePlan]:
+        """The nodes whose own rayfwd has Ray up, with a link that is up."""
+
+    def declared(self) -> Mapping[str, Mapping[str, float]]:
+        """What the configurations of the nodes say that they bring, by address."""
+
+    def reported(self, report: ClusterReport) -> None:
+        """What was seen; after every look."""
+
+
+class ClusterWatch:
+    """Of a head. One task, `run`, owns it. `interruptions` knows when nodes went."""
 
     def __init__(
         self,
@@ -60,24 +73,15 @@ class ClusterWatch:
         head: NodePlan,
         supervisor: RaySupervisor,
         board: Board,
-        plans: Callable[[], Iterable[NodePlan]],
-        up: Callable[[], Iterable[NodePlan]],
-        declared: Callable[[], Mapping[str, Mapping[str, float]]],
         interruptions: Interruptions,
-        patience: float,
-        on_report: Callable[[ClusterReport], None],
+        owner: ClusterWatchOwner,
     ) -> None:
-        self.report: ClusterReport | None = None
         self._ray = ray
         self._head = head
         self._supervisor = supervisor
         self._board = board
-        self._plans = plans
-        self._up = up
-        self._declared = declared
         self._interruptions = interruptions
-        self._patience = patience
-        self._on_report = on_report
+        self._owner = owner
         self._totals_told: dict[str, float] | None = None
         self._soon = asyncio.Event()
 
@@ -130,19 +134,21 @@ class ClusterWatch:
         token = await asyncio.to_thread(read_token, env)
         # The table after the totals: what joins in between is confirmed by the next look.
         seen = await node_table.fetch(self._head.address, services["dashboard"], token)
-        plans = {plan.address: plan for plan in self._plans()}
+        view, declared = self._owner.view, self._owner.declared()
+        plans = {plan.address: plan for plan in view.nodes}
         names = {address: plan.name for address, plan in plans.items()}
         now = time.time()
         found = [
-            *rules.fewer_than_declared(seen, plans, self._declared()),
-            *rules.one_address_twice(seen, names, self._interruptions, self._patience, now),
-            *rules.not_listed(seen, self._up()),
-            *rules.nodes_without_resources(status, seen, names, self._declared(), now),
+            *rules.fewer_than_declared(seen, plans, declared),
+            *rules.one_address_twice(seen, names, self._interruptions, view.gives_up_after, now),
+            *rules.not_listed(seen, self._owner.up()),
+            *rules.nodes_without_resources(status, seen, names, declared, now),
         ]
         self._tell_totals(status, seen)
-        self.report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
         self._board.put_all(WATCHER, found)
-        self._on_report(self.report)
+        self._owner.reported(
+            ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
+        )
         waits = status.as_of is None or rules.ageing(status, now)
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 

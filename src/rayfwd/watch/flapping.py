@@ -31,14 +31,14 @@ def flapping(
     nodes: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     wall_time: float,
-    patience: float,
+    gives_up_after: float,
     interruptions: Interruptions | None = None,
 ) -> dict[str, Problem]:
     """By name, the nodes of these plans (by address) that joined and were gone.
 
-    `patience`: seconds after which Ray has given up a node that it does not reach.
+    `gives_up_after`: seconds after which Ray has given up a node that it does not reach.
     """
-    trial = TRIAL * patience
+    trial = TRIAL * gives_up_after
     recent = max(RECENT, 2 * trial)
     seen: dict[str, list[NodeSeen]] = {}
     for node in nodes:

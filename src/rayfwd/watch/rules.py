@@ -100,13 +100,13 @@ def one_address_twice(
     nodes: Iterable[NodeSeen],
     names: Mapping[str, str],
     interruptions: Interruptions,
-    patience: float,
+    gives_up_after: float,
     wall_time: float,
 ) -> list[Seen]:
     """Addresses with which several nodes are ALIVE.
 
     One that went and has come back is there twice until Ray gives its old self up, which takes
-    `patience` seconds at the most.
+    `gives_up_after` seconds at the most.
     """
     alive: dict[str, list[NodeSeen]] = {}
     for node in nodes:
@@ -117,7 +117,7 @@ def one_address_twice(
         name = names.get(address, address)
         began = sorted(row.started or 0.0 for row in rows)
         came_back = all(interruptions.between(name, a, b) for a, b in pairwise(began))
-        if len(rows) < 2 or (came_back and wall_time - began[-1] <= patience):
+        if len(rows) < 2 or (came_back and wall_time - began[-1] <= gives_up_after):
             continue
         problem = codes.RAY_ADDRESS_TWICE.problem(
             f"{len(rows)} nodes are ALIVE with the address {address}: connections meant for one "

@@ -1,0 +1,67 @@
+"""What nodes tell each other of what is wrong: a worker the head of its finds, the head all of all.
+
+No loop and no socket: `message` gives what is to be sent, `heard` takes what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rayfwd.watch import conditions
+from rayfwd.watch.board import Board
+from rayfwd.watch.conditions import Seen, node_of
+
+
+class ConditionExchange:
+    """Of the node named `own`. `speaks_for_all`: it is the head."""
+
+    def __init__(self, own: str, board: Board, speaks_for_all: bool) -> None:
+        self.told: dict[str, Any] | None = None
+        """The last message to the others."""
+        self._own = own
+        self._board = board
+        self._speaks_for_all = speaks_for_all
+
+    def message(self) -> dict[str, Any] | None:
+        """What the others are told of; None: they know already."""
+        told = conditions.message(
+            c
+            for c in self._board.conditions
+            if self._speaks_for_all
+            or (c.seen_by == self._own and not c.code.both_ends and c.severity != "note")
+        )
+        if told == self.told:
+            return None
+        self.told = told
+        return told
+
+    def forget_told(self) -> None:
+        """Somebody is there who has heard nothing yet."""
+        self.told = None
+
+    def heard(self, message: Mapping[str, Any], node: str) -> None:
+        """What another node tells; the head tells of all. Raises ValueError."""
+        own, board = self._own, self._board
+        told = conditions.from_message(message, node if self._speaks_for_all else None)
+        news = [
+            seen
+            for seen in told
+            if seen.seen_by != own
+            and not (node_of(seen.subject) == own and seen.problem.code.both_ends)
+        ]
+        # Of a hundred nodes each need not log what is wrong with the ninety-eight others.
+        near = {own, board.head}
+        if self._speaks_for_all:
+            near = {node_of(seen.subject) for seen in news}
+        self._put(node, [seen for seen in news if node_of(seen.subject) in near], quiet=False)
+        self._put(node, [seen for seen in news if node_of(seen.subject) not in near], quiet=True)
+
+    def _put(self, node: str, found: list[Seen], quiet: bool) -> None:
+        watcher = f"{'quiet' if quiet else 'told'}:{node}"
+        self._board.put_all(watcher, found, quiet=quiet)
+
+    def unheard(self, node: str) -> None:
+        """It is away: what it told of counts no more."""
+        self._put(node, [], quiet=False)
+        self._put(node, [], quiet=True)

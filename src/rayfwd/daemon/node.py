@@ -1,0 +1,291 @@
+"""What every node has, head or worker: listeners, a connector, Ray, the board and its watches.
+
+A role owns one and hands it what differs between the two (`NodeOwner`); the runtime runs its tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import Config, ForwardConfig, HeadConfig
+from rayfwd.daemon.exchange import ConditionExchange
+from rayfwd.daemon.watches import LinkWatch, MachineWatch
+from rayfwd.problems import Problem
+from rayfwd.ray import token
+from rayfwd.ray.install import RayInstall
+from rayfwd.ray.nodes import NodeSeen
+from rayfwd.ray.supervisor import BeforeStart, RaySupervisor
+from rayfwd.session.stream import ResetReason
+from rayfwd.session.target import Target
+from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.users import allowed_uids
+from rayfwd.transport.admission import Admission
+from rayfwd.transport.carrier import Carrier
+from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.listeners import Listeners, listeners_for
+from rayfwd.transport.mux import MuxStream
+from rayfwd.transport.relay import SocketRelay
+from rayfwd.transport.ssh_carrier import SshCarrier
+from rayfwd.watch.board import Board
+from rayfwd.watch.canary import Canary, Situation
+from rayfwd.watch.cluster_view import ClusterView
+from rayfwd.watch.conditions import Seen
+from rayfwd.watch.links import LinkSeen
+from rayfwd.watch.reach import Peer, Reach
+
+TOKEN_INTERVAL = 15.0
+"""Seconds between two looks at Ray's token: two small requests to the head's dashboard."""
+
+MOST_LISTENERS = 20
+"""Listeners that have a condition of their own; all that are blocked are in the status."""
+
+LINK = "link"
+"""The watcher of the links, which says why a node is away when everybody else is silent on it."""
+
+Work = Callable[[], Coroutine[Any, Any, None]]
+"""Something that runs until it is cancelled."""
+
+
+class NodeOwner(Protocol):
+    """The role, as far as what all nodes have asks it something. Nothing is asked before the role
+    is built whole."""
+
+    def route(self, target: Target, relay: SocketRelay) -> None:
+        """Find a stream for a connection that came to a listener."""
+
+    async def before_start(self, own: NodePlan, install: RayInstall) -> None:
+        """Awaited before Ray is started. Raises ProblemError where it is not to be yet."""
+
+    def changed(self) -> None:
+        """Something that status or readiness depend on has changed."""
+
+    def board_changed(self) -> None:
+        """What is wrong has changed."""
+
+    def link_stands(self) -> bool:
+        """The role's link or hub is up."""
+
+    def link_conditions(self) -> list[Seen]:
+        """What is wrong with the role's links; the link or the hub has logged it."""
+
+    def links_seen(self) -> Mapping[str, LinkSeen]:
+        """The role's links that are up, by the worker's name."""
+
+    def peers(self) -> Mapping[str, Peer]:
+        """The nodes whose Ray this one ought to reach now."""
+
+    async def canary_targets(self) -> list[NodeSeen]:
+        """The nodes that a canary is sent to. Raises ProblemError."""
+
+
+class MakeRay(Protocol):
+    """Makes what keeps Ray running."""
+
+    def __call__(
+        self,
+        config: Config,
+        network: str,
+        on_change: Callable[[], None],
+        *,
+        before_start: BeforeStart,
+    ) -> RaySupervisor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Makers:
+    """How a node gets what reaches beyond this process: tests put others in their place."""
+
+    ray: MakeRay = RaySupervisor
+    listeners: Callable[
+        [Callable[[Target, SocketRelay], None], Callable[[], None], Admission], Listeners
+    ] = Listeners
+    carrier: Callable[[HeadConfig], Carrier] = SshCarrier
+
+
+class Node:
+    """Built whole, in the order in which its parts need each other; nothing runs by itself."""
+
+    def __init__(self, config: Config, owner: NodeOwner, view: ClusterView, makers: Makers) -> None:
+        self.config = config
+        """The one in force; `take_config` replaces it."""
+        self.view = view
+        """`set_view` replaces it."""
+        self.news = asyncio.Event()
+        """Set when something that status or readiness depend on has changed."""
+        self._owner = owner
+        name = config.name
+        uids = listener_uids(config)
+        self.listeners = makers.listeners(owner.route, owner.changed, Admission(uids))
+        self.connector = LocalConnector()
+        self.ray = makers.ray(config, view.network, owner.changed, before_start=owner.before_start)
+        self.board = Board(owner.board_changed, name, _later)
+        self.exchange = ConditionExchange(name, self.board, config.role == "head")
+        self.canary = Canary(config.canary, config.ray, name, self.board, self)
+        self._reach = Reach(name, owner.peers, self.board)
+        self._links = LinkWatch(self.board, owner.links_seen)
+        self._machine = MachineWatch(
+            config, lambda: self.view, self.board, self.listeners, self.ray
+        )
+
+    # -- at work -------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, Work]:
+        """The tasks that carry bytes or hold Ray: a fault of one is the daemon's."""
+        return {"listeners": self.listeners.run, "ray": self.ray.run}
+
+    def watchers(self) -> dict[str, Work]:
+        """The tasks that only look."""
+        return {
+            "canary": self.canary.run,
+            "reach": self._reach.run,
+            "token": self._watch_token,
+            "links": self._links.run,
+            "machine": self._machine.run,
+        }
+
+    def loops(self) -> Iterable[Heartbeat]:
+        """The loops that the watchdog looks at."""
+        return (self.ray.heartbeat, self._links.heartbeat)
+
+    def changed(self) -> None:
+        """What this node's parts know of what is wrong goes to the board; the others are told."""
+        self._put_own()
+        self.news.set()
+
+    def take_config(self, config: Config) -> None:
+        """What `reload.LIVE` has may be different now.
+
+        Raises ProblemError, with everything as it was, where a user of the file is not known here.
+        """
+        self.listeners.admission.take_uids(listener_uids(config))
+        self.config = config
+        self.canary.take_config(config.canary)
+        if self.view.nodes:
+            self._want_listeners()
+            self._owner.changed()
+
+    # -- the plan ------------------------------------------------------------------------
+
+    def set_view(self, view: ClusterView) -> None:
+        """Know the cluster so from now on, and open the listeners that it asks for."""
+        self.view = view
+        self._want_listeners()
+        self._owner.changed()
+
+    def _want_listeners(self) -> None:
+        view = self.view
+        wanted: dict[Target, Target] = {}
+        for node in view.nodes:
+            if not node.advertised and (view.own is None or node.name != view.own.name):
+                wanted |= listeners_for(node.address, node.ports)
+        for forward in self.forwards():
+            name, port = forward.target()
+            to = view.node_named(name)
+            if to is not None:
+                wanted[Target(*forward.listen_address())] = Target(to.address, port)
+        self.listeners.set_wanted(wanted)
+
+    def forwards(self) -> tuple[ForwardConfig, ...]:
+        """The further listeners; by default a worker's leads to the head's dashboard."""
+        head = self.view.head
+        if self.config.role == "worker" and self.config.forward is None and head is not None:
+            port = head.services["dashboard"]
+            return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
+        return self.config.forwards
+
+    def accept(self, stream: MuxStream, target: Target) -> SocketRelay | None:
+        """A stream to this machine: dial the port if the plan or `expose` has it."""
+        own = self.view.own
+        if own is not None and target.address == own.address:
+            if target.port in own.ports:
+                return self.connector.accept(stream, target)
+            if target.port in self.config.expose:
+                return self.connector.accept(stream, Target("127.0.0.1", target.port))
+        stream.reset(
+            ResetReason.NOT_IN_PLAN,
+            f"{target} is no port that {self.config.name} serves (ray's ports, or expose)",
+        )
+        return None
+
+    # -- what is wrong -------------------------------------------------------------------
+
+    def _put_own(self) -> None:
+        """What the node's parts know themselves; most of them log it, too."""
+        name, board, head = self.config.name, self.board, self.view.head
+        board.head = head.name if head is not None else ""
+        board.put_all(LINK, self._owner.link_conditions(), quiet=True)
+        ray = self.ray.state
+        wrong = [Seen(name, ray.problem)] if ray.problem and ray.phase != "up" else []
+        board.put_all("ray", wrong, quiet=True)
+        blocked = islice(self.listeners.blocked_at.items(), MOST_LISTENERS)
+        wrong = [Seen(name, p) for p in self.listeners.problems]
+        wrong += [Seen(f"{name}/{at}", p) for at, p in blocked]
+        board.put_all("listeners", wrong, quiet=True)
+        board.put_all("forwards", self._unknown_forwards())
+
+    def _unknown_forwards(self) -> list[Seen]:
+        view = self.view
+        return [
+            Seen(
+                f"{self.config.name}/{forward.listen}",
+                codes.FORWARD_TARGET_UNKNOWN.problem(
+                    f"[[forward]] to = {forward.to}: no node {forward.target()[0]} is in the plan",
+                    "correct the name; it opens by itself when the node joins",
+                ),
+            )
+            for forward in (self.forwards() if view.nodes else ())
+            if view.node_named(forward.target()[0]) is None
+        ]
+
+    async def _watch_token(self) -> None:
+        """Whether this node's Ray and its user's drivers have the token that the cluster wants."""
+        while True:
+            await sleep_coalesced(TOKEN_INTERVAL)
+            found: Problem | None = None
+            situation, head, auth = self.situation(), self.view.head, self.view.auth
+            if situation is not None and head is not None and self._owner.link_stands():
+                host, port = head.address, head.services["dashboard"]
+                found = await token.check(host, port, situation.env)
+            if found is None and auth is not None:
+                found = await asyncio.to_thread(
+                    token.provide, auth, os.environ, self.config.state_dir
+                )
+            self.board.put("token", {} if found is None else {self.config.name: found})
+
+    # -- as the canary's owner -----------------------------------------------------------
+
+    def situation(self) -> Situation | None:
+        """What a canary needs to know; None while this node's Ray is not up."""
+        view, env = self.view, self.ray.environment
+        if view.own is None or view.head is None or env is None or self.ray.state.phase != "up":
+            return None
+        return Situation(
+            own=view.own,
+            gcs=f"{view.head.address}:{view.head.services['gcs']}",
+            env=env,
+            plans={node.address: node for node in view.nodes},
+            targets=self._owner.canary_targets,
+        )
+
+    def peers(self) -> Mapping[str, Peer]:
+        return self._owner.peers()
+
+    def canary_back(self) -> None:
+        self._owner.changed()
+
+
+def listener_uids(config: Config) -> frozenset[int]:
+    """Whom the listeners let in. Raises ProblemError."""
+    return allowed_uids(config.listeners.users, "listeners.users")
+
+
+def _later(seconds: float, function: Callable[[], None]) -> asyncio.TimerHandle:
+    return asyncio.get_running_loop().call_later(seconds, function)

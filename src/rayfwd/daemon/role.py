@@ -1,0 +1,60 @@
+"""What the runtime asks of a role: the head's (`head.py`) or a worker's (`worker.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from rayfwd.config import Config
+from rayfwd.daemon.handover import Arrival, Holder
+from rayfwd.daemon.node import Node, Work
+from rayfwd.problems import Problem
+from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.system.control import Verb
+from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.transport.linkstats import LinkStats
+
+
+class Role(Holder, Protocol):
+    """Built whole by its constructor, where nothing listens or dials yet."""
+
+    @property
+    def node(self) -> Node:
+        """What it has in common with the other role."""
+
+    @property
+    def cluster(self) -> ClusterReport | None:
+        """What was seen of the whole cluster last; None: nothing yet."""
+
+    async def serve(self, arrival: Arrival | None) -> None:
+        """The role's own work, until cancelled or ended, with what an earlier process has left.
+
+        Raises ProblemError where it cannot begin.
+        """
+
+    async def end(self) -> None:
+        """End the role's own work in order."""
+
+    def watchers(self) -> dict[str, Work]:
+        """The tasks of the role that only look."""
+
+    def loops(self) -> Iterable[Heartbeat]:
+        """The loops of the role that the watchdog looks at."""
+
+    def take_config(self, config: Config) -> None:
+        """What `reload.LIVE` has may be different now."""
+
+    def verbs(self) -> Mapping[str, Verb]:
+        """What the control socket can be asked for besides."""
+
+    def link_problems(self) -> list[Problem]:
+        """What the role waits for, Ray apart; empty when it stands."""
+
+    def ray_waits(self) -> str:
+        """What Ray, which is not up, is about."""
+
+    def role_status(self) -> dict[str, Any]:
+        """The role's part of the status."""
+
+    def link_stats(self) -> Mapping[str, LinkStats]:
+        """What the role's links have been through, by the peer's name in the metrics."""

@@ -1,0 +1,77 @@
+"""What brings a lane's bytes to the hub's socket and back, as the link knows it.
+
+A carrier dials; a connection that stands opens a pipe, which is one byte stream to the hub. SSH by
+AsyncSSH is one (`ssh_carrier.py`); whatever else ends in the hub's socket may be another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rayfwd.session.frames import Chunk
+
+
+class PipeOwner(Protocol):
+    """Who has the near end of a pipe."""
+
+    def pipe_data(self, data: bytes | memoryview) -> None:
+        """Bytes of the hub, in order."""
+
+    def pipe_said(self, data: bytes) -> None:
+        """What was written beside the stream: why there will be none, as a rule."""
+
+    def pipe_writable(self) -> None:
+        """It is no longer `paused`."""
+
+    def pipe_lost(self, why: str) -> None:
+        """It is over; nothing follows."""
+
+
+class Pipe(Protocol):
+    """A byte stream to the hub's socket."""
+
+    @property
+    def paused(self) -> bool:
+        """It takes no more bytes for now."""
+
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        """Raises OSError where the far side has closed it, and that is still to be told."""
+
+    def carry(
+        self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
+    ) -> None:
+        """The handshake is over: from now on these are a lane's bytes.
+
+        What comes may go to `deliver` instead of `pipe_data`, and that there is room to `resume`,
+        where the carrier has a way for them that is faster.
+        """
+
+    def close(self) -> None:
+        """Send what was written, then close; it is over when the far side has confirmed it."""
+
+    def abort(self) -> None:
+        """Close at once."""
+
+
+class Connection(Protocol):
+    """A way to the head that stands. It is the lane's alone."""
+
+    async def open(self, owner: PipeOwner) -> Pipe:
+        """A byte stream to the hub's socket. Raises ProblemError."""
+
+    async def tune(self) -> None:
+        """Once the lane stands: whatever has the head's side send small packets at once."""
+
+    def close(self) -> None:
+        """End it in order."""
+
+    def abort(self) -> None:
+        """End it at once."""
+
+
+class Carrier(Protocol):
+    """Makes connections to one head."""
+
+    async def dial(self, hasty: bool) -> Connection:
+        """`hasty`: streams wait for it. Raises ProblemError."""

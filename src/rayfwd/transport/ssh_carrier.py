@@ -1,0 +1,115 @@
+"""Lanes by SSH, in this process: a connection each, and on it one channel to the hub's socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import asyncssh
+
+from rayfwd.config import HeadConfig
+from rayfwd.session.frames import Chunk
+from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.fastpath import FastPath
+from rayfwd.transport.ssh import SshConnector
+
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a channel before the session is asked for no more."""
+
+
+class SshCarrier:
+    """Dials one head as its configuration says."""
+
+    def __init__(self, head: HeadConfig) -> None:
+        self._connector = SshConnector(head)
+
+    async def dial(self, hasty: bool) -> SshConnection:
+        """Raises ProblemError."""
+        return SshConnection(self._connector, await self._connector.connect(hasty=hasty))
+
+
+class SshConnection:
+    """An SSH connection to the head."""
+
+    def __init__(self, connector: SshConnector, connection: asyncssh.SSHClientConnection) -> None:
+        self._connector = connector
+        self._connection = connection
+
+    async def open(self, owner: PipeOwner) -> SshPipe:
+        """Raises ProblemError."""
+        pipe = SshPipe(self._connection, owner)
+        await self._connector.open_channel(self._connection, lambda: pipe)
+        return pipe
+
+    async def tune(self) -> None:
+        await self._connector.send_at_once(self._connection)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def abort(self) -> None:
+        self._connection.abort()
+
+
+class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
+    """A channel to the hub's socket, or to `rayfwd attach`."""
+
+    def __init__(self, connection: asyncssh.SSHClientConnection, owner: PipeOwner) -> None:
+        self._connection = connection
+        self._owner = owner
+        self._channel: Any = None
+        self._fast: FastPath | None = None
+        self._full = False
+
+    # -- AsyncSSH's callbacks ------------------------------------------------------------
+
+    def connection_made(self, chan: Any) -> None:
+        self._channel = chan
+        chan.set_write_buffer_limits(WRITE_BUFFER)
+
+    def session_started(self) -> None: ...
+
+    def data_received(self, data: Any, datatype: int | None) -> None:
+        if datatype is not None:
+            self._owner.pipe_said(data)
+        else:
+            self._owner.pipe_data(data)
+
+    def eof_received(self) -> bool:
+        self._owner.pipe_lost("closed by the head")
+        return False
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._owner.pipe_writable()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner.pipe_lost(str(exc) if exc else "closed by the head")
+
+    # -- as the lane's pipe --------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        return self._full or (self._fast is not None and self._fast.paused)
+
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        if self._fast is not None:
+            self._fast.write(chunks)
+        else:
+            self._channel.write(b"".join(chunks))
+
+    def carry(
+        self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
+    ) -> None:
+        self._fast = FastPath.install(self._connection, self._channel, deliver, resume)
+
+    def close(self) -> None:
+        if self._fast is not None:
+            self._fast.close()
+        self._channel.close()
+
+    def abort(self) -> None:
+        self._channel.abort()

@@ -1,0 +1,243 @@
+"""The head's and a worker's role, run by the runtime in one process: how they live together."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayfwd import codes
+from rayfwd.config import LogConfig
+from rayfwd.problems import ProblemError
+from rayfwd.session.target import Target
+from rayfwd.system import logs
+from rayfwd.transport import link as link_module
+from rayfwd.watch import reach
+from tests.unit.cluster import echo, goodbye, serving
+from tests.unit.daemons import VERSIONS, Daemon, exposed, site
+from tests.unit.loops import run, until
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Redial fast; there is no Ray, so none is dialled."""
+    for name, seconds in {"REDIAL_FIRST": 0.05, "REDIAL_PARKED": 0.1, "REDIAL_LAST": 0.2}.items():
+        monkeypatch.setattr(link_module, name, seconds)
+    monkeypatch.setattr(reach, "servers", lambda _plan: [])
+    yield
+    logs.setup(LogConfig(), io.StringIO())  # a reload has set it up
+
+
+async def talk(at: Target, said: bytes = b"hello") -> bytes:
+    """What an echo behind a listener answers."""
+    reader, writer = await asyncio.open_connection(*at)
+    writer.write(said)
+    writer.write_eof()
+    got = await reader.read()
+    await goodbye(writer)
+    return got
+
+
+def test_a_worker_joins_and_both_are_ready(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            there, back = s.path("w1", "head"), s.path("head", "w1")
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            seen, has = w1.role.node.view, head.role.node.view
+            assert seen.nodes == has.nodes
+            assert (seen.network, seen.ride_through) == (has.network, has.ride_through)
+            assert [node.name for node in seen.nodes] == ["head", "w1"]
+            assert seen.own == seen.node_named("w1")
+            assert seen.auth == has.auth is not None
+            await until(lambda: w1.role.node.view.head_versions == VERSIONS)
+            async with serving(echo, exposed(head)), serving(echo, exposed(w1)):
+                assert await talk(there) == await talk(back) == b"hello"
+            await until(lambda: (head.peer("w1")["ray"] or {}).get("phase") == "up")
+            plan = await w1.ask("plan")
+            assert plan == json.loads((w1.directory / "state/plan.json").read_text())
+            assert plan["own"]["name"] == "w1"
+            status = await head.ask("status")
+            assert (status["state"], status["workers"][0]["state"]) == ("ready", "up")
+            with pytest.raises(ProblemError, match="is a worker"):
+                await w1.ask("forget", name="head")
+
+    run(main)
+
+
+def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
+    """A worker's Ray is started once the head's is up; one that runs is left alone."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            head.ray.become("failed")
+            await until(lambda: not w1.ray.may_start)
+            assert w1.ray.state.phase == "up"
+            w1.ray.become("waiting")
+            waits = "Ray here waits for the head's, which is failed"
+            assert [p.cause for p in w1.runtime.status.waiting_for()] == [waits]
+            head.ray.become("up")
+            await w1.ready()
+
+    run(main)
+
+
+@pytest.mark.parametrize("who", ["head", "w1"])
+def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
+    """Sessions, streams and listeners live on, and what had been told is told again."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            at = s.path("w1", "w2")
+            await s.start()
+            w1 = s.workers["w1"]
+            async with serving(echo, exposed(s.workers["w2"])):
+                reader, writer = await asyncio.open_connection(*at)
+                writer.write(b"before")
+                assert await reader.readexactly(6) == b"before"
+                session, before = s.head.head.muxes()["w1"], s.node(who).role
+                ray = s.node(who).ray
+                await s.node(who).restart()
+                assert s.node(who).role is not before
+                assert ray.ended == "left running"
+                writer.write(b"after")
+                assert await reader.readexactly(5) == b"after"
+                assert await talk(at) == b"hello"
+                await goodbye(writer)
+            assert (s.head.head.muxes()["w1"] is session) is (who == "w1")
+            await w1.ready()
+            await until(lambda: (s.head.peer("w1")["ray"] or {}).get("phase") == "up")
+            assert s.head.peer("w1")["ridden_through"] == 1
+            assert w1.role.node.view.head_versions == VERSIONS
+
+    run(main)
+
+
+def test_a_reload_opens_what_the_file_now_has(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            at = s.path("w1", "head")
+            w1.more = 'log = {level = "warning"}'
+            w1.write()
+            assert await w1.ask("reload") == {"changed": ["log.level", "forward"], "kept": []}
+            async with serving(echo, exposed(head)):
+                await until(lambda: w1.role.node.listeners.is_open(at))
+                assert await talk(at) == b"hello"
+            w1.forwards.clear()
+            w1.more = "ride_through = 5"
+            w1.file.write_text(w1.file.read_text().replace("expose", "exposed"))
+            (mistake,) = (await w1.ask("reload"))["mistakes"]
+            assert "exposed" in mistake
+            assert w1.role.node.config.ride_through == s.ride_through
+
+    run(main)
+
+
+def test_what_a_head_exposes_after_a_reload_is_for_clients(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.start()
+            assert s.head.expose in s.head.head.offer().client_ports
+            s.head.expose += 1
+            s.head.write()
+            assert await s.head.ask("reload") == {"changed": ["expose"], "kept": []}
+            assert s.head.expose in s.head.head.offer().client_ports
+            assert s.head.expose - 1 not in s.head.head.offer().client_ports
+
+    run(main)
+
+
+def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
+    """Another machine with a name that is taken."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            twin = s.worker("twin")
+            twin.name = "w1"
+            twin.directory_name = "twin"
+            await twin.start()
+            waits = twin.runtime.status.waiting_for
+            await until(lambda: [p.code for p in waits()] == [codes.NAME_TAKEN])
+            shown = [c.code for c in s.head.role.node.board.conditions]
+            assert codes.NAME_TAKEN in shown
+            assert s.head.runtime.status.state() == "ready"
+            await s.workers["w1"].ready()
+
+    run(main)
+
+
+def test_a_cut_is_ridden_through_and_seen(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            at = s.path("w1", "head")
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            async with serving(echo, exposed(head)):
+                reader, writer = await asyncio.open_connection(*at)
+                writer.write(b"before")
+                assert await reader.readexactly(6) == b"before"
+                w1.cut()
+                await until(w1.runtime.status.waiting_for)
+                writer.write(b"after")
+                assert await reader.readexactly(5) == b"after"
+                await goodbye(writer)
+            await w1.ready()
+            assert w1.runtime.status.to_wire()["link"]["ridden_through"] == 1
+
+    run(main)
+
+
+def test_an_end_stops_ray_first_and_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            ray, control = w1.ray, w1.role.node.config.control_socket
+            await w1.stop()
+            assert ray.ended == "stopped"
+            assert not control.exists()
+            await until(lambda: head.peer("w1")["state"] == "away")
+            # It went in order: nobody is told of a link that is down.
+            assert [c for c in head.role.node.board.conditions if c.code == codes.LINK_DOWN] == []
+            hub = head.role.node.config.hub_socket
+            await head.stop()
+            assert not hub.exists()
+
+    run(main)
+
+
+def test_a_node_that_is_forgotten_comes_back_as_a_new_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            await s.workers["w1"].stop()
+            assert await s.head.ask("forget", name="w1") == {"forgotten": True}
+            w2 = s.workers["w2"]
+            await until(lambda: w2.role.node.view.node_named("w1") is None)
+            await s.workers["w1"].start()
+            await until(lambda: w2.role.node.view.node_named("w1") is not None)
+
+    run(main)
+
+
+def test_two_daemons_do_not_share_a_state_directory(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.start()
+            other = Daemon(s, "head", 0)
+            s.head, was = other, s.head
+            with pytest.raises(ProblemError) as caught:
+                await other.start()
+            assert caught.value.problem.code == codes.ALREADY_RUNNING
+            s.head = was
+
+    run(main)
