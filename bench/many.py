@@ -63,9 +63,9 @@ class Lane(asyncio.Protocol):
         if self._mux is not None:
             self._mux.flush()
 
-    def join(self, mux: Mux, kind: LaneClass) -> None:
+    def join(self, mux: Mux, lane_class: LaneClass) -> None:
         self._mux = mux
-        self._number = mux.add_lane(self, kind)
+        self._number = mux.add_lane(self, lane_class)
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
 

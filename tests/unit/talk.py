@@ -13,13 +13,13 @@ from rayfwd.session.events import (
     DataReceived,
     EndReceived,
     Event,
-    LaneSilent,
+    LaneDead,
     MessageReceived,
     StreamFinished,
     StreamOpened,
     StreamReset,
 )
-from rayfwd.session.frames import Frame, FrameDecoder, Kind
+from rayfwd.session.frames import Frame, FrameDecoder, Kind, encode
 from rayfwd.session.lane import Lane, LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
@@ -94,11 +94,14 @@ class TalkLane:
     """A lane, the same number at both sides; a test may hold either direction back."""
 
     number: int
-    kind: LaneClass
+    lane_class: LaneClass
     held: set[str] = field(default_factory=set)
     """Names of sides that do not get what is sent to them for now."""
     full: set[str] = field(default_factory=set)
     """Names of sides whose transport takes nothing for now."""
+    loses: set[Kind] = field(default_factory=set)
+    """Frames that vanish on it, though it lives: as those that went down with a lane which their
+    sender took for alive."""
     rate: float | None = None
     """Bytes a second of each direction; None: all at once."""
     under_way: dict[str, bytearray] = field(
@@ -125,8 +128,8 @@ class Talk:
         self.worker = Side("worker", Session("worker", ride_through, self.limits, self.now))
         self.hub = Side("hub", Session("hub", ride_through, self.limits, self.now))
         self.lanes: list[TalkLane] = []
-        for kind in lanes:
-            self.lane(kind)
+        for lane_class in lanes:
+            self.lane(lane_class)
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -135,15 +138,15 @@ class Talk:
     def other(self, side: Side) -> Side:
         return self.hub if side is self.worker else self.worker
 
-    def lane(self, kind: LaneClass) -> TalkLane:
+    def lane(self, lane_class: LaneClass) -> TalkLane:
         """A lane comes up on both sides."""
         numbers = set()
         for side in self.sides:
-            number, events = side.session.lane_up(kind, self.now)
+            number, events = side.session.lane_up(lane_class, self.now)
             numbers.add(number)
             self.take(side, events)
         (number,) = numbers
-        lane = TalkLane(number, kind)
+        lane = TalkLane(number, lane_class)
         self.lanes.append(lane)
         return lane
 
@@ -162,6 +165,8 @@ class Talk:
         """Carry bytes until nobody has anything to say. The clock stands still."""
         for _ in range(100_000):
             if not self._round():
+                for side in self.sides:
+                    side.session.check_invariants()
                 return
         raise AssertionError("the two sides never stop talking")
 
@@ -182,10 +187,13 @@ class Talk:
 
     def _fetch(self, lane: TalkLane, side: Side) -> bool:
         data = b"".join(side.session.data_to_send(lane.number, 1 << 18, self.now))
-        side.frames += (Seen(lane.number, f) for f in lane.decoders[side.name].feed(data))
+        frames = lane.decoders[side.name].feed(data)
+        side.frames += (Seen(lane.number, frame) for frame in frames)
+        if lane.loses:
+            data = b"".join(_encoded(frame) for frame in frames if frame.kind not in lane.loses)
         lane.under_way[self.other(side).name] += data
         self.take(side, side.session.drained())
-        return bool(data)
+        return bool(frames)
 
     def _deliver(self, lane: TalkLane, side: Side, size: int) -> bool:
         queue = lane.under_way[side.name]
@@ -220,9 +228,13 @@ class Talk:
             match event:
                 case DataReceived(number, data) if side.reads:
                     side.session.consumed(number, len(data), self.now)
-                case LaneSilent(number):
+                case LaneDead(number):
                     self.take(side, side.session.lane_down(number, self.now))
 
     def receive(self, side: Side, data: bytes, lane: int = 1) -> None:
         """Bytes that the other side never sent."""
         self.take(side, side.session.receive(lane, data, self.now))
+
+
+def _encoded(frame: Frame) -> bytes:
+    return encode(frame.kind, frame.stream, frame.offset, frame.payload or b"".join(frame.chunks))

@@ -18,7 +18,7 @@ from rayfwd.session.frames import (
     ProtocolError,
     encode,
     first_frame,
-    header,
+    frame_header,
 )
 
 CODES = {"frame_unknown", "frame_too_long"}
@@ -41,7 +41,7 @@ def as_bytes(many: list[Frame]) -> bytes:
 def test_a_frame_comes_back_as_it_was(frame: Frame) -> None:
     data = as_bytes([frame])
     assert len(data) == HEADER_SIZE + len(frame.payload)
-    assert data == header(frame.kind, frame.stream, frame.offset, len(frame.payload)) + (
+    assert data == frame_header(frame.kind, frame.stream, frame.offset, len(frame.payload)) + (
         frame.payload
     )
     assert FrameDecoder().feed(data) == [frame]
@@ -160,7 +160,7 @@ def test_the_longest_payload_passes_and_one_more_byte_does_not() -> None:
     with pytest.raises(ValueError, match="262145"):
         encode(Kind.DATA, 1, 0, bytes(MAX_PAYLOAD + 1))
     with pytest.raises(ProtocolError) as caught:
-        FrameDecoder().feed(header(Kind.DATA, 1, 0, MAX_PAYLOAD + 1))
+        FrameDecoder().feed(frame_header(Kind.DATA, 1, 0, MAX_PAYLOAD + 1))
     assert caught.value.code == codes.FRAME_TOO_LONG
 
 
@@ -168,7 +168,7 @@ def test_the_longest_payload_passes_and_one_more_byte_does_not() -> None:
 def test_no_more_is_held_than_one_unfinished_frame(chunks: list[bytes]) -> None:
     """A header that announces the longest payload, then whatever comes."""
     decoder = FrameDecoder()
-    decoder.feed(header(Kind.DATA, 1, 0, MAX_PAYLOAD))
+    decoder.feed(frame_header(Kind.DATA, 1, 0, MAX_PAYLOAD))
     fed = HEADER_SIZE
     for chunk in chunks:
         decoder.feed(chunk)
@@ -177,7 +177,7 @@ def test_no_more_is_held_than_one_unfinished_frame(chunks: list[bytes]) -> None:
 
 
 def test_a_frame_that_cannot_be_is_refused_by_its_header_alone() -> None:
-    for bad in (header(Kind.DATA, 1, 0, MAX_PAYLOAD + 1), b"\x63" + bytes(19)):
+    for bad in (frame_header(Kind.DATA, 1, 0, MAX_PAYLOAD + 1), b"\x63" + bytes(19)):
         decoder = FrameDecoder()
         assert decoder.feed(bad[:-1]) == []
         with pytest.raises(ProtocolError):
@@ -198,7 +198,7 @@ def test_the_first_frame_is_taken_off_and_the_rest_stays(frame: Frame, rest: byt
 
 
 def test_the_first_frame_has_a_limit_of_its_own() -> None:
-    buffer = bytearray(header(Kind.HELLO, 0, 1, 101))
+    buffer = bytearray(frame_header(Kind.HELLO, 0, 1, 101))
     assert first_frame(buffer, 101) is None
     with pytest.raises(ProtocolError) as caught:
         first_frame(buffer, 100)

@@ -388,7 +388,7 @@ class TestSessions:
                     worker, node = c.workers["w1"], c.hub.nodes["w1"]
                     worker.cut()
                     await until(lambda: node.state == "away")
-                    await until(lambda: worker.mux is None or worker.mux.session.ended)
+                    await until(lambda: worker.mux is None or worker.mux.ended)
                     assert isinstance(worker.changes[-1], SessionEnded)
                     resumed = replace(worker.hello, resumes=True)
                     assert await refusal(c, resumed) == "session_unknown"

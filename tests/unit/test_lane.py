@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rayfwd.session.lane import (
+    DEAD_AFTER,
+    OVERDUE_AFTER,
     PING_BUSY,
     PING_IDLE,
-    SILENT_AFTER,
-    SUSPECT_AFTER,
     UNANSWERED_AFTER,
     WINDOW_CEILING,
     WINDOW_FLOOR,
@@ -64,7 +64,7 @@ def test_a_pong_answers_earlier_pings_too() -> None:
     lane.ping(0.1)
     lane.pong(lane.ping(0.2), 0.3)
     assert lane.rtt == pytest.approx(0.1)
-    assert not lane.silent(0.4)
+    assert not lane.dead(0.4)
 
 
 def test_a_silence_that_is_over_is_soon_forgotten() -> None:
@@ -81,7 +81,7 @@ def test_a_silence_that_is_over_is_soon_forgotten() -> None:
     assert lane.newest_rtt == pytest.approx(0.001)
     lane.heard = lane.answered_at
     lane.ping(20.0)
-    assert lane.stalled(20.0 + SUSPECT_AFTER), "patience with it is still that of the silence"
+    assert lane.overdue(20.0 + OVERDUE_AFTER), "patience with it is still that of the silence"
 
 
 @pytest.mark.parametrize("token", [0, 2, 1 << 63])
@@ -145,26 +145,26 @@ def test_the_window_has_a_ceiling() -> None:
 def test_a_lane_that_hears_nothing_is_stalled_then_silent() -> None:
     lane = lane_at()
     lane.ping(0.0)
-    assert not lane.stalled(SUSPECT_AFTER - 0.01)
-    assert lane.stalled(SUSPECT_AFTER)
-    assert not lane.silent(SILENT_AFTER - 0.01)
-    assert lane.silent(SILENT_AFTER)
+    assert not lane.overdue(OVERDUE_AFTER - 0.01)
+    assert lane.overdue(OVERDUE_AFTER)
+    assert not lane.dead(DEAD_AFTER - 0.01)
+    assert lane.dead(DEAD_AFTER)
 
 
 def test_a_lane_with_a_long_round_trip_is_not_stalled_so_soon() -> None:
     lane = lane_at()
     answered(lane, 0.0, 0.5)
     lane.ping(10.0)
-    assert not lane.stalled(11.9)
-    assert lane.stalled(12.0)
+    assert not lane.overdue(11.9)
+    assert lane.overdue(12.0)
 
 
 def test_a_lane_that_hears_something_is_silent_only_when_a_ping_stays_unanswered() -> None:
     lane = lane_at()
     lane.ping(0.0)
     lane.heard = UNANSWERED_AFTER - 0.2
-    assert not lane.silent(UNANSWERED_AFTER - 0.1)
-    assert lane.silent(UNANSWERED_AFTER)
+    assert not lane.dead(UNANSWERED_AFTER - 0.1)
+    assert lane.dead(UNANSWERED_AFTER)
 
 
 def test_a_slow_lane_whose_pongs_keep_coming_is_alive() -> None:
@@ -176,7 +176,7 @@ def test_a_slow_lane_whose_pongs_keep_coming_is_alive() -> None:
         tokens.append(lane.ping(0.0))
     for i, token in enumerate(tokens):
         now = 2.6 * (i + 1)
-        assert not lane.silent(now), f"given up at {now} s, though the one before was answered"
+        assert not lane.dead(now), f"given up at {now} s, though the one before was answered"
         lane.heard = now
         lane.pong(token, now)
 
@@ -188,17 +188,17 @@ def test_a_lane_that_takes_no_ping_is_not_alive_for_ever() -> None:
     lane.sent += 1000
     due = PING_BUSY
     assert lane.wants_ping(due)
-    assert not lane.stalled(due + SUSPECT_AFTER - 0.01)
-    assert lane.stalled(due + SUSPECT_AFTER)
-    assert not lane.silent(due + SILENT_AFTER - 0.01)
-    assert lane.silent(due + SILENT_AFTER)
+    assert not lane.overdue(due + OVERDUE_AFTER - 0.01)
+    assert lane.overdue(due + OVERDUE_AFTER)
+    assert not lane.dead(due + DEAD_AFTER - 0.01)
+    assert lane.dead(due + DEAD_AFTER)
 
 
 def test_an_idle_lane_is_not_silent_before_its_ping_is_due() -> None:
     lane = lane_at()
     answered(lane, 0.0, 0.01)
-    assert not lane.silent(PING_IDLE)
-    assert not lane.stalled(PING_IDLE)
+    assert not lane.dead(PING_IDLE)
+    assert not lane.overdue(PING_IDLE)
 
 
 def test_a_lane_wants_to_be_looked_at_before_anything_is_late() -> None:
@@ -208,23 +208,23 @@ def test_a_lane_wants_to_be_looked_at_before_anything_is_late() -> None:
     lane.sent += 1
     assert lane.deadline(0.02) == PING_BUSY
     lane.ping(0.02)
-    stalled = 0.02 + SUSPECT_AFTER
+    stalled = 0.02 + OVERDUE_AFTER
     assert lane.deadline(0.02) == pytest.approx(stalled)
-    assert not lane.stalled(stalled - 0.01)
-    assert lane.stalled(stalled)
+    assert not lane.overdue(stalled - 0.01)
+    assert lane.overdue(stalled)
     # No other is better: it is looked at again, and that may change.
     assert lane.deadline(stalled) == pytest.approx(stalled + PING_BUSY)
-    lane.suspect = True
+    lane.sidelined = True
     assert lane.deadline(stalled) == pytest.approx(0.02 + PING_IDLE)
     lane.ping(0.02 + PING_IDLE)
     lane.ping(0.02 + 2 * PING_IDLE)
-    silent = 0.02 + SILENT_AFTER
+    silent = 0.02 + DEAD_AFTER
     assert lane.deadline(silent - 0.5) == pytest.approx(silent)
-    assert not lane.silent(silent - 0.01)
-    assert lane.silent(silent)
+    assert not lane.dead(silent - 0.01)
+    assert lane.dead(silent)
 
 
-@pytest.mark.parametrize("why", ["spoke", "suspect"])
+@pytest.mark.parametrize("why", ["spoke", "sidelined"])
 def test_a_lane_is_asked_soon_after_it_carried_an_acknowledgement_or_looked_stalled(
     why: str,
 ) -> None:

@@ -309,7 +309,7 @@ def test_ride_through_ends_the_session_by_itself() -> None:
             mine = Owner()
             p.worker.open(mine)
             p.worker.lanes[0].abort("cut")
-            await until(lambda: p.worker.mux.session.ended and p.hub.mux.session.ended)
+            await until(lambda: p.worker.mux.ended and p.hub.mux.ended)
             assert mine.told == ["lost: SESSION_ENDED no lane for 0 s"]
             assert isinstance(p.worker.changes[-1], SessionEnded)
             assert p.worker.mux._timer is None
@@ -320,13 +320,15 @@ def test_ride_through_ends_the_session_by_itself() -> None:
 def test_a_silent_lane_is_aborted() -> None:
     async def main() -> None:
         async with pair(INTERACTIVE) as p:
-            await asyncio.sleep(10 * lane_module.SILENT_AFTER)
+            await asyncio.sleep(10 * lane_module.DEAD_AFTER)
             assert p.worker.changes == p.hub.changes == [], "a lane that answers is left alone"
             deaf = p.hub.lanes[0].transport
             assert deaf is not None
             deaf.pause_reading()  # no PING is answered, and no PONG heard
-            await until(lambda: p.worker.changes and p.hub.changes, 2 * lane_module.SILENT_AFTER)
-            assert {lane.why_aborted for lane in p.worker.lanes + p.hub.lanes} >= {"silent"}
+            await until(lambda: p.worker.changes and p.hub.changes, 2 * lane_module.DEAD_AFTER)
+            assert {lane.why_aborted for lane in p.worker.lanes + p.hub.lanes} >= {
+                "no answer came in time"
+            }
 
     run(main)
 
@@ -337,8 +339,8 @@ def test_a_process_that_was_stopped_does_not_take_its_lanes_for_silent() -> None
             await asyncio.sleep(0.1)
             loop = asyncio.get_running_loop()
             assert isinstance(loop, FakeClockLoop)
-            loop.jump(mux_module.LATE + 2 * lane_module.SILENT_AFTER)
-            await asyncio.sleep(2 * lane_module.SILENT_AFTER)
+            loop.jump(mux_module.LATE + 2 * lane_module.DEAD_AFTER)
+            await asyncio.sleep(2 * lane_module.DEAD_AFTER)
             assert p.worker.changes == p.hub.changes == []
             assert len(p.worker.mux.lanes) == 2
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Mapping
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,27 +14,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfwd import codes
-from rayfwd.session.events import LaneSilent, Parked, Resumed, SessionEnded, StreamWritable
-from rayfwd.session.frames import Kind, ProtocolError, encode
+from rayfwd.session.answers import ACK_DELAY
+from rayfwd.session.events import LaneDead, Parked, Resumed, SessionEnded, StreamWritable
+from rayfwd.session.frames import MAX_MESSAGE, Kind, ProtocolError, encode
 from rayfwd.session.lane import (
+    DEAD_AFTER,
+    OVERDUE_AFTER,
     PING_BUSY,
-    SILENT_AFTER,
-    SUSPECT_AFTER,
     UNANSWERED_AFTER,
     WINDOW_START,
+    LaneClass,
 )
-from rayfwd.session.session import (
-    ACK_DELAY,
-    MAX_MESSAGE,
-    PROBE_AFTER,
-    Limits,
-    Session,
+from rayfwd.session.session import Limits, Session
+from rayfwd.session.states import (
+    SESSION_TRANSITIONS,
+    STREAM_TRANSITIONS,
+    SessionEvent,
     SessionState,
+    StreamEvent,
+    StreamState,
 )
-from rayfwd.session.stream import FRAME_BYTES, ResetReason, StreamState
+from rayfwd.session.stream import FRAME_BYTES, PROBE_AFTER, ResetReason, Stream
 from tests.unit.talk import BULK, INTERACTIVE, STEP, Talk
 
-ROUND = PING_BUSY + SUSPECT_AFTER + 4 * STEP
+ROUND = PING_BUSY + OVERDUE_AFTER + 4 * STEP
 """Seconds in which a stalled lane is gone round: with the timers' own 0.1 s twice, under one."""
 
 CODES = {
@@ -232,6 +237,47 @@ class TestStreams:
         assert talk.worker.session.buffered == 0
 
 
+class TestStates:
+    """A stream and a session change their states as the tables say, or not at all."""
+
+    @pytest.mark.parametrize("event", StreamEvent)
+    @pytest.mark.parametrize("state", StreamState)
+    def test_a_stream(self, state: StreamState, event: StreamEvent) -> None:
+        stream = Stream(1, True, b"to", 1000, 1000, 0.0)
+        stream.state = state
+
+        def change() -> None:
+            match event:
+                case StreamEvent.ANSWERED:
+                    stream.opened()
+                case StreamEvent.RESET:
+                    stream.give_up(ResetReason.ABORTED, "")
+                case _:
+                    stream.over(event)
+
+        expected = STREAM_TRANSITIONS[state].get(event)
+        if expected is None:
+            with pytest.raises(RuntimeError, match=state.value):
+                change()
+            assert stream.state is state
+        else:
+            change()
+            assert stream.state is expected
+
+    def test_a_session(self) -> None:
+        for state, after in SESSION_TRANSITIONS.items():
+            for event in SessionEvent:
+                session = Session("hub", 5.0, Limits(), 0.0)
+                session.state = state
+                if event in after:
+                    session._move(event)
+                    assert session.state is after[event]
+                else:
+                    with pytest.raises(RuntimeError, match=state.value):
+                        session._move(event)
+                    assert session.state is state
+
+
 class TestCredit:
     def test_nobody_sends_more_than_the_reader_allows(self) -> None:
         limits = Limits(window=1000)
@@ -289,7 +335,8 @@ class TestCredit:
         for number in numbers:
             talk.worker.session.reset(number, ResetReason.ABORTED)
         talk.wait(1.0)
-        assert talk.hub.session._window_spent == 0, "the budget comes back"
+        assert talk.hub.live == set()
+        talk.hub.session.check_invariants()  # the budget has come back
 
     def test_a_writer_waits_at_the_streams_bound_and_goes_on_at_half_of_it(self) -> None:
         talk = Talk(INTERACTIVE, limits=Limits(window=1000, stream_buffer=4000))
@@ -386,11 +433,14 @@ class TestAcknowledgements:
     def test_a_lost_acknowledgement_is_asked_for_again(self) -> None:
         talk = Talk(INTERACTIVE, INTERACTIVE)
         number = opened(talk)
+        for lane in talk.lanes:
+            lane.loses.add(Kind.ACK)
         talk.worker.session.send(number, b"x")
-        talk.run()
-        talk.hub.session._lazy_acks.clear()  # what a lane took down, unseen by the hub
-        talk.hub.session.streams[number].receive.ack_sent = 1
+        talk.wait(ACK_DELAY + 2 * STEP)
+        assert talk.hub.sent(Kind.ACK, number)[-1].frame.offset == 1
         assert talk.worker.session.buffered == 1
+        for lane in talk.lanes:
+            lane.loses.clear()
         talk.wait(PROBE_AFTER * 2 + 1)
         assert talk.worker.session.buffered == 0
         assert len(talk.worker.sent(Kind.DATA, number)) == 2
@@ -398,12 +448,17 @@ class TestAcknowledgements:
 
     def test_a_lost_open_and_a_lost_gone_are_mended_too(self) -> None:
         talk = Talk(INTERACTIVE)
+        (lane,) = talk.lanes
+        lane.loses.add(Kind.OPEN)
         number = talk.worker.session.open(b"to", talk.now)
-        talk.worker.session.data_to_send(1, 1 << 18, talk.now)  # never delivered
+        talk.run()
+        lane.loses.clear()
         talk.wait(PROBE_AFTER * 2 + 1)
         assert talk.hub.opened == [number]
+        lane.loses.add(Kind.GONE)
         talk.worker.session.reset(number, ResetReason.ABORTED)
-        talk.worker.session.data_to_send(1, 1 << 18, talk.now)
+        talk.run()
+        lane.loses.clear()
         assert number in talk.worker.live
         talk.wait(PROBE_AFTER * 2 + 1)
         assert [lost[0] for lost in talk.hub.lost] == [number]
@@ -412,24 +467,20 @@ class TestAcknowledgements:
     def test_probes_come_ever_more_seldom(self) -> None:
         talk = Talk(INTERACTIVE)
         number = opened(talk)
-        talk.worker.session.send(number, b"x")
         (lane,) = talk.lanes
-        talk.worker.session.data_to_send(1, 1 << 18, talk.now)  # never delivered
-        lane.full.add("worker")
+        lane.loses.add(Kind.DATA)
+        talk.worker.session.send(number, b"x")
         times: list[float] = []
-        stream = talk.worker.session.streams[number]
         start = talk.now
-        while talk.now - start < 60:
-            talk.now += 0.5
-            talk.worker.session.tick(talk.now)
-            if stream.probes > len(times):
+        while talk.now - start < 100:
+            talk.run()
+            if len(talk.worker.sent(Kind.DATA, number)) > len(times):
                 times.append(talk.now - start)
-                segment = stream.send.take()
-                assert segment is not None
-                segment.lane = 1
-        assert 3 <= len(times) <= 6
-        gaps = [b - a for a, b in pairwise(times)]
-        assert gaps == sorted(gaps)
+            talk.wait(STEP)
+        gaps = [after - before for before, after in pairwise(times)]
+        late = PROBE_AFTER / 2 + 2 * STEP  # so often is looked for what waits
+        assert gaps == pytest.approx([3.0, 6.0, 12.0, 24.0, 30.0], abs=late)
+        assert talk.worker.seen(LaneDead) == [], "the lane lives"
 
 
 class TestLanes:
@@ -452,9 +503,9 @@ class TestLanes:
         talk.run()
         assert talk.worker.sent(Kind.DATA, number)[-1].lane == 1
 
-    @pytest.mark.parametrize("kind", [INTERACTIVE, BULK])
-    def test_one_lane_serves_both_short_messages_first(self, kind: object) -> None:
-        talk = Talk(INTERACTIVE if kind is INTERACTIVE else BULK)
+    @pytest.mark.parametrize("lane_class", LaneClass)
+    def test_one_lane_serves_both_short_messages_first(self, lane_class: LaneClass) -> None:
+        talk = Talk(lane_class)
         (lane,) = talk.lanes
         short, long = opened(talk), opened(talk)
         talk.worker.session.send(long, b"x" * (1 << 20))
@@ -581,10 +632,10 @@ class TestLanes:
         bulk.held |= {"worker", "hub"}
         talk.worker.session.send(number, b"x" * (1 << 17))
         talk.wait(1.5)
-        assert talk.state(talk.worker, bulk).suspect
+        assert talk.state(talk.worker, bulk).sidelined
         bulk.held.clear()
         talk.wait(0.5)
-        assert not talk.state(talk.worker, bulk).suspect
+        assert not talk.state(talk.worker, bulk).sidelined
         talk.worker.session.send(number, b"y" * (1 << 17))
         talk.run()
         assert talk.worker.sent(Kind.DATA, number)[-1].lane == bulk.number
@@ -596,7 +647,7 @@ class TestLanes:
         (lane,) = talk.lanes
         lane.held |= {"worker", "hub"}
         talk.wait(2.0)
-        assert not talk.state(talk.worker, lane).suspect
+        assert not talk.state(talk.worker, lane).sidelined
 
     @pytest.mark.parametrize("busy", [False, True])
     def test_a_silent_lane_is_dropped_within_six_seconds(self, busy: bool) -> None:
@@ -609,7 +660,7 @@ class TestLanes:
             talk.worker.session.send(number, b"x" * 100_000)
         talk.wait(6.0)
         for side in talk.sides:
-            assert side.seen(LaneSilent) == [LaneSilent(lane.number)]
+            assert side.seen(LaneDead) == [LaneDead(lane.number)]
             assert side.session.state is SessionState.PARKED
 
     @pytest.mark.parametrize("deaf", ["worker", "hub"])
@@ -620,9 +671,9 @@ class TestLanes:
         lane.held.add(deaf)
         side = talk.worker if deaf == "worker" else talk.hub
         talk.wait(6.0)
-        assert side.seen(LaneSilent), "it hears nothing"
+        assert side.seen(LaneDead), "it hears nothing"
         talk.wait(UNANSWERED_AFTER - 2.0)
-        assert talk.other(side).seen(LaneSilent), "it is not heard"
+        assert talk.other(side).seen(LaneDead), "it is not heard"
 
     def test_a_lane_that_takes_no_bytes_any_more_is_dropped_too(self) -> None:
         """A full transport: the PING that would find it dead cannot even be sent."""
@@ -641,7 +692,7 @@ class TestLanes:
         data = b"x" * (1 << 17)
         talk.worker.session.send(number, data)
         talk.wait(6.5)
-        assert LaneSilent(bulk.number) in talk.worker.seen(LaneSilent)
+        assert LaneDead(bulk.number) in talk.worker.seen(LaneDead)
         talk.wait(1.0)
         assert talk.hub.bytes_of(number) == data
 
@@ -653,7 +704,7 @@ class TestLanes:
         data = b"x" * (3 << 20)
         talk.worker.session.send(number, data)
         talk.wait(60.0)
-        assert talk.worker.seen(LaneSilent) == talk.hub.seen(LaneSilent) == []
+        assert talk.worker.seen(LaneDead) == talk.hub.seen(LaneDead) == []
         assert talk.hub.bytes_of(number) == data
         assert talk.state(talk.worker, bulk).window < WINDOW_START
 
@@ -814,13 +865,14 @@ class TestBrokenPeers:
         talk = Talk(INTERACTIVE, limits=Limits(streams=100))
 
         def flood() -> None:
-            for i in range(1, 100):
-                talk.receive(talk.hub, encode(Kind.OPEN, 799 * i * 2 // 2 | 1, 0, b"to"))
+            for number in range(799, 80_000, 800):  # each as far ahead as is allowed
+                talk.receive(talk.hub, encode(Kind.OPEN, number, 0, b"to"))
 
         with pytest.raises(ProtocolError) as caught:
             flood()
         assert caught.value.code == codes.STREAM_NUMBER
-        assert len(talk.hub.session._peer_gaps) <= 2 * 8 * 100
+        talk.cut()
+        assert len(talk.hub.session.snapshot()["peer_gaps"]) <= 2 * 8 * 100
 
     def test_streams_opened_without_end_do_not_fill_the_memory(
         self, monkeypatch: pytest.MonkeyPatch
@@ -869,6 +921,7 @@ class TestBrokenPeers:
                 break
             talk.hub.session.data_to_send(1, 1 << 16, talk.now)
             talk.take(talk.hub, talk.hub.session.tick(talk.now))
+            talk.hub.session.check_invariants()
         assert broken in CODES | {""}
         assert sum(s.receive.held for s in talk.hub.session.streams.values()) <= 100 * 25
 
@@ -889,7 +942,7 @@ def test_the_clock_is_asked_for_no_later_than_anything_is_due() -> None:
     talk.run()
     assert talk.hub.session.deadline(talk.now) <= talk.now + ACK_DELAY
     talk.wait(0.5)
-    assert talk.hub.session.deadline(talk.now) <= talk.now + SILENT_AFTER
+    assert talk.hub.session.deadline(talk.now) <= talk.now + DEAD_AFTER
     assert Session("hub", 5.0, Limits(), 0.0).deadline(0.0) == 5.0
 
 
@@ -901,6 +954,22 @@ class TestDocument:
     @pytest.mark.parametrize("row", [*Kind, *ResetReason])
     def test_numbers_and_names_are_the_codes(self, row: Kind | ResetReason) -> None:
         assert re.search(rf"^\| {row.value} \| {row.name} \|", self.TEXT, re.MULTILINE)
+
+    @pytest.mark.parametrize("table", [STREAM_TRANSITIONS, SESSION_TRANSITIONS])
+    def test_the_drawings_are_the_tables(self, table: Mapping[Enum, Mapping[Enum, Enum]]) -> None:
+        states = {state.name for state in table}
+        drawn = {
+            (before, event, after)
+            for line in re.findall(r"^    ([A-Z].*-->.*)$", self.TEXT, re.MULTILINE)
+            for many, event, after in re.findall(r"([A-Z |]+?) +--(.+?)--> +(\w+)", line)
+            for before in many.split(" | ")
+            if before in states
+        }
+        assert drawn == {
+            (before.name, event.value, after.name)
+            for before, events in table.items()
+            for event, after in events.items()
+        }
 
     def test_every_breach_is_documented(self) -> None:
         breaches = {code.name for code in codes.ALL.values() if code.breach}

@@ -10,9 +10,12 @@ from rayfwd.session import frames
 from rayfwd.session.events import Event
 from rayfwd.session.frames import ProtocolError
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.numbers import StreamNumbers
+from rayfwd.session.scheduler import Scheduler
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import Tree
-from rayfwd.session.stream import ReceiveSide, SendSide
+from rayfwd.session.states import StreamState
+from rayfwd.session.stream import ReceiveSide, SendSide, Stream
 from tests.unit.wire import Wire
 
 SCHEDULES = int(os.environ.get("RAYFWD_SCHEDULES", "1500"))
@@ -78,8 +81,18 @@ def _drops_early(_self: ReceiveSide, _offset: int, _payload: bytes) -> None:
     return
 
 
-def _forgets_gaps(self: Session, number: int) -> None:
-    self._peer_opened = max(self._peer_opened, number)
+def _forgets_gaps(self: StreamNumbers, number: int) -> None:
+    self._highest = max(self._highest, number)
+
+
+def _counts_nothing_freed(self: SendSide, offset: int, limit: int) -> int:
+    SEND_ACKNOWLEDGE(self, offset, limit)
+    return 0
+
+
+def _stands_in_no_queue(self: Scheduler, stream: Stream) -> None:
+    if stream.state is not StreamState.RESETTING:
+        ENQUEUE(self, stream)
 
 
 def _keeps_waiting(_self: Session) -> list[Event]:
@@ -110,6 +123,7 @@ def _joins_segments(self: SendSide) -> Tree:
 
 SNAPSHOT, SEND_SNAPSHOT = ReceiveSide.snapshot, SendSide.snapshot
 SESSION_SNAPSHOT = Session.snapshot
+SEND_ACKNOWLEDGE, ENQUEUE = SendSide.acknowledge, Scheduler.enqueue
 
 
 @pytest.mark.parametrize(
@@ -119,9 +133,11 @@ SESSION_SNAPSHOT = Session.snapshot
         (Session, "snapshot", _forgets_a_gap),
         (Session, "snapshot", _forgets_half_a_message),
         (SendSide, "snapshot", _joins_segments),
+        (SendSide, "acknowledge", _counts_nothing_freed),
+        (Scheduler, "enqueue", _stands_in_no_queue),
         (SendSide, "lane_lost", _nothing_lost),
         (ReceiveSide, "_keep_early", _drops_early),
-        (Session, "_note_opened", _forgets_gaps),
+        (StreamNumbers, "note_peers", _forgets_gaps),
         (Session, "drained", _keeps_waiting),
     ],
 )

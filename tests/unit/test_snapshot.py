@@ -74,12 +74,12 @@ def test_a_session_that_does_not_fit_is_refused(missing: str) -> None:
     tree = parked().snapshot()
     del tree[missing]
     with pytest.raises(SnapshotError, match="does not fit"):
-        Session.restored(tree, 7.0)
+        Session.from_snapshot(tree, 7.0)
 
 
 def test_ride_through_goes_on_from_when_the_lanes_went() -> None:
     tree = snapshot.load(as_bytes(parked().snapshot()))
-    session = Session.restored(tree, 100.0)
+    session = Session.from_snapshot(tree, 100.0)
     assert session.deadline(100.0) == 126.0
     assert session.tick(125.9) == []
     assert [type(event).__name__ for event in session.tick(126.0)] == [

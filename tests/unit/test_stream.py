@@ -278,6 +278,8 @@ def test_any_cut_any_order_any_repeat_gives_the_same_bytes(data: st.DataObject) 
             out += b"".join(receive.data(segment.offset, *chunks))
         ends += receive.complete and not before
         send.acknowledge(receive.next, LOTS)
+        send.check_invariants()
+        receive.check_invariants()
     assert out == content
     assert ends == 1
     assert send.complete

@@ -22,7 +22,7 @@ def test_what_was_carried_is_told_of_bulk_lanes(kinds: tuple[LaneClass, ...]) ->
     async def main() -> None:
         async with pair(*kinds) as p:
             mux, before = p.worker.mux, link_seen(p.worker.mux, LinkStats())
-            lanes = {lane.kind: lane for lane in mux.session.lanes.values()}
+            lanes = {lane.lane_class: lane for lane in mux.session.lanes.values()}
             judged, other = lanes.get(BULK, lanes[INTERACTIVE]), lanes[INTERACTIVE]
             assert before.confirmed == 0
             p.worker.open(Owner()).send(b"question")
@@ -43,7 +43,7 @@ def test_no_link_at_all() -> None:
 
 
 def test_a_lane_whose_answers_are_late_is_shown_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "SUSPECT_AFTER", 0.05)
+    monkeypatch.setattr(lane_module, "OVERDUE_AFTER", 0.05)
 
     async def main() -> None:
         async with pair(INTERACTIVE, BULK) as p:
@@ -56,7 +56,7 @@ def test_a_lane_whose_answers_are_late_is_shown_stalled(monkeypatch: pytest.Monk
             transport = p.hub.lanes[0].transport
             assert transport is not None
             transport.pause_reading()
-            await until(lambda: states() == ["stalled", "up"])
+            await until(lambda: states() == ["sidelined", "up"])
             transport.resume_reading()
             await until(lambda: states() == ["up", "up"])
 

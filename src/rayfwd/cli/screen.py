@@ -30,7 +30,7 @@ _STYLES = {
     "starting": "yellow",
     "waiting": "bold yellow",
     "parked": "bold yellow",
-    "stalled": "yellow",
+    "sidelined": "yellow",
     "stopping": "yellow",
     "warning": "bold yellow",
     "note": "bold",
@@ -275,13 +275,13 @@ class Screen:
         for worker in workers:
             lanes = _objects(worker.get("lanes"))
             trips = [t for lane in lanes if (t := _number(lane.get("rtt_ms"))) is not None]
-            stalled = sum(lane.get("state") != "up" for lane in lanes)
-            count = f"{len(lanes)}, {stalled} stalled" if stalled else str(len(lanes))
+            sidelined = sum(lane.get("state") != "up" for lane in lanes)
+            count = f"{len(lanes)}, {sidelined} sidelined" if sidelined else str(len(lanes))
             row = [
                 Text(_text(worker.get("name"))),
                 _state(_text(worker.get("state"))),
                 Text(self._age(worker.get("since")) or "?"),
-                Text(count, _STYLES["stalled"] if stalled else ""),
+                Text(count, _STYLES["sidelined"] if sidelined else ""),
                 Text(_milliseconds(min(trips, default=None))),
                 Text(_text(worker.get("cuts"))),
                 Text(_text(worker.get("ridden_through"))),

@@ -359,7 +359,7 @@ class HeadRole:
 
         def send(answer: dict[str, Any]) -> bool:
             mux.send_message(answer)
-            return not mux.session.ended
+            return not mux.ended
 
         if message.get("type") == "dial_back":
             self._dial_back.asked(node.plan, message, send)

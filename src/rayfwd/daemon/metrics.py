@@ -47,7 +47,7 @@ CODES = 100
 NODE_STATES = ("starting", "waiting", "ready", "stopping")
 LINK_STATES = ("up", "parked", "down")
 LANE_CLASSES = ("interactive", "bulk")
-LANE_STATES = ("up", "stalled")
+LANE_STATES = ("up", "sidelined")
 RAY_PHASES = ("off", "waiting", "starting", "up", "by_hand", "failed", "stopping")
 STAGES = ("task", "to", "from")
 

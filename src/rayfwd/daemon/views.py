@@ -24,23 +24,20 @@ def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
     if mux is None:
         return []
     offset = time.time() - mux.now()
-    rows = []
-    for number, record in mux.lanes.items():
-        lane = mux.session.lanes.get(number)
-        if lane is None:
-            continue
-        rows.append(
-            {
-                "lane": number,
-                "class": record.kind.value,
-                "state": "stalled" if lane.suspect else "up",
-                "rtt_ms": None if lane.rtt is None else round(lane.rtt * 1000, 3),
-                "since": round(record.since + offset, 1),
-                "bytes_in": lane.bytes_in,
-                "bytes_out": lane.bytes_out,
-            }
-        )
-    return rows
+    lanes = {lane.number: lane for lane in mux.stats().lanes}
+    return [
+        {
+            "lane": number,
+            "class": lane.lane_class.value,
+            "state": "sidelined" if lane.sidelined else "up",
+            "rtt_ms": None if lane.rtt is None else round(lane.rtt * 1000, 3),
+            "since": round(record.since + offset, 1),
+            "bytes_in": lane.bytes_in,
+            "bytes_out": lane.bytes_out,
+        }
+        for number, record in mux.lanes.items()
+        if (lane := lanes.get(number)) is not None
+    ]
 
 
 def streams_status(links: Iterable[tuple[Mux | None, LinkStats]]) -> dict[str, Any]:
@@ -53,10 +50,10 @@ def streams_status(links: Iterable[tuple[Mux | None, LinkStats]]) -> dict[str, A
     for mux, link_stats in links:
         received = sent = 0
         if mux is not None:
-            count = max(len(mux.session.streams) - 1, 0)  # one is the control stream
-            streams["open"] += count
-            streams["parked"] += 0 if mux.lanes else count
-            received, sent = mux.session.bytes_in, mux.session.bytes_out
+            stats = mux.stats()
+            streams["open"] += stats.streams
+            streams["parked"] += 0 if mux.lanes else stats.streams
+            received, sent = stats.bytes_in, stats.bytes_out
         received, sent = link_stats.bytes_moved(received, sent)
         moved["in"] += received
         moved["out"] += sent
@@ -112,28 +109,30 @@ def declared_resources(config: Config) -> dict[str, float]:
 
 def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
     """A link as the rules of `watch/links.py` look at it."""
-    lanes = list(mux.session.lanes.values()) if mux is not None else []
+    stats = mux.stats() if mux is not None else None
+    lanes = stats.lanes if stats is not None else ()
     trips = [
         lane.newest_rtt
         for lane in lanes
-        if lane.kind is LaneClass.INTERACTIVE and lane.newest_rtt is not None
+        if lane.lane_class is LaneClass.INTERACTIVE and lane.newest_rtt is not None
     ]
     # What is short and fits says nothing of what the link could carry.
-    lanes = [lane for lane in lanes if lane.kind is LaneClass.BULK] or lanes
+    lanes = tuple(lane for lane in lanes if lane.lane_class is LaneClass.BULK) or lanes
     return LinkSeen(
         losses=dict(link_stats.lanes_lost),
         round_trip=min(trips, default=None),
         said=link_stats.lane_loss,
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
         confirmed_at=mean(lane.answered_at for lane in lanes) if lanes else None,
-        backlog=mux is not None and mux.session.backlog,
+        backlog=stats is not None and stats.backlog,
     )
 
 
 def parked_problem(link: str, mux: Mux) -> Problem:
     """A link without a lane whose streams are held."""
+    stats = mux.stats()
     return codes.LINK_PARKED.problem(
-        f"every lane of {link} is lost; its {max(len(mux.session.streams) - 1, 0)} streams are "
-        f"held for {mux.session.ride_through:g} s",
+        f"every lane of {link} is lost; its {stats.streams} streams are held for "
+        f"{stats.ride_through:g} s",
         "nothing, if it comes back within that time; else look at the network between the two",
     )

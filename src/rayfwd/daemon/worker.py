@@ -325,7 +325,7 @@ class WorkerRole:
 
     def _send(self, message: dict[str, Any]) -> bool:
         mux = self._link.mux
-        if mux is None or mux.session.ended:
+        if mux is None or mux.ended:
             return False
         mux.send_message(message)
         return True

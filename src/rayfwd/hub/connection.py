@@ -61,7 +61,7 @@ class HubConnection(asyncio.Protocol):
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why_aborted = ""
-        self.kind = ""
+        self.lane_class = ""
         self.node = ""
         """What its HELLO says, as the log has it."""
         self.peer: HubPeer | None = None
@@ -120,7 +120,7 @@ class HubConnection(asyncio.Protocol):
         transport, self._transport = self._transport, None
         if isinstance(exc, BrokenPipeError | ConnectionResetError) and transport is not None:
             self._take_last(transport)
-        if self._mux is not None and not self._mux.session.ended:
+        if self._mux is not None and not self._mux.ended:
             self._owner.lane_lost(self, self._why_aborted or str(exc or "closed by the worker"))
             self._mux.lane_lost(self._number)
 
@@ -159,7 +159,7 @@ class HubConnection(asyncio.Protocol):
         assert self._transport is not None, "a lane that has gone is not welcomed"
         self._transport.write(welcome.encode())
         self._mux = mux
-        self.peer, self.kind = peer, hello.lane.value
+        self.peer, self.lane_class = peer, hello.lane.value
         self._number = mux.add_lane(self, hello.lane)
         if self._buffer:
             rest = bytes(self._buffer)

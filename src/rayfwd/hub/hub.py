@@ -225,7 +225,7 @@ class Hub:
         peer: HubNode | HubClient | None
         try:
             name, client = tree["name"], tree["client"]
-            core = Session.restored(tree["core"], asyncio.get_running_loop().time())
+            core = Session.from_snapshot(tree["core"], asyncio.get_running_loop().time())
             number = str(tree["session"])
         except (KeyError, TypeError) as exc:
             raise SnapshotError(f"a session that does not fit: {exc!r}") from exc
@@ -302,9 +302,9 @@ class Hub:
 
     def lane_lost(self, lane: HubConnection, why: str) -> None:
         if not self._closing:
-            log.warning("lane_lost", node=lane.node, lane=lane.kind, cause=why)
+            log.warning("lane_lost", node=lane.node, lane=lane.lane_class, cause=why)
             if lane.peer is not None:
-                lane.peer.link_stats.lane_lost(lane.kind, why)
+                lane.peer.link_stats.lane_lost(lane.lane_class, why)
             self._owner.hub_changed()
 
     def greeted(self, lane: HubConnection, hello: Hello) -> None:
@@ -325,7 +325,7 @@ class Hub:
             self._start_session(peer, hello)
         assert peer.mux is not None, "a session was just made"
         own, nodes = self._shown_to(peer)
-        welcome = self._welcome(own, nodes, peer.mux.session.ride_through)
+        welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
         welcome = replace(welcome, ray_auth=self._owner.offer().ray_auth)
         was = peer.state
         peer.hello = hello
@@ -439,7 +439,7 @@ class Hub:
                 "nothing, unless the clock of the node was set back",
             )
         now = peer.mux.now()
-        heard = max((lane.heard for lane in peer.mux.session.lanes.values()), default=0.0)
+        heard = max((lane.heard for lane in peer.mux.stats().lanes), default=0.0)
         if now - heard < IN_USE:
             return codes.NAME_IN_USE.problem(
                 f"another rayfwd is connected as {peer.label} with the same key",
@@ -488,11 +488,12 @@ class Hub:
         match event:
             case Parked():
                 peer.link_stats.parked(peer.since, mux.now())
+                stats = mux.stats()
                 log.warning(
                     "link_parked",
                     node=peer.label,
-                    streams=len(mux.session.streams) - 1,
-                    ride_through=mux.session.ride_through,
+                    streams=stats.streams,
+                    ride_through=stats.ride_through,
                 )
             case Resumed(seconds):
                 peer.link_stats.resumed(seconds)
@@ -500,7 +501,8 @@ class Hub:
             case SessionEnded(why):
                 cut = peer.link_stats.last_cut
                 peer.lost = why if cut is not None and cut.seconds is None else None
-                peer.link_stats.ended(mux.now(), mux.session.bytes_in, mux.session.bytes_out)
+                stats = mux.stats()
+                peer.link_stats.ended(mux.now(), stats.bytes_in, stats.bytes_out)
                 peer.mux, peer.session = None, ""
                 if isinstance(peer, HubClient):
                     del self.clients[peer.key_sha256]
@@ -515,7 +517,7 @@ class Hub:
         node = self._node_at(target.address)
         if node is None:
             relay.refuse()
-        elif node.mux is not None and not node.mux.session.ended:
+        elif node.mux is not None and not node.mux.ended:
             relay.open_stream(node.mux, target)
         elif self._grace is not None:
             node.waiting.append((target, relay))
@@ -557,7 +559,7 @@ class Hub:
         if node is None or node is source:
             stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
             return None
-        if node.mux is None or node.mux.session.ended:
+        if node.mux is None or node.mux.ended:
             stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
             return None
         if not node.mux.has_room():

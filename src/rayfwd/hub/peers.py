@@ -45,7 +45,7 @@ class HubPeer:
     @property
     def state(self) -> str:
         """`up`, `parked` or `away`."""
-        if self.mux is None or self.mux.session.ended:
+        if self.mux is None or self.mux.ended:
             return "away"
         return "up" if self.mux.lanes else "parked"
 

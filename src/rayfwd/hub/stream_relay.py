@@ -20,7 +20,7 @@ class StreamRelay:
 
     def own(self, stream: MuxStream) -> None:
         """Take up a stream of which some may wait for room in the other."""
-        self.stream, self._owed = stream, stream.receive.unread
+        self.stream, (self._owed, _) = stream, stream.unread
 
     def stream_data(self, chunks: Sequence[Chunk]) -> None:
         assert self.stream is not None

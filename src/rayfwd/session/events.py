@@ -54,8 +54,8 @@ class MessageReceived(NamedTuple):
     data: bytes
 
 
-class LaneSilent(NamedTuple):
-    """The lane is dead: close its transport, then call `lane_down`."""
+class LaneDead(NamedTuple):
+    """Nobody answers on the lane: close its transport, then call `lane_down`."""
 
     lane: int
 
@@ -84,7 +84,7 @@ Event = (
     | StreamFinished
     | StreamWritable
     | MessageReceived
-    | LaneSilent
+    | LaneDead
     | Parked
     | Resumed
     | SessionEnded

@@ -26,6 +26,9 @@ HEADER_SIZE = HEADER.size
 MAX_PAYLOAD = 1 << 18
 """Bytes of payload that a frame may carry."""
 MAX_U64 = (1 << 64) - 1
+MAX_MESSAGE = 1 << 20
+"""Bytes of a message on the control stream, at most."""
+MESSAGE_LENGTH = struct.Struct(">I")
 LONG = 1 << 14
 """Bytes of a DATA frame from which its payload is left where it came in, and not copied."""
 LONG_PARTS = 16
@@ -69,7 +72,7 @@ class Kind(IntEnum):
     """[protocol version] Instead of HELLO: a question of `rayfwd doctor`'s, or its answer."""
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+KINDS = {int(kind): kind for kind in Kind}
 
 
 class ProtocolError(Exception):
@@ -95,7 +98,7 @@ class Frame(NamedTuple):
         return len(self.payload) or sum(map(len, self.chunks))
 
 
-def header(kind: Kind, stream: int, offset: int, length: int) -> bytes:
+def frame_header(kind: Kind, stream: int, offset: int, length: int) -> bytes:
     """The 20 bytes before a payload of `length`."""
     return HEADER.pack(kind << 24 | length, stream, offset)
 
@@ -105,6 +108,43 @@ def encode(kind: Kind, stream: int = 0, offset: int = 0, payload: bytes = b"") -
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f"a payload of {len(payload)} bytes is over {MAX_PAYLOAD}")
     return HEADER.pack(kind << 24 | len(payload), stream, offset) + payload
+
+
+class MessageDecoder:
+    """Cuts the bytes of the control stream into messages. Holds at most one unfinished message."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self, held: bytes = b"") -> None:
+        self._held = bytearray(held)
+
+    @property
+    def held(self) -> bytes:
+        """The unfinished message, its length first."""
+        return bytes(self._held)
+
+    def feed(self, data: Chunk) -> list[bytes]:
+        """The messages that `data` completes. Raises ProtocolError."""
+        messages: list[bytes] = []
+        held = self._held
+        held += data
+        while len(held) >= MESSAGE_LENGTH.size:
+            (length,) = MESSAGE_LENGTH.unpack_from(held)
+            if length > MAX_MESSAGE:
+                raise ProtocolError(codes.MESSAGE_TOO_LONG, f"a message of {length} bytes")
+            stop = MESSAGE_LENGTH.size + length
+            if len(held) < stop:
+                break
+            messages.append(bytes(held[MESSAGE_LENGTH.size : stop]))
+            del held[:stop]
+        return messages
+
+
+def encode_message(data: bytes) -> bytes:
+    """A message as the bytes of the control stream. Raises ValueError: it is too long."""
+    if len(data) > MAX_MESSAGE:
+        raise ValueError(f"a message of {len(data)} bytes is over {MAX_MESSAGE}")
+    return MESSAGE_LENGTH.pack(len(data)) + data
 
 
 class FrameDecoder:
@@ -142,26 +182,26 @@ class FrameDecoder:
                     break
                 self._parts.append(view[position : position + missing])
                 position += missing
-                parts, header = self._parts, self._header
+                parts, head = self._parts, self._header
                 self._rest()
-                if header is None:
-                    header = _header(b"".join(parts), 0, MAX_PAYLOAD)
+                if head is None:
+                    head = _read_header(b"".join(parts), 0, MAX_PAYLOAD)
                     parts = []
-                    if header[1]:
-                        self._header, self._wanted = header, header[1]
+                    if head[1]:
+                        self._header, self._wanted = head, head[1]
                         continue
             else:
                 if size - position < HEADER_SIZE:
                     break
-                header = _header(view, position, MAX_PAYLOAD)
+                head = _read_header(view, position, MAX_PAYLOAD)
                 position += HEADER_SIZE
-                stop = position + header[1]
+                stop = position + head[1]
                 if stop > size:
-                    self._header, self._wanted = header, header[1]
+                    self._header, self._wanted = head, head[1]
                     break
                 parts = [view[position:stop]]
                 position = stop
-            kind, length, stream, offset = header
+            kind, length, stream, offset = head
             if kind is Kind.DATA and length >= LONG and len(parts) <= LONG_PARTS:
                 frames.append(Frame(kind, stream, offset, b"", list(map(_lasting, parts))))
             else:
@@ -207,7 +247,7 @@ def first_frame(buffer: bytearray, limit: int) -> Frame | None:
     """
     if len(buffer) < HEADER_SIZE:
         return None
-    kind, length, stream, offset = _header(buffer, 0, limit)
+    kind, length, stream, offset = _read_header(buffer, 0, limit)
     stop = HEADER_SIZE + length
     if len(buffer) < stop:
         return None
@@ -216,11 +256,11 @@ def first_frame(buffer: bytearray, limit: int) -> Frame | None:
     return frame
 
 
-def _header(
+def _read_header(
     view: bytes | bytearray | memoryview, position: int, limit: int
 ) -> tuple[Kind, int, int, int]:
     word, stream, offset = HEADER.unpack_from(view, position)
-    kind = _KINDS.get(word >> 24)
+    kind = KINDS.get(word >> 24)
     if kind is None:
         raise ProtocolError(codes.FRAME_UNKNOWN, f"a frame of unknown kind {word >> 24}")
     length = word & 0xFFFFFF

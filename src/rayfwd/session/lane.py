@@ -1,4 +1,4 @@
-"""One lane of a session: its pings, its silence, and how much may be under way on it.
+"""One lane of a session: its PINGs, when it is overdue or dead, how much may be under way on it.
 
 A lane is a reliable ordered byte stream until it dies. What is put on it waits in queues that
 nobody sees (the SSH client's, the server's, the kernels'), and an urgent frame waits behind all of
@@ -19,11 +19,11 @@ RTT_RISE = 0.2
 RTT_FALL = 0.5
 """How much of its distance from a sample the smoothed round-trip time goes. PINGs that a silence
 held up say nothing of what comes after it, and would leave a lane unwatched for a while."""
-SUSPECT_AFTER = 0.4
+OVERDUE_AFTER = 0.4
 """Seconds that a PING may go unanswered, at the least, before other lanes take over. With those
 before a busy lane's next PING and two timers' 0.1 s each, a lane that falls silent stalls nobody
 for a second."""
-SILENT_AFTER = 4.0
+DEAD_AFTER = 4.0
 """Seconds without a byte while a PING is unanswered: the lane is dead."""
 UNANSWERED_AFTER = 8.0
 """Seconds without a PONG, while a PING is unanswered, though other bytes arrive: the lane is dead.
@@ -50,13 +50,13 @@ class Lane:
 
     __slots__ = (
         "_limited", "_pinged_at", "_pings", "_token", "answered_at", "base_rtt", "bytes_in",
-        "bytes_out", "confirmed", "heard", "id", "kind", "newest_rtt", "pongs", "rtt", "sent",
-        "spoke", "suspect", "window",
+        "bytes_out", "confirmed", "heard", "id", "lane_class", "newest_rtt", "pongs", "rtt", "sent",
+        "sidelined", "spoke", "window",
     )  # fmt: skip
 
-    def __init__(self, number: int, kind: LaneClass, now: float) -> None:
+    def __init__(self, number: int, lane_class: LaneClass, now: float) -> None:
         self.id = number
-        self.kind = kind
+        self.lane_class = lane_class
         self.heard = now
         """When bytes last came in."""
         self.bytes_in = 0
@@ -64,7 +64,7 @@ class Lane:
         self.sent = 0
         """Bytes of streams put on the lane; PINGs, PONGs and ACKs do not count."""
         self.spoke = False
-        """Since the last PING there was an ACK or a GONE, which a stalled lane must not keep."""
+        """Since the last PING there was an ACK or a GONE, which an overdue lane must not keep."""
         self.confirmed = 0
         """Of `sent`: what has certainly arrived."""
         self.answered_at = now
@@ -76,8 +76,8 @@ class Lane:
         """The last one measured, in seconds."""
         self.base_rtt: float | None = None
         """The least round-trip time seen, in seconds."""
-        self.suspect = False
-        """It looks stalled while others do not: nothing new is put on it."""
+        self.sidelined = False
+        """It is overdue while others are not: nothing new is put on it."""
         self.pongs: deque[int] = deque()
         """Tokens of the peer's PINGs, to be answered."""
         self._pings: deque[tuple[int, int, float]] = deque()
@@ -98,8 +98,8 @@ class Lane:
         return self.sent - marked >= self.window >> 2 or now >= self._next_ping()
 
     def _next_ping(self) -> float:
-        # A suspect lane is used again when it answers: it must have been asked.
-        busy = self.sent > self.confirmed or self.spoke or self.suspect
+        # A sidelined lane is used again when it answers: it must have been asked.
+        busy = self.sent > self.confirmed or self.spoke or self.sidelined
         return self._pinged_at + (PING_BUSY if busy and not self._pings else PING_IDLE)
 
     def ping(self, now: float) -> int:
@@ -131,7 +131,7 @@ class Lane:
         self.confirmed = position
         self.answered_at = now
         self._limited = False
-        self.suspect = False
+        self.sidelined = False
 
     def _waiting_since(self, now: float) -> float | None:
         """Since when the peer owes an answer; None if it owes none."""
@@ -142,27 +142,27 @@ class Lane:
         due = self._next_ping()
         return due if now >= due else None
 
-    def _stalled_from(self, since: float) -> float:
-        """When it is stalled, if nothing comes until then; it owes an answer since `since`."""
-        patience = max(SUSPECT_AFTER, 4 * (self.rtt or 0.0))
-        return max(since + patience, self.heard + SUSPECT_AFTER)
+    def _overdue_from(self, since: float) -> float:
+        """When it is overdue, if nothing comes until then; it owes an answer since `since`."""
+        patience = max(OVERDUE_AFTER, 4 * (self.rtt or 0.0))
+        return max(since + patience, self.heard + OVERDUE_AFTER)
 
-    def _silent_from(self, since: float) -> float:
-        return min(since + UNANSWERED_AFTER, max(since, self.heard) + SILENT_AFTER)
+    def _dead_from(self, since: float) -> float:
+        return min(since + UNANSWERED_AFTER, max(since, self.heard) + DEAD_AFTER)
 
-    def quiet(self, now: float) -> bool:
-        """Nothing was heard of it for as long as makes a lane suspect that owes an answer."""
-        return now - self.heard >= SUSPECT_AFTER
+    def unheard(self, now: float) -> bool:
+        """Nothing was heard of it for as long as makes a lane overdue that owes an answer."""
+        return now - self.heard >= OVERDUE_AFTER
 
-    def stalled(self, now: float) -> bool:
+    def overdue(self, now: float) -> bool:
         """An answer is owed for far longer than a round trip."""
         since = self._waiting_since(now)
-        return since is not None and now >= self._stalled_from(since)
+        return since is not None and now >= self._overdue_from(since)
 
-    def silent(self, now: float) -> bool:
+    def dead(self, now: float) -> bool:
         """The lane is dead: the peer is gone, or one direction is."""
         since = self._waiting_since(now)
-        return since is not None and now >= self._silent_from(since)
+        return since is not None and now >= self._dead_from(since)
 
     def deadline(self, now: float) -> float:
         """When this lane wants to be looked at again."""
@@ -170,11 +170,11 @@ class Lane:
         since = self._waiting_since(now)
         if since is None:
             return due
-        look = self._silent_from(since)
+        look = self._dead_from(since)
         if due > now:
             look = min(look, due)
-        if not self.suspect:
-            # Stalled already, it is no worse than the lanes beside it: that may change.
-            stalled = self._stalled_from(since)
-            look = min(look, stalled if stalled > now else now + PING_BUSY)
+        if not self.sidelined:
+            # Overdue already, it is no worse than the lanes beside it: that may change.
+            overdue = self._overdue_from(since)
+            look = min(look, overdue if overdue > now else now + PING_BUSY)
         return look

@@ -9,34 +9,38 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from enum import Enum, IntEnum
+from enum import IntEnum
 
 from rayfwd import codes
-from rayfwd.session.frames import MAX_PAYLOAD, MAX_U64, Chunk, ProtocolError, skip_bytes
+from rayfwd.session.frames import (
+    HEADER_SIZE,
+    MAX_PAYLOAD,
+    MAX_U64,
+    Chunk,
+    Kind,
+    ProtocolError,
+    frame_header,
+    skip_bytes,
+)
+from rayfwd.session.numbers import CONTROL_STREAM
 from rayfwd.session.snapshot import Tree
+from rayfwd.session.states import StreamEvent, StreamState, stream_after
 
 FRAME_BYTES = 1 << 16
 """Bytes of data in one frame, at most: what an urgent frame may have to wait behind."""
 COALESCE_BYTES = 1 << 14
 """Chunks smaller than this are joined when several wait."""
-
-
-class StreamState(Enum):
-    """Where a stream is. Half-closes are in its two sides, not here.
-
-    ::
-
-        OPENING   --any ACK-->        OPEN        (the side that opened it)
-        OPENING | OPEN --reset()-->   RESETTING   (until the peer says GONE)
-        OPENING | OPEN --RESET in-->  OVER
-        OPEN  --both ENDs through-->  OVER        (ours acknowledged, the peer's received)
-        RESETTING --GONE | RESET-->   OVER
-    """
-
-    OPENING = "opening"
-    OPEN = "open"
-    RESETTING = "resetting"
-    OVER = "over"
+JOIN_BYTES = 1 << 12
+"""A payload up to this length is joined with its header into one chunk."""
+BULK_BYTES = 1 << 16
+"""A stream that keeps more than this is bulk, until all of it has arrived."""
+PROBE_AFTER = 3.0
+"""Seconds without progress, with lanes up, after which the oldest segment is sent once more. It
+mends what no lane's loss explains: an acknowledgement that went down with a lane which its sender
+still took for alive."""
+PROBE_CEILING = 30.0
+MAX_SENTENCE = 1024
+"""Bytes of the sentence in a RESET or a CLOSE."""
 
 
 class ResetReason(IntEnum):
@@ -211,8 +215,23 @@ class SendSide:
         self._resend.appendleft(self.unacked[0])
         return True
 
+    def check_invariants(self) -> None:
+        """Raises AssertionError."""
+        assert self.pending_bytes == sum(map(len, self._pending)), "the bytes not yet sent"
+        assert self.unacked_bytes == sum(len(s.data) for s in self.unacked), "the bytes under way"
+        waiting = [segment for segment in self.unacked if segment.lane is None]
+        assert list(self._resend) == waiting, "what is on no lane is to be sent again"
+        assert self.acked <= self.next
+        at = self.next
+        for segment in reversed(self.unacked):
+            assert segment.stop == at, "a gap between two segments"
+            at = segment.offset
+        assert not self.unacked or at <= self.acked < self.unacked[0].stop, "it has arrived whole"
+        assert self._end_wanted or not self.end_sent
+        assert self.next <= self.limit + self.end_sent, "beyond the peer's credit"
+
     def snapshot(self) -> Tree:
-        """For `restored`. Nothing may be under way."""
+        """For `from_snapshot`. Nothing may be under way."""
         return {
             "next": self.next,
             "acked": self.acked,
@@ -225,7 +244,7 @@ class SendSide:
         }
 
     @classmethod
-    def restored(cls, tree: Tree) -> SendSide:
+    def from_snapshot(cls, tree: Tree) -> SendSide:
         side = cls(tree["limit"])
         side.next, side.acked = tree["next"], tree["acked"]
         side._end_wanted, side.end_sent = tree["end_wanted"], tree["end_sent"]
@@ -376,8 +395,17 @@ class ReceiveSide:
             return min(self.window * 2, ceiling)
         return self.window
 
+    def check_invariants(self) -> None:
+        """Raises AssertionError."""
+        assert self._early_at == sorted(self._early), "offsets out of order, or missing"
+        assert self.early_bytes == sum(map(len, self._early.values())), "the bytes that came early"
+        assert not self._early_at or self._early_at[0] > self.next, "bytes that are in order wait"
+        assert self.unread >= 0, "more was read than came"
+        assert self.ack_sent <= self.next
+        assert self.next <= self.limit_sent + self.complete, "beyond the credit that was given"
+
     def snapshot(self) -> Tree:
-        """For `restored`. What came too early is not acknowledged: it is sent again."""
+        """For `from_snapshot`. What came too early is not acknowledged: it is sent again."""
         return {
             "next": self.next,
             "consumed": self.consumed,
@@ -388,7 +416,7 @@ class ReceiveSide:
         }
 
     @classmethod
-    def restored(cls, tree: Tree, now: float) -> ReceiveSide:
+    def from_snapshot(cls, tree: Tree, now: float) -> ReceiveSide:
         side = cls(tree["window"], now)
         side.next, side.consumed = tree["next"], tree["consumed"]
         side.end_at = tree["end_at"]
@@ -398,7 +426,7 @@ class ReceiveSide:
 
 
 class Stream:
-    """A stream as one of its two ends sees it."""
+    """A stream as one of its two ends sees it. Its state changes in `_move` only."""
 
     __slots__ = (
         "bulk", "id", "lane", "mine", "open_due", "paused", "probe_at", "probes", "queued",
@@ -424,9 +452,16 @@ class Stream:
         self.paused = False
         """The writer was told to wait."""
         self.queued = False
-        """It stands in one of the session's queues."""
+        """It stands in one of the scheduler's queues."""
         self.probe_at = now
         self.probes = 0
+
+    @classmethod
+    def control(cls, window: int, now: float) -> Stream:
+        """The control stream, which nobody opens."""
+        stream = cls(CONTROL_STREAM, True, b"", window, window, now)
+        stream.opened()
+        return stream
 
     @property
     def finished(self) -> bool:
@@ -439,8 +474,130 @@ class Stream:
             return self.reset_due
         return self.open_due or self.send.ready
 
+    # -- its states ------------------------------------------------------------------------------
+
+    def _move(self, event: StreamEvent) -> None:
+        self.state = stream_after(self.state, event)
+
+    def opened(self) -> None:
+        """The peer has answered: what follows may go by any lane."""
+        self._move(StreamEvent.ANSWERED)
+        self.open_due = False
+        self.lane = None
+
+    def give_up(self, reason: ResetReason, text: str) -> None:
+        """Send nothing but a RESET from now on."""
+        self._move(StreamEvent.RESET)
+        self.reason = reason
+        self.text = text.encode()[:MAX_SENTENCE]
+        self.open_due = False
+        self.reset_due = True
+        self.lane = None
+
+    def over(self, event: StreamEvent) -> None:
+        """Nothing of it comes or goes any more."""
+        self._move(event)
+
+    # -- its bytes -------------------------------------------------------------------------------
+
+    def write(self, data: Chunk) -> None:
+        """Bytes to send; enough of them make the stream bulk."""
+        send = self.send
+        send.write(data)
+        if send.pending_bytes + send.unacked_bytes > BULK_BYTES and self.id != CONTROL_STREAM:
+            self.bulk = True
+
+    def acknowledged(self, offset: int, limit: int, now: float) -> int:
+        """Take in an ACK. Returns the bytes that it freed. Raises ProtocolError."""
+        if self.state is StreamState.OPENING:
+            self.opened()
+        send = self.send
+        before = send.acked
+        freed = send.acknowledge(offset, limit)
+        if send.acked > before:
+            self.probe_at, self.probes = now, 0
+        if self.bulk and not send.buffered:
+            self.bulk = False
+        return freed
+
+    def put_next(self, lane: int, out: list[Chunk]) -> int:
+        """Put the next frame, which goes by `lane`, behind `out`. Returns its size in bytes. Only
+        for a stream that is `ready`."""
+        if self.state is StreamState.RESETTING:
+            self.reset_due = False
+            self.lane = lane
+            out.append(frame_header(Kind.RESET, self.id, self.reason, len(self.text)) + self.text)
+            return HEADER_SIZE + len(self.text)
+        if self.open_due:
+            self.open_due = False
+            self.lane = lane
+            out.append(frame_header(Kind.OPEN, self.id, 0, len(self.target)) + self.target)
+            return HEADER_SIZE + len(self.target)
+        segment = self.send.take()
+        assert segment is not None, "a stream that is ready has a segment"
+        segment.lane = lane
+        if segment.end:
+            out.append(frame_header(Kind.END, self.id, segment.offset, 0))
+            return HEADER_SIZE
+        data = segment.data
+        head = frame_header(Kind.DATA, self.id, segment.offset, len(data))
+        if len(data) <= JOIN_BYTES:
+            out.append(head + data)
+        else:
+            out.append(head)
+            out.append(data)
+        return HEADER_SIZE + len(data)
+
+    def to_resend(self, lane: int) -> bool:
+        """What was under way on `lane` must go again. False: nothing was."""
+        again = self.send.lane_lost(lane)
+        if self.lane == lane:
+            self._say_again()
+            again = True
+        return again
+
+    def _say_again(self) -> None:
+        """The OPEN or the RESET, whichever is not answered."""
+        self.lane = None
+        if self.state is StreamState.RESETTING:
+            self.reset_due = True
+        elif self.state is StreamState.OPENING:
+            self.open_due = True
+
+    def probe(self, now: float) -> bool:
+        """Send again what has made no progress for long. False: nothing has waited long enough."""
+        if self.lane is None and not self.send.unacked:
+            self.probe_at = now
+            return False
+        patience = min(PROBE_AFTER * (1 << min(self.probes, 8)), PROBE_CEILING)
+        if now - self.probe_at < patience:
+            return False
+        self.probe_at = now
+        self.probes += 1
+        if self.state is StreamState.OPEN:
+            return self.send.probe()
+        self._say_again()
+        self.send.probe()
+        return True
+
+    # -- for tests, and for a process that comes after this one ----------------------------------
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError."""
+        state = self.state
+        assert self.mine or state is not StreamState.OPENING, "the peer's, and not answered"
+        assert state is StreamState.OPENING or not self.open_due
+        assert state is StreamState.RESETTING or not self.reset_due
+        assert not (self.lane is not None and (self.open_due or self.reset_due)), "due, and sent"
+        assert self.lane is None or state is not StreamState.OPEN, "answered, and waits for it"
+        assert self.queued or not self.ready, "it has something to send, and stands in no queue"
+        if state is StreamState.RESETTING:
+            assert not self.send.buffered, "given up, and keeps bytes"
+        self.send.check_invariants()
+        self.receive.check_invariants()
+
     def snapshot(self) -> Tree:
-        """For `restored`. Nothing may be under way."""
+        """For `from_snapshot`. Nothing may be under way."""
         return {
             "id": self.id,
             "mine": self.mine,
@@ -455,11 +612,11 @@ class Stream:
         }
 
     @classmethod
-    def restored(cls, tree: Tree, now: float) -> Stream:
+    def from_snapshot(cls, tree: Tree, now: float) -> Stream:
         stream = cls(tree["id"], tree["mine"], tree["target"], 0, 0, now)
-        stream.state = StreamState(tree["state"])
-        stream.send = SendSide.restored(tree["send"])
-        stream.receive = ReceiveSide.restored(tree["receive"], now)
+        stream.state = StreamState(tree["state"])  # where it is, and no change
+        stream.send = SendSide.from_snapshot(tree["send"])
+        stream.receive = ReceiveSide.from_snapshot(tree["receive"], now)
         stream.reason, stream.text = ResetReason(tree["reason"]), tree["text"]
         stream.bulk, stream.paused = tree["bulk"], tree["paused"]
         # What was not answered goes out again.

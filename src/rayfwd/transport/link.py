@@ -172,11 +172,11 @@ class LinkLane:
 
     # -- a lane of a session -------------------------------------------------------------
 
-    def join(self, mux: Mux, kind: LaneClass) -> int:
+    def join(self, mux: Mux, lane_class: LaneClass) -> int:
         """Become a lane; bytes that followed the welcome are the session's."""
         assert self._pipe is not None, "it was welcomed"
         self._mux = mux
-        self._number = mux.add_lane(self, kind)
+        self._number = mux.add_lane(self, lane_class)
         if self._buffer:
             mux.lane_data(self._number, bytes(self._buffer))
             self._buffer.clear()
@@ -214,7 +214,7 @@ class LaneTask:
     """A lane that there should be, and how it is."""
 
     name: str
-    kind: LaneClass
+    lane_class: LaneClass
     number: int | None = None
     up_since: float | None = None
     """Wall-clock seconds."""
@@ -255,7 +255,7 @@ class Link:
     @property
     def state(self) -> str:
         """`up`, `parked` (streams wait for a lane) or `down` (there is no session)."""
-        if self.mux is None or self.mux.session.ended:
+        if self.mux is None or self.mux.ended:
             return "down"
         return "up" if self.mux.lanes else "parked"
 
@@ -312,7 +312,7 @@ class Link:
         """Go on with the session of an earlier process; before `run`. Raises SnapshotError."""
         try:
             number = str(tree["session"])
-            core = Session.restored(tree["core"], asyncio.get_running_loop().time())
+            core = Session.from_snapshot(tree["core"], asyncio.get_running_loop().time())
         except (KeyError, TypeError) as exc:
             raise SnapshotError(f"a link that does not fit: {exc!r}") from exc
         self._session = number
@@ -342,11 +342,11 @@ class Link:
                     self._set_problem(slot, exc.problem)
             except ProblemError as exc:
                 self._set_problem(slot, exc.problem)
-            pause = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
+            seconds = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
             if slot.problem is not None and slot.problem.code == codes.SSH_AUTH_REFUSED:
-                pause = max(pause, REDIAL_KEYS)
-            slot.heartbeat.beat(pause + PATIENCE)
-            await asyncio.sleep(pause)
+                seconds = max(seconds, REDIAL_KEYS)
+            slot.heartbeat.beat(seconds + PATIENCE)
+            await asyncio.sleep(seconds)
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
         """Make the extra lanes when those that stand are full."""
@@ -357,14 +357,14 @@ class Link:
 
     async def _watch_demand(self, group: asyncio.TaskGroup, mux: Mux) -> None:
         """The same while one session lasts."""
-        session = mux.session
-        saturation = Saturation(mux.now(), (session.bytes_in, session.bytes_out))
-        while not session.ended:
+        stats = mux.stats()
+        saturation = Saturation(mux.now(), (stats.bytes_in, stats.bytes_out))
+        while not mux.ended:
             await sleep_coalesced(DEMAND_IDLE if saturation.idle else DEMAND_EVERY)
-            lanes = session.lanes.values()
-            rtts = (lane.base_rtt for lane in lanes if lane.base_rtt is not None)
-            bulk = sum(lane.kind is LaneClass.BULK for lane in lanes)
-            moved = (session.bytes_in, session.bytes_out)
+            stats = mux.stats()
+            rtts = (lane.base_rtt for lane in stats.lanes if lane.base_rtt is not None)
+            bulk = sum(lane.lane_class is LaneClass.BULK for lane in stats.lanes)
+            moved = (stats.bytes_in, stats.bytes_out)
             if saturation.saturated(mux.now(), moved, min(rtts, default=math.inf), bulk):
                 self._add_lanes(group)
                 await asyncio.sleep(EXTRA_AGAIN)
@@ -399,7 +399,7 @@ class Link:
                 return
             session = self._current_session()
             resumes = self.mux is not None
-            hello = replace(self._owner.hello(), session=session, resumes=resumes, lane=slot.kind)
+            hello = replace(self._owner.hello(), session=session, resumes=resumes, lane=slot.lane_class)
             self._lanes.add(lane)
             welcome = await lane.greet(pipe, hello)
             self._join(slot, lane, welcome, session)
@@ -445,7 +445,7 @@ class Link:
             self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
             log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
         assert self.mux is not None, "a session has just begun"
-        slot.number = lane.join(self.mux, slot.kind)
+        slot.number = lane.join(self.mux, slot.lane_class)
         slot.up_since = time.time()
         slot.problem = None
         log.info("lane_up", lane=slot.name)
@@ -505,11 +505,8 @@ class Link:
             case Parked():
                 assert self.mux is not None, "a session that is parked is there"
                 self.link_stats.parked(self.since, self.mux.now())
-                log.warning(
-                    "link_parked",
-                    streams=len(self.mux.session.streams) - 1,
-                    ride_through=self.mux.session.ride_through,
-                )
+                stats = self.mux.stats()
+                log.warning("link_parked", streams=stats.streams, ride_through=stats.ride_through)
             case Resumed(seconds):
                 self.link_stats.resumed(seconds)
                 log.info("link_resumed", parked_seconds=round(seconds, 1))
@@ -517,8 +514,8 @@ class Link:
                 if not self._closing:
                     log.warning("session_ended", cause=why)
                 if self.mux is not None:
-                    session = self.mux.session
-                    self.link_stats.ended(self.mux.now(), session.bytes_in, session.bytes_out)
+                    stats = self.mux.stats()
+                    self.link_stats.ended(self.mux.now(), stats.bytes_in, stats.bytes_out)
                 self.mux = None
                 self._session = ""
                 self._established.clear()

@@ -18,7 +18,7 @@ from rayfwd.session.events import (
     EndReceived,
     Event,
     Gathered,
-    LaneSilent,
+    LaneDead,
     MessageReceived,
     Parked,
     Resumed,
@@ -31,9 +31,11 @@ from rayfwd.session.events import (
 )
 from rayfwd.session.frames import Chunk, ProtocolError
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import CONTROL_STREAM, Session
+from rayfwd.session.numbers import CONTROL_STREAM
+from rayfwd.session.session import Session
 from rayfwd.session.snapshot import Tree
-from rayfwd.session.stream import ReceiveSide, ResetReason, StreamState
+from rayfwd.session.stats import SessionStats
+from rayfwd.session.stream import ResetReason
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.readpacing import pace
 
@@ -106,9 +108,10 @@ class MuxStream:
         return self._mux.session.must_wait(self.number)
 
     @property
-    def receive(self) -> ReceiveSide:
-        """What came in; only for a stream that is not over."""
-        return self._mux.session.streams[self.number].receive
+    def unread(self) -> tuple[int, bool]:
+        """Bytes that came in and are not reported as consumed, and whether the end came behind
+        them; only for a stream that is not over."""
+        return self._mux.session.unread(self.number)
 
     def send(self, *chunks: Chunk) -> bool:
         """False: no more, please, until the owner's `stream_writable`."""
@@ -138,7 +141,7 @@ class MuxLane:
     """A lane's transport, and since when (wall-clock seconds are the owner's business)."""
 
     transport: LaneTransport
-    kind: LaneClass
+    lane_class: LaneClass
     since: float
 
 
@@ -167,13 +170,22 @@ class Mux:
     def now(self) -> float:
         return self._loop.time()
 
+    @property
+    def ended(self) -> bool:
+        """The session is over."""
+        return self.session.ended
+
+    def stats(self) -> SessionStats:
+        """How the session is now; times are those of `now`."""
+        return self.session.stats()
+
     # -- lanes ---------------------------------------------------------------------------------
 
-    def add_lane(self, transport: LaneTransport, kind: LaneClass) -> int:
+    def add_lane(self, transport: LaneTransport, lane_class: LaneClass) -> int:
         """A lane that was welcomed. Returns its number."""
-        number, events = self.session.lane_up(kind, self.now())
-        self.lanes[number] = MuxLane(transport, kind, self.now())
-        if kind is LaneClass.INTERACTIVE:
+        number, events = self.session.lane_up(lane_class, self.now())
+        self.lanes[number] = MuxLane(transport, lane_class, self.now())
+        if lane_class is LaneClass.INTERACTIVE:
             # Asked first, also when it is the youngest: what any lane may carry is short.
             self.lanes = {number: self.lanes.pop(number), **self.lanes}
         self._run(events)
@@ -191,18 +203,17 @@ class Mux:
             self.close(f"{exc.code}: {exc}")
             return
         record = self.lanes.get(number)
-        if len(self.lanes) > 1 and record is not None and record.kind is LaneClass.INTERACTIVE:
+        beside = len(self.lanes) > 1
+        if beside and record is not None and record.lane_class is LaneClass.INTERACTIVE:
             self._look_for_short(events)
         self._run(events)
 
     def _look_for_short(self, events: list[Event]) -> None:
         """What came on the lane for short messages is one, unless it answers a long transfer."""
         for event in events:
-            if isinstance(event, DataReceived):
-                stream = self.session.streams.get(event.stream)
-                if stream is not None and not stream.bulk:
-                    pace.short_message()
-                    return
+            if isinstance(event, DataReceived) and self.session.is_short(event.stream):
+                pace.short_message()
+                return
 
     def lane_lost(self, number: int) -> None:
         """A lane's transport is gone."""
@@ -241,8 +252,7 @@ class Mux:
 
     def has(self, number: int) -> bool:
         """A stream of that number is there, and is not being given up."""
-        stream = self.session.streams.get(number)
-        return stream is not None and stream.state is not StreamState.RESETTING
+        return self.session.has(number)
 
     def own(self, number: int, owner: StreamOwner) -> MuxStream:
         """Give a stream of a session that was restored its owner."""
@@ -381,10 +391,10 @@ class Mux:
                     owner.stream_finished()
             case MessageReceived(data):
                 self._message(data)
-            case LaneSilent(number):
+            case LaneDead(number):
                 record = self.lanes.get(number)
                 if record is not None:
-                    record.transport.abort("silent")
+                    record.transport.abort("no answer came in time")
                     self.lane_lost(number)
             case Parked() | Resumed() | SessionEnded():
                 self._on_change(event)

@@ -210,12 +210,12 @@ class SocketRelay(asyncio.Protocol):
         """Take up a stream whose last `data` has not been passed on. The connection comes later;
         `dialled`: it stood before."""
         self._stream = stream
-        receive = stream.receive
-        self._owed = receive.unread - len(data)
+        unread, ended = stream.unread
+        self._owed = unread - len(data)
         if data:
             self._early.append(data)
         # Once passed on, an end cannot be passed on again: the program may be done by now.
-        self._early_end = receive.complete and (bool(data) or not dialled)
+        self._early_end = ended and (bool(data) or not dialled)
 
     def finish(self, data: bytes) -> None:
         """Pass the last bytes on to a connection that comes later, and close it."""
