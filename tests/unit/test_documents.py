@@ -53,6 +53,7 @@ RUN = {
     "rayfwd status": (INIT, '"status", "--json"'),
     "rayfwd status --watch": ("tests/unit/test_status_watch.py", "--watch"),
     "rayfwd canary": ("tests/lab/test_canary.py", '"canary"'),
+    "rayfwd trace": ("tests/unit/test_trace.py", '"trace"'),
     "rayfwd doctor": ("tests/lab/test_doctor.py", '"doctor"'),
     "rayfwd doctor --report": ("tests/lab/test_doctor.py", '"--report"'),
     "rayfwd doctor --report --with-logs": ("tests/systemd/test_journal.py", '"--with-logs"'),

@@ -307,3 +307,11 @@ def test_what_comes_again_and_again_is_bounded_and_counted() -> None:
     said = events[logs.REPEAT_LIMIT]
     assert (said["name"], said["level"]) == ("lane_lost", "warning")
     assert [e.get("suppressed") for e in events[-2:]] == [40, None]
+
+
+def test_at_level_debug_every_event_is_written() -> None:
+    out = io.StringIO()
+    logs.setup(LogConfig(level="debug", format="json"), out, clock=lambda: 1000.0)
+    for _ in range(2 * logs.REPEAT_LIMIT):
+        logs.get_logger("part").debug("frame_traced")
+    assert len(out.getvalue().splitlines()) == 2 * logs.REPEAT_LIMIT

@@ -50,8 +50,8 @@ function _shtab_rayfwd_using
   test "$_shtab_rayfwd_cmdpath" = "$argv"
 end
 
-set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary explain attach keeper forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --head --head-rayfwd --identity --log --login --name --port --ray --report --socket --user --via --watch -i -p
+set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary trace explain attach keeper forget uninstall demo
+set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --frames --head --head-rayfwd --identity --log --login --name --peer --port --ray --report --seconds --socket --user --via --watch -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -112,6 +112,12 @@ complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' 
 complete -c rayfwd -n '_shtab_rayfwd_using canary' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using canary' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using canary' -l json -d 'print the answer as JSON'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a trace -d 'Show what goes over the lanes of the running daemon: a line a frame of docs/protocol.md.'
+complete -c rayfwd -n '_shtab_rayfwd_using trace' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using trace' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using trace' -l seconds -x -d 'how long, 1 to 50 (default: 5)'
+complete -c rayfwd -n '_shtab_rayfwd_using trace' -l frames -x -d 'how many lines at most, 1 to 20000 (default: 1000)'
+complete -c rayfwd -n '_shtab_rayfwd_using trace' -l peer -x -d 'on the head: only what goes to and from this worker'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a explain -d 'Say what a code of log or status means and what to do; without a code: which there are.'
 complete -c rayfwd -n '_shtab_rayfwd_using explain' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using explain' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

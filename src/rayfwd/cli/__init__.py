@@ -82,6 +82,9 @@ VERBS = {
         "send a tiny task and 1 MB to every node and back, and say how it went",
         {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
     ),
+    "trace": Verb(
+        "show what goes over the running daemon's lanes for some seconds, a line a frame"
+    ),
     "explain": Verb(
         "say what a code of the log or of the status means, and what to do",
         {FAULT: "there is no such code"},

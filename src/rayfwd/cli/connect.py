@@ -22,6 +22,7 @@ from rayfwd.config import Config, ConfigError, LogConfig, parse
 from rayfwd.system import logs
 from rayfwd.system.malloc import keep_freed
 from rayfwd.system.paths import usual_config
+from rayfwd.transport.tracing import tracing
 
 _OPTIONS = {
     "head.ssh": "HEAD",
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     config = _config(args)
     if args.verbose or "log" in config.model_fields_set:
         logs.setup(config.log)
+        tracing.follow(config.log.level)
         return hold(config)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         # What a person should know of it is said besides, in sentences.

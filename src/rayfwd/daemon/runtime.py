@@ -22,6 +22,7 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.status import NodeStatus
+from rayfwd.daemon.trace import TraceVerb
 from rayfwd.problems import ProblemError
 from rayfwd.system import logs
 from rayfwd.system.control import ControlServer
@@ -29,6 +30,7 @@ from rayfwd.system.fdpass import Packed
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
+from rayfwd.transport.tracing import tracing
 from rayfwd.watch.conditions import Seen
 
 log = get_logger(__name__)
@@ -66,6 +68,7 @@ class Runtime:
             self._take_signals(asyncio.get_running_loop())
         if self._arrival is not None:
             self._node.listeners.inherit(self._arrival.listeners())
+        tracing.follow(config.log.level)
         control = ControlServer(
             config.control_socket,
             {
@@ -74,6 +77,7 @@ class Runtime:
                 "forget": _not_a_head,
                 "canary": self._canary_verb,
                 "reload": self._reload_verb,
+                "trace": TraceVerb(),
                 **self._role.verbs(),
             },
         )
@@ -200,6 +204,7 @@ class Runtime:
             log.warning("config_kept", kept=list(new.kept), remedy=remedy)
         if new.changed:
             logs.setup(new.config.log)
+            tracing.follow(new.config.log.level)
             self._metrics.move(new.config.metrics.listen)
         return {"changed": list(new.changed), "kept": list(new.kept)}
 

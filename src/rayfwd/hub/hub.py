@@ -470,6 +470,7 @@ class Hub:
             lambda stream, target: self._route(peer, stream, target),
             lambda message: self._heard(peer, message),
             lambda event: self._changed(peer, mux, event),
+            peer.label,
         )
         if isinstance(peer, HubClient):
             self.clients[peer.key_sha256] = peer

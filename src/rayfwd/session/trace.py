@@ -71,6 +71,25 @@ Trace = Callable[[Traced], None]
 _TYPE = re.compile(r"[a-z_]{1,32}")
 
 
+def line(traced: Traced) -> str:
+    """What was traced, for people. docs/protocol.md says what the offset of a frame means."""
+    match traced:
+        case FrameTraced():
+            return (
+                f"lane {traced.lane} {traced.lane_class.value:<11}  {traced.direction:<3}  "
+                f"{traced.kind.name:<5}  stream {traced.stream}  offset {traced.offset}  "
+                f"length {traced.length}"
+            )
+        case MessageTraced(direction, name, length):
+            return f"message {direction}: {name}  length {length}"
+        case LaneTraced(lane, lane_class, what):
+            return f"lane {lane} {lane_class.value}: {what}"
+        case StreamTraced(stream, event, before, after):
+            return f"stream {stream}: {before.value} -> {after.value} ({event.value})"
+        case SessionTraced(why, was, now):
+            return f"session: {was.value} -> {now.value} ({why.value})"
+
+
 def frames_out(lane: Lane, chunks: Iterable[Chunk]) -> Iterable[FrameTraced]:
     """The frames in chunks that were made for a lane: each begins a chunk."""
     payload = 0

@@ -220,6 +220,7 @@ _EventDict = MutableMapping[str, Any]
 
 class _Bound:
     """Lets so many events of one name through in a while; what is left out is counted and said.
+    At level debug all are let through: who sets it wants to see them.
 
     The first that is too many becomes `events_suppressed`; the next that is let through has a
     field `suppressed`, how many were left out.
@@ -230,7 +231,9 @@ class _Bound:
         self._seen: dict[str, tuple[float, int]] = {}
         """When a name's while began, and how many came in it. Names are few and fixed."""
 
-    def __call__(self, _logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:
+    def __call__(self, _logger: WrappedLogger, method: str, event: _EventDict) -> _EventDict:
+        if method == "debug":
+            return event
         name, now = str(event.get("event")), self._clock()
         began, count = self._seen.get(name, (now, 0))
         if now - began >= REPEAT_SECONDS:

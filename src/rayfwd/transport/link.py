@@ -399,7 +399,9 @@ class Link:
                 return
             session = self._current_session()
             resumes = self.mux is not None
-            hello = replace(self._owner.hello(), session=session, resumes=resumes, lane=slot.lane_class)
+            hello = replace(
+                self._owner.hello(), session=session, resumes=resumes, lane=slot.lane_class
+            )
             self._lanes.add(lane)
             welcome = await lane.greet(pipe, hello)
             self._join(slot, lane, welcome, session)
@@ -453,7 +455,8 @@ class Link:
         self._owner.link_changed()
 
     def _begin(self, core: Session) -> Mux:
-        self.mux = Mux(core, self._owner.accept_stream, self._owner.message, self._changed)
+        owner = self._owner
+        self.mux = Mux(core, owner.accept_stream, owner.message, self._changed, "head")
         self._established.set()
         self.since = time.time()
         self.link_stats.began()

@@ -38,6 +38,7 @@ from rayfwd.session.stats import SessionStats
 from rayfwd.session.stream import ResetReason
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.readpacing import pace
+from rayfwd.transport.tracing import tracing
 
 log = get_logger(__name__)
 
@@ -154,8 +155,10 @@ class Mux:
         accept: Callable[[MuxStream, bytes], StreamOwner | None],
         on_message: Callable[[dict[str, Any]], None],
         on_change: Callable[[Parked | Resumed | SessionEnded], None],
+        peer: str = "",
     ) -> None:
-        """`accept` takes a stream that the peer opened, or resets it and returns None."""
+        """`accept` takes a stream that the peer opened, or resets it and returns None; `peer` is
+        who is at the other end, for whoever traces it."""
         self.session = session
         self.lanes: dict[int, MuxLane] = {}
         self._accept = accept
@@ -166,6 +169,7 @@ class Mux:
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
         self._full_told = -FULL_TOLD_AGAIN
+        tracing.began(session, peer)
 
     def now(self) -> float:
         return self._loop.time()
@@ -282,6 +286,7 @@ class Mux:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
+        tracing.ended(self.session)
         return None if self.session.ended else self.session.snapshot()
 
     def send_message(self, message: dict[str, Any]) -> None:
@@ -396,7 +401,10 @@ class Mux:
                 if record is not None:
                     record.transport.abort("no answer came in time")
                     self.lane_lost(number)
-            case Parked() | Resumed() | SessionEnded():
+            case Parked() | Resumed():
+                self._on_change(event)
+            case SessionEnded():
+                tracing.ended(self.session)
                 self._on_change(event)
 
     def _message(self, data: bytes) -> None:
