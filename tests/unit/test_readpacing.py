@@ -1,4 +1,4 @@
-"""Long transfers read little, and rest, while short messages are about."""
+"""Long transfers read little, and pause, while short messages are about."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_reads_are_large_when_there_is_nobody_to_wait(pace: Pace) -> None:
             for _ in range(20):
                 protocol.reading.after_read(READ_SMALL)
                 assert await next_read(protocol, far) > READ_SMALL
-                assert protocol.transport.is_reading(), "it rests, though nobody waits"
+                assert protocol.transport.is_reading(), "it pauses, though nobody waits"
 
     run(main)
 
 
-def test_a_long_transfer_rests_while_short_messages_are_about(pace: Pace) -> None:
+def test_a_long_transfer_pauses_while_short_messages_are_about(pace: Pace) -> None:
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):
@@ -101,9 +101,9 @@ def test_a_long_transfer_rests_while_short_messages_are_about(pace: Pace) -> Non
                 assert await next_read(protocol, far) == READ_SMALL
                 assert protocol.transport.is_reading()
             protocol.reading.after_read(READ_SMALL)
-            assert not protocol.transport.is_reading(), "it does not rest"
+            assert not protocol.transport.is_reading(), "it does not pause"
             before = protocol.size
-            far.send(b"behind the rest")
+            far.send(b"behind the wait")
             await until(lambda: protocol.size == before + 15)
             assert protocol.transport.is_reading()
 
@@ -111,15 +111,15 @@ def test_a_long_transfer_rests_while_short_messages_are_about(pace: Pace) -> Non
 
 
 def test_short_messages_are_soon_over(pace: Pace, clock: Clock) -> None:
-    seen = [pace.gentle]
+    seen = [pace.latency_sensitive]
     pace.short_message()
     for passed in (0.9, 0.2):
         clock.now += passed * LINGER
-        seen.append(pace.gentle)
+        seen.append(pace.latency_sensitive)
     assert seen == [False, True, False]
 
 
-def test_what_is_short_never_rests(pace: Pace) -> None:
+def test_what_is_short_never_pauses(pace: Pace) -> None:
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):
@@ -131,26 +131,26 @@ def test_what_is_short_never_rests(pace: Pace) -> None:
     run(main)
 
 
-def test_the_end_of_a_rest_does_not_start_what_was_stopped(pace: Pace) -> None:
-    """Nor does its owner's word end a rest."""
+def test_the_end_of_a_pause_does_not_start_what_was_stopped(pace: Pace) -> None:
+    """Nor does its owner's word end a pause."""
 
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):
             pace.short_message()
             protocol.reading.after_read(BURST)
-            protocol.reading.go_on()
-            assert not protocol.transport.is_reading(), "it was resting"
+            protocol.reading.resume()
+            assert not protocol.transport.is_reading(), "it was pausing"
             protocol.reading.stop()
             await asyncio.sleep(0.02)
             assert not protocol.transport.is_reading(), "it was stopped"
-            protocol.reading.go_on()
+            protocol.reading.resume()
             assert protocol.transport.is_reading()
 
     run(main)
 
 
-def test_a_rest_outlives_its_connection(pace: Pace) -> None:
+def test_a_pause_outlives_its_connection(pace: Pace) -> None:
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):

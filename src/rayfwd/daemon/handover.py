@@ -148,9 +148,9 @@ async def leave(holder: Holder, role: str, name: str) -> Packed:
             for relay in relays:
                 relay.refuse()
             raise
-        holder.connector.let_go()
+        holder.connector.release()
         for relay in relays:
-            relay.let_go()
+            relay.release()
     log.info("handover_packed", streams=len(leaving.tree["relays"]), listeners=len(listeners))
     return packed
 
@@ -227,7 +227,7 @@ class Arrival:
                 continue
             relay = SocketRelay(listeners.relays if target is None else connector.relays)
             stream = mux.own(number, relay)
-            relay.go_on(stream, data, at is not None)
+            relay.restore(stream, data, at is not None)
             joined += 1
             if at is None:
                 connector.dial(stream, relay, Target(*target))
@@ -237,7 +237,7 @@ class Arrival:
             await _connected(listeners.relay_for(Target(*target)), self.claim(at))
         for at, data in self.tree["finishing"]:
             relay = SocketRelay(listeners.relays)
-            relay.finish(data)
+            relay.restore_last(data)
             await _connected(relay, self.claim(at))
         return joined
 

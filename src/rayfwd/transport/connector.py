@@ -66,10 +66,10 @@ class LocalConnector:
                 ResetReason.TOO_MANY if scarce else ResetReason.UNREACHABLE, f"{target}: {exc}"
             )
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Another process dials what is being dialled."""
         for task, (relay, _) in list(self._tasks.items()):
-            relay.let_go()
+            relay.release()
             task.cancel()
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ All connections of a daemon take turns on one event loop, and a turn lasts as lo
 is on its way: a short message waits for the turns of the long transfers before it. And a process
 that always has work waits for its processor when others want it too, a scheduler's slice of some
 3 ms: then short messages wait with it. So while there are any, long transfers take small turns and
-rest between them. Large reads are cheaper by the byte, and are taken when there is nobody to wait.
+pause between them. Large reads are cheaper by the byte, and are taken when there is nobody to wait.
 """
 
 from __future__ import annotations
@@ -27,14 +27,19 @@ so ten times a second: that must not slow a transfer down."""
 LONG = 1 << 12
 """Bytes of a read from which it counts as one of a long transfer."""
 BURST = 192 << 10
-"""Bytes that a long transfer reads between two rests."""
-REST = 0.001
-"""Seconds of a rest: the shortest that a loop on epoll knows. With BURST it bounds a transfer to
+"""Bytes that a long transfer reads between two pauses."""
+PAUSE = 0.001
+"""Seconds of a pause: the shortest that a loop on epoll knows. With BURST it bounds a transfer to
 some 130 MB/s, when its machines could carry more and short messages are about."""
 
 
 class Pace:
-    """Whether short messages are about in this process; its loop's one thread owns it."""
+    """Whether short messages are about in this process; its loop's one thread owns it.
+
+    There is one, `pace`, and it is not passed around: what it is about, the turns of the loop and
+    the processor, all connections of the process share. A second one would not hear of the short
+    messages that the first one is told of, and be wrong.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -45,7 +50,7 @@ class Pace:
         self._short_at = self._clock()
 
     @property
-    def gentle(self) -> bool:
+    def latency_sensitive(self) -> bool:
         """Short messages are about."""
         return self._clock() - self._short_at < LINGER
 
@@ -56,7 +61,7 @@ class Pace:
     def after_read(self, transport: asyncio.Transport | None, size: int) -> None:
         """`size` bytes were read from a connection: choose how much its next read takes."""
         if size >= READ_SMALL and transport is not None:
-            _set_read(transport, READ_SMALL if self.gentle else READ_LARGE)
+            _set_read(transport, READ_SMALL if self.latency_sensitive else READ_LARGE)
 
 
 pace = Pace()
@@ -65,27 +70,28 @@ pace = Pace()
 class Reading:
     """The reading of one connection whose bytes begin their way here.
 
-    Its owner stops it when there is no room for them; beside that it rests.
+    Its owner stops it when there is no room for them; beside that it pauses.
     """
 
-    __slots__ = ("_read", "_resting", "_stopped", "_transport")
+    __slots__ = ("_pausing", "_read", "_stopped", "_transport")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         pace.begin(transport)
         self._transport = transport
         self._stopped = False
-        self._resting = False
+        self._pausing = False
         self._read = 0
-        """Bytes since the last rest."""
+        """Bytes since the last pause."""
 
     def stop(self) -> None:
-        """Read nothing until `go_on`."""
+        """Read nothing until `resume`."""
         self._stopped = True
         self._transport.pause_reading()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
+        """There is room again: read on, after the pause if there is one."""
         self._stopped = False
-        if not self._resting:
+        if not self._pausing:
             self._transport.resume_reading()
 
     def after_read(self, size: int) -> None:
@@ -96,13 +102,13 @@ class Reading:
         self._read += size
         if self._read >= BURST:
             self._read = 0
-            if pace.gentle:
-                self._resting = True
+            if pace.latency_sensitive:
+                self._pausing = True
                 self._transport.pause_reading()
-                asyncio.get_running_loop().call_later(REST, self._rested)
+                asyncio.get_running_loop().call_later(PAUSE, self._pause_over)
 
-    def _rested(self) -> None:
-        self._resting = False
+    def _pause_over(self) -> None:
+        self._pausing = False
         if not self._stopped:
             self._transport.resume_reading()
 

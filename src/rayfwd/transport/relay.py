@@ -131,7 +131,7 @@ class SocketRelay(asyncio.Protocol):
 
     def _read_on(self) -> None:
         if self._reading is not None and self._transport is not None and not self._over:
-            self._reading.go_on()
+            self._reading.resume()
 
     def stream_data(self, chunks: Sequence[Chunk]) -> None:
         if self._over:
@@ -200,13 +200,13 @@ class SocketRelay(asyncio.Protocol):
         waiting = self._transport.get_write_buffer_size()
         return Held(descriptor, b"".join(self._written)[-waiting:] if waiting else b"")
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Another process has the connection now: close it here without a word to the program."""
         self._over = True
         if self._transport is not None:
             self._transport.abort()
 
-    def go_on(self, stream: MuxStream, data: bytes, dialled: bool) -> None:
+    def restore(self, stream: MuxStream, data: bytes, dialled: bool) -> None:
         """Take up a stream whose last `data` has not been passed on. The connection comes later;
         `dialled`: it stood before."""
         self._stream = stream
@@ -217,7 +217,7 @@ class SocketRelay(asyncio.Protocol):
         # Once passed on, an end cannot be passed on again: the program may be done by now.
         self._early_end = ended and (bool(data) or not dialled)
 
-    def finish(self, data: bytes) -> None:
+    def restore_last(self, data: bytes) -> None:
         """Pass the last bytes on to a connection that comes later, and close it."""
         self._early.append(data)
         self._connected = lambda relay: relay.stream_finished()
