@@ -5,8 +5,8 @@ what its events say, and asks `data_to_send` for each lane that has room, and th
 writers that may go on. It keeps no clock: `now` is monotonic, in seconds.
 
 It conducts: what a stream is about is the stream's, whose turn it is the scheduler's, what is owed
-for what came the answers', and which numbers are used the numbers'. Its own are the lanes, the
-bounds on memory, and its state.
+for what came the answers', who must wait before it sends more the writers', and which numbers are
+used the numbers'. Its own are the lanes, the credit, and its state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from rayfwd.session.events import (
     StreamFinished,
     StreamOpened,
     StreamReset,
-    StreamWritable,
 )
 from rayfwd.session.frames import (
     HEADER_SIZE,
@@ -70,6 +69,7 @@ from rayfwd.session.trace import (
     frames_out,
     message,
 )
+from rayfwd.session.writers import Writers
 
 REFUSED_STREAMS = 1 << 14
 """Streams over `Limits.streams` that are refused one by one; a peer that opens more is broken."""
@@ -106,8 +106,6 @@ class Session:
         self.limits = limits
         self.lanes: dict[int, Lane] = {}
         self.streams: dict[int, Stream] = {CONTROL_STREAM: Stream.control(limits.window, now)}
-        self.buffered = 0
-        """Bytes kept for sending, of all streams."""
         self.bytes_in = 0
         self.bytes_out = 0
         self.cuts = 0
@@ -117,6 +115,7 @@ class Session:
         self._numbers = StreamNumbers(side, limits.streams)
         self._scheduler = Scheduler(self.lanes)
         self._answers = Answers(self.streams)
+        self._writers = Writers(self.streams, limits.stream_buffer, limits.session_buffer)
         self._messages = MessageDecoder()
         self._decoders: dict[int, FrameDecoder] = {}
         self._next_lane = 1
@@ -126,15 +125,15 @@ class Session:
         self._closing: bytes | None = None
         self._window_spent = 0
         """What the credits of all streams have grown by."""
-        self._paused: dict[int, None] = {}
-        """Streams whose writers were told to wait."""
-        self._drained: list[Event] = []
-        self._freed = False
-        """A stream's buffers were dropped since writers were last looked after."""
 
     @property
     def ended(self) -> bool:
         return self.state is SessionState.ENDED
+
+    @property
+    def buffered(self) -> int:
+        """Bytes kept for sending, of all streams."""
+        return self._writers.buffered
 
     def stats(self) -> SessionStats:
         """How it is now."""
@@ -270,22 +269,12 @@ class Session:
         if stream is None or stream.state is StreamState.RESETTING:
             return True
         stream.write(data)
-        self.buffered += len(data)
         self._scheduler.enqueue(stream)
-        if number == CONTROL_STREAM:
-            return True
-        if (
-            stream.send.pending_bytes >= self.limits.stream_buffer
-            or self.buffered >= self.limits.session_buffer
-        ):
-            stream.paused = True
-            self._paused[number] = None
-            return False
-        return True
+        return self._writers.wrote(stream, len(data))
 
     def must_wait(self, number: int) -> bool:
         """The stream's writer was told to wait, and not yet to go on."""
-        return number in self._paused
+        return number in self._writers.paused
 
     def end(self, number: int) -> None:
         """No more bytes will be sent on this stream."""
@@ -371,7 +360,7 @@ class Session:
                     size += owed
             size += scheduler.put(lane, budget - size, out)
             if scheduler.relieved:
-                self._relieve(scheduler.relieved)
+                self._writers.taken(scheduler.relieved)
         if lane.wants_ping(now):
             out.append(frame_header(Kind.PING, 0, lane.ping(now), 0))
             size += HEADER_SIZE
@@ -382,13 +371,7 @@ class Session:
     def drained(self) -> list[Event]:
         """Writers that may go on since `data_to_send` took what they had written, or since a
         stream was given up whose bytes had filled the session."""
-        if self._freed:
-            self._freed = False
-            if self._paused and self.buffered < self.limits.session_buffer // 2:
-                for number in list(self._paused):
-                    self._let_write(self.streams[number], self._drained)
-        events, self._drained = self._drained, []
-        return events
+        return self._writers.drained()
 
     # -- frames in -----------------------------------------------------------------------------
 
@@ -492,15 +475,15 @@ class Session:
             return
         (limit,) = LIMIT.unpack(frame.payload)
         before = stream.state
-        self.buffered -= stream.acknowledged(frame.offset, limit, now)
+        self._writers.buffered -= stream.acknowledged(frame.offset, limit, now)
         if before is not stream.state:
             self._trace_stream(stream, StreamEvent.ANSWERED, before)
         if stream.send.ready:
             self._scheduler.enqueue(stream)
         if stream.send.complete:
             self._finish(stream, events)
-        if self._paused:
-            self._release(stream, events)
+        if self._writers.paused:
+            self._writers.acknowledged(stream, events)
 
     def _reset(self, frame: Frame, events: list[Event]) -> None:
         number = frame.stream
@@ -542,33 +525,6 @@ class Session:
             self._forget(stream, StreamEvent.ENDS_THROUGH)
             events.append(StreamFinished(stream.id))
 
-    # -- writers that wait -----------------------------------------------------------------------
-
-    def _release(self, stream: Stream, events: list[Event]) -> None:
-        """Let writers go on that had to wait, as far as the bounds allow by now."""
-        crowded = self.buffered >= self.limits.session_buffer // 2
-        for number in [stream.id] if crowded else list(self._paused):
-            waiting = self.streams.get(number)
-            if waiting is not None and waiting.paused:
-                self._let_write(waiting, events)
-
-    def _relieve(self, streams: list[Stream]) -> None:
-        """Bytes of these were taken: their writers may go on."""
-        for stream in streams:
-            if stream.paused:
-                self._let_write(stream, self._drained)
-        streams.clear()
-
-    def _let_write(self, stream: Stream, events: list[Event]) -> None:
-        """A writer that had to wait may go on, if there is room for it by now."""
-        if (
-            stream.send.pending_bytes <= self.limits.stream_buffer // 2
-            and self.buffered < self.limits.session_buffer
-        ):
-            self._paused.pop(stream.id, None)
-            stream.paused = False
-            events.append(StreamWritable(stream.id))
-
     # -- bookkeeping -----------------------------------------------------------------------------
 
     def _move(self, event: SessionEvent) -> None:
@@ -596,13 +552,10 @@ class Session:
                 self._scheduler.enqueue(stream)
 
     def _drop_buffers(self, stream: Stream) -> None:
-        self.buffered -= stream.send.buffered
-        self._freed = True
+        self._writers.dropped(stream)
         stream.send = SendSide(stream.send.limit)
         self._window_spent -= stream.receive.window - self.limits.window
         stream.receive.window = self.limits.window
-        stream.paused = False
-        self._paused.pop(stream.id, None)
         self._answers.forget(stream.id)
 
     def _forget(self, stream: Stream, event: StreamEvent) -> None:
@@ -624,9 +577,8 @@ class Session:
         self.streams.clear()
         self._scheduler.clear()
         self._answers.clear()
-        self._paused.clear()
-        self._drained.clear()
-        self.buffered = self._window_spent = 0
+        self._writers.clear()
+        self._window_spent = 0
         events.append(SessionEnded(why))
         return events
 
@@ -672,14 +624,10 @@ class Session:
         assert self._decoders.keys() == self.lanes.keys()
         assert bool(self.lanes) == (self.state is SessionState.UP)
         assert (self._parked_at is None) == (self.state is SessionState.UP)
-        kept = sum(stream.send.buffered for stream in self.streams.values())
-        assert self.buffered == kept, "the count of kept bytes is wrong"
         window, budget = self.limits.window, self.limits.window_budget
         spent = sum(stream.receive.window - window for stream in self.streams.values())
         assert self._window_spent == spent, "the count of credit that was added is wrong"
         assert 0 <= spent <= budget, "more credit was added than there is"
-        waiting = {stream.id for stream in self.streams.values() if stream.paused}
-        assert self._paused.keys() == waiting, "a writer waits unseen"
         for number, stream in self.streams.items():
             assert stream.id == number
             assert number == CONTROL_STREAM or self._numbers.is_used(number)
@@ -689,6 +637,7 @@ class Session:
         self._numbers.check_invariants()
         self._scheduler.check_invariants(self.streams)
         self._answers.check_invariants()
+        self._writers.check_invariants()
 
     def snapshot(self) -> Tree:
         """Everything that `from_snapshot` needs. Raises ValueError unless it is parked.
@@ -725,7 +674,6 @@ class Session:
             session.bytes_in, session.bytes_out = tree["bytes_in"], tree["bytes_out"]
             session._numbers = StreamNumbers.from_snapshot(tree, session.limits.streams)
             session._messages = MessageDecoder(tree["message"])
-            session._freed = True
             for each in tree["streams"]:
                 session._take_in(Stream.from_snapshot(each, now))
         except (KeyError, TypeError, ValueError, AttributeError, ProtocolError) as exc:
@@ -734,10 +682,8 @@ class Session:
 
     def _take_in(self, stream: Stream) -> None:
         self.streams[stream.id] = stream
-        self.buffered += stream.send.buffered
+        self._writers.restored(stream)
         if stream.state is not StreamState.RESETTING:
             self._window_spent += stream.receive.window - self.limits.window
-        if stream.paused:
-            self._paused[stream.id] = None
         self._answers.again(stream)
         self._scheduler.enqueue(stream)
