@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import struct
+from typing import Final
 
 from rayfwd.session.frames import HEADER_SIZE, Chunk, Kind, frame_header
 from rayfwd.session.states import StreamState
 from rayfwd.session.stream import Stream
 
-ACK_DELAY = 0.1
+ACK_DELAY: Final = 0.1
 """Seconds that an ACK may wait for company."""
-LIMIT = struct.Struct(">Q")
+LIMIT: Final = struct.Struct(">Q")
 """The payload of an ACK."""
 
 

@@ -16,24 +16,24 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from rayfwd import codes
 from rayfwd.problems import Code
 
-HEADER = struct.Struct(">IQQ")
-HEADER_SIZE = HEADER.size
-MAX_PAYLOAD = 1 << 18
+HEADER: Final = struct.Struct(">IQQ")
+HEADER_SIZE: Final = HEADER.size
+MAX_PAYLOAD: Final = 1 << 18
 """Bytes of payload that a frame may carry."""
-MAX_U64 = (1 << 64) - 1
-MAX_MESSAGE = 1 << 20
+MAX_U64: Final = (1 << 64) - 1
+MAX_MESSAGE: Final = 1 << 20
 """Bytes of a message on the control stream, at most."""
-MESSAGE_LENGTH = struct.Struct(">I")
-LONG = 1 << 14
+MESSAGE_LENGTH: Final = struct.Struct(">I")
+LONG: Final = 1 << 14
 """Bytes of a DATA frame from which its payload is left where it came in, and not copied."""
-LONG_PARTS = 16
+LONG_PARTS: Final = 16
 """Parts that it may have come in: many short ones would take more memory than they have bytes."""
-LASTING = 4
+LASTING: Final = 4
 """What is left there may keep so many times its own size of memory."""
 
 Chunk = bytes | memoryview
@@ -72,7 +72,7 @@ class Kind(IntEnum):
     """[protocol version] Instead of HELLO: a question of `rayfwd doctor`'s, or its answer."""
 
 
-KINDS = {int(kind): kind for kind in Kind}
+KINDS: Final = {int(kind): kind for kind in Kind}
 
 
 class ProtocolError(Exception):

@@ -10,31 +10,32 @@ from __future__ import annotations
 
 from collections import deque
 from enum import Enum
+from typing import Final
 
-PING_IDLE = 1.5
+PING_IDLE: Final = 1.5
 """Seconds between PINGs on an idle lane."""
-PING_BUSY = 0.25
+PING_BUSY: Final = 0.25
 """Seconds between PINGs while something is under way."""
-RTT_RISE = 0.2
-RTT_FALL = 0.5
+RTT_RISE: Final = 0.2
+RTT_FALL: Final = 0.5
 """How much of its distance from a sample the smoothed round-trip time goes. PINGs that a silence
 held up say nothing of what comes after it, and would leave a lane unwatched for a while."""
-OVERDUE_AFTER = 0.4
+OVERDUE_AFTER: Final = 0.4
 """Seconds that a PING may go unanswered, at the least, before other lanes take over. With those
 before a busy lane's next PING and two timers' 0.1 s each, a lane that falls silent stalls nobody
 for a second."""
-DEAD_AFTER = 4.0
+DEAD_AFTER: Final = 4.0
 """Seconds without a byte while a PING is unanswered: the lane is dead."""
-UNANSWERED_AFTER = 8.0
+UNANSWERED_AFTER: Final = 8.0
 """Seconds without a PONG, while a PING is unanswered, though other bytes arrive: the lane is dead.
 Where PONGs come, late as they may be, the lane is slow and not dead."""
 
-WINDOW_START = 1 << 20
-WINDOW_FLOOR = 1 << 16
-WINDOW_CEILING = 1 << 25
-QUEUE_GOAL = 0.1
+WINDOW_START: Final = 1 << 20
+WINDOW_FLOOR: Final = 1 << 16
+WINDOW_CEILING: Final = 1 << 25
+QUEUE_GOAL: Final = 0.1
 """Seconds of queue that a lane may build up before its window stops growing."""
-QUEUE_BOUND = 0.4
+QUEUE_BOUND: Final = 0.4
 """Seconds of queue from which its window shrinks."""
 
 

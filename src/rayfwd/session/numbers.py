@@ -6,12 +6,12 @@ used. Lanes deliver in any order to each other, so a lower number may come after
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from rayfwd import codes
 from rayfwd.session.frames import Frame, ProtocolError
 
-CONTROL_STREAM = 0
+CONTROL_STREAM: Final = 0
 """Always open, never ends: messages of worker and hub to each other, each with a u32 length."""
 
 Side = Literal["worker", "hub"]

@@ -12,6 +12,7 @@ used the numbers'. Its own are the lanes, the credit, and its state.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from rayfwd import codes
 from rayfwd.session.answers import LIMIT, Answers
@@ -71,11 +72,11 @@ from rayfwd.session.trace import (
 )
 from rayfwd.session.writers import Writers
 
-REFUSED_STREAMS = 1 << 14
+REFUSED_STREAMS: Final = 1 << 14
 """Streams over `Limits.streams` that are refused one by one; a peer that opens more is broken."""
-MAX_PONGS = 64
+MAX_PONGS: Final = 64
 """PINGs of a lane that wait for their PONG to be sent; further ones are dropped."""
-SHORT_KINDS = frozenset({Kind.OPEN, Kind.ACK, Kind.GONE, Kind.RESET})
+SHORT_KINDS: Final = frozenset({Kind.OPEN, Kind.ACK, Kind.GONE, Kind.RESET})
 """Frames that go by the interactive lane while the sender trusts it."""
 
 

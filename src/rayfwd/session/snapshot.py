@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any
+from typing import Any, Final
 
 Tree = dict[str, Any]
 
-MAGIC = b"rayfwd snapshot\n"
-FORMAT = 1
+MAGIC: Final = b"rayfwd snapshot\n"
+FORMAT: Final = 1
 """Raised whenever a key comes, goes, or changes its meaning, in any of the trees."""
 
-_HEAD = struct.Struct(">IQ")
-_BYTES = "bytes"
+_HEAD: Final = struct.Struct(">IQ")
+_BYTES: Final = "bytes"
 """The only key of an object that stands for bytes: where they begin, and how many they are."""
 
 

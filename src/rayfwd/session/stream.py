@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from enum import IntEnum
+from typing import Final
 
 from rayfwd import codes
 from rayfwd.session.frames import (
@@ -26,20 +27,20 @@ from rayfwd.session.numbers import CONTROL_STREAM
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.states import StreamEvent, StreamState, stream_after
 
-FRAME_BYTES = 1 << 16
+FRAME_BYTES: Final = 1 << 16
 """Bytes of data in one frame, at most: what an urgent frame may have to wait behind."""
-COALESCE_BYTES = 1 << 14
+COALESCE_BYTES: Final = 1 << 14
 """Chunks smaller than this are joined when several wait."""
-JOIN_BYTES = 1 << 12
+JOIN_BYTES: Final = 1 << 12
 """A payload up to this length is joined with its header into one chunk."""
-BULK_BYTES = 1 << 16
+BULK_BYTES: Final = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
-PROBE_AFTER = 3.0
+PROBE_AFTER: Final = 3.0
 """Seconds without progress, with lanes up, after which the oldest segment is sent once more. It
 mends what no lane's loss explains: an acknowledgement that went down with a lane which its sender
 still took for alive."""
-PROBE_CEILING = 30.0
-MAX_SENTENCE = 1024
+PROBE_CEILING: Final = 30.0
+MAX_SENTENCE: Final = 1024
 """Bytes of the sentence in a RESET or a CLOSE."""
 
 
