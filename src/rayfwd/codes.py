@@ -72,8 +72,8 @@ LINK_DOWN = Code("link_down", group=Group.LINK_GONE, both_ends=True)
 LANE_FLAPPING = Code("lane_flapping", "warning", caused_by=_LINK, both_ends=True)
 LINK_SLOW = Code("link_slow", "warning", caused_by=_LINK, both_ends=True)
 LINK_THROUGHPUT_LOW = Code("link_throughput_low", "warning", caused_by=(*_LINK, LINK_SLOW))
-HUB_STARTING = Code("hub_starting", "note", caused_by=_LINK)
-LINK_STARTING = Code("link_starting", "note", caused_by=_LINK)
+HUB_STARTING = Code("hub_starting", "note", caused_by=_LINK, untold=True)
+LINK_STARTING = Code("link_starting", "note", caused_by=_LINK, untold=True)
 
 # -- this machine ------------------------------------------------------------
 
@@ -114,7 +114,7 @@ RAY_DIED = Code("ray_died", group=Group.RAY, caused_by=_LINK, heads_explains=Tru
 RAY_START_FAILED = Code(
     "ray_start_failed", group=Group.RAY, caused_by=(*_LINK, RAY_DIED, DISK_NEARLY_FULL)
 )
-RAY_STARTING = Code("ray_starting", "note", caused_by=_LINK)
+RAY_STARTING = Code("ray_starting", "note", caused_by=_LINK, untold=True)
 RAY_WORKER_PORTS_EXHAUSTED = Code("ray_worker_ports_exhausted", group=Group.PORTS)
 
 # -- the cluster -------------------------------------------------------------
@@ -166,6 +166,7 @@ CONTROL_FAULT = Code("control_fault", counted=False)
 NOT_A_HEAD = Code("not_a_head", counted=False)
 RAY_NOT_UP = Code("ray_not_up", counted=False)
 CANARY_LOST = Code("canary_lost", counted=False)
+STATUS_UNREADABLE = Code("status_unreadable", counted=False)
 CONDITION_UNKNOWN = Code("condition_unknown", counted=False)
 HELLO_MISSING = Code("hello_missing", counted=False, passing=True)
 

@@ -52,6 +52,8 @@ class Code:
     to another node, or what ends the daemon."""
     both_ends: bool = False
     """Both ends of a link see it for themselves: neither tells the other."""
+    untold: bool = False
+    """No other node is told of it."""
     passing: bool = False
     """A refusal after which the other side goes on by itself, or which no worker of ours gets."""
     new_session: bool = False

@@ -20,9 +20,13 @@ ASKING = 60.0
 
 
 def rows(status: Row) -> list[Row]:
-    """All that is wrong by a status; what a node waits for is the node's own."""
-    own = {"subject": status["name"], "seen_by": status["name"], "explained_by": None}
-    return [*status["problems"], *({**own, **waits} for waits in status["waiting_for"])]
+    """All that is wrong by a status."""
+    return list(status["conditions"])
+
+
+def waited_for(status: Row) -> list[Row]:
+    """What keeps the node from being ready."""
+    return [row for row in rows(status) if row["blocks_ready"]]
 
 
 def of(status: Row, code: str, subject: str) -> Row | None:

@@ -82,7 +82,7 @@ def record(lab: Lab, cluster: Cluster) -> None:
     w1.wait_event("session_ended", 120)
     w1.wait_status(lambda s: s["state"] == "waiting")
     keep("worker-down", w1)
-    keep("head-away", head)
+    keep("head-down", head)
     lab.machine("head").start_sshd()
     w1.wait_status(lambda s: s["state"] == "ready", 120)
 

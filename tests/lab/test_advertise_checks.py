@@ -15,6 +15,7 @@ from rayfwd.ray.commandline import given_up_after
 from rayfwd.watch.flapping import TRIAL
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
+from tests.lab.named import waited_for
 
 pytestmark = pytest.mark.ray
 
@@ -53,7 +54,7 @@ def refuse(machine: Machine) -> None:
 
 
 def of(status: dict[str, Any], code: str) -> list[dict[str, Any]]:
-    return [p for p in [*status["problems"], *status["waiting_for"]] if p["code"] == code]
+    return [p for p in status["conditions"] if p["code"] == code]
 
 
 def check_named(cluster: Cluster, code: str) -> dict[str, Any]:
@@ -61,11 +62,11 @@ def check_named(cluster: Cluster, code: str) -> dict[str, Any]:
     worker = cluster.worker("w1")
     status = worker.wait_status(lambda s: of(s, code), 60)
     assert status["state"] == "waiting"
-    assert status["ray"]["phase"] == "failed"
+    assert status["ray"]["state"] == "failed"
     (problem,) = of(cluster.head.wait_status(lambda s: of(s, code), 10), code)
     assert problem["subject"] == "w1"
     assert {k: problem[k] for k in ("cause", "remedy")} == {
-        k: status["waiting_for"][0][k] for k in ("cause", "remedy")
+        k: waited_for(status)[0][k] for k in ("cause", "remedy")
     }
     assert worker.events("ray_starting") == []
     return problem
@@ -125,7 +126,7 @@ def test_cleared_when_it_works(cluster: Cluster) -> None:
     worker = cluster.worker("w1")
     worker.wait_event("advertise_checked", 90)
     worker.wait_status(lambda s: s["state"] == "ready", 120)
-    cluster.head.wait_status(lambda s: s["problems"] == [], 60)
+    cluster.head.wait_status(lambda s: s["conditions"] == [], 60)
     over = cluster.head.events("problem_over")
     assert over[-1]["node"] == "w1"
     assert over[-1]["code"] == "advertise_self_unreachable"
@@ -167,7 +168,7 @@ def test_it_flaps_no_more_when_it_has_stayed(cluster: Cluster) -> None:
         stayed = datetime.fromisoformat(over["timestamp"]).timestamp() - row["started"]
         assert trial <= stayed <= trial + LOOKS
     for daemon in (head, worker):
-        daemon.wait_status(lambda s: s["state"] == "ready" and s["problems"] == [], 60)
+        daemon.wait_status(lambda s: s["state"] == "ready" and s["conditions"] == [], 60)
     assert worker.process.poll() is None
     assert len(worker.events("rayfwd_starting")) == 1
 

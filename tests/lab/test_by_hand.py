@@ -36,13 +36,13 @@ def test_ray_is_started_by_hand_and_outlives_rayfwd(lab: Lab) -> None:
         daemon = cluster.head if name == "head" else cluster.worker("w1")
         machine = lab.machine(name)
         daemon.wait_ready()  # there is nothing else that it waits for
-        assert daemon.status()["ray"]["phase"] == "by_hand"
+        assert daemon.status()["ray"]["state"] == "by_hand"
         assert raylets(machine) == []
         command = daemon.wait_event("ray_start_by_hand")["command"]
         plan = machine.run([str(lab.rayfwd), "plan", "--config", CONFIG]).stdout
         assert command in plan.splitlines()
         machine.run(["bash", "-c", command], timeout=120)
-        status = daemon.wait_status(lambda s: s["ray"]["phase"] == "up", 30)
+        status = daemon.wait_status(lambda s: s["ray"]["state"] == "up", 30)
         assert status["ray"]["adopted"] is True
         assert status["ray"]["pid"] is not None
 
@@ -60,7 +60,7 @@ def test_ray_is_started_by_hand_and_outlives_rayfwd(lab: Lab) -> None:
         cluster.start_node(name)
     cluster.wait_ready()
     for daemon in cluster.daemons:
-        daemon.wait_status(lambda s: s["ray"]["phase"] == "up" and s["ray"]["adopted"], 30)
+        daemon.wait_status(lambda s: s["ray"]["state"] == "up" and s["ray"]["adopted"], 30)
     lines = cluster.driver("w1", ["--nodes", "2", "--checks", "small_tasks,large_results"])
     verify(lines, "w1", addresses, ("small_tasks", "large_results"))
     assert {name: raylets(lab.machine(name)) for name in ("head", "w1")} == before
@@ -68,4 +68,4 @@ def test_ray_is_started_by_hand_and_outlives_rayfwd(lab: Lab) -> None:
     # When the raylet is ended by whoever started it, rayfwd waits for the next one.
     (raylet,) = before["w1"]
     os.kill(raylet, signal.SIGTERM)
-    cluster.worker("w1").wait_status(lambda s: s["ray"]["phase"] == "by_hand", 60)
+    cluster.worker("w1").wait_status(lambda s: s["ray"]["state"] == "by_hand", 60)

@@ -75,7 +75,7 @@ def plan_of(cluster: Cluster, name: str) -> tuple[str, int, int]:
 
 
 def of(status: Row, code: str, subject: str) -> Row | None:
-    found = [p for p in status["problems"] if (p["code"], p["subject"]) == (code, subject)]
+    found = [p for p in status["conditions"] if (p["code"], p["subject"]) == (code, subject)]
     assert len(found) < 2
     return found[0] if found else None
 
@@ -91,7 +91,7 @@ def named(daemon: Daemon, code: str, subject: str, seconds: float) -> Row:
 def check_healed(cluster: Cluster) -> None:
     """Nothing of it is left, on the head and on the workers, and a canary comes back."""
     for daemon in cluster.daemons:
-        daemon.wait_status(lambda s: s["problems"] == [] and s["state"] == "ready", 90)
+        daemon.wait_status(lambda s: s["conditions"] == [] and s["state"] == "ready", 90)
 
 
 def test_on_demand(cluster: Cluster) -> None:

@@ -73,7 +73,7 @@ def test_nothing_went_wrong(cluster: Cluster) -> None:
         assert not bad, f"{daemon.machine.name}: {bad}"
         status = daemon.status()
         assert status["state"] == "ready"
-        assert status["problems"] == []
+        assert status["conditions"] == []
 
 
 def test_only_loopback_listens(cluster: Cluster) -> None:

@@ -17,7 +17,7 @@ from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import Daemon
 from tests.lab.faults import Faults
 from tests.lab.machines import Lab
-from tests.lab.named import named, of, over, said_at
+from tests.lab.named import named, of, over, said_at, waited_for
 from tests.lab.process import HOME, until
 
 pytestmark = pytest.mark.ray
@@ -223,7 +223,7 @@ def test_channel_kind_refused(cluster: Cluster, w2: Daemon) -> None:
     (row,) = named([cluster.head], "link_down", "w2", RIDE_THROUGH + WITHIN, since)
     assert row["severity"] == "error"
     status = w2.wait_status(lambda s: s["link"]["state"] == "down", 30)
-    (waits,) = status["waiting_for"]
+    (waits,) = waited_for(status)
     assert (waits["code"], waits["severity"]) == ("channel_refused", "error")
     restart_sshd(cluster)
     over([cluster.head, w2], 60, subject="w2")

@@ -48,7 +48,7 @@ def test_after_ride_through_all_is_given_up(lab: Lab) -> None:
     healed = time.monotonic()
     echoes.beats(40)
     status = cluster.worker("w1").wait_status(lambda s: s["state"] == "ready", 20)
-    assert status["problems"] == []
+    assert status["conditions"] == []
     failed = [e for e in echoes.failed() if e["began"] > healed + 20]
     assert failed == []
     for daemon in cluster.daemons:

@@ -16,6 +16,7 @@ import pytest
 from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.machines import Lab, Machine
+from tests.lab.named import waited_for
 from tests.lab.process import HOME, until
 
 GUESTS = {"guest": 4300, "stranger": 4301}
@@ -77,25 +78,22 @@ def errors(daemon: Daemon) -> list[dict[str, Any]]:
 
 def check_said_once(daemon: Daemon, code: str, cause: str, remedy: str) -> None:
     """One error of this code, of no other, that names the thing and what to do; status has it."""
-    status = daemon.wait_status(lambda s: s["waiting_for"], 20)
+    status = daemon.wait_status(waited_for, 20)
     assert status["state"] == "waiting"
-    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+    assert [problem["code"] for problem in waited_for(status)] == [code]
     (event,) = errors(daemon)
     assert event["event"] == code
     assert cause in event["cause"]
     assert remedy in event["remedy"]
-    assert status["waiting_for"][0] == {
-        "code": code,
-        "cause": event["cause"],
-        "remedy": event["remedy"],
-        "severity": "error",
-    }
+    row = waited_for(status)[0]
+    assert (row["cause"], row["remedy"]) == (event["cause"], event["remedy"])
+    assert (row["severity"], row["subject"]) == ("error", status["name"])
 
 
 def check_healed(daemon: Daemon, code: str) -> None:
     daemon.wait_status(lambda status: status["state"] == "ready", 60)
     assert [event["event"] for event in errors(daemon)] == [code]
-    assert daemon.status()["waiting_for"] == []
+    assert waited_for(daemon.status()) == []
 
 
 @pytest.fixture
@@ -253,14 +251,15 @@ def test_listener_blocked(cluster: Cluster) -> None:
     assert f"port {port} is in use" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
     status = worker.wait_status(lambda s: s["state"] == "ready", 30)
-    assert [problem["code"] for problem in status["problems"]] == ["listener_blocked"]
-    assert len(status["listeners"]["blocked"]) == 1
+    assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
+    assert status["listeners"]["blocked"] == 1
+    assert status["listeners"]["conditions"] == [status["conditions"][0]["id"]]
     time.sleep(6)  # it is tried again every few seconds
     assert len(errors(worker)) == 1
     squatter.signal(signal.SIGKILL)
     worker.wait_event("listener_unblocked", 30)
-    status = worker.wait_status(lambda s: not s["problems"], 30)
-    assert status["listeners"]["blocked"] == []
+    status = worker.wait_status(lambda s: not s["conditions"], 30)
+    assert status["listeners"]["blocked"] == 0
 
 
 @pytest.mark.ray
@@ -278,7 +277,7 @@ def test_metrics_blocked_and_a_forward_to_nobody(cluster: Cluster) -> None:
     seen = worker.wait_event("forward_target_unknown", where={"node": "w1/127.0.0.1:7000"})
     assert "no node nobody is in the plan" in seen["cause"]
     status = worker.wait_status(lambda s: s["state"] == "ready", 30)
-    codes = [(problem["code"], problem["severity"]) for problem in status["problems"]]
+    codes = [(problem["code"], problem["severity"]) for problem in status["conditions"]]
     assert sorted(codes) == [("forward_target_unknown", "note"), ("metrics_blocked", "error")]
     # The other node is told of what is more than a note.
     blocked = {"node": "w1", "seen_by": "w1"}
@@ -288,7 +287,7 @@ def test_metrics_blocked_and_a_forward_to_nobody(cluster: Cluster) -> None:
     change(config, {"forward": [{"listen": "127.0.0.1:7000", "to": "head:80"}]})
     w1.write(CONFIG, cluster.config("w1"))
     w1.run([str(cluster.lab.rayfwd), "reload", "--config", CONFIG])
-    worker.wait_status(lambda s: not s["problems"], 30)
+    worker.wait_status(lambda s: not s["conditions"], 30)
     cluster.head.wait_event("problem_over", 30, where={"node": "w1", "code": "metrics_blocked"})
     assert [event["event"] for event in errors(worker)] == ["metrics_blocked"]
     change(config, {"metrics": None, "forward": None})
@@ -361,7 +360,7 @@ def test_ray_missing_unsupported_ports_in_use_and_a_start_that_fails(with_ray: C
     worker.wait_ready(120)
     codes = [event["event"] for event in errors(worker)]
     assert codes == ["ray_not_found", "ray_version_unsupported", "port_in_use", "ray_start_failed"]
-    with_ray.head.wait_status(lambda status: not status["problems"], 60)
+    with_ray.head.wait_status(lambda status: not status["conditions"], 60)
 
 
 @pytest.mark.ray("2.60.0", "2.40.0")
@@ -398,7 +397,7 @@ def test_other_versions_than_the_heads(with_ray: Cluster) -> None:
 def waits(daemon: Daemon, code: str) -> None:
     status = daemon.status()
     assert status["state"] == "waiting"
-    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+    assert [problem["code"] for problem in waited_for(status)] == [code]
 
 
 def use(machine: Machine, version: str) -> None:

@@ -22,7 +22,7 @@ print(urllib.request.urlopen("http://{METRICS}/metrics", timeout=10).read().deco
 """
 
 SELDOM = {
-    *("problem", "problems", "waiting_for", "blocked", "head_services", "declares"),
+    *("problem", "conditions", "refused", "head_services", "declares"),
     "clients",  # whose rows test_client.py holds to the document
 }
 """What a healthy cluster has none of below these, or only one kind of node has."""

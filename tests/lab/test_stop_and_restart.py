@@ -14,6 +14,7 @@ import pytest
 from tests.lab.checks import verify
 from tests.lab.cluster import RUNTIME_DIR, Cluster
 from tests.lab.machines import Lab, Machine
+from tests.lab.named import waited_for
 from tests.lab.process import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -153,7 +154,7 @@ def test_the_head_is_stopped_under_a_worker_and_comes_back(cluster: Cluster) -> 
     worker.wait_ready()
     assert cluster.head.stop() == 0
     check_nothing_left(cluster.lab.machine("head"))
-    waiting = worker.wait_status(lambda status: status["waiting_for"], 30)
+    waiting = worker.wait_status(waited_for, 30)
     assert waiting["state"] == "waiting"
     cluster.start_node("head").wait_ready()
     worker.wait_status(lambda status: status["state"] == "ready", 60)

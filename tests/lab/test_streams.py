@@ -85,7 +85,7 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
     cluster.start(["w1", "w2"])
     cluster.wait_ready()
     for daemon in cluster.daemons:
-        daemon.wait_status(lambda s: not s["problems"] and len(s["roster"]) == 3, 30)
+        daemon.wait_status(lambda s: not s["conditions"] and len(s["roster"]) == 3, 30)
     yield cluster
     cluster.stop()
 

@@ -12,6 +12,7 @@ import pytest
 from tests.lab.checks import ESSENTIAL, verify
 from tests.lab.cluster import STATE_DIR, Cluster
 from tests.lab.machines import Lab, Machine
+from tests.lab.named import waited_for
 from tests.lab.process import HOME, until
 
 pytestmark = pytest.mark.ray
@@ -104,7 +105,7 @@ def test_it_is_told_nowhere(cluster: Cluster) -> None:
 def test_the_watch_and_the_canary_go_on(cluster: Cluster) -> None:
     status = cluster.head.wait_status(lambda s: (s["cluster"] or {}).get("totals"), 60)
     assert status["cluster"]["totals"]["CPU"][1] == 3.0
-    assert status["problems"] == []
+    assert status["conditions"] == []
     argv = [str(cluster.lab.rayfwd), "canary", "--config", f"{HOME}/rayfwd.toml"]
     assert cluster.lab.machine("head").run(argv, timeout=150).stdout.count(" ok ") == 3
 
@@ -114,11 +115,11 @@ def test_another_token_in_the_users_home(cluster: Cluster) -> None:
     value = token(w1)
     w1.write(TOKEN_FILE, "another\n")
     worker = cluster.worker("w1")
-    status = worker.wait_status(lambda s: s["problems"], WITHIN)
-    assert [problem["code"] for problem in status["problems"]] == ["ray_token_file_differs"]
+    status = worker.wait_status(lambda s: s["conditions"], WITHIN)
+    assert [problem["code"] for problem in status["conditions"]] == ["ray_token_file_differs"]
     assert token(w1) == "another", "a user's own file is left alone"
     w1.run(["rm", TOKEN_FILE])
-    worker.wait_status(lambda s: not s["problems"], WITHIN)
+    worker.wait_status(lambda s: not s["conditions"], WITHIN)
     until(lambda: token(w1) == value, 5, lambda: "the cluster's token is back")
 
 
@@ -142,7 +143,7 @@ def test_a_worker_with_a_wrong_token_or_none(
     assert "wrong" not in said["cause"]
     cluster.head.wait_event(code, WITHIN, where={"node": "w2", "seen_by": "w2"})
     status = w2.wait_status(lambda s: s["state"] == "waiting", 20)
-    assert [problem["code"] for problem in status["waiting_for"]] == [code]
+    assert [problem["code"] for problem in waited_for(status)] == [code]
     assert w2.events("ray_starting") == []
     assert w2.stop() == 0
 
@@ -150,6 +151,6 @@ def test_a_worker_with_a_wrong_token_or_none(
 def test_it_is_over_when_the_worker_shows_the_heads_own(cluster: Cluster) -> None:
     del cluster.configs["w2"]["ray"]["env"]
     cluster.start_node("w2").wait_ready()
-    cluster.head.wait_status(lambda s: s["problems"] == [], 60)
+    cluster.head.wait_status(lambda s: s["conditions"] == [], 60)
     for code in ("ray_token_wrong", "ray_token_missing"):
         cluster.head.wait_event("problem_over", 5, where={"node": "w2", "code": code})

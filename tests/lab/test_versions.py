@@ -48,4 +48,4 @@ def test_canary(cluster: Cluster) -> None:
 def test_totals_are_read(cluster: Cluster) -> None:
     status = cluster.head.wait_status(lambda s: (s["cluster"] or {}).get("totals"), 60)
     assert status["cluster"]["totals"]["CPU"][1] == 3.0
-    assert status["problems"] == []
+    assert status["conditions"] == []

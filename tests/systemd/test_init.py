@@ -181,7 +181,9 @@ def test_a_home_on_another_file_system(head: Machine, worker: Machine, far_home:
     worker.systemctl("start", "--no-block", "rayfwd")
     shown = worker.wait_for_status(f"waiting: {far_home}/id")
     assert "No such file" in shown["StatusText"]
-    assert [p["code"] for p in worker.status()["waiting_for"]][:1] == ["ssh_file_unreadable"]
+    assert [p["code"] for p in worker.status()["conditions"] if p["blocks_ready"]] == [
+        "ssh_file_unreadable"
+    ]
     worker.run(["mount", "--bind", "/mnt/ssh", far_home])
     # In, with that key, to a head that has no hub.
     worker.wait_for_status("waiting: on the head: no hub answers")

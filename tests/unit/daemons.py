@@ -30,6 +30,7 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session.frames import Chunk
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.target import Target
+from rayfwd.status import Worker
 from rayfwd.system import fdpass
 from rayfwd.system.control import ask
 from rayfwd.system.fdpass import Packed
@@ -306,11 +307,11 @@ class Daemon:
     async def ready(self) -> None:
         """It says so, and its forwards are open."""
         listeners = self.role.node.listeners
-        await until(lambda: self.runtime.status.state() == "ready", 10, self._why_not)
+        await until(lambda: self.runtime.health.state() == "ready", 10, self._why_not)
         await until(lambda: all(map(listeners.is_open, self.forwards)))
 
     def _why_not(self) -> str:
-        return f"{self.name}: {self.runtime.status.summary()}"
+        return f"{self.name}: {self.runtime.health.summary()}"
 
     async def restart(self, damage: Callable[[Tree], None] | None = None) -> None:
         """As SIGUSR2: the next process takes the place of this one. `damage` what it is left."""
@@ -334,10 +335,17 @@ class Daemon:
         path = self.role.node.config.control_socket
         return await asyncio.to_thread(ask, path, verb, args)
 
-    def peer(self, name: str) -> dict[str, Any]:
+    def peer(self, name: str) -> Worker:
         """A worker's row in this head's status."""
-        rows = self.runtime.status.to_wire()["workers"]
-        return next((row for row in rows if row["name"] == name), {})
+        (row,) = (r for r in self.runtime.health.now().workers or () if r.name == name)
+        return row
+
+    def ray_of(self, name: str) -> str | None:
+        """How a worker's Ray is, as this head has it; None where it has not said."""
+        told = [
+            r.ray.state for r in self.runtime.health.now().workers or () if r.name == name and r.ray
+        ]
+        return told[0] if told else None
 
 
 class Site:

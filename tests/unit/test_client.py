@@ -190,8 +190,8 @@ def test_a_restart_of_the_head_hands_its_connections_over(tmp_path: Path, ports:
                 await real.head.restart()
                 writer.write(b"after")
                 assert await reader.readexactly(5) == b"after"
-                (client,) = real.head.runtime.status.to_wire()["clients"]
-                seen = (client["name"], client["state"], client["cuts"])
+                (client,) = real.head.runtime.health.now().clients or ()
+                seen = (client.name, client.state, client.cuts)
                 assert seen == ("laptop", "up", 1)
                 await goodbye(writer)
 

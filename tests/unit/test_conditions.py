@@ -16,10 +16,11 @@ import pytest
 from rayfwd import codes
 from rayfwd.cli import explain
 from rayfwd.cluster.plan import NodePlan
+from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.problems import Code, Group, ProblemError
 from rayfwd.watch import conditions, machine
 from rayfwd.watch.board import Board
-from rayfwd.watch.conditions import Condition, Seen, worst
+from rayfwd.watch.conditions import Condition, Finding, worst
 from rayfwd.watch.links import INTERVAL, SLOW_LOOKS, THIN_FOR, LinkRules, LinkSeen
 from rayfwd.watch.machine import MachineSeen
 from tests.unit.loops import log_events, of
@@ -169,15 +170,15 @@ class Desk:
             wake()
         self.now = now
 
-    def put(self, watcher: str, *rows: tuple[str, str] | Seen) -> None:
-        self.board.put_all(watcher, [r if isinstance(r, Seen) else seen(*r) for r in rows])
+    def put(self, watcher: str, *rows: tuple[str, str] | Finding) -> None:
+        self.board.put_all(watcher, [r if isinstance(r, Finding) else finding(*r) for r in rows])
 
     @property
     def shown(self) -> list[str]:
         """`code subject`, and behind it the root's."""
         return [
             f"{c.code} {c.subject}"
-            + (f" < {c.explained_by[0]} {c.explained_by[1]}" if c.explained_by else "")
+            + (f" < {' '.join(c.explained_by.split(':')[:2])}" if c.explained_by else "")
             for c in self.board.conditions
         ]
 
@@ -200,8 +201,10 @@ MADE = {
 """Codes whose times are easily reckoned with."""
 
 
-def seen(name: str, subject: str, cause: str = "cause", **fields: Any) -> Seen:
-    return Seen(subject, (MADE.get(name) or codes.named(name)).problem(cause, "remedy"), **fields)
+def finding(name: str, subject: str, cause: str = "cause", **fields: Any) -> Finding:
+    return Finding(
+        subject, (MADE.get(name) or codes.named(name)).problem(cause, "remedy"), **fields
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,9 +237,31 @@ def test_what_another_node_has_confirmed_shows_at_once() -> None:
     desk = Desk()
     with log_events() as log:
         for code in ("held", "twice", "both"):
-            desk.put(code, seen(code, "w1", seen_by="head", confirmed=True))
+            desk.put(code, finding(code, "w1", seen_by="head", confirmed=True))
     assert desk.shown == ["held w1", "twice w1", "both w1"]
     assert [e["event"] for e in log] == ["held", "twice", "both"]
+
+
+@pytest.mark.parametrize("name", ["held", "twice", "both"])
+def test_what_blocks_readiness_shows_at_once(name: str) -> None:
+    desk = Desk()
+    desk.put("a", finding(name, "w1", blocks_ready=True))
+    assert [(c.code.name, c.blocks_ready) for c in desk.board.conditions] == [(name, True)]
+    assert not desk.board.pending("a")
+
+
+def test_a_part_of_the_status_names_its_conditions() -> None:
+    desk = Desk()
+    desk.put("ray", ("now", "w1"), ("held", "w1"))
+    desk.put("told:w1", finding("now", "w1", seen_by="w1"), finding("leaf", "w1", seen_by="w1"))
+    desk.put("a", finding("root", "w1", seen_by="w1"))
+    ids = [c.id for c in desk.board.conditions]
+    assert len(set(ids)) == 4
+    assert desk.board.ids_of("ray") == ("now:w1:head",)
+    assert desk.board.ids_of("told:w1") == ("now:w1:w1", "leaf:w1:w1")
+    (leaf,) = (c for c in desk.board.conditions if c.code.name == "leaf")
+    assert leaf.explained_by == "root:w1:w1"
+    assert desk.board.ids_of("nobody") == ()
 
 
 def test_what_ends_before_it_shows_is_never_told() -> None:
@@ -259,8 +284,8 @@ def test_raised_once_and_cleared_once() -> None:
         desk.put("a", ("now", "w1"))
         since = desk.board.conditions[0].since
         desk.until(5)
-        desk.put("a", seen("now", "w1", "another number"))
-        assert desk.board.conditions[0].cause == "another number"
+        desk.put("a", finding("now", "w1", "another number"))
+        assert desk.board.conditions[0].problem.cause == "another number"
         assert desk.board.conditions[0].since == since
         desk.put("b", ("aside", "w2"))
         desk.put("a")
@@ -277,7 +302,7 @@ def test_raised_once_and_cleared_once() -> None:
 def test_what_somebody_else_logs_is_not_logged() -> None:
     desk = Desk()
     with log_events() as log:
-        desk.board.put_all("a", [seen("now", "w1")], quiet=True)
+        desk.board.put_all("a", [finding("now", "w1")], quiet=True)
         assert desk.shown == ["now w1"]
         desk.board.put_all("a", [], quiet=True)
     assert log == []
@@ -299,32 +324,35 @@ def test_a_node_that_has_gone() -> None:
 @pytest.mark.parametrize(
     ("found", "shown"),
     [
-        ([seen("leaf", "w1"), seen("root", "w1")], ["root w1", "leaf w1 < root w1"]),
+        ([finding("leaf", "w1"), finding("root", "w1")], ["root w1", "leaf w1 < root w1"]),
         # Down to the first cause.
         (
-            [seen("leaf", "w1"), seen("twig", "w1"), seen("root", "w1")],
+            [finding("leaf", "w1"), finding("twig", "w1"), finding("root", "w1")],
             ["root w1", "leaf w1 < root w1", "twig w1 < root w1"],
         ),
         # The head's explains everybody's, another node's nobody else's.
-        ([seen("leaf", "w1"), seen("root", "head")], ["root head", "leaf w1 < root head"]),
-        ([seen("leaf", "w1"), seen("root", "w2")], ["leaf w1", "root w2"]),
-        ([seen("leaf", "head"), seen("root", "w1")], ["leaf head", "root w1"]),
+        ([finding("leaf", "w1"), finding("root", "head")], ["root head", "leaf w1 < root head"]),
+        ([finding("leaf", "w1"), finding("root", "w2")], ["leaf w1", "root w2"]),
+        ([finding("leaf", "head"), finding("root", "w1")], ["leaf head", "root w1"]),
         # Of a lane or a listener: its node.
-        ([seen("leaf", "w1/bulk"), seen("root", "w1")], ["root w1", "leaf w1/bulk < root w1"]),
+        (
+            [finding("leaf", "w1/bulk"), finding("root", "w1")],
+            ["root w1", "leaf w1/bulk < root w1"],
+        ),
         # The same code: the head's explains the workers'.
-        ([seen("leaf", "w1"), seen("leaf", "head")], ["leaf head", "leaf w1 < leaf head"]),
-        ([seen("leaf", "w1"), seen("leaf", "w2")], ["leaf w1", "leaf w2"]),
+        ([finding("leaf", "w1"), finding("leaf", "head")], ["leaf head", "leaf w1 < leaf head"]),
+        ([finding("leaf", "w1"), finding("leaf", "w2")], ["leaf w1", "leaf w2"]),
         # A node speaks for itself, and the head for all.
         (
-            [seen("leaf", "w1"), seen("root", "w1", seen_by="w1")],
+            [finding("leaf", "w1"), finding("root", "w1", seen_by="w1")],
             ["root w1", "leaf w1 < root w1"],
         ),
-        ([seen("leaf", "w1"), seen("root", "w1", seen_by="w2")], ["leaf w1", "root w1"]),
+        ([finding("leaf", "w1"), finding("root", "w1", seen_by="w2")], ["leaf w1", "root w1"]),
         # What explains nothing.
-        ([seen("leaf", "w1"), seen("root", "w1", explains=False)], ["leaf w1", "root w1"]),
+        ([finding("leaf", "w1"), finding("root", "w1", explains=False)], ["leaf w1", "root w1"]),
     ],
 )
-def test_the_root_is_shown_first(found: list[Seen], shown: list[str]) -> None:
+def test_the_root_is_shown_first(found: list[Finding], shown: list[str]) -> None:
     desk = Desk()
     desk.put("a", *found)
     assert desk.shown == shown
@@ -364,16 +392,34 @@ def test_the_worst_is_a_root() -> None:
 
 
 def condition(code: str, severity: Any = "error", cause: str = "cause") -> Condition:
-    return Condition(codes.named(code), severity, "w1", 5.0, cause, "remedy", "w1", None)
+    return Condition(codes.named(code).problem(cause, "remedy"), severity, "w1", 5.0, "w1")
 
 
 def test_conditions_go_over_the_wire() -> None:
     message = json.loads(json.dumps(conditions.message([condition("ray_died")])))
     (told,) = conditions.from_message(message, None)
     problem = codes.RAY_DIED.problem("cause", "remedy")
-    assert told == Seen("w1", problem, "w1", "error", confirmed=True)
+    assert told == Finding("w1", problem, "w1", "error", confirmed=True)
     (told,) = conditions.from_message(message, "w2")
     assert told.seen_by == "w2", "a worker speaks for itself"
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_what_a_node_begins_with_is_told_to_nobody(head: bool) -> None:
+    board = Board(lambda: None, "w1")
+    exchange = ConditionExchange("w1", board, head)
+    starting = (codes.RAY_STARTING, codes.LINK_STARTING, codes.HUB_STARTING)
+    board.put_all(
+        "a", [Finding("w1", c.problem("cause", "x"), blocks_ready=True) for c in starting]
+    )
+    board.put_all(
+        "b", [Finding("w1", codes.RAY_NOT_FOUND.problem("cause", "x"), blocks_ready=True)]
+    )
+    told = exchange.message()
+    assert told is not None
+    (seen,) = conditions.from_message(told, None)
+    assert seen.problem.code is codes.RAY_NOT_FOUND
+    assert not seen.blocks_ready, "it does not block whoever is told of it"
 
 
 def test_too_much_to_tell_is_the_worst_of_it() -> None:

@@ -31,7 +31,7 @@ from rayfwd.session.handshake import Refusal
 from tests.unit.cluster import Cluster, free_place
 from tests.unit.loops import run
 from tests.unit.ssh_server import Sshd
-from tests.unit.test_cli import daemon, rayfwd
+from tests.unit.test_cli import STATUS, condition, daemon, rayfwd
 
 PROBLEM = codes.CLOCK_OFFSET.problem("it is late", "wind it")
 NETWORK = "127.77.0.0/16"
@@ -362,17 +362,18 @@ def test_the_keeper_beside_a_daemon(tmp_path: Path) -> None:
 # -- a worker's way to the hub
 
 
-def status_of(phase: str, *waiting: dict[str, str], blocked: tuple[Any, ...] = ()) -> Any:
-    """What a daemon says of itself, this process being it."""
-    return {
+def status_of(state: str, *wrong: dict[str, Any]) -> Any:
+    """What a daemon says of itself, this process being it; `state` is its Ray's."""
+    blocked = [row["id"] for row in wrong if row["code"] == "listener_blocked"]
+    waiting = any(row["blocks_ready"] for row in wrong)
+    return STATUS | {
         "pid": os.getpid(),
         "state": "waiting" if waiting else "ready",
         "summary": "as it is",
-        "waiting_for": list(waiting),
-        "problems": [],
+        "conditions": list(wrong),
         "node": NodePlan("w1", "worker", "203.0.113.7", 20048, 70, advertised=True).to_wire(),
-        "ray": {"phase": phase},
-        "listeners": {"open": 97, "blocked": list(blocked)},
+        "ray": STATUS["ray"] | {"state": state, "pid": None},
+        "listeners": {"open": 97, "blocked": len(blocked), "conditions": blocked, "refused": []},
     }
 
 
@@ -667,8 +668,8 @@ def test_other_versions_than_the_heads(tmp_path: Path) -> None:
 def test_beside_a_daemon(tmp_path: Path) -> None:
     """Its word is taken for ports, listeners and the advertised address: nothing is held here."""
 
-    dropped = {**codes.ADVERTISE_DROPPED.problem("no way", "a rule").to_wire(), "severity": "error"}
-    blocked = codes.LISTENER_BLOCKED.problem("port 6379 is in use", "end it").to_wire()
+    dropped = condition("advertise_dropped", "w1", cause="no way", blocks_ready=True)
+    blocked = condition("listener_blocked", "w1/127.77.0.1:6379", cause="port 6379 is in use")
 
     async def main_() -> None:
         async with site(tmp_path) as s:
@@ -677,7 +678,7 @@ def test_beside_a_daemon(tmp_path: Path) -> None:
                 assert results(found, "daemon", "ports", "listeners") == ["pass"] * 3
                 assert results(found, "advertise", "advertise_self") == ["pass"] * 2
                 assert "this node's Ray has them" in found["ports"].said
-            with daemon(tmp_path, status=status_of("failed", dropped, blocked=(blocked,))):
+            with daemon(tmp_path, status=status_of("failed", blocked, dropped)):
                 found = await s.look(ray__advertise="203.0.113.7")
                 assert results(found, "daemon", "ports", "listeners") == ["warn", "pass", "fail"]
                 assert results(found, "advertise", "advertise_self") == ["fail", "skip"]

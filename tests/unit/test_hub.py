@@ -135,7 +135,7 @@ def test_a_farewell_is_heard_where_a_write_meets_the_closed_socket_first(tmp_pat
                 writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
                 # No turn of the loop since: nothing of it is read yet.
                 c.hub.tell_all({"type": "cluster", "report": {}})
-                await until(lambda: c.hub.nodes["w1"].state == "away")
+                await until(lambda: c.hub.nodes["w1"].state == "down")
             assert [e["cause"] for e in of(log, "session_ended")] == ["the worker stops"]
             assert of(log, "lane_lost") == []
             writer.close()
@@ -387,7 +387,7 @@ class TestSessions:
                 async with cluster(tmp_path, "w1", ride_through=1.0) as c:
                     worker, node = c.workers["w1"], c.hub.nodes["w1"]
                     worker.cut()
-                    await until(lambda: node.state == "away")
+                    await until(lambda: node.state == "down")
                     await until(lambda: worker.mux is None or worker.mux.ended)
                     assert isinstance(worker.changes[-1], SessionEnded)
                     resumed = replace(worker.hello, resumes=True)
@@ -423,7 +423,7 @@ class TestSessions:
                     lane = broken.lanes[0]
                     assert lane.transport is not None
                     lane.transport.write(b"\xff" * 100)
-                    await until(lambda: c.hub.nodes["w1"].state == "away")
+                    await until(lambda: c.hub.nodes["w1"].state == "down")
                     await until(lambda: broken.changes)
                     assert isinstance(broken.changes[-1], SessionEnded)
                     assert c.workers["w2"].changes == []
@@ -501,7 +501,7 @@ class TestRouting:
                 assert await self.outcome(c, own.encode()) == "NOT_IN_PLAN"
                 other = Target(c.workers["w2"].address, 80)
                 await c.workers["w2"].close()
-                await until(lambda: c.hub.nodes["w2"].state == "away")
+                await until(lambda: c.hub.nodes["w2"].state == "down")
                 assert await self.outcome(c, other.encode()) == "NODE_AWAY"
 
         run(main)

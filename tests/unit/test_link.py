@@ -189,7 +189,7 @@ def test_a_link_stands_carries_and_ends_in_order(tmp_path: Path) -> None:
             await until(lambda: {"type": "x"} in s.messages)
             assert await works(s)
             await s.link.close("bye")
-            await until(lambda: s.head.hub.nodes["w1"].state == "away")
+            await until(lambda: s.head.hub.nodes["w1"].state == "down")
 
     with log_events() as log:
         run(main)

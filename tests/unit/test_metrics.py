@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,27 @@ from prometheus_client.parser import text_string_to_metric_families
 from rayfwd import codes
 from rayfwd.daemon import metrics
 from rayfwd.daemon.metrics import MetricsServer, families, registry
+from rayfwd.status import Status
 from rayfwd.transport.linkstats import LinkStats
+from rayfwd.watch.canary_round import NodeResult, Round, StageResult
+from rayfwd.watch.conditions import Condition
 from tests.exposition import dashboard_mistakes, documented, exposed, series
 from tests.promql import Query, QueryError
 from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "status").glob("*.json"))
 
-CANARY = {
-    "began": 1000.0,
-    "seconds": 3.0,
-    "ok": False,
-    "nodes": [
-        {"name": "w1", "ok": True, "judged": True, "stages": {"task": {"ok": True, "seconds": 1}}},
-        {"name": "w2", "ok": False, "judged": True, "stages": {"task": {"ok": False}}},
-        {"name": "w3", "ok": False, "judged": False, "stages": {}},
-    ],
-}
+CANARY = Round(
+    began=1000.0,
+    seconds=3.0,
+    nodes=(
+        NodeResult("w1", "127.77.0.2", True, {"task": StageResult(True, 1.0, None)}, None, True),
+        NodeResult("w2", "127.77.0.3", False, {"task": StageResult(False, None, "")}, None, True),
+        NodeResult("w3", "127.77.0.4", False, {}, None, False),
+    ),
+    problem=None,
+    cost={},
+)
 
 
 def past() -> LinkStats:
@@ -55,11 +60,15 @@ def past() -> LinkStats:
     return link_stats
 
 
+def status_of(path: Path) -> Status:
+    return Status.from_wire(json.loads(path.read_text())["status"])
+
+
 def exposition(path: Path) -> str:
-    status = json.loads(path.read_text())["status"]
-    if status["role"] == "head":
-        status["canary"] = CANARY
-        link_stats = {worker["name"]: past() for worker in status["workers"]}
+    status = status_of(path)
+    if status.workers is not None:
+        status = replace(status, canary=CANARY)
+        link_stats = {worker.name: past() for worker in status.workers or ()}
     else:
         link_stats = {metrics.HEAD: past()}
     return generate_latest(registry(lambda: families(status, link_stats, 25.0))).decode()
@@ -120,8 +129,9 @@ def test_values_of_a_worker() -> None:
     assert text["rayfwd_link_parked_streams", ("head",)] > 0
     assert text["rayfwd_link_lanes", ("bulk", "head", "up")] == 0
     assert ("rayfwd_link_round_trip_seconds", ("bulk", "head")) not in text
-    (waits,) = json.loads(recording("worker-parked").read_text())["status"]["waiting_for"]
-    assert text["rayfwd_conditions", (waits["code"], "note")] == 1
+    (waits,) = status_of(recording("worker-parked")).conditions
+    assert waits.blocks_ready
+    assert text["rayfwd_conditions", (waits.code.name, "note")] == 1
     assert text["rayfwd_link_cuts_total", ("head",)] == 6
     assert text["rayfwd_link_parked_seconds_total", ("head",)] == pytest.approx(5007.2 + 2 + 5)
     bucket = "rayfwd_link_ride_through_seconds_bucket"
@@ -145,14 +155,19 @@ def test_values_of_a_head() -> None:
     assert text["rayfwd_canary_success", ("w1",)] == 1
     assert text["rayfwd_canary_success", ("w2",)] == 0
     assert ("rayfwd_canary_success", ("w3",)) not in text
-    away = values(exposition(recording("head-away")))
-    assert away["rayfwd_link_state", ("w1", "down")] == 1
+    down = values(exposition(recording("head-down")))
+    assert down["rayfwd_link_state", ("w1", "down")] == 1
 
 
 def test_labels_are_bounded() -> None:
-    data = json.loads(recording("head-ready").read_text())["status"]
-    data["cluster"]["totals"] = {f"r{i}": [0, 1] for i in range(1000)}
-    data["problems"] = [{"code": f"c{i}", "severity": "error"} for i in range(1000)]
+    data = status_of(recording("head-ready"))
+    assert data.cluster is not None
+    many = (codes.named(f"c{i}").problem("cause", "remedy") for i in range(1000))
+    data = replace(
+        data,
+        cluster=replace(data.cluster, totals={f"r{i}": (0.0, 1.0) for i in range(1000)}),
+        conditions=tuple(Condition(p, "error", "w1", 0.0, "w1") for p in many),
+    )
     text = values(generate_latest(registry(lambda: families(data, {}, 0.0))).decode())
     assert sum(name == "rayfwd_cluster_resource_used" for name, _ in text) == metrics.RESOURCES
     assert sum(name == "rayfwd_conditions" for name, _ in text) == metrics.CODES

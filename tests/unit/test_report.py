@@ -17,7 +17,7 @@ from rayfwd.cli import doctor
 from rayfwd.doctor import report, scrubbing
 from rayfwd.problems import ProblemError
 from rayfwd.system.redact import REDACTED
-from tests.unit.test_cli import daemon, rayfwd
+from tests.unit.test_cli import STATUS, daemon, rayfwd
 
 PLANTED = {
     name: f"Planted-{number:02d}-{name.replace(' ', '-')}"
@@ -100,15 +100,14 @@ def parts(text: str) -> dict[str, str]:
 
 def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     out = tmp_path / "report.txt"
-    status = {
+    status = STATUS | {
         "state": "ready",
         "summary": "ready",
         "pid": os.getpid(),
         "node": None,
-        "waiting_for": [],
-        "problems": [],
-        "ray": {"phase": "up", "command": f"ray start {PLANTED['kept token']}"},
-        "listeners": {"open": 3, "blocked": []},
+        "conditions": [],
+        "ray": STATUS["ray"] | {"state": "up", "command": f"ray start {PLANTED['kept token']}"},
+        "listeners": {"open": 3, "blocked": 0, "conditions": [], "refused": []},
         "token": "short",
     }
     words = ["--config", str(tmp_path / "rayfwd.toml"), "doctor", "--report", str(out)]

@@ -57,7 +57,7 @@ def test_a_worker_joins_and_both_are_ready(tmp_path: Path) -> None:
             await until(lambda: w1.role.node.view.head_versions == VERSIONS)
             async with serving(echo, exposed(head)), serving(echo, exposed(w1)):
                 assert await talk(there) == await talk(back) == b"hello"
-            await until(lambda: (head.peer("w1")["ray"] or {}).get("phase") == "up")
+            await until(lambda: head.ray_of("w1") == "up")
             plan = await w1.ask("plan")
             assert plan == json.loads((w1.directory / "state/plan.json").read_text())
             assert plan["own"]["name"] == "w1"
@@ -81,7 +81,7 @@ def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
             assert w1.ray.state.phase == "up"
             w1.ray.become("waiting")
             waits = "Ray here waits for the head's, which is failed"
-            assert [p.cause for p in w1.runtime.status.waiting_for()] == [waits]
+            assert [c.problem.cause for c in w1.runtime.health.waiting_for()] == [waits]
             head.ray.become("up")
             await w1.ready()
 
@@ -112,8 +112,8 @@ def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
                 await goodbye(writer)
             assert (s.head.head.muxes()["w1"] is session) is (who == "w1")
             await w1.ready()
-            await until(lambda: (s.head.peer("w1")["ray"] or {}).get("phase") == "up")
-            assert s.head.peer("w1")["ridden_through"] == 1
+            await until(lambda: s.head.ray_of("w1") == "up")
+            assert s.head.peer("w1").ridden_through == 1
             assert w1.role.node.view.head_versions == VERSIONS
 
     run(main)
@@ -165,11 +165,12 @@ def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
             twin.name = "w1"
             twin.directory_name = "twin"
             await twin.start()
-            waits = twin.runtime.status.waiting_for
-            await until(lambda: [p.code for p in waits()] == [codes.NAME_TAKEN])
+            health = twin.runtime.health
+            await until(lambda: [c.code for c in health.waiting_for()] == [codes.NAME_TAKEN])
+            assert health.state() == "waiting"
             shown = [c.code for c in s.head.role.node.board.conditions]
             assert codes.NAME_TAKEN in shown
-            assert s.head.runtime.status.state() == "ready"
+            assert s.head.runtime.health.state() == "ready"
             await s.workers["w1"].ready()
 
     run(main)
@@ -186,12 +187,14 @@ def test_a_cut_is_ridden_through_and_seen(tmp_path: Path) -> None:
                 writer.write(b"before")
                 assert await reader.readexactly(6) == b"before"
                 w1.cut()
-                await until(w1.runtime.status.waiting_for)
+                await until(w1.runtime.health.waiting_for)
                 writer.write(b"after")
                 assert await reader.readexactly(5) == b"after"
                 await goodbye(writer)
             await w1.ready()
-            assert w1.runtime.status.to_wire()["link"]["ridden_through"] == 1
+            link = w1.runtime.health.now().link
+            assert link is not None
+            assert link.ridden_through == 1
 
     run(main)
 
@@ -205,7 +208,7 @@ def test_an_end_stops_ray_first_and_says_so(tmp_path: Path) -> None:
             await w1.stop()
             assert ray.ended == "stopped"
             assert not control.exists()
-            await until(lambda: head.peer("w1")["state"] == "away")
+            await until(lambda: head.peer("w1").state == "down")
             # It went in order: nobody is told of a link that is down.
             assert [c for c in head.role.node.board.conditions if c.code == codes.LINK_DOWN] == []
             hub = head.role.node.config.hub_socket

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rayfwd.daemon.views import link_seen, mux_status
+from rayfwd.daemon.views import lanes_of, link_seen
 from rayfwd.session import lane as lane_module
 from rayfwd.session.lane import LaneClass
 from rayfwd.transport.linkstats import LinkStats
@@ -42,16 +42,16 @@ def test_no_link_at_all() -> None:
     assert not seen.backlog
 
 
-def test_a_lane_whose_answers_are_late_is_shown_stalled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_whose_answers_are_late_is_shown_sidelined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane_module, "OVERDUE_AFTER", 0.05)
 
     async def main() -> None:
         async with pair(INTERACTIVE, BULK) as p:
 
             def states() -> list[str]:
-                return [row["state"] for row in mux_status(p.worker.mux)]
+                return [row.state for row in lanes_of(p.worker.mux)]
 
-            await until(lambda: all(row["rtt_ms"] for row in mux_status(p.worker.mux)))
+            await until(lambda: all(row.rtt_ms for row in lanes_of(p.worker.mux)))
             assert states() == ["up", "up"]
             transport = p.hub.lanes[0].transport
             assert transport is not None

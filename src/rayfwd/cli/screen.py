@@ -1,21 +1,23 @@
 """A status as a person reads it: what is wrong and what to do first, then how everything stands.
 
-Made of a status document alone (docs/status.md); parts that are missing are left out. What fits
-beside each other is decided by the width that there is.
+Made of a status alone; what fits beside each other is decided by the width that there is. Names and
+causes come from other machines: nothing in them may act on the terminal.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from rayfwd.ray.nodes import NodeSeen
+from rayfwd.status import Cut, Link, ListenerCount, RosterRow, Status, Volume, Worker
 from rayfwd.system.logs import escaped
+from rayfwd.watch.conditions import Condition
 
 SYMPTOMS = 5
 """Symptoms that are named below their root."""
@@ -34,13 +36,11 @@ _STYLES = {
     "stopping": "yellow",
     "warning": "bold yellow",
     "note": "bold",
-    "away": "red",
     "down": "bold red",
     "dead": "bold red",
     "failed": "bold red",
     "not listed": "bold red",
     "error": "bold red",
-    "problem": "bold red",
 }
 _DIM = "dim"
 
@@ -49,16 +49,16 @@ _DIM = "dim"
 class Screen:
     """A status at a time, for rich to print; `now` in Unix seconds."""
 
-    status: Mapping[str, Any]
+    status: Status
     now: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = options.max_width >= WIDE
         yield self._headline()
-        yield from self._problems()
+        yield from self._conditions()
         yield Text()
         yield self._facts()
-        yield from self._links(wide)
+        yield from self._workers(wide)
         yield from self._clients()
         yield from self._nodes(wide)
 
@@ -66,72 +66,41 @@ class Screen:
 
     def _headline(self) -> Text:
         status = self.status
-        node = _object(status.get("node"))
-        who = [_text(status.get(key)) for key in ("role", "name") if status.get(key)]
-        if node.get("address"):
-            who.append(f"at {_text(node['address'])}")
-        parts = [" ".join(who)] if who else []
-        if (uptime := _number(status.get("uptime"))) is not None:
-            parts.append(f"up {duration(uptime)}")
-        parts.append(f"rayfwd {_text(status.get('version'))}")
-        if status.get("pid") is not None:
-            parts.append(f"pid {_text(status['pid'])}")
-        state = _text(status.get("state"))
-        return _joined("  ", [_state(state, state.upper()), Text(", ".join(parts))])
+        who = f"{escaped(status.role)} {escaped(status.name)}"
+        if status.node is not None:
+            who += f" at {escaped(status.node.address)}"
+        parts = [who, f"up {duration(status.uptime)}"]
+        parts += [f"rayfwd {escaped(status.version)}", f"pid {status.pid}"]
+        return _joined("  ", [_state(status.state, status.state.upper()), Text(", ".join(parts))])
 
-    def _problems(self) -> Iterable[RenderableType]:
-        """Each once: what the node waits for, then all else."""
-        status = self.status
-        ray, link = _object(status.get("ray")), _object(status.get("link"))
-        told: set[tuple[str, str]] = set()
-        explained = self._explained()
-        for tag, problems in (
-            ("waiting", _objects(status.get("waiting_for"))),
-            ("problem", _objects(status.get("problems"))),
-            ("problem", _objects([link.get("problem"), ray.get("problem")])),
-            ("problem", _objects(_object(status.get("listeners")).get("blocked"))),
-        ):
-            for problem in problems:
-                key = (_text(problem.get("code")), _text(problem.get("cause")))
-                if key not in told and problem not in explained.get(None, ()):
-                    told.add(key)
-                    yield Text()
-                    yield self._problem(tag, problem, explained.get(_root(problem, self._name), ()))
+    def _conditions(self) -> Iterable[RenderableType]:
+        """What the node waits for, then all else; below a root what it explains."""
+        conditions = {c.id: c for c in self.status.conditions}
+        explained: dict[str, list[Condition]] = {}
+        for each in self.status.conditions:
+            root = conditions.get(each.explained_by or "")
+            # What the node waits for is shown whole, unless its root says as much.
+            if root is not None and root.blocks_ready >= each.blocks_ready:
+                explained.setdefault(root.id, []).append(each)
+        below = {each.id for symptoms in explained.values() for each in symptoms}
+        shown = [each for each in self.status.conditions if each.id not in below]
+        for each in sorted(shown, key=lambda c: not c.blocks_ready):
+            yield Text()
+            yield self._condition(each, explained.get(each.id, ()))
 
-    def _explained(self) -> dict[tuple[str, str] | None, list[Mapping[str, Any]]]:
-        """What is explained by another that is shown, by that other; under None all of them."""
-        status = self.status
-        waits = _objects(status.get("waiting_for"))
-        problems = _objects(status.get("problems"))
-        roots = {_root(p, self._name) for p in [*waits, *problems] if not p.get("explained_by")}
-        found: dict[tuple[str, str] | None, list[Mapping[str, Any]]] = {}
-        for problem in problems:
-            root = _root(_object(problem.get("explained_by")), self._name)
-            if problem.get("explained_by") and root in roots:
-                found.setdefault(root, []).append(problem)
-                found.setdefault(None, []).append(problem)
-        return found
-
-    def _problem(
-        self, tag: str, problem: Mapping[str, Any], more: Sequence[Mapping[str, Any]]
-    ) -> RenderableType:
+    def _condition(self, condition: Condition, more: Sequence[Condition]) -> RenderableType:
         """`more` are those that it explains."""
-        shown = tag if tag == "waiting" else _text(problem.get("severity") or tag)
-        title = Text.assemble((_text(problem.get("code")), "bold"))
-        if problem.get("subject"):
-            title.append(f"  {_text(problem['subject'])}")
-        if age := self._age(problem.get("since")):
-            title.append(f"  for {age}", _DIM)
+        title = Text.assemble((escaped(condition.code.name), "bold"))
+        title.append(f"  {escaped(condition.subject)}")
+        title.append(f"  for {self._age(condition.since)}", _DIM)
         body = Table.grid(padding=(0, 2))
         body.add_column(no_wrap=True)
         body.add_column(overflow="fold")
-        body.add_row(_state(shown), title)
-        if problem.get("cause"):
-            body.add_row("", Text(_text(problem["cause"])))
-        if problem.get("remedy"):
-            body.add_row(Text("do", "bold", justify="right"), Text(_text(problem["remedy"])))
+        body.add_row(_state("waiting" if condition.blocks_ready else condition.severity), title)
+        body.add_row("", Text(escaped(condition.problem.cause)))
+        body.add_row(Text("do", "bold", justify="right"), Text(escaped(condition.problem.remedy)))
         if more:
-            names = [f"{_text(p.get('code'))} {_text(p.get('subject'))}" for p in more]
+            names = [escaped(f"{c.code} {c.subject}") for c in more]
             rest = f" and {len(names) - SYMPTOMS} more" if len(names) > SYMPTOMS else ""
             body.add_row("", Text(f"explains {', '.join(names[:SYMPTOMS])}{rest}", _DIM))
         return body
@@ -152,255 +121,209 @@ class Screen:
         return grid
 
     def _link(self) -> list[RenderableType]:
-        link = _object(self.status.get("link"))
-        if not link:
+        link = self.status.link
+        if link is None:
             return []
-        first = [_state(_text(link.get("state")))]
-        if age := self._age(link.get("since")):
-            first.append(Text(f"for {age}"))
-        if link.get("head"):
-            first.append(Text(f"to {_text(link['head'])}"))
-        lines: list[RenderableType] = [_joined(" ", first)]
-        if (cuts := self._cuts(link)) is not None:
-            lines.append(cuts)
+        words = Text(f"for {self._age(link.since)} to {escaped(link.head)}")
+        lines: list[RenderableType] = [_joined(" ", [_state(link.state), words]), self._cuts(link)]
         rows = [
             (
-                Text(_text(lane.get("class"))),
-                _state(_text(lane.get("state"))),
-                Text(_milliseconds(_number(lane.get("rtt_ms")))),
-                Text(size(lane.get("bytes_in"))),
-                Text(size(lane.get("bytes_out"))),
-                Text(self._age(lane.get("since")) or "?"),
+                Text(escaped(lane.lane_class)),
+                _state(lane.state),
+                Text(_milliseconds(lane.rtt_ms)),
+                Text(size(lane.bytes_in)),
+                Text(size(lane.bytes_out)),
+                Text(self._age(lane.since)),
             )
-            for lane in sorted(
-                _objects(link.get("lanes")), key=lambda lane: lane.get("class") != "interactive"
-            )
+            for lane in sorted(link.lanes, key=lambda lane: lane.lane_class != "interactive")
         ]
         if rows:
             columns = ("lane", "state", ">round trip", ">in", ">out", "up for")
             lines.append(_table(columns, rows))
         return lines
 
-    def _cuts(self, link: Mapping[str, Any]) -> Text | None:
-        cuts = _number(link.get("cuts"))
-        if cuts is None:
-            return None
-        if not cuts:
+    def _cuts(self, link: Link) -> Text:
+        if not link.cuts:
             return Text("never cut")
-        ridden = _number(link.get("ridden_through")) or 0
-        text = Text(f"cut {_times(cuts)}")
-        lasts = _object(link.get("last_cut")).get("seconds", 0) is None
-        if cuts > lasts:
-            text.append(f", ridden through {_times(ridden)}")
-        if last := self._last_cut(link, long=True):
-            text.append(f"; {'last ' if cuts > 1 else ''}{last}")
+        text = Text(f"cut {_times(link.cuts)}")
+        lasts = link.last_cut is not None and link.last_cut.seconds is None
+        if link.cuts > lasts:
+            text.append(f", ridden through {_times(link.ridden_through)}")
+        if last := self._last_cut(link.last_cut, long=True):
+            text.append(f"; {'last ' if link.cuts > 1 else ''}{last}")
         return text
 
-    def _last_cut(self, link: Mapping[str, Any], long: bool) -> str:
-        cut = _object(link.get("last_cut"))
-        began, seconds = self._age(cut.get("began")), _number(cut.get("seconds"))
-        if not cut or began is None:
+    def _last_cut(self, cut: Cut | None, long: bool) -> str:
+        if cut is None:
             return ""
-        if seconds is None:
+        began = self._age(cut.began)
+        if cut.seconds is None:
             return f"{began} ago, and it lasts" if long else "lasts"
         if not long:
             return f"{began} ago"
-        lost = "" if cut.get("ridden_through") else ", given up"
-        return f"{began} ago, for {_seconds(seconds)}{lost}"
+        lost = "" if cut.ridden_through else ", given up"
+        return f"{began} ago, for {_seconds(cut.seconds)}{lost}"
 
     def _ray(self) -> list[RenderableType]:
-        ray = _object(self.status.get("ray"))
-        if not ray:
-            return []
-        first = [_state(_text(ray.get("phase")).replace("_", " "))]
-        if age := self._age(ray.get("since")):
-            first.append(Text(f"for {age}"))
+        ray = self.status.ray
         parts = []
-        if ray.get("version"):
-            parts.append(f"Ray {_text(ray['version'])}")
-        if ray.get("python"):
-            parts.append(f"Python {_text(ray['python'])}")
-        if ray.get("pid") is not None:
-            parts.append(f"pid {_text(ray['pid'])}" + (" (adopted)" if ray.get("adopted") else ""))
-        if restarts := _number(ray.get("restarts")):
-            parts.append(f"{restarts:g} {'restart' if restarts == 1 else 'restarts'}")
-        line = _joined(" ", first)
+        if ray.version is not None:
+            parts.append(f"Ray {escaped(ray.version)}")
+        if ray.python is not None:
+            parts.append(f"Python {escaped(ray.python)}")
+        if ray.pid is not None:
+            parts.append(f"pid {ray.pid}" + " (adopted)" * ray.adopted)
+        if ray.restarts:
+            parts.append(f"{ray.restarts} {'restart' if ray.restarts == 1 else 'restarts'}")
+        since = Text(f"for {self._age(ray.since)}")
+        line = _joined(" ", [_state(ray.state.replace("_", " ")), since])
         if parts:
             line.append(f"; {', '.join(parts)}")
         return [line]
 
     def _streams(self) -> list[RenderableType]:
-        streams = _object(self.status.get("streams"))
-        volume = _object(self.status.get("bytes"))
-        if not streams and not volume:
-            return []
-        parked = _text(streams.get("parked", 0))
-        line = Text(f"{_text(streams.get('open', 0))} open, ")
-        line.append(f"{parked} parked", "" if parked == "0" else _STYLES["parked"])
-        return [line.append(f"; {size(volume.get('in'))} in, {size(volume.get('out'))} out")]
+        streams, volume = self.status.streams, self.status.bytes
+        line = Text(f"{streams.open} open, ")
+        line.append(f"{streams.parked} parked", _STYLES["parked"] if streams.parked else "")
+        return [line.append(f"; {size(volume.received)} in, {size(volume.sent)} out")]
 
     def _listeners(self) -> list[RenderableType]:
-        listeners = _object(self.status.get("listeners"))
-        if not listeners:
-            return []
-        blocked = _objects(listeners.get("blocked"))
-        line = Text(f"{_text(listeners.get('open', 0))} open")
-        return [line.append(f", {len(blocked)} blocked", _STYLES["error"]) if blocked else line]
+        listeners = self.status.listeners
+        line = Text(f"{listeners.open} open")
+        if listeners.blocked:
+            line.append(f", {listeners.blocked} blocked", _STYLES["error"])
+        return [line]
 
     def _cluster(self) -> list[RenderableType]:
-        cluster = _object(self.status.get("cluster"))
-        if not cluster:
+        cluster = self.status.cluster
+        if cluster is None:
             return []
-        nodes = _objects(cluster.get("nodes"))
-        alive = sum(node.get("state") == "ALIVE" for node in nodes)
+        alive = sum(node.state == "ALIVE" for node in cluster.nodes)
         first = f"Ray has {alive} {'node' if alive == 1 else 'nodes'} alive"
-        if age := self._age(cluster.get("as_of")):
-            first += f", as of {age} ago"
-        totals = []
-        for name, pair in _object(cluster.get("totals")).items():
-            if isinstance(pair, list) and len(pair) == 2:
-                used, total = (_quantity(name, value) for value in pair)
-                totals.append(f"{_label(name)} {used} of {total}")
+        if cluster.as_of is not None:
+            first += f", as of {self._age(cluster.as_of)} ago"
+        totals = [
+            f"{_label(name)} {_quantity(name, used)} of {_quantity(name, total)}"
+            for name, (used, total) in cluster.totals.items()
+        ]
         return [Text(first), *([Text(f"in use: {', '.join(totals)}")] if totals else [])]
 
-    def _links(self, wide: bool) -> Iterable[RenderableType]:
+    def _workers(self, wide: bool) -> Iterable[RenderableType]:
         """Of a head: its workers' links, a row each."""
-        workers = _objects(self.status.get("workers"))
-        if not workers:
+        if not self.status.workers:
             return
         columns = ["link", "state", "for", ">lanes", ">round trip", ">cuts", ">ridden", "last cut"]
         if wide:
             columns += [">streams", ">in", ">out"]
-        rows = []
-        for worker in workers:
-            lanes = _objects(worker.get("lanes"))
-            trips = [t for lane in lanes if (t := _number(lane.get("rtt_ms"))) is not None]
-            sidelined = sum(lane.get("state") != "up" for lane in lanes)
-            count = f"{len(lanes)}, {sidelined} sidelined" if sidelined else str(len(lanes))
-            row = [
-                Text(_text(worker.get("name"))),
-                _state(_text(worker.get("state"))),
-                Text(self._age(worker.get("since")) or "?"),
-                Text(count, _STYLES["sidelined"] if sidelined else ""),
-                Text(_milliseconds(min(trips, default=None))),
-                Text(_text(worker.get("cuts"))),
-                Text(_text(worker.get("ridden_through"))),
-                Text(self._last_cut(worker, long=wide) or "-"),
-            ]
-            if wide:
-                volume = _object(worker.get("bytes"))
-                streams = _object(worker.get("streams"))
-                row.append(Text(_text(streams.get("open"))))
-                row += [Text(size(volume.get(way))) for way in ("in", "out")]
-            rows.append(row)
         yield Text()
-        yield _table(columns, rows)
+        yield _table(columns, [self._worker(worker, wide) for worker in self.status.workers])
+
+    def _worker(self, worker: Worker, wide: bool) -> list[Text]:
+        trips = [lane.rtt_ms for lane in worker.lanes if lane.rtt_ms is not None]
+        sidelined = sum(lane.state != "up" for lane in worker.lanes)
+        count = f"{len(worker.lanes)}" + (f", {sidelined} sidelined" if sidelined else "")
+        row = [
+            Text(escaped(worker.name)),
+            _state(worker.state),
+            Text(self._age(worker.since)),
+            Text(count, _STYLES["sidelined"] if sidelined else ""),
+            Text(_milliseconds(min(trips, default=None))),
+            Text(str(worker.cuts)),
+            Text(str(worker.ridden_through)),
+            Text(self._last_cut(worker.last_cut, long=wide) or "-"),
+        ]
+        if wide:
+            row += [Text(str(worker.streams.open)), *_volume(worker.bytes)]
+        return row
 
     def _clients(self) -> Iterable[RenderableType]:
         """Of a head: who is connected and is no node."""
-        clients = _objects(self.status.get("clients"))
-        if not clients:
+        if not self.status.clients:
             return
         columns = ["client", "as", "state", "for", ">lanes", ">cuts", ">streams", ">in", ">out"]
-        rows = []
-        for client in clients:
-            volume = _object(client.get("bytes"))
-            rows.append(
-                [
-                    Text(_text(client.get("name"))),
-                    Text(_text(client.get("user"))),
-                    _state(_text(client.get("state"))),
-                    Text(self._age(client.get("since")) or "?"),
-                    Text(str(len(_objects(client.get("lanes"))))),
-                    Text(_text(client.get("cuts"))),
-                    Text(_text(_object(client.get("streams")).get("open"))),
-                    *(Text(size(volume.get(way))) for way in ("in", "out")),
-                ]
-            )
+        rows = [
+            [
+                Text(escaped(client.name)),
+                Text(escaped(client.user)),
+                _state(client.state),
+                Text(self._age(client.since)),
+                Text(str(len(client.lanes))),
+                Text(str(client.cuts)),
+                Text(str(client.streams.open)),
+                *_volume(client.bytes),
+            ]
+            for client in self.status.clients
+        ]
         yield Text()
         yield _table(columns, rows)
 
     def _nodes(self, wide: bool) -> Iterable[RenderableType]:
         """The plan's nodes, and those that Ray has besides."""
-        roster = _objects(self.status.get("roster"))
         columns = ["node", "address", "Ray", "brings", ">listeners"]
         if wide:
             columns[2:2] = ["role", "ports"]
-        rows = []
         seen = self._seen_by_address()
-        for node in roster:
-            address = _text(node.get("address"))
-            there = seen.pop(address, {})
-            role = Text(_text(node.get("role")))
-            row = [
-                Text(_text(node.get("name")) + " (this)" * (node.get("name") == self._name)),
-                Text(address + " (direct)" * bool(node.get("advertised"))),
-                _state(self._ray_of(node, there)),
-                Text(_brings(_object(there.get("resources_total")), wide)),
-                _listeners_of(_object(node.get("listeners"))),
+        rows = [self._node(node, seen.pop(node.address, None), wide) for node in self.status.roster]
+        between = [Text("-"), Text("-")] if wide else []
+        rows += [
+            [
+                Text("(not rayfwd's)", _DIM),
+                Text(escaped(there.address)),
+                *between,
+                _state("alive"),
+                Text(_brings(there.resources_total, wide)),
+                Text("-"),
             ]
-            if wide:
-                row[2:2] = [role, Text(_text(node.get("ports")))]
-            rows.append(row)
-        for address, there in seen.items():
-            if there.get("state") == "ALIVE":
-                brings = Text(_brings(_object(there.get("resources_total")), wide))
-                between = [Text("-"), Text("-")] if wide else []
-                rows.append(
-                    [
-                        Text("(not rayfwd's)", _DIM),
-                        Text(address),
-                        *between,
-                        _state("alive"),
-                        brings,
-                        Text("-"),
-                    ]
-                )
+            for there in seen.values()
+            if there.state == "ALIVE"
+        ]
         if rows:
             yield Text()
             yield _table(columns, rows)
 
+    def _node(self, node: RosterRow, there: NodeSeen | None, wide: bool) -> list[Text]:
+        row = [
+            Text(escaped(node.name) + " (this)" * (node.name == self.status.name)),
+            Text(escaped(node.address) + " (direct)" * node.advertised),
+            _state(self._ray_of(node, there)),
+            Text(_brings(there.resources_total if there else {}, wide)),
+            _listeners_of(node.listeners),
+        ]
+        if wide:
+            row[2:2] = [Text(escaped(node.role)), Text(escaped(node.ports))]
+        return row
+
     # -- what is looked up ----------------------------------------------------------------------
 
-    @property
-    def _name(self) -> Any:
-        return self.status.get("name")
-
-    def _seen_by_address(self) -> dict[str, Mapping[str, Any]]:
+    def _seen_by_address(self) -> dict[str, NodeSeen]:
         """Ray's node table, the living before the dead at the same address."""
-        out: dict[str, Mapping[str, Any]] = {}
-        for node in _objects(_object(self.status.get("cluster")).get("nodes")):
-            address = _text(node.get("address"))
-            if address not in out or node.get("state") == "ALIVE":
-                out[address] = node
+        out: dict[str, NodeSeen] = {}
+        for node in self.status.cluster.nodes if self.status.cluster else ():
+            if node.address not in out or node.state == "ALIVE":
+                out[node.address] = node
         return out
 
-    def _ray_of(self, node: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    def _ray_of(self, node: RosterRow, there: NodeSeen | None) -> str:
         """A node's Ray in a word: what the node itself says of it, and what Ray's table says."""
-        if there.get("state") == "ALIVE":
+        if there is not None and there.state == "ALIVE":
             return "alive"
-        workers = _objects(self.status.get("workers"))
-        told = next((w.get("ray") for w in workers if w.get("name") == node.get("name")), None)
-        if node.get("name") == self._name:
-            told = self.status.get("ray")
-        phase = _object(told).get("phase")
-        if phase is not None and phase != "up":
-            return _text(phase).replace("_", " ")
-        if there:
-            return _text(there.get("state")).lower()
-        if phase == "up":
-            return "not listed" if self.status.get("cluster") else "up"
+        workers = {worker.name: worker for worker in self.status.workers or ()}
+        state = None
+        if node.name == self.status.name:
+            state = self.status.ray.state
+        elif node.name in workers and (ray := workers[node.name].ray) is not None:
+            state = ray.state
+        if state is not None and state != "up":
+            return state.replace("_", " ")
+        if there is not None:
+            return there.state.lower()
+        if state == "up":
+            return "not listed" if self.status.cluster else "up"
         return "-"
 
-    def _age(self, since: Any) -> str | None:
-        """How long ago `since` was: Unix seconds, or a time in ISO form. None: not known."""
-        if isinstance(since, str):
-            try:
-                since = datetime.fromisoformat(since).timestamp()
-            except (ValueError, OverflowError, OSError):
-                return None
-        seconds = _number(since)
-        return None if seconds is None else duration(self.now - seconds)
+    def _age(self, since: float) -> str:
+        """How long ago `since` was."""
+        return duration(self.now - since)
 
 
 # -- words and numbers -----------------------------------------------------------------------------
@@ -408,7 +331,7 @@ class Screen:
 
 def duration(seconds: float) -> str:
     """`3 s`, `12 min`, `5 h 10 min`, `3 d 4 h`."""
-    whole = max(0, int(seconds))
+    whole = max(0, int(seconds)) if math.isfinite(seconds) else 0
     if whole < 60:
         return f"{whole} s"
     minutes = whole // 60
@@ -420,17 +343,14 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def size(value: Any) -> str:
+def size(amount: float) -> str:
     """Bytes in units of 1000: `999 B`, `1.2 kB`, `3.4 GB`."""
-    number = _number(value)
-    if number is None:
-        return "?"
     unit = "B"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if abs(number) < 999.95 or unit == "PB":
+        if abs(amount) < 999.95 or unit == "PB":
             break
-        number /= 1000
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
 
 
 def _milliseconds(value: float | None) -> str:
@@ -443,22 +363,19 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 60 else duration(value)
 
 
-def _times(count: float) -> str:
-    return "never" if not count else "once" if count == 1 else f"{count:g} times"
+def _times(count: int) -> str:
+    return "never" if not count else "once" if count == 1 else f"{count} times"
 
 
-def _quantity(resource: str, amount: Any) -> str:
-    if "memory" in resource:
-        return size(amount)
-    number = _number(amount)
-    return "?" if number is None else f"{number:.2f}".rstrip("0").rstrip(".")
+def _quantity(resource: str, amount: float) -> str:
+    return size(amount) if "memory" in resource else f"{amount:.2f}".rstrip("0").rstrip(".")
 
 
 def _label(resource: str) -> str:
     return escaped(resource).replace("_", " ") if "memory" in resource else escaped(resource)
 
 
-def _brings(resources: Mapping[str, Any], memory: bool) -> str:
+def _brings(resources: Mapping[str, float], memory: bool) -> str:
     """`CPU 8, GPU 1, memory 12.0 GB`; what Ray adds of its own for every node is left out."""
     own = {
         name: amount
@@ -469,41 +386,24 @@ def _brings(resources: Mapping[str, Any], memory: bool) -> str:
     return ", ".join(f"{_label(name)} {_quantity(name, own[name])}" for name in names) or "-"
 
 
-def _listeners_of(listeners: Mapping[str, Any]) -> Text:
-    is_open, blocked = _number(listeners.get("open")), _number(listeners.get("blocked"))
-    if not is_open and not blocked:
+def _listeners_of(listeners: ListenerCount) -> Text:
+    if not listeners.open and not listeners.blocked:
         return Text("-")
-    text = Text(f"{is_open or 0:g}")
-    return text.append(f", {blocked:g} blocked", _STYLES["error"]) if blocked else text
+    text = Text(str(listeners.open))
+    if listeners.blocked:
+        text.append(f", {listeners.blocked} blocked", _STYLES["error"])
+    return text
 
 
-def _number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _text(value: Any) -> str:
-    """Names and causes come from other machines: nothing in them may act on the terminal."""
-    return "?" if value is None else escaped(str(value))
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _root(problem: Mapping[str, Any], own: Any) -> tuple[str, str]:
-    """Code and subject; what this node waits for has no subject but itself."""
-    return _text(problem.get("code")), _text(problem.get("subject", own))
-
-
-def _objects(value: Any) -> list[Mapping[str, Any]]:
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
+def _volume(volume: Volume) -> tuple[Text, Text]:
+    return Text(size(volume.received)), Text(size(volume.sent))
 
 
 # -- rich ------------------------------------------------------------------------------------------
 
 
 def _state(word: str, shown: str | None = None) -> Text:
-    return Text(shown or word, _STYLES.get(word, ""))
+    return Text(escaped(shown or word), _STYLES.get(word, ""))
 
 
 def _joined(between: str, parts: Sequence[Text]) -> Text:

@@ -21,6 +21,7 @@ from rayfwd.cli import NOT_READY, OK
 from rayfwd.cli.common import control_socket, load_config, quiet_logs
 from rayfwd.cli.screen import Screen, duration
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.status import Status
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(status, indent=2))
     else:
-        console().print(Screen(status, time.time()))
+        console().print(Screen(Status.from_answer(status), time.time()))
     return exit_code(status)
 
 
@@ -106,8 +107,10 @@ class Watch:
     def __init__(self, look: Callable[[], dict[str, Any]], interval: float) -> None:
         self._look = look
         self._interval = interval
-        self._last: tuple[dict[str, Any], float] | None = None
-        """What was answered last, and when (Unix seconds)."""
+        self._last: Screen | None = None
+        """What was shown last."""
+        self._pid: object = None
+        """Of the daemon that answered last."""
         self._restarted: float | None = None
         self._away: float | None = None
 
@@ -145,13 +148,13 @@ class Watch:
     def screen(self) -> RenderableType:
         """What there is to see now. Raises ProblemError where asking on is no use."""
         try:
-            status = self._ask()
+            self._last = Screen(Status.from_answer(self._ask()), time.time())
         except _AwayError as exc:
             return self._absence(exc.problem)
         note = time.strftime("%H:%M:%S")
         if self._restarted is not None and time.monotonic() - self._restarted < RESTART_SHOWN:
             note += f"  the daemon was restarted {duration(time.monotonic() - self._restarted)} ago"
-        return Group(Text(note, "dim"), Screen(status, time.time()))
+        return Group(Text(note, "dim"), self._last)
 
     def _ask(self) -> dict[str, Any]:
         """Raises _AwayError where asking goes on, ProblemError where it would be no use."""
@@ -162,9 +165,9 @@ class Watch:
                 raise
             self._away = time.monotonic() if self._away is None else self._away
             raise _AwayError(exc.problem) from exc
-        if self._last is not None and status.get("pid") != self._last[0].get("pid"):
+        if self._pid is not None and status.get("pid") != self._pid:
             self._restarted = time.monotonic()
-        self._last, self._away = (status, time.time()), None
+        self._pid, self._away = status.get("pid"), None
         return status
 
     def _absence(self, problem: Problem) -> RenderableType:
@@ -175,7 +178,7 @@ class Watch:
             Text(escaped(f"do  {problem.remedy}")),
         ]
         if self._last is not None:
-            lines += [Text(), Text("as it was:", "dim"), Screen(*self._last)]
+            lines += [Text(), Text("as it was:", "dim"), self._last]
         return Group(*lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rayfwd.watch import conditions
 from rayfwd.watch.board import Board
-from rayfwd.watch.conditions import Seen, node_of
+from rayfwd.watch.conditions import Finding, node_of
 
 
 class ConditionExchange:
@@ -28,8 +28,11 @@ class ConditionExchange:
         told = conditions.message(
             c
             for c in self._board.conditions
-            if self._speaks_for_all
-            or (c.seen_by == self._own and not c.code.both_ends and c.severity != "note")
+            if not c.code.untold
+            and (
+                self._speaks_for_all
+                or (c.seen_by == self._own and not c.code.both_ends and c.severity != "note")
+            )
         )
         if told == self.told:
             return None
@@ -57,11 +60,11 @@ class ConditionExchange:
         self._put(node, [seen for seen in news if node_of(seen.subject) in near], quiet=False)
         self._put(node, [seen for seen in news if node_of(seen.subject) not in near], quiet=True)
 
-    def _put(self, node: str, found: list[Seen], quiet: bool) -> None:
+    def _put(self, node: str, found: list[Finding], quiet: bool) -> None:
         watcher = f"{'quiet' if quiet else 'told'}:{node}"
         self._board.put_all(watcher, found, quiet=quiet)
 
     def unheard(self, node: str) -> None:
-        """It is away: what it told of counts no more."""
+        """Its link is down: what it told of counts no more."""
         self._put(node, [], quiet=False)
         self._put(node, [], quiet=True)

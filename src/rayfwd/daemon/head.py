@@ -17,18 +17,20 @@ from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.handover import SAY_AGAIN, Arrival
 from rayfwd.daemon.node import LINK, Makers, Node, Work
+from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
     link_seen,
-    mux_status,
     parked_problem,
     roster_rows,
-    streams_status,
+    streams_of,
+    volume_of,
+    worker_row,
 )
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, find
@@ -37,6 +39,7 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Target
+from rayfwd.status import RayOfWorker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
@@ -48,7 +51,7 @@ from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.links import LinkSeen
@@ -71,7 +74,7 @@ class HeadRole:
         view = ClusterView(hub.network, config.ride_through, own, self._roster.plans())
         self._own = own
         self._cluster: ClusterReport | None = None
-        self._workers_ray: dict[str, dict[str, Any]] = {}
+        self._workers_ray: dict[str, RayOfWorker] = {}
         self._dial_back = advertise.DialBack()
         self._interruptions = Interruptions(time.time())
         self._known: set[str] = set()
@@ -240,7 +243,7 @@ class HeadRole:
     def hub_changed(self) -> None:
         """A node came, went or changed."""
         there = {self._node.config.name}
-        there |= {n.plan.name for n in self._hub.nodes.values() if n.state != "away"}
+        there |= {n.plan.name for n in self._hub.nodes.values() if n.state != "down"}
         self._dial_back.keep(there)
         self._known |= there
         gone = self._known - there
@@ -276,11 +279,11 @@ class HeadRole:
         ]
 
     def _phase(self, name: str) -> str | None:
-        return (self._workers_ray.get(name) or {}).get("phase")
+        return None if (ray := self._workers_ray.get(name)) is None else ray.state
 
     def reported(self, report: ClusterReport) -> None:
         self._cluster = report
-        plans = {n.plan.address: n.plan for n in self._hub.nodes.values() if n.state != "away"}
+        plans = {n.plan.address: n.plan for n in self._hub.nodes.values() if n.state != "down"}
         found = flapping(
             report.nodes, plans, time.time(), self.view.gives_up_after, self._interruptions
         )
@@ -337,10 +340,11 @@ class HeadRole:
         if message.get("type") == "say_again":
             self._say_again(node)
         if message.get("type") == "ray":
-            self._workers_ray[node] = {
-                key: None if message.get(key) is None else str(message[key])[:64]
-                for key in ("phase", "version", "python")
-            }
+            self._workers_ray[node] = RayOfWorker(
+                state=_short(message.get("phase")),
+                version=_short(message.get("version")),
+                python=_short(message.get("python")),
+            )
             self._look_for_interruptions()
             self._cluster_watch.look_soon()
             self.changed()
@@ -389,20 +393,20 @@ class HeadRole:
     def link_stands(self) -> bool:
         return self._hub.started
 
-    def link_problems(self) -> list[Problem]:
-        if self.link_stands():
-            return []
-        return [codes.HUB_STARTING.problem("the hub does not listen yet", "nothing: this is brief")]
-
-    def link_conditions(self) -> list[Seen]:
+    def link_findings(self) -> list[Finding]:
         found = []
+        if not self.link_stands():
+            starting = codes.HUB_STARTING.problem(
+                "the hub does not listen yet", "nothing: this is brief"
+            )
+            found.append(Finding(self._node.config.name, starting, blocks_ready=True))
         for node in self._hub.nodes.values():
             name, mux = node.plan.name, node.mux
             if node.state == "parked" and mux is not None:
-                found.append(Seen(name, parked_problem(f"{name}'s link", mux)))
-            elif node.state == "away" and node.lost is not None:
+                found.append(Finding(name, parked_problem(f"{name}'s link", mux)))
+            elif node.state == "down" and node.lost is not None:
                 found.append(
-                    Seen(
+                    Finding(
                         name,
                         codes.LINK_DOWN.problem(
                             f"{name}'s link is down, and what it carried is lost: {node.lost}",
@@ -414,39 +418,32 @@ class HeadRole:
         for name, refusal in self._hub.refused_lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.
-            found.append(Seen(name or self._node.config.name, problem, explains=False))
+            found.append(Finding(name or self._node.config.name, problem, explains=False))
         return found
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
         return {
             n.plan.name: link_seen(n.mux, n.link_stats)
             for n in self._hub.nodes.values()
-            if n.state != "away"
+            if n.state != "down"
         }
 
     def link_stats(self) -> Mapping[str, LinkStats]:
         return {name: node.link_stats for name, node in self._hub.nodes.items()}
 
-    def role_status(self) -> dict[str, Any]:
+    def status(self) -> RoleStatus:
         nodes = list(self._hub.nodes.values())
+        links = [(node.mux, node.link_stats) for node in nodes]
         states = {node.plan.name: node.state for node in nodes}
         states[self._node.config.name] = "up"
-        return {
-            "link": None,
-            "workers": [
-                {
-                    "name": node.plan.name,
-                    "state": node.state,
-                    "since": node.since,
-                    **node.link_stats.to_wire(),
-                    **streams_status([(node.mux, node.link_stats)]),
-                    "ray": self._workers_ray.get(node.plan.name),
-                    "declares": dict(node.hello.resources) if node.hello else {},
-                    "lanes": mux_status(node.mux),
-                }
-                for node in nodes
-            ],
-            "clients": [client_row(c) for c in self._hub.clients.values()],
-            **streams_status((node.mux, node.link_stats) for node in nodes),
-            "roster": roster_rows(self.view.nodes, states, self._node.listeners),
-        }
+        return RoleStatus(
+            workers=tuple(worker_row(n, self._workers_ray.get(n.plan.name)) for n in nodes),
+            clients=tuple(client_row(client) for client in self._hub.clients.values()),
+            streams=streams_of(mux for mux, _ in links),
+            bytes=volume_of(links),
+            roster=roster_rows(self.view.nodes, states, self._node.listeners),
+        )
+
+
+def _short(value: Any) -> str | None:
+    return None if value is None else str(value)[:64]

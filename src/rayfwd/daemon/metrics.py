@@ -1,6 +1,6 @@
 """Metrics for Prometheus: made of what the daemon knows when they are asked for, and served.
 
-`families` turns a status (docs/status.md) and the links' link_stats into metric families; nothing
+`families` turns a status and the links' link_stats into metric families; nothing
 is counted on the way of a byte. `MetricsServer` answers HTTP on loopback or on a Unix socket, on
 the daemon's own loop. docs/metrics.md lists every metric.
 """
@@ -13,7 +13,6 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -29,10 +28,13 @@ from prometheus_client.registry import Collector
 from rayfwd import codes
 from rayfwd.config import split_host_port
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.status import Link, Status, Streams, Volume, Worker
 from rayfwd.system import unixsocket
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
+from rayfwd.watch.canary_round import Round
+from rayfwd.watch.conditions import Condition
 
 log = get_logger(__name__)
 
@@ -48,7 +50,7 @@ NODE_STATES = ("starting", "waiting", "ready", "stopping")
 LINK_STATES = ("up", "parked", "down")
 LANE_CLASSES = ("interactive", "bulk")
 LANE_STATES = ("up", "sidelined")
-RAY_PHASES = ("off", "waiting", "starting", "up", "by_hand", "failed", "stopping")
+RAY_STATES = ("off", "waiting", "starting", "up", "by_hand", "failed", "stopping")
 STAGES = ("task", "to", "from")
 
 REQUEST_LIMIT = 16384
@@ -62,18 +64,16 @@ RETRY_FIRST, RETRY_LAST = 1.0, 15.0
 # -- what is told ----------------------------------------------------------------------------------
 
 
-def families(
-    status: Mapping[str, Any], link_stats: Mapping[str, LinkStats], now: float
-) -> Iterator[Metric]:
+def families(status: Status, link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
     """Every metric of rayfwd. `link_stats` are the links', by peer; `now` is their clock's."""
-    yield InfoMetricFamily("rayfwd_build", "rayfwd itself.", {"version": str(status["version"])})
-    yield _states("rayfwd_node_state", "Whether the node is so.", NODE_STATES, status["state"])
+    yield InfoMetricFamily("rayfwd_build", "rayfwd itself.", {"version": status.version})
+    yield _states("rayfwd_node_state", "Whether the node is so.", NODE_STATES, status.state)
     yield from _links(status, link_stats, now)
     yield from _listeners(status)
     yield from _ray(status)
     yield from _cluster(status)
-    yield _conditions(status["problems"], status["waiting_for"])
-    yield from canary(status.get("canary"))
+    yield _conditions(status.conditions)
+    yield from canary(status.canary)
 
 
 def _states(name: str, text: str, states: Iterable[str], now: str) -> Metric:
@@ -83,9 +83,7 @@ def _states(name: str, text: str, states: Iterable[str], now: str) -> Metric:
     return family
 
 
-def _links(
-    status: Mapping[str, Any], link_stats: Mapping[str, LinkStats], now: float
-) -> Iterator[Metric]:
+def _links(status: Status, link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
     peer = ["peer"]
     state = GaugeMetricFamily(
         "rayfwd_link_state", "Whether the link is so.", labels=["peer", "state"]
@@ -110,31 +108,30 @@ def _links(
     sent = CounterMetricFamily(
         "rayfwd_link_sent_bytes", "Bytes that went out, the protocol's own too.", labels=peer
     )
-    for name, link in _peers(status):
-        shown = "down" if link["state"] == "away" else link["state"]
+    for name, link, carried, moved in _peers(status):
         for one in LINK_STATES:
-            state.add_metric([name, one], float(one == shown))
+            state.add_metric([name, one], float(one == link.state))
         for kind in LANE_CLASSES:
-            mine = [lane for lane in link["lanes"] if lane["class"] == kind]
+            mine = [lane for lane in link.lanes if lane.lane_class == kind]
             for one in LANE_STATES:
-                count = sum(lane["state"] == one for lane in mine)
+                count = sum(lane.state == one for lane in mine)
                 lanes.add_metric([name, kind, one], float(count))
-            if trips := [lane["rtt_ms"] for lane in mine if lane["rtt_ms"] is not None]:
+            if trips := [lane.rtt_ms for lane in mine if lane.rtt_ms is not None]:
                 trip.add_metric([name, kind], max(trips) / 1000)
-        streams.add_metric([name], link["streams"]["open"])
-        parked.add_metric([name], link["streams"]["parked"])
-        received.add_metric([name], link["bytes"]["in"])
-        sent.add_metric([name], link["bytes"]["out"])
+        streams.add_metric([name], carried.open)
+        parked.add_metric([name], carried.parked)
+        received.add_metric([name], moved.received)
+        sent.add_metric([name], moved.sent)
     yield from (state, lanes, trip, streams, parked, received, sent)
     yield from _histories(link_stats, now)
 
 
-def _peers(status: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _peers(status: Status) -> Iterator[tuple[str, Link | Worker, Streams, Volume]]:
     """A worker's link, or a head's to every worker."""
-    if status["link"] is not None:
-        yield HEAD, {**status["link"], "streams": status["streams"], "bytes": status["bytes"]}
-    for worker in status["workers"] or ():
-        yield worker["name"], worker
+    if status.link is not None:
+        yield HEAD, status.link, status.streams, status.bytes
+    for worker in status.workers or ():
+        yield worker.name, worker, worker.streams, worker.bytes
 
 
 def _histories(link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
@@ -162,89 +159,85 @@ def _histories(link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metr
     yield from (cuts, sessions, parked, ridden)
 
 
-def _listeners(status: Mapping[str, Any]) -> Iterator[Metric]:
+def _listeners(status: Status) -> Iterator[Metric]:
     is_open = GaugeMetricFamily(
         "rayfwd_listeners", "Open listeners that stand for a node.", labels=["node"]
     )
     blocked = GaugeMetricFamily(
         "rayfwd_blocked_listeners", "Listeners for a node that cannot be opened.", labels=["node"]
     )
-    for row in status["roster"]:
-        is_open.add_metric([row["name"]], row["listeners"]["open"])
-        blocked.add_metric([row["name"]], row["listeners"]["blocked"])
+    for row in status.roster:
+        is_open.add_metric([row.name], row.listeners.open)
+        blocked.add_metric([row.name], row.listeners.blocked)
     refused = CounterMetricFamily(
         "rayfwd_refused_connections", "Connections to listeners that were reset at once."
     )
-    refused.add_metric([], sum(row["connections"] for row in status["listeners"]["refused"]))
+    refused.add_metric([], sum(row.connections for row in status.listeners.refused))
     yield from (is_open, blocked, refused)
 
 
-def _ray(status: Mapping[str, Any]) -> Iterator[Metric]:
-    ray = status["ray"]
-    yield _states("rayfwd_ray_state", "Whether Ray on this node is so.", RAY_PHASES, ray["phase"])
+def _ray(status: Status) -> Iterator[Metric]:
+    ray = status.ray
+    yield _states("rayfwd_ray_state", "Whether Ray on this node is so.", RAY_STATES, ray.state)
     restarts = CounterMetricFamily("rayfwd_ray_restarts", "How often Ray was started again.")
-    restarts.add_metric([], ray["restarts"])
+    restarts.add_metric([], ray.restarts)
     yield restarts
-    if ray["version"] is not None:
+    if ray.version is not None:
         yield InfoMetricFamily(
             "rayfwd_ray",
             "Ray on this node.",
-            {"version": str(ray["version"]), "python": str(ray["python"])},
+            {"version": ray.version, "python": str(ray.python)},
         )
 
 
-def _cluster(status: Mapping[str, Any]) -> Iterator[Metric]:
+def _cluster(status: Status) -> Iterator[Metric]:
     """Of a head: what it saw of the whole cluster."""
-    cluster = status["cluster"]
-    if status["role"] != "head" or cluster is None:
+    cluster = status.cluster
+    if status.role != "head" or cluster is None:
         return
     alive = GaugeMetricFamily(
         "rayfwd_cluster_node_alive", "Whether Ray's node table has the node alive.", labels=["node"]
     )
-    there = {node["address"] for node in cluster["nodes"] if node["state"] == "ALIVE"}
-    for row in status["roster"]:
-        alive.add_metric([row["name"]], float(row["address"] in there))
+    there = {node.address for node in cluster.nodes if node.state == "ALIVE"}
+    for row in status.roster:
+        alive.add_metric([row.name], float(row.address in there))
     used = GaugeMetricFamily(
         "rayfwd_cluster_resource_used", "In use, as Ray reports it.", labels=["resource"]
     )
     capacity = GaugeMetricFamily(
         "rayfwd_cluster_resource_capacity", "There in all, as Ray reports it.", labels=["resource"]
     )
-    for name, (in_use, total) in sorted(cluster["totals"].items())[:RESOURCES]:
+    for name, (in_use, total) in sorted(cluster.totals.items())[:RESOURCES]:
         used.add_metric([name], in_use)
         capacity.add_metric([name], total)
     yield from (alive, used, capacity)
-    if cluster["as_of"] is not None:
+    if cluster.as_of is not None:
         yield GaugeMetricFamily(
             "rayfwd_cluster_report_timestamp_seconds",
             "Ray's own time stamp of its resources.",
-            cluster["as_of"],
+            cluster.as_of,
         )
 
 
-def _conditions(*kinds: Iterable[Mapping[str, Any]]) -> Metric:
+def _conditions(conditions: Iterable[Condition]) -> Metric:
     family = GaugeMetricFamily(
         "rayfwd_conditions", "What is wrong now, by code.", labels=["code", "severity"]
     )
-    counts = Counter(
-        (str(condition["code"]), str(condition["severity"]))
-        for kind in kinds
-        for condition in kind
-        if condition.get("explained_by") is None
-    )
+    counts = Counter((c.code.name, c.severity) for c in conditions if c.explained_by is None)
     for labels, count in sorted(counts.items())[:CODES]:
         family.add_metric(labels, count)
     return family
 
 
-def canary(report: Mapping[str, Any] | None) -> Iterator[Metric]:
-    """The last canary's results: `{began, seconds, nodes: [{name, ok, stages: {task, to, from:
-    {ok, seconds}}}]}`; None: it never flew, and there are no metrics of it. A node that was not
-    `judged` (its link was down, say) has no success."""
-    if report is None:
+def canary(last: Round | None) -> Iterator[Metric]:
+    """The last canary's results; None: it never flew, and there are no metrics of it.
+
+    A node that was not `judged` (its link was down, say) has no success.
+    """
+    if last is None:
         return
     yield GaugeMetricFamily(
-        "rayfwd_canary_timestamp_seconds", "When the last canary began.", report["began"]
+        "rayfwd_canary_timestamp_seconds", "When the last canary began.", last.began
     )
     ok = GaugeMetricFamily(
         "rayfwd_canary_success", "Whether a node passed the last canary.", labels=["node"]
@@ -254,13 +247,13 @@ def canary(report: Mapping[str, Any] | None) -> Iterator[Metric]:
         "How long a stage of the last canary took.",
         labels=["node", "stage"],
     )
-    for node in report["nodes"]:
-        if node["ok"] is not None and node.get("judged", True):
-            ok.add_metric([node["name"]], float(node["ok"]))
-        for stage in STAGES:
-            seconds = (node.get("stages") or {}).get(stage, {}).get("seconds")
-            if seconds is not None:
-                took.add_metric([node["name"], stage], seconds)
+    for node in last.nodes:
+        if node.judged:
+            ok.add_metric([node.name], float(node.ok))
+        for name in STAGES:
+            stage = node.stages.get(name)
+            if stage is not None and stage.seconds is not None:
+                took.add_metric([node.name, name], stage.seconds)
     yield from (ok, took)
 
 

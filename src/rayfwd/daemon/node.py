@@ -37,7 +37,7 @@ from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
 from rayfwd.watch.cluster_view import ClusterView
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer, Reach
 
@@ -45,10 +45,13 @@ TOKEN_INTERVAL = 15.0
 """Seconds between two looks at Ray's token: two small requests to the head's dashboard."""
 
 MOST_LISTENERS = 20
-"""Listeners that have a condition of their own; all that are blocked are in the status."""
+"""Listeners that have a condition of their own; all that are blocked are counted in the status."""
 
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
+
+RAY, LISTENERS = "ray", "listeners"
+"""The watchers of this node's Ray and of its listeners."""
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 """Something that runs until it is cancelled."""
@@ -73,8 +76,12 @@ class NodeOwner(Protocol):
     def link_stands(self) -> bool:
         """The role's link or hub is up."""
 
-    def link_conditions(self) -> list[Seen]:
-        """What is wrong with the role's links; the link or the hub has logged it."""
+    def link_findings(self) -> list[Finding]:
+        """What is wrong with the role's links; the link or the hub has logged it. While the role's
+        own does not stand, one of them at least blocks readiness."""
+
+    def ray_waits(self) -> str:
+        """What Ray, which is not up, is about."""
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
         """The role's links that are up, by the worker's name."""
@@ -221,20 +228,31 @@ class Node:
         """What the node's parts know themselves; most of them log it, too."""
         name, board, head = self.config.name, self.board, self.view.head
         board.head = head.name if head is not None else ""
-        board.put_all(LINK, self._owner.link_conditions(), quiet=True)
-        ray = self.ray.state
-        wrong = [Seen(name, ray.problem)] if ray.problem and ray.phase != "up" else []
-        board.put_all("ray", wrong, quiet=True)
+        board.put_all(LINK, self._owner.link_findings(), quiet=True)
+        board.put_all(RAY, self._ray_findings(), quiet=True)
         blocked = islice(self.listeners.blocked_at.items(), MOST_LISTENERS)
-        wrong = [Seen(name, p) for p in self.listeners.problems]
-        wrong += [Seen(f"{name}/{at}", p) for at, p in blocked]
-        board.put_all("listeners", wrong, quiet=True)
+        found = [Finding(name, problem) for problem in self.listeners.problems]
+        found += [Finding(f"{name}/{at}", problem) for at, problem in blocked]
+        board.put_all(LISTENERS, found, quiet=True)
         board.put_all("forwards", self._unknown_forwards())
 
-    def _unknown_forwards(self) -> list[Seen]:
+    def _ray_findings(self) -> list[Finding]:
+        """What keeps Ray from running. Of one that waits for the link, the link says why."""
+        ray, name = self.ray.state, self.config.name
+        wanted = ray.phase != "by_hand"
+        if ray.phase == "up":
+            return []
+        if ray.problem is not None:
+            return [Finding(name, ray.problem, blocks_ready=wanted)]
+        if not wanted or not self._owner.link_stands():
+            return []
+        why, remedy = self._owner.ray_waits(), "nothing: this takes a while"
+        return [Finding(name, codes.RAY_STARTING.problem(why, remedy), blocks_ready=True)]
+
+    def _unknown_forwards(self) -> list[Finding]:
         view = self.view
         return [
-            Seen(
+            Finding(
                 f"{self.config.name}/{forward.listen}",
                 codes.FORWARD_TARGET_UNKNOWN.problem(
                     f"[[forward]] to = {forward.to}: no node {forward.target()[0]} is in the plan",

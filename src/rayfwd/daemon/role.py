@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from rayfwd.config import Config
 from rayfwd.daemon.handover import Arrival, Holder
 from rayfwd.daemon.node import Node, Work
-from rayfwd.problems import Problem
 from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.status import Client, Link, RosterRow, Streams, Volume, Worker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.linkstats import LinkStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleStatus:
+    """The keys of a status that a role fills; what they mean is in `status.Status`."""
+
+    link: Link | None = None
+    workers: tuple[Worker, ...] | None = None
+    clients: tuple[Client, ...] | None = None
+    streams: Streams
+    bytes: Volume
+    roster: tuple[RosterRow, ...]
 
 
 class Role(Holder, Protocol):
@@ -47,13 +60,7 @@ class Role(Holder, Protocol):
     def verbs(self) -> Mapping[str, Verb]:
         """What the control socket can be asked for besides."""
 
-    def link_problems(self) -> list[Problem]:
-        """What the role waits for, Ray apart; empty when it stands."""
-
-    def ray_waits(self) -> str:
-        """What Ray, which is not up, is about."""
-
-    def role_status(self) -> dict[str, Any]:
+    def status(self) -> RoleStatus:
         """The role's part of the status."""
 
     def link_stats(self) -> Mapping[str, LinkStats]:

@@ -19,9 +19,9 @@ from rayfwd.config import ConfigError, load
 from rayfwd.daemon import handover, reload, restart_job
 from rayfwd.daemon.canary_verb import CanaryVerb
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.health import Health
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.role import Role
-from rayfwd.daemon.status import NodeStatus
 from rayfwd.daemon.trace import TraceVerb
 from rayfwd.problems import ProblemError
 from rayfwd.system import logs
@@ -31,7 +31,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.tracing import tracing
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 
 log = get_logger(__name__)
 
@@ -45,7 +45,7 @@ class Runtime:
         """When it stops, the next process takes the place of this one."""
         self.left: Packed | None = None
         """For the process that takes the place of this one."""
-        self.status = NodeStatus(role)
+        self.health = Health(role)
         self._role = role
         self._node = role.node
         self._notifier = notifier
@@ -54,7 +54,7 @@ class Runtime:
         """It was told to stop."""
         self._notified = ""
         self._canary_verb = CanaryVerb(self._node.canary)
-        self._watchdog = Watchdog(self._late, lambda: self.status.ready_said, notifier)
+        self._watchdog = Watchdog(self._late, lambda: self.health.ready_said, notifier)
         self._metrics = MetricsService(
             self._node.config.metrics.listen, self._families, self._metrics_changed
         )
@@ -81,6 +81,7 @@ class Runtime:
                 **self._role.verbs(),
             },
         )
+        self._node.changed()  # from here on, what is wrong is on the board
         await control.start()
         try:
             await self._work()
@@ -112,7 +113,7 @@ class Runtime:
         left = False
         try:
             await asyncio.wait([asked, *parts], return_when=asyncio.FIRST_COMPLETED)
-            self.status.stopping = True
+            self.health.stopping = True
             left = await self._finish()
         finally:
             if not left:
@@ -173,7 +174,7 @@ class Runtime:
 
     def reload(self) -> dict[str, Any]:
         """Read the file again. A mistake in it leaves everything as it was."""
-        ready = self.status.ready_said
+        ready = self.health.ready_said
         if ready:
             self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
@@ -212,15 +213,15 @@ class Runtime:
 
     def _families(self) -> Iterable[Metric]:
         now = asyncio.get_running_loop().time()
-        return families(self.status.to_wire(), self._role.link_stats(), now)
+        return families(self.health.now(), self._role.link_stats(), now)
 
     def _metrics_changed(self) -> None:
         name, problem = self._node.config.name, self._metrics.problem
-        self._node.board.put_all("metrics", [Seen(name, problem)] if problem else [], quiet=True)
+        self._node.board.put_all("metrics", [Finding(name, problem)] if problem else [], quiet=True)
         self._node.news.set()
 
     async def _status_verb(self, args: dict[str, Any]) -> dict[str, Any]:
-        return self.status.to_wire()
+        return self.health.now().to_wire()
 
     async def _plan_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         return self._node.view.to_wire()
@@ -231,12 +232,12 @@ class Runtime:
     async def _notify(self) -> None:
         """Keep the service manager told: READY once, STATUS whenever it changes."""
         while True:
-            if not self.status.ready_said and not self.status.waiting_for():
-                self.status.ready_said = True
+            if not self.health.ready_said and not self.health.waiting_for():
+                self.health.ready_said = True
                 node = self._node
                 log.info("rayfwd_ready", node=node.config.name, listeners=node.listeners.open)
                 self._notifier.send("READY=1")
-            summary = self.status.summary()
+            summary = self.health.summary()
             if summary != self._notified:
                 self._notified = summary
                 self._notifier.send(f"STATUS={summary}")

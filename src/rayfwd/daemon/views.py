@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from statistics import mean
-from typing import Any
 
-from rayfwd import codes
+from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.hub import HubClient
+from rayfwd.hub import HubClient, HubNode
 from rayfwd.problems import Problem
 from rayfwd.session.lane import LaneClass
 from rayfwd.transport.linkstats import LinkStats
@@ -19,81 +18,111 @@ from rayfwd.transport.mux import Mux
 from rayfwd.watch.links import LinkSeen
 
 
-def mux_status(mux: Mux | None) -> list[dict[str, Any]]:
-    """A session's lanes; times are wall-clock seconds, round trips milliseconds."""
+def lanes_of(mux: Mux | None) -> tuple[status.Lane, ...]:
+    """A session's lanes."""
     if mux is None:
-        return []
+        return ()
     offset = time.time() - mux.now()
     lanes = {lane.number: lane for lane in mux.stats().lanes}
-    return [
-        {
-            "lane": number,
-            "class": lane.lane_class.value,
-            "state": "sidelined" if lane.sidelined else "up",
-            "rtt_ms": None if lane.rtt is None else round(lane.rtt * 1000, 3),
-            "since": round(record.since + offset, 1),
-            "bytes_in": lane.bytes_in,
-            "bytes_out": lane.bytes_out,
-        }
+    return tuple(
+        status.Lane(
+            lane=number,
+            lane_class=lane.lane_class.value,
+            state="sidelined" if lane.sidelined else "up",
+            rtt_ms=None if lane.rtt is None else round(lane.rtt * 1000, 3),
+            since=round(record.since + offset, 1),
+            bytes_in=lane.bytes_in,
+            bytes_out=lane.bytes_out,
+        )
         for number, record in mux.lanes.items()
         if (lane := lanes.get(number)) is not None
-    ]
+    )
 
 
-def streams_status(links: Iterable[tuple[Mux | None, LinkStats]]) -> dict[str, Any]:
-    """Streams of the present sessions, and the bytes of all since the daemon began.
+def last_cut(link_stats: LinkStats) -> status.Cut | None:
+    """The last time that a link had no lane."""
+    cut = link_stats.last_cut
+    if cut is None:
+        return None
+    return status.Cut(
+        began=round(cut.began, 1),
+        seconds=None if cut.seconds is None else round(cut.seconds, 3),
+        ridden_through=cut.ridden_through,
+    )
 
-    A stream is parked while its session has no lane.
-    """
-    streams = {"open": 0, "parked": 0}
-    moved = {"in": 0, "out": 0}
+
+def streams_of(muxes: Iterable[Mux | None]) -> status.Streams:
+    """Of the present sessions. A stream is parked while its session has no lane."""
+    counts = [(mux.stats().streams, bool(mux.lanes)) for mux in muxes if mux is not None]
+    return status.Streams(
+        open=sum(count for count, _ in counts),
+        parked=sum(count for count, stands in counts if not stands),
+    )
+
+
+def volume_of(links: Iterable[tuple[Mux | None, LinkStats]]) -> status.Volume:
+    """Of all sessions since the daemon began."""
+    received = sent = 0
     for mux, link_stats in links:
-        received = sent = 0
-        if mux is not None:
-            stats = mux.stats()
-            streams["open"] += stats.streams
-            streams["parked"] += 0 if mux.lanes else stats.streams
-            received, sent = stats.bytes_in, stats.bytes_out
-        received, sent = link_stats.bytes_moved(received, sent)
-        moved["in"] += received
-        moved["out"] += sent
-    return {"streams": streams, "bytes": moved}
+        stats = None if mux is None else mux.stats()
+        present = (0, 0) if stats is None else (stats.bytes_in, stats.bytes_out)
+        moved = link_stats.bytes_moved(*present)
+        received, sent = received + moved[0], sent + moved[1]
+    return status.Volume(received=received, sent=sent)
 
 
-def client_row(client: HubClient) -> dict[str, Any]:
+def worker_row(node: HubNode, ray: status.RayOfWorker | None) -> status.Worker:
+    """A worker's link, of the head's status; `ray` is what it said of its Ray."""
+    return status.Worker(
+        name=node.plan.name,
+        state=node.state,
+        since=node.since,
+        cuts=node.cuts,
+        ridden_through=node.ridden_through,
+        last_cut=last_cut(node.link_stats),
+        streams=streams_of([node.mux]),
+        bytes=volume_of([(node.mux, node.link_stats)]),
+        ray=ray,
+        declares=dict(node.hello.resources) if node.hello else {},
+        lanes=lanes_of(node.mux),
+    )
+
+
+def client_row(client: HubClient) -> status.Client:
     """A client that has a session, of the head's status."""
-    return {
-        "name": client.name,
-        "user": client.user,
-        "version": None if client.hello is None else client.hello.version,
-        "state": client.state,
-        "since": client.since,
-        **client.link_stats.to_wire(),
-        **streams_status([(client.mux, client.link_stats)]),
-        "lanes": mux_status(client.mux),
-    }
+    return status.Client(
+        name=client.name,
+        user=client.user,
+        version=None if client.hello is None else client.hello.version,
+        state=client.state,
+        since=client.since,
+        cuts=client.cuts,
+        ridden_through=client.ridden_through,
+        last_cut=last_cut(client.link_stats),
+        streams=streams_of([client.mux]),
+        bytes=volume_of([(client.mux, client.link_stats)]),
+        lanes=lanes_of(client.mux),
+    )
 
 
 def roster_rows(
     nodes: Iterable[NodePlan], states: Mapping[str, str] | None, listeners: Listeners
-) -> list[dict[str, Any]]:
+) -> tuple[status.RosterRow, ...]:
     """The nodes of the plan; `states` of the links by name, None where only the head knows."""
     counts = listeners.counts()
-    rows = []
-    for plan in nodes:
-        is_open, blocked = counts.get(plan.address, (0, 0))
-        rows.append(
-            {
-                "name": plan.name,
-                "role": plan.role,
-                "address": plan.address,
-                "ports": f"{plan.base}-{plan.last_worker_port}",
-                "advertised": plan.advertised,
-                "state": None if states is None else states.get(plan.name, "away"),
-                "listeners": {"open": is_open, "blocked": blocked},
-            }
+    return tuple(
+        status.RosterRow(
+            name=plan.name,
+            role=plan.role,
+            address=plan.address,
+            ports=f"{plan.base}-{plan.last_worker_port}",
+            advertised=plan.advertised,
+            state=None if states is None else states.get(plan.name, "down"),
+            listeners=status.ListenerCount(open=is_open, blocked=blocked),
         )
-    return rows
+        for plan in nodes
+        for is_open, blocked in [counts.get(plan.address, (0, 0))]
+    )
 
 
 def declared_resources(config: Config) -> dict[str, float]:

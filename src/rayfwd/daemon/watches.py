@@ -14,7 +14,7 @@ from rayfwd.transport.listeners import Listeners
 from rayfwd.watch import links, machine
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen
 
 LINKS_LATE = 60.0
@@ -69,7 +69,7 @@ class MachineWatch:
                 [self._ray.session_dir or self._temp_dir],
                 self._ray.state.phase == "up",
             )
-            found = [Seen(self._name, problem) for problem in machine.judge(seen)]
+            found = [Finding(self._name, problem) for problem in machine.judge(seen)]
             self._board.put_all("machine", found)
             await sleep_coalesced(machine.INTERVAL if view.nodes else 1.0)
 

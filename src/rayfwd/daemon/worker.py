@@ -11,22 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayfwd import __version__, codes
+from rayfwd import __version__, codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
 from rayfwd.daemon.handover import SAY_AGAIN, Arrival
 from rayfwd.daemon.metrics import HEAD
-from rayfwd.daemon.node import Makers, Node, Work
+from rayfwd.daemon.node import LINK, Makers, Node, Work
+from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
     declared_resources,
+    lanes_of,
+    last_cut,
     link_seen,
-    mux_status,
     parked_problem,
     roster_rows,
-    streams_status,
+    streams_of,
+    volume_of,
 )
-from rayfwd.problems import Problem, ProblemError, Severity
+from rayfwd.problems import ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
@@ -50,7 +53,7 @@ from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
@@ -385,27 +388,27 @@ class WorkerRole:
     def link_stands(self) -> bool:
         return self._link.state == "up"
 
-    def link_problems(self) -> list[Problem]:
-        link = self._link
-        if self.link_stands():
-            return []
-        if link.problem is not None:
-            return [link.problem]
-        return [codes.LINK_STARTING.problem(f"dialling {link.head.ssh}", "nothing: this is brief")]
-
-    def link_conditions(self) -> list[Seen]:
+    def link_findings(self) -> list[Finding]:
         link, own = self._link, self._node.config.name
-        # While streams are held, what keeps the link from coming back is a part of that.
-        kept: Severity | None = "note" if link.state == "parked" else None
         if self.link_stands():
             return [
-                Seen(f"{own}/{slot.name}", slot.problem, severity="warning", explains=False)
+                Finding(f"{own}/{slot.name}", slot.problem, severity="warning", explains=False)
                 for slot in link.slots
                 if slot.problem is not None and slot.number is None
             ]
-        found = [Seen(own, link.problem, severity=kept)] if link.problem is not None else []
+        found = []
+        if link.problem is not None:
+            # While streams are held, what keeps the link from coming back is a part of that.
+            kept: Severity | None = "note" if link.state == "parked" else None
+            found.append(Finding(own, link.problem, severity=kept, blocks_ready=True))
         if link.state == "parked" and link.mux is not None:
-            found.append(Seen(own, parked_problem(f"the link to {link.head.ssh}", link.mux)))
+            parked = parked_problem(f"the link to {link.head.ssh}", link.mux)
+            found.append(Finding(own, parked, blocks_ready=True))
+        if not found:
+            dialling = codes.LINK_STARTING.problem(
+                f"dialling {link.head.ssh}", "nothing: this is brief"
+            )
+            found.append(Finding(own, dialling, blocks_ready=True))
         return found
 
     def links_seen(self) -> Mapping[str, LinkSeen]:
@@ -414,23 +417,23 @@ class WorkerRole:
     def link_stats(self) -> Mapping[str, LinkStats]:
         return {HEAD: self._link.link_stats}
 
-    def role_status(self) -> dict[str, Any]:
-        link = self._link
-        problem = link.problem
-        return {
-            "link": {
-                "state": link.state,
-                "head": link.head.ssh,
-                "since": link.since,
-                **link.link_stats.to_wire(),
-                "problem": problem.to_wire() if problem else None,
-                "lanes": mux_status(link.mux),
-            },
-            "workers": None,
-            "clients": None,
-            **streams_status([(link.mux, link.link_stats)]),
-            "roster": roster_rows(self._node.view.nodes, None, self._node.listeners),
-        }
+    def status(self) -> RoleStatus:
+        link, node = self._link, self._node
+        return RoleStatus(
+            link=status.Link(
+                state=link.state,
+                head=link.head.ssh,
+                since=link.since,
+                cuts=link.cuts,
+                ridden_through=link.ridden_through,
+                last_cut=last_cut(link.link_stats),
+                conditions=node.board.ids_of(LINK),
+                lanes=lanes_of(link.mux),
+            ),
+            streams=streams_of([link.mux]),
+            bytes=volume_of([(link.mux, link.link_stats)]),
+            roster=roster_rows(node.view.nodes, None, node.listeners),
+        )
 
 
 def hello_of(config: Config, key: str) -> Hello:

@@ -165,9 +165,13 @@ class Story:
             nonlocal status
             self._check_alive()
             status = await daemon.status()
-            problem = status.get("ray", {}).get("problem")
-            if daemon is self._head and problem:  # a worker's may pass: the head may be slow
-                raise StepFailedError(f"Ray on {name}: {problem['cause']}; {problem['remedy']}")
+            wrong = [
+                c
+                for c in status.get("conditions", ())
+                if c["severity"] == "error" and c["id"] in status["ray"]["conditions"]
+            ]
+            if daemon is self._head and wrong:  # a worker's may pass: the head may be slow
+                raise StepFailedError(f"Ray on {name}: {wrong[0]['cause']}; {wrong[0]['remedy']}")
             return status.get("state") == "ready"
 
         await self._tell.until(

@@ -22,6 +22,7 @@ from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.launcher import ByKeeper
 from rayfwd.ray.process import RayProcess, find_foreign
+from rayfwd.status import Status
 from rayfwd.system.control import ask
 from rayfwd.transport.listeners import listeners_for
 from rayfwd.watch import machine
@@ -38,7 +39,7 @@ class Examination:
         self.rows: list[Row] = []
         self._control = control
         self._tell = tell
-        self.status: dict[str, Any] | None = None
+        self.status: Status | None = None
         """Of the daemon, where one answers."""
         self.nodes: tuple[NodePlan, ...] = ()
         self.own: NodePlan | None = None
@@ -65,20 +66,20 @@ class Examination:
 
     async def daemon(self) -> Row:
         try:
-            self.status = status = await asyncio.to_thread(ask, self._control, "status")
+            answer = await asyncio.to_thread(ask, self._control, "status")
+            self.status = status = Status.from_answer(answer)
         except ProblemError as exc:
             if exc.problem.code == codes.DAEMON_NOT_RUNNING:
                 return skipped("daemon", "none runs here")
             return warned("daemon", exc.problem)
-        self.own = plan_of(status.get("node"))
-        state, summary = str(status.get("state")), str(status.get("summary"))
-        wrong = [*status.get("waiting_for", []), *status.get("problems", [])]
-        first = next((p for p in wrong if p.get("severity") != "note"), None)
-        if first is None and state == "ready":
-            return passed("daemon", summary, pid=status.get("pid"), state=state)
-        first = first or next(iter(wrong), {"code": "ray_starting"})
-        problem = codes.named(str(first["code"])).problem(summary, "see `rayfwd status`")
-        return warned("daemon", problem, pid=status.get("pid"), state=state)
+        self.own = status.node
+        seen = {"pid": status.pid, "state": status.state}
+        wrong = sorted(status.conditions, key=lambda c: not c.blocks_ready)
+        first = next((c for c in wrong if c.severity != "note"), None)
+        if first is None and status.state == "ready":
+            return passed("daemon", status.summary, **seen)
+        code = next((c.code for c in (first, *wrong) if c is not None), codes.RAY_STARTING)
+        return warned("daemon", code.problem(status.summary, "see `rayfwd status`"), **seen)
 
     async def keeper(self) -> Row:
         """The service in which Ray runs: that it answers the daemon that there is, or is to."""
@@ -93,7 +94,7 @@ class Examination:
             return passed(
                 "keeper", f"{unit.keeper.name} is there, and starts with {unit.path.name}"
             )
-        socket = await asyncio.to_thread(observe.keeper_of, int(self.status["pid"]))
+        socket = await asyncio.to_thread(observe.keeper_of, self.status.pid)
         if socket is None:
             return skipped("keeper", "the daemon that runs has none: Ray is its own child")
         try:
@@ -103,9 +104,9 @@ class Examination:
         return passed("keeper", f"{unit_checks.RAY_SERVICE} answers on {socket}")
 
     @property
-    def phase(self) -> str | None:
-        """Of Ray, as the daemon has it; None: no daemon answers."""
-        return None if self.status is None else str(self.status["ray"]["phase"])
+    def ray_state(self) -> str | None:
+        """As the daemon has it; None: no daemon answers."""
+        return None if self.status is None else self.status.ray.state
 
     # -- Ray, ports, limits --------------------------------------------------------
 
@@ -121,15 +122,15 @@ class Examination:
         return passed("ray", said, ray=versions.ray, python=versions.python), found
 
     async def ports(self) -> Row:
-        own, phase = self.own, self.phase
+        own, ray_state = self.own, self.ray_state
         if own is None:
             return skipped("ports", "this node's ports are known when the hub has answered")
         span = f"{own.base}-{own.last_worker_port}"
         if own.head_services:
             span = ", ".join([*(str(p) for p in own.head_services.values()), span])
-        if phase == "up":
+        if ray_state == "up":
             return passed("ports", f"{span}: this node's Ray has them")
-        if phase == "starting":
+        if ray_state == "starting":
             return skipped("ports", "Ray is being started on them")
         found = await asyncio.to_thread(self._taken, own)
         if isinstance(found, Problem):
@@ -151,12 +152,11 @@ class Examination:
     async def listeners(self) -> Row:
         own = self.own
         if self.status is not None:
-            listeners = self.status["listeners"]
-            if listeners["blocked"]:
-                return failed(
-                    "listeners", several([codes.problem_from(p) for p in listeners["blocked"]])
-                )
-            return passed("listeners", f"{listeners['open']} are open", open=listeners["open"])
+            listeners = self.status.listeners
+            ids = listeners.conditions
+            if wrong := [c.problem for c in self.status.conditions if c.id in ids]:
+                return failed("listeners", several(wrong))
+            return passed("listeners", f"{listeners.open} are open", open=listeners.open)
         if own is None or not self.nodes:
             return skipped("listeners", "the other nodes are known when the hub has answered")
         blocked = await asyncio.to_thread(observe.blocked_listeners, self.nodes, own)
@@ -172,7 +172,7 @@ class Examination:
     async def limits(self) -> Row:
         pid = ray_pid = None
         if self.status is not None:
-            pid, ray_pid = int(self.status["pid"]), self.status["ray"].get("pid")
+            pid, ray_pid = self.status.pid, self.status.ray.pid
         found = await asyncio.to_thread(observe.limits, pid, ray_pid)
         ray = self.config.ray
         cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1

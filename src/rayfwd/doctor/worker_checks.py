@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
-from typing import Any
 
 from rayfwd import codes
 from rayfwd.cluster import probe
@@ -20,6 +18,7 @@ from rayfwd.ray.install import RayInstall
 from rayfwd.ray.supervisor import check_versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
+from rayfwd.status import Status
 
 
 class WorkerExamination(WayExamination):
@@ -126,16 +125,15 @@ class WorkerExamination(WayExamination):
             else passed("advertise_self", f"this machine reaches {span}"),
         )
 
-    def _advertised_by_daemon(self, status: Mapping[str, Any]) -> None:
+    def _advertised_by_daemon(self, status: Status) -> None:
         """The daemon has looked before it started Ray, and looks again while it does not."""
-        for waited in status.get("waiting_for", []):
-            problem = codes.problem_from(waited)
-            if problem.code.check:
-                checks = {"advertise", "advertise_self"}
-                (other,) = checks - {problem.code.check}
-                self._keep(failed(problem.code.check, problem), skipped(other, "see the other"))
+        for condition in status.conditions:
+            check, problem = condition.code.check, condition.problem
+            if check and condition.blocks_ready:
+                (other,) = {"advertise", "advertise_self"} - {check}
+                self._keep(failed(check, problem), skipped(other, "see the other"))
                 return
-        if self.phase == "up" and self.config.ray.advertise_check:
+        if self.ray_state == "up" and self.config.ray.advertise_check:
             said = "the daemon has seen it before it started Ray"
             self._keep(passed("advertise", said), passed("advertise_self", said))
         else:

@@ -22,7 +22,7 @@ class HubPeer:
     session: str = ""
     hello: Hello | None = None
     since: float = field(default_factory=time.time)
-    """Wall-clock seconds of the last change between up, parked and away."""
+    """Wall-clock seconds of the last change between up, parked and down."""
     link_stats: LinkStats = field(default_factory=LinkStats)
     lost: str | None = None
     """Why there is no session, where it did not end in order; None: there is one, or it did."""
@@ -44,9 +44,9 @@ class HubPeer:
 
     @property
     def state(self) -> str:
-        """`up`, `parked` or `away`."""
+        """`up`, `parked` or `down`."""
         if self.mux is None or self.mux.ended:
-            return "away"
+            return "down"
         return "up" if self.mux.lanes else "parked"
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Any
 
 BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Upper bounds, in seconds, of the classes in which ride-throughs are counted."""
@@ -91,18 +90,3 @@ class LinkStats:
     def bytes_moved(self, received: int, sent: int) -> tuple[int, int]:
         """Bytes in and out of all sessions; those of the present one are passed in."""
         return self._bytes[0] + received, self._bytes[1] + sent
-
-    def to_wire(self) -> dict[str, Any]:
-        """For the status."""
-        cut = self.last_cut
-        return {
-            "cuts": self.cuts,
-            "ridden_through": self.ridden_through,
-            "last_cut": None
-            if cut is None
-            else {
-                "began": round(cut.began, 1),
-                "seconds": None if cut.seconds is None else round(cut.seconds, 3),
-                "ridden_through": cut.ridden_through,
-            },
-        }

@@ -14,7 +14,7 @@ from typing import Any
 from rayfwd.problems import Problem
 from rayfwd.system.logs import get_logger
 from rayfwd.watch import conditions
-from rayfwd.watch.conditions import Condition, Key, Seen, Tracked
+from rayfwd.watch.conditions import Alarm, Condition, Finding, Key
 
 _log = get_logger(__name__)
 
@@ -37,7 +37,7 @@ class Board:
     ) -> None:
         self.head = ""
         """The head's name, whose faults explain other nodes'; empty: not known yet."""
-        self._found: dict[str, dict[Key, Tracked]] = {}
+        self._found: dict[str, dict[Key, Alarm]] = {}
         self._quiet: set[str] = set()
         self._said: dict[tuple[str, Key], bool] = {}
         """Which were logged: True as a root, False as explained by another."""
@@ -53,11 +53,16 @@ class Board:
         """All that shows, the roots before the rest, in the order of the watchers."""
         return self._shown
 
+    def ids_of(self, watcher: str) -> tuple[str, ...]:
+        """Of the conditions that this watcher finds, as far as they show."""
+        alarms = self._found.get(watcher, {}).values()
+        return tuple(alarm.condition(self._own).id for alarm in alarms if alarm.shown)
+
     def put(self, watcher: str, found: Mapping[str, Problem]) -> None:
         """All that this watcher finds now, one a subject."""
-        self.put_all(watcher, [Seen(subject, problem) for subject, problem in found.items()])
+        self.put_all(watcher, [Finding(subject, problem) for subject, problem in found.items()])
 
-    def put_all(self, watcher: str, found: Iterable[Seen], quiet: bool = False) -> None:
+    def put_all(self, watcher: str, found: Iterable[Finding], quiet: bool = False) -> None:
         """All that this watcher finds now. `quiet`: somebody else logs it."""
         if quiet:
             self._quiet.add(watcher)
@@ -71,14 +76,14 @@ class Board:
             if watcher not in but and len(left) < len(found):
                 self._replace(watcher, left)
 
-    def _replace(self, watcher: str, after: dict[Key, Tracked]) -> None:
+    def _replace(self, watcher: str, after: dict[Key, Alarm]) -> None:
         before = self._found.get(watcher, {})
         self._found[watcher] = after
         for key, old in before.items():
             if key not in after and self._said.pop((watcher, key), None) is not None:
                 code, subject, _ = key
                 lasted = round(time.time() - old.since)
-                _log.info("problem_over", node=subject, code=code, after_seconds=lasted)
+                _log.info("problem_over", node=subject, code=code.name, after_seconds=lasted)
         self._settle()
 
     def pending(self, watcher: str) -> bool:
@@ -88,9 +93,9 @@ class Board:
     def _settle(self) -> None:
         """What has lasted shows, roots are found, what is new is logged."""
         now = self._clock()
-        flat: dict[Key, Tracked] = {}
+        flat: dict[Key, Alarm] = {}
         for found in self._found.values():
-            flat |= {key: t for key, t in found.items() if key not in flat}
+            flat |= {key: alarm for key, alarm in found.items() if key not in flat}
         shown = {key: t for key, t in conditions.show(flat, now).items() if t.shown}
         explained = conditions.explain(shown, self.head, now)
         for found in self._found.values():
@@ -110,16 +115,16 @@ class Board:
         if before != self._shown:
             self._on_change()
 
-    def _say(self, watcher: str, key: Key, t: Tracked) -> None:
+    def _say(self, watcher: str, key: Key, t: Alarm) -> None:
         """Once as it shows; once more if it turns out to be a root after all."""
         said = self._said.get((watcher, key))
         if said or (said is False and t.root is not None):
             return
         self._said[watcher, key] = t.root is None
-        problem = t.seen.problem
-        fields = {"node": t.seen.subject, "cause": problem.cause, "remedy": problem.remedy}
-        if t.seen.seen_by:
-            fields["seen_by"] = t.seen.seen_by
+        problem = t.finding.problem
+        fields = {"node": t.finding.subject, "cause": problem.cause, "remedy": problem.remedy}
+        if t.finding.seen_by:
+            fields["seen_by"] = t.finding.seen_by
         if t.root is not None:
             _log.info(problem.code.name, **fields, explained_by=f"{t.root[0]} {t.root[1]}")
             return

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -26,6 +26,7 @@ from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.logs import get_logger
 from rayfwd.watch import reach
 from rayfwd.watch.board import Board
+from rayfwd.watch.canary_round import NodeResult, Round, StageResult
 from rayfwd.watch.reach import Peer
 
 FIRST_AFTER = 20.0
@@ -34,36 +35,6 @@ FIRST_AFTER = 20.0
 WATCHER = "canary"
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One canary, as it is kept and shown."""
-
-    began: float
-    """Seconds since the epoch."""
-    seconds: float
-    nodes: tuple[dict[str, Any], ...]
-    """A node each: name, address, ok, stages {stage: {ok, seconds, error}}, problem | null, judged
-    (false: it failed while its link or its Ray was down, which is not the canary's to judge)."""
-    problem: Problem | None
-    """What kept the canary itself from its work."""
-    cost: Mapping[str, float]
-
-    @property
-    def ok(self) -> bool:
-        """It could be sent, and every node passed: one that could not be judged has not."""
-        return self.problem is None and all(node["ok"] for node in self.nodes)
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "began": self.began,
-            "seconds": self.seconds,
-            "ok": self.ok,
-            "problem": self.problem.to_wire() if self.problem else None,
-            "nodes": list(self.nodes),
-            "cost": dict(self.cost),
-        }
 
 
 class CanaryOwner(Protocol):
@@ -136,7 +107,7 @@ class Canary:
     async def _round(self, situation: Situation) -> Round:
         began, clock = time.time(), time.monotonic()
         problem: Problem | None = None
-        rows: tuple[dict[str, Any], ...] = ()
+        rows: tuple[NodeResult, ...] = ()
         found: dict[str, Problem] = {}
         result = canary.CanaryRun()
         before = dict(self._owner.peers())
@@ -177,7 +148,7 @@ class Canary:
 
     def _tell(self, done: Round, found: Mapping[str, Problem]) -> None:
         self.last = done
-        failed = [node["name"] for node in done.nodes if not node["ok"]]
+        failed = [node.name for node in done.nodes if not node.ok]
         log = _log.info if done.ok else _log.warning
         cause = done.problem.cause if done.problem else None
         log("canary_back", ok=done.ok, seconds=done.seconds, failed=failed, cause=cause)
@@ -338,23 +309,16 @@ def _rows(
     seen: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     found: Mapping[str, Problem],
-) -> tuple[dict[str, Any], ...]:
+) -> tuple[NodeResult, ...]:
     rows = []
     for node in seen:
         plan = plans.get(node.address)
         name = plan.name if plan else node.address
-        problem = found.get(name)
-        rows.append(
-            {
-                "name": name,
-                "address": node.address,
-                "ok": failed_stage(result, node.node_id) is None,
-                "stages": {
-                    stage: {"ok": s.ok, "seconds": s.seconds, "error": s.error}
-                    for stage, s in result.stages.get(node.node_id, {}).items()
-                },
-                "problem": problem.to_wire() if problem else None,
-                "judged": problem is not None or failed_stage(result, node.node_id) is None,
-            }
-        )
-    return tuple(sorted(rows, key=lambda row: str(row["name"])))
+        problem, passed = found.get(name), failed_stage(result, node.node_id) is None
+        stages = {
+            stage: StageResult(s.ok, s.seconds, s.error)
+            for stage, s in result.stages.get(node.node_id, {}).items()
+        }
+        judged = problem is not None or passed
+        rows.append(NodeResult(name, node.address, passed, stages, problem, judged))
+    return tuple(sorted(rows, key=lambda row: row.name))

@@ -1,6 +1,7 @@
 """Conditions: when what a watcher finds shows, and what explains it.
 
-Pure: time is passed in. `step` follows what a watcher finds over time, `explain` finds the roots;
+A `Finding` is followed as an `Alarm`, and shows as a `Condition`. Pure: time is passed in. `step`
+follows what a watcher finds over time, `explain` finds the roots;
 `board.py` keeps, logs and times them. docs/conditions.md has a section for every code.
 """
 
@@ -24,7 +25,7 @@ def node_of(subject: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Finding:
     """Something wrong, as a watcher found it."""
 
     subject: str
@@ -34,6 +35,8 @@ class Seen:
     """The node that found it; empty: this one."""
     severity: Severity | None = None
     """Where it is another than its code's."""
+    blocks_ready: bool = False
+    """While it is there, this node is not ready. It shows at once."""
     explains: bool = True
     """False: it is no root of others (another machine that takes a node's name, say)."""
     confirmed: bool = False
@@ -50,126 +53,163 @@ Key = tuple[Code, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Something wrong, as it is shown. `since` is in seconds since the epoch."""
+    """Something wrong, as it is shown."""
 
-    code: Code
+    problem: Problem
     severity: Severity
     subject: str
     since: float
-    cause: str
-    remedy: str
+    """Seconds since the epoch."""
     seen_by: str
-    explained_by: tuple[Code, str] | None = None
-    """Code and subject of its root; None: it is one itself."""
+    explained_by: str | None = None
+    """The id of its root; None: it is one itself."""
+    blocks_ready: bool = False
+    """While it is there, the node that tells of it is not ready."""
+
+    @property
+    def code(self) -> Code:
+        return self.problem.code
+
+    @property
+    def id(self) -> str:
+        """Of one that is there, no other has the same."""
+        return _id(self.code, self.subject, self.seen_by)
 
     def to_wire(self) -> dict[str, Any]:
-        root = self.explained_by
+        """For the status."""
         return {
+            "id": self.id,
             "code": self.code.name,
             "severity": self.severity,
             "subject": self.subject,
             "since": round(self.since, 1),
-            "cause": self.cause,
-            "remedy": self.remedy,
+            "cause": self.problem.cause,
+            "remedy": self.problem.remedy,
             "seen_by": self.seen_by,
-            "explained_by": None if root is None else {"code": root[0].name, "subject": root[1]},
+            "explained_by": self.explained_by,
+            "blocks_ready": self.blocks_ready,
         }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Condition:
+        """The inverse of `to_wire`. Raises ValueError, KeyError and TypeError."""
+        root = data["explained_by"]
+        return cls(
+            codes.problem_from(data),
+            _severity(data["severity"]) or "error",
+            _text(data["subject"]),
+            float(data["since"]),
+            _text(data["seen_by"]),
+            None if root is None else _text(root),
+            data["blocks_ready"] is True,
+        )
+
+
+def _id(code: Code, subject: str, seen_by: str) -> str:
+    return f"{code}:{subject}:{seen_by}"
 
 
 @dataclass(frozen=True, slots=True)
-class Tracked:
-    """What a watcher finds, as it is followed. Times but `since` are on the clock of `step`."""
+class Alarm:
+    """A finding as it is followed from look to look: pending until it is due, then shown.
 
-    seen: Seen
-    first: float
+    Times but `since` are on the clock of `step`.
+    """
+
+    finding: Finding
+    began: float
     since: float
-    """Seconds since the epoch, of the first look that showed it."""
-    looks: int = 1
+    """Seconds since the epoch, of the first look that found it."""
+    samples: int = 1
+    """Looks in a row that found it."""
     shown: bool = False
-    root: tuple[Code, str] | None = None
+    root: Key | None = None
     root_over: float | None = None
     """When `root` was found to have ended; None: it has not."""
 
     @property
+    def code(self) -> Code:
+        return self.finding.problem.code
+
+    @property
     def severity(self) -> Severity:
-        return self.seen.severity or self.seen.problem.code.severity
+        return self.finding.severity or self.code.severity
 
     @property
     def due(self) -> float | None:
         """When it is to show, if it lasts; None: it shows, or must be found again first."""
-        if self.seen.confirmed and not self.shown:
-            return self.first
-        code = self.seen.problem.code
-        return (
-            None if self.shown or self.looks < code.min_samples else self.first + code.for_seconds
-        )
+        if self.shown:
+            return None
+        if self.finding.confirmed or self.finding.blocks_ready:
+            return self.began
+        pending = self.samples < self.code.min_samples
+        return None if pending else self.began + self.code.for_seconds
 
     def condition(self, own: str) -> Condition:
-        problem = self.seen.problem
+        """As node `own` shows it."""
+        root = self.root
         return Condition(
-            problem.code,
+            self.finding.problem,
             self.severity,
-            self.seen.subject,
+            self.finding.subject,
             self.since,
-            problem.cause,
-            problem.remedy,
-            self.seen.seen_by or own,
-            self.root,
+            self.finding.seen_by or own,
+            None if root is None else _id(root[0], root[1], root[2] or own),
+            self.finding.blocks_ready,
         )
 
 
 def step(
-    before: Mapping[Key, Tracked], found: Iterable[Seen], now: float, wall: float
-) -> dict[Key, Tracked]:
+    before: Mapping[Key, Alarm], found: Iterable[Finding], now: float, wall: float
+) -> dict[Key, Alarm]:
     """Follow what one watcher finds through one more look; what it no longer finds is left out."""
-    after: dict[Key, Tracked] = {}
-    for seen in found:
-        old = before.get(seen.key)
+    after: dict[Key, Alarm] = {}
+    for finding in found:
+        old = before.get(finding.key)
         if old is None:
-            after[seen.key] = Tracked(seen, now, wall)
+            after[finding.key] = Alarm(finding, now, wall)
         else:
-            after[seen.key] = replace(old, seen=seen, looks=old.looks + 1)
+            after[finding.key] = replace(old, finding=finding, samples=old.samples + 1)
     return after
 
 
-def show(tracked: Mapping[Key, Tracked], now: float) -> dict[Key, Tracked]:
+def show(alarms: Mapping[Key, Alarm], now: float) -> dict[Key, Alarm]:
     """Those that have lasted long enough show from now on."""
     return {
-        key: replace(t, shown=True) if t.due is not None and now >= t.due else t
-        for key, t in tracked.items()
+        key: replace(alarm, shown=True) if alarm.due is not None and now >= alarm.due else alarm
+        for key, alarm in alarms.items()
     }
 
 
-def explain(tracked: Mapping[Key, Tracked], head: str, now: float) -> dict[Key, Tracked]:
+def explain(alarms: Mapping[Key, Alarm], head: str, now: float) -> dict[Key, Alarm]:
     """Find the root of each, as far as another that is there explains it.
 
     A root is of the same node, or the head's. Nobody's word on another node explains anything.
     """
-    there: dict[str, dict[Code, Tracked]] = {}
-    for t in sorted(tracked.values(), key=_rank, reverse=True):
-        if t.seen.explains and _speaks_for_itself(t.seen, head):
-            there.setdefault(node_of(t.seen.subject), {})[t.seen.problem.code] = t
+    there: dict[str, dict[Code, Alarm]] = {}
+    for alarm in sorted(alarms.values(), key=_rank, reverse=True):
+        if alarm.finding.explains and _speaks_for_itself(alarm.finding, head):
+            there.setdefault(node_of(alarm.finding.subject), {})[alarm.code] = alarm
 
-    def root_of(one: Tracked, above: frozenset[Key]) -> Tracked | None:
-        code, node = one.seen.problem.code, node_of(one.seen.subject)
+    def root_of(one: Alarm, above: frozenset[Key]) -> Alarm | None:
+        code, node = one.code, node_of(one.finding.subject)
         causes = [
             other
             for of in {node, head}
             for by, other in there.get(of, {}).items()
             if (code.may_follow_from(by) if by != code else code.heads_explains and of != node)
-            and other.seen.key not in above
+            and other.finding.key not in above
         ]
         if not causes:
             return None
         first = min(causes, key=_rank)
-        return root_of(first, above | {first.seen.key}) or first
+        return root_of(first, above | {first.finding.key}) or first
 
-    after: dict[Key, Tracked] = {}
-    for key, one in tracked.items():
+    after: dict[Key, Alarm] = {}
+    for key, one in alarms.items():
         root = root_of(one, frozenset({key}))
         if root is not None:
-            told = (root.seen.problem.code, root.seen.subject)
-            after[key] = replace(one, root=told, root_over=None)
+            after[key] = replace(one, root=root.finding.key, root_over=None)
         elif one.root is None:
             after[key] = one
         elif one.root_over is None:
@@ -181,17 +221,14 @@ def explain(tracked: Mapping[Key, Tracked], head: str, now: float) -> dict[Key, 
     return after
 
 
-def _rank(one: Tracked) -> tuple[int, float, tuple[str, str, str]]:
+def _rank(one: Alarm) -> tuple[int, float, tuple[str, str, str]]:
     """The worst first, of these the oldest."""
-    return (
-        SEVERITIES.index(one.severity),
-        one.first,
-        (one.seen.problem.code.name, *one.seen.key[1:]),
-    )
+    code, subject, seen_by = one.finding.key
+    return SEVERITIES.index(one.severity), one.began, (code.name, subject, seen_by)
 
 
-def _speaks_for_itself(seen: Seen, head: str) -> bool:
-    return seen.seen_by in {"", head, node_of(seen.subject)}
+def _speaks_for_itself(finding: Finding, head: str) -> bool:
+    return finding.seen_by in {"", head, node_of(finding.subject)}
 
 
 def worst(conditions: Sequence[Condition]) -> Condition | None:
@@ -219,24 +256,29 @@ def message(conditions: Iterable[Condition]) -> dict[str, Any]:
     }
 
 
-def from_message(message: Mapping[str, Any], seen_by: str | None) -> list[Seen]:
+def from_message(message: Mapping[str, Any], seen_by: str | None) -> list[Finding]:
     """What another node told of; `seen_by` where it may speak for itself alone.
 
     Of what is its root the node here judges by itself. Raises ValueError.
     """
     try:
         return [
-            Seen(
+            Finding(
                 _text(row["subject"], 200),
                 _code(row["code"]).problem(_text(row["cause"]), _text(row["remedy"])),
                 seen_by or _text(row["seen_by"], 200),
-                row["severity"] if row["severity"] in SEVERITIES else None,
+                _severity(row["severity"]),
                 confirmed=True,
             )
             for row in list(message["conditions"])[:MOST_TOLD]
         ]
     except (KeyError, TypeError) as exc:
         raise ValueError(f"conditions: {exc!r}") from exc
+
+
+def _severity(value: Any) -> Severity | None:
+    """None: another version's."""
+    return next((known for known in SEVERITIES if known == value), None)
 
 
 def _code(value: Any) -> Code:

@@ -13,7 +13,7 @@ from statistics import median
 
 from rayfwd import codes
 from rayfwd.problems import Problem
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 
 INTERVAL = 2.0
 """Seconds between two looks."""
@@ -100,20 +100,20 @@ class LinkRules:
     def __init__(self) -> None:
         self._past: dict[str, _Past] = {}
 
-    def look(self, links: Mapping[str, LinkSeen], now: float) -> list[Seen]:
+    def look(self, links: Mapping[str, LinkSeen], now: float) -> list[Finding]:
         """One look. `now` is in seconds, of a clock that does not jump."""
         self._past = {name: past for name, past in self._past.items() if name in links}
-        found: list[Seen] = []
+        found: list[Finding] = []
         for name, link in links.items():
             past = self._past.setdefault(name, _Past(dict(link.losses)))
             for lane, times in _flapping(past, link, now).items():
-                found.append(Seen(f"{name}/{lane}", _flaps(lane, name, times, link.said)))
+                found.append(Finding(f"{name}/{lane}", _flaps(lane, name, times, link.said)))
             usual = _slow(past, link, now)
             if usual is not None and link.round_trip is not None:
-                found.append(Seen(name, _is_slow(name, link.round_trip, usual)))
+                found.append(Finding(name, _is_slow(name, link.round_trip, usual)))
             past.thin = _thin(past, link, now)
             if past.thin is not None and past.thin.counts:
-                found.append(Seen(name, _is_thin(name, past.thin)))
+                found.append(Finding(name, _is_thin(name, past.thin)))
         return found
 
 

@@ -15,7 +15,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status_text import RayStatus
-from rayfwd.watch.conditions import Seen
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.interruptions import Interruptions
 
 STALE_SECONDS = 20.0
@@ -40,7 +40,7 @@ def ageing(status: RayStatus, wall_time: float) -> bool:
     return status.as_of is not None and wall_time - status.as_of > AGEING_SECONDS
 
 
-def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Seen]:
+def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Finding]:
     """The head, where Ray's totals are not renewed any more."""
     if status.as_of is None or wall_time - status.as_of <= STALE_SECONDS:
         return []
@@ -51,14 +51,14 @@ def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Seen]:
         "look at monitor.log and monitor.err in Ray's session directory on the head, and restart "
         "Ray there; until then nobody sees what joins, and tasks run as before",
     )
-    return [Seen(head, problem)]
+    return [Finding(head, problem)]
 
 
 def fewer_than_declared(
     nodes: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     declared: Mapping[str, Mapping[str, float]],
-) -> list[Seen]:
+) -> list[Finding]:
     """Nodes that are ALIVE with less than their configuration declares, or with nothing.
 
     `plans` and `declared` are by address; a node without either is left out. What is not declared
@@ -88,7 +88,7 @@ def fewer_than_declared(
             "ray.num_gpus and ray.resources; a Ray that was started by hand must be ended, and "
             "rayfwd starts its own (where ray.start = false, `rayfwd plan` prints the command)",
         )
-        found.append(Seen(plan.name, problem))
+        found.append(Finding(plan.name, problem))
     return found
 
 
@@ -102,7 +102,7 @@ def one_address_twice(
     interruptions: Interruptions,
     gives_up_after: float,
     wall_time: float,
-) -> list[Seen]:
+) -> list[Finding]:
     """Addresses with which several nodes are ALIVE.
 
     One that went and has come back is there twice until Ray gives its old self up, which takes
@@ -125,15 +125,15 @@ def one_address_twice(
             "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
             "on the node has the pid of the one that rayfwd watches)",
         )
-        found.append(Seen(name, problem))
+        found.append(Finding(name, problem))
     return found
 
 
-def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Seen]:
+def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Finding]:
     """Nodes (of `up`: their own rayfwd has Ray up) that the node table does not have ALIVE."""
     alive = {node.address for node in nodes if node.state == "ALIVE"}
     return [
-        Seen(
+        Finding(
             plan.name,
             codes.RAY_NOT_LISTED.problem(
                 f"Ray is up on {plan.name} ({plan.address}), and the head's node table "
@@ -154,7 +154,7 @@ def nodes_without_resources(
     names: Mapping[str, str],
     declared: Mapping[str, Mapping[str, float]],
     wall_time: float,
-) -> list[Seen]:
+) -> list[Finding]:
     """Nodes that are ALIVE in the node table while the totals lack what they bring.
 
     `names` gives a node's name for its address, `declared` what its configuration says it brings.
@@ -194,7 +194,7 @@ def nodes_without_resources(
         suspects = _fewest_that_explain(short, suspects, brings, expected_of_others)
         unlisted = []
     return [
-        Seen(name, _problem(name, n, brings[n.node_id], status, expected, wall_time))
+        Finding(name, _problem(name, n, brings[n.node_id], status, expected, wall_time))
         for n in [*certain, *(unlisted or suspects)]
         if (name := names.get(n.address, n.address))
     ]

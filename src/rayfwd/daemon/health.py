@@ -1,0 +1,103 @@
+"""How the daemon is, made of the one list of conditions: ready or not, the one line, the status.
+
+Nothing else says what is wrong. It keeps two facts of the runtime.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from rayfwd import __version__, codes, status
+from rayfwd.daemon.node import LISTENERS, RAY
+from rayfwd.daemon.role import Role
+from rayfwd.status import Status
+from rayfwd.watch.conditions import Condition, worst
+
+
+class Health:
+    """Of one role. The runtime sets `ready_said` and `stopping`."""
+
+    def __init__(self, role: Role) -> None:
+        self.ready_said = False
+        """The service manager was told READY."""
+        self.stopping = False
+        self._role = role
+        self._started = time.time()
+
+    def waiting_for(self) -> list[Condition]:
+        """What keeps this node from being ready, roots first."""
+        return [c for c in self._role.node.board.conditions if c.blocks_ready]
+
+    def state(self) -> str:
+        """`starting`, `waiting`, `ready` or `stopping`."""
+        if self.stopping:
+            return "stopping"
+        waits = self.waiting_for()
+        if not waits:
+            return "ready"
+        first_start = not self.ready_said and all(c.code is codes.RAY_STARTING for c in waits)
+        return "starting" if first_start else "waiting"
+
+    def summary(self) -> str:
+        """One line in plain words, for systemd and for people."""
+        if self.stopping:
+            return "stopping"
+        if waits := self.waiting_for():
+            return f"waiting: {waits[0].problem.cause}"
+        node = self._role.node
+        bad = worst(node.board.conditions)
+        if bad is not None and bad.severity != "note":
+            return f"ready, but: {bad.problem.cause}"
+        note = f"; {bad.problem.cause}" if bad is not None else ""
+        nodes, listeners = len(node.view.nodes), node.listeners.open
+        return f"ready: {nodes} nodes in the plan, {listeners} listeners{note}"
+
+    def now(self) -> Status:
+        """The whole of it, now."""
+        role, node = self._role, self._role.node
+        part = role.status()
+        return Status(
+            version=__version__,
+            role=node.config.role,
+            name=node.config.name,
+            pid=os.getpid(),
+            uptime=round(time.time() - self._started, 1),
+            state=self.state(),
+            summary=self.summary(),
+            conditions=node.board.conditions,
+            node=node.view.own,
+            link=part.link,
+            workers=part.workers,
+            clients=part.clients,
+            streams=part.streams,
+            bytes=part.bytes,
+            listeners=status.Listeners(
+                open=node.listeners.open,
+                blocked=len(node.listeners.blocked),
+                conditions=node.board.ids_of(LISTENERS),
+                refused=tuple(
+                    status.RefusedUser(user=user, connections=count)
+                    for user, count in node.listeners.admission.refused.most_common()
+                ),
+            ),
+            ray=self._ray(),
+            cluster=role.cluster,
+            canary=node.canary.last,
+            roster=part.roster,
+        )
+
+    def _ray(self) -> status.Ray:
+        node = self._role.node
+        ray = node.ray.state
+        return status.Ray(
+            state=ray.phase,
+            since=ray.since,
+            version=ray.versions.ray if ray.versions else None,
+            python=ray.versions.python if ray.versions else None,
+            pid=ray.pid,
+            adopted=ray.adopted,
+            restarts=ray.restarts,
+            conditions=node.board.ids_of(RAY),
+            command=ray.command,
+        )
