@@ -4,7 +4,7 @@ Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs
 (everything below tests/lab/ has it), `systemd` boots machines (everything below tests/systemd/).
 Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all. `alone` is for a
 file that measures how long something takes: where files run side by side (`pytest -n 3`), none
-runs beside it.
+runs beside it. `runs` names commands of the documents that a test runs (`tests/commands.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import commands
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
 
@@ -115,6 +116,37 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if (marker := item.get_closest_marker("ray")) is not None:
         for version in marker.args or ("2.60.0",):
             need(no_ray(version))
+
+
+# What was run for a test: by itself, and by the fixtures that it has, whenever they were made.
+
+commands.listen()
+_by_fixtures: dict[object, list[list[str]]] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[None, object, object]:
+    """Remember what a fixture has run."""
+    start = commands.position()
+    try:
+        return (yield)
+    finally:
+        _by_fixtures[fixturedef] = commands.since(start)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that passes without having run what it says it runs."""
+    start = commands.position()
+    result = yield
+    ran = commands.since(start)
+    for made in getattr(item, "_fixtureinfo").name2fixturedefs.values():  # noqa: B009  # for mypy
+        ran += _by_fixtures.get(made[-1], [])
+    for marker in item.iter_markers("runs"):
+        for command in marker.args:
+            if not commands.is_run(command, ran):
+                pytest.fail(f"{item.name} names `{command}`, and did not run it", False)
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -45,6 +45,7 @@ def test_the_box_sees_what_is_left(box: Box) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("uid", [None, NOBODY], ids=["as ourselves", "as nobody"])
+@pytest.mark.runs("rayfwd demo")
 def test_to_its_end(box: Box, uid: int | None) -> None:
     need("another user can only be had by root" if uid and os.geteuid() != 0 else None)
     box.demo("--ray", RAY, uid=uid)

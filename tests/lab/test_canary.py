@@ -113,6 +113,7 @@ def test_on_demand_from_a_worker_that_has_it_off(cluster: Cluster) -> None:
     assert [node["name"] for node in answer["nodes"]] == ["head", "w1"]
 
 
+@pytest.mark.runs("rayfwd canary")
 def test_a_line_a_node(cluster: Cluster) -> None:
     argv = [str(cluster.lab.rayfwd), "canary", "--config", CONFIG]
     lines = cluster.lab.machine("head").run(argv, timeout=150).stdout.splitlines()

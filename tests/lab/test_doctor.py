@@ -415,6 +415,7 @@ def test_as_the_services_user(cluster: Cluster) -> None:
     assert "fail  host_key        host_key_unknown" in ran.stdout
 
 
+@pytest.mark.runs("rayfwd doctor --report")
 def test_a_report(cluster: Cluster) -> None:
     """Beside a daemon, with its real status, configuration and log, and no secret of theirs."""
     cluster.configs["w2"]["ray"]["env"] = {"MY_API_KEY": "open-sesame"}

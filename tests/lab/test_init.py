@@ -113,6 +113,13 @@ def test_the_line_is_exact(line: str) -> None:
     )
 
 
+@pytest.mark.runs(
+    "rayfwd init head --ray *",
+    "rayfwd init worker --head * --ray * --fingerprint *",
+    "rayfwd init worker",
+    "rayfwd run",
+    "rayfwd status",
+)
 def test_the_link_stands_with_that_key_alone(lab: Lab, linked: None) -> None:
     said = lab.machine("head").run([str(lab.rayfwd), "status", "--json"], check=False).stdout
     assert '"w1"' in said
@@ -166,6 +173,7 @@ def test_the_key_reads_no_files(lab: Lab, linked: None) -> None:
     assert not w1.host_path(f"{HOME}/stolen").exists()
 
 
+@pytest.mark.runs("rayfwd uninstall", "rayfwd uninstall --purge")
 def test_uninstall_keeps_what_was_edited(lab: Lab, linked: None) -> None:
     """The configuration was, by `start`; what the daemon has written is its own."""
     w1 = lab.machine("w1")

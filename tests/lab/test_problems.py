@@ -264,6 +264,7 @@ def test_listener_blocked(cluster: Cluster) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("end")
+@pytest.mark.runs("rayfwd reload")
 def test_metrics_blocked_and_a_forward_to_nobody(cluster: Cluster) -> None:
     """The first ends with what has the port, the second with a better file that is read again."""
     w1, port = cluster.lab.machine("w1"), 9477

@@ -19,6 +19,7 @@ def system_state(machine: Machine) -> str:
     return machine.systemctl("is-system-running", check=False).strip()
 
 
+@pytest.mark.runs("systemctl is-system-running")
 def test_head_reboots(cluster: Cluster) -> None:
     """Its Ray is another one afterwards: the worker's joins that."""
     cluster.head.reboot()

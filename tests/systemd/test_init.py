@@ -101,6 +101,7 @@ def on_a_terminal(machine: Machine, typed: str) -> str:
     return machine.run(["script", "-qec", line, "/dev/null"], input=typed, check=False).stdout
 
 
+@pytest.mark.runs("rayfwd init worker --head * --ray *", "rayfwd init worker --fingerprint *")
 def test_worker(head: Machine, worker: Machine) -> None:
     said = on_a_terminal(worker, "yes\n")
     assert head.fingerprint in said
@@ -124,6 +125,7 @@ def test_worker(head: Machine, worker: Machine) -> None:
     assert public in again, "the line can be had again"
 
 
+@pytest.mark.runs("rayfwd uninstall --dry-run")
 def test_uninstall_leaves_nothing(
     head: Machine, worker: Machine, bare: dict[str, list[str]]
 ) -> None:

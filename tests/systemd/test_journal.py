@@ -94,6 +94,25 @@ def test_severities(stages: Stages, worker: Machine) -> None:
     assert {entry["PRIORITY"] for entry in worker.events()} <= {"3", "4", "6"}
 
 
+@pytest.mark.runs(
+    "journalctl -u rayfwd",
+    "journalctl -u rayfwd -f",
+    "journalctl -u rayfwd -o json",
+    "journalctl -u rayfwd -p warning",
+)
+def test_the_documents_ways_to_read_it(worker: Machine) -> None:
+    def said(*words: str) -> str:
+        """Ended after two seconds where it goes on by itself."""
+        asked = ["timeout", "2", "journalctl", "--no-pager", "-u", "rayfwd", *words]
+        return worker.run(asked, check=False).stdout
+
+    assert "plan_received" in said()
+    assert "plan_received" in said("-f", "-n", "all")
+    events = {json.loads(line).get("EVENT") for line in said("-o", "json").splitlines()}
+    assert "plan_received" in events
+    assert "plan_received" not in said("-p", "warning")
+
+
 def test_what_ray_writes_is_tamed(worker: Machine) -> None:
     """Colours, a line of 300 kB, and more lines than anybody reads."""
     line = {name: f"{name}-marker" for name in ("coloured", "long", "many")}

@@ -55,6 +55,13 @@ def nodes(head: Machine) -> list[str]:
     return [entry["name"] for entry in head.status()["roster"]]
 
 
+@pytest.mark.runs(
+    "systemctl disable --now rayfwd",
+    "rayfwd init head",
+    "rayfwd init worker --head * --fingerprint *",
+    "systemctl restart rayfwd",
+    "systemctl enable --now --no-block rayfwd",
+)
 def test_the_head_moves(moved: Cluster, head: Machine, heir: Machine, worker: Machine) -> None:
     before = worker.status()["node"]
     head.systemctl("disable", "--now", "rayfwd")
@@ -75,6 +82,7 @@ def test_the_head_moves(moved: Cluster, head: Machine, heir: Machine, worker: Ma
     assert worker.status()["node"] == before, "its address and its ports are its own"
 
 
+@pytest.mark.runs("mv /etc/rayfwd/id_ed25519 /etc/rayfwd/id_ed25519.old")
 def test_a_workers_key_is_rotated(moved: Cluster, heir: Machine, worker: Machine) -> None:
     worker.run(["mv", KEY, f"{KEY}.old"])
     said = worker.run(["rayfwd", "init", "worker"]).stdout
@@ -85,6 +93,7 @@ def test_a_workers_key_is_rotated(moved: Cluster, heir: Machine, worker: Machine
     worker.wait_for(ActiveState="active")
 
 
+@pytest.mark.runs("rayfwd uninstall --purge", "rayfwd forget *")
 def test_a_node_is_removed(moved: Cluster, heir: Machine, worker: Machine) -> None:
     worker.run(["rayfwd", "uninstall", "--purge"], timeout=150)
     heir.run(["rayfwd", "forget", "worker"])

@@ -182,6 +182,7 @@ def test_a_restart_leaves_ray_alone(kept: Kept, name: str) -> None:
     assert machine.events("ray_adopted")[-1]["OURS"] == "true"
 
 
+@pytest.mark.runs("/opt/rayfwd/bin/pip install --upgrade *")
 def test_an_upgrade_leaves_ray_alone(kept: Kept) -> None:
     """As docs/operations.md has it, each file of rayfwd replaced under its keeper."""
     wheel = "/opt/rayfwd/bin/pip install --upgrade --force-reinstall --no-deps /wheels/rayfwd-*.whl"
@@ -205,6 +206,7 @@ def test_a_daemon_that_is_killed_comes_back_to_its_ray(kept: Kept, name: str) ->
     kept.check()
 
 
+@pytest.mark.runs("systemctl reload rayfwd")
 def test_a_reload_takes_effect_without_a_break(kept: Kept) -> None:
     """A forward is opened and leads nowhere, until the other side exposes the port."""
     head, worker = kept.cluster.head, kept.cluster.worker
@@ -265,6 +267,7 @@ def test_a_reload_of_a_broken_file_changes_nothing(kept: Kept) -> None:
     worker.systemctl("reload", "rayfwd")
 
 
+@pytest.mark.runs("systemctl status rayfwd")
 def test_a_mistake_in_the_file_ends_it_with_a_line_and_leaves_ray_alone(kept: Kept) -> None:
     worker = kept.cluster.worker
     file = edit(worker, with_key("ride_through = 1"))
@@ -465,6 +468,7 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
     assert group(worker, raylet(worker)) == "rayfwd-ray.service"
 
 
+@pytest.mark.runs("systemctl stop rayfwd")
 def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
     for machine in reversed(kept.cluster.lab.machines):
         machine.systemctl("stop", "rayfwd")

@@ -29,6 +29,7 @@ def test_it_is_a_cluster(own: Cluster) -> None:
         assert config == "600 ray\n"
 
 
+@pytest.mark.runs("systemctl --user restart rayfwd")
 def test_a_restart_costs_no_call_and_leaves_ray_alone(own: Cluster) -> None:
     """A user's service manager keeps descriptors, and says what it is about, as the machine's."""
     job, raylets = own.job(), own.raylets()

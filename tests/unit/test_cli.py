@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from rayfwd import __version__
-from rayfwd.cli import VERBS, main
+from rayfwd.cli import VERBS
 from rayfwd.cli.screen import duration, size
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
 from rayfwd.system.control import ControlServer
+from tests.commands import main
 
 NETWORK = "127.77.0.0/16"
 KEY = "k" * 32
@@ -179,6 +180,7 @@ def test_a_daemon_that_cannot_begin_says_so_in_the_log(tmp_path: Path) -> None:
 # -- check --------------------------------------------------------
 
 
+@pytest.mark.runs("rayfwd check")
 def test_check_of_a_head(head_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--config", str(head_file)]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -265,6 +267,7 @@ PLAN = {
 }
 
 
+@pytest.mark.runs("rayfwd plan")
 def test_plan_of_a_head_from_the_roster(head_file: Path, tmp_path: Path, capsys: Any) -> None:
     Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
     before = (tmp_path / "roster.json").stat().st_mtime_ns
@@ -455,6 +458,7 @@ def test_forget_without_a_daemon(head_file: Path, tmp_path: Path, capsys: Any) -
     assert "no worker named w1" in capsys.readouterr().out
 
 
+@pytest.mark.runs("rayfwd forget *")
 def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path) -> None:
     Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
     with daemon(tmp_path, forget={"forgotten": True}):
@@ -524,6 +528,7 @@ def read_all(end: socket.socket) -> bytes:
     return bytes(out)
 
 
+@pytest.mark.runs("rayfwd attach")
 def test_attach_carries_bytes_both_ways_at_once(tmp_path: Path) -> None:
     up, down = os.urandom(5_000_000), os.urandom(7_000_000)
     with attached(tmp_path / "hub.sock") as (process, end):

@@ -774,6 +774,7 @@ def head_file(directory: Path, text: str = "") -> Path:
     return path
 
 
+@pytest.mark.runs("rayfwd doctor --json")
 def test_a_head_as_json(tmp_path: Path) -> None:
     ran = rayfwd("--config", head_file(tmp_path), "doctor", "--json")
     whole = json.loads(ran.stdout)
@@ -787,6 +788,7 @@ def test_a_head_as_json(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists(), "it makes nothing"
 
 
+@pytest.mark.runs("rayfwd doctor")
 def test_a_line_a_check_and_the_remedy(tmp_path: Path) -> None:
     ran = rayfwd("--config", head_file(tmp_path), "doctor")
     lines = ran.stdout.splitlines()

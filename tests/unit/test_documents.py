@@ -1,13 +1,15 @@
-"""Every command in the documents: held to where it is run, or to why it is not; and every link.
+"""Every command in the documents: held to a test that runs it, or to why none does; and every link.
 
-A command of rayfwd's is parsed by its own command line besides. What is set apart is a block
-indented by four, or a word in a list's backquotes that begins with one of `PROGRAMS`.
+Which test runs which is said at the tests (`tests/commands.py`). A command of rayfwd's is parsed by
+its own command line besides. What is set apart is a block indented by four, or a word in a list's
+backquotes that begins with one of `PROGRAMS`.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ import pytest
 from rayfwd.cli import VERBS, _parser
 from rayfwd.setup import texts
 from rayfwd.setup.request import user_layout
+from tests.commands import matches
+from tests.commands import named as named_by_tests
+from tests.systemd.install import README
 
 CHECKOUT = Path(__file__).parents[2]
 DOCUMENTS = (
@@ -38,68 +43,22 @@ PROGRAMS = (
     "mv ",
 )
 
-SERVICE = "tests/systemd/test_service.py"
-OPERATIONS = "tests/systemd/test_operations.py"
-INIT = "tests/lab/test_init.py"
-ROOT = "tests/lab/test_init_root.py"
-CLI = "tests/unit/test_cli.py"
+# The README's commands as `tests/systemd/install.py` runs them, which makes each machine from them.
+INSTALLS = [part.strip() for part in README.format(wheel=".").split("&&")]
 
-# The beginning of a command, and the file that runs it with a word that is found there.
-RUN = {
-    "rayfwd init": (INIT, '"init", "worker"'),
-    "rayfwd connect": ("tests/lab/test_client.py", '"connect"'),
-    "rayfwd uninstall": (ROOT, '"$rayfwd" uninstall --purge'),
-    "rayfwd check": (ROOT, '"$rayfwd" check'),
-    "rayfwd status": (INIT, '"status", "--json"'),
-    "rayfwd status --watch": ("tests/unit/test_status_watch.py", "--watch"),
-    "rayfwd canary": ("tests/lab/test_canary.py", '"canary"'),
-    "rayfwd trace": ("tests/unit/test_trace.py", '"trace"'),
-    "rayfwd doctor": ("tests/lab/test_doctor.py", '"doctor"'),
-    "rayfwd doctor --report": ("tests/lab/test_doctor.py", '"--report"'),
-    "rayfwd doctor --report --with-logs": ("tests/systemd/test_journal.py", '"--with-logs"'),
-    "rayfwd explain": ("tests/unit/test_conditions.py", "explain.run"),
-    "rayfwd forget": (OPERATIONS, '"forget"'),
-    "rayfwd plan": (CLI, '"plan"'),
-    "rayfwd run": (INIT, '"run"'),
-    "rayfwd attach": (INIT, "attach"),
-    "rayfwd reload": ("tests/unit/test_reload.py", '"reload"'),
-    "rayfwd keeper": ("tests/unit/test_keeper.py", '"keeper"'),
-    "systemctl restart rayfwd": (SERVICE, 'systemctl("restart", "rayfwd")'),
-    "systemctl --user restart rayfwd": (
-        "tests/systemd/cluster.py",
-        'systemctl("restart", "rayfwd", user=self.user)',
-    ),
-    "systemctl disable --now rayfwd": (OPERATIONS, '"disable", "--now", "rayfwd"'),
-    "mv /etc/rayfwd/id_ed25519": (OPERATIONS, '"mv", KEY'),
-    "systemctl is-system-running": ("tests/systemd/test_boot.py", '"is-system-running"'),
-    "systemctl reload rayfwd": (SERVICE, 'systemctl("reload", "rayfwd")'),
-    "systemctl stop rayfwd": (SERVICE, 'systemctl("stop", "rayfwd")'),
-    "systemctl status rayfwd": (SERVICE, '"systemctl", "status"'),
-    "/opt/rayfwd/bin/pip install --upgrade": (SERVICE, "pip install --upgrade"),
-    "rayfwd demo": ("Makefile", "rayfwd demo"),
-    "python3 -m venv": ("tests/lab/package.py", '"venv"'),
-    "ln -s /opt/rayfwd/bin/rayfwd": ("tests/systemd/install.py", "ln -s /opt/rayfwd/bin/rayfwd"),
-    "systemctl enable --now --no-block rayfwd": (
-        "tests/systemd/cluster.py",
-        '"enable", "--now", "--no-block", "rayfwd"',
-    ),
-    "journalctl": ("tests/systemd/machines.py", '"journalctl"'),
-    "make test": (".ci/run", "checks ray-envs roots"),
-    "make checks": (".ci/run", "checks ray-envs roots"),
-    "make fast": ("Makefile", "fast:"),
-    "make manual": ("Makefile", "manual:"),
-    "make demo": ("tests/demo/test_demo.py", "demo"),
-    ".venv/bin/python -m pytest": ("Makefile", "$(BIN)/python -m pytest"),
-}
-
-# Run by no test that this file could name, and why.
+# Run by no test, and why.
 NOT_RUN = {
     "systemctl --user": "a name, not a command",
+    "journalctl --user": "a name, not a command",
+    "rayfwd connect": "a name; it does nothing without a head",
+    "rayfwd forget": "a name; it does nothing without a node",
+    "rayfwd init": "a name; it does nothing without a role",
+    "systemctl stop rayfwd-ray": "what `systemctl stop rayfwd` does besides",
     "ray stop": "would end every Ray of this machine",
-    "ray start": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
+    "ray start*": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
     "ray status": "run by rayfwd itself",
     "ray job submit": "Ray's own",
-    "make clean": "would remove the environment that runs this",
+    ".venv/bin/python -m pytest *": "what runs this",
 }
 
 
@@ -112,14 +71,15 @@ def commands() -> list[tuple[str, str]]:
         lines += [m[1] for m in re.finditer(r"`([^`\n]+)`", text)]
         for line in lines:
             command = re.sub(r"\s{2,}#.*", "", line).strip()
+            command = re.sub(r" \[[^]]*\]", "", command)  # options that may be left out
             if command.startswith((*PROGRAMS, ".venv/")) and "…:" not in command:
                 found += [(name, part.strip()) for part in command.split("&&")]
     return sorted(set(found))
 
 
-def longest(command: str, table: dict[str, object]) -> str | None:
-    fitting = [key for key in table if command == key or command.startswith(key)]
-    return max(fitting, key=len, default=None)
+def excused(command: str) -> str | None:
+    """The entry of `NOT_RUN` that is meant."""
+    return next((key for key in NOT_RUN if fnmatchcase(command, key)), None)
 
 
 def test_there_are_commands() -> None:
@@ -128,16 +88,19 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(("name", "command"), commands())
-def test_a_command_is_run_somewhere_or_said_not_to_be(name: str, command: str) -> None:
-    where = longest(command, dict(RUN))
-    if where is None:
-        if command.startswith("/opt/rayfwd/bin/pip install ."):
-            where = "python3 -m venv"
-        else:
-            assert longest(command, dict(NOT_RUN)), f"{name}: `{command}` is in neither list"
-            return
-    path, word = RUN[where]
-    assert word in (CHECKOUT / path).read_text(), f"{path} no longer runs `{where}`"
+def test_a_command_is_run_by_a_test(name: str, command: str) -> None:
+    """A test that names it has `@pytest.mark.runs`, and fails where it runs something else."""
+    if command in INSTALLS or excused(command):
+        return
+    tests = [test for named, found in named_by_tests().items() for test in found
+             if matches(command, named)]  # fmt: skip
+    assert tests, f"{name}: no test has @pytest.mark.runs for `{command}`"
+
+
+def test_what_is_excused_is_run_by_none() -> None:
+    for command in {command for _, command in commands()}:
+        if (key := excused(command)) is not None:
+            assert not [n for n in named_by_tests() if matches(command, n)], f"{key} is run"
 
 
 @pytest.mark.parametrize(("name", "command"), [c for c in commands() if c[1].startswith("rayfwd ")])
@@ -149,8 +112,11 @@ def test_rayfwds_own_commands_are_understood(name: str, command: str) -> None:
 
 
 def test_every_entry_is_used() -> None:
-    used = {longest(c, dict(RUN)) or longest(c, dict(NOT_RUN)) for _, c in commands()}
-    assert set(RUN) | set(NOT_RUN) == used - {None}
+    written = {command for _, command in commands()}
+    assert set(NOT_RUN) == {excused(command) for command in written} - {None}
+    assert set(INSTALLS) <= written
+    spoken = {n for n in named_by_tests() if any(matches(command, n) for command in written)}
+    assert set(named_by_tests()) == spoken, "a test names a command that no document has"
 
 
 def test_the_next_command_is_the_one_documented() -> None:

@@ -68,6 +68,7 @@ def test_started_and_its_end_is_known(
     assert process.read_output() == [process.record.token, "wrong"]
 
 
+@pytest.mark.runs("rayfwd keeper")
 def test_whose_child_it_is(keeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
     process = start("kill -9 $$", tmp_path, ByKeeper(tmp_path / "k.sock"))
     until(lambda: not process.alive(), "it ends")

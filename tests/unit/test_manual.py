@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rayfwd.cli import EXIT_CODES, VERBS, full_parser, main
+from rayfwd.cli import EXIT_CODES, VERBS, full_parser
+from tests.commands import main
 from tests.need import need
 from tools import manual
 
@@ -105,6 +106,15 @@ def test_zsh_takes_it_for_the_commands_completion() -> None:
     look = f"fpath=({SHARE}/zsh/site-functions $fpath); autoload -U compinit; compinit -u -D; "
     look += "echo $_comps[rayfwd]; autoload +X _rayfwd"
     assert told_by("zsh", "-f", "-c", look) == "_rayfwd\n"
+
+
+@pytest.mark.runs("rayfwd explain *")
+def test_explain_shows_the_section(capsys: Any) -> None:
+    assert main(["explain", "ray_died"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ray_died\n")
+    assert "the raylet, the GCS" in said
+    assert "ray_start_failed" not in said, "that is another section"
 
 
 @pytest.mark.parametrize("verb", VERBS)

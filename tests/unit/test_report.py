@@ -98,6 +98,7 @@ def parts(text: str) -> dict[str, str]:
     return dict(zip(found[::2], found[1::2], strict=True))
 
 
+@pytest.mark.runs("rayfwd doctor --report --with-logs")
 def test_no_secret_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
     out = tmp_path / "report.txt"
     status = STATUS | {

@@ -92,6 +92,7 @@ def opened() -> Iterator[list[Terminal]]:
         one.close()
 
 
+@pytest.mark.runs("rayfwd status --watch")
 def test_it_refreshes_says_a_restart_and_ends_cleanly(place: Path, opened: list[Terminal]) -> None:
     with daemon(place, status=STATUS):
         seen = Terminal(place, "--watch", "0.2")

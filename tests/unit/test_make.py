@@ -1,0 +1,78 @@
+"""What `make` does: its targets as they are, without doing it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+PARTS = sorted(path.parent.name for path in CHECKOUT.glob("tests/*/test_*.py"))
+
+
+def dry(target: str) -> str:
+    """The commands of a target."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    ran = subprocess.run(
+        ["make", "--dry-run", target],
+        cwd=CHECKOUT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def parts_tested(commands: str) -> set[str]:
+    (line,) = [line for line in commands.splitlines() if " -m pytest " in line]
+    return set(re.findall(r"\btests/(\w+)", line))
+
+
+@pytest.mark.runs("make fast")
+def test_fast_is_the_unit_tests() -> None:
+    assert parts_tested(dry("fast")) == {"unit"}
+
+
+@pytest.mark.runs("make checks")
+def test_checks_are_format_lint_types_and_layers() -> None:
+    done = dry("checks")
+    for tool in ("ruff format --check", "ruff check", "/mypy", "/lint-imports"):
+        assert tool in done
+
+
+@pytest.mark.runs("make test")
+def test_test_is_everything() -> None:
+    done = dry("test")
+    assert dry("checks").strip() in done
+    assert parts_tested(done) == set(PARTS)
+    for made in ("tests/setup_packages.sh", "tests/setup_envs.py", "tests/setup_roots.py"):
+        assert made in done
+
+
+@pytest.mark.runs("make demo")
+def test_demo_is_ours_with_a_ray_of_its_own() -> None:
+    assert re.search(r"bin/rayfwd demo --ray \S+/ray-[\d.]+/bin/ray", dry("demo"))
+
+
+@pytest.mark.runs("make manual")
+def test_manual_writes_what_is_made_from_the_sources() -> None:
+    assert "-m tools.manual" in dry("manual")
+
+
+@pytest.mark.runs("make clean")
+def test_clean_removes_what_was_made_here_and_nothing_else() -> None:
+    removed = {word for line in dry("clean").splitlines() for word in line.split()[2:]}
+    assert {".venv", ".cache"} <= removed
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=CHECKOUT, text=True).splitlines()
+    assert not {path.split("/")[0] for path in tracked} & removed
+
+
+def test_who_is_not_root_is_told_what_is_left_out() -> None:
+    for target, what in (("ray-envs", "real Ray"), ("roots", "booted")):
+        done = dry(target)
+        assert re.search(rf'"not root: [^"]*{what}[^"]*"', done), done
