@@ -80,7 +80,7 @@ def _in_order(wanted: Sequence[str], words: Sequence[str]) -> bool:
     """The program, and after it the other words in their order."""
     program, *rest = wanted
     for start, word in enumerate(words):
-        if word == program or word.rpartition("/")[2] == program:
+        if word == program or word.endswith(f"/{program}"):
             left = iter(words[start + 1 :])
             if all(any(fnmatchcase(word, pattern) for word in left) for pattern in rest):
                 return True

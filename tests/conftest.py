@@ -4,7 +4,8 @@ Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs
 (everything below tests/lab/ has it), `systemd` boots machines (everything below tests/systemd/).
 Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all. `alone` is for a
 file that measures how long something takes: where files run side by side (`pytest -n 3`), none
-runs beside it. `runs` names commands of the documents that a test runs (`tests/commands.py`).
+runs beside it. `runs` names commands of the documents that a test runs (`tests/commands.py`), and
+`story` is for a file whose tests need those before them (`tests/stories.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, settings
 from tests import commands
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
+from tests.stories import Stories
 
 ORDER = ("unit", "ray", "demo", "package", "lab", "systemd")
 """Directories below tests/: the quick ones first, and last those with many files, so that whoever
@@ -44,6 +46,11 @@ def folder(item: pytest.Item) -> str:
         return item.path.relative_to(CHECKOUT / "tests").parts[0]
     except ValueError:
         return ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have stories told in order."""
+    config.pluginmanager.register(Stories())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

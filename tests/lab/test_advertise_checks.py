@@ -16,14 +16,16 @@ from rayfwd.watch.flapping import TRIAL
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
+from tests.lab.process import until
 
 pytestmark = pytest.mark.ray
 
 WITHIN = 10.0
 """Seconds from the moment that the worker knows its ports."""
 RIDE_THROUGH = 20
-LOOKS = 45.0
-"""Seconds in which the head has looked at its node table again: every 30, and some for the look."""
+LOOKS = 120.0
+"""Seconds in which the head has looked at its node table again: every 30, and as long as it takes
+`ray status` on a busy machine. Nothing is said of that; only for ever is it not waited."""
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +155,35 @@ def test_overridden_it_joins_and_is_gone(cluster: Cluster) -> None:
 
 def test_it_flaps_no_more_when_it_has_stayed(cluster: Cluster) -> None:
     """Its firewall is opened under the running daemons; how long it must stay follows from
-    `ride_through`."""
+    `ride_through`.
+
+    A look judges what it has seen: the first one that was begun after the trial says that it is
+    over, however long after the one before it that look comes.
+    """
     head, worker = cluster.head, cluster.worker("w1")
     first, last = block(cluster)
     cluster.lab.machine("w1").firewall(range(first, last + 1))
     trial = TRIAL * given_up_after(RIDE_THROUGH)
     told = {"code": "ray_node_flapping", "node": "w1"}
+    looks: list[tuple[float, bool]] = []
+    """Seconds that it had stayed when it was looked at, at the least, and whether it flapped."""
+
+    def is_over() -> bool:
+        status = head.status()
+        cluster = status["cluster"]
+        rows = [n for n in cluster["nodes"] if lives(n) and not n["is_head"]]
+        flaps = bool(of(status, "ray_node_flapping"))
+        if rows and cluster["as_of"] is not None:
+            looks.append((cluster["as_of"] - rows[0]["started"], flaps))
+        return not flaps
+
     # It may have joined once more while the firewall was shut, and be given up for that.
-    overs = [
-        daemon.wait_event("problem_over", 2 * trial + LOOKS, told) for daemon in (head, worker)
-    ]
+    until(is_over, 2 * trial + LOOKS, lambda: f"flaps on: {looks[-1:]}")
+    assert [stayed for stayed, flaps in looks if flaps and stayed > trial] == []
     (row,) = [n for n in head.status()["cluster"]["nodes"] if lives(n) and not n["is_head"]]
-    for over in overs:
-        stayed = datetime.fromisoformat(over["timestamp"]).timestamp() - row["started"]
-        assert trial <= stayed <= trial + LOOKS
+    for daemon in (head, worker):
+        over = daemon.wait_event("problem_over", WITHIN, told)
+        assert datetime.fromisoformat(over["timestamp"]).timestamp() - row["started"] > trial
     for daemon in (head, worker):
         daemon.wait_status(lambda s: s["state"] == "ready" and s["conditions"] == [], 60)
     assert worker.process.poll() is None

@@ -23,7 +23,7 @@ from tests.lab.machines import Lab, Machine
 from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
 from tests.lab.process import until
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.alone]
+pytestmark = [pytest.mark.timeout(400), pytest.mark.alone, pytest.mark.story]
 
 NOTICED = 6.0
 """Seconds in which a silent peer is noticed."""

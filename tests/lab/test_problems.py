@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from rayfwd.ray.supervisor import BACKOFF_FIRST
+from rayfwd.transport.listeners import LISTENER_RETRY
 from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.machines import Lab, Machine
@@ -165,7 +167,8 @@ class TestTheLink:
         head.stop_sshd()
         worker = cluster.start_node("w1")
         worker.wait_event("ssh_unreachable")
-        time.sleep(3)  # several attempts; nobody is there to count them
+        # Nobody is there to count the attempts: they come 0.2, 0.4, 0.8 and 1.6 s after each other.
+        time.sleep(4)
         check_said_once(worker, "ssh_unreachable", f"ray@{head.address}", "sshd")
         head.start_sshd()
         check_healed(worker, "ssh_unreachable")
@@ -254,7 +257,7 @@ def test_listener_blocked(cluster: Cluster) -> None:
     assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
     assert status["listeners"]["blocked"] == 1
     assert status["listeners"]["conditions"] == [status["conditions"][0]["id"]]
-    time.sleep(6)  # it is tried again every few seconds
+    time.sleep(LISTENER_RETRY + 1)  # tried again, which only what it would say shows
     assert len(errors(worker)) == 1
     squatter.signal(signal.SIGKILL)
     worker.wait_event("listener_unblocked", 30)
@@ -329,7 +332,7 @@ def test_ray_missing_unsupported_ports_in_use_and_a_start_that_fails(with_ray: C
     w1 = with_ray.lab.machine("w1")
     worker = with_ray.start_node("w1")
     worker.wait_event("ray_not_found")
-    time.sleep(4)  # tried again after one second and after two more
+    time.sleep(3 * BACKOFF_FIRST + 1)  # tried again after one of them, and after two more
     check_said_once(worker, "ray_not_found", RAY, "ray.command")
 
     # No Ray of that age is installed: the environment only says that it is one.

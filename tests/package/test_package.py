@@ -48,6 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"sdist": sdist, "wheel": wheel}
 
 
+@pytest.mark.runs(".venv/bin/python -m build")
 def test_both_are_in_order(built: dict[str, Path], tmp_path: Path) -> None:
     said = run(sys.executable, "-m", "twine", "check", "--strict", *built.values(), cwd=tmp_path)
     assert said.count("PASSED") == 2
