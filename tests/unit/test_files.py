@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,18 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path: Path) -> None:
     replace_file(tmp_path / "link", b"b")
     assert (tmp_path / "a").read_text() == "a"
     assert not (tmp_path / "link").is_symlink()
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_no_owner_is_set_where_none_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit's filter of system calls refuses it, whatever the owner."""
+    monkeypatch.setattr(os, "fchown", refuse)
+    write_new(tmp_path / "key", b"x", 0o600)
+    assert (tmp_path / "key").read_bytes() == b"x"
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]

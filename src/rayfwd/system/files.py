@@ -56,7 +56,8 @@ def _written_beside(path: Path, data: bytes, mode: int, uid: int, gid: int) -> I
         with os.fdopen(descriptor, "wb") as out:
             out.write(data)
             out.flush()
-            os.fchown(out.fileno(), uid, gid)
+            if (uid, gid) != (-1, -1):  # the service may not call it at all (~@privileged)
+                os.fchown(out.fileno(), uid, gid)
             os.fchmod(out.fileno(), mode)
             os.fsync(out.fileno())
         yield fresh
