@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import rayfwd
 from rayfwd.demo import init
+from tests import commands
 from tests.need import CHECKOUT, ray_envs, tool
 
 NOBODY = 65534
@@ -102,6 +103,7 @@ class Box:
         env = {"HOME": "/nonexistent"} if uid is not None else {}
         argv = [*before, *(rights if uid is not None else [])]
         argv += [sys.executable, "-m", "rayfwd", "demo", *args]
+        commands.note(argv)
         self.start("demo", argv, env)
 
     def output(self, name: str = "demo") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rayfwd.ray.supervisor import BACKOFF_FIRST
-from rayfwd.transport.listeners import LISTENER_RETRY
+from rayfwd.transport.listeners import RETRY_LAST
 from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.machines import Lab, Machine
@@ -257,7 +257,7 @@ def test_listener_blocked(cluster: Cluster) -> None:
     assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
     assert status["listeners"]["blocked"] == 1
     assert status["listeners"]["conditions"] == [status["conditions"][0]["id"]]
-    time.sleep(LISTENER_RETRY + 1)  # tried again, which only what it would say shows
+    time.sleep(RETRY_LAST + 1)  # tried again, which only what it would say shows
     assert len(errors(worker)) == 1
     squatter.signal(signal.SIGKILL)
     worker.wait_event("listener_unblocked", 30)

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from rayfwd import codes
-from rayfwd.cli import main as command
 from rayfwd.daemon import trace as module
 from rayfwd.daemon.trace import LINE_BYTES, MOST_FRAMES, MOST_SECONDS, TraceVerb
 from rayfwd.problems import ProblemError
@@ -31,6 +30,7 @@ from rayfwd.session.trace import (
 )
 from rayfwd.system.control import ControlServer
 from rayfwd.transport.tracing import Collector, tracing
+from tests.commands import main as command
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.talk import BULK, INTERACTIVE, Talk
 from tests.unit.test_mux import Owner, Pair, pair
@@ -298,6 +298,7 @@ class TestVerb:
         assert max(len(row.encode()) for row in collector.lines()) <= LINE_BYTES
 
 
+@pytest.mark.runs("rayfwd trace", "rayfwd trace --seconds * --peer *")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over the control socket, of two sessions that are joined by sockets."""
     file = tmp_path / "rayfwd.toml"
