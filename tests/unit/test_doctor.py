@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -21,9 +23,9 @@ from rayfwd import __version__, codes
 from rayfwd.cli import VERBS, doctor, main
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
-from rayfwd.doctor import judgements, observe, rows, unit_checks
+from rayfwd.doctor import judgements, observe, rows, sshd, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
-from rayfwd.doctor.judgements import Tick
+from rayfwd.doctor.judgements import SshdOptions, Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
 from rayfwd.hub import HubOffer
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
@@ -204,24 +206,80 @@ def test_proxies_of_rays_own_environment(
 )
 def test_sshds_options(tmp_path: Path, text: str, names: list[str]) -> None:
     (tmp_path / "sshd_config").write_text(text)
-    options = observe.sshd_options(tmp_path / "sshd_config")
+    options = sshd.read_options(tmp_path / "sshd_config")
     assert options is not None
-    found = judgements.judge_sshd(observe.first_values(options), workers=4)
+    found = judgements.judge_sshd(SshdOptions(options, None), workers=4)
     assert [problem.cause.split()[0] for problem in found] == names
 
 
 def test_sshds_included_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observe, "SSHD_CONFIG", tmp_path / "sshd_config")
+    monkeypatch.setattr(sshd, "SSHD_CONFIG", tmp_path / "sshd_config")
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "1.conf").write_text("Port 2222\nMatch all\nMaxSessions 0\n")
     (tmp_path / "d" / "2.conf").write_text("MaxSessions 5\nInclude sshd_config\n")  # a circle
     (tmp_path / "d" / "3.conf").symlink_to("/nonexistent")
     (tmp_path / "sshd_config").write_text("Include d/*.conf\nMaxSessions 1\nPort 22\n")
-    options = observe.sshd_options(tmp_path / "sshd_config")
+    options = sshd.read_options(tmp_path / "sshd_config")
     assert options is not None
-    assert observe.first_values(options)["maxsessions"] == "5"
+    assert SshdOptions(options, None).first_values()["maxsessions"] == "5"
     assert set(options["port"]) == {"22", "2222"}
-    assert observe.sshd_options(tmp_path / "absent") is None
+    assert sshd.read_options(tmp_path / "absent") is None
+
+
+PRINTED = """\
+port 22
+maxstartups 10:30:100
+forcecommand /opt/rayfwd/bin/rayfwd attach
+listenaddress [::]:22
+listenaddress 0.0.0.0:22
+allowstreamlocalforwarding no
+macs hmac-sha2-256
+"""
+
+
+def test_what_sshd_prints_of_itself() -> None:
+    options = SshdOptions(sshd.parse_printed(PRINTED), "ann")
+    assert options.values["listenaddress"] == ["[::]:22", "0.0.0.0:22"]
+    (problem,) = judgements.judge_sshd(options, workers=4)
+    assert "AllowStreamLocalForwarding no" in problem.cause
+    assert "for the user ann" in problem.cause
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_sshd_is_asked_and_its_files_are_read_where_it_says_nothing(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "sshd"
+    fake.write_text(f'#!/bin/sh\necho "forcecommand $*"\nexit {0 if works else 255}\n')
+    fake.chmod(0o755)
+    (tmp_path / "sshd_config").write_text("ForceCommand /bin/file")
+    monkeypatch.setattr(sshd, "SSHD_CONFIG", tmp_path / "sshd_config")
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: str(fake))
+
+    async def main() -> None:
+        found = await sshd.sshd_options("ann")
+        assert found is not None
+        flag = "-t" if os.geteuid() == 0 else "-g"
+        asked = f"{flag} -c user=ann,host=localhost,addr=192.0.2.1"
+        (value,) = found.values["forcecommand"]
+        assert (value, found.user) == ((asked, "ann") if works else ("/bin/file", None))
+
+    run(main)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has sshd print what holds")
+def test_a_match_block_of_a_real_sshd(tmp_path: Path) -> None:
+    key, config = tmp_path / "key", tmp_path / "sshd_config"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    config.write_text(f"HostKey {key}\nMatch User ann\n  MaxSessions 0\n")
+    inner = "mount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -T -f $0 -C $1"
+    for user, wrong in (("ann", ["MaxSessions"]), ("bob", [])):
+        spec = f"user={user},host=localhost,addr=192.0.2.1"
+        argv = ["unshare", "-m", "sh", "-c", inner, str(config), spec]
+        ran = subprocess.run(argv, check=True, capture_output=True, text=True)
+        options = SshdOptions(sshd.parse_printed(ran.stdout), user)
+        found = judgements.judge_sshd(options, workers=1)
+        assert [problem.cause.split()[0] for problem in found] == wrong
 
 
 # -- this machine

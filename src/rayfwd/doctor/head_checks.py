@@ -12,9 +12,11 @@ from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import not_writable
+from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
+from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
 
 
@@ -64,8 +66,11 @@ class HeadExamination(Examination):
         return passed("socket", f"{path} can be made")
 
     async def _sshd(self) -> Row:
-        options = await asyncio.to_thread(observe.sshd_options)
-        places = _sshd_places(options or {})
+        # Workers say as whom they log in: most likely as those who may come to the hub.
+        logins = self.config.hub.users or (own_account().name,)
+        found = [await sshd_options(login) for login in logins]
+        readable = [options for options in found if options is not None]
+        places = _sshd_places(readable[0].values if readable else {})
         said = None
         for host, port in places:
             if (said := await observe.greeting(host, port)) is not None:
@@ -77,13 +82,13 @@ class HeadExamination(Examination):
                 "start sshd (`systemctl enable --now ssh`); where it listens elsewhere, see that "
                 "workers name that place in head.ssh",
             )
-            return failed("sshd", problem) if options is not None else warned("sshd", problem)
-        if options is None:
+            return failed("sshd", problem) if readable else warned("sshd", problem)
+        if not readable:
             return passed("sshd", f"{said} answers; its options may not be read by this user")
         workers = len([node for node in self.nodes if node.role == "worker"])
-        wrong = judgements.judge_sshd(observe.first_values(options), workers)
+        wrong = [p for options in readable for p in judgements.judge_sshd(options, workers)]
         if wrong:
-            return warned("sshd", several(wrong), server=said)
+            return warned("sshd", several(list(dict.fromkeys(wrong))), server=said)
         return passed("sshd", f"{said} answers, and its options suit", server=said)
 
 

@@ -6,6 +6,7 @@ The bounds are where something begins to hurt that a user would not trace back t
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -194,17 +195,29 @@ def judge_version(own: str, heads: str) -> Problem | None:
     )
 
 
-def judge_sshd(options: Mapping[str, str], workers: int) -> list[Problem]:
-    """What the head's sshd forbids by these options (small letters), for everybody.
+@dataclass(frozen=True, slots=True)
+class SshdOptions:
+    """Options, in small letters, each with its values."""
 
-    What it says for some users only (`Match`) is not in them.
-    """
+    values: Mapping[str, list[str]]
+    user: str | None
+    """For whom they hold; None: for everybody whom no `Match` block says otherwise."""
+
+    def first_values(self) -> dict[str, str]:
+        """The values that hold, of options that count once."""
+        return {name: values[0] for name, values in self.values.items()}
+
+
+def judge_sshd(sshd: SshdOptions, workers: int) -> list[Problem]:
+    """What the head's sshd forbids by these options."""
+    options = sshd.first_values()
     found = []
     if options.get("allowstreamlocalforwarding", "yes") in {"no", "remote"} or (
         options.get("disableforwarding", "no") == "yes"
     ):
         found.append(("AllowStreamLocalForwarding", 'workers need via = "exec" in [head]'))
-    if options.get("forcecommand", "none") != "none":
+    forced = options.get("forcecommand", "none")
+    if forced != "none" and not re.search(r"rayfwd['\"]? attach\b", forced):
         found.append(("ForceCommand", 'it must be `rayfwd attach`, for workers with via = "exec"'))
     if options.get("pubkeyauthentication", "yes") == "no":
         found.append(("PubkeyAuthentication", "workers log in by key: it must be yes"))
@@ -213,10 +226,16 @@ def judge_sshd(options: Mapping[str, str], workers: int) -> list[Problem]:
     begin = options.get("maxstartups", "10").partition(":")[0]
     if begin.isdecimal() and int(begin) < workers:
         found.append(("MaxStartups", f"{workers} workers may log in at once: raise it"))
+    if sshd.user is None:
+        whose = ""
+        but = "a Match block, which was not looked at, may say otherwise for some users"
+    else:
+        whose = f" for the user {sshd.user}"
+        but = "a Match block may say otherwise for some addresses"
     return [
         codes.SSHD_FORBIDS.problem(
-            f"{name} {options.get(name.lower(), 'is left out')} in the head's sshd_config",
-            f"{what} (a Match block, which was not looked at, may say otherwise for some users)",
+            f"{name} {options.get(name.lower(), 'is left out')} in the head's sshd_config{whose}",
+            f"{what} ({but})",
         )
         for name, what in found
     ]

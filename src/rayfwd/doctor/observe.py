@@ -1,4 +1,4 @@
-"""Looks at this machine: names, limits, sshd and its options. Changes nothing.
+"""Looks at this machine: names, limits, who listens. Changes nothing.
 
 What takes long is async; the rest reads /proc and files, and may block for milliseconds.
 """
@@ -6,13 +6,11 @@ What takes long is async; the rest reads /proc and files, and may block for mill
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
 import resource
-import shlex
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +21,12 @@ from rayfwd.ray.launcher import KEEPER
 from rayfwd.session.target import Target
 from rayfwd.transport.listeners import listeners_for, why_blocked
 
-SSHD_CONFIG = Path("/etc/ssh/sshd_config")
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 
 LOOKUP = 20.0
 """Seconds for a name: the resolver's own patience is 5 s a server and attempt (resolv.conf(5))."""
 GREETING = 5.0
-DEPTH = 16
-"""Files that include each other, at most (sshd_config(5))."""
 
 
 async def look_up(host: str, port: int) -> tuple[float, list[str]]:
@@ -174,51 +169,3 @@ def _blocked(listen: Target, target: Target) -> Problem | None:
         except OSError as exc:
             return why_blocked(listen, target, exc)
     return None
-
-
-def sshd_options(path: Path = SSHD_CONFIG) -> dict[str, list[str]] | None:
-    """Option, in small letters, to its values for everybody; None: the file cannot be read.
-
-    A included file that cannot be read is left out. Of an option that counts once, the first value
-    holds (sshd_config(5)).
-    """
-    found: dict[str, list[str]] = {}
-    try:
-        _read_sshd(path, found, 0)
-    except OSError:
-        return None
-    return found
-
-
-def _read_sshd(path: Path, found: dict[str, list[str]], depth: int) -> None:
-    for line in path.read_text(errors="replace").splitlines():
-        words = _words(line)
-        if not words:
-            continue
-        name, values = words[0].lower(), words[1:]
-        if name == "match":
-            return
-        if name == "include" and depth < DEPTH:
-            for pattern in values:
-                for file in sorted(glob.glob(str(SSHD_CONFIG.parent / pattern))):
-                    try:
-                        _read_sshd(Path(file), found, depth + 1)
-                    except OSError:
-                        continue
-        elif values:
-            found.setdefault(name, []).append(" ".join(values).lower())
-
-
-def _words(line: str) -> list[str]:
-    name, _, rest = line.strip().replace("=", " ", 1).partition(" ")
-    if not name or name.startswith("#"):
-        return []
-    try:
-        return [name, *shlex.split(rest, comments=True)]
-    except ValueError:
-        return [name, *rest.split()]
-
-
-def first_values(options: Mapping[str, list[str]]) -> dict[str, str]:
-    """The values that hold, of options that count once."""
-    return {name: values[0] for name, values in options.items()}
