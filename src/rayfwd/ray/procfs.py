@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+
+from rayfwd.system.sockdiag import Program, SockDiag, programs
 
 PROC = Path("/proc")
 
@@ -137,25 +140,10 @@ def title(process: Process) -> str:
     return process.name
 
 
-def listener(port: int) -> Process | None:
+def listener(port: int) -> Program | None:
     """The process that listens on a TCP port, where /proc lets us see it."""
-    inodes = set(_listening_inodes(port))
-    if not inodes:
-        return None
-    targets = {f"socket:[{inode}]" for inode in inodes}
-    for process in _all():
-        try:
-            links = os.scandir(PROC / str(process.pid) / "fd")
-        except OSError:
-            continue
-        with links:
-            for link in links:
-                try:
-                    if os.readlink(link.path) in targets:
-                        return process
-                except OSError:
-                    continue
-    return None
+    found = programs([inode for used, inode in _listeners() if used == port])
+    return next(iter(found.values()), None)
 
 
 def _all() -> Iterator[Process]:
@@ -200,12 +188,17 @@ def _same_machine(pid: int) -> bool:
         return False
 
 
-def _listening_inodes(port: int) -> Iterator[str]:
-    return (inode for used, inode in _listeners() if used == port)
-
-
-def _listeners() -> Iterator[tuple[int, str]]:
+def _listeners() -> list[tuple[int, int]]:
     """Port and inode of every listening TCP socket."""
+    try:
+        with closing(SockDiag()) as diag:
+            return [(found.port, found.inode) for found in diag.listening()]
+    except OSError:  # a sandbox without netlink
+        return list(_listeners_by_file())
+
+
+def _listeners_by_file() -> Iterator[tuple[int, int]]:
+    """The same, by reading of every connection there is: slow where there are many."""
     for table in ("tcp", "tcp6"):
         try:
             lines = (PROC / "net" / table).read_text().splitlines()[1:]
@@ -214,4 +207,4 @@ def _listeners() -> Iterator[tuple[int, str]]:
         for line in lines:
             fields = line.split()
             if fields[3] == LISTEN:
-                yield int(fields[1].rpartition(":")[2], 16), fields[9]
+                yield int(fields[1].rpartition(":")[2], 16), int(fields[9])
