@@ -1,4 +1,5 @@
-"""The canary: `task.py` is run by the user's own Python, `run.py` starts, bounds and ends it.
+"""The canary: `script/canary_task.py` is run by the user's own Python.
 
-The script has a directory of its own, because Python and Ray put that on the path for imports.
+`run.py` starts, bounds and ends it. The script has a directory of its own, because
+Python and Ray put that on the path for imports.
 """
