@@ -161,7 +161,7 @@ def test_a_cut_is_ridden_through_and_a_restart_of_the_hub_survived(
                 s.sshd.cut()
                 writer.write(b"after")
                 assert await reader.readexactly(5) == b"after"
-                assert [c.cuts for c in s.head.hub.clients.values()] == [1]
+                assert [c.link_stats.cuts for c in s.head.hub.clients.values()] == [1]
                 await goodbye(writer)
                 await s.restart_hub()
                 await until(lambda: s.said[-1].endswith("connected again"), 10, lambda: f"{s.said}")

@@ -375,7 +375,8 @@ class TestSessions:
                         assert await reader.read() == b"while after"
                         writer.close()
                         await writer.wait_closed()
-                    assert (node.state, node.cuts, node.ridden_through) == ("up", 1, 1)
+                    past = node.link_stats
+                    assert (node.state, past.cuts, past.ridden_through) == ("up", 1, 1)
                     assert [type(change) for change in worker.changes] == [Parked, Resumed]
             assert len(of(log, "link_parked")) == len(of(log, "link_resumed")) == 1
 

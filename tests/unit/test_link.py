@@ -226,9 +226,9 @@ def test_a_transfer_that_fills_its_lanes_gets_extra_ones_until_these_are_lost(
                 assert {slot.name for slot in s.link.slots} == names
                 await transfer(listen, 6, lambda i: s.sshd.cut(3) if i == 2 else None)
             await until(lambda: len(s.link.slots) == 3)
-            assert s.link.cuts == 0
+            assert s.link.link_stats.cuts == 0
             s.sshd.cut()
-            await until(lambda: s.link.cuts == 1)
+            await until(lambda: s.link.link_stats.cuts == 1)
             await s.up(2)
             assert [slot.name for slot in s.link.slots] == ["interactive", "bulk-1"]
 
@@ -298,8 +298,8 @@ def test_cuts_in_the_middle_of_a_transfer_lose_nothing(tmp_path: Path) -> None:
             async with s.listener() as listen:
                 await transfer(listen, 12, lambda i: s.sshd.cut() if i in {3, 6, 9} else None)
             await s.up()
-            assert s.link.cuts >= 1
-            assert s.link.ridden_through == s.link.cuts
+            assert s.link.link_stats.cuts >= 1
+            assert s.link.link_stats.ridden_through == s.link.link_stats.cuts
 
     with log_events() as log:
         run(main)
@@ -314,7 +314,7 @@ def test_one_lane_of_two_is_lost_and_comes_back(tmp_path: Path, which: int) -> N
             async with s.listener() as listen:
                 await transfer(listen, 6, lambda i: s.sshd.cut(which) if i == 2 else None)
             await s.up()
-            assert s.link.cuts == 0
+            assert s.link.link_stats.cuts == 0
 
     run(main)
 
@@ -327,9 +327,9 @@ def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(tmp_path: Path
             await s.up()
             s.sshd.login_takes = 2.5 * ssh_module.HASTY_LOGIN
             s.sshd.cut()
-            await until(lambda: s.link.cuts == 1)
+            await until(lambda: s.link.link_stats.cuts == 1)
             await s.up()
-            assert s.link.ridden_through == 1
+            assert s.link.link_stats.ridden_through == 1
             assert await works(s)
 
     run(main)
@@ -371,7 +371,7 @@ def test_a_link_that_is_held_is_found_silent_and_dialled_again(tmp_path: Path) -
                 reader, writer = await asyncio.open_connection(*listen)
                 s.sshd.flowing.clear()
                 writer.write(b"held")
-                await until(lambda: s.link.cuts == 1)
+                await until(lambda: s.link.link_stats.cuts == 1)
                 s.sshd.flowing.set()
                 async with asyncio.timeout(10):
                     assert await reader.readexactly(4) == b"held"
@@ -660,7 +660,7 @@ def test_an_alias_of_the_users_own_configuration(
             await s.up()
             async with s.listener() as listen:
                 await transfer(listen, 6, lambda i: s.sshd.cut() if i == 2 else None)
-            assert s.link.cuts == 1
+            assert s.link.link_stats.cuts == 1
             connector = ssh_module.SshConnector(HeadConfig(ssh="the-head"))
             assert await connector.place() == ("127.0.0.1", s.sshd.port, True)
             shown = await connector.host_key()

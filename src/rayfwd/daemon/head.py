@@ -378,7 +378,7 @@ class HeadRole:
             return {}
         alive = {node.address for node in self._cluster.nodes if node.state == "ALIVE"}
         return {
-            node.plan.name: Peer(node.plan, (node.session, node.cuts))
+            node.plan.name: Peer(node.plan, (node.session, node.link_stats.cuts))
             for node in self._hub.nodes.values()
             if node.state == "up"
             and node.plan.address in alive

@@ -372,7 +372,7 @@ class WorkerRole:
             return {}
         if self._head_ray in NOT_UP:
             return {}
-        return {head.name: Peer(head, (link.since, link.cuts))}
+        return {head.name: Peer(head, (link.since, link.link_stats.cuts))}
 
     async def canary_targets(self) -> list[NodeSeen]:
         """The head and this node itself: what the head's own canary sees from the other side."""
@@ -424,8 +424,8 @@ class WorkerRole:
                 state=link.state,
                 head=link.head.ssh,
                 since=link.since,
-                cuts=link.cuts,
-                ridden_through=link.ridden_through,
+                cuts=link.link_stats.cuts,
+                ridden_through=link.link_stats.ridden_through,
                 last_cut=last_cut(link.link_stats),
                 conditions=node.board.ids_of(LINK),
                 lanes=lanes_of(link.mux),

@@ -11,15 +11,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import asyncssh
-
 from rayfwd import codes
 from rayfwd.doctor.judgements import Tick
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
 from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
-from rayfwd.session.handshake import Hello, Refusal
+from rayfwd.session.handshake import Hello
+from rayfwd.transport.carrier import Pipe
+from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.ssh import why_no_answer
 
 T = TypeVar("T")
@@ -36,33 +36,27 @@ ENOUGH = 0.4
 """Seconds that a transfer must take for its speed to be believed."""
 
 
-class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
-    """A channel to the hub; one question at a time."""
+class HubProbe:
+    """Owns a pipe to the hub; one question at a time."""
 
     def __init__(self) -> None:
-        self._channel: Any = None
+        self._pipe: Pipe | None = None
         self._decoder = FrameDecoder()
         self._said = bytearray()
         """What came on standard error."""
         self._answers: asyncio.Queue[Frame | Problem] = asyncio.Queue()
         self._writable = asyncio.Event()
-        self._writable.set()
         self._wanted = 0
         """Bytes of filler that are still to come."""
         self._all_here = asyncio.Event()
         self._over: Problem | None = None
 
-    # -- AsyncSSH's callbacks --------------------------------------------------------
+    # -- as the pipe's owner ---------------------------------------------------------
 
-    def connection_made(self, chan: Any) -> None:
-        self._channel = chan
+    def pipe_said(self, data: bytes) -> None:
+        self._said += data[: 4096 - len(self._said)]
 
-    def session_started(self) -> None: ...
-
-    def data_received(self, data: Any, datatype: int | None) -> None:
-        if datatype is not None:
-            self._said += data[: 4096 - len(self._said)]
-            return
+    def pipe_data(self, data: bytes | memoryview) -> None:
         try:
             for frame in self._decoder.feed(data):
                 if frame.kind is Kind.CHECK and frame.stream == FILLER:
@@ -72,21 +66,13 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
                 else:
                     self._answers.put_nowait(frame)
         except ProtocolError as exc:
-            self._end(_not_ours(exc))
+            self._end(not_the_hubs(exc))
 
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
+    def pipe_writable(self) -> None:
         self._writable.set()
 
-    def eof_received(self) -> bool:
-        self.connection_lost(None)
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        said = self._said.decode(errors="replace").strip()
-        self._end(why_no_answer(said, str(exc) if exc else "closed by the head"))
+    def pipe_lost(self, why: str) -> None:
+        self._end(why_no_answer(self._said.decode(errors="replace").strip(), why))
 
     def _end(self, problem: Problem) -> None:
         if self._over is None:
@@ -97,15 +83,16 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
 
     # -- questions --------------------------------------------------------
 
-    async def begin(self, hello: Hello) -> CheckReply:
+    async def begin(self, pipe: Pipe, hello: Hello) -> CheckReply:
         """What would come of this HELLO. Raises ProblemError."""
+        self._pipe = pipe
         with suppress(OSError):  # a command that has ended already: its end says why
-            self._channel.write(checks.first_question(hello))
+            pipe.write([checks.first_question(hello)])
         frame = await self._answer()
         try:
             return CheckReply.decode(frame)
         except ProtocolError as exc:
-            raise ProblemError(_not_ours(exc)) from None
+            raise ProblemError(not_the_hubs(exc)) from None
 
     async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A question and its answer. Raises ProblemError."""
@@ -113,7 +100,7 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
         try:
             return checks.read(await self._answer())
         except ProtocolError as exc:
-            raise ProblemError(_not_ours(exc)) from None
+            raise ProblemError(not_the_hubs(exc)) from None
 
     async def ticks(self) -> list[Tick]:
         """Ask for the head's clock, several times. Raises ProblemError."""
@@ -125,7 +112,7 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
             try:
                 found.append(Tick(asked, checks.read_time(answer), trip))
             except ProtocolError as exc:
-                raise ProblemError(_not_ours(exc)) from None
+                raise ProblemError(not_the_hubs(exc)) from None
         return found
 
     async def rates(self, trip: float) -> tuple[float, float]:
@@ -147,17 +134,24 @@ class HubProbe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes])
         self._write(checks.talk({"ask": "take", "bytes": size}))
         chunk = checks.filler(bytes(FILLER_CHUNK))
         for _ in range(size // FILLER_CHUNK):
-            await self._patiently(self._writable.wait(), "room", 4 * PATIENCE)
+            if self._opened.paused:
+                self._writable.clear()
+                await self._patiently(self._writable.wait(), "room", 4 * PATIENCE)
             self._write(chunk)
         checks.read(await self._answer(4 * PATIENCE))
 
     def _write(self, data: bytes) -> None:
         self._check()
         try:
-            self._channel.write(data)
+            self._opened.write([data])
         except OSError:
             self._end(why_no_answer("", "closed by the head"))
             self._check()
+
+    @property
+    def _opened(self) -> Pipe:
+        assert self._pipe is not None, "it has begun"
+        return self._pipe
 
     def _check(self) -> None:
         if self._over is not None:
@@ -195,18 +189,5 @@ async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
 
 
 def _refused(frame: Frame) -> Problem:
-    try:
-        refusal = Refusal.decode(frame).problem
-    except ProtocolError as exc:
-        return _not_ours(exc)
-    if refusal.code == codes.FRAME_UNKNOWN:
-        return OLDER
-    return refusal
-
-
-def _not_ours(exc: ProtocolError) -> Problem:
-    return exc.code.problem(
-        f"the answer at the hub's socket is not rayfwd's: {exc}",
-        "see that head.socket is the hub's socket and that both sides run the same version of "
-        "rayfwd",
-    )
+    refusal = refusal_in(frame)
+    return OLDER if refusal.code == codes.FRAME_UNKNOWN else refusal

@@ -25,6 +25,7 @@ from rayfwd.ray.install import Versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
 from rayfwd.transport.ssh import SshConnector
+from rayfwd.transport.ssh_carrier import SshConnection
 
 NOT_REACHED = "not got so far"
 STAGES = get_args(Stage)
@@ -118,12 +119,13 @@ class WayExamination(Examination):
         """Reach the hub by the way whose turn it is, and ask. Raises ProblemError."""
         try:
             async with asyncio.timeout(PATIENCE):
-                await SshConnector(self._head).open_channel(connection, lambda: hub_probe)
+                way = SshConnection(SshConnector(self._head), connection)
+                pipe = await way.open(hub_probe)
         except TimeoutError:
             cause = f"the head's sshd opened no channel in {PATIENCE:.0f} s"
             problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
             raise ProblemError(problem) from None
-        return await hub_probe.begin(self.hello())
+        return await hub_probe.begin(pipe, self.hello())
 
     def _stopped(self, problem: Problem) -> None:
         """The way ends at a stage: what was before is well, what comes after is not known."""

@@ -33,16 +33,6 @@ class HubPeer:
         return self.name
 
     @property
-    def cuts(self) -> int:
-        """How often every lane was lost."""
-        return self.link_stats.cuts
-
-    @property
-    def ridden_through(self) -> int:
-        """How many of these cuts the streams outlived."""
-        return self.link_stats.ridden_through
-
-    @property
     def state(self) -> str:
         """`up`, `parked` or `down`."""
         if self.mux is None or self.mux.ended:

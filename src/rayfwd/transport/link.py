@@ -22,7 +22,7 @@ from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, ProtocolError, close_frame, first_frame
-from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -31,6 +31,7 @@ from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
@@ -157,18 +158,11 @@ class LinkLane:
             if frame is None:
                 return
             if frame.kind is Kind.REFUSE:
-                refusal = Refusal.decode(frame).problem
-                self._answer.set_exception(LinkRefusedError(refusal, self._session))
+                self._answer.set_exception(LinkRefusedError(refusal_in(frame), self._session))
             else:
                 self._answer.set_result(Welcome.decode(frame))
         except ProtocolError as exc:
-            self._answer.set_exception(
-                exc.code.error(
-                    f"the answer at the hub's socket is not rayfwd's: {exc}",
-                    "see that head.socket is the hub's socket and that both sides run the same "
-                    "version of rayfwd",
-                )
-            )
+            self._answer.set_exception(ProblemError(not_the_hubs(exc)))
 
     # -- a lane of a session -------------------------------------------------------------
 
@@ -265,16 +259,6 @@ class Link:
         if self.state == "up":
             return None
         return next((slot.problem for slot in self.slots if slot.problem is not None), None)
-
-    @property
-    def cuts(self) -> int:
-        """How often every lane was lost."""
-        return self.link_stats.cuts
-
-    @property
-    def ridden_through(self) -> int:
-        """How many of these cuts the streams outlived."""
-        return self.link_stats.ridden_through
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
