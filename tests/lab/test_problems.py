@@ -251,18 +251,39 @@ def test_listener_blocked(cluster: Cluster) -> None:
     squatter = squat(cluster.lab.machine("w1"), port)
     worker = cluster.start_node("w1")
     event = worker.wait_event("listener_blocked")
-    assert f"port {port} is in use" in event["cause"]
+    assert f"port {port} is in use on this machine by user root (python" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
-    status = worker.wait_status(lambda s: s["state"] == "ready", 30)
+    status = worker.wait_status(lambda s: s["ray"]["phase"] == "up", 60)
+    assert status["state"] == "waiting", "something of the head's is a stranger's here"
     assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
+    assert status["conditions"][0]["blocks_ready"]
     assert status["listeners"]["blocked"] == 1
     assert status["listeners"]["conditions"] == [status["conditions"][0]["id"]]
     time.sleep(RETRY_LAST + 1)  # tried again, which only what it would say shows
     assert len(errors(worker)) == 1
     squatter.signal(signal.SIGKILL)
     worker.wait_event("listener_unblocked", 30)
-    status = worker.wait_status(lambda s: not s["conditions"], 30)
+    status = worker.wait_status(lambda s: s["state"] == "ready" and not s["conditions"], 30)
     assert status["listeners"]["blocked"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("end")
+def test_ray_is_not_started_towards_who_has_the_heads_port(cluster: Cluster) -> None:
+    """Nor is anything sent there: whoever listens for GCS would have this machine's Ray."""
+    squatter = squat(cluster.lab.machine("w1"), 6379)
+    worker = cluster.start_node("w1")
+    event = worker.wait_event("listener_blocked")
+    assert "port 6379 is in use on this machine by user root (python" in event["cause"]
+    time.sleep(10)  # it would have been started by then
+    assert not worker.events("ray_starting")
+    status = worker.status()
+    assert (status["state"], status["ray"]["phase"]) == ("waiting", "waiting")
+    (blocking, *_) = [c for c in status["conditions"] if c["blocks_ready"]]
+    assert (blocking["code"], blocking["cause"]) == ("listener_blocked", event["cause"])
+    squatter.signal(signal.SIGKILL)
+    worker.wait_event("listener_unblocked", 30)
+    worker.wait_ready()
 
 
 @pytest.mark.ray

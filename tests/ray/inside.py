@@ -25,6 +25,8 @@ from rayfwd.config import Config
 from rayfwd.problems import ProblemError
 from rayfwd.ray import nodes, procfs, status_text
 from rayfwd.ray.supervisor import RaySupervisor
+from rayfwd.session.target import Target
+from rayfwd.transport.ways import Way
 from tests.ray.machines import HEAD, NETWORK, WORKER, head_config, ray_command, worker_config
 
 pytestmark = pytest.mark.ray
@@ -83,7 +85,7 @@ async def node_table() -> list[nodes.NodeSeen]:
     deadline = time.monotonic() + 30
     while True:
         with contextlib.suppress(ProblemError):
-            seen = await nodes.fetch(HEAD.address, 8265)
+            seen = await nodes.fetch(Way(Target(HEAD.address, 8265)))
             if len(seen) == 2 or time.monotonic() > deadline:
                 return seen
         assert time.monotonic() < deadline, "no node table in 30 s"

@@ -373,6 +373,42 @@ def test_another_user_reaches_none_of_its_sockets(kept: Kept) -> None:
     assert head.run(asked).stdout.splitlines() == [f"{path} keeps out" for path in paths]
 
 
+LISTEN = """
+import os, socket, subprocess, sys, time
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+places = [(sys.argv[1], int(port)) for port in sys.argv[2:]]
+print("ready", flush=True)
+sys.stdin.readline()
+tries, got, end = 0, set(), time.monotonic() + 4
+while time.monotonic() < end:
+    for place in places:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(place)
+            sock.listen()
+            got.add(place)
+        except OSError:
+            tries += 1
+        sock.close()
+print(tries > 1000, got)
+"""
+
+
+def test_nobody_can_listen_in_its_place_after_a_crash(kept: Kept) -> None:
+    """systemd waits two seconds before it starts the daemon again. It holds the listeners."""
+    worker = kept.cluster.worker
+    services = kept.cluster.head.status()["node"]["head_services"].values()
+    before = int(worker.show()["NRestarts"])
+    kill = '(sleep 1; systemctl kill --signal=KILL rayfwd) & echo | exec python3 -c "$@"'
+    words = [LISTEN, "127.77.0.1", *map(str, services)]
+    said = worker.run(["sh", "-c", kill, "sh", *words]).stdout.split("\n")
+    assert said[1] == "True set()"
+    until(lambda: int(worker.show()["NRestarts"]) == before + 1, 20, lambda: "it is back")
+    kept.cluster.wait_ready()
+    kept.check()
+
+
 GREETED = """
 import socket
 sock = socket.create_connection(("127.77.0.1", 6379), 10)

@@ -92,6 +92,9 @@ def beside(index: int) -> type[Listeners]:
         def set_wanted(self, listeners: Mapping[Target, Target]) -> None:
             super().set_wanted({_moved(at, index): to for at, to in listeners.items()})
 
+        def place_of(self, target: Target) -> Target:
+            return _moved(target, index)
+
     return Beside
 
 
@@ -203,6 +206,10 @@ class Daemon:
         self._runtime: Runtime | None = None
         self._role: Role | None = None
         self._task: asyncio.Task[None] | None = None
+
+    def listens_for(self, target: Target) -> Target:
+        """Where its listener for a port of another node is."""
+        return _moved(target, self._index)
 
     @property
     def directory(self) -> Path:

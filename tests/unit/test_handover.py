@@ -201,7 +201,7 @@ from rayfwd.system import fdpass
 if "LISTEN_FDS" not in os.environ:
     packed = fdpass.pack([b"from before"], [])
     os.execve(sys.executable, sys.orig_argv, fdpass.start_with(packed.bundle, os.environ))
-(found,) = fdpass.received(os.environ)
+(found,) = fdpass.received(os.environ)[fdpass.NAME]
 print(fdpass.unpack(found), [name for name in os.environ if name.startswith("LISTEN")])
 """
 

@@ -351,6 +351,7 @@ with socket.socket(socket.AF_UNIX) as sock:
         assert allowed_uids([], "hub.users") == {0, os.geteuid()}
         with pytest.raises(ProblemError) as caught:
             allowed_uids(["no-such-user"], "hub.users")
+        assert caught.value.problem.code == codes.USER_UNKNOWN
         assert "no-such-user" in caught.value.problem.cause
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,61 @@ def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
             waits = "Ray here waits for the head's, which is failed"
             assert [c.problem.cause for c in w1.runtime.health.waiting_for()] == [waits]
             head.ray.become("up")
+            await w1.ready()
+
+    run(main)
+
+
+@pytest.mark.parametrize("service", ["gcs", "dashboard", "client"])
+def test_ray_is_not_started_towards_who_has_a_port_of_the_heads(
+    tmp_path: Path, service: str
+) -> None:
+    """Nor is anything else done there, and the node is not ready before it is gone."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.head.start()
+            await s.head.ready()
+            head, w1 = s.head.role.node.view.own, s.workers["w1"]
+            assert head is not None
+            with socket.socket() as squatter:
+                squatter.bind(w1.listens_for(Target(head.address, head.services[service])))
+                squatter.listen()
+                squatter.setblocking(False)
+                await w1.start()
+                await until(lambda: w1.role.node.listeners.blocked)
+                await until(lambda: w1.role.node.view.own is not None)
+                assert not w1.ray.may_start
+                waits = {c.problem.code: c.problem.cause for c in w1.runtime.health.waiting_for()}
+                assert "in use on this machine by user" in waits[codes.LISTENER_BLOCKED]
+                assert w1.role.node.situation() is None or service != "gcs"
+                with pytest.raises(BlockingIOError):
+                    squatter.accept()
+            await until(lambda: w1.ray.may_start)
+            await w1.ready()
+
+    run(main)
+
+
+@pytest.mark.parametrize("service", ["node_manager"])
+def test_a_node_is_not_ready_while_a_listener_is_blocked(tmp_path: Path, service: str) -> None:
+    """Another node's, that is: Ray is started, and what goes there is missing."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.head.start()
+            await s.head.ready()
+            head, w1 = s.head.role.node.view.own, s.workers["w1"]
+            assert head is not None
+            with socket.socket() as squatter:
+                squatter.bind(w1.listens_for(Target(head.address, head.services[service])))
+                squatter.listen()
+                await w1.start()
+                await until(lambda: w1.ray.may_start)
+                await until(lambda: w1.role.node.listeners.blocked)
+                (why,) = w1.runtime.health.waiting_for()
+                assert why.problem.code == codes.LISTENER_BLOCKED
+                assert (await w1.ask("status"))["state"] == "waiting"
             await w1.ready()
 
     run(main)

@@ -213,6 +213,7 @@ class TestStreams:
 
     def test_more_streams_than_allowed_are_refused_one_by_one(self) -> None:
         talk = Talk(INTERACTIVE, limits=Limits(streams=4))
+        talk.worker.session.limits = Limits()  # it believes that there may be more
         numbers = [talk.worker.session.open(b"to", talk.now) for _ in range(6)]
         talk.run()
         assert talk.hub.opened == numbers[:3]  # the control stream is one of the four
@@ -224,6 +225,20 @@ class TestStreams:
         again = talk.worker.session.open(b"to", talk.now)
         talk.run()
         assert again in talk.hub.opened, "there is room again"
+
+    def test_who_opens_keeps_to_what_the_other_side_takes(self) -> None:
+        talk = Talk(INTERACTIVE, limits=Limits(streams=4))
+        session = talk.worker.session
+        numbers = [session.open(b"to", talk.now) for _ in range(3)]
+        assert session.full
+        with pytest.raises(ValueError, match="full"):
+            session.open(b"to", talk.now)
+        talk.run()
+        assert talk.hub.opened == numbers
+        assert talk.worker.lost == []
+        session.reset(numbers[0], ResetReason.ABORTED)
+        talk.run()
+        assert not session.full, "there is room again"
 
     def test_a_stream_that_is_unknown_or_reset_takes_bytes_and_drops_them(self) -> None:
         talk = Talk(INTERACTIVE)

@@ -14,6 +14,8 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.ray.canary.run import CanaryRun
 from rayfwd.ray.commandline import given_up_after
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.session.target import Target
+from rayfwd.transport.ways import Way
 from rayfwd.watch import canary, reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
@@ -27,6 +29,10 @@ PLAN = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
 DIRECT = replace(PLAN, address="203.0.113.7", advertised=True)
 RAYLET, OBJECTS = 20046, 20047
 WORKERS = range(20054, 20094)
+
+
+def anywhere(plan: NodePlan, port: int) -> Way:
+    return Way(Target(plan.address, port))
 
 
 # -- dead ports
@@ -80,7 +86,7 @@ def test_a_newcomer_is_looked_at_at_once() -> None:
         plan = NodePlan("w", "worker", place.address, place.port, 8)
         peers: dict[str, Peer] = {}
         board = Board(lambda: None)
-        task = asyncio.create_task(Reach("head", lambda: dict(peers), board, 3600).run())
+        task = asyncio.create_task(Reach("head", lambda: dict(peers), board, anywhere, 3600).run())
         await asyncio.sleep(60)  # its first look finds nobody
         assert not board.conditions
         peers["w"] = Peer(plan, 1)
@@ -96,7 +102,7 @@ def test_a_dead_server_is_found_and_confirmed() -> None:
         place = free_place()
         plan = NodePlan("w", "worker", place.address, place.port, 8)
         peers: dict[str, Peer] = {"w": Peer(plan, 1)}
-        looks = Reach("head", lambda: dict(peers), Board(lambda: None))
+        looks = Reach("head", lambda: dict(peers), Board(lambda: None), anywhere)
         servers = [
             await asyncio.start_server(greeter, place.address, plan.services[name])
             for name in ("node_manager", "object_manager")
@@ -115,7 +121,7 @@ def test_a_dead_server_is_found_and_confirmed() -> None:
             count += 1
             return {"w": Peer(plan, count)}
 
-        assert await Reach("head", interrupted, Board(lambda: None)).look() == {}
+        assert await Reach("head", interrupted, Board(lambda: None), anywhere).look() == {}
         servers[0].close()
 
     run(body)
@@ -127,10 +133,10 @@ def test_worker_ports_one_of_which_answers_are_not_dead() -> None:
         plan = NodePlan("w", "worker", place.address, place.port, 8)
         # No worker at all: each port is refused (here by the listener), and none is called dead.
         direct = replace(plan, advertised=True)
-        assert await reach.dead_worker_ports(direct) == {}
-        assert set((await reach.dead_worker_ports(plan)).values()) == {"refused"}
+        assert await reach.dead_worker_ports(direct, anywhere) == {}
+        assert set((await reach.dead_worker_ports(plan, anywhere)).values()) == {"refused"}
         server = await asyncio.start_server(greeter, place.address, plan.first_worker_port + 3)
-        assert await reach.dead_worker_ports(plan) == {}
+        assert await reach.dead_worker_ports(plan, anywhere) == {}
         server.close()
 
     run(body)

@@ -15,6 +15,8 @@ from rayfwd.daemon.role import Role
 from rayfwd.daemon.runtime import Runtime
 from rayfwd.daemon.worker import WorkerRole
 from rayfwd.problems import ProblemError
+from rayfwd.system import fdpass, fdstore
+from rayfwd.system.fdstore import FdStore
 from rayfwd.system.logs import get_logger
 from rayfwd.system.malloc import keep_freed
 from rayfwd.system.notify import Notifier
@@ -42,9 +44,12 @@ async def _run(config: Config) -> Runtime:
     with claimed(config):
         log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
         notifier = Notifier()
-        arrival = handover.arrived(os.environ, config.role, config.name, notifier)
+        given = fdpass.received(os.environ)
+        arrival = handover.arrived(given.pop(fdpass.NAME, []), config.role, config.name, notifier)
         try:
-            runtime = Runtime(role_of(config), notifier, arrival)
+            role = role_of(config)
+            role.node.hold_listeners(FdStore(notifier), fdstore.taken(given))
+            runtime = Runtime(role, notifier, arrival)
             await runtime.run()
         finally:
             if arrival is not None:

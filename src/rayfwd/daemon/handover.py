@@ -14,7 +14,7 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn, Protocol
 
 from rayfwd import __version__
@@ -284,12 +284,11 @@ def _keep(notifier: Notifier, name: str, left: Packed) -> bool:
 
 
 def arrived(
-    env: MutableMapping[str, str], role: str, name: str, notifier: Notifier
+    bundles: Sequence[socket.socket], role: str, name: str, notifier: Notifier
 ) -> Arrival | None:
     """What an earlier process of this node has handed over to this one; where that cannot be
-    used, it is said why."""
+    used, it is said why. The bundles are closed."""
     found: Arrival | None = None
-    bundles = fdpass.received(env)
     if bundles:
         notifier.send("FDSTOREREMOVE=1", f"FDNAME={fdpass.NAME}")  # they are here now
     for each in bundles:

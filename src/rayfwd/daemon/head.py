@@ -94,9 +94,9 @@ class HeadRole:
             limits=Limits(),
         )
         self._cluster_watch = ClusterWatch(
-            config.ray, own, node.ray, node.board, self._interruptions, self
+            config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
-        self._dashboard_watch = DashboardWatch(own, node.ray, node.board)
+        self._dashboard_watch = DashboardWatch(own, node.ray, node.board, node.way)
 
     @property
     def node(self) -> Node:
@@ -386,7 +386,8 @@ class HeadRole:
         }
 
     async def canary_targets(self) -> list[NodeSeen]:
-        return await alive_nodes(self._own, self._node.ray.environment or {})
+        dashboard = self._node.way(self._own, self._own.services["dashboard"])
+        return await alive_nodes(dashboard, self._node.ray.environment or {})
 
     # -- how it is -----------------------------------------------------------------------
 

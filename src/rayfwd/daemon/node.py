@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
-from rayfwd.problems import Problem
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.nodes import NodeSeen
@@ -25,6 +27,7 @@ from rayfwd.ray.supervisor import BeforeStart, RaySupervisor
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
 from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.fdstore import FdStore
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
@@ -34,6 +37,7 @@ from rayfwd.transport.listeners import Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
+from rayfwd.transport.ways import Way, Ways
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary import Canary, Situation
 from rayfwd.watch.cluster_view import ClusterView
@@ -131,16 +135,22 @@ class Node:
         name = config.name
         uids = listener_uids(config)
         self.listeners = makers.listeners(owner.route, owner.changed, Admission(uids))
+        self._ways = Ways(self.listeners)
         self.connector = LocalConnector()
         self.ray = makers.ray(config, view.network, owner.changed, before_start=owner.before_start)
         self.board = Board(owner.board_changed, name, _later)
         self.exchange = ConditionExchange(name, self.board, config.role == "head")
         self.canary = Canary(config.canary, config.ray, name, self.board, self)
-        self._reach = Reach(name, owner.peers, self.board)
+        self._reach = Reach(name, owner.peers, self.board, self.way)
         self._links = LinkWatch(self.board, owner.links_seen)
         self._machine = MachineWatch(
             config, lambda: self.view, self.board, self.listeners, self.ray
         )
+
+    def hold_listeners(self, store: FdStore, held: Mapping[tuple[str, int], socket.socket]) -> None:
+        """Have the listeners outlive a crash, and take those that outlived one."""
+        self.listeners.keep = store.keep
+        self.listeners.inherit({Target(*at): sock for at, sock in held.items()})
 
     # -- at work -------------------------------------------------------------------------
 
@@ -232,7 +242,10 @@ class Node:
         board.put_all(RAY, self._ray_findings(), quiet=True)
         blocked = islice(self.listeners.blocked_at.items(), MOST_LISTENERS)
         found = [Finding(name, problem) for problem in self.listeners.problems]
-        found += [Finding(f"{name}/{at}", problem) for at, problem in blocked]
+        found += [
+            Finding(f"{name}/{at}", problem, blocks_ready=self.listeners.for_a_node(at))
+            for at, problem in blocked
+        ]
         board.put_all(LISTENERS, found, quiet=True)
         board.put_all("forwards", self._unknown_forwards())
 
@@ -270,8 +283,9 @@ class Node:
             found: Problem | None = None
             situation, head, auth = self.situation(), self.view.head, self.view.auth
             if situation is not None and head is not None and self._owner.link_stands():
-                host, port = head.address, head.services["dashboard"]
-                found = await token.check(host, port, situation.env)
+                with suppress(ProblemError):  # told by others
+                    dashboard = self.way(head, head.services["dashboard"])
+                    found = await token.check(dashboard, situation.env)
             if found is None and auth is not None:
                 found = await asyncio.to_thread(
                     token.provide, auth, os.environ, self.config.state_dir
@@ -285,13 +299,22 @@ class Node:
         view, env = self.view, self.ray.environment
         if view.own is None or view.head is None or env is None or self.ray.state.phase != "up":
             return None
+        try:
+            gcs = self.way(view.head, view.head.services["gcs"])
+        except ProblemError:
+            return None
         return Situation(
             own=view.own,
-            gcs=f"{view.head.address}:{view.head.services['gcs']}",
+            gcs=str(gcs),
             env=env,
             plans={node.address: node for node in view.nodes},
             targets=self._owner.canary_targets,
+            way=self.way,
         )
+
+    def way(self, node: NodePlan, port: int) -> Way:
+        """Where a port of a node may be dialled from here. Raises ProblemError: nowhere now."""
+        return self._ways.to(node, port, self.view.own)
 
     def peers(self) -> Mapping[str, Peer]:
         return self._owner.peers()

@@ -29,7 +29,7 @@ from rayfwd.daemon.views import (
     streams_of,
     volume_of,
 )
-from rayfwd.problems import ProblemError, Severity
+from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
@@ -306,7 +306,8 @@ class WorkerRole:
             )
         if view.head is not None:
             env = self._node.ray.environment or {}
-            problem = await token.check(view.head.address, view.head.services["dashboard"], env)
+            dashboard = self._node.way(view.head, view.head.services["dashboard"])
+            problem = await token.check(dashboard, env)
             if problem is not None:
                 raise ProblemError(problem)
 
@@ -316,12 +317,30 @@ class WorkerRole:
             await self._advertise.run(own)
 
     def _let_ray_start(self) -> None:
-        """Ray gives up after half a minute where the head's does not answer: it waits for that."""
-        self._node.ray.set_link_up(self.link_stands() and self._head_ray not in NOT_UP)
+        """Ray gives up after half a minute where the head's does not answer: it waits for that.
+        And it is never started towards a stranger, who has one of the head's ports here."""
+        self._node.ray.set_link_up(
+            self.link_stands() and self._head_ray not in NOT_UP and not self._in_the_way()
+        )
+
+    def _in_the_way(self) -> Problem | None:
+        """What keeps from a service of the head's."""
+        head = self._node.view.head
+        if head is None:
+            return None
+        try:
+            for port in head.head_services.values():
+                self._node.way(head, port)
+        except ProblemError as exc:
+            return exc.problem
+        return None
 
     def ray_waits(self) -> str:
         if self._head_ray in NOT_UP:
             return f"Ray here waits for the head's, which is {self._head_ray}"
+        waits = self._node.ray.state.phase == "waiting"
+        if waits and (problem := self._in_the_way()) is not None:
+            return f"Ray here waits for the way to the head's: {problem.cause}"
         return f"Ray is {self._node.ray.state.phase}"
 
     # -- what the head is told -----------------------------------------------------------
@@ -344,6 +363,7 @@ class WorkerRole:
             mux.send_message(told)
 
     def changed(self) -> None:
+        self._let_ray_start()
         self._tell_head_of_ray()
         self._node.changed()
 
@@ -380,7 +400,8 @@ class WorkerRole:
         assert view.head is not None, "a canary is sent once the plan is there"
         assert view.own is not None
         both = {view.head.address, view.own.address}
-        alive = await alive_nodes(view.head, self._node.ray.environment or {})
+        dashboard = self._node.way(view.head, view.head.services["dashboard"])
+        alive = await alive_nodes(dashboard, self._node.ray.environment or {})
         return [node for node in alive if node.address in both]
 
     # -- how it is -----------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfwd import codes
+from rayfwd.transport.ways import Way
 
 TIMEOUT = 10.0
 LIMIT = 10_000
@@ -35,36 +36,36 @@ class NodeSeen:
     """Why it is in this state (2.40 and later)."""
 
 
-async def fetch(host: str, port: int, token: str | None = None) -> list[NodeSeen]:
-    """Ask the dashboard at `host`. Raises ProblemError (ray_nodes_failed).
+async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
+    """Ask the head's dashboard. Raises ProblemError (ray_nodes_failed).
 
     `token` is Ray's own (2.52 and later with RAY_AUTH_MODE=token). No proxy is used.
     """
     try:
-        body = await asyncio.to_thread(_get, host, port, token)
+        body = await asyncio.to_thread(_get, dashboard, token)
         return parse(json.loads(body))
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise codes.RAY_NODES_FAILED.error(
-            f"the node table at http://{host}:{port} could not be read: {exc}",
+            f"the node table at http://{dashboard} could not be read: {exc}",
             "see that the head's dashboard is up (dashboard.log in Ray's session directory); "
             "rayfwd asks again",
         ) from None
 
 
-async def no_answer(host: str, port: int, patience: float) -> str | None:
+async def no_answer(dashboard: Way, patience: float) -> str | None:
     """Why nobody answers HTTP there, a refusal for want of a token included; None: somebody does.
 
     `patience` is in seconds.
     """
     try:
-        await asyncio.to_thread(_ask_version, host, port, patience)
+        await asyncio.to_thread(_ask_version, dashboard, patience)
     except (OSError, http.client.HTTPException) as exc:
         return str(exc) or type(exc).__name__
     return None
 
 
-def _ask_version(host: str, port: int, patience: float) -> None:
-    connection = http.client.HTTPConnection(host, port, timeout=patience)
+def _ask_version(dashboard: Way, patience: float) -> None:
+    connection = http.client.HTTPConnection(*dashboard, timeout=patience)
     try:
         connection.request("GET", "/api/version", headers={"User-Agent": "rayfwd"})
         connection.getresponse()
@@ -99,9 +100,9 @@ def _seconds(milliseconds: Any) -> float | None:
     return milliseconds / 1000 if isinstance(milliseconds, int) and milliseconds > 0 else None
 
 
-def _get(host: str, port: int, token: str | None) -> bytes:
+def _get(dashboard: Way, token: str | None) -> bytes:
     # http.client knows no proxies, unlike urllib.
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+    connection = http.client.HTTPConnection(*dashboard, timeout=TIMEOUT)
     try:
         # Older dashboards answer a request without User-Agent with status 500.
         headers = {"Accept": "application/json", "User-Agent": "rayfwd"}

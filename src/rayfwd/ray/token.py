@@ -24,6 +24,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.ray.install import version_key
 from rayfwd.system.files import replace_file
+from rayfwd.transport.ways import Way
 
 FIRST = (2, 52)
 """First Ray that knows tokens."""
@@ -196,16 +197,16 @@ def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem |
     )
 
 
-async def check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
-    """Whether a Ray process with this environment is welcome at the head's Ray, as the dashboard
-    at `host` tells. None too where nothing answers, or where that Ray knows no token.
+async def check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
+    """Whether a Ray process with this environment is welcome at the head's Ray, as its dashboard
+    tells. None too where nothing answers, or where that Ray knows no token.
     """
-    return await asyncio.to_thread(_check, host, port, env)
+    return await asyncio.to_thread(_check, dashboard, env)
 
 
-def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
+def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
     try:
-        status, body = _ask(host, port, "GET", "/api/authentication_mode", None)
+        status, body = _ask(dashboard, "GET", "/api/authentication_mode", None)
         mode = json.loads(body).get("authentication_mode") if status == http.client.OK else None
         on = env.get(MODE, "").lower() == "token"
         token = read_token(env)
@@ -224,7 +225,7 @@ def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
                 'set ray.auth = "auto" here, and take RAY_AUTH_* out of ray.env: the head hands '
                 "its token over the link; run the same rayfwd on both sides",
             )
-        status, _ = _ask(host, port, "POST", "/api/authenticate", token)
+        status, _ = _ask(dashboard, "POST", "/api/authenticate", token)
         if status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
             return codes.RAY_TOKEN_WRONG.problem(
                 "the head's Ray refuses this node's token",
@@ -236,8 +237,8 @@ def _check(host: str, port: int, env: Mapping[str, str]) -> Problem | None:
     return None
 
 
-def _ask(host: str, port: int, method: str, path: str, token: str | None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
+def _ask(dashboard: Way, method: str, path: str, token: str | None) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(*dashboard, timeout=TIMEOUT)
     try:
         headers = {"User-Agent": "rayfwd"}
         if token is not None:

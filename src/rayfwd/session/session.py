@@ -240,8 +240,8 @@ class Session:
     def open(self, target: bytes, now: float) -> int:
         """Open a stream. Bytes may follow at once. Whoever opens asks first whether it is `full`:
         of streams beyond `Limits.streams` a peer refuses some, and takes more for a fault."""
-        if self.ended:
-            raise ValueError("a stream in a session that has ended")
+        if self.ended or self.full:
+            raise ValueError("a stream in a session that has ended or is full")
         number = self._numbers.take()
         window = self.limits.window
         stream = Stream(number, True, target, window, window, now)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 NAME = "rayfwd-handover"
@@ -88,17 +89,18 @@ def unpack(bundle: socket.socket) -> tuple[bytes, list[int]] | None:
         raise BundleError(str(exc)) from exc
 
 
-def received(env: MutableMapping[str, str]) -> list[socket.socket]:
-    """The bundles that this process was started with; what told of them goes from `env`."""
+def received(env: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
+    """The bundles that this process was started with, by name; what told of them goes from `env`.
+    Sockets of other makes are among them, where somebody passes such."""
     pid, count = env.pop("LISTEN_PID", ""), env.pop("LISTEN_FDS", "")
     names = env.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    found = []
+        return {}
+    found: dict[str, list[socket.socket]] = {}
     for descriptor, name in zip(range(FIRST, FIRST + int(count)), names, strict=False):
         os.set_inheritable(descriptor, False)
-        if name == NAME:
-            found.append(socket.socket(fileno=descriptor))
+        with suppress(OSError):  # no socket
+            found.setdefault(name, []).append(socket.socket(fileno=descriptor))
     return found
 
 

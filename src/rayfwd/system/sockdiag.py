@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import NamedTuple
 
@@ -85,13 +85,22 @@ class SockDiag:
 
         Raises OSError.
         """
-        wanted = _ID.pack(peer[1], own[1], _packed(peer[0]), _packed(own[0]), b"", _ANY_COOKIE)
+        # Where no connection is found, the kernel looks for who listens there.
+        state, owner = self._find(peer, own)
+        return owner if state != _TCP_LISTEN else None
+
+    def owner_of_listener(self, at: Address) -> Owner | None:
+        """Who takes connections to `at`, which is on this machine; None: nobody. Raises OSError."""
+        state, owner = self._find(at, (at[0], 0))
+        return owner if state == _TCP_LISTEN else None
+
+    def _find(self, near: Address, far: Address) -> tuple[int, Owner | None]:
+        """State and owner of the socket that takes what `far` sends to `near`. Raises OSError."""
+        wanted = _ID.pack(near[1], far[1], _packed(near[0]), _packed(far[0]), b"", _ANY_COOKIE)
         for message in self._ask(socket.AF_INET, _ANY_STATE, wanted, 0):
             _, state, *_, uid, inode = _MESSAGE.unpack_from(message)
-            # Where no connection is found, the kernel looks for who listens there.
-            if inode and state != _TCP_LISTEN:
-                return Owner(uid, inode)
-        return None
+            return state, Owner(uid, inode) if inode else None
+        return 0, None
 
     def listening(self) -> list[ListeningSocket]:
         """Every TCP socket that listens. Raises OSError."""
@@ -188,6 +197,43 @@ def programs(inodes: Collection[int]) -> dict[int, Program]:
         except OSError:
             continue  # another user's, or it has just ended
     return found
+
+
+class Holder(NamedTuple):
+    """Who listens where somebody else would."""
+
+    owner: Owner
+    program: Program | None
+    """None: it cannot be seen, as it is another user's."""
+
+
+def holders(places: Collection[Address], before: Mapping[Address, Holder]) -> dict[Address, Holder]:
+    """Who listens at these places; `before` is the last answer, from which programs are known.
+
+    Places of which the kernel does not tell are left out. Blocks for milliseconds.
+    """
+    try:
+        with closing(SockDiag()) as diag:
+            listening = diag.listening()
+    except OSError:
+        return {}
+    found = {}
+    for at in places:
+        for sock in listening:
+            if sock.takes(at):
+                found[at] = Owner(sock.uid, sock.inode)
+                break
+    news = [owner.inode for at, owner in found.items() if _known(before, at, owner) is None]
+    seen = programs(news)
+    return {
+        at: _known(before, at, owner) or Holder(owner, seen.get(owner.inode))
+        for at, owner in found.items()
+    }
+
+
+def _known(before: Mapping[Address, Holder], at: Address, owner: Owner) -> Holder | None:
+    known = before.get(at)
+    return known if known is not None and known.owner == owner else None
 
 
 def _pids() -> Iterable[int]:

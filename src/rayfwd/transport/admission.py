@@ -16,7 +16,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.system import sockdiag
 from rayfwd.system.logs import get_logger
-from rayfwd.system.sockdiag import SockDiag
+from rayfwd.system.sockdiag import Address, SockDiag
 from rayfwd.system.users import user_name
 
 log = get_logger(__name__)
@@ -104,6 +104,17 @@ class Admission:
         else:
             return Pass(owner.uid, self._open)
         return None
+
+    def stranger_at(self, place: Address) -> int | None:
+        """Who takes connections to a place on this machine, if it is neither our own user nor root;
+        None as well where nobody does, or the kernel does not tell."""
+        if self._diag is None:
+            return None
+        try:
+            owner = self._diag.owner_of_listener(place)
+        except OSError:
+            return None
+        return None if owner is None or owner.uid in {self._own, 0} else owner.uid
 
     def _refuse(self, user: str, connection: socket.socket, remedy: str) -> None:
         if user not in self.refused and len(self.refused) >= MOST_USERS:

@@ -6,14 +6,17 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 
 from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.session.target import Target
-from rayfwd.system import descriptors
+from rayfwd.system import descriptors, sockdiag
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
+from rayfwd.system.sockdiag import Address, Holder
+from rayfwd.system.users import user_name
 from rayfwd.transport.acceptor import Acceptor
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.relay import SocketRelay
@@ -59,12 +62,20 @@ class Listeners:
         self._wanted: dict[Target, Target] = {}
         self._open: dict[Target, socket.socket] = {}
         self._blocked: dict[Target, Problem] = {}
+        self._holders: dict[Address, Holder] = {}
+        """Who has the ports of those that are blocked."""
+        self.keep: Callable[[Collection[socket.socket]], None] = lambda _: None
+        """Called with the sockets of all, when they have changed: somebody else holds them, too."""
         self._changed = asyncio.Event()
 
     @property
     def open(self) -> int:
         """How many listeners are open."""
         return len(self._open)
+
+    def place_of(self, target: Target) -> Target:
+        """Where the listener is that programs dial for a node's port: where the node itself is."""
+        return target
 
     def is_open(self, listen: Target) -> bool:
         """Whether what listens there is a listener of ours."""
@@ -89,6 +100,10 @@ class Listeners:
     def blocked(self) -> tuple[Problem, ...]:
         """Listeners that could not be opened, and why."""
         return tuple(self._blocked.values())
+
+    def for_a_node(self, listen: Target) -> bool:
+        """Whether the listener there is the one for a node's own port, and no further one."""
+        return listen in self._wanted and self.place_of(self._wanted[listen]) == listen
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many listeners are open and how many blocked, by the address that they stand for."""
@@ -118,6 +133,8 @@ class Listeners:
                 before = (set(self._open), self._blocked)
                 await self._reconcile()
                 after = (set(self._open), self._blocked)
+                if before[0] != after[0] and self._told:
+                    self.keep(self._open.values())
                 if before != after and self._on_change is not None:
                     self._on_change()
                 try:
@@ -127,9 +144,11 @@ class Listeners:
                 except TimeoutError:
                     pass
         finally:
+            # Not ended: whoever holds them, too, has them for the next process.
             self._acceptor.close()
             self._open.clear()
-            self._close_inherited()
+            while self._inherited:
+                self._inherited.popitem()[1].close()
             self.admission.close()
 
     def stop_accepting(self) -> dict[Target, socket.socket]:
@@ -144,53 +163,70 @@ class Listeners:
         return SocketRelay(self.relays, lambda relay: self._route(target, relay))
 
     def inherit(self, listening: Mapping[Target, socket.socket]) -> None:
-        """Sockets for listeners that `set_wanted` will ask for; what it does not is closed then."""
-        self._inherited.update(listening)
+        """Sockets for listeners that `set_wanted` will ask for; what it does not is closed then.
+        What is inherited twice is closed but once: it is the same socket."""
+        if not listening:
+            return
+        for at, sock in listening.items():
+            if at in self._inherited:
+                self._inherited.pop(at).close()
+            self._inherited[at] = sock
+        self.keep(self._inherited.values())
 
     def _close_inherited(self) -> None:
         while self._inherited:
-            self._inherited.popitem()[1].close()
+            _end(self._inherited.popitem()[1])
 
     async def _reconcile(self) -> None:
         for listen in [d for d in self._open if d not in self._wanted]:
-            self._acceptor.release(self._open.pop(listen)).close()
+            _end(self._acceptor.release(self._open.pop(listen)))
         self._blocked = {d: p for d, p in self._blocked.items() if d in self._wanted}
-        opened = 0
-        for listen in self._wanted:
+        opened, failed = 0, {}
+        for listen in list(self._wanted):
             if self._left:
                 return
-            if listen not in self._open and self._try(listen):
-                opened += 1
-                if opened % OPENED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            if listen in self._open:
+                continue
+            try:
+                self._try(listen)
+            except OSError as exc:
+                failed[listen] = exc
+                continue
+            opened += 1
+            if opened % OPENED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        await self._block(failed)
         if self._told:
             self._close_inherited()
         if opened:
             log.info("listeners_open", listeners=self.open, new=opened)
 
-    def _try(self, listen: Target) -> bool:
-        """Open a listener, or keep what prevents it."""
+    def _try(self, listen: Target) -> None:
+        """Open a listener. Raises OSError."""
+        sock = self._inherited.pop(listen, None) or _bound(listen)
         try:
-            sock = self._inherited.pop(listen, None) or _bound(listen)
-            try:
-                self._acceptor.add(sock, lambda: self.relay_for(self._wanted.get(listen, listen)))
-            except OSError:
-                sock.close()
-                raise
-        except OSError as exc:
-            self._block(listen, exc)
-            return False
+            self._acceptor.add(sock, lambda: self.relay_for(self._wanted.get(listen, listen)))
+        except OSError:
+            sock.close()
+            raise
         self._open[listen] = sock
         if listen in self._blocked:
             self._blocked = {d: p for d, p in self._blocked.items() if d != listen}
             log.info("listener_unblocked", listen=str(listen))
-        return True
 
-    def _block(self, listen: Target, exc: OSError) -> None:
-        problem = why_blocked(listen, self._wanted[listen], exc)
-        if self._blocked.get(listen) != problem:
-            self._blocked = self._blocked | {listen: problem}
-            log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+    async def _block(self, failed: Mapping[Target, OSError]) -> None:
+        """Keep what prevents them, with who is in the way."""
+        taken = [at for at, exc in failed.items() if exc.errno == errno.EADDRINUSE]
+        if taken:
+            # On a thread: it looks through all of /proc.
+            self._holders = await asyncio.to_thread(sockdiag.holders, taken, self._holders)
+        for listen, exc in failed.items():
+            if (target := self._wanted.get(listen)) is None:
+                continue  # not any more
+            problem = why_blocked(listen, target, exc, self._holders.get(listen))
+            if self._blocked.get(listen) != problem:
+                self._blocked = self._blocked | {listen: problem}
+                log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
 
 
 def _bound(listen: Target) -> socket.socket:
@@ -207,12 +243,30 @@ def _bound(listen: Target) -> socket.socket:
     return sock
 
 
-def why_blocked(listen: Target, target: Target, exc: OSError) -> Problem:
-    """The problem behind an error in listening there."""
+def _end(sock: socket.socket) -> None:
+    """Listen no more, whoever else holds the socket."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()
+
+
+def said_of(holder: Holder | None) -> str:
+    """Who it is, as ` by user …`; empty: not known."""
+    if holder is None:
+        return ""
+    user = f" by user {user_name(holder.owner.uid)}"
+    program = holder.program
+    return user if program is None else f"{user} ({program.name}, pid {program.pid})"
+
+
+def why_blocked(
+    listen: Target, target: Target, exc: OSError, holder: Holder | None = None
+) -> Problem:
+    """The problem behind an error in listening there; `holder` listens there, if that is known."""
     if exc.errno == errno.EADDRINUSE:
         return codes.LISTENER_BLOCKED.problem(
-            f"port {listen.port} is in use on this machine, so {listen} cannot be opened for "
-            f"{target}",
+            f"port {listen.port} is in use on this machine{said_of(holder)}, so {listen} cannot be "
+            f"opened for {target}",
             f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose another "
             "port: listen in [[forward]], or on the head ray.port, ray.dashboard_port or "
             "ray.client_port, or for any other hub.port_base",

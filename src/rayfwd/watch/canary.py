@@ -24,6 +24,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.ways import Way, WayTo
 from rayfwd.watch import reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary_round import NodeResult, Round, StageResult
@@ -117,13 +118,15 @@ class Canary:
             result = await self._fly(install, situation, seen)
             problem = _own_failure(result)
             if problem is None:
-                ports = await _look_behind(result, seen, situation.plans)
+                ports = await _look_behind(result, seen, situation.plans, situation.way)
                 if doubtful := _doubtful(result, seen, ports):
                     again = await self._fly(install, situation, doubtful)
                     if _own_failure(again) is None:
                         for node in doubtful:
                             result.stages[node.node_id] = again.stages.get(node.node_id, {})
-                        ports |= await _look_behind(result, doubtful, situation.plans)
+                        ports |= await _look_behind(
+                            result, doubtful, situation.plans, situation.way
+                        )
                 judged = judge(result, seen, situation.plans, ports, self._own_name)
                 after = dict(self._owner.peers())
                 found = only_theirs(judged, situation.plans, before, after, self._own_name)
@@ -168,12 +171,13 @@ class Situation:
     """By address."""
     targets: Callable[[], Awaitable[list[NodeSeen]]]
     """The nodes it is sent to. Raises ProblemError."""
+    way: WayTo
 
 
-async def alive_nodes(head: NodePlan, env: Mapping[str, str]) -> list[NodeSeen]:
+async def alive_nodes(dashboard: Way, env: Mapping[str, str]) -> list[NodeSeen]:
     """Every node that is ALIVE in the node table. Raises ProblemError (ray_nodes_failed)."""
     token = await asyncio.to_thread(read_token, env)
-    seen = await node_table.fetch(head.address, head.services["dashboard"], token)
+    seen = await node_table.fetch(dashboard, token)
     return [node for node in seen if node.state == "ALIVE"]
 
 
@@ -231,7 +235,7 @@ def _doubtful(
 
 
 async def _look_behind(
-    result: canary.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan]
+    result: canary.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan], way: WayTo
 ) -> dict[str, dict[int, str]]:
     """Dead ports of the nodes that failed, by address."""
     found: dict[str, dict[int, str]] = {}
@@ -240,8 +244,8 @@ async def _look_behind(
         if plan is None or failed_stage(result, node.node_id) is None:
             continue
         servers, workers = await asyncio.gather(
-            reach.dead_ports(plan, reach.servers(plan), reach.PATIENCE),
-            reach.dead_worker_ports(plan),
+            reach.dead_ports(plan, reach.servers(plan), reach.PATIENCE, way),
+            reach.dead_worker_ports(plan, way),
         )
         found[node.address] = servers | workers
     return found

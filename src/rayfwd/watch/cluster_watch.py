@@ -24,6 +24,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
 from rayfwd.system.coalesce import end_of_pause, sleep_coalesced
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.ways import WayTo
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
@@ -75,7 +76,9 @@ class ClusterWatch:
         board: Board,
         interruptions: Interruptions,
         owner: ClusterWatchOwner,
+        way: WayTo,
     ) -> None:
+        self._way = way
         self._ray = ray
         self._head = head
         self._supervisor = supervisor
@@ -128,12 +131,12 @@ class ClusterWatch:
         env = self._supervisor.environment or {}
         install = await find(self._ray.command, env)
         services = self._head.services
-        gcs = f"{self._head.address}:{services['gcs']}"
+        gcs = str(self._way(self._head, services["gcs"]))
         status = await status_text.ask(install.command, gcs, env)
         self._board.put_all(TOTALS, rules.stale_totals(status, self._head.name, time.time()))
         token = await asyncio.to_thread(read_token, env)
         # The table after the totals: what joins in between is confirmed by the next look.
-        seen = await node_table.fetch(self._head.address, services["dashboard"], token)
+        seen = await node_table.fetch(self._way(self._head, services["dashboard"]), token)
         view, declared = self._owner.view, self._owner.declared()
         plans = {plan.address: plan for plan in view.nodes}
         names = {address: plan.name for address, plan in plans.items()}
@@ -176,7 +179,8 @@ class DashboardWatch:
     GRACE = 60.0
     """Seconds after Ray came up in which a dashboard that never answered may still be starting."""
 
-    def __init__(self, head: NodePlan, supervisor: RaySupervisor, board: Board) -> None:
+    def __init__(self, head: NodePlan, supervisor: RaySupervisor, board: Board, way: WayTo) -> None:
+        self._way = way
         self._head = head
         self._supervisor = supervisor
         self._board = board
@@ -196,8 +200,12 @@ class DashboardWatch:
         state = self._supervisor.state
         if state.phase != "up":
             return None
-        host, port = self._head.address, self._head.services["dashboard"]
-        why = await node_table.no_answer(host, port, self.PATIENCE)
+        try:
+            dashboard = self._way(self._head, self._head.services["dashboard"])
+        except ProblemError as exc:
+            why: str | None = exc.problem.cause
+        else:
+            why = await node_table.no_answer(dashboard, self.PATIENCE)
         if why is None:
             self._answered = state.since
         elif self._answered != state.since and time.time() - state.since < self.GRACE:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.problems import Problem
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.transport.ways import Way, WayTo
 from rayfwd.watch.board import Board
 
 INTERVAL = 20.0
@@ -57,11 +59,13 @@ class Reach:
         own_name: str,
         peers: Callable[[], Mapping[str, Peer]],
         board: Board,
+        way: WayTo,
         interval: float = INTERVAL,
     ) -> None:
         self._own_name = own_name
         self._peers = peers
         self._board = board
+        self._way = way
         self._interval = interval
         self._looked: Mapping[str, Peer] = {}
 
@@ -98,7 +102,10 @@ class Reach:
 
     async def _dial(self, peers: Mapping[str, Peer], patience: float) -> dict[str, dict[int, str]]:
         bad = await asyncio.gather(
-            *(dead_ports(peer.plan, servers(peer.plan), patience) for peer in peers.values())
+            *(
+                dead_ports(peer.plan, servers(peer.plan), patience, self._way)
+                for peer in peers.values()
+            )
         )
         return dict(zip(peers, bad, strict=True))
 
@@ -110,14 +117,20 @@ def servers(plan: NodePlan) -> list[int]:
     return [services[name] for name in names if name in services]
 
 
-async def dead_ports(plan: NodePlan, ports: Iterable[int], patience: float) -> dict[int, str]:
-    """Those of the ports that do not greet, and how the attempt ended."""
-    wanted = list(ports)
-    outcomes = await asyncio.gather(*(probe.greets(plan.address, p, patience) for p in wanted))
-    return {p: o for p, o in zip(wanted, outcomes, strict=True) if o != probe.ANSWERED}
+async def dead_ports(
+    plan: NodePlan, ports: Iterable[int], patience: float, way: WayTo
+) -> dict[int, str]:
+    """Those of the ports that do not greet, and how the attempt ended. One to which there is no way
+    now is left out: what is in the way is told by others."""
+    ways: dict[int, Way] = {}
+    for port in ports:
+        with suppress(ProblemError):
+            ways[port] = way(plan, port)
+    outcomes = await asyncio.gather(*(probe.greets(*at, patience) for at in ways.values()))
+    return {p: o for p, o in zip(ways, outcomes, strict=True) if o != probe.ANSWERED}
 
 
-async def dead_worker_ports(plan: NodePlan) -> dict[int, str]:
+async def dead_worker_ports(plan: NodePlan, way: WayTo) -> dict[int, str]:
     """The worker ports, if not one of them answers although a worker must be there; else none.
 
     Which port has a process behind it only Ray knows. One that has none is refused by the node
@@ -126,7 +139,7 @@ async def dead_worker_ports(plan: NodePlan) -> dict[int, str]:
     count = min(MOST_WORKER_PORTS, plan.worker_ports)
     step = (plan.worker_ports - 1) / max(count - 1, 1)
     ports = [plan.first_worker_port + round(i * step) for i in range(count)]
-    dead = await dead_ports(plan, ports, PATIENCE)
+    dead = await dead_ports(plan, ports, PATIENCE, way)
     unused = probe.REFUSED if plan.advertised else probe.RESET
     if len(dead) < len(ports) or all(outcome == unused for outcome in dead.values()):
         return {}

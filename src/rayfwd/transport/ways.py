@@ -1,0 +1,57 @@
+"""Where this node may dial a port of a node: nowhere that a stranger may have taken.
+
+Any user of a machine can listen on any address of its loopback, another node's among them, where
+that node's listener is not open. So whatever of ours dials Ray takes the way from here: an open
+listener of our own, the node itself where it is reached directly, or our own address where no other
+user listens. Functions that dial ask for a `Way`, which nothing else makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NewType
+
+from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.problems import ProblemError
+from rayfwd.session.target import Target
+from rayfwd.system.users import user_name
+from rayfwd.transport.listeners import Listeners
+
+Way = NewType("Way", Target)
+"""An address and a port that may be dialled now."""
+
+WayTo = Callable[[NodePlan, int], Way]
+"""Gives the way to a port of a node. Raises ProblemError: there is none now."""
+
+
+class Ways:
+    """Those of one node."""
+
+    def __init__(self, listeners: Listeners) -> None:
+        self._listeners = listeners
+
+    def to(self, node: NodePlan, port: int, own: NodePlan | None) -> Way:
+        """The way to a port of `node`, seen from `own`. Raises ProblemError: there is none now."""
+        at = Target(node.address, port)
+        if node.advertised and (own is None or node.name != own.name):
+            return Way(at)
+        if own is not None and node.name == own.name:
+            stranger = self._listeners.admission.stranger_at(at)
+            if stranger is None:
+                return Way(at)
+            raise codes.PORT_IN_USE.error(
+                f"port {port} of this node's own address is in use by user {user_name(stranger)}: "
+                f"nothing is sent to {at}",
+                f"end what listens there (`ss -ltnp sport = :{port}`)",
+            )
+        place = self._listeners.place_of(at)
+        if self._listeners.is_open(place):
+            return Way(place)
+        problem = self._listeners.blocked_at.get(place)
+        if problem is not None:
+            raise ProblemError(problem)
+        raise codes.LISTENER_BLOCKED.error(
+            f"the listener {place} is not open, so nothing is sent there",
+            "nothing, while rayfwd begins; else see the conditions of `rayfwd status`",
+        )
