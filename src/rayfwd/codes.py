@@ -20,6 +20,9 @@ _NODE = (*_LINK, Group.RAY)
 
 SSH_UNREACHABLE = Code("ssh_unreachable", group=Group.LINK_FAULT, stage="ssh")
 SSH_TURNED_AWAY = Code("ssh_turned_away", group=Group.LINK_FAULT, stage="ssh")
+SSH_LOGIN_TIMEOUT = Code("ssh_login_timeout", group=Group.LINK_FAULT, stage="auth")
+JUMP_REFUSED = Code("jump_refused", group=Group.LINK_FAULT, stage="ssh", lasting=True)
+SSH_SECOND_FACTOR = Code("ssh_second_factor", group=Group.LINK_FAULT, stage="auth", lasting=True)
 SSH_AUTH_REFUSED = Code("ssh_auth_refused", group=Group.LINK_FAULT, stage="auth", lasting=True)
 SSH_KEY_UNUSABLE = Code(
     "ssh_key_unusable", group=Group.LINK_FAULT, stage="auth", before_dialling=True, lasting=True
@@ -38,6 +41,7 @@ HOST_KEY_UNKNOWN = Code("host_key_unknown", group=Group.LINK_FAULT, stage="host_
 HOST_KEY_MISMATCH = Code(
     "host_key_mismatch", group=Group.LINK_FAULT, stage="host_key", lasting=True
 )
+HOST_KEY_REVOKED = Code("host_key_revoked", group=Group.LINK_FAULT, stage="host_key", lasting=True)
 CHANNEL_REFUSED = Code(
     "channel_refused", group=Group.LINK_FAULT, stage="channel", lasting=True, another_way=True
 )

@@ -155,11 +155,11 @@ class HeadConfig(_Section):
     ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@head.example.org"])
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
-    """the private key; default: the agent, and what the SSH configuration says"""
+    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
-    """default: the usual files; the head's host key must be in one, always"""
+    """the only file that may have the head's host key; default: those that ssh would read"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """default: this file if it exists"""
+    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
     """where the hub listens, on the head's file system"""
     via: Literal["socket", "exec"] = "socket"

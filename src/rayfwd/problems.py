@@ -1,6 +1,9 @@
 """Something wrong, with a name, a cause and a remedy: what logs, status and refusals all carry.
 
 What is known of each name is in `codes.py`.
+
+A cause may quote what another machine has said before anybody knows who that is. So a problem
+holds no control characters: whoever prints one, on a terminal or in a log, need not think of it.
 """
 
 from __future__ import annotations
@@ -92,6 +95,14 @@ class Code:
         return f"Code({self.name})"
 
 
+def printable(text: str) -> str:
+    """`text` with what moves a cursor, writes elsewhere or turns the direction of reading shown as
+    its escape (`\\x1b`); a line's end as well, as a line of its own could be anything's."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A fault that has a name.
@@ -102,6 +113,10 @@ class Problem:
     code: Code
     cause: str
     remedy: str
+
+    def __post_init__(self) -> None:
+        for name in ("cause", "remedy"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def to_wire(self) -> dict[str, Any]:
         return {"code": self.code.name, "cause": self.cause, "remedy": self.remedy}

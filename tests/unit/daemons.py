@@ -180,6 +180,9 @@ class SocketCarrier:
         self.connections: list[SocketConnection] = []
         self._path = head.socket
 
+    def close(self) -> None:
+        """Its connections share nothing."""
+
     async def dial(self, hasty: bool) -> SocketConnection:
         self.connections.append(SocketConnection(self._path))
         return self.connections[-1]

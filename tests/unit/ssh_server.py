@@ -17,13 +17,18 @@ Handler = Callable[[asyncssh.SSHReader[bytes], asyncssh.SSHWriter[bytes]], Await
 class Sshd:
     """Serves one user key, streams to Unix sockets, SFTP's view of files, and `rayfwd attach`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
         self.directory = directory
+        self.address = address
         self.port = 0
         self.tries = 0
         """Connections that were made to it."""
         self.prohibits = False
         """It refuses streams to Unix sockets, as with `AllowStreamLocalForwarding no`."""
+        self.forwards = True
+        """It is a jump host for who logs in; else as with `AllowTcpForwarding no`."""
+        self.jumps: list[tuple[str, int]] = []
+        """Where it has connected to for others."""
         self.login_takes = 0.0
         """Seconds before a user is let in."""
         self.attach_to: Path | None = None
@@ -47,7 +52,7 @@ class Sshd:
     async def start(self) -> None:
         """Listen; after `stop` on the same port again, with the same key."""
         self._acceptor = await asyncssh.listen(
-            "127.0.0.1",
+            self.address,
             self.port,
             server_factory=lambda: _Server(self),
             server_host_keys=[self._host_key],
@@ -61,7 +66,7 @@ class Sshd:
 
     def known_hosts_line(self, key: asyncssh.SSHKey | None = None) -> str:
         public = (key or self._host_key).export_public_key().decode()
-        return f"[127.0.0.1]:{self.port} {public}"
+        return f"[{self.address}]:{self.port} {public}"
 
     async def stop(self) -> None:
         self.flowing.set()
@@ -171,6 +176,16 @@ class _Server(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return self._sshd.allows(key)
+
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> bool:
+        if not self._sshd.forwards:
+            raise asyncssh.ChannelOpenError(
+                asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed"
+            )
+        self._sshd.jumps.append((dest_host, dest_port))
+        return True
 
     def unix_connection_requested(self, dest_path: str) -> Any:
         return self._sshd.to_socket(dest_path, self._waiting)

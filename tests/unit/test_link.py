@@ -23,15 +23,18 @@ from rayfwd.config import HeadConfig
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
+from rayfwd.transport import dial
 from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.hops import find_way
 from rayfwd.transport.link import Link, LinkRefusedError
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
+from rayfwd.transport.sshproblems import host_key_problem
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, until
@@ -346,10 +349,12 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_p
                 sock.setblocking(False)
                 sock.connect_ex(deaf.getsockname())
             host, port = deaf.getsockname()
-            options = asyncssh.SSHClientConnectionOptions(host=host, port=port, config=None)
-            dialling = asyncio.create_task(ssh_module._first_to_answer(host, options))
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, port, type=socket.SOCK_STREAM
+            )
+            dialling = asyncio.create_task(dial.again_and_again(found))
             # Of the attempts so far TCP repeats the first after one second and after three.
-            await asyncio.sleep(2.5 * ssh_module.HASTY_EVERY)
+            await asyncio.sleep(2.5 * dial.BESIDE)
             assert not dialling.done()
             for sock in waiting:  # else one of these takes the place
                 sock.close()
@@ -357,7 +362,7 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_p
             with contextlib.suppress(BlockingIOError):
                 while True:
                     deaf.accept()[0].close()
-            async with asyncio.timeout(2 * ssh_module.HASTY_EVERY + 0.5):
+            async with asyncio.timeout(2 * dial.BESIDE + 0.5):
                 (await dialling).close()
 
     run_in_real_time(main)
@@ -504,12 +509,21 @@ def test_an_unknown_host_key(tmp_path: Path) -> None:
 
 
 def test_no_file_of_known_hosts(tmp_path: Path) -> None:
-    wrong(
-        tmp_path,
-        "host_key_unknown",
-        before=lambda s: s.sshd.known_hosts.unlink(),
-        mend=lambda s: s.sshd.known_hosts.write_text(s.sshd.known_hosts_line()),
-    )
+    """The one that is named: no other is asked, and nobody is dialled before it is there."""
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            s.sshd.known_hosts.unlink()
+            await until(lambda: s.link.problem is not None)
+            assert s.link.problem is not None
+            assert s.link.problem.code is codes.SSH_FILE_UNREADABLE
+            assert s.sshd.tries == 0
+            s.sshd.known_hosts.write_text(s.sshd.known_hosts_line())
+            await s.up()
+
+    with log_events() as log:
+        run(main)
+    assert len(of(log, "ssh_file_unreadable")) == 1
 
 
 def test_another_host_key(tmp_path: Path) -> None:
@@ -582,8 +596,7 @@ def test_where_an_unknown_host_key_is_to_be_added(tmp_path: Path, config: str, s
 
     async def main() -> None:
         head = HeadConfig(ssh="ray@the-head", ssh_config=file)
-        known = ssh_module._known_hosts(head, await ssh_module.SshConnector(head)._options())
-        problem = ssh_module.explain(asyncssh.HostKeyNotVerifiable("no"), head, known)
+        problem = host_key_problem(head, find_way(head)[-1])
         assert problem.code == codes.HOST_KEY_UNKNOWN
         assert said.format(file=file) in problem.remedy
 

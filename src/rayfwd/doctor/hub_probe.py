@@ -20,7 +20,7 @@ from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
 from rayfwd.session.handshake import Hello
 from rayfwd.transport.carrier import Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
-from rayfwd.transport.ssh import why_no_answer
+from rayfwd.transport.sshproblems import why_no_answer
 
 T = TypeVar("T")
 

@@ -77,12 +77,14 @@ class WayExamination(Examination):
             connection = await connector.connect()
         except ProblemError as exc:
             self._stopped(exc.problem)
+            connector.close()
             return
         try:
             self._connected(connection, time.monotonic() - began)
             await self._ask(connection)
         finally:
             connection.abort()
+            connector.close()
 
     async def _ask(self, connection: asyncssh.SSHClientConnection) -> None:
         stopped: tuple[HeadConfig, Problem] | None = None

@@ -40,8 +40,8 @@ all. Names of hosts and users, addresses and paths are in it. Read it before you
 """
 
 PACKAGES = (
-    "asyncssh", "cryptography", "pydantic", "structlog", "rich", "prometheus-client", "sdnotify",
-    "tomli-w",
+    "asyncssh", "aiohappyeyeballs", "cryptography", "pydantic", "structlog", "rich",
+    "prometheus-client", "sdnotify", "tomli-w",
 )  # fmt: skip
 
 

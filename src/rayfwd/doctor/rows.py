@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rayfwd import codes
-from rayfwd.problems import Problem
+from rayfwd.problems import Problem, printable
 
 Result = Literal["pass", "warn", "fail", "skip"]
 WORST_FIRST: tuple[Result, ...] = ("fail", "warn", "pass", "skip")
@@ -64,7 +64,7 @@ class Row:
 
 
 def passed(check: str, said: str, **seen: Any) -> Row:
-    return Row(check, "pass", said, seen=seen)
+    return Row(check, "pass", printable(said), seen=seen)
 
 
 def skipped(check: str, why: str) -> Row:

@@ -75,3 +75,6 @@ class Carrier(Protocol):
 
     async def dial(self, hasty: bool) -> Connection:
         """`hasty`: streams wait for it. Raises ProblemError."""
+
+    def close(self) -> None:
+        """Give up what connections share (a jump host), and they with it. It may dial again."""

@@ -35,7 +35,7 @@ from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
-from rayfwd.transport.ssh import why_no_answer
+from rayfwd.transport.sshproblems import why_no_answer
 
 log = get_logger(__name__)
 
@@ -50,7 +50,7 @@ REDIAL_KEYS = 30.0
 """Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
-PATIENCE = 180.0
+PATIENCE = 300.0
 """Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
 LASTED = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
@@ -279,6 +279,7 @@ class Link:
             await asyncio.wait([lane.lost for lane in self._lanes], timeout=CLOSE_TIMEOUT)
         for connection in list(self._connections):
             connection.close()
+        self._carrier.close()
 
     # -- for a process that comes after this one -----------------------------------------
 
@@ -290,6 +291,7 @@ class Link:
         core = mux.stop() if mux is not None else None
         for connection in list(self._connections):
             connection.abort()
+        self._carrier.close()
         return None if core is None else {"session": self._session, "core": core}
 
     def take_over(self, tree: Tree) -> Mux:
@@ -491,6 +493,7 @@ class Link:
         match event:
             case Parked():
                 assert self.mux is not None, "a session that is parked is there"
+                self._carrier.close()  # a jump host may be what has gone, in silence
                 self.link_stats.parked(self.since, self.mux.now())
                 stats = self.mux.stats()
                 log.warning("link_parked", streams=stats.streams, ride_through=stats.ride_through)

@@ -27,6 +27,9 @@ class SshCarrier:
         """Raises ProblemError."""
         return SshConnection(self._connector, await self._connector.connect(hasty=hasty))
 
+    def close(self) -> None:
+        self._connector.close()
+
 
 class SshConnection:
     """An SSH connection to the head."""

@@ -1,0 +1,207 @@
+"""One attempt at one SSH server: its TCP connection, how far it got, how long each step may take.
+
+To AsyncSSH an attempt is a tunnel, whose connection it logs in over. So what the server says before
+it says that it is SSH (sshd with too many logins, a firewall, something else altogether) is kept,
+and nobody need connect again to hear it: servers count connections that end before a login.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import aiohappyeyeballs
+import asyncssh
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for the TCP connection."""
+LOGIN_TIMEOUT = 60.0
+"""Seconds for key exchange and authentication. sshd gives up after 120 (LoginGraceTime)."""
+BESIDE = 0.5
+"""Seconds between TCP attempts beside each other: at another address of the name, or, while streams
+wait for a lane, at the same. The kernel repeats a SYN that got lost after 1, 3 and 7 seconds only;
+a new attempt finds a path that has come back sooner."""
+WORDS = 1024
+"""Bytes of what a server says first that are kept."""
+
+Addresses = Sequence[tuple[int, int, int, str, Any]]
+"""As getaddrinfo gives them."""
+Made = TypeVar("Made")
+
+
+class Attempt(asyncssh.SSHClient):
+    """Owned by whoever dials; AsyncSSH calls it back."""
+
+    def __init__(
+        self,
+        options: asyncssh.SSHClientConnectionOptions,
+        jump: asyncssh.SSHClientConnection | None,
+        hasty: bool,
+        login: float,
+    ) -> None:
+        """`jump`: what the connection goes through. `hasty`: streams wait. `login`: seconds."""
+        self.jump = jump
+        self.dialled: list[str] = []
+        """Addresses that were tried."""
+        self.connected = False
+        """There was a TCP connection."""
+        self.words = b""
+        """What came first, up to where it says that it is SSH."""
+        self.wants_more = False
+        """A key was accepted, and something beside it is wanted."""
+        self._keys_refused = False
+        self._options = options
+        self._hasty = hasty
+        self.login = login
+        """Seconds for the login."""
+        self._stood_at = 0.0
+        self.seconds = 0.0
+        """How long the login took."""
+        self._connection: Any = None
+        self._deadline: asyncio.Timeout | None = None
+
+    @property
+    def is_ssh(self) -> bool:
+        """The server has said that it is one."""
+        connection = self._connection
+        return connection is not None and bool(connection.get_extra_info("server_version"))
+
+    async def log_in(self, connecting: Callable[[], Awaitable[Made]]) -> Made:
+        """Await AsyncSSH's part, which ends with the login. Raises what it raises, and TimeoutError
+        where the connection, or the login after it, takes too long."""
+        async with asyncio.timeout(CONNECT_TIMEOUT) as self._deadline:
+            made = await connecting()
+        self.seconds = asyncio.get_running_loop().time() - self._stood_at
+        return made
+
+    # -- as AsyncSSH's tunnel --------------------------------------------------------------------
+
+    async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> Any:
+        """The TCP connection that AsyncSSH is to use."""
+        if self.jump is not None:
+            self.dialled = [f"{host} port {port}"]
+            made = await self.jump.create_connection(factory, host, port)
+            self._stands(made[1])
+            return made
+        sock = await self._connect(host, port)
+        connection = factory()
+        self._stands(connection)
+        first = _FirstWords(connection, self)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: first, sock=sock)
+        return transport, connection
+
+    async def _connect(self, host: str, port: int) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        stream = socket.SOCK_STREAM
+        local: Any = self._options.local_addr
+        found = await loop.getaddrinfo(host, port, family=self._options.family, type=stream)
+        self.dialled = [f"{address[4][0]} port {port}" for address in found]
+        own = None if not local else await loop.getaddrinfo(*local, type=stream)
+        if self._hasty:
+            return await again_and_again(found, own)
+        return await side_by_side(found, own)
+
+    def _stands(self, connection: Any) -> None:
+        self.connected = True
+        self._connection = connection
+        assert self._deadline is not None, "it is being awaited"
+        self._stood_at = asyncio.get_running_loop().time()
+        self._deadline.reschedule(self._stood_at + self.login)
+
+    # -- as AsyncSSH's client --------------------------------------------------------------------
+
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        if not self.connected:
+            self._stands(conn)  # a command of the SSH configuration (ProxyCommand) dials by itself
+
+    def public_key_auth_requested(self) -> None:
+        """There is no further key."""
+        self._keys_refused = True
+
+    def kbdint_auth_requested(self) -> None:
+        """Asked for a code, with keys left to try: one was accepted, or this would not be next."""
+        self.wants_more = not self._keys_refused
+
+    def password_auth_requested(self) -> None:
+        self.wants_more = self.wants_more or not self._keys_refused
+
+
+class _FirstWords(asyncio.Protocol):
+    """Listens along until the server has said that it is SSH."""
+
+    def __init__(self, connection: Any, attempt: Attempt) -> None:
+        self._connection = connection
+        self._attempt = attempt
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._connection.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        attempt = self._attempt
+        attempt.words += data[: WORDS - len(attempt.words)]
+        self._connection.data_received(data)
+        if attempt.is_ssh or len(attempt.words) >= WORDS:
+            assert self._transport is not None, "it has brought data"
+            if not self._transport.is_closing():
+                self._transport.set_protocol(self._connection)
+
+    def eof_received(self) -> bool | None:
+        return cast("bool | None", self._connection.eof_received())
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)
+
+
+async def side_by_side(found: Addresses, own: Addresses | None = None) -> socket.socket:
+    """The first TCP connection to stand, of attempts at all these addresses, from an address of our
+    `own` where one is given. Raises OSError."""
+    return await aiohappyeyeballs.start_connection(
+        cast(Any, found),
+        local_addr_infos=cast(Any, own),
+        happy_eyeballs_delay=BESIDE,
+        interleave=1,
+    )
+
+
+async def again_and_again(found: Addresses, own: Addresses | None = None) -> socket.socket:
+    """The same with a new round of attempts every half a second, for a path that comes back.
+
+    Raises OSError when every attempt has failed.
+    """
+    attempts: set[asyncio.Task[socket.socket]] = set()
+    try:
+        while True:
+            attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
+            ready, attempts = await asyncio.wait(
+                attempts, timeout=BESIDE, return_when=asyncio.FIRST_COMPLETED
+            )
+            standing = [task.result() for task in ready if task.exception() is None]
+            for late in standing[1:]:
+                late.close()
+            if standing:
+                return standing[0]
+            if ready and not attempts:
+                failure = ready.pop().exception()
+                assert failure is not None, "it does not stand"
+                raise failure
+            if ready:
+                await asyncio.sleep(BESIDE)
+    finally:
+        for task in attempts:
+            task.cancel()
+            task.add_done_callback(_close_late)
+
+
+def _close_late(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()

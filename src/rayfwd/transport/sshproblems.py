@@ -1,0 +1,324 @@
+"""What a failure of SSH means: at which hop, what was seen there, and what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import socket
+from pathlib import Path
+
+import asyncssh
+
+from rayfwd import codes
+from rayfwd.config import HeadConfig
+from rayfwd.problems import Problem
+from rayfwd.system import unixsocket
+from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt
+from rayfwd.transport.hops import Hop
+from rayfwd.transport.knownhosts import USER_FILES
+
+TABLE_LIMIT = 1 << 21
+"""Bytes of /proc/net/unix on the head that are read; a line is some 70."""
+TABLE_PIECE = 1 << 14
+
+
+def explain(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
+    """The problem behind an exception that ended an attempt at a hop."""
+    return _of_login(exc, head, hop, attempt) or _of_connection(exc, head, hop, attempt)
+
+
+def explain_files(exc: Exception, head: HeadConfig) -> Problem:
+    """The problem behind an exception met before anything was dialled."""
+    match exc:
+        case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
+            return _key_unusable(exc)
+        case asyncssh.ConfigParseError():
+            remedy = "correct the SSH configuration"
+            if head.ssh_config is None:
+                remedy += ", or name one of your own in head.ssh_config, which is read alone"
+            return codes.SSH_CONFIG_INVALID.problem(str(exc), remedy)
+        case FileNotFoundError() | PermissionError() if exc.filename:
+            return codes.SSH_FILE_UNREADABLE.problem(
+                f"{exc.filename}: {exc.strerror}",
+                "correct head.identity or head.ssh_config, or the file's owner and mode",
+            )
+        case _:
+            return _unknown(exc, head.ssh)
+
+
+def _key_unusable(exc: Exception) -> Problem:
+    return codes.SSH_KEY_UNUSABLE.problem(
+        f"the private key cannot be read: {exc}",
+        "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` "
+        "takes it away); or leave head.identity out, and load the key into an agent whose "
+        "SSH_AUTH_SOCK the daemon has",
+    )
+
+
+def _unknown(exc: Exception, called: str) -> Problem:
+    return codes.SSH_FAILED.problem(f"{called}: {exc}", "see what `ssh -v` says from this machine")
+
+
+def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem | None:
+    """Where the server has answered."""
+    where = "on the head" if hop.is_head else f"on {hop.called}"
+    match exc:
+        case asyncssh.HostKeyNotVerifiable():
+            return host_key_problem(head, hop, revoked="revoked" in str(exc))
+        case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
+            return host_key_problem(head, hop)
+        case asyncssh.PermissionDenied() if attempt.wants_more:
+            return codes.SSH_SECOND_FACTOR.problem(
+                f"{hop.called} accepted this machine's key, and wants a second factor as well (a "
+                "one-time code, a password), which a daemon cannot give",
+                f"let this key do {where}: in its sshd_config, `Match User "
+                f"{hop.options.username}` with `AuthenticationMethods publickey`, and restrict the "
+                "key in authorized_keys (docs/security.md); or log in as a user without one",
+            )
+        case asyncssh.PermissionDenied():
+            return _keys_refused(exc.reason, hop, where)
+        case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
+            return codes.SSH_AUTH_REFUSED.problem(
+                f"{hop.called} refused several of this machine's keys, and ended before all were "
+                f"tried ({exc.reason})",
+                "set head.identity to the key that is there; or `IdentitiesOnly yes` with "
+                "IdentityFile in the SSH configuration, so that an agent's other keys stay out",
+            )
+        case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
+            return _key_unusable(exc)
+        case _:
+            return None
+
+
+def _keys_refused(reason: str, hop: Hop, where: str) -> Problem:
+    remedy = (
+        "add the public key to authorized_keys of that user on the head, or set head.identity to "
+        "the key that is there"
+        if hop.is_head
+        else f"add the public key to authorized_keys of {hop.options.username} {where}, or name "
+        "the key that is there as IdentityFile of that host in the SSH configuration"
+    )
+    return codes.SSH_AUTH_REFUSED.problem(
+        f"{hop.called} refuses this machine's SSH keys ({reason})", remedy
+    )
+
+
+def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
+    """Where no login was tried, or the connection ended under it."""
+    dialled = f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
+    its = "the head" if hop.is_head else hop.called
+    match exc:
+        case asyncssh.ChannelOpenError():
+            return _jump_refuses(exc, hop)
+        case asyncssh.DisconnectError() | ConnectionError() if (
+            attempt.connected and not attempt.is_ssh
+        ):
+            return _turned_away(hop, its, attempt, dialled)
+        case asyncssh.DisconnectError() | ConnectionError() if attempt.connected:
+            return codes.SSH_LOST.problem(
+                f"the SSH connection to {hop.called} ended: {str(exc) or type(exc).__name__}",
+                f"nothing, if it comes back; else see the sshd log of {its} (MaxStartups, "
+                "firewall)",
+            )
+        case socket.gaierror():
+            name = "head.ssh" if hop.is_head else "its name in the SSH configuration"
+            return codes.SSH_UNREACHABLE.problem(
+                f"the name {hop.known.host} of {hop.called} cannot be resolved: {exc.strerror}",
+                f"correct {name}, or this machine's DNS",
+            )
+        case TimeoutError() if attempt.connected and attempt.is_ssh:
+            return codes.SSH_LOGIN_TIMEOUT.problem(
+                f"{hop.called} answers as SSH{dialled}, and does not finish the login in "
+                f"{attempt.login:.0f} s",
+                f"see what sshd waits for on {its} (UseDNS, PAM, LDAP, load)",
+            )
+        case TimeoutError() if attempt.connected:
+            return codes.SSH_UNREACHABLE.problem(
+                f"{hop.called} takes the connection{dialled} and says nothing",
+                f"see that it is sshd that listens there, and how {its} is (load, memory, disk)",
+            )
+        case TimeoutError():
+            return codes.SSH_UNREACHABLE.problem(
+                f"{hop.called} did not answer in time{dialled}",
+                f"see that {its} is up and that firewalls let SSH through",
+            )
+        case ConnectionRefusedError():
+            return codes.SSH_UNREACHABLE.problem(
+                f"nothing listens on the SSH port of {hop.called}{dialled}",
+                f"see that sshd runs on {its} and that the port is right",
+            )
+        case OSError():
+            return codes.SSH_UNREACHABLE.problem(
+                f"{hop.called}: {exc.strerror or exc}{dialled}",
+                "see that this machine's network is up and that the address is right",
+            )
+        case _:
+            return _unknown(exc, hop.called)
+
+
+def _turned_away(hop: Hop, its: str, attempt: Attempt, dialled: str) -> Problem:
+    """OpenSSH closes so from MaxStartups on (`drop_connection` in sshd.c), for who was penalised
+    (PerSourcePenalties), and whatever else bars addresses."""
+    words = attempt.words.decode(errors="replace").strip()
+    return codes.SSH_TURNED_AWAY.problem(
+        f"the sshd of {hop.called} closes connections at once{dialled}: "
+        f"{words or 'it says nothing'}",
+        f"raise MaxStartups in the sshd_config of {its} (too many logins are under way), and see "
+        "whether something there bars this machine (PerSourcePenalties, fail2ban, hosts.deny); it "
+        "is tried again",
+    )
+
+
+def _jump_refuses(exc: asyncssh.ChannelOpenError, hop: Hop) -> Problem:
+    """What the jump host says of the way on. `hop` is what it was to connect to."""
+    target = f"{hop.known.host} port {hop.known.port}"
+    if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
+        return codes.JUMP_REFUSED.problem(
+            f"the jump host before {hop.called} may not connect to {target}: its sshd says: "
+            f"{exc.reason}",
+            "allow it there: AllowTcpForwarding, DisableForwarding and PermitOpen in sshd_config, "
+            "`restrict`, `no-port-forwarding` and `permitopen` in authorized_keys",
+        )
+    return codes.SSH_UNREACHABLE.problem(
+        f"the jump host before {hop.called} cannot connect to {target}: {exc.reason}",
+        "see that the name and the port are right as the jump host sees them, that sshd runs "
+        "there, and that firewalls between the two let SSH through",
+    )
+
+
+def host_key_problem(head: HeadConfig, hop: Hop, revoked: bool = False) -> Problem:
+    """What is wrong with the host key that the hop showed, and was not taken."""
+    known = hop.known
+    what = "head" if hop.is_head else "jump host"
+    called = known.host if hop.is_head else f"{hop.called} ({known.host} port {known.port})"
+    if revoked:
+        files = ", ".join(str(file.path) for file in known.files)
+        return codes.HOST_KEY_REVOKED.problem(
+            f"{called} shows a host key that is revoked in {files}",
+            f"have the {what}'s owner make a new key, and compare it: who holds the old one can "
+            f"pose as the {what}. Take the @revoked line out only if it was a mistake",
+        )
+    by_init = "`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file"
+    or_init = f", or {by_init}" if hop.is_head else ""
+    if having_it := known.having_it():
+        removed = " and ".join(
+            f"`ssh-keygen -R {shlex.quote(known.name)} -f {shlex.quote(file)}`"
+            for file in having_it
+        )
+        return codes.HOST_KEY_MISMATCH.problem(
+            f"{called} shows another host key than {', '.join(having_it)} has",
+            f"compare the new key with the {what}'s owner; if the {what} was reinstalled, "
+            f"{removed} and add the new one{or_init}; if not, somebody is in between",
+        )
+    where = ", ".join(str(file.path) for file in known.files)
+    if not known.files:
+        where = "any file of known hosts: there is none that this user may read"
+    if known.damaged:
+        where += f" (not understood and passed over: {', '.join(known.damaged)})"
+    or_init = f"; or {by_init}" if hop.is_head else ""
+    return codes.HOST_KEY_UNKNOWN.problem(
+        f"the host key of {called} is not in {where}",
+        f"compare its fingerprint with the {what}'s owner and add it: {_add_key(head, hop)}"
+        f"{or_init}",
+    )
+
+
+def _add_key(head: HeadConfig, hop: Hop) -> str:
+    """How an unknown host key gets to where it is looked for."""
+    known = hop.known
+    file = str(known.new or USER_FILES[0])
+    also = "" if known.new else f", and set head.known_hosts to {file}"
+    if hop.direct and known.alias is None:
+        # The home directory is the shell's to find.
+        to = file if file.startswith("~/") else shlex.quote(file)
+        return f"`ssh-keyscan -p {known.port} {known.host} >> {to}`{also}"
+    # Through a jump host, or under another name: ssh itself knows how, and asks.
+    user, host, port = head.model_copy(update={"ssh": hop.written}).ssh_target()
+    words = ["ssh", "-o", f"UserKnownHostsFile={file}"]
+    words += ["-F", str(head.ssh_config.expanduser())] if head.ssh_config is not None else []
+    words += ["-p", str(port)] if port is not None else []
+    words.append(f"{user}@{host}" if user is not None else host)
+    return f"`{shlex.join(words)}`, once{also}"
+
+
+async def look_at_socket(
+    connection: asyncssh.SSHClientConnection, path: Path, reason: str
+) -> Problem:
+    """Why sshd did not open the hub's socket: sshd does not say, SFTP's view of the head does.
+
+    OpenSSH answers "open failed" as well where it forbids such channels: a reason is given for
+    direct-tcpip only (`server_input_channel_open` in serverloop.c). So where the kernel there says
+    that somebody listens, and this user may, it is sshd that will not.
+    """
+    absent = codes.HUB_ABSENT.problem(
+        f"nothing answers at {path} on the head",
+        "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
+    )
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
+            own = (await sftp.stat(".")).uid
+            seen = await sftp.stat(str(path))
+            real = Path(str(await sftp.realpath(str(path))))
+            table = await _read_table(sftp)
+    except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
+        return absent
+    except asyncssh.SFTPPermissionDenied:
+        return _not_permitted(path, "its directory is closed to this user")
+    except (asyncssh.Error, OSError, TimeoutError):
+        return codes.HUB_UNREACHABLE.problem(
+            f"the head's sshd could not open {path}: {reason}",
+            "see that rayfwd runs on the head, that this is its hub's socket, that this user "
+            "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding, "
+            "AllowTcpForwarding, PermitOpen)",
+        )
+    mode = seen.permissions or 0
+    if own not in {0, seen.uid} and not mode & 0o002:
+        return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
+    if unixsocket.listens(table, path) or unixsocket.listens(table, real):
+        return codes.CHANNEL_REFUSED.problem(
+            f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, and "
+            f"sshd says: {reason}",
+            'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding, '
+            "AllowTcpForwarding, PermitOpen (`none` shuts sockets as well) and DisableForwarding "
+            "in sshd_config, `restrict` and `no-port-forwarding` in authorized_keys",
+        )
+    return absent
+
+
+async def _read_table(sftp: asyncssh.SFTPClient) -> str:
+    """The head's Unix sockets; nothing where they are not to be seen."""
+    found = b""
+    try:
+        async with sftp.open("/proc/net/unix", "rb", encoding=None) as file:
+            # Chunk by chunk: its size is told as 0.
+            while len(found) < TABLE_LIMIT and (data := await file.read(TABLE_PIECE, len(found))):
+                found += data  # type: ignore[operator]  # bytes, as no encoding is asked for
+    except asyncssh.SFTPError:
+        pass
+    return found.decode(errors="replace")
+
+
+def _not_permitted(path: Path, why: str) -> Problem:
+    return codes.HUB_NOT_PERMITTED.problem(
+        f"this SSH user may not open {path} on the head: {why}",
+        "add the user to hub.users in the head's file, or log in as the user that runs rayfwd",
+    )
+
+
+def why_no_answer(said: str, why: str) -> Problem:
+    """Why a channel to the hub ended before the hub had answered.
+
+    `said` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
+    """
+    for line in said.splitlines():
+        prefix, _, rest = line.partition("rayfwd attach: ")
+        code, colon, text = rest.partition(": ")
+        if not prefix and colon and code.isidentifier():
+            cause, _, remedy = text.partition("; ")
+            return codes.named(code).problem(
+                f"on the head: {cause}", remedy or "see the head's log"
+            )
+    return codes.HUB_CLOSED.problem(
+        f"the hub closed the lane before it answered: {said or why}",
+        'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
+    )
