@@ -104,6 +104,20 @@ def test_messages_pass_both_ways(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_message_that_is_too_long_is_left_out_and_said(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, "w1") as c:
+            with log_events() as log:
+                c.hub.tell_all({"type": "cluster", "text": "\U0001f4a5" * 90_000})
+                c.hub.tell_all({"type": "cluster", "text": "short"})
+                await until(lambda: c.workers["w1"].messages)
+            (said,) = of(log, "message_too_long")
+            assert (said["type"], said["most"]) == ("cluster", 1 << 20)
+            assert c.workers["w1"].messages[-1] == {"type": "cluster", "text": "short"}
+
+    run(main)
+
+
 def test_bytes_right_behind_the_hello_are_the_sessions(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster(tmp_path) as c:

@@ -29,7 +29,7 @@ from rayfwd.session.events import (
     StreamWritable,
     gathered,
 )
-from rayfwd.session.frames import Chunk, ProtocolError
+from rayfwd.session.frames import MAX_MESSAGE, Chunk, ProtocolError
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.numbers import CONTROL_STREAM
 from rayfwd.session.session import Session
@@ -290,10 +290,18 @@ class Mux:
         return None if self.session.ended else self.session.snapshot()
 
     def send_message(self, message: dict[str, Any]) -> None:
-        """A message to the peer's `on_message`; reliable, in order."""
-        if not self.session.ended:
-            self.session.send_message(json.dumps(message).encode())
-            self.flush()
+        """A message to the peer's `on_message`; reliable, in order. One that is too long for the
+        peer is left out, and that is logged: nothing that a node has to tell ends a daemon."""
+        if self.session.ended:
+            return
+        data = json.dumps(message).encode()
+        if len(data) > MAX_MESSAGE:
+            log.error(
+                "message_too_long", type=message.get("type"), bytes=len(data), most=MAX_MESSAGE
+            )
+            return
+        self.session.send_message(data)
+        self.flush()
 
     def close(self, why: str) -> None:
         """End the session in order. Its streams are reset, its lanes closed."""
