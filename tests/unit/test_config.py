@@ -369,10 +369,24 @@ def test_directories_of_an_ordinary_user(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     env = {"HOME": "/home/u"}
     assert default_state_dir(env) == Path("/home/u/.local/state/rayfwd")
-    assert default_runtime_dir(env) == Path("/tmp/rayfwd-1000")
+    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    assert default_runtime_dir(env) == Path("/home/u/.local/state/rayfwd/run")
     env |= {"XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/run/user/1000"}
     assert default_state_dir(env) == Path("/s/rayfwd")
     assert default_runtime_dir(env) == Path("/run/user/1000/rayfwd")
+
+
+def test_a_runtime_directory_of_another_user_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after su, which keeps the variable."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: path == Path("/run/user/1000"))
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    env = {"HOME": "/home/u", "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert default_runtime_dir(env) == Path("/run/user/1000/rayfwd")
+    monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: False)
+    assert default_runtime_dir(env) == Path("/home/u/.local/state/rayfwd/run")
 
 
 def test_a_services_socket_is_found_from_a_users_shell(

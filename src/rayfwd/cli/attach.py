@@ -25,6 +25,7 @@ from typing import Any
 
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.system.ownership import check_listener
 from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
 
 _CHUNK = 262144
@@ -63,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
     hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         hub.connect(str(path))
-    except PermissionError:
+        check_listener(hub, path)
+    except PermissionError as exc:
+        if exc.errno is None:
+            return _refuse(
+                "hub_not_permitted", str(exc), "give the path of the hub's socket by --socket"
+            )
         user = f"user id {os.geteuid()}"
         return _refuse(
             "hub_not_permitted",

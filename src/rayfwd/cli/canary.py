@@ -10,7 +10,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK
-from rayfwd.cli.common import control_socket, load_config, quiet_logs, table
+from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs, table
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     quiet_logs()
     socket = control_socket(config)
     answer = ask(socket, "canary", {"send": True})

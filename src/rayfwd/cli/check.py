@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 from rayfwd.cli import OK
-from rayfwd.cli.common import load_config, own_head_plan, quiet_logs, table
+from rayfwd.cli.common import load_as_owner, own_head_plan, quiet_logs, table
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor.settings import doubts
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     quiet_logs()
     own = own_head_plan(config) if config.role == "head" else None
     print(f"{config.path}: valid")

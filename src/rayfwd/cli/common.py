@@ -7,11 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.cli import MistakeError
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ConfigError, LogConfig, load
+from rayfwd.doctor import unit_checks
 from rayfwd.problems import ProblemError
-from rayfwd.system import logs
+from rayfwd.system import asuser, logs
+from rayfwd.system.asuser import Account
 from rayfwd.system.paths import find_socket, usual_config
 
 
@@ -22,6 +25,41 @@ def load_config(args: argparse.Namespace) -> Config:
         return load(path)
     except ConfigError as exc:
         raise MistakeError(str(exc).splitlines()) from None
+
+
+def load_as_owner(args: argparse.Namespace) -> Config:
+    """The same, for verbs that root says on behalf of the service.
+
+    Root becomes whose files these are, for good, before it looks at them: the service's user, else
+    whoever has a say about the file or the state directory. Raises MistakeError, ProblemError.
+    """
+    path: Path = args.config or usual_config(os.environ)
+    if os.geteuid() == 0 and (account := asuser.whose(path)) is not None:
+        asuser.become(account)
+    config = load_config(args)
+    if os.geteuid() == 0 and (account := service_account(path, config)) is not None:
+        asuser.become(account)
+    return config
+
+
+def service_account(path: Path, config: Config | None) -> Account | None:
+    """As root: on whose behalf that configuration is looked at; None: root's own.
+
+    Raises ProblemError (directory_unusable, user_unknown).
+    """
+    unit = unit_checks.of(unit_checks.SYSTEM, path)
+    if unit is not None and unit.user is not None:
+        try:
+            return asuser.account_named(unit.user)
+        except KeyError:
+            raise codes.USER_UNKNOWN.error(
+                f"{unit.path} names the user {unit.user}, and there is no such user",
+                "correct User= there",
+            ) from None
+    found = asuser.whose(path)
+    if found is None and config is not None:
+        found = asuser.whose(config.state_dir)
+    return found
 
 
 def quiet_logs() -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from rich.text import Text
 
 from rayfwd import __version__, codes
 from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
-from rayfwd.cli.common import control_socket, quiet_logs
+from rayfwd.cli.common import control_socket, quiet_logs, service_account
 from rayfwd.cli.status import console
-from rayfwd.config import Config, ConfigError, load
-from rayfwd.doctor import report, unit_checks
+from rayfwd.config import Config, ConfigError, load, parse
+from rayfwd.doctor import report
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
 from rayfwd.problems import ProblemError
@@ -35,6 +36,9 @@ DOCTOR_TIMEOUT = 300.0
 """Seconds for all checks of another user's child; each has a bound of its own."""
 
 _STYLES: dict[Result, str] = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+READ_TIMEOUT = 10.0
+"""Seconds for a file to be read by another user."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise MistakeError(["rayfwd doctor: --log: belongs to --report"])
     if args.with_logs and args.report is None:
         raise MistakeError(["rayfwd doctor: --with-logs: belongs to --report"])
-    account = _account(args.user, path)
-    config = load_if_valid(path)
+    account, config = _account(args.user, path)
     found = rows_of(path, account, _ignore if args.json else print_row)
     whole = document(
         None if config is None else config.role,
@@ -84,16 +87,21 @@ def run(args: argparse.Namespace) -> int:
             if args.report != Path()
             else report.default_path(whole["name"], time.time())
         )
-        report.write(to, _report(path, config, whole, args))
+        report.write(to, _report(path, config, account, whole, args))
         print(f"written: {to}", file=sys.stderr if args.json else sys.stdout)
     return exit_code(found)
 
 
 def _report(
-    path: Path, config: Config | None, found: dict[str, Any], args: argparse.Namespace
+    path: Path,
+    config: Config | None,
+    account: Account | None,
+    found: dict[str, Any],
+    args: argparse.Namespace,
 ) -> str:
     control = None if config is None else control_socket(config)
-    return report.compose(path, config, control, os.environ, found, args.log, args.with_logs)
+    logs = report.Logs(args.with_logs, args.log)
+    return report.compose(path, config, control, os.environ, found, logs, account)
 
 
 def exit_code(found: Sequence[Row]) -> int:
@@ -157,19 +165,28 @@ def emit_rows(path: str, emit: Callable[[Any], None]) -> None:
     _own_rows(Path(path), lambda row: emit(row.to_wire()))
 
 
-def _account(asked: str | None, path: Path) -> Account | None:
+def _account(asked: str | None, path: Path) -> tuple[Account | None, Config | None]:
+    """As whom to look, if not as oneself; and the configuration, read as whose it is."""
     if os.geteuid() != 0:
         if asked is not None:
             raise MistakeError([f"rayfwd doctor: --user {asked}: needs root"])
-        return None
-    unit = unit_checks.of(unit_checks.SYSTEM, path)
-    name = asked or (None if unit is None else unit.user)
-    if name is None:
-        return None
+        return None, load_if_valid(path)
+    owner = asuser.whose(path)
+    config = load_if_valid(path) if owner is None else _load_as(owner, path)
+    if asked is None:
+        return service_account(path, config), config
     try:
-        return account_named(name)
+        return account_named(asked), config
     except KeyError:
-        raise MistakeError([f"rayfwd doctor: --user {name}: there is no such user"]) from None
+        raise MistakeError([f"rayfwd doctor: --user {asked}: there is no such user"]) from None
+
+
+def _load_as(owner: Account, path: Path) -> Config | None:
+    text = asuser.call(owner, report.text_of, {"path": str(path)}, timeout=READ_TIMEOUT)
+    try:
+        return None if text is None else parse(tomllib.loads(text), path)
+    except (ConfigError, ValueError):
+        return None
 
 
 def _ignore(row: Row) -> None:

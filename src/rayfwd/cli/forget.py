@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
 
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
-from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs
+from rayfwd.cli.common import control_socket, load_as_owner, own_head_plan, quiet_logs
 from rayfwd.config import Config
 from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     name: str = args.name
     if config.role != "head":
         raise MistakeError(
@@ -45,6 +46,6 @@ def _forget_on_disk(config: Config, name: str) -> bool:
     own = own_head_plan(config)
     held = config.state_dir / "lock"
     # Taken only where a daemon has made it: made here, it might belong to the wrong user.
-    with lock(held, config.state_dir) if held.exists() else nullcontext():
+    with lock(held, config.state_dir) if os.path.lexists(held) else nullcontext():
         roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
         return roster.forget(name)

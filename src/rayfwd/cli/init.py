@@ -268,6 +268,15 @@ def _user_before(layout: Layout) -> str | None:
     return next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)
 
 
+def _name_of(uid: int, path: str) -> str:
+    """Raises MistakeError where the user database has no such user."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        wrong = f"{path} belongs to user id {uid}, which has no name, so whose it is must be given"
+        raise MistakeError([f"rayfwd init: --user: {wrong}"]) from None
+
+
 def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
     """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
     if os.geteuid() != 0:
@@ -281,7 +290,7 @@ def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
         except OSError:
             owner = 0
         if owner != 0:
-            asked = pwd.getpwuid(owner).pw_name
+            asked = _name_of(owner, ray)
     name = asked or GROUP
     if name == "root":
         raise MistakeError(["--user root: Ray runs whatever a job says; name an ordinary user"])

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK
-from rayfwd.cli.common import control_socket, load_config, own_head_plan, quiet_logs, table
+from rayfwd.cli.common import control_socket, load_as_owner, own_head_plan, quiet_logs, table
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.hub.roster import read, settle
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     quiet_logs()
     plan = of_head(config) if config.role == "head" else of_worker(config)
     if plan is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from rayfwd.cli import OK, MistakeError
-from rayfwd.cli.common import control_socket, load_config
+from rayfwd.cli.common import control_socket, load_as_owner
 from rayfwd.system.control import ask
 
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)  # also where the daemon is
+    config = load_as_owner(args)  # also where the daemon is
     answer = ask(control_socket(config), "reload")
     if mistakes := answer.get("mistakes"):
         raise MistakeError([str(line) for line in mistakes])

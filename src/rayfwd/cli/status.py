@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rayfwd.cli import NOT_READY, OK
-from rayfwd.cli.common import control_socket, load_config, quiet_logs
+from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
 from rayfwd.cli.screen import Screen, duration
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.status import Status
@@ -66,7 +66,7 @@ def _interval(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     quiet_logs()
     path = control_socket(config)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from rayfwd.cli import OK
-from rayfwd.cli.common import control_socket, load_config, quiet_logs
+from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
 from rayfwd.daemon.trace import MOST_FRAMES, MOST_SECONDS
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
@@ -49,7 +49,7 @@ def _whole(most: int) -> Callable[[str], int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_config(args)
+    config = load_as_owner(args)
     quiet_logs()
     asked = {"seconds": args.seconds, "frames": args.frames, "peer": args.peer}
     answer = ask(control_socket(config), "trace", asked, timeout=args.seconds + 10.0)

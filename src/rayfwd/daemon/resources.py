@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rayfwd import codes
 from rayfwd.config import Config
+from rayfwd.system.ownership import stranger_in
 
 
 @contextlib.contextmanager
@@ -26,12 +27,17 @@ def claimed(config: Config) -> Iterator[None]:
 
 
 def make_directory(path: Path, mode: int) -> None:
-    """Make a directory with at least this mode, where it is not there. Raises ProblemError."""
+    """Make a directory with at least this mode, where it is not there, for us alone to change.
+
+    Raises ProblemError (directory_unusable).
+    """
     try:
+        _check_ours(path)
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         found = path.stat()
         if found.st_mode & mode != mode and found.st_uid == os.geteuid():
             path.chmod(found.st_mode & 0o777 | mode)
+        _check_ours(path)
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
@@ -45,10 +51,26 @@ def make_directory(path: Path, mode: int) -> None:
         )
 
 
+def _check_ours(path: Path) -> None:
+    """Raises ProblemError where somebody else has a say about what `path` stands for."""
+    if (found := stranger_in(path, (0, os.geteuid()))) is not None:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path} is not used, as not only this user may change it: {found}",
+            "set state_dir and runtime_dir to places that only this user may write, or run rayfwd "
+            "as the user whose they are",
+        )
+
+
 @contextlib.contextmanager
 def lock(path: Path, state_dir: Path) -> Iterator[None]:
     """Hold the one lock of a state directory. Raises ProblemError when another daemon has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as exc:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path} cannot be opened: {exc.strerror}", "see what is there, and move it away"
+        ) from exc
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

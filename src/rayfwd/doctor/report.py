@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,10 @@ from rayfwd.doctor.unit_checks import RAY_SERVICE, SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
+from rayfwd.system import asuser
+from rayfwd.system.asuser import Account
 from rayfwd.system.control import ask
+from rayfwd.system.files import read_regular
 from rayfwd.system.paths import default_state_dir
 
 JOURNAL_LINES = 2000
@@ -33,6 +35,8 @@ LEFT_OUT = "left out: jobs print into it what they like; add it by --with-logs"
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
 COMMAND_SECONDS = 20.0
+READ_SECONDS = 20.0
+"""For another user's files to be read."""
 
 HEADER = """\
 rayfwd report. What is known to be a secret, and what looks like one, is blanked; rayfwd cannot know
@@ -43,6 +47,16 @@ PACKAGES = (
     "asyncssh", "aiohappyeyeballs", "cryptography", "pydantic", "structlog", "rich",
     "prometheus-client", "sdnotify", "tomli-w",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Logs:
+    """Which logs are to be in it."""
+
+    wanted: bool = False
+    """The journal's lines and Ray's output."""
+    file: Path | None = None
+    """And the end of this one."""
 
 
 def default_path(name: str | None, now: float) -> Path:
@@ -71,19 +85,19 @@ def compose(
     control: Path | None,
     env: Mapping[str, str],
     found: Mapping[str, Any],
-    log: Path | None,
-    with_logs: bool = False,
+    logs: Logs,
+    account: Account | None = None,
 ) -> str:
     """The whole text. `path` is the configuration's, `found` the doctor's document.
 
-    With `with_logs` the journal's lines and Ray's output are in it; a file that is named as `log`
-    always is.
+    `account`: as whom the service's files are read, if not as oneself.
     """
-    data = _data(path)
     state_dir = config.state_dir if config is not None else default_state_dir(env)
-    known = scrubbing.known(data or {}, env, _kept_secrets(data, state_dir, env))
+    kept = _kept(path, state_dir, account)
+    data = _data(kept["configuration"])
+    known = scrubbing.known(data or {}, env, (*kept["secrets"], *_rays_token(env)))
     text = HEADER
-    for title, part in _parts(path, data, control, state_dir, env, found, log, with_logs):
+    for title, part in _parts(path, data, control, state_dir, env, found, logs, kept["output"]):
         if isinstance(part, str):
             shown = scrubbing.scrub(part, known)
         else:
@@ -99,8 +113,8 @@ def _parts(
     state_dir: Path,
     env: Mapping[str, str],
     found: Mapping[str, Any],
-    log: Path | None,
-    with_logs: bool,
+    logs: Logs,
+    output: str,
 ) -> Iterator[tuple[str, Any]]:
     """Title, and text or what is to be JSON."""
     yield "versions", "\n".join(f"{name}: {value}" for name, value in _versions())
@@ -112,31 +126,61 @@ def _parts(
         yield f"rayfwd {verb}", _asked(control, verb)
     yield "environment", "\n".join(f"{n}={v}" for n, v in scrubbing.environment(env).items())
     yield "machine", "\n".join(f"{name}: {value}" for name, value in _machine(state_dir))
-    yield "journal", _journal() if with_logs else LEFT_OUT
-    if log is not None:
-        yield f"log ({log})", _tail(log.resolve())
-    output = state_dir / OUTPUT
-    yield f"Ray's output ({output})", _tail(output) if with_logs else LEFT_OUT
+    yield "journal", _journal() if logs.wanted else LEFT_OUT
+    if logs.file is not None:
+        yield f"log ({logs.file})", _log(logs.file)
+    yield f"Ray's output ({state_dir / OUTPUT})", output if logs.wanted else LEFT_OUT
 
 
-def _data(path: Path) -> dict[str, Any] | None:
+def _data(text: str | None) -> dict[str, Any] | None:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return None if text is None else tomllib.loads(text)
+    except ValueError:
         return None
 
 
-def _kept_secrets(
-    data: Mapping[str, Any] | None, state_dir: Path, env: Mapping[str, str]
-) -> Iterator[str]:
-    """The node's key, and Ray's token wherever it may lie."""
-    ray = (data or {}).get("ray")
+def _kept(path: Path, state_dir: Path, account: Account | None) -> dict[str, Any]:
+    """What the service's own files hold, read as the service's user."""
+    asked = {"configuration": str(path), "state_dir": str(state_dir)}
+    if account is None or account.is_own:
+        return kept_files(**asked)
+    found: dict[str, Any] = asuser.call(account, kept_files, asked, timeout=READ_SECONDS)
+    if asuser.whose(path) is None:  # root's own, which the service's user need not see
+        found["configuration"] = text_of(str(path))
+    return found
+
+
+def kept_files(configuration: str, state_dir: str) -> dict[str, Any]:
+    """The configuration's text, the secrets that lie about, and the end of Ray's output."""
+    text = text_of(configuration)
+    ray = (_data(text) or {}).get("ray")
     theirs = ray.get("env") if isinstance(ray, dict) else None
-    for source in (env, {str(n): str(v) for n, v in (theirs or {}).items()}):
-        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HOME"):
-            alone = {"RAY_AUTH_MODE": "token", name: source.get(name, "")}
-            if name in source and (value := token.read_token(alone)) is not None:
-                yield value
+    env = {str(n): str(v) for n, v in theirs.items()} if isinstance(theirs, dict) else {}
+    return {
+        "configuration": text,
+        "secrets": [*_kept_secrets(Path(state_dir)), *_rays_token({**os.environ, **env})],
+        "output": _tail(Path(state_dir) / OUTPUT),
+    }
+
+
+def text_of(path: str) -> str | None:
+    """A configuration file's; None where it cannot be read."""
+    try:
+        return read_regular(Path(path).resolve()).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _rays_token(env: Mapping[str, str]) -> Iterator[str]:
+    """Wherever this environment has Ray look for it."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "HOME"):
+        alone = {"RAY_AUTH_MODE": "token", name: env.get(name, "")}
+        if name in env and (value := token.read_token(alone)) is not None:
+            yield value
+
+
+def _kept_secrets(state_dir: Path) -> Iterator[str]:
+    """The node's key, and Ray's token, as rayfwd keeps them."""
     of_clients = (state_dir / "clients").glob(f"*/{token.TOKEN_FILE}")
     for path in (state_dir / "node.key", state_dir / token.TOKEN_FILE, *of_clients):
         with contextlib.suppress(OSError):
@@ -212,6 +256,19 @@ def _run(words: list[str]) -> str:
     return ran.stdout.strip()
 
 
+def _log(path: Path) -> str:
+    """The end of a file that was named, read as whose it is."""
+    owner = asuser.whose(path) if os.geteuid() == 0 else None
+    if owner is None:
+        return _tail(path.resolve())
+    found: str = asuser.call(owner, tail_of, {"path": str(path)}, timeout=READ_SECONDS)
+    return found
+
+
+def tail_of(path: str) -> str:
+    return _tail(Path(path).resolve())
+
+
 def _tail(path: Path) -> str:
     try:
         return _end_of(path)
@@ -220,14 +277,5 @@ def _tail(path: Path) -> str:
 
 
 def _end_of(path: Path) -> str:
-    """The last of a file. Raises OSError where it is none.
-
-    No link: root reads here what a lesser user may have put in the place.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "no plain file")
-        file.seek(max(0, found.st_size - LOG_BYTES))
-        return file.read(LOG_BYTES).decode(errors="replace")
+    """The last of a file. Raises OSError where it is none."""
+    return read_regular(path, LOG_BYTES).decode(errors="replace")

@@ -16,7 +16,7 @@ from rayfwd.problems import Problem
 from rayfwd.session.checks import CheckReply, read_hello
 from rayfwd.session.frames import Chunk, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
-from rayfwd.system import unixsocket
+from rayfwd.system import ownership
 from rayfwd.transport.mux import Mux
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.writev import write
@@ -72,7 +72,7 @@ class HubConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(WRITE_BUFFER)
         pace.begin(self._transport)
-        self.uid = unixsocket.peer_credentials(self._transport.get_extra_info("socket"))[1]
+        self.uid = ownership.peer_credentials(self._transport.get_extra_info("socket"))[1]
         self._timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT, self._no_hello)
         self._owner.came(self)
 

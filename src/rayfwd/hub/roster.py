@@ -266,7 +266,7 @@ def _set_aside(path: Path) -> Path:
         write_new(aside, read_regular(path), 0o600)
     except OSError as exc:
         raise codes.ROSTER_UNWRITABLE.error(
-            f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror}",
+            f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror or exc}",
             "make state_dir writable for this user and see that its disk is not full",
         ) from exc
     return aside

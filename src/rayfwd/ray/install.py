@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
+from rayfwd.system.asuser import check_roots
 
 OLDEST = (2, 9)
 """First Ray whose flags this package knows (`--runtime-env-agent-port`)."""
@@ -173,6 +174,8 @@ def script_interpreter(text: str) -> str | None:
 
 async def _ask(path: str, python: str, env: Mapping[str, str]) -> tuple[Versions, frozenset[str]]:
     try:
+        for part in (path, python):
+            check_roots(Path(part))
         process = await asyncio.create_subprocess_exec(
             python,
             "-c",
@@ -181,6 +184,7 @@ async def _ask(path: str, python: str, env: Mapping[str, str]) -> tuple[Versions
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env=dict(env),
+            start_new_session=True,  # it gets no terminal of ours
         )
     except OSError as exc:
         raise _not_usable(f"{path}: its interpreter {python} does not start: {exc}") from None

@@ -2,7 +2,7 @@
 
 Root must neither run what lies in a user's environment nor open what lies in that user's
 directories, and there are homes that root cannot look into (NFS). So `rayfwd` said as root goes
-through here: `run` for a program, `call` for a function of ours.
+through here: `run` for a program, `call` for a function of ours, `become` for good.
 
 The child has that user's ids and groups, an environment made from nothing, no descriptor of ours
 but its three standard streams, no terminal, and a process group of its own, which is killed when
@@ -30,6 +30,7 @@ from typing import IO, Any
 
 from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.ownership import stranger_in
 
 MOST_OUTPUT = 16 << 20
 """Bytes of a child's standard output and of its standard error that are taken."""
@@ -102,6 +103,50 @@ def _with_uid(uid: int, gid: int) -> Account:
         return account_of(pwd.getpwuid(uid))
     except KeyError:
         return Account(str(uid), uid, gid, (gid,), Path("/"))
+
+
+def whose(path: Path) -> Account | None:
+    """Who, other than root, has a say about `path`; None: nobody.
+
+    Raises ProblemError (directory_unusable) where anybody has.
+    """
+    found = stranger_in(path, (0,))
+    if found is None:
+        return None
+    if found.uid is None:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"root uses nothing below what anybody may change: {found}",
+            f"take the right away: chmod o-w,g-w {found.path}",
+        )
+    return _with_uid(found.uid, found.path.lstat().st_gid)
+
+
+def become(account: Account) -> None:
+    """Be `account` from now on: there is no way back to root.
+
+    The environment is a child's, but for what says how to write on this terminal. Raises OSError,
+    and ProblemError (rayfwd_not_executable) where that user could not run what is still to come.
+    """
+    kept = {name: text for name, text in os.environ.items() if name in _OF_THE_TERMINAL}
+    env = environment(account) | kept
+    os.setgroups(account.groups)
+    os.setresgid(account.gid, account.gid, account.gid)
+    os.setresuid(account.uid, account.uid, account.uid)
+    os.umask(0o077)
+    os.environ.clear()
+    os.environ.update(env)
+    for needed in (sys.executable, __file__):
+        if not os.access(needed, os.R_OK):
+            raise _not_executable(account, f"{needed} may not be read")
+
+
+_OF_THE_TERMINAL = ("TERM", "COLUMNS", "LINES", "NO_COLOR", "COLORTERM", "LANG")
+
+
+def check_roots(path: Path) -> None:
+    """See that root may run what is at `path`. Raises PermissionError; only if this is root."""
+    if os.geteuid() == 0 and (found := stranger_in(path, (0,))) is not None:
+        raise PermissionError(f"root does not run it: {found}")
 
 
 def environment(account: Account) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
-from rayfwd.system import unixsocket
+from rayfwd.system import ownership, unixsocket
 from rayfwd.system.logs import get_logger
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -116,7 +116,7 @@ class ControlServer:
             return {"error": codes.CONTROL_FAULT.problem(cause, "look into the log").to_wire()}
 
     def _check_peer(self, peer: socket.socket) -> None:
-        _, uid, _ = unixsocket.peer_credentials(peer)
+        _, uid, _ = ownership.peer_credentials(peer)
         if uid not in (0, os.geteuid()):
             _log.warning("control_not_permitted", uid=uid)
             raise codes.DAEMON_NOT_PERMITTED.error(
@@ -169,7 +169,7 @@ def ask(
         ) from exc
     except PermissionError as exc:
         raise codes.DAEMON_NOT_PERMITTED.error(
-            f"{path}: this user may not ask the daemon",
+            f"{path}: this user may not ask the daemon" if exc.errno else str(exc),
             "ask as the user it runs as, or as root",
         ) from exc
     except OSError as exc:  # TimeoutError among them
@@ -197,6 +197,7 @@ def _exchange(path: Path, request: bytes, timeout: float) -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
         sock.connect(str(path))
+        ownership.check_listener(sock, path)
         sock.sendall(request)
         parts: list[bytes] = []
         size = 0

@@ -1,4 +1,8 @@
-"""Files written whole or not at all, with their owner and mode from the first moment."""
+"""Files written whole or not at all, with their owner and mode from the first moment.
+
+And read only where they are files: in a directory that others may write, a name may be a link to
+what they may not read, or a pipe that nobody ever writes into.
+"""
 
 from __future__ import annotations
 
@@ -74,15 +78,20 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
-    """What is in the file; of a link, a FIFO or a device, nothing. Raises OSError.
+def read_regular(path: Path, most: int = 0) -> bytes:
+    """What is in the file, or in the last `most` bytes of it.
 
-    So nobody who may write into its directory has us read another file, or wait.
+    Of a link, a FIFO or a device, nothing: so nobody who may write into its directory has us read
+    another file, or wait. Raises OSError.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(path, flags), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if most:
+            file.seek(max(0, found.st_size - most))
+            return file.read(most)
         return file.read()
 
 

@@ -7,6 +7,8 @@ import pwd
 from collections.abc import Mapping
 from pathlib import Path
 
+from rayfwd.system.ownership import is_ours, stranger_in
+
 DEFAULT_CONFIG = Path("/etc/rayfwd.toml")
 
 
@@ -33,14 +35,19 @@ def default_state_dir(env: Mapping[str, str]) -> Path:
 
 
 def default_runtime_dir(env: Mapping[str, str]) -> Path:
-    """systemd's RUNTIME_DIRECTORY; /run/rayfwd for root; else XDG's, else one in /tmp."""
+    """systemd's RUNTIME_DIRECTORY; /run/rayfwd for root; else XDG's, else one below the state's.
+
+    None that others can make first, and XDG's only where it is this user's: su keeps the variable.
+    """
     if given := env.get("RUNTIME_DIRECTORY"):
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
         return SERVICE_RUNTIME_DIR
-    if given := env.get("XDG_RUNTIME_DIR"):
-        return Path(given) / "rayfwd"
-    return Path(f"/tmp/rayfwd-{os.geteuid()}")
+    logind = f"/run/user/{os.geteuid()}"
+    for given in (env.get("XDG_RUNTIME_DIR"), logind if os.path.isdir(logind) else None):
+        if given and is_ours(Path(given)):
+            return Path(given) / "rayfwd"
+    return default_state_dir(env) / "run"
 
 
 def find_socket(directory: Path, name: str) -> Path:
@@ -48,9 +55,12 @@ def find_socket(directory: Path, name: str) -> Path:
 
     A command may run as another user, or outside of systemd's environment: where `directory`,
     the default as the command sees it, has no such socket, the service's is taken if it is there.
+    So it is where others have a say about `directory`.
     """
     here, service = directory / name, SERVICE_RUNTIME_DIR / name
     try:
+        if stranger_in(here, (0, os.geteuid())) is not None:
+            return service
         return service if not here.exists() and service.exists() else here
     except PermissionError:  # a directory on the way is closed to us: let connecting say so
         return here

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import socket
-import struct
 from pathlib import Path
 
 from rayfwd import codes
@@ -106,11 +105,3 @@ def check_not_taken(path: Path) -> None:
         f"another process answers on {path}",
         "end it first: only one rayfwd may run with one runtime_dir",
     )
-
-
-def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
-    """Process id, user id and group id of who connected (SO_PEERCRED, unix(7))."""
-    pid, uid, gid = struct.unpack(
-        "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-    )
-    return pid, uid, gid

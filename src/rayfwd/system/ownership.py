@@ -1,0 +1,112 @@
+"""Who has a say about a path, and who listens on a socket (standard library only).
+
+A name is only worth what its directories are: whoever may write one of them may put something else
+in its place, at any moment. So each directory from the root on is looked at, and each link's way.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+_LINKS = 40
+"""As many as the kernel follows (path_resolution(7))."""
+_ROOT = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """Somebody who has a say about a path, and should have none."""
+
+    path: Path
+    """What of the path's parts is theirs."""
+    uid: int | None
+    """None: any user, or any of a group."""
+
+    def __str__(self) -> str:
+        if self.uid is None:
+            return f"{self.path} may be written by other users"
+        return f"{self.path} belongs to user id {self.uid}"
+
+
+def stranger_in(path: Path, owners: Collection[int]) -> Stranger | None:
+    """The first who has a say about what `path` stands for, and is none of `owners` (user ids).
+
+    What is not there yet, nobody has. Raises PermissionError where it may not be looked at.
+    """
+    left = list(reversed(Path(os.path.abspath(path)).parts[1:]))
+    at = Path("/")
+    links = 0
+    anybodys = False
+    while True:
+        try:
+            found = at.lstat()
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            return Stranger(at.parent, None)
+        if found.st_uid not in owners:
+            return Stranger(at, found.st_uid)
+        if anybodys and found.st_uid not in (_ROOT, os.geteuid()):
+            # Where everybody makes names, its owner may have been faster than who was meant.
+            return Stranger(at, found.st_uid)
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            if links > _LINKS:
+                return Stranger(at, None)
+            target = Path(os.readlink(at))
+            left += reversed([part for part in target.parts if part != "/"])
+            at = Path("/") if target.is_absolute() else at.parent
+        else:
+            anybodys = False
+            if _others_write(found):
+                if not (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX):
+                    return Stranger(at, None)
+                anybodys = True
+        if not left:
+            return None
+        part = left.pop()
+        at = at.parent if part == ".." else at / part
+
+
+def _others_write(found: os.stat_result) -> bool:
+    """A group that is the owner's own, by its number, is the owner."""
+    others = found.st_mode & stat.S_IWOTH
+    group = found.st_mode & stat.S_IWGRP and found.st_gid not in (_ROOT, found.st_uid)
+    return bool(others or group)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether only this user and root have a say about it."""
+    try:
+        return stranger_in(path, (_ROOT, os.geteuid())) is None
+    except OSError:
+        return False
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int, int]:
+    """Process id, user id and group id of who is at the other end (SO_PEERCRED, unix(7))."""
+    pid, uid, gid = struct.unpack(
+        "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+    )
+    return pid, uid, gid
+
+
+def check_listener(sock: socket.socket, path: Path) -> None:
+    """See that who listens on the socket at `path`, to which `sock` is connected, may be believed.
+
+    This user, root, or the one whose directory it is in, if that is nobody else's.
+    Raises PermissionError.
+    """
+    _, uid, _ = peer_credentials(sock)
+    if uid in (_ROOT, os.geteuid()):
+        return
+    directory = path.parent
+    owner = directory.stat().st_uid
+    if uid != owner or stranger_in(directory, (_ROOT, os.geteuid(), owner)) is not None:
+        raise PermissionError(f"user id {uid} listens on {path}, and may not be believed")

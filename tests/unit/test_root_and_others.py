@@ -1,0 +1,224 @@
+"""Every verb, said as root, where the service's user is hostile.
+
+That user's directory is full of links to what only root may read, and of pipes; the interpreter of
+`ray.command` is that user's too. Nothing of root's may come into that user's reach, nothing of that
+user's may run as root, and nothing may hang.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rayfwd.cli import VERBS
+from tests.unit.test_ownership import NEEDS_ROOT, OTHER, listening, open_dir
+
+__all__ = ["open_dir"]
+
+ROOT = Path(__file__).parents[2]
+SECRET = "root:$6$T0pS3cretH4sh:19000:0:99999:7:::"
+BOUND = 60.0
+"""Seconds for a verb: each waits a bounded time for what does not answer."""
+
+WORDS = {
+    "check": [["check"]],
+    "plan": [["plan"]],
+    "doctor": [
+        ["doctor"],
+        ["doctor", "--report", "R", "--with-logs", "--log", "state/log"],
+    ],
+    "forget": [["forget", "gpu-9"]],
+    "status": [["status"]],
+    "reload": [["reload"]],
+    "canary": [["canary"]],
+    "trace": [["trace", "--seconds", "1"]],
+    "run": [["run"]],
+    "connect": [["connect"]],
+    "attach": [["attach"], ["attach", "--client"]],
+    "init": [["init", "head", "--dry-run"]],
+    "uninstall": [["uninstall", "--purge"]],
+    "keeper": [["keeper"]],
+}
+ELSEWHERE = {"explain": "reads the package", "demo": "has directories of its own making"}
+
+
+@dataclass
+class Trap:
+    """What the hostile user has laid."""
+
+    top: Path
+    config: Path
+    secret: Path
+
+    @property
+    def ran_as(self) -> set[str]:
+        marks = self.top / "venv" / "ran_as"
+        return set(marks.read_text().split()) if marks.exists() else set()
+
+    def readable(self) -> bytes:
+        """All that the user can read afterwards."""
+        found = subprocess.run(
+            ["sh", "-c", "find . -type f -size -1000k -exec cat {} + 2>/dev/null; true"],
+            cwd=self.top,
+            user=OTHER,
+            group=OTHER,
+            extra_groups=[],
+            capture_output=True,
+            check=True,
+        )
+        return found.stdout
+
+
+def lay(top: Path, role: str) -> Trap:
+    secret = top / "roots" / "secret"
+    secret.parent.mkdir(mode=0o700)
+    secret.write_text(SECRET * 40)
+    secret.chmod(0o600)
+    for name in ("venv", "state", "run"):
+        (top / name).mkdir()
+    python, ray = top / "venv" / "python3", top / "venv" / "ray"
+    python.write_text(f"#!/bin/sh\nid -u >>{top}/venv/ran_as\nexit 1\n")
+    ray.write_text(f"#!{python}\nimport ray\n")
+    state = top / "state"
+    for name in ("roster.json", "plan.json", "lock", "ray.log", "log", "ray_token"):
+        (state / name).symlink_to(secret)
+    (state / "clients").symlink_to(secret.parent)
+    for name in ("node.key", "ray.json", "ray_auth.json"):
+        os.mkfifo(state / name)
+    for path in (python, ray):
+        path.chmod(0o755)
+    for name in ("venv", "state", "run"):
+        for path in (top / name, *(top / name).iterdir()):
+            os.chown(path, OTHER, OTHER, follow_symlinks=False)
+    more = '[head]\nssh = "ann@127.0.0.1:1"\n' if role == "worker" else ""
+    config = top / "rayfwd.toml"
+    config.write_text(
+        f'role = "{role}"\nname = "h"\nstate_dir = "{state}"\nruntime_dir = "{top}/run"\n'
+        f'{more}[ray]\ncommand = "{ray}"\n'
+    )
+    return Trap(top, config, secret)
+
+
+def say(trap: Trap, words: list[str], config: Path | None = None) -> str:
+    words = [word.replace("state/", f"{trap.top}/state/") for word in words]
+    words = [f"{trap.secret.parent}/report" if word == "R" else word for word in words]
+    (trap.secret.parent / "report").unlink(missing_ok=True)
+    argv = [*_python(), "-m", "rayfwd", "--config", str(config or trap.config), *words]
+    ran = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOUND, text=True, check=False
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+@functools.cache
+def _python() -> list[str]:
+    """One that the other user may run as well, where there is one, so that the verb goes on."""
+    packages = sysconfig.get_path("purelib")
+    system = "/usr/bin/python3"
+    if _runs(OTHER, [sys.executable, "-c", "import rayfwd.cli.status"]):
+        return [sys.executable]
+    argv = ["env", f"PYTHONPATH={ROOT / 'src'}:{packages}", system]
+    return argv if _runs(OTHER, [*argv, "-c", "import rayfwd.cli.status"]) else [sys.executable]
+
+
+def _runs(uid: int, argv: list[str]) -> bool:
+    try:
+        ran = subprocess.run(
+            argv, user=uid, group=uid, extra_groups=[], capture_output=True, check=False
+        )
+    except OSError:
+        return False
+    return ran.returncode == 0
+
+
+def check_unharmed(trap: Trap, said: str) -> None:
+    assert "0" not in trap.ran_as
+    assert SECRET[:20] not in said
+    assert SECRET[:20].encode() not in trap.readable()
+    assert trap.secret.read_text() == SECRET * 40
+    assert (trap.secret.stat().st_uid, trap.secret.stat().st_mode & 0o777) == (0, 0o600)
+    report = trap.secret.parent / "report"
+    assert not report.exists() or SECRET[:20] not in report.read_text()
+
+
+def test_no_verb_is_left_out() -> None:
+    assert set(WORDS) | set(ELSEWHERE) == set(VERBS)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize(
+    ("verb", "role"), [*((verb, "head") for verb in sorted(WORDS)), ("plan", "worker")]
+)
+def test_a_verb_as_root(open_dir: Path, verb: str, role: str) -> None:
+    trap = lay(open_dir, role)
+    for words in WORDS[verb]:
+        check_unharmed(trap, say(trap, words))
+
+
+@NEEDS_ROOT
+def test_a_false_daemon_is_asked(open_dir: Path) -> None:
+    trap = lay(open_dir, "head")
+    with listening(trap.top / "run" / "control.sock", OTHER):
+        for verb in ("status", "forget", "canary"):
+            for words in WORDS[verb]:
+                check_unharmed(trap, say(trap, words))
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("verb", ["check", "doctor", "run"])
+def test_a_configuration_of_theirs(open_dir: Path, verb: str) -> None:
+    """A link to root's secret, and one that is theirs to change."""
+    trap = lay(open_dir, "head")
+    link, own = trap.top / "run" / "link.toml", trap.top / "run" / "own.toml"
+    link.symlink_to(trap.secret)
+    shutil.copy(trap.config, own)
+    for path in (link, own):
+        os.chown(path, OTHER, OTHER, follow_symlinks=False)
+        check_unharmed(trap, say(trap, WORDS[verb][0], path))
+
+
+SPAWNERS = {
+    "system/asuser.py": "becomes the user first",
+    "ray/install.py": "root runs only what is root's (`check_roots`)",
+    "ray/launcher.py": "the daemon's or the keeper's: as the service's user",
+    "ray/canary/run.py": "the daemon's",
+    "ray/status_text.py": "the daemon's",
+    "daemon/restart_job.py": "the daemon's; systemctl",
+    "daemon/handover.py": "the daemon's own program again",
+    "doctor/report.py": "commands of the system",
+    "setup/apply.py": "commands of the system",
+    "setup/steps.py": "commands of the system",
+    "demo/init.py": "its own makings",
+    "demo/machine.py": "its own makings",
+}
+"""Modules that start a program, and why root may say what leads there."""
+STARTS = {"Popen", "run", "call", "check_call", "check_output", "create_subprocess_exec"} | {
+    *("create_subprocess_shell", "posix_spawn", "posix_spawnp", "execve", "execv", "execvp"),
+    *("system", "popen", "fork", "forkpty", "execl", "execle", "execlp", "execvpe"),
+}
+OF = {"subprocess", "os", "asyncio"}
+
+
+def test_nothing_else_starts_a_program() -> None:
+    found = set()
+    for path in sorted((ROOT / "src" / "rayfwd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in OF
+                and node.attr in STARTS
+                and (node.value.id, node.attr) != ("asyncio", "run")
+            ):
+                found.add(str(path.relative_to(ROOT / "src" / "rayfwd")))
+    assert found == set(SPAWNERS)
