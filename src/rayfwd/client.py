@@ -50,7 +50,7 @@ log = get_logger(__name__)
 LOOPBACK = "127.0.0.1"
 USUAL_PORTS = {"dashboard": 8265, "client": 10001}
 """Where a client listens unless told otherwise, by the head's name for what is behind it."""
-NEAR = 100
+MOST_NEAR_PORTS = 100
 """How many ports from the usual one on are tried where it is taken."""
 
 RETRY_FIRST, RETRY_LAST = 1.0, 15.0
@@ -330,11 +330,11 @@ def listen_all(config: Config) -> list[tuple[Place, socket.socket]]:
 
 def _listen_near(usual: int) -> socket.socket:
     """On the usual port or the first free one above it. Raises ProblemError."""
-    for port in range(usual, usual + NEAR):
+    for port in range(usual, usual + MOST_NEAR_PORTS):
         with suppress(ProblemError):
             return _listen(LOOPBACK, port)
     raise codes.LISTEN_TAKEN.error(
-        f"every port from {usual} to {usual + NEAR - 1} is in use on {LOOPBACK}",
+        f"every port from {usual} to {usual + MOST_NEAR_PORTS - 1} is in use on {LOOPBACK}",
         "name one with --dashboard-port or --client-port",
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rayfwd.ray.commandline import given_up_after
-from rayfwd.watch.flapping import TRIAL
+from rayfwd.watch.flapping import TRIAL_FACTOR
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
@@ -163,7 +163,7 @@ def test_it_flaps_no_more_when_it_has_stayed(cluster: Cluster) -> None:
     head, worker = cluster.head, cluster.worker("w1")
     first, last = block(cluster)
     cluster.lab.machine("w1").firewall(range(first, last + 1))
-    trial = TRIAL * given_up_after(RIDE_THROUGH)
+    trial = TRIAL_FACTOR * given_up_after(RIDE_THROUGH)
     told = {"code": "ray_node_flapping", "node": "w1"}
     looks: list[tuple[float, bool]] = []
     """Seconds that it had stayed when it was looked at, at the least, and whether it flapped."""

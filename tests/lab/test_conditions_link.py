@@ -13,7 +13,7 @@ from copy import deepcopy
 
 import pytest
 
-from rayfwd.watch.links import INTERVAL, SLOW_LOOKS
+from rayfwd.watch.links import LINKS_INTERVAL, SLOW_SAMPLES
 from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster, change
 from tests.lab.daemon import Daemon
 from tests.lab.faults import Faults
@@ -138,7 +138,7 @@ def test_link_down(cluster: Cluster) -> None:
 def test_lane_flapping(cluster: Cluster) -> None:
     faults, w1 = Faults(cluster.lab), cluster.worker("w1")
     for _ in range(4):
-        time.sleep(INTERVAL + 0.5)  # each loss is seen by a look of its own
+        time.sleep(LINKS_INTERVAL + 0.5)  # each loss is seen by a look of its own
         last, since = w1.events()[-1], time.time()
         faults.reset(w1.machine)
         w1.wait_event("lane_up", 60, where={"lane": "interactive"}, after=last)
@@ -184,7 +184,7 @@ def test_a_short_silence_makes_no_slow_link(cluster: Cluster) -> None:
     cluster.lab.cut(w1.machine)
     time.sleep(2.8)
     cluster.lab.heal(w1.machine)
-    time.sleep(2 * SLOW_LOOKS * INTERVAL)  # twice the looks that would name it
+    time.sleep(2 * SLOW_SAMPLES * LINKS_INTERVAL)  # twice the looks that would name it
     assert [lane["lane"] for lane in w1.status()["link"]["lanes"]] == lanes, "no silence: a cut"
     for daemon in (cluster.head, w1):
         assert not [e for e in daemon.events("link_slow") if said_at(e) >= since]

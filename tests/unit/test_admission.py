@@ -320,7 +320,7 @@ class TestFewDescriptors:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """In the kernel: nobody is refused."""
-        monkeypatch.setattr(acceptor_module, "LOOK_AGAIN", 0.05)
+        monkeypatch.setattr(acceptor_module, "CHECK_INTERVAL", 0.05)
 
         async def main() -> None:
             came: list[SocketRelay] = []

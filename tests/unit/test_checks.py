@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rayfwd import codes
 from rayfwd.cluster.probe import HeldPorts
-from rayfwd.hub import checks as hub_checks
+from rayfwd.hub import doctor_answers
 from rayfwd.hub import hub as hub_module
 from rayfwd.problems import Problem
 from rayfwd.session import checks
@@ -318,7 +318,7 @@ class TestBounds:
         run(main)
 
     def test_bytes_in_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub_checks, "TOTAL_FILLER", 3 * FILLER_CHUNK)
+        monkeypatch.setattr(doctor_answers, "TOTAL_FILLER", 3 * FILLER_CHUNK)
 
         async def main() -> None:
             async with cluster(tmp_path) as c, caller(c) as doctor:
@@ -333,7 +333,7 @@ class TestBounds:
         run(main)
 
     def test_questions_in_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub_checks, "TOTAL_QUESTIONS", 3)
+        monkeypatch.setattr(doctor_answers, "TOTAL_QUESTIONS", 3)
 
         async def main() -> None:
             async with cluster(tmp_path) as c, caller(c) as doctor:
@@ -346,7 +346,7 @@ class TestBounds:
         run(main)
 
     def test_time_in_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub_checks, "SECONDS", 0.05)
+        monkeypatch.setattr(doctor_answers, "CHECKUP_TIMEOUT", 0.05)
 
         async def main() -> None:
             async with cluster(tmp_path) as c, caller(c) as doctor:

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from rayfwd.system.coalesce import BEAT, end_of_pause, sleep_coalesced
+from rayfwd.system.coalesce import WAKE_INTERVAL, end_of_pause, sleep_coalesced
 from tests.unit.loops import run_on_fake_clock as run
 
 
-@pytest.mark.parametrize("seconds", [BEAT, 8 * BEAT])
+@pytest.mark.parametrize("seconds", [WAKE_INTERVAL, 8 * WAKE_INTERVAL])
 def test_pauses_end_in_one_turn_of_the_loop(
     seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -26,12 +26,12 @@ def test_pauses_end_in_one_turn_of_the_loop(
     run(main)
 
 
-@pytest.mark.parametrize("seconds", [BEAT, 2.5 * BEAT, 8 * BEAT])
+@pytest.mark.parametrize("seconds", [WAKE_INTERVAL, 2.5 * WAKE_INTERVAL, 8 * WAKE_INTERVAL])
 def test_a_pause_is_as_long_as_it_says_by_half_a_beat(seconds: float) -> None:
     async def main() -> None:
         now = asyncio.get_running_loop().time()
-        assert end_of_pause(seconds) - now == pytest.approx(seconds, abs=0.51 * BEAT)
-        assert end_of_pause(seconds) % BEAT == 0
+        assert end_of_pause(seconds) - now == pytest.approx(seconds, abs=0.51 * WAKE_INTERVAL)
+        assert end_of_pause(seconds) % WAKE_INTERVAL == 0
 
     run(main)
 
@@ -46,8 +46,8 @@ def test_a_short_one_is_exact() -> None:
 
 def test_it_is_slept_to_its_end() -> None:
     async def main() -> None:
-        end = end_of_pause(BEAT)
-        await sleep_coalesced(BEAT)
+        end = end_of_pause(WAKE_INTERVAL)
+        await sleep_coalesced(WAKE_INTERVAL)
         assert asyncio.get_running_loop().time() >= end - 0.001  # the resolution of a timer
 
     run(main)

@@ -18,11 +18,11 @@ from rayfwd.cli import explain
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.problems import Code, Group, ProblemError
-from rayfwd.watch import conditions, machine
+from rayfwd.watch import conditions, machine_watch
 from rayfwd.watch.board import Board
 from rayfwd.watch.conditions import Condition, Finding, worst
-from rayfwd.watch.links import INTERVAL, SLOW_LOOKS, THIN_FOR, LinkRules, LinkSeen
-from rayfwd.watch.machine import MachineSeen
+from rayfwd.watch.links import LINKS_INTERVAL, SLOW_SAMPLES, THIN_SECONDS, LinkRules, LinkSeen
+from rayfwd.watch.machine_watch import MachineSeen
 from tests.unit.loops import log_events, of
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "conditions.md").read_text()
@@ -365,9 +365,9 @@ def test_a_symptom_outlives_its_root_for_a_while() -> None:
         desk.put("b", ("leaf", "w1"))
         desk.until(100)
         desk.put("a")
-        desk.until(100 + conditions.LINGER - 1)
+        desk.until(100 + conditions.LINGER_SECONDS - 1)
         assert desk.shown == ["leaf w1 < root w1"]
-        desk.until(100 + conditions.LINGER + 1)
+        desk.until(100 + conditions.LINGER_SECONDS + 1)
         assert desk.shown == ["leaf w1"]
         desk.put("b")
     assert [(e["event"], e["log_level"], e.get("explained_by")) for e in log] == [
@@ -428,7 +428,7 @@ def test_too_much_to_tell_is_the_worst_of_it() -> None:
     assert len(json.dumps(message)) < 1 << 18
     told = conditions.from_message(message, None)
     assert told[0].problem.code == codes.RAY_DIED
-    assert len(told) == conditions.MOST_TOLD
+    assert len(told) == conditions.MOST_SENT
 
 
 ROW = {
@@ -489,7 +489,7 @@ def test_slow(spans: list[tuple[float, float | None]], slow: list[tuple[float, f
         now
         for now, trip in trips(*spans)
         if any(
-            s.problem.code == codes.LINK_SLOW for s in rules.look({"w1": LinkSeen({}, trip)}, now)
+            s.problem.code == codes.LINK_SLOW for s in rules.sample({"w1": LinkSeen({}, trip)}, now)
         )
     ]
     assert found == [float(t) for first, last in slow for t in range(int(first), int(last) + 1, 2)]
@@ -501,12 +501,12 @@ def test_slow_is_named_in_time_however_exact_looks_are(phase: float, seed: int) 
     """A look is woken some milliseconds early or late; none of them costs another look."""
     rules, chance = LinkRules(), random.Random(seed)
     begins = 60.0 + phase
-    for look in range(60):
-        now = INTERVAL * look + chance.uniform(-0.02, 0.02)
+    for sample in range(60):
+        now = LINKS_INTERVAL * sample + chance.uniform(-0.02, 0.02)
         trip = 0.001 if now < begins else 0.4
-        if rules.look({"w1": LinkSeen({}, trip)}, now):
+        if rules.sample({"w1": LinkSeen({}, trip)}, now):
             break
-    assert now - begins <= SLOW_LOOKS * INTERVAL + 0.05
+    assert now - begins <= SLOW_SAMPLES * LINKS_INTERVAL + 0.05
 
 
 MB = 1_000_000
@@ -546,7 +546,7 @@ def test_thin(spans: list[tuple[float, float | None]], thin: tuple[float, float]
     rules = LinkRules()
     found = []
     for now, link in loads(*spans):
-        for one in rules.look({"w1": link}, now):
+        for one in rules.sample({"w1": link}, now):
             assert one.problem.code == codes.LINK_THROUGHPUT_LOW
             found.append(now)
     assert (tuple(found[:1] + found[-1:]) or None) == thin
@@ -558,7 +558,7 @@ def test_thin_where_what_arrives_is_known_only_now_and_then() -> None:
     for now in range(2, 60, 2):
         steps = (now - 24) // 6 * 6  # of 0.5 MB/s, every third look
         arrived = 40 * MB * now if now <= 24 else 960 * MB + steps * MB // 2
-        if rules.look({"w1": LinkSeen({}, 0.001, "", arrived, True)}, float(now)):
+        if rules.sample({"w1": LinkSeen({}, 0.001, "", arrived, True)}, float(now)):
             found.append(now)
     assert found == list(range(30, 60, 2))
 
@@ -571,22 +571,22 @@ def test_thin_is_seen_from_when_its_answers_came(step: float, phase: float) -> N
     answers = [number / 10 for number in range(int(begins * 10) + 1)]
     answers += [begins + step * number for number in range(1, int(20 / step))]
     arrived = {at: int(6 * MB * at - max(0.0, at - begins) * 5.5 * MB) for at in answers}
-    for look in range(20):
-        now = phase + 2.0 * look
+    for sample in range(20):
+        now = phase + 2.0 * sample
         at = max(a for a in answers if a <= now)
-        if rules.look({"w1": LinkSeen({}, 0.001, "", arrived[at], True, at)}, now):
+        if rules.sample({"w1": LinkSeen({}, 0.001, "", arrived[at], True, at)}, now):
             break
-    assert THIN_FOR <= now - begins <= THIN_FOR + step + INTERVAL
+    assert THIN_SECONDS <= now - begins <= THIN_SECONDS + step + LINKS_INTERVAL
 
 
 def test_a_lane_less_is_not_thin() -> None:
     """Its bytes no longer count; and while there is none, nothing can be said."""
     rules = LinkRules()
     for now in range(2, 30, 2):
-        assert rules.look({"w1": LinkSeen({}, None, "", 80 * MB * now, True)}, float(now)) == []
+        assert rules.sample({"w1": LinkSeen({}, None, "", 80 * MB * now, True)}, float(now)) == []
     later: list[tuple[int, int | None]] = [(30, 5 * MB), (32, None), (34, 6 * MB), (36, 100 * MB)]
     for now, there in later:
-        assert rules.look({"w1": LinkSeen({}, None, "", there, True)}, float(now)) == []
+        assert rules.sample({"w1": LinkSeen({}, None, "", there, True)}, float(now)) == []
 
 
 @pytest.mark.parametrize(
@@ -606,7 +606,7 @@ def test_flapping(lost_at: list[float], flaps: tuple[float, float] | None) -> No
     for now in range(0, 300, 2):
         count += now in lost_at
         losses = {"bulk": count, "interactive": 3}
-        for one in rules.look({"w1": LinkSeen(losses, None, "reset")}, float(now)):
+        for one in rules.sample({"w1": LinkSeen(losses, None, "reset")}, float(now)):
             assert (one.subject, one.problem.code) == ("w1/bulk", codes.LANE_FLAPPING)
             assert "the last time: reset" in one.problem.cause
             found.append(now)
@@ -638,7 +638,7 @@ FINE = MachineSeen(
     ],
 )
 def test_what_the_machine_is_short_of(changes: dict[str, Any], code: str | None, said: str) -> None:
-    found = machine.judge(replace(FINE, **changes))
+    found = machine_watch.judge(replace(FINE, **changes))
     assert [problem.code.name for problem in found] == ([code] if code else [])
     assert not code or said in found[0].cause
 
@@ -648,10 +648,10 @@ def test_this_machine_is_looked_at(tmp_path: Path) -> None:
 
     plan = NodePlan("w1", "worker", "127.77.0.2", 20046, 8)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        seen_ = machine.look(5, [plan, plan], plan, [f"{tmp_path}/not/there"], True)
+        seen_ = machine_watch.sample(5, [plan, plan], plan, [f"{tmp_path}/not/there"], True)
         assert server.getsockname()[1] in seen_.listening
     ((free, total),) = seen_.disks.values()
     assert 0 < free < total
     assert seen_.limit > 100
     assert list(seen_.workers) == list(range(20054, 20062))
-    assert not machine.look(5, [plan], plan, [], False).workers
+    assert not machine_watch.sample(5, [plan], plan, [], False).workers

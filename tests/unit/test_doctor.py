@@ -323,11 +323,11 @@ def test_a_listener_that_is_taken_is_named() -> None:
 
 def test_names_are_looked_up() -> None:
     async def main_() -> None:
-        seconds, addresses = await observe.look_up("localhost", 22)
+        seconds, addresses = await observe.resolve("localhost", 22)
         assert seconds < 20
         assert {"127.0.0.1", "::1"} & set(addresses)
         with pytest.raises(Exception, match=r"no\.such\.host\.invalid cannot be resolved"):
-            await observe.look_up("no.such.host.invalid", 22)
+            await observe.resolve("no.such.host.invalid", 22)
 
     run(main_)
 
@@ -662,7 +662,7 @@ def test_what_answers_is_no_hub(tmp_path: Path) -> None:
 
 
 def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judgements, "LOGIN", 0.3)
+    monkeypatch.setattr(judgements, "LOGIN_SLOW", 0.3)
 
     async def main_() -> None:
         async with site(tmp_path) as s:
@@ -918,7 +918,7 @@ def test_the_clock_that_is_asked_is_the_hubs(
         def time() -> float:
             return time.time() - 90.0
 
-    monkeypatch.setattr("rayfwd.hub.checks.time", Late)
+    monkeypatch.setattr("rayfwd.hub.doctor_answers.time", Late)
 
     async def main_() -> None:
         async with site(tmp_path) as s:

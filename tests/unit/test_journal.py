@@ -280,7 +280,7 @@ def test_what_the_journal_takes_too_late_is_counted(
     monkeypatch.setattr(journal, "BACKLOG_LIMIT", 100_000)
     for number in range(400):
         log.info("e", number=number, filler="x" * 2000)
-    time.sleep(2 * journal.WAIT_SECONDS)  # it tries again
+    time.sleep(2 * journal.WAIT_TIMEOUT)  # it tries again
     came = journald.all_that_waited()
     kept = len(came)
     assert [e["NUMBER"] for e in came] == [str(n) for n in range(kept)]
@@ -357,7 +357,7 @@ else:
 def test_a_journald_that_hangs_does_not_keep_a_process(
     journald: Journald, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(journal, "CLOSE_TIMEOUT", 0.2)
     sink = journal.Journal(journald.path)
     for number in range(200):
         assert sink.send({"NUMBER": str(number), "FILLER": "x" * 2000})

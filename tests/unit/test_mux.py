@@ -339,7 +339,7 @@ def test_a_process_that_was_stopped_does_not_take_its_lanes_for_silent() -> None
             await asyncio.sleep(0.1)
             loop = asyncio.get_running_loop()
             assert isinstance(loop, FakeClockLoop)
-            loop.jump(mux_module.LATE + 2 * lane_module.DEAD_AFTER)
+            loop.jump(mux_module.LATE_SECONDS + 2 * lane_module.DEAD_AFTER)
             await asyncio.sleep(2 * lane_module.DEAD_AFTER)
             assert p.worker.changes == p.hub.changes == []
             assert len(p.worker.mux.lanes) == 2

@@ -187,9 +187,9 @@ def test_one_address_twice(
     old: float | None, went_at: float | None, new: float | None, now: float, twice: bool
 ) -> None:
     interruptions = Interruptions(since=0.0 if old is None else 50.0)
-    interruptions.look(["w1", "w2"], 60.0)
+    interruptions.sample(["w1", "w2"], 60.0)
     if went_at is not None:
-        interruptions.look(["w2"], went_at)
+        interruptions.sample(["w2"], went_at)
     rows = [HEAD, replace(W1, started=old), replace(W1, node_id="id-twin", started=new)]
     found = rules.one_address_twice(rows, NAMES, interruptions, 180.0, now)
     assert bool(found) is twice

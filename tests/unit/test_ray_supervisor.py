@@ -26,7 +26,7 @@ from rayfwd.ray.install import find as find_ray
 from rayfwd.ray.launcher import Direct
 from rayfwd.ray.process import RayProcess, clean_lines
 from rayfwd.ray.supervisor import RaySupervisor, check_versions
-from rayfwd.system.coalesce import BEAT
+from rayfwd.system.coalesce import WAKE_INTERVAL
 from tests.unit.loops import log_events, run_on_fake_clock
 
 OWN = RayInstall("/env/bin/ray", "/env/bin/python", Versions("2.60.0", "3.11.7"))
@@ -87,7 +87,7 @@ def test_a_missing_ray_is_told_once_and_tried_again(
         supervisor.set_plan(HEAD, HEAD, None, 60.0)
         began = now()
         await asyncio.sleep(10)
-        assert [at - began for at in attempts] == pytest.approx([0, 1, 3, 7], abs=BEAT)
+        assert [at - began for at in attempts] == pytest.approx([0, 1, 3, 7], abs=WAKE_INTERVAL)
         phases.append(supervisor.state.phase)
         assert supervisor.state.problem is not None
         assert supervisor.state.problem.code == codes.RAY_NOT_FOUND
@@ -170,7 +170,7 @@ def test_what_hears_no_signal_is_killed_and_named(
 ) -> None:
     """As Ray's agent, which waits in C++ for a GCS that has gone."""
     monkeypatch.setattr(process_module, "DRAIN_MARGIN", 0.2)
-    monkeypatch.setattr(process_module, "SETTLE", 0.2)
+    monkeypatch.setattr(process_module, "SETTLE_TIMEOUT", 0.2)
     agent = tmp_path / "dashboard" / "agent.py"
     agent.parent.mkdir()
     agent.write_text(DEAF)

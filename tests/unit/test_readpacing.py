@@ -11,7 +11,14 @@ from typing import cast
 import pytest
 
 from rayfwd.transport import readpacing as module
-from rayfwd.transport.readpacing import BURST, LINGER, LONG, READ_SMALL, Pace, Reading
+from rayfwd.transport.readpacing import (
+    BURST_BYTES,
+    LINGER_SECONDS,
+    LONG_READ,
+    READ_SMALL,
+    Pace,
+    Reading,
+)
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
 
@@ -96,7 +103,7 @@ def test_a_long_transfer_pauses_while_short_messages_are_about(pace: Pace) -> No
         protocol, far = await reader()
         with closed(protocol, far):
             pace.short_message()
-            for _ in range(BURST // READ_SMALL - 1):
+            for _ in range(BURST_BYTES // READ_SMALL - 1):
                 protocol.reading.after_read(READ_SMALL)
                 assert await next_read(protocol, far) == READ_SMALL
                 assert protocol.transport.is_reading()
@@ -114,7 +121,7 @@ def test_short_messages_are_soon_over(pace: Pace, clock: Clock) -> None:
     seen = [pace.latency_sensitive]
     pace.short_message()
     for passed in (0.9, 0.2):
-        clock.now += passed * LINGER
+        clock.now += passed * LINGER_SECONDS
         seen.append(pace.latency_sensitive)
     assert seen == [False, True, False]
 
@@ -123,9 +130,9 @@ def test_what_is_short_never_pauses(pace: Pace) -> None:
     async def main() -> None:
         protocol, far = await reader()
         with closed(protocol, far):
-            for _ in range(2 * BURST // LONG):
+            for _ in range(2 * BURST_BYTES // LONG_READ):
                 pace.short_message()
-                protocol.reading.after_read(LONG - 1)
+                protocol.reading.after_read(LONG_READ - 1)
             assert protocol.transport.is_reading()
 
     run(main)
@@ -138,7 +145,7 @@ def test_the_end_of_a_pause_does_not_start_what_was_stopped(pace: Pace) -> None:
         protocol, far = await reader()
         with closed(protocol, far):
             pace.short_message()
-            protocol.reading.after_read(BURST)
+            protocol.reading.after_read(BURST_BYTES)
             protocol.reading.resume()
             assert not protocol.transport.is_reading(), "it was pausing"
             protocol.reading.stop()
@@ -155,7 +162,7 @@ def test_a_pause_outlives_its_connection(pace: Pace) -> None:
         protocol, far = await reader()
         with closed(protocol, far):
             pace.short_message()
-            protocol.reading.after_read(BURST)
+            protocol.reading.after_read(BURST_BYTES)
         await asyncio.sleep(0.02)  # `run` fails if the loop is told of an exception
 
     run(main)

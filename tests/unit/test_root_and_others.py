@@ -191,14 +191,14 @@ SPAWNERS = {
     "system/asuser.py": "becomes the user first",
     "ray/install.py": "root runs only what is root's (`check_roots`)",
     "ray/launcher.py": "the daemon's or the keeper's: as the service's user",
-    "ray/canary/run.py": "the daemon's",
+    "ray/canary/sender.py": "the daemon's",
     "ray/status_text.py": "the daemon's",
     "daemon/restart_job.py": "the daemon's; systemctl",
     "daemon/handover.py": "the daemon's own program again",
     "doctor/report.py": "commands of the system",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
-    "demo/init.py": "its own makings",
+    "demo/first_process.py": "its own makings",
     "demo/machine.py": "its own makings",
 }
 """Modules that start a program, and why root may say what leads there."""

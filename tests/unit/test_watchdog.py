@@ -117,7 +117,7 @@ def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(
             assert heartbeat.late() == 0, "it tries again and again"
         monkeypatch.setattr(supervisor_module, "find", hangs)
         supervisor.set_plan(own, own, None, 61.0)
-        await asyncio.sleep(supervisor_module.BUSY)
+        await asyncio.sleep(supervisor_module.BUSY_TURN_TIMEOUT)
         assert heartbeat.late() == pytest.approx(0, abs=1)
         await asyncio.sleep(100)
         assert heartbeat.late() == pytest.approx(100, abs=1)

@@ -11,12 +11,12 @@ import pytest
 from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.ray.canary.run import CanaryRun
+from rayfwd.ray.canary.sender import CanaryRun
 from rayfwd.ray.commandline import given_up_after
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session.target import Target
 from rayfwd.transport.ways import Way
-from rayfwd.watch import canary, reach
+from rayfwd.watch import canary_watch, reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
@@ -90,7 +90,7 @@ def test_a_newcomer_is_looked_at_at_once() -> None:
         await asyncio.sleep(60)  # its first look finds nobody
         assert not board.conditions
         peers["w"] = Peer(plan, 1)
-        await until(lambda: board.conditions, reach.NEWCOMERS + reach.CONFIRM_AFTER + 0.5)
+        await until(lambda: board.conditions, reach.NEWCOMER_INTERVAL + reach.CONFIRM_DELAY + 0.5)
         assert board.conditions[0].code == codes.RAY_PORT_UNREACHABLE
         task.cancel()
 
@@ -107,9 +107,9 @@ def test_a_dead_server_is_found_and_confirmed() -> None:
             await asyncio.start_server(greeter, place.address, plan.services[name])
             for name in ("node_manager", "object_manager")
         ]
-        assert await looks.look() == {}
+        assert await looks.probe() == {}
         servers[1].close()
-        (problem,) = (await looks.look()).values()
+        (problem,) = (await looks.probe()).values()
         assert f"{place.port + 1} (the object manager)" in problem.cause
         assert "(the raylet)" not in problem.cause
 
@@ -121,7 +121,7 @@ def test_a_dead_server_is_found_and_confirmed() -> None:
             count += 1
             return {"w": Peer(plan, count)}
 
-        assert await Reach("head", interrupted, Board(lambda: None), anywhere).look() == {}
+        assert await Reach("head", interrupted, Board(lambda: None), anywhere).probe() == {}
         servers[0].close()
 
     run(body)
@@ -201,7 +201,7 @@ def test_what_a_canary_says(
     lines: list[str], ports: dict[int, str], code: str | None, said: str
 ) -> None:
     result = found('{"canary": "connected", "seconds": 1}', *WELL, *lines)
-    problems = canary.judge(result, SEEN, PLANS, {"127.77.0.2": ports}, "head")
+    problems = canary_watch.judge(result, SEEN, PLANS, {"127.77.0.2": ports}, "head")
     if code is None:
         assert problems == {}
         return
@@ -232,7 +232,7 @@ def test_a_node_whose_way_was_cut_is_not_judged() -> None:
     plans = {"127.77.0.2": PLAN, "127.77.0.1": replace(PLAN, name="head", address="127.77.0.1")}
 
     def judged(before: Mapping[str, Peer], after: Mapping[str, Peer]) -> set[str]:
-        return set(canary.only_theirs(problems, plans, before, after, "head"))
+        return set(canary_watch.only_theirs(problems, plans, before, after, "head"))
 
     up, later = {"gpu-1": Peer(PLAN, 1)}, {"gpu-1": Peer(PLAN, 2)}
     assert judged(up, up) == {"head", "gpu-1", "10.0.0.9"}
@@ -303,10 +303,10 @@ def test_how_long_a_node_is_on_trial_follows_from_how_long_ray_waits(ride_throug
 )
 def test_a_node_that_went_by_itself_does_not_flap(went_at: float | None, flaps: bool) -> None:
     went = Interruptions(since=NOW - 1000)
-    went.look(["gpu-1", "gpu-2"], NOW - 99)
+    went.sample(["gpu-1", "gpu-2"], NOW - 99)
     if went_at is not None:
-        went.look(["gpu-2"], went_at)
-    went.look(["gpu-1"], NOW - 1)
+        went.sample(["gpu-2"], went_at)
+    went.sample(["gpu-1"], NOW - 1)
     rows = [row("DEAD", NOW - 90, NOW - 20, MISSED)]
     assert bool(flapping(rows, {PLAN.address: PLAN}, NOW, PATIENCE, went)) is flaps
 

@@ -32,7 +32,7 @@ _CHUNK = 262144
 _HUB_SOCKET = "hub.sock"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
-_HELLO_SECONDS = 10.0
+_HELLO_TIMEOUT = 10.0
 """As the hub has them."""
 
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _read_hello() -> bytes:
     """Standard input until its first frame is whole, or cannot be one, or does not come."""
     buffer = b""
-    deadline = time.monotonic() + _HELLO_SECONDS
+    deadline = time.monotonic() + _HELLO_TIMEOUT
     ready = select.poll()
     ready.register(_STDIN, select.POLLIN)
     while (left := deadline - time.monotonic()) > 0 and ready.poll(left * 1000):

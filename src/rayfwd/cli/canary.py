@@ -14,10 +14,10 @@ from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs, table
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 
-PAUSE = 0.5
+ASK_INTERVAL = 0.5
 """Seconds between two questions whether it is back."""
 
-MARGIN = 90.0
+CANARY_MARGIN = 90.0
 """Seconds besides its time-out that it may take; nodes that fail without a reason get it twice."""
 
 
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     quiet_logs()
     socket = control_socket(config)
     answer = ask(socket, "canary", {"send": True})
-    deadline = time.monotonic() + 2 * (config.canary.timeout + MARGIN)
+    deadline = time.monotonic() + 2 * (config.canary.timeout + CANARY_MARGIN)
     while answer.get("running"):
         if time.monotonic() > deadline:
             raise codes.CANARY_LOST.error("the canary does not come back", "look into the log")
-        time.sleep(PAUSE)
+        time.sleep(ASK_INTERVAL)
         answer = ask(socket, "canary")
     if args.json:
         print(json.dumps(answer, indent=2))

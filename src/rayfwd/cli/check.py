@@ -11,7 +11,7 @@ from rayfwd.cli import OK
 from rayfwd.cli.common import load_as_owner, own_head_plan, quiet_logs, table
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
-from rayfwd.doctor.settings import doubts
+from rayfwd.doctor.settings import warnings
 from rayfwd.problems import ProblemError
 from rayfwd.ray import install
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{config.path}: valid")
     for line in table(list(_amounts_to(config, own)), "  "):
         print(line)
-    for warning in doubts(config):
+    for warning in warnings(config):
         print(f"  warning: {warning}")
     return OK
 

@@ -12,7 +12,7 @@ from rayfwd import codes
 from rayfwd.cli import OK
 from rayfwd.cli.common import table
 
-NEAREST = 4
+MOST_NEAREST = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,14 +49,14 @@ def explanation(code: str) -> str:
     if wanted in known:
         return f"{wanted}\n\n{known[wanted].replace('**Do:**', 'Do:').replace('`', '')}"
     words = set(wanted.split("_"))
-    near = get_close_matches(wanted, known, NEAREST, 0.6)
+    near = get_close_matches(wanted, known, MOST_NEAREST, 0.6)
     near += sorted(
         (other for other in known if words & set(other.split("_")) and other not in near),
         key=lambda other: (-len(words & set(other.split("_"))), other),
     )
     raise codes.CONDITION_UNKNOWN.error(
         f'there is no code "{code}"',
-        f"did you mean {', '.join(near[:NEAREST])}?"
+        f"did you mean {', '.join(near[:MOST_NEAREST])}?"
         if near
         else "`rayfwd explain` lists the codes",
     )

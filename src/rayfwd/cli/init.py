@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
 
-    def tell(came: str, thing: str) -> None:
+    def report(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, tell)
+    outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, report)
     if not outcome.changed:
         print("Nothing was to be done: it is all there.")
     elif args.dry_run:
@@ -105,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
     failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
-        _say_for_workers(request, layout)
+        _print_for_workers(request, layout)
     elif not by_hand:
         own = seen.public_key if request.identity else public_key(layout.identity)
-        _say_for_head(request, seen.login, own or "(the key that is to be made)")
+        _print_for_head(request, seen.login, own or "(the key that is to be made)")
     if not layout.system:
         print("\nFor a service that starts at boot and stays after logging out, once:\n")
         print(f"    loginctl enable-linger {request.user}")
@@ -351,7 +351,7 @@ def _ask(flag: str, question: str) -> str:
     raise MistakeError([f"rayfwd init: {flag}: must be given, there is nobody to ask"])
 
 
-def _say_for_workers(request: SetupRequest, layout: Layout) -> None:
+def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
     prints = []
     for kind in _HOST_KEYS:
         path = Path(f"/etc/ssh/ssh_host_{kind}_key.pub")
@@ -366,6 +366,6 @@ def _say_for_workers(request: SetupRequest, layout: Layout) -> None:
     print(f"    {line}")
 
 
-def _say_for_head(request: SetupRequest, login: str, key: str) -> None:
+def _print_for_head(request: SetupRequest, login: str, key: str) -> None:
     print(f"\nOn the head, as a line of ~{login or request.user}/.ssh/authorized_keys:\n")
     print(f"    {texts.authorized_line(request.head_command, key)}")

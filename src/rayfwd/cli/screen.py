@@ -19,10 +19,10 @@ from rayfwd.status import Cut, Link, ListenerCount, RosterRow, Status, Volume, W
 from rayfwd.system.logs import escaped
 from rayfwd.watch.conditions import Condition
 
-SYMPTOMS = 5
+MOST_SYMPTOMS = 5
 """Symptoms that are named below their root."""
 
-WIDE = 110
+WIDE_COLUMNS = 110
 """Columns from which on tables have what is nice to know, too."""
 
 _STYLES = {
@@ -53,7 +53,7 @@ class Screen:
     now: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = options.max_width >= WIDE
+        wide = options.max_width >= WIDE_COLUMNS
         yield self._headline()
         yield from self._conditions()
         yield Text()
@@ -101,8 +101,8 @@ class Screen:
         body.add_row(Text("do", "bold", justify="right"), Text(escaped(condition.problem.remedy)))
         if more:
             names = [escaped(f"{c.code} {c.subject}") for c in more]
-            rest = f" and {len(names) - SYMPTOMS} more" if len(names) > SYMPTOMS else ""
-            body.add_row("", Text(f"explains {', '.join(names[:SYMPTOMS])}{rest}", _DIM))
+            rest = f" and {len(names) - MOST_SYMPTOMS} more" if len(names) > MOST_SYMPTOMS else ""
+            body.add_row("", Text(f"explains {', '.join(names[:MOST_SYMPTOMS])}{rest}", _DIM))
         return body
 
     def _facts(self) -> RenderableType:

@@ -25,14 +25,14 @@ from rayfwd.status import Status
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 
-INTERVAL = 2.0
-SHORTEST = 0.2
-LONGEST = 3600.0
+WATCH_INTERVAL = 2.0
+MIN_INTERVAL = 0.2
+MAX_INTERVAL = 3600.0
 
 PIPE_WIDTH = 120
 """Columns where standard output is no terminal and COLUMNS does not say."""
 
-RESTART_SHOWN = 60.0
+RESTART_SECONDS = 60.0
 """Seconds for which it is said that the daemon was restarted."""
 
 
@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         nargs="?",
         type=_interval,
-        const=INTERVAL,
+        const=WATCH_INTERVAL,
         default=None,
         metavar="SECONDS",
-        help=f"ask again every so often (default: {INTERVAL:g} s), until Ctrl-C",
+        help=f"ask again every so often (default: {WATCH_INTERVAL:g} s), until Ctrl-C",
     )
 
 
@@ -58,9 +58,9 @@ def _interval(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not SHORTEST <= value <= LONGEST:
+    if not MIN_INTERVAL <= value <= MAX_INTERVAL:
         raise argparse.ArgumentTypeError(
-            f"{text}: must be a number of seconds from {SHORTEST:g} to {LONGEST:g}"
+            f"{text}: must be a number of seconds from {MIN_INTERVAL:g} to {MAX_INTERVAL:g}"
         )
     return value
 
@@ -104,8 +104,8 @@ class _AwayError(ProblemError):
 class Watch:
     """Asks again and again; a daemon that is away is said to be, and awaited."""
 
-    def __init__(self, look: Callable[[], dict[str, Any]], interval: float) -> None:
-        self._look = look
+    def __init__(self, fetch: Callable[[], dict[str, Any]], interval: float) -> None:
+        self._fetch = fetch
         self._interval = interval
         self._last: Screen | None = None
         """What was shown last."""
@@ -152,14 +152,14 @@ class Watch:
         except _AwayError as exc:
             return self._absence(exc.problem)
         note = time.strftime("%H:%M:%S")
-        if self._restarted is not None and time.monotonic() - self._restarted < RESTART_SHOWN:
+        if self._restarted is not None and time.monotonic() - self._restarted < RESTART_SECONDS:
             note += f"  the daemon was restarted {duration(time.monotonic() - self._restarted)} ago"
         return Group(Text(note, "dim"), self._last)
 
     def _ask(self) -> dict[str, Any]:
         """Raises _AwayError where asking goes on, ProblemError where it would be no use."""
         try:
-            status = self._look()
+            status = self._fetch()
         except ProblemError as exc:
             if not exc.problem.code.daemon_away:
                 raise

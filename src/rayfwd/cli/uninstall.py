@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"There is nothing to take away: {layout.manifest} is not there.")
         return OK
 
-    def tell(came: str, thing: str) -> None:
+    def report(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
-    kept = take_away(manifest, layout, args.dry_run, args.purge, tell)
+    kept = take_away(manifest, layout, args.dry_run, args.purge, report)
     if args.dry_run:
         print("Nothing was changed (--dry-run).")
     elif kept:

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from rayfwd.problems import ProblemError
-from rayfwd.watch.canary import Canary
 from rayfwd.watch.canary_round import Round
+from rayfwd.watch.canary_watch import Canary
 
 
 class CanaryVerb:

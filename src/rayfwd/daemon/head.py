@@ -48,7 +48,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.watch.canary import alive_nodes
+from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
 from rayfwd.watch.conditions import Finding
@@ -255,7 +255,7 @@ class HeadRole:
         self._tell_newcomers()  # what is so now that they are here
 
     def _look_for_interruptions(self) -> None:
-        self._interruptions.look((plan.name for plan in self.up()), time.time())
+        self._interruptions.sample((plan.name for plan in self.up()), time.time())
 
     def _versions(self) -> tuple[str | None, str | None]:
         versions = self._node.ray.state.versions
@@ -346,7 +346,7 @@ class HeadRole:
                 python=_short(message.get("python")),
             )
             self._look_for_interruptions()
-            self._cluster_watch.look_soon()
+            self._cluster_watch.scan_soon()
             self.changed()
 
     def _say_again(self, name: str) -> None:

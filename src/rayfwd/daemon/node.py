@@ -39,7 +39,7 @@ from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.ways import Way, Ways
 from rayfwd.watch.board import Board
-from rayfwd.watch.canary import Canary, Situation
+from rayfwd.watch.canary_watch import Canary, Situation
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen

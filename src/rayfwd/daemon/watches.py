@@ -11,7 +11,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.listeners import Listeners
-from rayfwd.watch import links, machine
+from rayfwd.watch import links, machine_watch
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.conditions import Finding
@@ -34,9 +34,9 @@ class LinkWatch:
         rules = links.LinkRules()
         loop = asyncio.get_running_loop()
         while True:
-            self.heartbeat.beat(links.INTERVAL + LINKS_LATE)
-            self._board.put_all("links", rules.look(self._links_seen(), loop.time()))
-            await sleep_coalesced(links.INTERVAL)
+            self.heartbeat.beat(links.LINKS_INTERVAL + LINKS_LATE)
+            self._board.put_all("links", rules.sample(self._links_seen(), loop.time()))
+            await sleep_coalesced(links.LINKS_INTERVAL)
 
 
 class MachineWatch:
@@ -62,16 +62,16 @@ class MachineWatch:
         while True:
             view = self._view()
             seen = await asyncio.to_thread(
-                machine.look,
+                machine_watch.sample,
                 self._listeners.wanted,
                 view.nodes,
                 view.own,
                 [self._ray.session_dir or self._temp_dir],
                 self._ray.state.phase == "up",
             )
-            found = [Finding(self._name, problem) for problem in machine.judge(seen)]
+            found = [Finding(self._name, problem) for problem in machine_watch.judge(seen)]
             self._board.put_all("machine", found)
-            await sleep_coalesced(machine.INTERVAL if view.nodes else 1.0)
+            await sleep_coalesced(machine_watch.MACHINE_INTERVAL if view.nodes else 1.0)
 
 
 def temp_dir(env: Mapping[str, str], arguments: tuple[str, ...]) -> str:

@@ -51,7 +51,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.watch.canary import alive_nodes
+from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen

@@ -26,12 +26,12 @@ class ClientExamination(WayExamination):
     """Of a client. It has no Ray, no ports of the plan and no daemon that could be asked."""
 
     async def run(self) -> None:
-        self.say(self.settings())
-        self.say(await asyncio.to_thread(self._listen))
+        self.emit(self.settings())
+        self.emit(await asyncio.to_thread(self._listen))
         await self.way()
-        self.say(await self.names())
-        self.say(self.proxies([LOOPBACK]))
-        self.say(self.later("link"))
+        self.emit(await self.names())
+        self.emit(self.proxies([LOOPBACK]))
+        self.emit(self.later("link"))
 
     def _listen(self) -> Row:
         try:

@@ -16,7 +16,7 @@ from rayfwd.config import Config
 from rayfwd.daemon.watches import temp_dir
 from rayfwd.doctor import judgements, observe, unit_checks
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
-from rayfwd.doctor.settings import doubts
+from rayfwd.doctor.settings import warnings
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
@@ -25,29 +25,29 @@ from rayfwd.ray.process import RayProcess, find_foreign
 from rayfwd.status import Status
 from rayfwd.system.control import ask
 from rayfwd.transport.listeners import listeners_for
-from rayfwd.watch import machine
+from rayfwd.watch import machine_watch
 
-Tell = Callable[[Row], None]
+Emit = Callable[[Row], None]
 
 
 class Examination:
     """Of any role."""
 
-    def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
+    def __init__(self, config: Config, control: Path, env: Mapping[str, str], emit: Emit) -> None:
         self.config = config
         self.env = env
         self.rows: list[Row] = []
         self._control = control
-        self._tell = tell
+        self._emit = emit
         self.status: Status | None = None
         """Of the daemon, where one answers."""
         self.nodes: tuple[NodePlan, ...] = ()
         self.own: NodePlan | None = None
         self.network = config.hub.network
 
-    def say(self, row: Row) -> None:
+    def emit(self, row: Row) -> None:
         self.rows.append(row)
-        self._tell(row)
+        self._emit(row)
 
     async def run(self) -> None:
         raise NotImplementedError
@@ -56,7 +56,7 @@ class Examination:
 
     def settings(self) -> Row:
         config = self.config
-        found = list(doubts(config))
+        found = list(warnings(config))
         if not found:
             return passed("config", f"{config.path}: {config.role} {config.name}")
         return warned(
@@ -177,8 +177,8 @@ class Examination:
         ray = self.config.ray
         cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1
         directory = temp_dir(ray.env, ray.extra_args)
-        seen = machine.look(self._listeners(), self.nodes, self.own, [directory], False)
-        wrong = machine.judge(replace(seen, limit=found.descriptors))
+        seen = machine_watch.sample(self._listeners(), self.nodes, self.own, [directory], False)
+        wrong = machine_watch.judge(replace(seen, limit=found.descriptors))
         threads = judgements.judge_threads(found.threads, found.running, cpus)
         if threads is not None:
             wrong.append(threads)

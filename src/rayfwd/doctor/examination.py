@@ -12,7 +12,7 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import Config
 from rayfwd.doctor.client_checks import ClientExamination
-from rayfwd.doctor.common_checks import Examination, Tell
+from rayfwd.doctor.common_checks import Emit, Examination
 from rayfwd.doctor.head_checks import HeadExamination
 from rayfwd.doctor.rows import Row, failed
 from rayfwd.doctor.worker_checks import WorkerExamination
@@ -24,12 +24,12 @@ _KINDS: Mapping[str, type[Examination]] = {
 }
 
 
-async def examine(config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> list[Row]:
+async def examine(config: Config, control: Path, env: Mapping[str, str], emit: Emit) -> list[Row]:
     """All rows of this configuration's role; each is told as it is known.
 
     `control` is where a daemon of this configuration would answer.
     """
-    examination = _KINDS[config.role](config, control, env, tell)
+    examination = _KINDS[config.role](config, control, env, emit)
     await examination.run()
     return examination.rows
 

@@ -25,21 +25,21 @@ class HeadExamination(Examination):
 
     async def run(self) -> None:
         config = self.config
-        self.say(self.settings())
-        self.say(await self.daemon())
-        self.say(await self.keeper())
+        self.emit(self.settings())
+        self.emit(await self.daemon())
+        self.emit(await self.keeper())
         self.own = own = config.own_head_plan()
         self.nodes = await asyncio.to_thread(self._roster, own)
-        self.say(self._socket())
-        self.say(await self._sshd())
-        self.say((await self.ray())[0])
-        self.say(await self.ports())
-        self.say(await self.listeners())
-        self.say(await self.limits())
-        self.say(skipped("clock", "each worker compares its own with this one"))
-        self.say(skipped("names", "a head dials nobody"))
-        self.say(self.proxies())
-        self.say(skipped("link", "each worker measures its own"))
+        self.emit(self._socket())
+        self.emit(await self._sshd())
+        self.emit((await self.ray())[0])
+        self.emit(await self.ports())
+        self.emit(await self.listeners())
+        self.emit(await self.limits())
+        self.emit(skipped("clock", "each worker compares its own with this one"))
+        self.emit(skipped("names", "a head dials nobody"))
+        self.emit(self.proxies())
+        self.emit(skipped("link", "each worker measures its own"))
 
     def _roster(self, own: NodePlan) -> tuple[NodePlan, ...]:
         try:

@@ -24,15 +24,15 @@ from rayfwd.transport.sshproblems import why_no_answer
 
 T = TypeVar("T")
 
-PATIENCE = 15.0
+ANSWER_TIMEOUT = 15.0
 """Seconds for an answer."""
-TICKS = 7
-FIRST_PIECE = 1 << 16
+CLOCK_SAMPLES = 7
+FIRST_TRANSFER = 1 << 16
 OLDER = codes.HUB_OLDER.problem(
     "the head's rayfwd is older and does not answer a doctor's questions",
     "upgrade rayfwd on the head; what runs here works with it all the same",
 )
-ENOUGH = 0.4
+SHORTEST_TRANSFER = 0.4
 """Seconds that a transfer must take for its speed to be believed."""
 
 
@@ -42,7 +42,7 @@ class HubProbe:
     def __init__(self) -> None:
         self._pipe: Pipe | None = None
         self._decoder = FrameDecoder()
-        self._said = bytearray()
+        self._stderr = bytearray()
         """What came on standard error."""
         self._answers: asyncio.Queue[Frame | Problem] = asyncio.Queue()
         self._writable = asyncio.Event()
@@ -54,7 +54,7 @@ class HubProbe:
     # -- as the pipe's owner ---------------------------------------------------------
 
     def pipe_said(self, data: bytes) -> None:
-        self._said += data[: 4096 - len(self._said)]
+        self._stderr += data[: 4096 - len(self._stderr)]
 
     def pipe_data(self, data: bytes | memoryview) -> None:
         try:
@@ -72,7 +72,7 @@ class HubProbe:
         self._writable.set()
 
     def pipe_lost(self, why: str) -> None:
-        self._end(why_no_answer(self._said.decode(errors="replace").strip(), why))
+        self._end(why_no_answer(self._stderr.decode(errors="replace").strip(), why))
 
     def _end(self, problem: Problem) -> None:
         if self._over is None:
@@ -105,7 +105,7 @@ class HubProbe:
     async def ticks(self) -> list[Tick]:
         """Ask for the head's clock, several times. Raises ProblemError."""
         found = []
-        for _ in range(TICKS):
+        for _ in range(CLOCK_SAMPLES):
             asked, began = time.time(), time.monotonic()
             answer = await self.ask({"ask": "time"})
             trip = time.monotonic() - began
@@ -127,7 +127,7 @@ class HubProbe:
         self._wanted = size
         self._all_here.clear()
         self._write(checks.talk({"ask": "send", "bytes": size}))
-        await self._patiently(self._all_here.wait(), "filler", 4 * PATIENCE)
+        await self._bounded(self._all_here.wait(), "filler", 4 * ANSWER_TIMEOUT)
         self._check()
 
     async def _push(self, size: int) -> None:
@@ -136,9 +136,9 @@ class HubProbe:
         for _ in range(size // FILLER_CHUNK):
             if self._opened.paused:
                 self._writable.clear()
-                await self._patiently(self._writable.wait(), "room", 4 * PATIENCE)
+                await self._bounded(self._writable.wait(), "room", 4 * ANSWER_TIMEOUT)
             self._write(chunk)
-        checks.read(await self._answer(4 * PATIENCE))
+        checks.read(await self._answer(4 * ANSWER_TIMEOUT))
 
     def _write(self, data: bytes) -> None:
         self._check()
@@ -157,15 +157,15 @@ class HubProbe:
         if self._over is not None:
             raise ProblemError(self._over)
 
-    async def _answer(self, patience: float = PATIENCE) -> Frame:
-        found = await self._patiently(self._answers.get(), "answer", patience)
+    async def _answer(self, patience: float = ANSWER_TIMEOUT) -> Frame:
+        found = await self._bounded(self._answers.get(), "answer", patience)
         if isinstance(found, Problem):
             raise ProblemError(found)
         if found.kind is Kind.REFUSE:
             raise ProblemError(_refused(found))
         return found
 
-    async def _patiently(self, what: Awaitable[T], name: str, seconds: float) -> T:
+    async def _bounded(self, what: Awaitable[T], name: str, seconds: float) -> T:
         try:
             async with asyncio.timeout(seconds):
                 return await what
@@ -178,12 +178,12 @@ class HubProbe:
 
 async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
     """Move ever more until it takes long enough to tell; bytes a second."""
-    size = FIRST_PIECE
+    size = FIRST_TRANSFER
     while True:
         began = time.monotonic()
         await move(size)
         took = time.monotonic() - began
-        if took >= max(ENOUGH, 4 * trip) or size >= MOST_FILLER:
+        if took >= max(SHORTEST_TRANSFER, 4 * trip) or size >= MOST_FILLER:
             return size / max(took - trip, took / 4, 1e-6)
         size = min(4 * size, MOST_FILLER)
 

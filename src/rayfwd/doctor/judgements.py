@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 from rayfwd import codes
 from rayfwd.problems import Problem
 
-CLOCK = 2.0
+CLOCK_TOLERANCE = 2.0
 """Seconds that this clock may differ from the head's: their logs are read side by side."""
-NAMES = 1.0
+LOOKUP_SLOW = 1.0
 """Seconds for a name; each of a link's SSH connections asks for it, also when one is lost."""
-LOGIN = 3.0
+LOGIN_SLOW = 3.0
 """Seconds for a login; the link itself is patient for so long while streams wait (`ssh.py`)."""
-ROUND_TRIP = 0.25
+ROUND_TRIP_SLOW = 0.25
 """Seconds; a task that is sent out and comes back takes a few of them."""
-RATE = 1e6
+RATE_SLOW = 1e6
 """Bytes a second, each way: an object of 100 MB then takes a minute and a half."""
 THREADS_OF_RAY = 1000
 THREADS_OF_A_WORKER = 64
@@ -54,7 +54,7 @@ def offset(ticks: Iterable[Tick]) -> tuple[float, float]:
 
 def judge_clock(ahead: float, doubt: float) -> Problem | None:
     """What is wrong with an offset that `offset` gave."""
-    if abs(ahead) - doubt <= CLOCK:
+    if abs(ahead) - doubt <= CLOCK_TOLERANCE:
         return None
     which = "behind" if ahead > 0 else "ahead of"
     return codes.CLOCK_OFFSET.problem(
@@ -67,10 +67,10 @@ def judge_clock(ahead: float, doubt: float) -> Problem | None:
 def judge_link(trip: float, down: float, up: float) -> Problem | None:
     """Seconds of a round trip; bytes a second from the head, and to it."""
     what = []
-    if trip > ROUND_TRIP:
+    if trip > ROUND_TRIP_SLOW:
         what.append(f"a round trip takes {trip * 1000:.0f} ms")
     for rate, way in ((down, "from the head"), (up, "to the head")):
-        if rate < RATE:
+        if rate < RATE_SLOW:
             what.append(f"{shown_rate(rate)} {way}")
     if not what:
         return None
@@ -91,7 +91,7 @@ def shown_rate(rate: float) -> str:
 
 def judge_names(host: str, seconds: float) -> Problem | None:
     """Of a name that was found, but late."""
-    if seconds <= NAMES:
+    if seconds <= LOOKUP_SLOW:
         return None
     return codes.NAMES_SLOW.problem(
         f"looking up {host} took {seconds:.1f} s",
@@ -102,7 +102,7 @@ def judge_names(host: str, seconds: float) -> Problem | None:
 
 def judge_login(target: str, seconds: float) -> Problem | None:
     """Of a login that went well, but late."""
-    if seconds <= LOGIN:
+    if seconds <= LOGIN_SLOW:
         return None
     return codes.LOGIN_SLOW.problem(
         f"logging in at {target} takes {seconds:.1f} s",

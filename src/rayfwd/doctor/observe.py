@@ -24,20 +24,20 @@ from rayfwd.transport.listeners import listeners_for, why_blocked
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 
-LOOKUP = 20.0
+LOOKUP_TIMEOUT = 20.0
 """Seconds for a name: the resolver's own patience is 5 s a server and attempt (resolv.conf(5))."""
-GREETING = 5.0
+GREETING_TIMEOUT = 5.0
 
 
-async def look_up(host: str, port: int) -> tuple[float, list[str]]:
+async def resolve(host: str, port: int) -> tuple[float, list[str]]:
     """Seconds that it took, and the addresses. Raises ProblemError (ssh_unreachable)."""
     began = time.monotonic()
     try:
-        async with asyncio.timeout(LOOKUP):
+        async with asyncio.timeout(LOOKUP_TIMEOUT):
             loop = asyncio.get_running_loop()
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, TimeoutError) as exc:
-        why = getattr(exc, "strerror", None) or f"no answer in {LOOKUP:.0f} s"
+        why = getattr(exc, "strerror", None) or f"no answer in {LOOKUP_TIMEOUT:.0f} s"
         raise codes.SSH_UNREACHABLE.error(
             f"the name {host} cannot be resolved: {why}",
             "correct head.ssh, or this machine's DNS",
@@ -49,7 +49,7 @@ async def greeting(host: str, port: int) -> str | None:
     """What an SSH server there says first; None: there is none."""
     writer = None
     try:
-        async with asyncio.timeout(GREETING):
+        async with asyncio.timeout(GREETING_TIMEOUT):
             reader, writer = await asyncio.open_connection(host, port)
             said = await reader.readline()
     except (OSError, TimeoutError, ValueError):

@@ -17,8 +17,8 @@ from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor import judgements, observe
-from rayfwd.doctor.common_checks import Examination, Tell, is_address
-from rayfwd.doctor.hub_probe import PATIENCE, HubProbe
+from rayfwd.doctor.common_checks import Emit, Examination, is_address
+from rayfwd.doctor.hub_probe import ANSWER_TIMEOUT, HubProbe
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
@@ -37,8 +37,8 @@ class WayExamination(Examination):
     after_hub: tuple[str, ...] = ()
     """Checks that `answered` makes of the hub's answer."""
 
-    def __init__(self, config: Config, control: Path, env: Mapping[str, str], tell: Tell) -> None:
-        super().__init__(config, control, env, tell)
+    def __init__(self, config: Config, control: Path, env: Mapping[str, str], emit: Emit) -> None:
+        super().__init__(config, control, env, emit)
         assert config.head is not None, f"a {config.role}'s configuration has a head"
         self._head: HeadConfig = config.head
         self._later: dict[str, Row] = {}
@@ -100,8 +100,8 @@ class WayExamination(Examination):
                 if self.leads_on(exc.problem):
                     continue
                 break
-            self.say(passed("channel", self._channel_kind()))
-            self.say(self.hub(answer))
+            self.emit(passed("channel", self._channel_kind()))
+            self.emit(self.hub(answer))
             self.answered(answer)
             await self._measure_all(hub_probe, answer)
             return
@@ -110,21 +110,21 @@ class WayExamination(Examination):
         if problem.code != codes.HUB_OLDER:
             self._stopped(problem)
             return
-        self.say(passed("channel", self._channel_kind()))
-        self.say(warned("hub", problem))
+        self.emit(passed("channel", self._channel_kind()))
+        self.emit(warned("hub", problem))
         for check in self.after_hub:
-            self.say(skipped(check, "the head's rayfwd does not say"))
+            self.emit(skipped(check, "the head's rayfwd does not say"))
 
     async def open(
         self, connection: asyncssh.SSHClientConnection, hub_probe: HubProbe
     ) -> CheckReply:
         """Reach the hub by the way whose turn it is, and ask. Raises ProblemError."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(ANSWER_TIMEOUT):
                 way = SshConnection(SshConnector(self._head), connection)
                 pipe = await way.open(hub_probe)
         except TimeoutError:
-            cause = f"the head's sshd opened no channel in {PATIENCE:.0f} s"
+            cause = f"the head's sshd opened no channel in {ANSWER_TIMEOUT:.0f} s"
             problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
             raise ProblemError(problem) from None
         return await hub_probe.begin(pipe, self.hello())
@@ -144,11 +144,11 @@ class WayExamination(Examination):
             if stage in done:
                 continue
             if index == at:
-                self.say(failed(stage, problem))
+                self.emit(failed(stage, problem))
             elif index > at or problem.code.before_dialling:
-                self.say(skipped(stage, NOT_REACHED))
+                self.emit(skipped(stage, NOT_REACHED))
             else:
-                self.say(passed(stage, well[stage]))
+                self.emit(passed(stage, well[stage]))
 
     def _channel_kind(self) -> str:
         if self._head.via == "exec":
@@ -161,15 +161,15 @@ class WayExamination(Examination):
         cipher = str(connection.get_extra_info("send_cipher", ""))
         user = str(connection.get_extra_info("username", ""))
         target = self._head.ssh
-        self.say(passed("ssh", f"{target} answers: {version}", server=version, cipher=cipher))
+        self.emit(passed("ssh", f"{target} answers: {version}", server=version, cipher=cipher))
         known = "none" if key is None else f"{key.get_algorithm()} {key.get_fingerprint()}"
-        self.say(passed("host_key", f"{known} is known", fingerprint=known))
+        self.emit(passed("host_key", f"{known} is known", fingerprint=known))
         slow = judgements.judge_login(target, seconds)
         if slow is not None:
-            self.say(warned("auth", slow, seconds=round(seconds, 3)))
+            self.emit(warned("auth", slow, seconds=round(seconds, 3)))
         else:
             said = f"logged in as {user} in {seconds:.2f} s"
-            self.say(passed("auth", said, user=user, seconds=round(seconds, 3)))
+            self.emit(passed("auth", said, user=user, seconds=round(seconds, 3)))
 
     def hub(self, answer: CheckReply) -> Row:
         """What the hub says of itself."""
@@ -235,7 +235,7 @@ class WayExamination(Examination):
                 return skipped("names", f"a jump host or command finds {host}")
             if is_address(host):
                 return passed("names", f"{host} is an address: nobody is asked")
-            seconds, addresses = await observe.look_up(host, port)
+            seconds, addresses = await observe.resolve(host, port)
         except ProblemError as exc:
             return failed("names", exc.problem)
         problem = judgements.judge_names(host, seconds)

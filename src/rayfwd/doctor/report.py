@@ -34,7 +34,7 @@ JOURNAL_LINES = 2000
 LEFT_OUT = "left out: jobs print into it what they like; add it by --with-logs"
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
-COMMAND_SECONDS = 20.0
+COMMAND_TIMEOUT = 20.0
 READ_SECONDS = 20.0
 """For another user's files to be read."""
 
@@ -249,7 +249,7 @@ def _run(words: list[str]) -> str:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=COMMAND_SECONDS,
+            timeout=COMMAND_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         return f"not to be had: {exc}"

@@ -17,7 +17,7 @@ from rayfwd.system.redact import (
     secrets_in,
 )
 
-SHORTEST = 6
+SHORTEST_SECRET = 6
 """Characters of a secret that is looked for in text: shorter ones are in every other word."""
 
 SET = "[set]"
@@ -89,7 +89,7 @@ def known(data: Mapping[str, Any], env: Mapping[str, str], others: Iterable[str]
             found |= {str(value) for name, value in theirs.items() if not matters(str(name))}
         if isinstance(arguments, list):
             found |= secrets_in(" ".join(map(str, arguments)))
-    return {s for one in (*found, *others) for s in [one.strip()] if len(s) >= SHORTEST}
+    return {s for one in (*found, *others) for s in [one.strip()] if len(s) >= SHORTEST_SECRET}
 
 
 def _of_configuration(name: str, value: Any) -> Iterator[str]:

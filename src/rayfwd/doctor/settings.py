@@ -19,7 +19,7 @@ MADE_BY_SYSTEMD = frozenset({Path("/run/rayfwd"), Path("/var/lib/rayfwd")})
 """The unit's RuntimeDirectory= and StateDirectory=: there before the daemon is."""
 
 
-def doubts(config: Config) -> Iterator[str]:
+def warnings(config: Config) -> Iterator[str]:
     """One line each, with what to do."""
     if config.head is not None:
         yield from _key_warnings(config.head)

@@ -29,23 +29,23 @@ class WorkerExamination(WayExamination):
     """False: the node's key is there, and may not be read."""
 
     async def run(self) -> None:
-        self.say(self.settings())
-        self.say(await self.daemon())
-        self.say(await self.keeper())
+        self.emit(self.settings())
+        self.emit(await self.daemon())
+        self.emit(await self.keeper())
         await self.way()
         row, found = await self.ray()
-        self.say(row)
-        self.say(self._compared(found))
-        self.say(await self.ports())
-        self.say(await self.listeners())
-        self.say(await self.limits())
-        self.say(self.later("clock"))
-        self.say(await self.names())
-        self.say(self.proxies())
-        self.say(self.later("link"))
+        self.emit(row)
+        self.emit(self._compared(found))
+        self.emit(await self.ports())
+        self.emit(await self.listeners())
+        self.emit(await self.limits())
+        self.emit(self.later("clock"))
+        self.emit(await self.names())
+        self.emit(self.proxies())
+        self.emit(self.later("link"))
         why = "ray.advertise is not set" if self.config.ray.advertise is None else NOT_REACHED
         for check in ("advertise", "advertise_self"):
-            self.say(self.later(check, why))
+            self.emit(self.later(check, why))
 
     # -- what the hub says of it --------------------------------------------------------
 
@@ -64,7 +64,7 @@ class WorkerExamination(WayExamination):
             return secrets.token_hex(32), False
 
     def answered(self, answer: CheckReply) -> None:
-        self.say(self._place(answer))
+        self.emit(self._place(answer))
 
     def _place(self, answer: CheckReply) -> Row:
         known = self._key_is_known

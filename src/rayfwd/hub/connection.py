@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.hub.checks import Checkup
+from rayfwd.hub.doctor_answers import Checkup
 from rayfwd.hub.peers import HubPeer
 from rayfwd.problems import Problem
 from rayfwd.session.checks import CheckReply, read_hello

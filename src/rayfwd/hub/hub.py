@@ -38,7 +38,7 @@ MAX_UNGREETED = 64
 """Connections that have not said hello, at most; what comes on top is closed."""
 MAX_CHECKUPS = 8
 """Connections of `rayfwd doctor`, at most; what comes on top is refused."""
-IN_USE = 4.0
+IN_USE_SECONDS = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
@@ -440,7 +440,7 @@ class Hub:
             )
         now = peer.mux.now()
         heard = max((lane.heard for lane in peer.mux.stats().lanes), default=0.0)
-        if now - heard < IN_USE:
+        if now - heard < IN_USE_SECONDS:
             return codes.NAME_IN_USE.problem(
                 f"another rayfwd is connected as {peer.label} with the same key",
                 "two machines share one state directory (a cloned disk?): remove node.key from it "

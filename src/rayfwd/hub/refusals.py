@@ -10,11 +10,11 @@ from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
 
-LASTS = 45.0
+LASTING_SECONDS = 45.0
 """Seconds since the last refusal after which it is over: workers dial again within 18 s."""
-REPEAT = 600.0
+REPEAT_SECONDS = 600.0
 """Seconds in which the same refusal is said once."""
-MOST = 256
+MOST_LOGGED = 256
 """Different refusals that are said in that time, at most."""
 
 
@@ -32,22 +32,22 @@ class Refusals:
     def add(self, node: str, uid: int, refusal: Problem) -> None:
         """Say it; a worker that tries again and again is said seldom."""
         now = asyncio.get_running_loop().time()
-        if not refusal.code.passing and len(self._lately) < MOST:
+        if not refusal.code.passing and len(self._lately) < MOST_LOGGED:
             first = (node, refusal.code) not in self._lately
             self._lately[node, refusal.code] = (refusal, now)
-            asyncio.get_running_loop().call_later(LASTS + 0.1, self._expire)
+            asyncio.get_running_loop().call_later(LASTING_SECONDS + 0.1, self._expire)
             if first:
                 self._on_change()
         key = (node, uid, refusal.code)
-        self._said = {k: t for k, t in self._said.items() if now - t < REPEAT}
-        if key not in self._said and len(self._said) < MOST:
+        self._said = {k: t for k, t in self._said.items() if now - t < REPEAT_SECONDS}
+        if key not in self._said and len(self._said) < MOST_LOGGED:
             self._said[key] = now
             log.warning(
                 "lane_refused", node=node, uid=uid, code=refusal.code.name, cause=refusal.cause
             )
 
     def lately(self) -> list[tuple[str, Problem]]:
-        """Those of the last `LASTS` seconds, with the name that was claimed."""
+        """Those of the last `LASTING_SECONDS` seconds, with the name that was claimed."""
         return [(name, refusal) for (name, _), (refusal, _) in self._lately.items()]
 
     def forget(self, name: str) -> None:
@@ -57,7 +57,9 @@ class Refusals:
     def _expire(self) -> None:
         now, before = asyncio.get_running_loop().time(), len(self._lately)
         self._lately = {
-            key: (refusal, at) for key, (refusal, at) in self._lately.items() if now - at < LASTS
+            key: (refusal, at)
+            for key, (refusal, at) in self._lately.items()
+            if now - at < LASTING_SECONDS
         }
         if len(self._lately) < before:
             self._on_change()

@@ -26,13 +26,13 @@ LABELS_AS_PAIRS = (2, 49)
 """From here on `--labels key=value,…` is documented; before, only JSON is sure to be read.
 (Ray 2.60 still reads JSON, with a deprecation warning.)"""
 
-MARGIN = 30.0
+TIMEOUT_MARGIN = 30.0
 """Seconds that Ray's patience outlasts `ride_through`: for redialling, and clocks that differ."""
 
 PROBE_SECONDS = 13.0
 """A health check that nobody answers: 10 s of time-out and 3 s until the next (Ray's defaults)."""
 
-FIRST_PROBE = 5.0
+FIRST_PROBE_SECONDS = 5.0
 """Seconds from a node's joining to its first health check (Ray's default)."""
 
 _NOT_FOR_RAY = frozenset(
@@ -140,7 +140,7 @@ def timeouts(ride_through: float) -> dict[str, str]:
       (client side, 120 s): T. gRPC sets the same time as TCP_USER_TIMEOUT, after which the kernel
       drops a connection whose peer takes no more data.
     """
-    patience = ride_through + MARGIN
+    patience = ride_through + TIMEOUT_MARGIN
     return {
         "RAY_health_check_failure_threshold": str(_probes(ride_through)),
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(max(60, math.ceil(patience))),
@@ -151,7 +151,7 @@ def timeouts(ride_through: float) -> dict[str, str]:
 
 def _probes(ride_through: float) -> int:
     """Health checks without an answer after which the GCS declares a node dead."""
-    return max(5, math.ceil((ride_through + MARGIN) / PROBE_SECONDS))
+    return max(5, math.ceil((ride_through + TIMEOUT_MARGIN) / PROBE_SECONDS))
 
 
 def given_up_after(ride_through: float) -> float:
@@ -161,7 +161,7 @@ def given_up_after(ride_through: float) -> float:
     (Where no connection was ever made, all but the first fail at once: 15 s, and 3 s a probe; seen
     with 2.60.0, 29 s with a `ride_through` of 20 s, 162 s with 600 s.)
     """
-    return FIRST_PROBE + _probes(ride_through) * PROBE_SECONDS
+    return FIRST_PROBE_SECONDS + _probes(ride_through) * PROBE_SECONDS
 
 
 def digest(

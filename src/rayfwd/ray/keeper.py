@@ -28,7 +28,7 @@ from rayfwd.system.notify import Notifier
 REQUEST_LIMIT = 4 << 20
 """Bytes: an environment and its arguments may have 2 MiB (execve(2))."""
 
-KEPT = 64
+MOST_CODES = 64
 """Exit codes that are remembered."""
 
 _log = get_logger(__name__)
@@ -48,7 +48,7 @@ class Children:
         pid = spawn(argv, env, state_dir)
         self._codes[pid] = None
         self.state_dirs.add(state_dir)
-        for old in [pid for pid, code in self._codes.items() if code is not None][:-KEPT]:
+        for old in [pid for pid, code in self._codes.items() if code is not None][:-MOST_CODES]:
             del self._codes[old]
         _log.info("keeper_spawned", pid=pid)
         return pid
@@ -113,9 +113,9 @@ class Keeper:
 
     def _reap(self) -> None:
         self._children.reap()
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         pids = ", ".join(map(str, self._children.alive()))
         self._notifier.send(f"STATUS=Ray runs (pid {pids})" if pids else "STATUS=no Ray runs")
 
@@ -124,7 +124,7 @@ class Keeper:
             pid = self._children.spawn(args["argv"], args["env"], Path(args["state_dir"]))
         except OSError as exc:
             return {"errno": exc.errno}
-        self._tell()
+        self._notify()
         return {"pid": pid}
 
     async def _exit_code(self, args: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ KEEPER = "RAYFWD_KEEPER"
 OUTPUT = "ray.log"
 """In the state directory: what `ray start` writes."""
 
-ANSWER_SECONDS = 2.0
+ANSWER_TIMEOUT = 2.0
 """For the keeper's answer, which takes it a millisecond. The event loop waits for it."""
 
 
@@ -130,7 +130,7 @@ class ByKeeper:
 
     def _ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return ask(self._socket, verb, args, ANSWER_SECONDS)
+            return ask(self._socket, verb, args, ANSWER_TIMEOUT)
         except ProblemError as exc:
             cause = f"the keeper of Ray: {exc.problem.cause}"
             if exc.problem.code == codes.DAEMON_NOT_ANSWERING:

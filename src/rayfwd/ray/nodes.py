@@ -11,8 +11,8 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.transport.ways import Way
 
-TIMEOUT = 10.0
-LIMIT = 10_000
+NODES_TIMEOUT = 10.0
+MOST_NODES = 10_000
 """The most that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
 
 BODY_LIMIT = 64 * 1024 * 1024
@@ -102,13 +102,13 @@ def _seconds(milliseconds: Any) -> float | None:
 
 def _get(dashboard: Way, token: str | None) -> bytes:
     # http.client knows no proxies, unlike urllib.
-    connection = http.client.HTTPConnection(*dashboard, timeout=TIMEOUT)
+    connection = http.client.HTTPConnection(*dashboard, timeout=NODES_TIMEOUT)
     try:
         # Older dashboards answer a request without User-Agent with status 500.
         headers = {"Accept": "application/json", "User-Agent": "rayfwd"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        connection.request("GET", f"/api/v0/nodes?detail=true&limit={LIMIT}", headers=headers)
+        connection.request("GET", f"/api/v0/nodes?detail=true&limit={MOST_NODES}", headers=headers)
         response = connection.getresponse()
         body = response.read(BODY_LIMIT)
         if response.status != http.client.OK:

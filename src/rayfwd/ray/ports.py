@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from rayfwd import codes
 from rayfwd.ray import procfs
 
-NAMED = 5
+MOST_NAMED = 5
 """Ports in use that a problem names one by one."""
 
 
@@ -22,8 +22,8 @@ def check_free(ports: Iterable[int]) -> None:
     taken = [(port, error) for port in ports if (error := _bind(port)) is not None]
     if not taken:
         return
-    named = ", ".join(_describe(port, error) for port, error in taken[:NAMED])
-    more = f" and {len(taken) - NAMED} more" if len(taken) > NAMED else ""
+    named = ", ".join(_describe(port, error) for port, error in taken[:MOST_NAMED])
+    more = f" and {len(taken) - MOST_NAMED} more" if len(taken) > MOST_NAMED else ""
     what = "port" if len(taken) == 1 else "ports"
     raise codes.PORT_IN_USE.error(
         f"Ray's {what} {named}{more} cannot be bound",

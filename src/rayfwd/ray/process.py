@@ -40,20 +40,20 @@ DAEMONS = ("raylet", "gcs_server")
 """Children of `ray start` without which the node is dead; the second on a head only. `ray start
 --block` goes on blocking when one of them exits with 0 or by SIGTERM."""
 
-DRAIN_DEFAULT = 30.0
+DRAIN_TIMEOUT = 30.0
 """Seconds that a Ray which drains gives its tasks after SIGTERM; older ones end at once."""
 
 DRAIN_MARGIN = 20.0
 """Seconds `ray start` may take besides, to end its children one by one."""
 
-STARTING_GRACE = 5.0
+STARTING_TIMEOUT = 5.0
 """Seconds for a `ray start` that is not done: it has no tasks to end, and now and then the signal
 is lost on it while it waits for its children (seen with 2.60.0)."""
 
-SETTLE = 3.0
+SETTLE_TIMEOUT = 3.0
 """Seconds for workers to notice that their raylet has gone, and again after SIGTERM."""
 
-KILL_WAIT = 10.0
+KILL_TIMEOUT = 10.0
 KEEP_LINES = 12
 OUTPUT_LIMIT = 16 * 1024 * 1024
 READ_SIZE = 256 * 1024
@@ -252,7 +252,7 @@ class RayProcess:
         """
         grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
         if not self.said_started:
-            grace = STARTING_GRACE
+            grace = STARTING_TIMEOUT
         if self.alive():
             procfs.send(self._main, signal.SIGTERM)
             deadline = time.monotonic() + grace
@@ -260,9 +260,9 @@ class RayProcess:
                 await asyncio.sleep(0.1)
                 on_output()
         steps: list[tuple[signal.Signals | None, float]] = [
-            (None, SETTLE),
-            (signal.SIGTERM, SETTLE),
-            (signal.SIGKILL, KILL_WAIT),
+            (None, SETTLE_TIMEOUT),
+            (signal.SIGTERM, SETTLE_TIMEOUT),
+            (signal.SIGKILL, KILL_TIMEOUT),
         ]
         killed = 0
         left: list[procfs.Process] = []
@@ -319,9 +319,9 @@ def find_foreign(address: str) -> procfs.Process | None:
 
 def _seconds(given: str | None) -> float:
     try:
-        return max(0.0, float(given)) if given else DRAIN_DEFAULT
+        return max(0.0, float(given)) if given else DRAIN_TIMEOUT
     except ValueError:
-        return DRAIN_DEFAULT
+        return DRAIN_TIMEOUT
 
 
 def _boot_id() -> str:

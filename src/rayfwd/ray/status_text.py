@@ -16,7 +16,7 @@ from datetime import datetime
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 
-TIMEOUT = 30.0
+STATUS_TIMEOUT = 30.0
 """Seconds for one call, which costs about one second of CPU."""
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
@@ -86,10 +86,10 @@ async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStat
     except OSError as exc:
         raise _failed(f"{command} cannot be started: {exc}") from None
     try:
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(STATUS_TIMEOUT):
             out, err = await process.communicate()
     except TimeoutError:
-        raise _failed(f"no answer from {gcs_address} in {TIMEOUT:.0f} s") from None
+        raise _failed(f"no answer from {gcs_address} in {STATUS_TIMEOUT:.0f} s") from None
     finally:
         if process.returncode is None:
             process.kill()

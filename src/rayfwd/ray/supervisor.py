@@ -41,30 +41,30 @@ from rayfwd.system.redact import redact_command
 
 Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
-POLL = 0.5
+START_INTERVAL = 0.5
 """Seconds between two looks at our processes and their output while Ray starts."""
 
-WATCH_POLL = 1.0
+WATCH_INTERVAL = 1.0
 """Seconds between two looks at them once it is up."""
 
-HAND_POLL = 2.0
+BY_HAND_INTERVAL = 2.0
 """Seconds between two searches of /proc for a raylet that somebody starts by hand."""
 
 START_TIMEOUT = 180.0
 """Seconds `ray start` may take; on a slow disk its first import alone can take one minute."""
 
-REPORT_TIME = 2.5
+REPORT_TIMEOUT = 2.5
 """Seconds for `ray start`, which looks once a second, to say how its child ended."""
 
 BACKOFF_FIRST = 1.0
 BACKOFF_LAST = 60.0
-GOOD_RUN = 300.0
+GOOD_RUN_SECONDS = 300.0
 """Seconds of being up after which the next failure counts as the first."""
 
-PATIENCE = 60.0
+TURN_TIMEOUT = 60.0
 """Seconds that a turn of the loop may take more than it waits, for the watchdog."""
 
-BUSY = 300.0
+BUSY_TURN_TIMEOUT = 300.0
 """The same where it starts or ends Ray: the checks before, Ray's own drain time."""
 
 SHOWN_LINES = 6
@@ -133,9 +133,9 @@ class RaySupervisor:
         self.heartbeat = Heartbeat("ray")
         self._inner: asyncio.Task[None] | None = None
         self._process: RayProcess | None = None
-        self._told: tuple[Code, str] | None = None
+        self._last_logged: tuple[Code, str] | None = None
         """Code and text, without numbers, of the problem that was logged last."""
-        self._command_told: str | None = None
+        self._last_command: str | None = None
         self._backoff = Backoff(BACKOFF_FIRST, BACKOFF_LAST)
         self._starts = 0
         self._before_start = before_start
@@ -236,7 +236,7 @@ class RaySupervisor:
     async def _one_life(self, wanted: _Wanted) -> None:
         """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
         returns where the plan changed or something has to be waited for first."""
-        self.heartbeat.beat(BUSY)
+        self.heartbeat.beat(BUSY_TURN_TIMEOUT)
         process = self._process
         if process is not None and not process.alive():
             _log.info("ray_remains_found", pid=process.pid)
@@ -328,7 +328,7 @@ class RaySupervisor:
         began = time.monotonic()
         up_at: float | None = None
         while True:
-            self._tell_output(process)
+            self._log_output(process)
             if self._plan_changed(wanted):
                 _log.info("ray_restarting", reason="the plan or the configuration changed")
                 await self._end("changed")
@@ -339,19 +339,19 @@ class RaySupervisor:
                 if await self._is_up(process, wanted):
                     up_at = time.monotonic()
                     process.mark_ready()
-                    self._told = None
+                    self._last_logged = None
                     self._set(phase="up", problem=None)
                     _log.info("ray_started", pid=process.pid, seconds=round(up_at - began, 1))
             dead = process.dead_daemons()
             late = up_at is None and time.monotonic() - began > START_TIMEOUT
             if not running or dead or late:
                 break
-            await self._sleep(POLL if up_at is None else WATCH_POLL)
-        if up_at is not None and time.monotonic() - up_at > GOOD_RUN:
+            await self._sleep(START_INTERVAL if up_at is None else WATCH_INTERVAL)
+        if up_at is not None and time.monotonic() - up_at > GOOD_RUN_SECONDS:
             self._backoff.reset()
         if dead:
-            await process.wait(REPORT_TIME)
-        self._tell_output(process)
+            await process.wait(REPORT_TIMEOUT)
+        self._log_output(process)
         problem = _ending(process, dead, up_at is not None, late, self._launcher.log)
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
         await self._end("dead", drain=False)
@@ -369,14 +369,14 @@ class RaySupervisor:
             install = await find(self._config.ray.command, self._environment(wanted))
             self._set(versions=install.versions)
         _log.info("ray_adopted", pid=raylet.pid, ours=False, session_dir=session_dir_of(raylet))
-        self._told = None
+        self._last_logged = None
         self._backoff.reset()
         self._starts += 1
         self._set(phase="up", pid=raylet.pid, adopted=True, problem=None)
         while procfs.is_alive(raylet):
             if self._plan_changed(wanted):
                 return
-            await self._sleep(WATCH_POLL)
+            await self._sleep(WATCH_INTERVAL)
         _log.warning("ray_exited", pid=raylet.pid, dead=["raylet"])
         if self._config.ray.start:
             raise codes.RAY_DIED.error(
@@ -405,20 +405,20 @@ class RaySupervisor:
             command=command,
             versions=install.versions if install else None,
         )
-        if self._command_told != command:
-            self._command_told = command
+        if self._last_command != command:
+            self._last_command = command
             _log.info("ray_start_by_hand", command=command)
         while not self._plan_changed(wanted):
-            await self._sleep(HAND_POLL)
+            await self._sleep(BY_HAND_INTERVAL)
             if await asyncio.to_thread(find_foreign, wanted.own.address) is not None:
                 return
 
     async def _failed(self, problem: Problem) -> None:
         delay = self._backoff.next()
         self._set(phase="failed", problem=problem, pid=None)
-        told = (problem.code, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", problem.cause))
-        if told != self._told:
-            self._told = told
+        logged = (problem.code, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", problem.cause))
+        if logged != self._last_logged:
+            self._last_logged = logged
             _log.error(
                 problem.code.name,
                 cause=problem.cause,
@@ -431,12 +431,12 @@ class RaySupervisor:
         process = self._process
         if process is None:
             return
-        self.heartbeat.beat(BUSY + process.record.drain)
+        self.heartbeat.beat(BUSY_TURN_TIMEOUT + process.record.drain)
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(phase="stopping")
-        killed = await process.end(lambda: self._tell_output(process), drain)
-        self._tell_output(process, everything=True)
+        killed = await process.end(lambda: self._log_output(process), drain)
+        self._log_output(process, everything=True)
         if drain:
             _log.info("ray_stopped", pid=process.pid, exit_code=process.exit_code, killed=killed)
         self._process = None
@@ -459,7 +459,7 @@ class RaySupervisor:
     def _plan_changed(self, wanted: _Wanted) -> bool:
         return self._wanted is not None and self._wanted.digest != wanted.digest
 
-    def _tell_output(self, process: RayProcess, everything: bool = False) -> None:
+    def _log_output(self, process: RayProcess, everything: bool = False) -> None:
         for line in process.read_output(everything):
             _log.info("ray_output", line=line)
 
@@ -468,13 +468,13 @@ class RaySupervisor:
         if seconds is None:
             self.heartbeat.idle()
         else:
-            self.heartbeat.beat(seconds + PATIENCE)
+            self.heartbeat.beat(seconds + TURN_TIMEOUT)
         # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the note.
         with suppress(TimeoutError):
             async with asyncio.timeout_at(None if seconds is None else end_of_pause(seconds)):
                 await self._wake.wait()
         self._wake.clear()
-        self.heartbeat.beat(BUSY)
+        self.heartbeat.beat(BUSY_TURN_TIMEOUT)
 
     def _set(self, **changes: Any) -> None:
         state = replace(self.state, **changes)

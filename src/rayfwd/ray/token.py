@@ -33,8 +33,8 @@ BY_DEFAULT = (2, 61)
 
 RECORD = "ray_auth.json"
 TOKEN_FILE = "ray_token"
-TIMEOUT = 5.0
-LONGEST = 512
+TOKEN_TIMEOUT = 5.0
+LONGEST_TOKEN = 512
 
 MODE, VALUE, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -58,8 +58,8 @@ class RayAuth:
         token = data.get("token")
         if data["mode"] == "off":
             return cls("off")
-        if not isinstance(token, str) or not 0 < len(token) <= LONGEST:
-            raise ValueError(f"ray_auth: token must be text of 1 to {LONGEST} characters")
+        if not isinstance(token, str) or not 0 < len(token) <= LONGEST_TOKEN:
+            raise ValueError(f"ray_auth: token must be text of 1 to {LONGEST_TOKEN} characters")
         if not (token.isascii() and token.isprintable()) or token != token.strip():
             raise ValueError("ray_auth: token must be printable ASCII without spaces around it")
         return cls("token", token)
@@ -238,7 +238,7 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
 
 
 def _ask(dashboard: Way, method: str, path: str, token: str | None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(*dashboard, timeout=TIMEOUT)
+    connection = http.client.HTTPConnection(*dashboard, timeout=TOKEN_TIMEOUT)
     try:
         headers = {"User-Agent": "rayfwd"}
         if token is not None:

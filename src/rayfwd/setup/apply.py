@@ -14,7 +14,7 @@ from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import Layout
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
 
-Tell = Callable[[str, str], None]
+Report = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
 
 _WORDS = {
@@ -36,13 +36,13 @@ class Outcome:
 
 
 def apply(
-    steps: Sequence[Step], manifest: Manifest, layout: Layout, dry: bool, tell: Tell
+    steps: Sequence[Step], manifest: Manifest, layout: Layout, dry: bool, report: Report
 ) -> Outcome:
     """Make what is not there. `dry` changes nothing. Raises ProblemError; what is done stays."""
     changed: list[str] = []
     kept: list[str] = []
     for step in steps:
-        verdict = step.look(manifest)
+        verdict = step.inspect(manifest)
         if verdict in {Verdict.NEEDED, Verdict.OUTDATED}:
             changed.append(step.id)
             if not dry:
@@ -55,19 +55,19 @@ def apply(
                     ) from None
         elif verdict is Verdict.KEPT:
             kept.append(step.id)
-        tell(_WORDS[verdict][dry], step.id)
+        report(_WORDS[verdict][dry], step.id)
     if any(name.startswith(f"{layout.units}/") for name in changed) and manager_runs(layout):
         if not dry:
             command([*manager(layout), "daemon-reload"])
-        tell("to do" if dry else "done", " ".join([*manager(layout), "daemon-reload"]))
+        report("to do" if dry else "done", " ".join([*manager(layout), "daemon-reload"]))
     return Outcome(tuple(changed), tuple(kept))
 
 
 def take_away(
-    manifest: Manifest, layout: Layout, dry: bool, purge: bool, tell: Tell
+    manifest: Manifest, layout: Layout, dry: bool, purge: bool, report: Report
 ) -> tuple[str, ...]:
     """Undo what the manifest has, last first; what was kept. Raises ProblemError."""
-    _end_service(manifest, layout, dry, tell)
+    _end_service(manifest, layout, dry, report)
     kept: list[str] = []
     directories: list[Entry] = []
     units_changed = False
@@ -77,7 +77,7 @@ def take_away(
             continue
         came = _undo(entry, purge, dry)
         units_changed |= str(entry.get("path", "")).startswith(f"{layout.units}/")
-        tell(came, entry["id"])
+        report(came, entry["id"])
         if came.startswith("kept"):
             kept.append(entry["id"])
         elif not dry:
@@ -85,13 +85,13 @@ def take_away(
     if purge:
         if not dry:
             remove_tree(layout.state)
-        tell("to remove" if dry else "removed", f"{layout.state} (state)")
+        report("to remove" if dry else "removed", f"{layout.state} (state)")
     # The manifest may lie in one of the directories.
     if not dry and not kept:
         manifest.path.unlink(missing_ok=True)
     for entry in directories:
         came = _undo(entry, purge, dry)
-        tell(came, entry["id"])
+        report(came, entry["id"])
         if not dry and (not kept or not came.startswith("kept")):
             manifest.entries.remove(entry)
     if not dry and kept:
@@ -110,7 +110,7 @@ def _undo(entry: Entry, purge: bool, dry: bool) -> str:
     return "to remove" if dry and came == "removed" else came
 
 
-def _end_service(manifest: Manifest, layout: Layout, dry: bool, tell: Tell) -> None:
+def _end_service(manifest: Manifest, layout: Layout, dry: bool, report: Report) -> None:
     """Stop and disable: rayfwd ends its Ray in order."""
     made = [Path(e["path"]).name for e in manifest.entries if "path" in e]
     units = [name for name in made if name.endswith((".service", ".socket"))]
@@ -126,7 +126,7 @@ def _end_service(manifest: Manifest, layout: Layout, dry: bool, tell: Tell) -> N
                 command([*manager(layout), "stop", *others])
         for link in layout.units.glob(f"*.wants/{SERVICE}"):
             link.unlink()  # where no manager runs; nothing else of ours is there
-    tell("to do" if dry else "done", " ".join(words))
+    report("to do" if dry else "done", " ".join(words))
 
 
 def manager(layout: Layout) -> list[str]:

@@ -44,7 +44,7 @@ class Step(Protocol):
     def id(self) -> str:
         """Names the thing in the manifest, and to the user."""
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         """Whether it is needed; changes nothing. Raises ProblemError where it cannot be made."""
 
     def do(self) -> Entry:
@@ -70,7 +70,7 @@ class Group:
     def id(self) -> str:
         return f"group {self.name}"
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         return Verdict.THERE if _has(grp.getgrnam, self.name) else Verdict.NEEDED
 
     def do(self) -> Entry:
@@ -90,7 +90,7 @@ class User:
     def id(self) -> str:
         return f"user {self.name}"
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         return Verdict.THERE if _has(pwd.getpwnam, self.name) else Verdict.NEEDED
 
     def do(self) -> Entry:
@@ -120,7 +120,7 @@ class Member:
     def id(self) -> str:
         return f"{self.user} in group {self.group}"
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         try:
             found, group = pwd.getpwnam(self.user), grp.getgrnam(self.group)
         except KeyError:
@@ -146,7 +146,7 @@ class Directory:
     def id(self) -> str:
         return str(self.path)
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         try:
             found = self.path.lstat()
         except FileNotFoundError:
@@ -184,7 +184,7 @@ class File:
     def id(self) -> str:
         return str(self.path)
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         try:
             found = self.path.read_bytes()
         except FileNotFoundError:
@@ -218,7 +218,7 @@ class Key:
     def id(self) -> str:
         return str(self.path)
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         return Verdict.THERE if self.path.exists() else Verdict.NEEDED
 
     def do(self) -> Entry:
@@ -246,7 +246,7 @@ class Link:
     def id(self) -> str:
         return str(self.path)
 
-    def look(self, manifest: Manifest) -> Verdict:
+    def inspect(self, manifest: Manifest) -> Verdict:
         try:
             leads = os.readlink(self.path)
         except FileNotFoundError:

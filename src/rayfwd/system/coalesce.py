@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-BEAT = 1.0
+WAKE_INTERVAL = 1.0
 """Seconds."""
 
 
@@ -16,7 +16,7 @@ def end_of_pause(seconds: float) -> float:
     """When a pause of about so many seconds ends, on the running loop's clock: at the beat nearest
     to it, or exactly then where it is shorter than a beat."""
     due = asyncio.get_running_loop().time() + seconds
-    return due if seconds < BEAT else round(due / BEAT) * BEAT
+    return due if seconds < WAKE_INTERVAL else round(due / WAKE_INTERVAL) * WAKE_INTERVAL
 
 
 async def sleep_coalesced(seconds: float) -> None:

@@ -25,8 +25,8 @@ REQUEST_LIMIT = 65536
 """Bytes of a request's line."""
 ANSWER_LIMIT = 16 * 1024 * 1024
 """Bytes of an answer that a client takes."""
-REQUEST_SECONDS = 5.0
-VERB_SECONDS = 60.0
+REQUEST_TIMEOUT = 5.0
+VERB_TIMEOUT = 60.0
 CONNECTION_LIMIT = 32
 
 _log = get_logger("control")
@@ -39,8 +39,8 @@ class ControlServer:
         self,
         path: Path,
         verbs: Mapping[str, Verb],
-        request_seconds: float = REQUEST_SECONDS,
-        verb_seconds: float = VERB_SECONDS,
+        request_seconds: float = REQUEST_TIMEOUT,
+        verb_seconds: float = VERB_TIMEOUT,
         request_limit: int = REQUEST_LIMIT,
     ) -> None:
         self._path = path

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 NAME = "rayfwd-handover"
 """Of the descriptor, among those that a process is started with (sd_listen_fds_with_names(3))."""
-FIRST = 3
+FIRST_FD = 3
 """The first descriptor that a process is started with beside the standard three."""
-AT_ONCE = 250
+MOST_AT_ONCE = 250
 """Descriptors in one message; the kernel's bound is 253 (SCM_MAX_FD)."""
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _SOME, _LAST = b"some", b"last"
@@ -41,8 +41,8 @@ def pack(data: Sequence[bytes | memoryview], descriptors: Sequence[int]) -> Pack
     try:
         other_end.setblocking(False)
         other_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)  # as far as it may
-        for begin in range(0, len(descriptors), AT_ONCE):
-            socket.send_fds(other_end, [_SOME], descriptors[begin : begin + AT_ONCE])
+        for begin in range(0, len(descriptors), MOST_AT_ONCE):
+            socket.send_fds(other_end, [_SOME], descriptors[begin : begin + MOST_AT_ONCE])
         memory = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(memory, "wb") as file:
             file.writelines(data)
@@ -63,7 +63,7 @@ def unpack(bundle: socket.socket) -> tuple[bytes, list[int]] | None:
     try:
         while True:
             try:
-                word, came, flags, _ = socket.recv_fds(bundle, len(_SOME), AT_ONCE)
+                word, came, flags, _ = socket.recv_fds(bundle, len(_SOME), MOST_AT_ONCE)
             except BlockingIOError:
                 word, came, flags = b"", [], 0
             descriptors += came
@@ -97,7 +97,7 @@ def received(env: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
     if pid != str(os.getpid()) or not count.isdecimal():
         return {}
     found: dict[str, list[socket.socket]] = {}
-    for descriptor, name in zip(range(FIRST, FIRST + int(count)), names, strict=False):
+    for descriptor, name in zip(range(FIRST_FD, FIRST_FD + int(count)), names, strict=False):
         os.set_inheritable(descriptor, False)
         with suppress(OSError):  # no socket
             found.setdefault(name, []).append(socket.socket(fileno=descriptor))
@@ -106,8 +106,8 @@ def received(env: MutableMapping[str, str]) -> dict[str, list[socket.socket]]:
 
 def start_with(bundle: socket.socket, env: Mapping[str, str]) -> dict[str, str]:
     """Ready for exec: the environment in which `received` finds this bundle."""
-    if bundle.fileno() == FIRST:
-        os.set_inheritable(FIRST, True)
+    if bundle.fileno() == FIRST_FD:
+        os.set_inheritable(FIRST_FD, True)
     else:
-        os.dup2(bundle.fileno(), FIRST, inheritable=True)
+        os.dup2(bundle.fileno(), FIRST_FD, inheritable=True)
     return {**env, "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": NAME}

@@ -41,10 +41,10 @@ BACKLOG_LIMIT = 4 * 1024 * 1024
 """Bytes of the entries that wait for journald: of one flood, all that `logs.REPEAT_LIMIT` lets
 through. Its socket takes some ten at once (net.unix.max_dgram_qlen)."""
 
-WAIT_SECONDS = 0.1
+WAIT_TIMEOUT = 0.1
 """For room, before the thread looks again whether it is still wanted."""
 
-CLOSE_SECONDS = 1.0
+CLOSE_TIMEOUT = 1.0
 """For what waits when a process ends."""
 
 _RESERVED = re.compile(
@@ -121,7 +121,7 @@ class Journal:
     def __init__(self, path: Path = SOCKET) -> None:
         self._path = str(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        timeval = struct.pack("ll", 0, int(WAIT_SECONDS * 1e6))
+        timeval = struct.pack("ll", 0, int(WAIT_TIMEOUT * 1e6))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._lock = threading.RLock()
         self._sending = False
@@ -192,7 +192,7 @@ class Journal:
                 self._lost += lost
 
     def _put(self, data: bytes, flags: int = 0) -> bool:
-        """False: there was no room, with MSG_DONTWAIT now, else for `WAIT_SECONDS`."""
+        """False: there was no room, with MSG_DONTWAIT now, else for `WAIT_TIMEOUT`."""
         # Connected anew each time: journald may have been replaced in the meantime.
         try:
             self._socket.sendto(data, flags, self._path)
@@ -222,12 +222,12 @@ class Journal:
         return True
 
     def close(self) -> None:
-        """What waits has `CLOSE_SECONDS` to go."""
+        """What waits has `CLOSE_TIMEOUT` to go."""
         atexit.unregister(self.close)
         with self._lock:
             sender = self._sender
         if sender is not None:
-            sender.join(CLOSE_SECONDS)
+            sender.join(CLOSE_TIMEOUT)
             self._closing = True
             sender.join()
         self._socket.close()

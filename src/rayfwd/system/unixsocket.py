@@ -14,7 +14,7 @@ from rayfwd import codes
 PATH_LIMIT = 107
 """Bytes of a socket's path: `sun_path` has 108, the last of them zero (unix(7))."""
 
-_CONNECT_SECONDS = 2.0
+_CONNECT_TIMEOUT = 2.0
 _ACCEPTS = "00010000"
 """`__SO_ACCEPTCON` among a socket's flags in /proc/net/unix: it listens."""
 
@@ -93,7 +93,7 @@ def check_not_taken(path: Path) -> None:
             "move it away, or set another path",
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_CONNECT_SECONDS)
+        probe.settimeout(_CONNECT_TIMEOUT)
         try:
             probe.connect(str(path))
         except TimeoutError:

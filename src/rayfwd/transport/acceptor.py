@@ -21,11 +21,11 @@ BACKLOG = 1024
 """Connections of one listener that the kernel keeps until they are accepted."""
 AT_ONCE = 64
 """Connections of one listener that are accepted in one turn of the loop."""
-LOOK_AGAIN = 1.0
+CHECK_INTERVAL = 1.0
 """Seconds between looks whether there are descriptors again."""
 TOLD_AGAIN = 60.0
 """Seconds after which it is logged again that connections wait."""
-ENOUGH = 0.8
+SPARE_PART = 0.8
 """Part of the descriptors that must be all there are in use before new connections are taken."""
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -109,7 +109,7 @@ class Acceptor:
         self.problem = problem = codes.DESCRIPTORS_EXHAUSTED.problem(
             f"new connections at the listeners wait: file descriptors are scarce ({cause})",
             "raise the limit (LimitNOFILE= of the service, or ulimit -n); they are taken again "
-            f"when {100 * ENOUGH:.0f} % are enough",
+            f"when {100 * SPARE_PART:.0f} % are enough",
         )
         loop = asyncio.get_running_loop()
         if loop.time() - self._told >= TOLD_AGAIN:
@@ -118,12 +118,12 @@ class Acceptor:
             log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
         for sock in self._listening:
             loop.remove_reader(sock)
-        self._look = loop.call_later(LOOK_AGAIN, self._go_on)
+        self._look = loop.call_later(CHECK_INTERVAL, self._go_on)
         self._changed()
 
     def _go_on(self) -> None:
-        if descriptors.scarce(ENOUGH):
-            self._look = asyncio.get_running_loop().call_later(LOOK_AGAIN, self._go_on)
+        if descriptors.scarce(SPARE_PART):
+            self._look = asyncio.get_running_loop().call_later(CHECK_INTERVAL, self._go_on)
             return
         self._look = self.problem = None
         if self._tell_end:

@@ -50,13 +50,13 @@ REDIAL_KEYS = 30.0
 """Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
-PATIENCE = 300.0
+DIALLING_TIMEOUT = 300.0
 """Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
-LASTED = 10.0
+LASTED_SECONDS = 10.0
 """Seconds after which a lane that is lost counts as having been a good one."""
 DEMAND_EVERY, DEMAND_IDLE = 0.25, 1.0
 """Seconds between two looks at whether the lanes are full; while little moves."""
-EXTRA_AGAIN = 30.0
+EXTRA_INTERVAL = 30.0
 """Seconds between two attempts at the extra lanes, at least."""
 
 
@@ -316,10 +316,10 @@ class Link:
                 slot.heartbeat.idle()
                 await self._established.wait()  # one lane finds out whether there is a hub
             began = asyncio.get_running_loop().time()
-            slot.heartbeat.beat(PATIENCE)
+            slot.heartbeat.beat(DIALLING_TIMEOUT)
             try:
                 await self._one_lane(slot)
-                if asyncio.get_running_loop().time() - began > LASTED:
+                if asyncio.get_running_loop().time() - began > LASTED_SECONDS:
                     backoff.reset()
             except LinkRefusedError as exc:
                 if self._begins_anew(exc):
@@ -331,7 +331,7 @@ class Link:
             seconds = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
             if slot.problem is not None and slot.problem.code == codes.SSH_AUTH_REFUSED:
                 seconds = max(seconds, REDIAL_KEYS)
-            slot.heartbeat.beat(seconds + PATIENCE)
+            slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
             await asyncio.sleep(seconds)
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
@@ -353,7 +353,7 @@ class Link:
             moved = (stats.bytes_in, stats.bytes_out)
             if saturation.saturated(mux.now(), moved, min(rtts, default=math.inf), bulk):
                 self._add_lanes(group)
-                await asyncio.sleep(EXTRA_AGAIN)
+                await asyncio.sleep(EXTRA_INTERVAL)
 
     def _add_lanes(self, group: asyncio.TaskGroup) -> None:
         standing = {slot.name for slot in self.slots}

@@ -49,9 +49,9 @@ TIMER_SLACK = 0.2
 earliest (an ACK), and may come 0.1 s late."""
 TIMER_GRID = 0.1
 """Seconds between the moments at which timers fire: the sessions of a hub wake it together."""
-FULL_TOLD_AGAIN = 600.0
+FULL_LOGGED_INTERVAL = 600.0
 """Seconds after which a session that is still full is told of again."""
-LATE = 1.0
+LATE_SECONDS = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
 
 
@@ -168,7 +168,7 @@ class Mux:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
-        self._full_told = -FULL_TOLD_AGAIN
+        self._full_told = -FULL_LOGGED_INTERVAL
         tracing.began(session, peer)
 
     def now(self) -> float:
@@ -233,7 +233,7 @@ class Mux:
         if not self.session.full:
             return True
         now = self.now()
-        if now - self._full_told >= FULL_TOLD_AGAIN:
+        if now - self._full_told >= FULL_LOGGED_INTERVAL:
             self._full_told = now
             log.warning("session_full", streams=self.session.limits.streams)
         return False
@@ -353,7 +353,7 @@ class Mux:
         assert self._timer is not None, "a timer that fires was set"
         late = self.now() - self._timer.when()
         self._timer = None
-        if late > LATE:
+        if late > LATE_SECONDS:
             # The machine slept or the process was stopped. What came in meanwhile is still to be
             # read, and a PING that became due to be sent; only then is it known whether a lane is
             # silent.

@@ -21,12 +21,12 @@ READ_SMALL = 1 << 16
 takes half as long as with large reads, and the transfer a tenth longer; still smaller ones gain
 little more. For a short message alone a large read costs some 4 µs more: asyncio has memory made
 for all that a read may bring, and so much of it comes from the kernel each time."""
-LINGER = 0.01
+LINGER_SECONDS = 0.01
 """Seconds that short messages are about after each of them. Nodes that do nothing tell each other
 so ten times a second: that must not slow a transfer down."""
-LONG = 1 << 12
+LONG_READ = 1 << 12
 """Bytes of a read from which it counts as one of a long transfer."""
-BURST = 192 << 10
+BURST_BYTES = 192 << 10
 """Bytes that a long transfer reads between two pauses."""
 PAUSE = 0.001
 """Seconds of a pause: the shortest that a loop on epoll knows. With BURST it bounds a transfer to
@@ -52,7 +52,7 @@ class Pace:
     @property
     def latency_sensitive(self) -> bool:
         """Short messages are about."""
-        return self._clock() - self._short_at < LINGER
+        return self._clock() - self._short_at < LINGER_SECONDS
 
     def begin(self, transport: asyncio.Transport) -> None:
         """A connection is there: its reads are small until one of them is full."""
@@ -96,11 +96,11 @@ class Reading:
 
     def after_read(self, size: int) -> None:
         """`size` bytes were read."""
-        if size < LONG:
+        if size < LONG_READ:
             return
         pace.after_read(self._transport, size)
         self._read += size
-        if self._read >= BURST:
+        if self._read >= BURST_BYTES:
             self._read = 0
             if pace.latency_sensitive:
                 self._pausing = True

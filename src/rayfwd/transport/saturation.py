@@ -10,7 +10,7 @@ import math
 
 CHANNEL_BYTES = 1 << 21
 """What an OpenSSH server takes ahead on a channel (CHAN_TCP_WINDOW_DEFAULT in its channels.h)."""
-FULL = 0.6
+FULL_PART = 0.6
 """The part of that from which a lane counts as full: the rate is a mean over some moments, and the
 round trip the least one that was seen."""
 
@@ -35,7 +35,7 @@ class Saturation:
         most = max(after - before for after, before in zip(moved, self._moved, strict=True))
         self._at, self._moved = now, moved
         self._rtt = min(self._rtt, rtt)
-        self.idle = most < FULL * CHANNEL_BYTES
+        self.idle = most < FULL_PART * CHANNEL_BYTES
         if math.isinf(self._rtt):
             return False
-        return most / seconds * self._rtt >= FULL * CHANNEL_BYTES * max(lanes, 1)
+        return most / seconds * self._rtt >= FULL_PART * CHANNEL_BYTES * max(lanes, 1)

@@ -39,7 +39,7 @@ class Board:
         """The head's name, whose faults explain other nodes'; empty: not known yet."""
         self._found: dict[str, dict[Key, Alarm]] = {}
         self._quiet: set[str] = set()
-        self._said: dict[tuple[str, Key], bool] = {}
+        self._logged: dict[tuple[str, Key], bool] = {}
         """Which were logged: True as a root, False as explained by another."""
         self._shown: tuple[Condition, ...] = ()
         self._on_change = on_change
@@ -80,7 +80,7 @@ class Board:
         before = self._found.get(watcher, {})
         self._found[watcher] = after
         for key, old in before.items():
-            if key not in after and self._said.pop((watcher, key), None) is not None:
+            if key not in after and self._logged.pop((watcher, key), None) is not None:
                 code, subject, _ = key
                 lasted = round(time.time() - old.since)
                 _log.info("problem_over", node=subject, code=code.name, after_seconds=lasted)
@@ -107,7 +107,7 @@ class Board:
             if watcher not in self._quiet:
                 for key, t in found.items():
                     if t.shown:
-                        self._say(watcher, key, t)
+                        self._log_alarm(watcher, key, t)
         before = self._shown
         rows = [t.condition(self._own) for t in explained.values()]
         self._shown = tuple(sorted(rows, key=lambda c: c.explained_by is not None))
@@ -115,12 +115,12 @@ class Board:
         if before != self._shown:
             self._on_change()
 
-    def _say(self, watcher: str, key: Key, t: Alarm) -> None:
+    def _log_alarm(self, watcher: str, key: Key, t: Alarm) -> None:
         """Once as it shows; once more if it turns out to be a root after all."""
-        said = self._said.get((watcher, key))
-        if said or (said is False and t.root is not None):
+        logged = self._logged.get((watcher, key))
+        if logged or (logged is False and t.root is not None):
             return
-        self._said[watcher, key] = t.root is None
+        self._logged[watcher, key] = t.root is None
         problem = t.finding.problem
         fields = {"node": t.finding.subject, "cause": problem.cause, "remedy": problem.remedy}
         if t.finding.seen_by:
@@ -128,8 +128,8 @@ class Board:
         if t.root is not None:
             _log.info(problem.code.name, **fields, explained_by=f"{t.root[0]} {t.root[1]}")
             return
-        say = {"error": _log.error, "warning": _log.warning, "note": _log.info}[t.severity]
-        say(problem.code.name, **fields)
+        log = {"error": _log.error, "warning": _log.warning, "note": _log.info}[t.severity]
+        log(problem.code.name, **fields)
 
     def _wake_later(self, now: float) -> None:
         """Have `_settle` called when the next one is to show, or is no longer explained."""
@@ -137,7 +137,7 @@ class Board:
             return
         every = [t for found in self._found.values() for t in found.values()]
         times = [t.due for t in every if t.due is not None]
-        times += [t.root_over + conditions.LINGER for t in every if t.root_over is not None]
+        times += [t.root_over + conditions.LINGER_SECONDS for t in every if t.root_over is not None]
         at = max(min(times), now + 0.01) if times else None
         if at is not None and (self._woken_at is None or at < self._woken_at):
             self._woken_at = at

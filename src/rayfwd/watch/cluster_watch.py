@@ -30,13 +30,13 @@ from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.interruptions import Interruptions
 
-SOON = 5.0
+SOON_INTERVAL = 5.0
 """Seconds until the next look while something is being confirmed, or could not be seen."""
 
-SETTLE = 6.0
+SETTLE_SECONDS = 6.0
 """Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
 
-HOPE = 3
+SOON_RETRIES = 3
 """Looks that fail one after another and are soon repeated: each costs a second of CPU."""
 
 WATCHER = "cluster"
@@ -92,7 +92,7 @@ class ClusterWatch:
         """From the next look on; only its interval may differ."""
         self._ray = ray
 
-    def look_soon(self) -> None:
+    def scan_soon(self) -> None:
         """A node's Ray came up or went: the next look need not wait its whole turn."""
         self._soon.set()
 
@@ -104,18 +104,18 @@ class ClusterWatch:
             pending = False
             if self._supervisor.state.phase == "up":
                 try:
-                    pending = await self._look()
+                    pending = await self._scan()
                     failed = 0
                     self._board.put(LOOKING, {})
                 except ProblemError as exc:
                     failed += 1
-                    pending = failed <= HOPE
+                    pending = failed <= SOON_RETRIES
                     self._board.put(LOOKING, {self._head.name: exc.problem})
             else:
                 failed = 0
                 for watcher in (LOOKING, WATCHER, TOTALS):
                     self._board.put(watcher, {})
-            interval = min(SOON, self._ray.status_interval) if pending else None
+            interval = min(SOON_INTERVAL, self._ray.status_interval) if pending else None
             wait = interval or (
                 self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
             )
@@ -123,10 +123,10 @@ class ClusterWatch:
                 took = asyncio.get_running_loop().time() - began
                 async with asyncio.timeout_at(end_of_pause(max(1.0, wait - took))):
                     await self._soon.wait()
-                    await asyncio.sleep(SETTLE)
+                    await asyncio.sleep(SETTLE_SECONDS)
             self._soon.clear()
 
-    async def _look(self) -> bool:
+    async def _scan(self) -> bool:
         """One look. Returns whether a fault waits to be confirmed."""
         env = self._supervisor.environment or {}
         install = await find(self._ray.command, env)
@@ -147,7 +147,7 @@ class ClusterWatch:
             *rules.not_listed(seen, self._owner.up()),
             *rules.nodes_without_resources(status, seen, names, declared, now),
         ]
-        self._tell_totals(status, seen)
+        self._log_totals(status, seen)
         self._board.put_all(WATCHER, found)
         self._owner.reported(
             ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
@@ -155,7 +155,7 @@ class ClusterWatch:
         waits = status.as_of is None or rules.ageing(status, now)
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 
-    def _tell_totals(
+    def _log_totals(
         self, status: status_text.RayStatus, seen: Iterable[node_table.NodeSeen]
     ) -> None:
         totals = {resource: total for resource, (_, total) in status.totals.items()}
@@ -189,13 +189,13 @@ class DashboardWatch:
 
     async def run(self) -> None:
         while True:
-            why = await self._look()
+            why = await self._scan()
             self._board.put(
                 "dashboard", {} if why is None else {self._head.name: self._problem(why)}
             )
             await sleep_coalesced(self.INTERVAL if why is None else self.AGAIN)
 
-    async def _look(self) -> str | None:
+    async def _scan(self) -> str | None:
         """What is wrong with it; None: nothing, or it is not to be expected now."""
         state = self._supervisor.state
         if state.phase != "up":

@@ -14,7 +14,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.problems import SEVERITIES, Code, Problem, Severity
 
-LINGER = 30.0
+LINGER_SECONDS = 30.0
 """Seconds after a root is over in which what it explained is still its doing: watchers look every
 so often, and Ray takes a while to come back."""
 
@@ -214,7 +214,7 @@ def explain(alarms: Mapping[Key, Alarm], head: str, now: float) -> dict[Key, Ala
             after[key] = one
         elif one.root_over is None:
             after[key] = replace(one, root_over=now)
-        elif now - one.root_over >= LINGER:
+        elif now - one.root_over >= LINGER_SECONDS:
             after[key] = replace(one, root=None, root_over=None)
         else:
             after[key] = one
@@ -237,20 +237,20 @@ def worst(conditions: Sequence[Condition]) -> Condition | None:
     return min(roots, key=lambda c: (SEVERITIES.index(c.severity), c.since), default=None)
 
 
-MOST_TOLD = 50
+MOST_SENT = 50
 """Conditions that another node is told of."""
-LONGEST = 2000
+LONGEST_TEXT = 2000
 """Characters of a text in what is told."""
 
 
 def message(conditions: Iterable[Condition]) -> dict[str, Any]:
     """What one node tells another of, as a control message; the worst of what is too much."""
-    told = sorted(conditions, key=lambda c: (SEVERITIES.index(c.severity), c.since))[:MOST_TOLD]
+    told = sorted(conditions, key=lambda c: (SEVERITIES.index(c.severity), c.since))[:MOST_SENT]
     keys = ("code", "severity", "subject", "cause", "remedy", "seen_by")
     return {
         "type": "conditions",
         "conditions": [
-            {key: value[:LONGEST] for key, value in c.to_wire().items() if key in keys}
+            {key: value[:LONGEST_TEXT] for key, value in c.to_wire().items() if key in keys}
             for c in told
         ],
     }
@@ -270,7 +270,7 @@ def from_message(message: Mapping[str, Any], seen_by: str | None) -> list[Findin
                 _severity(row["severity"]),
                 confirmed=True,
             )
-            for row in list(message["conditions"])[:MOST_TOLD]
+            for row in list(message["conditions"])[:MOST_SENT]
         ]
     except (KeyError, TypeError) as exc:
         raise ValueError(f"conditions: {exc!r}") from exc
@@ -288,7 +288,7 @@ def _code(value: Any) -> Code:
     return codes.named(text)
 
 
-def _text(value: Any, most: int = LONGEST) -> str:
+def _text(value: Any, most: int = LONGEST_TEXT) -> str:
     if not isinstance(value, str):
         raise ValueError("conditions: a text is none")
     return value[:most]

@@ -14,11 +14,11 @@ from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.watch.interruptions import Interruptions
 
-TRIAL = 1.5
+TRIAL_FACTOR = 1.5
 """A node must live for so many times as long as Ray takes, at the most, to give up one that it does
 not reach; one that was given up sooner was never a part of the cluster. (A busy head is late.)"""
 
-RECENT = 900.0
+RECENT_SECONDS = 900.0
 """Seconds since it was given up in which that counts, at least; one that has stood its trial since
 is well."""
 
@@ -38,8 +38,8 @@ def flapping(
 
     `gives_up_after`: seconds after which Ray has given up a node that it does not reach.
     """
-    trial = TRIAL * gives_up_after
-    recent = max(RECENT, 2 * trial)
+    trial = TRIAL_FACTOR * gives_up_after
+    recent = max(RECENT_SECONDS, 2 * trial)
     seen: dict[str, list[NodeSeen]] = {}
     for node in nodes:
         if node.address in plans and not node.is_head:

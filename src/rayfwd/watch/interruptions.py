@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-KEPT = 50
+MOST_INTERRUPTIONS = 50
 """Interruptions that are kept of a node."""
 
 
@@ -22,11 +22,11 @@ class Interruptions:
         self._up: set[str] = set()
         self._went: dict[str, deque[float]] = {}
 
-    def look(self, up: Iterable[str], wall_time: float) -> None:
+    def sample(self, up: Iterable[str], wall_time: float) -> None:
         """These nodes have their Ray and their link up now."""
         now_up = set(up)
         for name in self._up - now_up:
-            self._went.setdefault(name, deque(maxlen=KEPT)).append(wall_time)
+            self._went.setdefault(name, deque(maxlen=MOST_INTERRUPTIONS)).append(wall_time)
         self._up = now_up
 
     def between(self, name: str, begin: float, end: float) -> bool:

@@ -15,34 +15,34 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.watch.conditions import Finding
 
-INTERVAL = 2.0
+LINKS_INTERVAL = 2.0
 """Seconds between two looks."""
 
-LOSSES = 4
-"""Times that lanes were lost within `FLAPPING` seconds; losses of one look are one."""
-FLAPPING = 120.0
-CALM = 60.0
+FLAPPING_LOSSES = 4
+"""Times that lanes were lost within `FLAPPING_SECONDS` seconds; losses of one look are one."""
+FLAPPING_SECONDS = 120.0
+CALM_SECONDS = 60.0
 """Seconds without a loss after which a lane is well again."""
 
 SLOW_FACTOR = 5.0
 SLOW_SECONDS = 0.15
 """A link is slow where its round trip takes so many times as long as it did, and so much longer."""
-SLOW_LOOKS = 3
+SLOW_SAMPLES = 3
 """In so many looks without a break: they come some milliseconds early or late, by which so many
 seconds would be a look more or less."""
-PAST = 3600.0
-SAMPLE = 5.0
+PAST_SECONDS = 3600.0
+SAMPLE_INTERVAL = 5.0
 """One round-trip time every so many seconds is kept for so long: what is usual is their median."""
-SAMPLE_SLOW = 60.0
+SLOW_INTERVAL = 60.0
 """While it is slow: what lasts becomes usual, within an hour at the most."""
-ENOUGH = 6
+MIN_SAMPLES = 6
 """Samples from which on there is a past."""
 
 THIN_FACTOR = 5.0
-THIN_MOST = 2e6
+THIN_RATE = 2e6
 """A full link is thin where it carries so many times less than it did when it was full, and less
 than so many bytes in a second: one that many share, and that is fast all the same, is none."""
-THIN_FOR = 4.0
+THIN_SECONDS = 4.0
 """For so many seconds without a break."""
 
 
@@ -91,7 +91,7 @@ class _Thin:
 
     @property
     def counts(self) -> bool:
-        return self.last - self.since >= THIN_FOR
+        return self.last - self.since >= THIN_SECONDS
 
 
 class LinkRules:
@@ -100,7 +100,7 @@ class LinkRules:
     def __init__(self) -> None:
         self._past: dict[str, _Past] = {}
 
-    def look(self, links: Mapping[str, LinkSeen], now: float) -> list[Finding]:
+    def sample(self, links: Mapping[str, LinkSeen], now: float) -> list[Finding]:
         """One look. `now` is in seconds, of a clock that does not jump."""
         self._past = {name: past for name, past in self._past.items() if name in links}
         found: list[Finding] = []
@@ -125,11 +125,11 @@ def _flapping(past: _Past, link: LinkSeen, now: float) -> dict[str, int]:
         if count > past.losses.get(lane, 0):
             times.append(now)
         past.losses[lane] = count
-        while times and now - times[0] > FLAPPING:
+        while times and now - times[0] > FLAPPING_SECONDS:
             times.popleft()
-        if not times or now - times[-1] > CALM:
+        if not times or now - times[-1] > CALM_SECONDS:
             past.flapping.discard(lane)
-        elif len(times) >= LOSSES:
+        elif len(times) >= FLAPPING_LOSSES:
             past.flapping.add(lane)
         if lane in past.flapping:
             found[lane] = len(times)
@@ -139,17 +139,17 @@ def _flapping(past: _Past, link: LinkSeen, now: float) -> dict[str, int]:
 def _slow(past: _Past, link: LinkSeen, now: float) -> float | None:
     """The usual round-trip time, where the present one is far above it and has been for long."""
     trip = link.round_trip
-    while past.trips and now - past.trips[0][0] > PAST:
+    while past.trips and now - past.trips[0][0] > PAST_SECONDS:
         past.trips.popleft()
     if trip is None:
         past.slow_looks = 0
         return None
-    usual = median(t for _, t in past.trips) if len(past.trips) >= ENOUGH else None
+    usual = median(t for _, t in past.trips) if len(past.trips) >= MIN_SAMPLES else None
     far_off = usual is not None and trip > max(SLOW_FACTOR * usual, usual + SLOW_SECONDS)
-    if not past.trips or now - past.trips[-1][0] >= (SAMPLE_SLOW if far_off else SAMPLE):
+    if not past.trips or now - past.trips[-1][0] >= (SLOW_INTERVAL if far_off else SAMPLE_INTERVAL):
         past.trips.append((now, trip))
     past.slow_looks = past.slow_looks + 1 if far_off else 0
-    return usual if past.slow_looks >= SLOW_LOOKS else None
+    return usual if past.slow_looks >= SLOW_SAMPLES else None
 
 
 def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
@@ -158,7 +158,7 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
     heard = now if link.confirmed_at is None else link.confirmed_at
     full = link.backlog and link.confirmed is not None
     past.confirmed = (heard, link.confirmed) if full and link.confirmed is not None else None
-    while past.rates and now - past.rates[0][0] > PAST:
+    while past.rates and now - past.rates[0][0] > PAST_SECONDS:
         past.rates.popleft()
     thin = past.thin
     # A lane less, and the sum is less, too. One by which nothing arrives is about to be dropped.
@@ -168,12 +168,12 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
         past.confirmed = before
         return thin
     if before is None or moved <= 0 or heard <= before[0]:
-        stays = thin is not None and now - thin.last <= (CALM if thin.counts else 0.0)
+        stays = thin is not None and now - thin.last <= (CALM_SECONDS if thin.counts else 0.0)
         return thin if stays else None
     rate = moved / (heard - before[0])
-    usual = median(r for _, r in past.rates) if len(past.rates) >= ENOUGH else None
-    far_off = usual is not None and rate < min(usual / THIN_FACTOR, THIN_MOST)
-    if not far_off or now - past.rates[-1][0] >= SAMPLE_SLOW:
+    usual = median(r for _, r in past.rates) if len(past.rates) >= MIN_SAMPLES else None
+    far_off = usual is not None and rate < min(usual / THIN_FACTOR, THIN_RATE)
+    if not far_off or now - past.rates[-1][0] >= SLOW_INTERVAL:
         past.rates.append((now, rate))
     if not far_off or usual is None:
         return None
@@ -182,7 +182,7 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
 
 def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
     return codes.LANE_FLAPPING.problem(
-        f"lane {lane} of {node}'s link was lost {times} times in the last {FLAPPING:.0f} s"
+        f"lane {lane} of {node}'s link was lost {times} times in the last {FLAPPING_SECONDS:.0f} s"
         + (f"; the last time: {said}" if said else ""),
         "look for what ends SSH connections between the two: sshd's log on the head, "
         "ClientAliveInterval, a firewall or NAT that forgets connections, a network that comes and "

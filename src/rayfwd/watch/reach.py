@@ -19,19 +19,19 @@ from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.transport.ways import Way, WayTo
 from rayfwd.watch.board import Board
 
-INTERVAL = 20.0
+REACH_INTERVAL = 20.0
 """Seconds between two looks; a look costs a node two or three connections that carry nothing."""
 
-NEWCOMERS = 1.0
+NEWCOMER_INTERVAL = 1.0
 """Seconds in which a peer that has not been looked at yet is seen."""
 
-PATIENCE = 5.0
+GREETING_TIMEOUT = 5.0
 """Seconds for a server's first bytes."""
 
-CONFIRM_AFTER = 2.0
+CONFIRM_DELAY = 2.0
 """Seconds until what did not answer is asked once more."""
 
-CONFIRM_PATIENCE = 7.0
+CONFIRM_TIMEOUT = 7.0
 """Seconds for the first bytes then. Ray gives up a node that it does not reach some 25 s after that
 joined: all of a newcomer's look is to be over by then."""
 
@@ -60,7 +60,7 @@ class Reach:
         peers: Callable[[], Mapping[str, Peer]],
         board: Board,
         way: WayTo,
-        interval: float = INTERVAL,
+        interval: float = REACH_INTERVAL,
     ) -> None:
         self._own_name = own_name
         self._peers = peers
@@ -71,7 +71,7 @@ class Reach:
 
     async def run(self) -> None:
         while True:
-            self._board.put(WATCHER, await self.look())
+            self._board.put(WATCHER, await self.probe())
             await self._pause()
 
     async def _pause(self) -> None:
@@ -81,16 +81,16 @@ class Reach:
         while (left := due - loop.time()) > 0:
             if any(self._looked.get(name) != peer for name, peer in self._peers().items()):
                 return
-            await sleep_coalesced(min(left, NEWCOMERS))
+            await sleep_coalesced(min(left, NEWCOMER_INTERVAL))
 
-    async def look(self) -> dict[str, Problem]:
+    async def probe(self) -> dict[str, Problem]:
         """What is wrong now, by node; a failure is confirmed once before it counts."""
         before = self._looked = dict(self._peers())
-        first = await self._dial(before, PATIENCE)
+        first = await self._dial(before, GREETING_TIMEOUT)
         if any(first.values()):
-            await asyncio.sleep(CONFIRM_AFTER)
+            await asyncio.sleep(CONFIRM_DELAY)
             again = {name: before[name] for name, bad in first.items() if bad}
-            second = await self._dial(again, CONFIRM_PATIENCE)
+            second = await self._dial(again, CONFIRM_TIMEOUT)
             now = self._peers()
             # What was asked again and is still a peer, by a way that stood all the time.
             return {
@@ -139,7 +139,7 @@ async def dead_worker_ports(plan: NodePlan, way: WayTo) -> dict[int, str]:
     count = min(MOST_WORKER_PORTS, plan.worker_ports)
     step = (plan.worker_ports - 1) / max(count - 1, 1)
     ports = [plan.first_worker_port + round(i * step) for i in range(count)]
-    dead = await dead_ports(plan, ports, PATIENCE, way)
+    dead = await dead_ports(plan, ports, GREETING_TIMEOUT, way)
     unused = probe.REFUSED if plan.advertised else probe.RESET
     if len(dead) < len(ports) or all(outcome == unused for outcome in dead.values()):
         return {}

@@ -1,5 +1,5 @@
 """The canary: `script/canary_task.py` is run by the user's own Python.
 
-`run.py` starts, bounds and ends it. The script has a directory of its own, because
+`sender.py` starts, bounds and ends it. The script has a directory of its own, because
 Python and Ray put that on the path for imports.
 """

@@ -31,7 +31,7 @@ SHARE = {"task": 0.5, "to": 0.25, "from": 0.25}
 """Parts of the time-out that a stage may take."""
 
 
-def say(what: str, **fields: Any) -> None:
+def emit(what: str, **fields: Any) -> None:
     line = json.dumps({"canary": what, **fields})
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
@@ -68,7 +68,7 @@ def main() -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    say("connected", seconds=round(time.monotonic() - began, 3))
+    emit("connected", seconds=round(time.monotonic() - began, 3))
 
     # Neither of the functions may lean on this module: it is not there on the other machines.
     def beat() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
 
     def over(node: str, stage: str, since: float, error: str | None) -> None:
         seconds = round(time.monotonic() - since, 3)
-        say("stage", node=node, stage=stage, ok=error is None, seconds=seconds, error=error)
+        emit("stage", node=node, stage=stage, ok=error is None, seconds=seconds, error=error)
         if stage == "task" and error is None:
             submit(node, "to")
         elif stage == "to":
@@ -140,7 +140,7 @@ def main() -> None:
                 del pending[ref]
                 over(node, stage, since, f"not done in {now - since:.0f} s")
     cpu, memory = used()
-    say(
+    emit(
         "cost",
         cpu=round(cpu, 2),
         memory=memory,

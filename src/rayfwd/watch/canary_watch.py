@@ -18,7 +18,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import CanaryConfig, RayConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import nodes as node_table
-from rayfwd.ray.canary import run as canary
+from rayfwd.ray.canary import sender
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
@@ -30,7 +30,7 @@ from rayfwd.watch.board import Board
 from rayfwd.watch.canary_round import NodeResult, Round, StageResult
 from rayfwd.watch.reach import Peer
 
-FIRST_AFTER = 20.0
+FIRST_DELAY = 20.0
 """Seconds after Ray came up until the first canary: nodes that start together are all there."""
 
 WATCHER = "canary"
@@ -80,7 +80,7 @@ class Canary:
                 if not (self._config.enabled or failed) or self._owner.situation() is None:
                     await sleep_coalesced(1.0)
                     continue
-                await asyncio.sleep(FIRST_AFTER if self.last is None else self._config.interval)
+                await asyncio.sleep(FIRST_DELAY if self.last is None else self._config.interval)
                 if self._owner.situation() is not None:
                     with suppress(ProblemError):
                         await self.send()
@@ -110,7 +110,7 @@ class Canary:
         problem: Problem | None = None
         rows: tuple[NodeResult, ...] = ()
         found: dict[str, Problem] = {}
-        result = canary.CanaryRun()
+        result = sender.CanaryRun()
         before = dict(self._owner.peers())
         try:
             seen = await situation.targets()
@@ -118,13 +118,13 @@ class Canary:
             result = await self._fly(install, situation, seen)
             problem = _own_failure(result)
             if problem is None:
-                ports = await _look_behind(result, seen, situation.plans, situation.way)
+                ports = await _probe_failed(result, seen, situation.plans, situation.way)
                 if doubtful := _doubtful(result, seen, ports):
                     again = await self._fly(install, situation, doubtful)
                     if _own_failure(again) is None:
                         for node in doubtful:
                             result.stages[node.node_id] = again.stages.get(node.node_id, {})
-                        ports |= await _look_behind(
+                        ports |= await _probe_failed(
                             result, doubtful, situation.plans, situation.way
                         )
                 judged = judge(result, seen, situation.plans, ports, self._own_name)
@@ -134,13 +134,13 @@ class Canary:
         except ProblemError as exc:
             problem = exc.problem
         done = Round(began, round(time.monotonic() - clock, 1), rows, problem, result.cost)
-        self._tell(done, found)
+        self._log_round(done, found)
         return done
 
     async def _fly(
         self, install: RayInstall, situation: Situation, nodes: Iterable[NodeSeen]
-    ) -> canary.CanaryRun:
-        return await canary.run(
+    ) -> sender.CanaryRun:
+        return await sender.run(
             install,
             situation.env,
             situation.gcs,
@@ -149,7 +149,7 @@ class Canary:
             self._config.timeout,
         )
 
-    def _tell(self, done: Round, found: Mapping[str, Problem]) -> None:
+    def _log_round(self, done: Round, found: Mapping[str, Problem]) -> None:
         self.last = done
         failed = [node.name for node in done.nodes if not node.ok]
         log = _log.info if done.ok else _log.warning
@@ -181,7 +181,7 @@ async def alive_nodes(dashboard: Way, env: Mapping[str, str]) -> list[NodeSeen]:
     return [node for node in seen if node.state == "ALIVE"]
 
 
-def _own_failure(result: canary.CanaryRun) -> Problem | None:
+def _own_failure(result: sender.CanaryRun) -> Problem | None:
     if result.connected and (result.complete or result.stages):
         return None
     did = "did not get to its end" if result.connected else "could not connect to this node's Ray"
@@ -208,10 +208,10 @@ def only_theirs(
     }
 
 
-def failed_stage(result: canary.CanaryRun, node_id: str) -> str | None:
+def failed_stage(result: sender.CanaryRun, node_id: str) -> str | None:
     """The first stage that did not go well on a node; None: all did."""
     stages = result.stages.get(node_id, {})
-    for name in canary.STAGES:
+    for name in sender.STAGES:
         stage = stages.get(name)
         if stage is None or not stage.ok:
             return name
@@ -219,7 +219,7 @@ def failed_stage(result: canary.CanaryRun, node_id: str) -> str | None:
 
 
 def _doubtful(
-    result: canary.CanaryRun,
+    result: sender.CanaryRun,
     seen: Iterable[NodeSeen],
     ports: Mapping[str, Mapping[int, str]],
 ) -> list[NodeSeen]:
@@ -234,8 +234,8 @@ def _doubtful(
     ]
 
 
-async def _look_behind(
-    result: canary.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan], way: WayTo
+async def _probe_failed(
+    result: sender.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan], way: WayTo
 ) -> dict[str, dict[int, str]]:
     """Dead ports of the nodes that failed, by address."""
     found: dict[str, dict[int, str]] = {}
@@ -244,7 +244,7 @@ async def _look_behind(
         if plan is None or failed_stage(result, node.node_id) is None:
             continue
         servers, workers = await asyncio.gather(
-            reach.dead_ports(plan, reach.servers(plan), reach.PATIENCE, way),
+            reach.dead_ports(plan, reach.servers(plan), reach.GREETING_TIMEOUT, way),
             reach.dead_worker_ports(plan, way),
         )
         found[node.address] = servers | workers
@@ -252,7 +252,7 @@ async def _look_behind(
 
 
 def judge(
-    result: canary.CanaryRun,
+    result: sender.CanaryRun,
     seen: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     ports: Mapping[str, Mapping[int, str]],
@@ -276,7 +276,7 @@ def judge(
 
 
 def _no_task(
-    name: str, near: str, stages: Mapping[str, canary.Stage], behind: Problem | None
+    name: str, near: str, stages: Mapping[str, sender.Stage], behind: Problem | None
 ) -> Problem | None:
     task = stages.get("task")
     if task is not None and task.ok:
@@ -292,7 +292,7 @@ def _no_task(
 
 
 def _no_objects(
-    name: str, near: str, stages: Mapping[str, canary.Stage], behind: Problem | None
+    name: str, near: str, stages: Mapping[str, sender.Stage], behind: Problem | None
 ) -> Problem:
     ways = [
         f"from {a} to {b} ({stage.error if stage is not None else 'not tried'})"
@@ -309,7 +309,7 @@ def _no_objects(
 
 
 def _rows(
-    result: canary.CanaryRun,
+    result: sender.CanaryRun,
     seen: Iterable[NodeSeen],
     plans: Mapping[str, NodePlan],
     found: Mapping[str, Problem],

@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("script") / "canary_task.py"
 MARKER = "RAYFWD_CANARY"
 """Environment variable by which what the script started would be known."""
 
-START_SECONDS = 60.0
+START_TIMEOUT = 60.0
 """What the script may take besides its time-out: to import Ray, to connect, to say goodbye."""
 
 STAGES = ("task", "to", "from")
@@ -85,7 +85,7 @@ async def run(
     nodes: Sequence[str],
     seconds: float,
 ) -> CanaryRun:
-    """Send the canary to these node ids. Takes at most `seconds` + `START_SECONDS`.
+    """Send the canary to these node ids. Takes at most `seconds` + `START_TIMEOUT`.
 
     Raises ProblemError (canary_failed) where the script cannot be started. When this returns or is
     cancelled, nothing of the script's runs any more.
@@ -114,7 +114,7 @@ async def run(
     tail = bytearray()
     try:
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds + START_SECONDS):
+            async with asyncio.timeout(seconds + START_TIMEOUT):
                 await _talk(process, spec, found, tail)
     finally:
         await asyncio.shield(_end(process, leader, f"{MARKER}={token}"))

@@ -1,6 +1,6 @@
 """What this machine itself is short of: file descriptors, disk, ports for Ray's workers.
 
-The rules are pure; `look` reads what they need from the kernel and may block for milliseconds.
+The rules are pure; `sample` reads what they need from the kernel and may block for milliseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray import procfs
 
-INTERVAL = 10.0
+MACHINE_INTERVAL = 10.0
 """Seconds between two looks."""
 
 OWN_DESCRIPTORS = 64
@@ -25,7 +25,7 @@ NODE_DESCRIPTORS = 64
 """Connections that one other node's Ray keeps open through the listeners here, at least: an idle
 cluster of three has 20 to 40 a node."""
 
-DISK_FULL = 0.95
+DISK_FULL_PART = 0.95
 """Part of the disk from which on Ray creates no more objects there
 (`RAY_local_fs_capacity_threshold`, Ray 2.9 to 2.60)."""
 
@@ -48,7 +48,7 @@ class MachineSeen:
     """Ports that are Ray's for worker processes here; empty: Ray is not up."""
 
 
-def look(
+def sample(
     listeners: int,
     nodes: Collection[NodePlan],
     own: NodePlan | None,
@@ -88,7 +88,7 @@ def judge(seen: MachineSeen) -> list[Problem]:
     """What is short."""
     found = [*_descriptors(seen), *_ports(seen)]
     for directory, (free, total) in seen.disks.items():
-        if total > 0 and 1 - free / total >= DISK_FULL:
+        if total > 0 and 1 - free / total >= DISK_FULL_PART:
             found.append(
                 codes.DISK_NEARLY_FULL.problem(
                     f"the disk of {directory}, where Ray keeps logs and spilt objects, is "

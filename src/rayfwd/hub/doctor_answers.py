@@ -19,7 +19,7 @@ from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, TOTAL_FILLER, TOTAL_QUESTIONS, CheckReply
 from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
 
-SECONDS = 60.0
+CHECKUP_TIMEOUT = 60.0
 """For all that is asked on one connection."""
 
 _PIECE = checks.filler(bytes(FILLER_CHUNK))
@@ -51,7 +51,7 @@ class Checkup:
         self._filler = 0
         self._questions = 0
         self._dialling: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(SECONDS, self._too_long)
+        self._timer = asyncio.get_running_loop().call_later(CHECKUP_TIMEOUT, self._too_long)
         transport.write(answer.encode())
 
     def received(self, data: bytes) -> None:
@@ -80,7 +80,7 @@ class Checkup:
 
     def _too_long(self) -> None:
         self._refuse(
-            codes.CHECK_LONG.problem(f"a check takes {SECONDS:.0f} s at most", "ask again")
+            codes.CHECK_LONG.problem(f"a check takes {CHECKUP_TIMEOUT:.0f} s at most", "ask again")
         )
 
     def _frame(self, frame: Frame) -> None:
