@@ -49,6 +49,7 @@ class FakeRay(RaySupervisor):
 
     planned = False
     may_start = True
+    broken = False
     ended = ""
 
     def set_plan(
@@ -73,6 +74,8 @@ class FakeRay(RaySupervisor):
                 self.become("up", versions=VERSIONS)
             self._wake.clear()
             await self._wake.wait()
+            if self.broken:
+                raise ValueError("a fault of Ray's supervisor")
 
     def become(self, phase: Any, **fields: Any) -> None:
         self.state = replace(self.state, phase=phase, **fields)

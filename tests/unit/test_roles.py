@@ -13,6 +13,8 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import LogConfig
+from rayfwd.daemon import watching
+from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.problems import ProblemError
 from rayfwd.session.target import Target
 from rayfwd.system import logs
@@ -20,7 +22,7 @@ from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
 from tests.unit.cluster import echo, goodbye, serving
 from tests.unit.daemons import VERSIONS, Daemon, exposed, site
-from tests.unit.loops import run, until
+from tests.unit.loops import log_events, of, run, run_on_fake_clock, until
 
 
 @pytest.fixture(autouse=True)
@@ -230,6 +232,66 @@ def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
             await s.workers["w1"].ready()
 
     run(main)
+
+
+def test_a_fault_in_a_watcher_ends_no_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is logged, and the watcher looks again; what a part meets ends the daemon."""
+    monkeypatch.setattr(watching, "AGAIN_FIRST", 0.05)
+    began: list[str] = []
+
+    async def look(watch: MachineWatch) -> None:
+        began.append(watch._name)
+        raise ValueError("a message that is too long, say")
+
+    monkeypatch.setattr(MachineWatch, "run", look)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            at = s.path("w1", "head")
+            with log_events() as log:
+                await s.start()
+                async with serving(echo, exposed(s.head)):
+                    reader, writer = await asyncio.open_connection(*at)
+                    await until(lambda: began.count("head") > 2 and began.count("w1") > 2)
+                    writer.write(b"still there")
+                    assert await reader.readexactly(11) == b"still there"
+                    await goodbye(writer)
+            faults = of(log, "watcher_fault")
+            assert {entry["watcher"] for entry in faults} == {"machine"}
+            assert not s.head.over
+            s.head.ray.broken = True
+            s.head.ray._wake.set()
+            with pytest.raises(ValueError, match="a fault of Ray"):
+                await s.head.ended()
+
+    run(main)
+
+
+def test_a_watcher_that_fails_again_and_again_waits_longer() -> None:
+    """Never longer than the watchdog waits for its heartbeat."""
+    began: list[float] = []
+
+    async def look() -> None:
+        now = asyncio.get_running_loop().time()
+        began.append(now)
+        await asyncio.sleep(watching.STEADY if len(began) == 8 else 0)
+        if len(began) != 2:  # to end is a fault as well
+            raise KeyError("of ours")
+
+    async def main() -> None:
+        task = asyncio.create_task(watching.watch("it", look))
+        await until(lambda: len(began) == 10, 1000)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with log_events() as log:
+        run_on_fake_clock(main)
+    waits = [entry["again_in"] for entry in of(log, "watcher_fault")]
+    assert waits == [2, 4, 8, 16, 30, 30, 30, 2, 4, 8]
+    assert watching.AGAIN_LAST < LINKS_LATE
 
 
 def test_a_cut_is_ridden_through_and_seen(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ class Node:
         return {"listeners": self.listeners.run, "ray": self.ray.run}
 
     def watchers(self) -> dict[str, Work]:
-        """The tasks that only look."""
+        """The tasks that only look: a fault of one is logged, and it is started again."""
         return {
             "canary": self.canary.run,
             "reach": self._reach.run,

@@ -49,7 +49,7 @@ class Role(Holder, Protocol):
         """End the role's own work in order."""
 
     def watchers(self) -> dict[str, Work]:
-        """The tasks of the role that only look."""
+        """The tasks of the role that only look, by names that no watcher of the node has."""
 
     def loops(self) -> Iterable[Heartbeat]:
         """The loops of the role that the watchdog looks at."""

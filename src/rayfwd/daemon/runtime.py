@@ -23,6 +23,7 @@ from rayfwd.daemon.health import Health
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.trace import TraceVerb
+from rayfwd.daemon.watching import watch
 from rayfwd.problems import ProblemError
 from rayfwd.system import logs
 from rayfwd.system.control import ControlServer
@@ -104,12 +105,13 @@ class Runtime:
         parts = [
             _task(role.serve(self._arrival), "serve"),
             *(_task(work(), name) for name, work in node.parts().items()),
-            *(_task(work(), name) for name, work in node.watchers().items()),
-            *(_task(work(), name) for name, work in role.watchers().items()),
             _task(self._notify(), "notify"),
             _task(self._metrics.run(), "metrics"),
             _task(self._watchdog.run(), "watchdog"),
         ]
+        watchers = node.watchers() | role.watchers()
+        # A fault of one of these ends no stream: it is logged, and the watcher is started again.
+        looking = [_task(watch(name, work), name) for name, work in watchers.items()]
         left = False
         try:
             await asyncio.wait([asked, *parts], return_when=asyncio.FIRST_COMPLETED)
@@ -118,10 +120,10 @@ class Runtime:
         finally:
             if not left:
                 await role.end()
-            for task in [asked, *parts]:
+            for task in [asked, *parts, *looking]:
                 task.cancel()
             await self._canary_verb.close()
-            results = await asyncio.gather(*parts, return_exceptions=True)
+            results = await asyncio.gather(*parts, *looking, return_exceptions=True)
             await node.connector.close()
         for result in results:
             if isinstance(result, Exception):
