@@ -35,6 +35,7 @@ from rayfwd.cluster.plan import (
     check_name,
     default_worker_ports,
     head_plan,
+    may_be_advertised,
 )
 from rayfwd.system.paths import DEFAULT_CONFIG, default_runtime_dir, default_state_dir
 from rayfwd.system.redact import names_a_secret
@@ -206,7 +207,7 @@ def _reachable_address(value: str) -> str:
         address = ipaddress.IPv4Address(value)
     except ValueError:
         raise ValueError("must be an IPv4 address, not a name") from None
-    if address.is_loopback or address.is_unspecified or address.is_multicast:
+    if not may_be_advertised(address):
         raise ValueError("must be an IPv4 address at which other machines reach this one")
     return value
 

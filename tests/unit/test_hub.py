@@ -431,6 +431,32 @@ class TestSessions:
 
         run(main)
 
+    @pytest.mark.parametrize("cut", [True, False])
+    def test_a_clock_that_was_set_back_keeps_nobody_out(self, tmp_path: Path, cut: bool) -> None:
+        """With the old session silent for a while the new one wins, whatever its number."""
+
+        async def main() -> None:
+            async with cluster(tmp_path) as c:
+                old = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
+                old.hello = replace(old.hello, session="100")
+                await old.connect()
+                node = c.hub.nodes["w1"]
+                if cut:
+                    old.cut()
+                    await until(lambda: node.state == "parked")
+                earlier = replace(old.hello, session="ff")
+                assert await refusal(c, earlier) == "session_stale"
+                assert node.mux is not None
+                if cut:
+                    await asyncio.sleep(4.0)
+                else:
+                    # As if its machine had stood still: the lane is there, and nothing came.
+                    node.mux.session.lanes[1].heard -= 4.0
+                assert await refusal(c, earlier) == ""
+                assert node.session == "ff"
+
+        run(main)
+
     def test_garbage_on_a_lane_ends_that_session_and_no_other(self, tmp_path: Path) -> None:
         async def main() -> None:
             with log_events() as log:

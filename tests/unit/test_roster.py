@@ -127,7 +127,8 @@ def test_the_plan_is_full(path: Path) -> None:
         ("a", KEY, 10001, None),
         ("a", KEY, 92, "name.example.org"),
         ("a", KEY, 92, "127.77.0.1"),
-        ("a", KEY, 92, "0.0.0.0"),
+        *(("a", KEY, 92, address) for address in ("0.0.0.0", "0.0.0.1", "255.255.255.255")),
+        *(("a", KEY, 92, address) for address in ("240.0.0.1", "169.254.169.254", "224.0.0.1")),
     ],
 )
 def test_what_no_rayfwd_asks_for_is_refused(

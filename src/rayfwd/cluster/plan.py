@@ -38,6 +38,16 @@ RESERVED = 8
 """Ports at the start of a block that are kept for the services above; worker ports follow."""
 
 
+def may_be_advertised(address: ipaddress.IPv4Address) -> bool:
+    """Whether a machine can be reached by others at it: no loopback, no group, nothing reserved."""
+    wrong = address.is_loopback or address.is_multicast or address.is_reserved
+    return not (wrong or address.is_link_local or address in _THIS_NETWORK)
+
+
+_THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
+"""No address of a machine (RFC 6890)."""
+
+
 def check_name(name: str) -> str:
     """The node's name as given. Raises ValueError with what is allowed."""
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):

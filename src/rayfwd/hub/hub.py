@@ -433,20 +433,22 @@ class Hub:
             )
         if peer.mux is None:
             return None
-        if int(hello.session, 16) < int(peer.session, 16):
+        # Its number says which of two is the later one only as long as the node's clock goes on;
+        # after a while of silence the key alone says enough.
+        older = int(hello.session, 16) < int(peer.session, 16)
+        parked = not peer.mux.stats().lanes
+        if (parked and not older) or peer.mux.now() - peer.mux.session.last_heard >= IN_USE_SECONDS:
+            return None
+        if older:
             return codes.SESSION_STALE.problem(
-                "the node has a newer session than this",
-                "nothing, unless the clock of the node was set back",
+                "the node has a newer session than this, of which the hub heard just now",
+                "nothing: where the clock of the node was set back, it is let in soon",
             )
-        now = peer.mux.now()
-        heard = max((lane.heard for lane in peer.mux.stats().lanes), default=0.0)
-        if now - heard < IN_USE_SECONDS:
-            return codes.NAME_IN_USE.problem(
-                f"another rayfwd is connected as {peer.label} with the same key",
-                "two machines share one state directory (a cloned disk?): remove node.key from it "
-                "on one of them and give it another name",
-            )
-        return None
+        return codes.NAME_IN_USE.problem(
+            f"another rayfwd is connected as {peer.label} with the same key",
+            "two machines share one state directory (a cloned disk?): remove node.key from it "
+            "on one of them and give it another name",
+        )
 
     def _start_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
         if peer.mux is not None:

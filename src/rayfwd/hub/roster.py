@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
-from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits
+from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits, may_be_advertised
 from rayfwd.problems import ProblemError
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.logs import get_logger
@@ -292,10 +292,8 @@ def _check_request(name: str, key: str | bytes, worker_ports: int, advertise: st
         if worker_ports not in WORKER_PORTS:
             allowed = f"{WORKER_PORTS.start} to {WORKER_PORTS.stop - 1}"
             raise ValueError(f"worker_ports = {worker_ports}: must be {allowed}")
-        if advertise is not None:
-            address = ipaddress.IPv4Address(advertise)
-            if address.is_loopback or address.is_unspecified or address.is_multicast:
-                raise ValueError(f"advertise = {advertise}: must be an address others reach")
+        if advertise is not None and not may_be_advertised(ipaddress.IPv4Address(advertise)):
+            raise ValueError(f"advertise = {advertise}: must be an address others reach")
     except ValueError as exc:
         raise codes.JOIN_BAD.error(
             f"node {name[:63]!r} asked to join: {exc}", "correct it there"

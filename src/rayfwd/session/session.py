@@ -150,6 +150,13 @@ class Session:
             lanes=tuple(map(LaneStats.of, self.lanes.values())),
         )
 
+    @property
+    def last_heard(self) -> float:
+        """When the peer was last heard; without a lane, when the last one went."""
+        if self._parked_at is not None:
+            return self._parked_at
+        return max(lane.heard for lane in self.lanes.values())
+
     # -- what the driver tells ---------------------------------------------------------------
 
     def lane_up(self, lane_class: LaneClass, now: float) -> tuple[int, list[Event]]:
