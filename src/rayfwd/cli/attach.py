@@ -5,8 +5,8 @@ reach the hub and nothing else. What was asked to be run (SSH_ORIGINAL_COMMAND) 
 With --client the key is for `rayfwd connect` only: it cannot bring a node into the cluster.
 """
 
-# The standard library only: this is started for every lane, and may run as a user who cannot
-# read the configuration file.
+# The standard library and a little of ours: this is started for every lane, and may run as a user
+# who cannot read the configuration file.
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
+from rayfwd.problems import Code
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.system.ownership import check_listener
 from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         begun = _read_hello()
         if not _is_clients(begun):
             return _refuse(
-                "client_only",
+                codes.CLIENT_ONLY,
                 "this key is for `rayfwd connect`, and what came with it is no client",
                 "use a key whose line in authorized_keys has no --client",
             )
@@ -72,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
             )
         user = f"user id {os.geteuid()}"
         return _refuse(
-            "hub_not_permitted",
+            codes.HUB_NOT_PERMITTED,
             f"{user} may not connect to {path}",
             "name this user in hub.users of the head's configuration",
         )
     except OSError as exc:
         return _refuse(
-            "hub_absent",
+            codes.HUB_ABSENT,
             f"no hub answers on {path} ({exc.strerror or exc})",
             "start `rayfwd run` on the head, or correct the socket's path",
         )
@@ -119,7 +121,7 @@ def _is_clients(begun: bytes) -> bool:
     return isinstance(body, dict) and body.get("role") == "client"
 
 
-def _refuse(code: str, cause: str, remedy: str) -> int:
+def _refuse(code: Code, cause: str, remedy: str) -> int:
     """One line in a form that the worker's link reads."""
     print(f"rayfwd attach: {code}: {cause}; {remedy}", file=sys.stderr)
     return FAULT
