@@ -14,8 +14,8 @@ from typing import Any
 import tomli_w
 
 from rayfwd.demo.machine import Machine
-from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall
+from rayfwd.status import Link, Status
 from rayfwd.system.control import ask
 
 OBJECT_STORE = 250_000_000
@@ -67,12 +67,15 @@ class Daemon:
             return None
         return self._ended.result()
 
-    async def status(self) -> dict[str, Any]:
-        """Its answer to `rayfwd status`, empty while it gives none."""
-        try:
-            return await asyncio.to_thread(ask, self._control, "status")
-        except ProblemError:
-            return {}
+    async def status(self) -> Status:
+        """Its answer to `rayfwd status`. Raises ProblemError while it gives none."""
+        return Status.from_answer(await asyncio.to_thread(ask, self._control, "status"))
+
+    async def link(self) -> Link:
+        """A worker's link. Raises ProblemError as `status` does."""
+        link = (await self.status()).link
+        assert link is not None, "a worker has one"
+        return link
 
     def stop(self) -> None:
         """Ask it to end, and its Ray with it."""

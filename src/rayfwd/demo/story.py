@@ -22,7 +22,10 @@ from rayfwd.demo.daemons import (
 from rayfwd.demo.machine import Machine
 from rayfwd.demo.sshserver import ALIAS, SSHServer
 from rayfwd.demo.teller import StepFailedError, Teller
+from rayfwd.problems import ProblemError
+from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall
+from rayfwd.ray.nodes import NodeSeen
 from rayfwd.system.logs import escaped
 
 PATIENCE = 120.0
@@ -159,61 +162,64 @@ class Story:
         await self._tell.until(listening, lambda: "head: the hub is not there yet", PATIENCE)
 
     async def _wait_ready(self, daemon: Daemon) -> None:
-        name, status = daemon.machine.name, {}
+        name, status = daemon.machine.name, None
 
         async def ready() -> bool:
             nonlocal status
             self._check_alive()
-            status = await daemon.status()
-            wrong = [
-                c
-                for c in status.get("conditions", ())
-                if c["severity"] == "error" and c["id"] in status["ray"]["conditions"]
-            ]
-            if daemon is self._head and wrong:  # a worker's may pass: the head may be slow
-                raise StepFailedError(f"Ray on {name}: {wrong[0]['cause']}; {wrong[0]['remedy']}")
-            return status.get("state") == "ready"
+            try:
+                status = await daemon.status()
+            except ProblemError:
+                return False  # it does not answer yet
+            wrong = (c for c in status.conditions if c.id in status.ray.conditions)
+            error = next((c.problem for c in wrong if c.severity == "error"), None)
+            if daemon is self._head and error:  # a worker's may pass: the head may be slow
+                raise StepFailedError(f"Ray on {name}: {error}")
+            return status.state == "ready"
 
         await self._tell.until(
-            ready, lambda: f"{name}: {status.get('summary', 'starting')}", PATIENCE
+            ready, lambda: f"{name}: {status.summary if status else 'starting'}", PATIENCE
         )
-        ray = status["ray"]
-        self._tell.say(f"{name}: ready, Ray {ray['version']} is up at {status['node']['address']}")
-        if daemon is self._worker:
-            lanes = status["link"]["lanes"]
-            self._tell.say(f"the link: {len(lanes)} SSH connections, dialled by the worker")
+        status = await daemon.status()
+        assert status.node is not None, "a node that is ready has its plan"
+        self._tell.say(f"{name}: ready, Ray {status.ray.version} is up at {status.node.address}")
+        if status.link is not None:
+            lanes = len(status.link.lanes)
+            self._tell.say(f"the link: {lanes} SSH connections, dialled by the worker")
 
     async def _show_nodes(self) -> None:
         self._tell.title("What Ray says of its nodes")
-        cluster: dict[str, Any] = {}
+        cluster = ClusterReport(None, {}, ())
 
         async def complete() -> bool:
             nonlocal cluster
             self._check_alive()
-            cluster = (await self._head.status()).get("cluster") or {}
-            return cluster.get("totals", {}).get("CPU", [0, 0])[1] == 2 and len(alive()) == 2
+            with contextlib.suppress(ProblemError):  # it does not answer in time
+                cluster = (await self._head.status()).cluster or cluster
+            return cluster.totals.get("CPU", (0.0, 0.0))[1] == 2 and len(alive()) == 2
 
-        def alive() -> list[dict[str, Any]]:
-            return [node for node in cluster.get("nodes", []) if node["state"] == "ALIVE"]
+        def alive() -> list[NodeSeen]:
+            return [node for node in cluster.nodes if node.state == "ALIVE"]
 
         await self._tell.until(
             complete, lambda: f"{len(alive())} nodes so far in Ray's own report", PATIENCE
         )
-        for node in sorted(alive(), key=lambda node: not node["is_head"]):
-            resources = node["resources_total"]
+        for node in sorted(alive(), key=lambda node: not node.is_head):
+            resources = node.resources_total
             self._tell.say(
-                f"{'head' if node['is_head'] else 'worker':<7} {node['address']:<12} "
-                f"{node['state']}  {resources.get('CPU', 0):g} CPU  "
+                f"{'head' if node.is_head else 'worker':<7} {node.address:<12} "
+                f"{node.state}  {resources.get('CPU', 0):g} CPU  "
                 f"object store {resources.get('object_store_memory', 0) / 1e6:.0f} MB"
             )
-        used, total = cluster["totals"]["CPU"]
+        used, total = cluster.totals["CPU"]
         self._outcome.cpus = total
         self._tell.say(f"`ray status`: {used:g} of {total:g} CPUs in use")
 
     async def _start_job(self) -> None:
         self._tell.title("A job on the head, which uses both")
-        address = (await self._worker.status())["node"]["address"]
-        self._job.start(address)
+        node = (await self._worker.status()).node
+        assert node is not None, "a node that is ready has its plan"
+        self._job.start(node.address)
         await self._wait_job(lambda: len(self._job.objects) == 2, "the first tasks are started")
         self._outcome.objects = self._job.objects
         for seen in self._job.objects:
@@ -227,7 +233,7 @@ class Story:
 
     async def _cut(self) -> None:
         self._tell.title(f"The link is cut, and stays so for {CUT_SECONDS:.0f} s")
-        before = (await self._worker.status())["link"]
+        before = await self._worker.link()
         self._ssh.refusing = True
         cut_at = time.monotonic()
         self._outcome.connections = self._ssh.cut()
@@ -236,10 +242,10 @@ class Story:
             f"{self._job.in_flight} tasks and calls are in flight"
         )
         await self._pass(cut_at + 2.0)
-        worker = await self._worker.status()
-        self._outcome.held = worker["streams"]["parked"]
-        if worker["link"]["state"] != "parked":
-            raise StepFailedError(f"the link is {worker['link']['state']}, it should be parked")
+        self._outcome.held = (await self._worker.status()).streams.parked
+        link = await self._worker.link()
+        if link.state != "parked":
+            raise StepFailedError(f"the link is {link.state}, it should be parked")
         self._tell.say(f"the worker's link is parked: {self._outcome.held} connections are held")
         # What had arrived before the cut may be told by the job a moment later.
         await self._pass(cut_at + 4.0)
@@ -254,25 +260,26 @@ class Story:
         )
         self._ssh.refusing = False
         self._tell.title("The link may come back")
-        await self._wait_link_up(before["cuts"])
+        await self._wait_link_up(before.cuts)
         await self._wait_job(lambda: self._job.all_above(now, WARM_TASKS), "work is resumed")
         self._tell.say(f"the job goes on: {self._job}")
 
     async def _wait_link_up(self, cuts_before: int) -> None:
-        link: dict[str, Any] = {}
-        parked_since = (await self._worker.status())["link"]["since"]
+        link = await self._worker.link()
+        parked_since = link.since
 
         async def up() -> bool:
             nonlocal link
             self._check_alive()
-            link = (await self._worker.status()).get("link") or {}
-            return link.get("state") == "up"
+            with contextlib.suppress(ProblemError):  # it does not answer in time
+                link = await self._worker.link()
+            return link.state == "up"
 
-        await self._tell.until(up, lambda: f"the link is {link.get('state')}", PATIENCE)
-        self._outcome.down = link["since"] - parked_since
-        if link["cuts"] != cuts_before + 1 or link["ridden_through"] != link["cuts"]:
+        await self._tell.until(up, lambda: f"the link is {link.state}", PATIENCE)
+        self._outcome.down = link.since - parked_since
+        if link.cuts != cuts_before + 1 or link.ridden_through != link.cuts:
             raise StepFailedError(
-                f"{link['cuts']} cuts were seen, {link['ridden_through']} ridden through"
+                f"{link.cuts} cuts were seen, {link.ridden_through} ridden through"
             )
         self._tell.say(f"it stands again after {self._outcome.down:.1f} s")
 
@@ -284,7 +291,7 @@ class Story:
         if finished["failed"] or finished["actor_processes"] != 1:
             raise StepFailedError(f"the job lost something: {finished}")
         for daemon in self._daemons:
-            restarts = (await daemon.status())["ray"]["restarts"]
+            restarts = (await daemon.status()).ray.restarts
             if restarts:
                 raise StepFailedError(f"Ray on {daemon.machine.name} was started anew ({restarts})")
         self._tell.say("every result came, once, and was what it should be")
