@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     except PermissionError as exc:
         if exc.errno is None:
             return _refuse(
-                "hub_not_permitted", str(exc), "give the path of the hub's socket by --socket"
+                codes.HUB_NOT_PERMITTED, str(exc), "give the path of the hub's socket by --socket"
             )
         user = f"user id {os.geteuid()}"
         return _refuse(
