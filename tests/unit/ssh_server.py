@@ -35,6 +35,8 @@ class Sshd:
         """The socket that a command is joined to, whatever the client asked for; None: refused."""
         self.attach_words: tuple[str, ...] = ()
         """Further options of that command."""
+        self.shell_prints = b""
+        """What a login shell prints before it runs a command."""
         self.attach_says = b""
         """What a command says on standard error before it fails, in place of all that."""
         self.flowing = asyncio.Event()
@@ -126,6 +128,7 @@ class Sshd:
             writer.close()
 
     async def _attach(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        process.stdout.write(self.shell_prints)
         if self.attach_to is None or self.attach_says:
             process.stderr.write(self.attach_says)
             process.exit(1)

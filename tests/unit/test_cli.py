@@ -22,6 +22,7 @@ from rayfwd.cli.screen import duration, size
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
+from rayfwd.session.preamble import MARKER
 from rayfwd.system.control import ControlServer
 from tests.commands import main
 
@@ -550,7 +551,7 @@ def test_attach_carries_bytes_both_ways_at_once(tmp_path: Path) -> None:
         assert read_all(end) == up
         for thread in threads:
             thread.join(30)
-        assert got == [down]
+        assert got == [MARKER + down]
         assert process.wait(30) == 0
 
 
@@ -562,7 +563,7 @@ def test_attach_half_closed_by_the_client(tmp_path: Path) -> None:
         assert read_all(end) == b"question"
         end.sendall(b"answer")
         end.shutdown(socket.SHUT_WR)
-        assert stdout.read() == b"answer"
+        assert stdout.read() == MARKER + b"answer"
         assert process.wait(30) == 0
 
 
@@ -571,7 +572,7 @@ def test_attach_half_closed_by_the_hub(tmp_path: Path) -> None:
         stdin, stdout = pipes(process)
         end.sendall(b"first")
         end.shutdown(socket.SHUT_WR)
-        assert stdout.read() == b"first", "the end is seen while the other way is open"
+        assert stdout.read() == MARKER + b"first", "the end is seen while the other way is open"
         assert process.poll() is None
         stdin.write(b"still here")
         stdin.close()

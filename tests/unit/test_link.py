@@ -815,6 +815,36 @@ class TestExec:
 
         run_in_real_time(main, 60)
 
+    @pytest.mark.parametrize("noise", [b"Welcome to gpu cluster\r\n", b"\x02 menu \x1b[2J" * 7000])
+    def test_a_shell_may_print_before(self, tmp_path: Path, noise: bytes) -> None:
+        """65 KB at most, with anything in it."""
+
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.attach_to, s.sshd.shell_prints = s.head.hub.path, noise[:65_000]
+                await s.up(seconds=20)
+                assert await works(s)
+
+        run_in_real_time(main, 60)
+
+    @pytest.mark.parametrize("size", [1, 4000])
+    def test_a_shell_that_does_nothing_but_print_is_quoted(self, tmp_path: Path, size: int) -> None:
+        """As nologin does; and one that never stops."""
+
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.shell_prints = b"This account is currently \x1b[1mnot\n available.\n" * size
+                await until(
+                    lambda: "printed" in str(s.link.problem), 5, lambda: str(s.link.problem)
+                )
+                problem = s.link.problem
+                assert problem is not None
+                assert problem.code is codes.HUB_CLOSED
+                assert "its shell printed 'This account is currently" in problem.cause
+                assert problem.cause.isprintable()
+
+        run_in_real_time(main, 60)
+
     def test_an_absent_hub_is_named(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:

@@ -27,6 +27,7 @@ from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.problems import Code
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.session.preamble import MARKER
 from rayfwd.system.ownership import check_listener
 from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
 
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
             f"no hub answers on {path} ({exc.strerror or exc})",
             "start `rayfwd run` on the head, or correct the socket's path",
         )
+    with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
+        os.write(_STDOUT, MARKER)
     if begun:
         with contextlib.suppress(OSError):  # it has gone: its other half tells
             hub.sendall(begun)

@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -140,7 +141,8 @@ class LinkLane:
     async def greet(self, pipe: Pipe, hello: Hello) -> Welcome:
         """Say hello. Raises LinkRefusedError or ProblemError."""
         self._pipe, self._session = pipe, hello.session
-        self.write([hello.encode()])
+        with suppress(OSError):  # a command that has ended already: its end says why
+            pipe.write([hello.encode()])
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 return await self._answer

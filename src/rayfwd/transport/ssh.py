@@ -64,6 +64,11 @@ class SshConnector:
         self._slow: set[str] = set()
         """Hops whose logins were said to be slow."""
 
+    @property
+    def by_command(self) -> bool:
+        """A channel to the hub is a command that a login shell runs, and no socket."""
+        return self._head.via == "exec"
+
     async def connect(self, hasty: bool = False) -> asyncssh.SSHClientConnection:
         """An authenticated connection. Raises ProblemError.
 

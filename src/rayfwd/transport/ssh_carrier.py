@@ -9,6 +9,7 @@ import asyncssh
 
 from rayfwd.config import HeadConfig
 from rayfwd.session.frames import Chunk
+from rayfwd.session.preamble import Preamble
 from rayfwd.transport.carrier import PipeOwner
 from rayfwd.transport.fastpath import FastPath
 from rayfwd.transport.ssh import SshConnector
@@ -40,7 +41,8 @@ class SshConnection:
 
     async def open(self, owner: PipeOwner) -> SshPipe:
         """Raises ProblemError."""
-        pipe = SshPipe(self._connection, owner)
+        preamble = Preamble() if self._connector.by_command else None
+        pipe = SshPipe(self._connection, owner, preamble)
         await self._connector.open_channel(self._connection, lambda: pipe)
         return pipe
 
@@ -57,9 +59,16 @@ class SshConnection:
 class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     """A channel to the hub's socket, or to `rayfwd attach`."""
 
-    def __init__(self, connection: asyncssh.SSHClientConnection, owner: PipeOwner) -> None:
+    def __init__(
+        self,
+        connection: asyncssh.SSHClientConnection,
+        owner: PipeOwner,
+        preamble: Preamble | None = None,
+    ) -> None:
+        """`preamble`: of a command that a login shell runs."""
         self._connection = connection
         self._owner = owner
+        self._preamble = preamble
         self._channel: Any = None
         self._fast: FastPath | None = None
         self._full = False
@@ -75,11 +84,31 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     def data_received(self, data: Any, datatype: int | None) -> None:
         if datatype is not None:
             self._owner.pipe_said(data)
-        else:
+        elif self._preamble is None:
             self._owner.pipe_data(data)
+        else:
+            self._skip(self._preamble, data)
+
+    def _skip(self, preamble: Preamble, data: bytes) -> None:
+        """What a login shell prints before the command runs."""
+        try:
+            data = preamble.feed(data)
+        except ValueError as exc:
+            self._preamble = None
+            self._owner.pipe_lost(str(exc))
+            self._channel.abort()
+            return
+        if preamble.over:
+            self._preamble = None
+            if data:
+                self._owner.pipe_data(data)
+
+    def _lost(self, why: str) -> None:
+        noise = self._preamble.quoted() if self._preamble is not None else ""
+        self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
 
     def eof_received(self) -> bool:
-        self._owner.pipe_lost("closed by the head")
+        self._lost("closed by the head")
         return False
 
     def pause_writing(self) -> None:
@@ -90,7 +119,7 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._owner.pipe_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._owner.pipe_lost(str(exc) if exc else "closed by the head")
+        self._lost(str(exc) if exc else "closed by the head")
 
     # -- as the lane's pipe --------------------------------------------------------------
 

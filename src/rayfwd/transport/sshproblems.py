@@ -320,5 +320,6 @@ def why_no_answer(said: str, why: str) -> Problem:
             )
     return codes.HUB_CLOSED.problem(
         f"the hub closed the lane before it answered: {said or why}",
-        'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there',
+        'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there and that '
+        "this user has a login shell",
     )
