@@ -251,7 +251,7 @@ def test_listener_blocked(cluster: Cluster) -> None:
     squatter = squat(cluster.lab.machine("w1"), port)
     worker = cluster.start_node("w1")
     event = worker.wait_event("listener_blocked")
-    assert f"port {port} is in use on this machine by user root (python" in event["cause"]
+    assert f"port {port} is in use on this machine by user ray (python" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
     status = worker.wait_status(lambda s: s["ray"]["phase"] == "up", 60)
     assert status["state"] == "waiting", "something of the head's is a stranger's here"
@@ -274,7 +274,7 @@ def test_ray_is_not_started_towards_who_has_the_heads_port(cluster: Cluster) -> 
     squatter = squat(cluster.lab.machine("w1"), 6379)
     worker = cluster.start_node("w1")
     event = worker.wait_event("listener_blocked")
-    assert "port 6379 is in use on this machine by user root (python" in event["cause"]
+    assert "port 6379 is in use on this machine by user ray (python" in event["cause"]
     time.sleep(10)  # it would have been started by then
     assert not worker.events("ray_starting")
     status = worker.status()
