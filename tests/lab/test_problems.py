@@ -253,7 +253,7 @@ def test_listener_blocked(cluster: Cluster) -> None:
     event = worker.wait_event("listener_blocked")
     assert f"port {port} is in use on this machine by user ray (python" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
-    status = worker.wait_status(lambda s: s["ray"]["phase"] == "up", 60)
+    status = worker.wait_status(lambda s: s["ray"]["state"] == "up", 60)
     assert status["state"] == "waiting", "something of the head's is a stranger's here"
     assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
     assert status["conditions"][0]["blocks_ready"]
@@ -278,7 +278,7 @@ def test_ray_is_not_started_towards_who_has_the_heads_port(cluster: Cluster) -> 
     time.sleep(10)  # it would have been started by then
     assert not worker.events("ray_starting")
     status = worker.status()
-    assert (status["state"], status["ray"]["phase"]) == ("waiting", "waiting")
+    assert (status["state"], status["ray"]["state"]) == ("waiting", "waiting")
     (blocking, *_) = [c for c in status["conditions"] if c["blocks_ready"]]
     assert (blocking["code"], blocking["cause"]) == ("listener_blocked", event["cause"])
     squatter.signal(signal.SIGKILL)
