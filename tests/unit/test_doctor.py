@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import shutil
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from rayfwd import __version__, codes
 from rayfwd.cli import VERBS, doctor, main
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
-from rayfwd.doctor import judgements, observe, rows, sshd, unit_checks
+from rayfwd.doctor import judgements, observe, rows, settings, sshd, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.judgements import SshdOptions, Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
@@ -929,3 +930,41 @@ def test_the_clock_that_is_asked_is_the_hubs(
             assert found["clock"].seen["seconds_behind"] == pytest.approx(-90.0, abs=0.5)
 
     run(main_)
+
+
+@pytest.mark.parametrize(
+    ("auth", "kept", "shell", "is_warned"),
+    [
+        ("off", None, "/bin/bash", True),
+        ("auto", "off", "/bin/bash", True),
+        ("auto", "token", "/bin/bash", False),
+        ("auto", None, "/bin/bash", False),
+        ("token", None, "/bin/bash", False),
+        ("off", None, "/usr/sbin/nologin", False),
+    ],
+)
+def test_others_who_log_in_where_ray_has_no_token(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    auth: str,
+    kept: str | None,
+    shell: str,
+    is_warned: bool,
+) -> None:
+    users = [
+        pwd.struct_passwd((name, "x", uid, uid, "", "/", sh))
+        for name, uid, sh in (
+            ("own", os.geteuid(), "/bin/sh"),
+            ("daemon", 2, "/bin/sh"),
+            ("nobody", 65534, "/bin/sh"),
+            ("ann", 54321, shell),
+        )
+    ]
+    monkeypatch.setattr("pwd.getpwall", lambda: users)
+    if kept is not None:
+        record = {"mode": kept, "token": "x" * 32 if kept == "token" else None}
+        (tmp_path / "ray_auth.json").write_text(json.dumps(record))
+    ray = {"auth": auth}
+    config = parse({"role": "head", "name": "h", "state_dir": str(tmp_path), "ray": ray})
+    found = [line for line in settings.warnings(config) if "may log in" in line]
+    assert [line.partition(" may")[0] for line in found] == (["ann"] if is_warned else [])

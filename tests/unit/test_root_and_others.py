@@ -196,6 +196,7 @@ SPAWNERS = {
     "daemon/restart_job.py": "the daemon's; systemctl",
     "daemon/handover.py": "the daemon's own program again",
     "doctor/report.py": "commands of the system",
+    "doctor/sshd.py": "a command of the system",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
     "demo/first_process.py": "its own makings",

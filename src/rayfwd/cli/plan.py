@@ -18,6 +18,7 @@ from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install, token
 from rayfwd.system.control import ask
+from rayfwd.system.files import read_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def of_worker(config: Config) -> Plan | None:
     except ValueError:
         pass  # the daemon has no plan yet
     try:
-        kept = json.loads(config.plan_file.read_bytes())
+        kept = json.loads(read_regular(config.plan_file))
         return _from_wire(kept, config, f"as kept in {config.plan_file}; no daemon runs")
     except (OSError, ValueError):
         return None

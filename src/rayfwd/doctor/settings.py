@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,15 @@ from pathlib import Path
 from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HeadConfig
 from rayfwd.problems import ProblemError
+from rayfwd.ray import token
 from rayfwd.system import unixsocket
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
+FIRST_PERSON = 1000
+NOBODY = 65534
+"""User ids: of the first who is no service (login.defs(5)), and of who is nobody."""
+SHOWN = 3
 
 UNIT = Path("/etc/systemd/system/rayfwd.service")
 MADE_BY_SYSTEMD = frozenset({Path("/run/rayfwd"), Path("/var/lib/rayfwd")})
@@ -41,9 +48,34 @@ def warnings(config: Config) -> Iterator[str]:
         for key in ("port", "client_port"):
             if key in config.ray.model_fields_set:
                 yield f"ray.{key} is a head's: on a worker it changes nothing"
+    if config.ray.auth != "token" and (others := _who_else_logs_in()) and _asks_nothing(config):
+        yield (
+            f"{', '.join(others)} may log in on this machine, and Ray asks for no token: whoever "
+            "reaches Ray's ports runs code as its user; "
+            'set ray.auth = "token" on the head (Ray 2.52 on)'
+        )
     for directory in (config.state_dir, config.runtime_dir):
         if (fault := not_writable(directory)) is not None:
             yield fault
+
+
+def _who_else_logs_in() -> list[str]:
+    """Other people's accounts that have a shell; the first few. Of a directory service: none."""
+    found = [
+        entry.pw_name
+        for entry in pwd.getpwall()
+        if entry.pw_uid >= FIRST_PERSON
+        and entry.pw_uid not in (os.geteuid(), NOBODY)
+        and not entry.pw_shell.endswith(("/nologin", "/false", "/sync"))
+    ]
+    more = [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return found[:SHOWN] + more
+
+
+def _asks_nothing(config: Config) -> bool:
+    """As the file says or as it was decided; before the first start that is not known."""
+    kept = token.kept_auth(config.state_dir)
+    return config.ray.auth == "off" if kept is None else kept.mode != "token"
 
 
 def _key_warnings(head: HeadConfig) -> Iterator[str]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.ray.install import version_key
-from rayfwd.system.files import replace_file
+from rayfwd.system.files import read_regular, replace_file
 from rayfwd.transport.ways import Way
 
 FIRST = (2, 52)
@@ -131,7 +131,7 @@ def _chosen(env: Mapping[str, str], kept: RayAuth | None) -> str:
 def kept_auth(state_dir: Path) -> RayAuth | None:
     """What was decided, or heard from the head, before."""
     with suppress(OSError, ValueError):
-        return RayAuth.from_wire(json.loads((state_dir / RECORD).read_bytes()))
+        return RayAuth.from_wire(json.loads(read_regular(state_dir / RECORD)))
     return None
 
 
@@ -271,7 +271,7 @@ def _read(path: Path) -> str | None:
 def _written(state_dir: Path) -> str:
     """The digest of the token that we put into the user's home; empty: none."""
     with suppress(OSError, ValueError, AttributeError):
-        return str(json.loads((state_dir / RECORD).read_bytes()).get("given", ""))
+        return str(json.loads(read_regular(state_dir / RECORD)).get("given", ""))
     return ""
 
 
