@@ -476,7 +476,10 @@ async def tries(s: Site, log: Log, code: str, count: int = 4) -> None:
     assert s.link.problem.cause
     assert s.link.problem.remedy
     before = s.sshd.tries
-    await until(lambda: s.sshd.tries >= before + count, 2 * count * link_module.REDIAL_KEYS)
+    await until(
+        lambda: s.sshd.tries >= before + count,
+        2 * count * link_module.REDIAL_COUNTED[codes.SSH_AUTH_REFUSED],
+    )
     assert s.link.state == "down"
     assert len(of(log, code)) == 1, "the same again is no news"
     assert of(log, code)[0]["cause"] == s.link.problem.cause
@@ -492,7 +495,7 @@ def wrong(
             before(s)
             await tries(s, log, code)
             mend(s)
-            await s.up(seconds=2 * link_module.REDIAL_KEYS)
+            await s.up(seconds=2 * link_module.REDIAL_COUNTED[codes.SSH_AUTH_REFUSED])
             assert await works(s)
 
     with log_events() as log:
@@ -692,6 +695,45 @@ def test_a_key_that_the_head_does_not_take(tmp_path: Path) -> None:
             before=lambda _: None,
             mend=lambda _: patch.setattr(Sshd, "allows", allows),
         )
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_a_server_that_turns_away_is_asked_by_one_lane_and_seldom(
+    tmp_path: Path, parked: bool
+) -> None:
+    """As with MaxStartups: each connection is one more to a server that has too many."""
+    tries = 0
+
+    async def turn_away(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        tries += 1
+        writer.write(b"Exceeded MaxStartups\r\n")
+        writer.close()
+
+    async def main() -> None:
+        nonlocal tries
+        async with site(tmp_path) as s:
+            await s.up()
+            if not parked:
+                s.link.mux.close("begin anew")  # type: ignore[union-attr]
+            await s.sshd.stop()
+            full = await asyncio.start_server(turn_away, "127.0.0.1", s.sshd.port)
+            await until(lambda: tries)
+            await asyncio.sleep(20)
+            assert 2 <= tries <= 6
+            problem = s.link.problem
+            assert problem is not None
+            assert problem.code is codes.SSH_TURNED_AWAY
+            assert "Exceeded MaxStartups" in problem.cause
+            full.close()
+            await full.wait_closed()
+            await s.sshd.start()
+            before = s.sshd.tries
+            await s.up(seconds=15)
+            assert s.sshd.tries - before == 2
+            assert s.link.link_stats.ridden_through == (1 if parked else 0)
+
+    run(main)
 
 
 def test_a_port_where_nothing_listens(tmp_path: Path) -> None:

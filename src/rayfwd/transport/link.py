@@ -47,8 +47,9 @@ REDIAL_PARKED = 1.0
 """Seconds between attempts, at most, while streams wait for a lane."""
 REDIAL_LAST = 15.0
 """Seconds between attempts, at most, otherwise."""
-REDIAL_KEYS = 30.0
-"""Seconds between attempts, at least, with keys that were refused: servers count those, and bar."""
+REDIAL_COUNTED = {codes.SSH_AUTH_REFUSED: 30.0, codes.SSH_TURNED_AWAY: 5.0}
+"""Seconds between attempts, at least, after what servers count, and bar for: keys that were refused
+(fail2ban), connections without a login (MaxStartups, PerSourcePenalties)."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
 DIALLING_TIMEOUT = 300.0
@@ -247,6 +248,8 @@ class Link:
         self._lanes: set[LinkLane] = set()
         self._closing = False
         self._established = asyncio.Event()
+        self._standing = asyncio.Event()
+        """A lane stands: the others follow it."""
 
     @property
     def state(self) -> str:
@@ -316,7 +319,9 @@ class Link:
         while not self._closing:
             if slot is not self.slots[0]:
                 slot.heartbeat.idle()
-                await self._established.wait()  # one lane finds out whether there is a hub
+                # One lane finds out whether there is a way: the others would only find the same,
+                # and servers and firewalls count connections.
+                await self._standing.wait()
             began = asyncio.get_running_loop().time()
             slot.heartbeat.beat(DIALLING_TIMEOUT)
             try:
@@ -331,8 +336,8 @@ class Link:
             except ProblemError as exc:
                 self._set_problem(slot, exc.problem)
             seconds = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
-            if slot.problem is not None and slot.problem.code == codes.SSH_AUTH_REFUSED:
-                seconds = max(seconds, REDIAL_KEYS)
+            if slot.problem is not None:
+                seconds = max(seconds, REDIAL_COUNTED.get(slot.problem.code, 0.0))
             slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
             await asyncio.sleep(seconds)
 
@@ -438,6 +443,7 @@ class Link:
         slot.number = lane.join(self.mux, slot.lane_class)
         slot.up_since = time.time()
         slot.problem = None
+        self._standing.set()
         log.info("lane_up", lane=slot.name)
         self._owner.welcomed(welcome)
         self._owner.link_changed()
@@ -495,6 +501,7 @@ class Link:
         match event:
             case Parked():
                 assert self.mux is not None, "a session that is parked is there"
+                self._standing.clear()
                 self._carrier.close()  # a jump host may be what has gone, in silence
                 self.link_stats.parked(self.since, self.mux.now())
                 stats = self.mux.stats()
@@ -511,4 +518,5 @@ class Link:
                 self.mux = None
                 self._session = ""
                 self._established.clear()
+                self._standing.clear()
         self._owner.link_changed()
