@@ -15,7 +15,8 @@ import asyncssh
 import pytest
 
 from rayfwd import codes
-from rayfwd.config import HeadConfig
+from rayfwd.config import Config, HeadConfig
+from rayfwd.doctor.reachability import WayExamination
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.transport import dial, hops
 from rayfwd.transport import ssh as ssh_module
@@ -219,6 +220,26 @@ def test_a_jump_host_that_refuses_the_key_is_named(home: Path, tmp_path: Path) -
             problem = await fails(head, codes.SSH_AUTH_REFUSED)
             assert "the jump host bastion refuses" in problem.cause
             assert "on the jump host bastion" in problem.remedy
+
+    run(main)
+
+
+def test_the_doctor_speaks_of_the_jump_host_where_the_way_ends_there(
+    home: Path, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with servers(tmp_path, "head", "bastion") as at:
+            trust(home / ".ssh" / "known_hosts", *at.values())
+            head = jumping(home, at)
+            at["bastion"].identity.write_bytes(at["head"].identity.read_bytes())
+            config = Config(role="worker", name="w1", head=head)
+            doctor = WayExamination(config, tmp_path / "control.sock", {}, lambda _: None)
+            await doctor.way()
+            said = {row.check: (row.result, row.said) for row in doctor.rows}
+            assert said["ssh"] == ("pass", "the jump host bastion answers")
+            assert said["host_key"][1].startswith("the host key of the jump host bastion is")
+            assert said["auth"][0] == "fail"
+            assert said["channel"][0] == "skip"
 
     run(main)
 

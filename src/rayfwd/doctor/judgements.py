@@ -216,6 +216,11 @@ def judge_sshd(sshd: SshdOptions, workers: int) -> list[Problem]:
         options.get("disableforwarding", "no") == "yes"
     ):
         found.append(("AllowStreamLocalForwarding", 'workers need via = "exec" in [head]'))
+    # Both are meant for TCP, and shut the way to sockets as well (tried with OpenSSH 9.2).
+    if options.get("allowtcpforwarding", "yes") in {"no", "remote"}:
+        found.append(("AllowTcpForwarding", 'workers need via = "exec" in [head], or `local`'))
+    if options.get("permitopen", "any") != "any":
+        found.append(("PermitOpen", 'workers need via = "exec" in [head], or `any`'))
     forced = options.get("forcecommand", "none")
     if forced != "none" and not re.search(r"rayfwd['\"]? attach\b", forced):
         found.append(("ForceCommand", 'it must be `rayfwd attach`, for workers with via = "exec"'))

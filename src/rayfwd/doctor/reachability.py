@@ -76,7 +76,8 @@ class WayExamination(Examination):
         try:
             connection = await connector.connect()
         except ProblemError as exc:
-            self._stopped(exc.problem)
+            hop = connector.stopped_at
+            self._stopped(exc.problem, self._head.ssh if hop is None else hop.called)
             connector.close()
             return
         try:
@@ -108,7 +109,7 @@ class WayExamination(Examination):
         assert stopped is not None, "there is a way"
         self._head, problem = stopped
         if problem.code != codes.HUB_OLDER:
-            self._stopped(problem)
+            self._stopped(problem, self._head.ssh)
             return
         self.emit(passed("channel", self._channel_kind()))
         self.emit(warned("hub", problem))
@@ -129,13 +130,14 @@ class WayExamination(Examination):
             raise ProblemError(problem) from None
         return await hub_probe.begin(pipe, self.hello())
 
-    def _stopped(self, problem: Problem) -> None:
-        """The way ends at a stage: what was before is well, what comes after is not known."""
+    def _stopped(self, problem: Problem, target: str) -> None:
+        """The way ends at a stage of a hop: what was before is well, what comes after is not
+        known."""
         at = STAGES.index(problem.code.stage)
-        target = self._head.ssh
+        whose = "the head's host key" if target == self._head.ssh else f"the host key of {target}"
         well = {
             "ssh": f"{target} answers",
-            "host_key": "the head's host key is the one that is known",
+            "host_key": f"{whose} is the one that is known",
             "auth": f"{target} takes this machine's key",
             "channel": self._channel_kind(),
         }

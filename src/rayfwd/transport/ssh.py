@@ -61,6 +61,8 @@ class SshConnector:
         self._jumps: list[asyncssh.SSHClientConnection] = []
         """To each jump host in turn, each through the one before."""
         self._jumping = asyncio.Lock()
+        self.stopped_at: Hop | None = None
+        """Where the last attempt failed."""
         self._slow: set[str] = set()
         """Hops whose logins were said to be slow."""
 
@@ -177,6 +179,7 @@ class SshConnector:
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             if isinstance(exc, TimeoutError) and hasty and attempt.connected:
                 self._hasty_login = max(within, min(2 * within, LOGIN_TIMEOUT))
+            self.stopped_at = hop
             raise ProblemError(explain(exc, self._head, hop, attempt)) from exc
         self._took(hop, attempt.seconds)
         return made

@@ -279,8 +279,9 @@ async def look_at_socket(
             f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, and "
             f"sshd says: {reason}",
             'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding, '
-            "AllowTcpForwarding, PermitOpen (`none` shuts sockets as well) and DisableForwarding "
-            "in sshd_config, `restrict` and `no-port-forwarding` in authorized_keys",
+            "AllowTcpForwarding, PermitOpen (all but `any` shuts sockets as well) and "
+            "DisableForwarding in sshd_config, `restrict` and `no-port-forwarding` in "
+            "authorized_keys",
         )
     return absent
 
