@@ -129,9 +129,11 @@ def test_values_of_a_worker() -> None:
     assert text["rayfwd_link_parked_streams", ("head",)] > 0
     assert text["rayfwd_link_lanes", ("bulk", "head", "up")] == 0
     assert ("rayfwd_link_round_trip_seconds", ("bulk", "head")) not in text
-    (waits,) = status_of(recording("worker-parked")).conditions
+    waits, parked = status_of(recording("worker-parked")).conditions
     assert waits.blocks_ready
+    assert parked.explained_by == waits.id
     assert text["rayfwd_conditions", (waits.code.name, "note")] == 1
+    assert ("rayfwd_conditions", (parked.code.name, "note")) not in text
     assert text["rayfwd_link_cuts_total", ("head",)] == 6
     assert text["rayfwd_link_parked_seconds_total", ("head",)] == pytest.approx(5007.2 + 2 + 5)
     bucket = "rayfwd_link_ride_through_seconds_bucket"
