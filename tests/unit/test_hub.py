@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from rayfwd import codes
+from rayfwd.daemon.handover import ACCEPT_TURNS
 from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
 from rayfwd.hub.hub import MAX_UNGREETED
@@ -624,3 +625,55 @@ def test_a_second_lane_joins_the_session(tmp_path: Path) -> None:
             assert len(mux.lanes) == 3
 
     run(main)
+
+
+async def accepted(path: Path) -> socket.socket:
+    """A connection that the hub has accepted, in the turn of the loop before asyncio makes its
+    transport."""
+    late = socket.socket(socket.AF_UNIX)
+    late.connect(str(path))
+    await asyncio.sleep(0)  # to before the loop's look at its sockets
+    await asyncio.sleep(0)  # to behind it, and before the task that it began
+    late.setblocking(False)
+    return late
+
+
+class TestHandOver:
+    @pytest.mark.parametrize("by", ["hand_over", "close"])
+    def test_a_connection_that_was_accepted_just_before_is_closed(
+        self, tmp_path: Path, by: str
+    ) -> None:
+        """And not lost by asyncio, open, until it is garbage."""
+
+        async def main() -> None:
+            async with cluster(tmp_path) as c:
+                with await accepted(c.hub.path) as late:
+                    if by == "close":
+                        await c.hub.close("maintenance")
+                    else:
+                        listening = c.hub.stop_accepting()
+                        assert listening is not None
+                        listening.close()
+                        for _ in range(ACCEPT_TURNS):
+                            await asyncio.sleep(0)
+                        c.hub.hand_over()
+                    async with asyncio.timeout(5):
+                        assert await asyncio.get_running_loop().sock_recv(late, 1) == b""
+
+        run_in_real_time(main)
+
+    def test_nobody_is_answered_after_it(self, tmp_path: Path) -> None:
+        """A hub without its sessions would say that it knows none, and they would end."""
+
+        async def main() -> None:
+            async with cluster(tmp_path, "w1") as c:
+                hello = replace(c.workers["w1"].hello, resumes=True)
+                lane = await knock(c.hub.path)
+                await until(lambda: c.hub._ungreeted)
+                c.hub.hand_over()
+                assert lane.transport is not None
+                lane.transport.write(hello.encode())
+                assert await lane.answer is None, "it dials again, and finds the next process"
+                await lane.closed
+
+        run_in_real_time(main)

@@ -143,19 +143,18 @@ class Hub:
     async def close(self, why: str) -> None:
         """End every session in order and stop listening."""
         self._closing = True
-        if self._server is not None:
-            self._server.close()
+        self._accept_no_more()
         if self._inherited is not None:
             self._inherited.close()
         if self._grace is not None:
             self._grace.cancel()
             self._grace_is_over()
-        for lane in [*self._ungreeted, *self._asking]:
-            lane.close()
+        self._close_ungreeted()
         for peer in [*self.nodes.values(), *self.clients.values()]:
             if peer.mux is not None:
                 peer.mux.close(why)
         await asyncio.sleep(0)
+        self._close_server()
         if self.started:
             self.path.unlink(missing_ok=True)
         self._closed.set()
@@ -166,14 +165,26 @@ class Hub:
     # -- for a process that comes after this one -----------------------------------------
 
     def stop_accepting(self) -> socket.socket | None:
-        """The hub's socket, which goes on listening. Raises OSError."""
+        """The hub's socket, which goes on listening. Raises OSError. A connection that was accepted
+        before is there a few turns of the loop later."""
         if self._server is None:
             inherited, self._inherited = self._inherited, None
             return inherited
         sock = self._server.sockets[0].dup()
-        self._server.close()
-        self._server = None
+        self._accept_no_more()
         return sock
+
+    def _accept_no_more(self) -> None:
+        """The server stays open for what it has accepted: asyncio makes the transport a turn of the
+        loop later, and of one whose server is closed by then it loses the socket."""
+        if self._server is not None:
+            for sock in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(sock)
+
+    def _close_server(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
 
     @property
     def waiting(self) -> list[tuple[Target, SocketRelay]]:
@@ -208,8 +219,11 @@ class Hub:
     def hand_over(self) -> list[Tree]:
         """Stop, and give the sessions as they are then; nothing comes after it."""
         self._closing = True
+        self._close_server()
         if self._grace is not None:
             self._grace.cancel()
+        # Their sessions are the next process's: this one would say that it knows none.
+        self._close_ungreeted()
         trees: list[Tree] = []
         for peer in self._peers().values():
             mux, peer.mux = peer.mux, None
@@ -257,6 +271,11 @@ class Hub:
             other = splice.other.stream if splice.other is not None else None
             if other is not None and not other.must_wait:
                 splice.pass_on()
+
+    def _close_ungreeted(self) -> None:
+        """Close what is no lane, doctors' questions too."""
+        for connection in [*self._ungreeted, *self._asking]:
+            connection.close()
 
     def _grace_is_over(self) -> None:
         self._grace = None
