@@ -28,7 +28,9 @@ from rayfwd.config import Config, HeadConfig
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
+from rayfwd.session import messages
 from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
@@ -232,12 +234,9 @@ class Client:
         if (problem := self._acceptor.problem) is not None:
             self._say(f"{problem.code}: {problem}")
 
-    def message(self, message: dict[str, Any]) -> None:
-        if message.get("type") == "ray_auth":
-            try:
-                self._take_auth(message)
-            except ValueError as exc:
-                log.warning("message_malformed", cause=str(exc))
+    def message(self, message: Message) -> None:
+        if isinstance(message, messages.Auth):  # all that a client is told
+            self._take_auth(message.to_wire())
 
     @property
     def _has_token(self) -> bool:

@@ -25,6 +25,7 @@ from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Frame, Kind, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.target import Target
 from rayfwd.transport.admission import Admission
@@ -157,7 +158,7 @@ class Worker:
         self.lanes: list[SocketLane] = []
         self.welcome: Welcome | None = None
         self.changes: list[Parked | Resumed | SessionEnded] = []
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.connector = LocalConnector()
         self.listeners = Listeners(self._route, admission=admission)
         self._hub = hub
@@ -214,7 +215,7 @@ class Cluster:
         self.address = own.address
         self.connector = LocalConnector()
         self.roster = Roster(directory / "roster.json", own, NETWORK, 20000)
-        self.messages: list[tuple[str, dict[str, Any]]] = []
+        self.messages: list[tuple[str, Message]] = []
         self.offered = HubOffer(ray="2.60.0", python="3.11")
         path = directory / "hub.sock"
         self.hub = Hub(self, path, self.roster, (), NETWORK, ride_through, self.limits)
@@ -230,7 +231,7 @@ class Cluster:
     def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
         return self.connector.accept(stream, target)
 
-    def message(self, node: str, message: dict[str, Any]) -> None:
+    def message(self, node: str, message: Message) -> None:
         self.messages.append((node, message))
 
     def hub_changed(self) -> None: ...

@@ -22,6 +22,7 @@ from rayfwd.client import Client, Place, addresses
 from rayfwd.config import ConfigError, parse
 from rayfwd.hub import hub as hub_module
 from rayfwd.problems import ProblemError
+from rayfwd.session import messages
 from rayfwd.session.checks import first_question
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
@@ -216,7 +217,7 @@ def test_the_token_is_written_and_not_told(tmp_path: Path, ports: list[int]) -> 
             # As the head does it: lanes that come after it are told the same.
             auth = {"mode": "token", "token": "open"}
             s.head.offered = replace(s.head.offered, ray_auth=auth)
-            s.head.hub.tell_all({"type": "ray_auth", **auth}, True)
+            s.head.hub.tell_all(messages.Auth(**auth), True)
             await until(lambda: path.read_text() == "open\n")
 
     run(main)
@@ -295,16 +296,16 @@ class TestTheHub:
             async with cluster(tmp_path, "w1") as c:
                 client = await c.worker("w1", "c", role="client", key="k" * 32, worker_ports=0)
                 assert client.mux is not None
-                client.mux.send_message({"type": "ray", "phase": "up"})
+                client.mux.send_message(messages.Ray("up", None, None))
                 worker = c.workers["w1"]
                 assert worker.mux is not None
-                worker.mux.send_message({"type": "ray", "phase": "down"})
+                worker.mux.send_message(messages.Ray("down", None, None))
                 await until(lambda: c.messages)
-                assert c.messages == [("w1", {"type": "ray", "phase": "down"})]
-                c.hub.tell_all({"type": "cluster"})
-                c.hub.tell_all({"type": "ray_auth"}, clients=True)
+                assert c.messages == [("w1", messages.Ray("down", None, None))]
+                c.hub.tell_all(messages.Cluster({}))
+                c.hub.tell_all(messages.Auth("off", None), clients=True)
                 await until(lambda: client.messages)
-                assert client.messages == [{"type": "ray_auth"}]
+                assert client.messages == [messages.Auth("off", None)]
 
         run(main)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -18,9 +17,12 @@ from rayfwd.cli import explain
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.problems import Code, Group, ProblemError
+from rayfwd.session import messages
+from rayfwd.session.frames import MAX_MESSAGE
+from rayfwd.session.messages import MOST_SENT, TEXT_BYTES
 from rayfwd.watch import conditions, machine_watch
 from rayfwd.watch.board import Board
-from rayfwd.watch.conditions import Condition, Finding, worst
+from rayfwd.watch.conditions import Condition, Finding, node_of, worst
 from rayfwd.watch.links import LINKS_INTERVAL, SLOW_SAMPLES, THIN_SECONDS, LinkRules, LinkSeen
 from rayfwd.watch.machine_watch import MachineSeen
 from tests.unit.loops import log_events, of
@@ -395,8 +397,14 @@ def condition(code: str, severity: Any = "error", cause: str = "cause") -> Condi
     return Condition(codes.named(code).problem(cause, "remedy"), severity, "w1", 5.0, "w1")
 
 
+def over_the_wire(message: messages.Conditions) -> messages.Conditions:
+    came = messages.decode(messages.encode(message))
+    assert isinstance(came, messages.Conditions)
+    return came
+
+
 def test_conditions_go_over_the_wire() -> None:
-    message = json.loads(json.dumps(conditions.message([condition("ray_died")])))
+    message = over_the_wire(conditions.message([condition("ray_died")])[0])
     (told,) = conditions.from_message(message, None)
     problem = codes.RAY_DIED.problem("cause", "remedy")
     assert told == Finding("w1", problem, "w1", "error", confirmed=True)
@@ -424,33 +432,42 @@ def test_what_a_node_begins_with_is_told_to_nobody(head: bool) -> None:
 
 def test_too_much_to_tell_is_the_worst_of_it() -> None:
     rows = [condition("link_parked", "note", "x" * 5000)] * 200 + [condition("ray_died")]
-    message = conditions.message(rows)
-    assert len(json.dumps(message)) < 1 << 18
-    told = conditions.from_message(message, None)
+    message, left_out = conditions.message(rows)
+    assert left_out == ("all but the 50 worst", "the ends of long texts")
+    told = conditions.from_message(over_the_wire(message), None)
     assert told[0].problem.code == codes.RAY_DIED
-    assert len(told) == conditions.MOST_SENT
+    assert len(told) == MOST_SENT
+    assert conditions.message(rows[-3:-1])[1] == ("the ends of long texts",)
+    assert conditions.message(rows[-1:])[1] == ()
 
 
-ROW = {
-    "code": "x", "severity": "note", "subject": "w1", "cause": "c", "remedy": "r", "seen_by": "w1"
-}  # fmt: skip
+@pytest.mark.parametrize("character", ["x", "\u00e4", "\u65e5", "\U0001f600", "\ud83d", "\0", '"'])
+def test_whatever_is_said_is_no_message_that_is_too_long(character: str) -> None:
+    """Its length as JSON counts: a character may take twelve bytes there."""
+    text = character * 5000
+    row = Condition(codes.RAY_DIED.problem(text, text), "error", f"w1/{text}", 5.0, text)
+    message, _ = conditions.message([row] * 60)
+    assert len(messages.encode(message)) < MAX_MESSAGE
+    told = conditions.from_message(over_the_wire(message), None)
+    assert len(told) == MOST_SENT
+    for seen in told:
+        assert row.problem.cause.startswith(seen.problem.cause)  # with escapes in it
+        assert len(seen.problem.cause) >= TEXT_BYTES // 12
+        assert node_of(seen.subject) == "w1"
 
 
-def bad_messages() -> Iterable[dict[str, Any]]:
-    yield {}
-    yield {"conditions": 5}
-    yield {"conditions": [5]}
-    for key in ROW:
-        yield {"conditions": [{k: v for k, v in ROW.items() if k != key}]}
-        if key != "severity":  # another version's is taken for its code's own
-            yield {"conditions": [{**ROW, key: 5}]}
-    yield {"conditions": [{**ROW, "code": "sudo rm"}]}
-
-
-@pytest.mark.parametrize("message", list(bad_messages()))
-def test_messages_that_are_none(message: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
-        conditions.from_message(message, None)
+def test_what_is_not_told_is_said_once() -> None:
+    """In a log that would have it at each change else."""
+    board = Board(lambda: None, "w1")
+    exchange = ConditionExchange("w1", board, False)
+    with log_events() as log:
+        for number in range(3):
+            rows = [
+                Finding(f"w1/{n}", codes.RAY_DIED.problem(f"look {number}", "x")) for n in range(60)
+            ]
+            board.put_all("a", rows)
+            assert exchange.message() is not None
+    assert [entry["left_out"] for entry in of(log, "message_cut")] == ["all but the 50 worst"]
 
 
 # -- links

@@ -22,6 +22,7 @@ from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
 from rayfwd.hub.hub import MAX_UNGREETED
 from rayfwd.problems import ProblemError
+from rayfwd.session import messages
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
@@ -84,7 +85,8 @@ def test_a_worker_is_welcomed_with_the_plan(tmp_path: Path) -> None:
             assert (welcome.ray, welcome.python) == ("2.60.0", "3.11")
             await until(lambda: c.workers["w1"].messages)
             told = c.workers["w1"].messages[0]
-            assert [n["name"] for n in told["nodes"]] == ["head", "w1", "w2"]
+            assert isinstance(told, messages.Nodes)
+            assert [n["name"] for n in told.nodes] == ["head", "w1", "w2"]
             assert c.hub.nodes["w1"].state == "up"
             assert await works(c, "w1")
 
@@ -96,11 +98,12 @@ def test_messages_pass_both_ways(tmp_path: Path) -> None:
         async with cluster(tmp_path, "w1") as c:
             worker = c.workers["w1"]
             assert worker.mux is not None
-            worker.mux.send_message({"type": "ray", "n": 1})
-            c.hub.tell_all({"type": "cluster", "text": "ä" * 70_000})
+            said, told = messages.Ray("up", None, "3.11"), messages.Cluster({"x": "ä" * 70_000})
+            worker.mux.send_message(said)
+            c.hub.tell_all(told)
             await until(lambda: c.messages and worker.messages)
-            assert c.messages == [("w1", {"type": "ray", "n": 1})]
-            assert worker.messages == [{"type": "cluster", "text": "ä" * 70_000}]
+            assert c.messages == [("w1", said)]
+            assert worker.messages == [told]
 
     run(main)
 
@@ -109,12 +112,12 @@ def test_a_message_that_is_too_long_is_left_out_and_said(tmp_path: Path) -> None
     async def main() -> None:
         async with cluster(tmp_path, "w1") as c:
             with log_events() as log:
-                c.hub.tell_all({"type": "cluster", "text": "\U0001f4a5" * 90_000})
-                c.hub.tell_all({"type": "cluster", "text": "short"})
+                c.hub.tell_all(messages.Cluster({"text": "\U0001f4a5" * 90_000}))
+                c.hub.tell_all(messages.Cluster({"text": "short"}))
                 await until(lambda: c.workers["w1"].messages)
             (said,) = of(log, "message_too_long")
             assert (said["type"], said["most"]) == ("cluster", 1 << 20)
-            assert c.workers["w1"].messages[-1] == {"type": "cluster", "text": "short"}
+            assert c.workers["w1"].messages == [messages.Cluster({"text": "short"})]
 
     run(main)
 
@@ -123,11 +126,11 @@ def test_bytes_right_behind_the_hello_are_the_sessions(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster(tmp_path) as c:
             hello = hello_of("w1").encode()
-            body = json.dumps({"a": "b"}).encode()
+            body = json.dumps({"type": "ray", "phase": "up"}).encode()
             message = len(body).to_bytes(4, "big") + body
             lane = await knock(c.hub.path, hello + encode(Kind.DATA, 0, 0, message))
             await until(lambda: c.messages)
-            assert c.messages == [("w1", {"a": "b"})]
+            assert c.messages == [("w1", messages.Ray("up", None, None))]
             lane.close()
             await lane.closed
 
@@ -149,7 +152,7 @@ def test_a_farewell_is_heard_where_a_write_meets_the_closed_socket_first(tmp_pat
                 os.close(raw)
                 writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
                 # No turn of the loop since: nothing of it is read yet.
-                c.hub.tell_all({"type": "cluster", "report": {}})
+                c.hub.tell_all(messages.Cluster({}))
                 await until(lambda: c.hub.nodes["w1"].state == "down")
             assert [e["cause"] for e in of(log, "session_ended")] == ["the worker stops"]
             assert of(log, "lane_lost") == []
@@ -498,7 +501,9 @@ class TestSessions:
                 assert not c.hub.forget("w1")
                 await until(lambda: c.workers["w1"].changes)
                 await until(lambda: c.workers["w2"].messages)
-                assert [n["name"] for n in c.workers["w2"].messages[-1]["nodes"]] == ["head", "w2"]
+                told = c.workers["w2"].messages[-1]
+                assert isinstance(told, messages.Nodes)
+                assert [n["name"] for n in told.nodes] == ["head", "w2"]
                 answer = await answer_to(c.hub.path, hello_of("w9").encode())
                 assert isinstance(answer, Welcome)
                 assert answer.node["address"] == was

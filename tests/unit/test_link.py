@@ -21,6 +21,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Target
 from rayfwd.transport import dial
@@ -52,7 +53,7 @@ class Site:
         self.sshd = Sshd(directory)
         self.head = Cluster(directory, ride_through=ride_through)
         self.welcomes: list[Welcome] = []
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.connector = LocalConnector()
         self.listeners = Listeners(self._route)
         self._fields = fields
@@ -131,7 +132,7 @@ class Site:
     def welcomed(self, welcome: Welcome) -> None:
         self.welcomes.append(welcome)
 
-    def message(self, message: dict[str, Any]) -> None:
+    def message(self, message: Message) -> None:
         self.messages.append(message)
 
     def link_changed(self) -> None: ...
@@ -188,8 +189,8 @@ def test_a_link_stands_carries_and_ends_in_order(tmp_path: Path) -> None:
             assert s.link.problem is None
             assert {slot.name for slot in s.link.slots} == {"interactive", "bulk-1"}
             assert s.welcomes[0].node["name"] == "w1"
-            s.head.hub.tell_all({"type": "x"})
-            await until(lambda: {"type": "x"} in s.messages)
+            s.head.hub.tell_all(HeadRay("up"))
+            await until(lambda: HeadRay("up") in s.messages)
             assert await works(s)
             await s.link.close("bye")
             await until(lambda: s.head.hub.nodes["w1"].state == "down")

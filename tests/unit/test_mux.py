@@ -15,6 +15,7 @@ from rayfwd.session import lane as lane_module
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Chunk, FrameDecoder, Kind, encode
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 from rayfwd.transport import mux as mux_module
@@ -59,7 +60,7 @@ class End:
 
     def __init__(self, side: Literal["worker", "hub"], limits: Limits, ride_through: float) -> None:
         session = Session(side, ride_through, limits, asyncio.get_running_loop().time())
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.changes: list[Parked | Resumed | SessionEnded] = []
         self.accepted: list[Owner] = []
         self.refuses = False
@@ -373,9 +374,9 @@ def test_a_message_that_is_no_object_is_left_out(text: bytes) -> None:
     async def main() -> None:
         async with pair(INTERACTIVE) as p:
             p.hub.mux.session.send_message(text)
-            p.hub.mux.send_message({"good": True})
+            p.hub.mux.send_message(HeadRay("up"))
             await until(lambda: p.worker.messages)
-            assert p.worker.messages == [{"good": True}]
+            assert p.worker.messages == [HeadRay("up")]
 
     with log_events() as log:
         run(main)
@@ -395,7 +396,7 @@ def test_closing_ends_both_sides_and_their_lanes() -> None:
                 for lane in end.lanes:
                     await lane.closed
                 assert end.mux.lanes == {}
-                end.mux.send_message({"too": "late"})
+                end.mux.send_message(HeadRay("too late"))
                 end.mux.close("again")
 
     run(main)

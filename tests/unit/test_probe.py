@@ -14,6 +14,8 @@ from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.advertise import AdvertiseCheck, DialBack
 from rayfwd.problems import ProblemError
+from rayfwd.session import messages
+from rayfwd.session.messages import Message
 from tests.unit.cluster import free_place
 from tests.unit.loops import run
 
@@ -160,7 +162,7 @@ def test_what_is_said_of_a_self_dial() -> None:
 def test_a_large_block_is_dialled_in_part() -> None:
     plan = NodePlan("w", "worker", "203.0.113.7", 20046, 5000, advertised=True)
     ports = probe.sample(plan)
-    assert len(ports) == probe.MOST_PORTS
+    assert len(ports) == messages.MOST_PORTS
     assert set(plan.services.values()) <= set(ports) <= set(plan.ports)
     assert {plan.first_worker_port, plan.last_worker_port} <= set(ports)
 
@@ -170,21 +172,22 @@ class Ends:
 
     def __init__(self, plan: NodePlan, can: bool = True, answers: bool = True) -> None:
         self.plan = plan
-        self.heard: list[dict[str, Any]] = []
+        self.heard: list[Message] = []
         self.dial_back = DialBack()
         self.answers = answers
         features = frozenset({"dial_back"}) if can else frozenset[str]()
         self.check = AdvertiseCheck(self.to_head, lambda: features)
 
-    def to_head(self, message: dict[str, Any]) -> bool:
+    def to_head(self, message: Message) -> bool:
         self.heard.append(message)
-        if message["type"] == "dial_back" and self.answers:
+        if isinstance(message, messages.DialBack) and self.answers:
             self.dial_back.asked(self.plan, message, self.to_worker)
         return True
 
-    def to_worker(self, message: dict[str, Any]) -> bool:
-        results = {str(port): outcome for port, outcome in message["results"].items()}  # as JSON
-        self.check.answered({**message, "results": results})
+    def to_worker(self, message: Message) -> bool:
+        came = messages.decode(messages.encode(message))
+        assert isinstance(came, messages.DialledBack)
+        self.check.answered(came)
         return True
 
 
@@ -197,7 +200,7 @@ def test_the_check_end_to_end() -> None:
     async def body() -> None:
         ends = Ends(here())
         await ends.check.run(ends.plan)
-        assert [message["type"] for message in ends.heard] == ["dial_back"]
+        assert [message.TYPE for message in ends.heard] == ["dial_back"]
         await ends.dial_back.close()
 
     run(body)
@@ -255,14 +258,14 @@ def bad_requests() -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("request_", list(bad_requests()))
 def test_a_head_dials_nothing_but_the_nodes_own_ports(request_: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="dial_back"):
-        DialBack().asked(PLAN, request_, lambda message: True)
+    with pytest.raises(ValueError):
+        DialBack().asked(PLAN, messages.DialBack.from_wire(request_), lambda message: True)
 
 
 def test_a_head_dials_no_node_that_is_reached_through_the_link() -> None:
     plan = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
     with pytest.raises(ValueError, match="advertises"):
-        DialBack().asked(plan, GOOD, lambda message: True)
+        DialBack().asked(plan, messages.DialBack.from_wire(GOOD), lambda message: True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ from rayfwd.config import LogConfig
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.problems import ProblemError
+from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.ray.nodes import NodeSeen
+from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.target import Target
 from rayfwd.system import logs
 from rayfwd.transport import link as link_module
@@ -230,6 +233,75 @@ def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
             assert codes.NAME_TAKEN in shown
             assert s.head.runtime.health.state() == "ready"
             await s.workers["w1"].ready()
+
+    run(main)
+
+
+def test_a_thousand_dead_nodes_end_no_daemon(tmp_path: Path) -> None:
+    """Their table is longer than a message may be; who lives is told of, and that is said once."""
+    names = {f"custom_resource_{number:02d}": 1.0 for number in range(24)}
+    names |= {"CPU": 8.0, "GPU": 1.0, "memory": 22174260992.0, "accelerator_type:A100": 1.0}
+    lost = "Unexpected termination: health check failed due to missing too many heartbeats"
+    rows = [NodeSeen("0" * 56, "127.77.0.1", True, "ALIVE", names)]
+    rows += [
+        NodeSeen(f"{number:056x}", "127.77.0.2", False, "DEAD", names, 5.0, 5.0 + number, lost * 2)
+        for number in range(1, 1001)
+    ]
+    report = ClusterReport(5.0, {"CPU": (0.0, 8.0)}, tuple(rows))
+    assert len(json.dumps(report.to_wire())) > MAX_MESSAGE
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            with log_events() as log:
+                for _ in range(3):
+                    head.head.reported(report)
+                await until(lambda: w1.worker.cluster)
+            heard = w1.worker.cluster
+            assert heard is not None
+            assert heard.nodes == (rows[0], *rows[-100:])
+            assert head.head.cluster == report, "the head's own status has all"
+            (said,) = of(log, "message_cut")
+            assert said["left_out"] == "dead nodes but the last 100"
+            assert of(log, "message_too_long") == []
+
+    run(main)
+
+
+def test_conditions_in_any_script_end_no_daemon(tmp_path: Path) -> None:
+    """A worker says what is no longer than a message may be, and would be longer as the head
+    passes it on; the others hear of all of it."""
+    text = "\U0001f600" * 2000
+    rows = [
+        {
+            "code": "ray_died",
+            "severity": "error",
+            "subject": f"w1/{number}",
+            "cause": text,
+            "remedy": text,
+            "seen_by": "w1",
+        }
+        for number in range(30)
+    ]
+    said = json.dumps({"type": "conditions", "conditions": rows}, ensure_ascii=False).encode()
+    assert len(said) < MAX_MESSAGE < len(json.dumps(rows))
+
+    def of_w1(daemon: Daemon) -> set[str]:
+        return {c.subject for c in daemon.role.node.board.conditions if c.code == codes.RAY_DIED}
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            mux = s.workers["w1"].role.muxes()["head"]
+            with log_events() as log:
+                mux.session.send_message(said)
+                mux.flush()
+                wanted = {row["subject"] for row in rows}
+                await until(lambda: of_w1(s.head) == of_w1(s.workers["w2"]) == wanted)
+            assert not s.head.over
+            assert "the ends of long texts" in [e["left_out"] for e in of(log, "message_cut")]
+            assert of(log, "message_too_long") == []
 
     run(main)
 

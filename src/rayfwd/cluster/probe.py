@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
-import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -19,15 +18,11 @@ from typing import Any, cast
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
+from rayfwd.session.messages import MOST_PORTS, read_dial
 from rayfwd.system.tcp import cut
 
 PATIENCE = 3.0
 """Seconds for a connection and its first bytes: enough for two further SYNs after a lost one."""
-
-MOST_PORTS = 200
-"""Ports of a block that are dialled; of a larger block so many, spread evenly."""
-
-NONCE = re.compile(r"[0-9a-f]{32}")
 
 ANSWERED, REFUSED, DROPPED, UNROUTABLE, STRANGER, RESET, SILENT = (
     "answered",
@@ -62,7 +57,8 @@ _PURPOSES = {
 
 
 def sample(plan: NodePlan) -> list[int]:
-    """The ports of the node's block that are dialled: all, or in a large block some of each end."""
+    """The ports of the node's block that are dialled: all, or of a large block `MOST_PORTS`, spread
+    evenly."""
     services = [port for name, port in plan.services.items() if name not in plan.head_services]
     workers = range(plan.first_worker_port, plan.last_worker_port + 1)
     room = MOST_PORTS - len(services)
@@ -77,15 +73,15 @@ def read_request(plan: NodePlan, message: Mapping[str, Any]) -> tuple[list[int],
 
     Only ports that the plan gives to that very node, at the address that it advertises.
     """
-    ports, nonce = message.get("ports"), message.get("nonce")
-    if not isinstance(nonce, str) or not NONCE.fullmatch(nonce):
-        raise ValueError("dial_back: nonce must be 32 hexadecimal digits")
-    if not isinstance(ports, list) or not 0 < len(ports) <= MOST_PORTS:
-        raise ValueError(f"dial_back: ports must be 1 to {MOST_PORTS} numbers")
-    own = set(plan.ports)
-    if not plan.advertised or not all(type(port) is int and port in own for port in ports):
-        raise ValueError(f"dial_back: not ports that {plan.name} advertises")
-    return ports, nonce
+    ports, nonce = read_dial(message)
+    check_ports(plan, ports)
+    return list(ports), nonce
+
+
+def check_ports(plan: NodePlan, ports: Iterable[int]) -> None:
+    """Raises ValueError unless the node has these ports at an address that it advertises."""
+    if not plan.advertised or not set(plan.ports).issuperset(ports):
+        raise ValueError(f"not ports that {plan.name} advertises")
 
 
 async def dial(address: str, port: int, nonce: str) -> str:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from typing import Any
 
 from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.session import messages
+from rayfwd.session.messages import Message
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -26,7 +27,7 @@ FEATURE = "dial_back"
 ANSWER_WAIT = 6.0
 """Seconds that a worker waits for the hub's results: its patience, and the link's way."""
 
-Send = Callable[[dict[str, Any]], bool]
+Send = Callable[[Message], bool]
 """Sends a control message; False: there is no session."""
 
 
@@ -37,7 +38,7 @@ class AdvertiseCheck:
         self._send = send
         self._hub_features = hub_features
         self._asked = 0
-        self._answer: asyncio.Future[Any] | None = None
+        self._answer: asyncio.Future[Mapping[int, str]] | None = None
 
     async def run(self, own: NodePlan) -> None:
         """Raises ProblemError where the address cannot be reached."""
@@ -73,9 +74,8 @@ class AdvertiseCheck:
     async def _dial_back(self, ports: list[int], nonce: str) -> dict[int, str] | None:
         self._asked += 1
         self._answer = asyncio.get_running_loop().create_future()
-        message = {"type": "dial_back", "id": self._asked, "ports": ports, "nonce": nonce}
         try:
-            if not self._send(message):
+            if not self._send(messages.DialBack(self._asked, tuple(ports), nonce)):
                 return None
             async with asyncio.timeout(ANSWER_WAIT):
                 return probe.read_results(await self._answer, ports)
@@ -87,11 +87,11 @@ class AdvertiseCheck:
         finally:
             self._answer = None
 
-    def answered(self, message: dict[str, Any]) -> None:
-        """The hub's `dialled_back`."""
+    def answered(self, message: messages.DialledBack) -> None:
+        """The hub has dialled."""
         answer = self._answer
-        if answer is not None and not answer.done() and message.get("id") == self._asked:
-            answer.set_result(message.get("results"))
+        if answer is not None and not answer.done() and message.id == self._asked:
+            answer.set_result(message.results)
 
 
 class DialBack:
@@ -100,25 +100,20 @@ class DialBack:
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def asked(self, plan: NodePlan, message: dict[str, Any], send: Send) -> None:
-        """A worker's `dial_back`. Raises ValueError where it is not as protocol.md has it.
+    def asked(self, plan: NodePlan, message: messages.DialBack, send: Send) -> None:
+        """A worker asks to be dialled. Raises ValueError where it asks for more than its own.
 
         Only the address and the ports that the plan gives to that very node are dialled.
         """
-        number = message.get("id")
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 1 << 53:
-            raise ValueError("dial_back: id must be a number")
-        ports, nonce = probe.read_request(plan, message)
+        probe.check_ports(plan, message.ports)
         self.forget(plan.name)
         self._tasks[plan.name] = asyncio.create_task(
-            self._dial(plan.address, number, ports, nonce, send), name=f"dial back {plan.name}"
+            self._dial(plan.address, message, send), name=f"dial back {plan.name}"
         )
 
-    async def _dial(
-        self, address: str, number: int, ports: list[int], nonce: str, send: Send
-    ) -> None:
-        results = await probe.dial_all(address, ports, nonce)
-        send({"type": "dialled_back", "id": number, "results": results})
+    async def _dial(self, address: str, message: messages.DialBack, send: Send) -> None:
+        results = await probe.dial_all(address, message.ports, message.nonce)
+        send(messages.DialledBack(message.id, results))
 
     def forget(self, name: str) -> None:
         """End the node's attempt, if there is one."""

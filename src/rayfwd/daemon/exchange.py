@@ -5,9 +5,8 @@ No loop and no socket: `message` gives what is to be sent, `heard` takes what ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from rayfwd.daemon.cuts import Cuts
+from rayfwd.session.messages import Conditions
 from rayfwd.watch import conditions
 from rayfwd.watch.board import Board
 from rayfwd.watch.conditions import Finding, node_of
@@ -17,15 +16,16 @@ class ConditionExchange:
     """Of the node named `own`. `speaks_for_all`: it is the head."""
 
     def __init__(self, own: str, board: Board, speaks_for_all: bool) -> None:
-        self.told: dict[str, Any] | None = None
+        self.told: Conditions | None = None
         """The last message to the others."""
         self._own = own
         self._board = board
         self._speaks_for_all = speaks_for_all
+        self._cuts = Cuts()
 
-    def message(self) -> dict[str, Any] | None:
+    def message(self) -> Conditions | None:
         """What the others are told of; None: they know already."""
-        told = conditions.message(
+        told, left_out = conditions.message(
             c
             for c in self._board.conditions
             if not c.code.untold
@@ -34,6 +34,7 @@ class ConditionExchange:
                 or (c.seen_by == self._own and not c.code.both_ends and c.severity != "note")
             )
         )
+        self._cuts.say(told, left_out)
         if told == self.told:
             return None
         self.told = told
@@ -43,8 +44,8 @@ class ConditionExchange:
         """Somebody is there who has heard nothing yet."""
         self.told = None
 
-    def heard(self, message: Mapping[str, Any], node: str) -> None:
-        """What another node tells; the head tells of all. Raises ValueError."""
+    def heard(self, message: Conditions, node: str) -> None:
+        """What another node tells; the head tells of all."""
         own, board = self._own, self._board
         told = conditions.from_message(message, node if self._speaks_for_all else None)
         news = [

@@ -33,9 +33,6 @@ from rayfwd.transport.relay import Held, SocketRelay
 
 log = get_logger(__name__)
 
-SAY_AGAIN = {"type": "say_again"}
-"""A control message: whoever sends it was restarted, and knows no more what it had been told."""
-
 RESET = "nothing: the streams are reset once, and all heals by itself"
 KEEP_SECONDS = 10
 """Seconds that the service manager may take to store a descriptor: as long as it is busy."""

@@ -15,7 +15,8 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
-from rayfwd.daemon.handover import SAY_AGAIN, Arrival
+from rayfwd.daemon.cuts import Cuts
+from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
@@ -36,6 +37,8 @@ from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
+from rayfwd.session import messages
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Target
@@ -83,6 +86,15 @@ class HeadRole:
         """The session in which a worker was last told of all conditions."""
         self._told_versions: tuple[str | None, str | None] = (None, None)
         self._told_phase = ""
+        self._cuts = Cuts()
+        self._handlers = (
+            messages.Handlers[[str]]()
+            .on(messages.Ray, self._hear_ray)
+            .on(messages.Conditions, self._hear_conditions)
+            .on(messages.DialBack, self._hear_dial_back)
+            .on(messages.SayAgain, self._hear_say_again)
+        )
+        """What a worker says, and its name."""
         self._node = node = Node(config, self, view, makers)
         self._hub = Hub(
             self,
@@ -170,7 +182,8 @@ class HeadRole:
     def _set_auth(self, auth: RayAuth) -> None:
         if auth != self.view.auth:
             self._node.set_view(replace(self.view, auth=auth))
-            self._hub.tell_all({"type": "ray_auth", **auth.to_wire()}, clients=True)
+            told = messages.Auth(auth.mode, auth.token or None)
+            self._hub.tell_all(told, clients=True)
             log.info("ray_auth_settled", mode=auth.mode)
 
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
@@ -214,7 +227,7 @@ class HeadRole:
     def take_over(self, tree: Tree) -> None:
         for each in tree["nodes"]:
             try:
-                self._hub.take_over(each).send_message(SAY_AGAIN)
+                self._hub.take_over(each).send_message(messages.SayAgain())
             except SnapshotError as exc:
                 log.error("handover_refused", cause=str(exc), remedy=handover.RESET)
 
@@ -296,7 +309,7 @@ class HeadRole:
     def changed(self) -> None:
         if self._versions() != self._told_versions:
             self._told_versions = ray, python = self._versions()
-            self._hub.tell_all({"type": "head_versions", "ray": ray, "python": python})
+            self._hub.tell_all(messages.HeadVersions(ray, python))
         if self._node.ray.state.phase != self._told_phase:
             self._told_phase = self._node.ray.state.phase
             self._hub.tell_all(self._phase_message())
@@ -310,7 +323,9 @@ class HeadRole:
 
     def _tell_report(self) -> None:
         if self._cluster is not None:
-            self._hub.tell_all({"type": "cluster", "report": self._cluster.to_wire()})
+            message, left_out = self._cluster.message()
+            self._cuts.say(message, left_out)
+            self._hub.tell_all(message)
 
     def _tell_newcomers(self) -> None:
         """A worker with a new session has heard nothing yet."""
@@ -323,50 +338,45 @@ class HeadRole:
                     if told is not None:
                         node.mux.send_message(told)
 
-    def _phase_message(self) -> dict[str, Any]:
+    def _phase_message(self) -> Message:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
-        return {"type": "head_ray", "phase": self._node.ray.state.phase}
+        return messages.HeadRay(self._node.ray.state.phase)
 
     # -- what the workers say ------------------------------------------------------------
 
-    def message(self, node: str, message: dict[str, Any]) -> None:
-        """A worker says how its Ray is, or asks to be dialled; the rest is for a later version."""
-        try:
-            self._message_of_check(node, message)
-            if message.get("type") == "conditions":
-                self._node.exchange.heard(message, node)
-        except ValueError as exc:
-            log.warning("message_malformed", node=node, cause=str(exc))
-        if message.get("type") == "say_again":
-            self._say_again(node)
-        if message.get("type") == "ray":
-            self._workers_ray[node] = RayOfWorker(
-                state=_short(message.get("phase")),
-                version=_short(message.get("version")),
-                python=_short(message.get("python")),
-            )
-            self._look_for_interruptions()
-            self._cluster_watch.scan_soon()
-            self.changed()
+    def message(self, node: str, message: Message) -> None:
+        self._handlers(message, node)
 
-    def _say_again(self, name: str) -> None:
+    def _hear_ray(self, message: messages.Ray, node: str) -> None:
+        """How a worker's Ray is."""
+        self._workers_ray[node] = RayOfWorker(
+            state=message.phase, version=message.version, python=message.python
+        )
+        self._look_for_interruptions()
+        self._cluster_watch.scan_soon()
+        self.changed()
+
+    def _hear_conditions(self, message: messages.Conditions, node: str) -> None:
+        self._node.exchange.heard(message, node)
+
+    def _hear_say_again(self, _: messages.SayAgain, name: str) -> None:
         """A worker was restarted, and has kept its session."""
         self._heard.pop(name, None)
         self._tell_newcomers()
         self._tell_report()
 
-    def _message_of_check(self, name: str, message: dict[str, Any]) -> None:
+    def _hear_dial_back(self, message: messages.DialBack, name: str) -> None:
+        """Raises ValueError where it asks for more than its own."""
         node = self._hub.nodes.get(name)
         if node is None or node.mux is None:
             return
         mux = node.mux
 
-        def send(answer: dict[str, Any]) -> bool:
+        def send(answer: Message) -> bool:
             mux.send_message(answer)
             return not mux.ended
 
-        if message.get("type") == "dial_back":
-            self._dial_back.asked(node.plan, message, send)
+        self._dial_back.asked(node.plan, message, send)
 
     # -- as the node's owner -------------------------------------------------------------
 
@@ -444,7 +454,3 @@ class HeadRole:
             bytes=volume_of(links),
             roster=roster_rows(self.view.nodes, states, self._node.listeners),
         )
-
-
-def _short(value: Any) -> str | None:
-    return None if value is None else str(value)[:64]

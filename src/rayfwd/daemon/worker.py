@@ -15,7 +15,7 @@ from rayfwd import __version__, codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
-from rayfwd.daemon.handover import SAY_AGAIN, Arrival
+from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.metrics import HEAD
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -35,8 +35,10 @@ from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
+from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
 from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
@@ -72,11 +74,23 @@ class WorkerRole:
         self._key = node_key(config.state_dir / "node.key")
         self._kept_plan = b""
         self._cluster: ClusterReport | None = None
-        self._told_ray: dict[str, Any] | None = None
+        self._told_ray: messages.Ray | None = None
         self._head_ray: str | None = None
         """Phase of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
         self._advertise = AdvertiseCheck(self._send, lambda: self._hub_features)
+        self._handlers = (
+            messages.Handlers[[]]()
+            .on(messages.Nodes, self._hear_nodes)
+            .on(messages.HeadVersions, self._hear_versions)
+            .on(messages.HeadRay, self._hear_head_ray)
+            .on(messages.Auth, self._hear_auth)
+            .on(messages.Conditions, self._hear_conditions)
+            .on(messages.Cluster, self._hear_cluster)
+            .on(messages.DialledBack, self._advertise.answered)
+            .on(messages.SayAgain, self._hear_say_again)
+        )
+        """What the hub says."""
         view = ClusterView(config.hub.network, config.ride_through)
         self._node = Node(config, self, view, makers)
         self._link = Link(self, config.head, makers.carrier(config.head), Limits())
@@ -159,7 +173,7 @@ class WorkerRole:
             except ProtocolError as exc:
                 raise SnapshotError(str(exc)) from exc
         if link is not None:
-            self._link.take_over(link).send_message(SAY_AGAIN)
+            self._link.take_over(link).send_message(messages.SayAgain())
         self.link_changed()
 
     def take_over_splices(self, tree: Tree) -> None: ...
@@ -227,37 +241,41 @@ class WorkerRole:
         except OSError as exc:
             log.warning("plan_not_kept", cause=str(exc))
 
-    def message(self, message: dict[str, Any]) -> None:
-        view = self._node.view
-        try:
-            match message.get("type"):
-                case "nodes":
-                    nodes = tuple(NodePlan.from_wire(n) for n in message["nodes"])
-                    self._set_view(replace(view, nodes=nodes))
-                case "head_versions":
-                    if message["ray"] and message["python"]:
-                        versions = Versions(str(message["ray"]), str(message["python"]))
-                        self._set_view(replace(view, head_versions=versions))
-                case "head_ray":
-                    self._head_ray = str(message["phase"])[:64]
-                    self._let_ray_start()
-                    self.changed()
-                case "ray_auth":
-                    self._set_view(replace(view, auth=self._taken_auth(message)))
-                case "say_again":
-                    self._told_ray = None
-                    self._node.exchange.forget_told()
-                    self.changed()
-                    self._tell_conditions()
-                case "dialled_back":
-                    self._advertise.answered(message)
-                case "conditions":
-                    self._node.exchange.heard(message, HEAD)
-                case "cluster":
-                    self._cluster = ClusterReport.from_wire(message["report"])
-                    self.changed()
-        except (KeyError, TypeError, ValueError) as exc:
-            log.warning("message_malformed", cause=repr(exc))
+    def message(self, message: Message) -> None:
+        self._handlers(message)
+
+    def _hear_nodes(self, message: messages.Nodes) -> None:
+        """Raises ValueError, as those below do, and nothing has changed then."""
+        nodes = tuple(map(NodePlan.from_wire, message.nodes))
+        self._set_view(replace(self._node.view, nodes=nodes))
+
+    def _hear_versions(self, message: messages.HeadVersions) -> None:
+        if message.ray and message.python:
+            versions = Versions(message.ray, message.python)
+            self._set_view(replace(self._node.view, head_versions=versions))
+
+    def _hear_head_ray(self, message: messages.HeadRay) -> None:
+        self._head_ray = message.phase
+        self._let_ray_start()
+        self.changed()
+
+    def _hear_auth(self, message: messages.Auth) -> None:
+        auth = self._taken_auth(message.to_wire())
+        self._set_view(replace(self._node.view, auth=auth))
+
+    def _hear_conditions(self, message: messages.Conditions) -> None:
+        self._node.exchange.heard(message, HEAD)
+
+    def _hear_cluster(self, message: messages.Cluster) -> None:
+        self._cluster = ClusterReport.from_wire(message.report)
+        self.changed()
+
+    def _hear_say_again(self, _: messages.SayAgain) -> None:
+        """The head was restarted, and has kept the session."""
+        self._told_ray = None
+        self._node.exchange.forget_told()
+        self.changed()
+        self._tell_conditions()
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
         try:
@@ -345,7 +363,7 @@ class WorkerRole:
 
     # -- what the head is told -----------------------------------------------------------
 
-    def _send(self, message: dict[str, Any]) -> bool:
+    def _send(self, message: Message) -> bool:
         mux = self._link.mux
         if mux is None or mux.ended:
             return False
@@ -370,12 +388,12 @@ class WorkerRole:
     def _tell_head_of_ray(self) -> None:
         """How our Ray is, for the head's status."""
         mux, ray = self._link.mux, self._node.ray.state
-        told = {
-            "type": "ray",
-            "phase": ray.phase,
-            "version": ray.versions.ray if ray.versions else None,
-            "python": ray.versions.python if ray.versions else None,
-        }
+        versions = ray.versions
+        told = messages.Ray(
+            ray.phase,
+            versions.ray if versions else None,
+            versions.python if versions else None,
+        )
         if mux is not None and told != self._told_ray:
             self._told_ray = told
             mux.send_message(told)

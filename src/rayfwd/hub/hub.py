@@ -19,9 +19,11 @@ from rayfwd.hub.refusals import Refusals
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
 from rayfwd.hub.stream_relay import StreamRelay
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.session import messages
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
@@ -71,8 +73,8 @@ class HubOwner(Protocol):
     def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
         """Take a stream to the head itself, or reset it and return None."""
 
-    def message(self, node: str, message: dict[str, Any]) -> None:
-        """A worker's control message."""
+    def message(self, node: str, message: Message) -> None:
+        """A worker's control message. Raises ValueError where what it says is none."""
 
     def hub_changed(self) -> None:
         """A node came, went or changed."""
@@ -439,7 +441,7 @@ class Hub:
             )
         node.plan = plan
         if self._roster.plans() != before:
-            self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
+            self._tell_plans()
         return node
 
     def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Problem | None:
@@ -594,16 +596,20 @@ class Hub:
 
     # -- messages ------------------------------------------------------------------------
 
-    def _heard(self, peer: HubNode | HubClient, message: dict[str, Any]) -> None:
+    def _heard(self, peer: HubNode | HubClient, message: Message) -> None:
         """Clients have nothing to say."""
         if isinstance(peer, HubNode):
             self._owner.message(peer.name, message)
 
-    def tell_all(self, message: dict[str, Any], clients: bool = False) -> None:
+    def tell_all(self, message: Message, clients: bool = False) -> None:
         """Send a message to every worker that has a session, and to clients if so said."""
         for peer in [*self.nodes.values(), *(self.clients.values() if clients else ())]:
             if peer.mux is not None:
                 peer.mux.send_message(message)
+
+    def _tell_plans(self) -> None:
+        """Every worker knows the plan of every node."""
+        self.tell_all(messages.Nodes(tuple(plan.to_wire() for plan in self._roster.plans())))
 
     def forget(self, name: str) -> bool:
         """Drop a node from the roster and end its session. False if there is none."""
@@ -612,7 +618,7 @@ class Hub:
         node = self.nodes.pop(name, None)
         if node is not None and node.mux is not None:
             node.mux.close("the node was forgotten on the head")
-        self.tell_all({"type": "nodes", "nodes": [p.to_wire() for p in self._roster.plans()]})
+        self._tell_plans()
         log.info("node_forgotten", node=name)
         self._owner.hub_changed()
         return True

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
@@ -25,6 +25,7 @@ from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, ProtocolError, close_frame, first_frame
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.system.backoff import Backoff
@@ -83,8 +84,8 @@ class LinkOwner(Protocol):
     def welcomed(self, welcome: Welcome) -> None:
         """A lane stands; the plan as it is now."""
 
-    def message(self, message: dict[str, Any]) -> None:
-        """A control message of the hub's."""
+    def message(self, message: Message) -> None:
+        """A control message of the hub's. Raises ValueError where what it says is none."""
 
     def link_changed(self) -> None:
         """State or problem of the link are others."""

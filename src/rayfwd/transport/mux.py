@@ -7,12 +7,12 @@ owns the lanes' transports and tells it when one is gone.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from rayfwd.session import messages
 from rayfwd.session.events import (
     DataReceived,
     EndReceived,
@@ -31,6 +31,7 @@ from rayfwd.session.events import (
 )
 from rayfwd.session.frames import MAX_MESSAGE, Chunk, ProtocolError
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.messages import Message
 from rayfwd.session.numbers import CONTROL_STREAM
 from rayfwd.session.session import Session
 from rayfwd.session.snapshot import Tree
@@ -153,17 +154,19 @@ class Mux:
         self,
         session: Session,
         accept: Callable[[MuxStream, bytes], StreamOwner | None],
-        on_message: Callable[[dict[str, Any]], None],
+        on_message: Callable[[Message], None],
         on_change: Callable[[Parked | Resumed | SessionEnded], None],
         peer: str = "",
     ) -> None:
-        """`accept` takes a stream that the peer opened, or resets it and returns None; `peer` is
-        who is at the other end, for whoever traces it."""
+        """`accept` takes a stream that the peer opened, or resets it and returns None.
+        `on_message` raises ValueError where what a message says is none; `peer` is who is at the
+        other end, for the log and for whoever traces it."""
         self.session = session
         self.lanes: dict[int, MuxLane] = {}
         self._accept = accept
         self._on_message = on_message
         self._on_change = on_change
+        self._peer = peer
         self._owners: dict[int, StreamOwner] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -289,16 +292,14 @@ class Mux:
         tracing.ended(self.session)
         return None if self.session.ended else self.session.snapshot()
 
-    def send_message(self, message: dict[str, Any]) -> None:
+    def send_message(self, message: Message) -> None:
         """A message to the peer's `on_message`; reliable, in order. One that is too long for the
         peer is left out, and that is logged: nothing that a node has to tell ends a daemon."""
         if self.session.ended:
             return
-        data = json.dumps(message).encode()
+        data = messages.encode(message)
         if len(data) > MAX_MESSAGE:
-            log.error(
-                "message_too_long", type=message.get("type"), bytes=len(data), most=MAX_MESSAGE
-            )
+            log.error("message_too_long", type=message.TYPE, bytes=len(data), most=MAX_MESSAGE)
             return
         self.session.send_message(data)
         self.flush()
@@ -417,10 +418,8 @@ class Mux:
 
     def _message(self, data: bytes) -> None:
         try:
-            message = json.loads(data)
-            if not isinstance(message, dict):
-                raise TypeError("not an object")
-        except (ValueError, TypeError, RecursionError) as exc:
-            log.warning("message_malformed", cause=repr(exc))
-            return
-        self._on_message(message)
+            message = messages.decode(data)
+            if message is not None:
+                self._on_message(message)
+        except ValueError as exc:
+            log.warning("message_malformed", node=self._peer, cause=str(exc))

@@ -13,6 +13,8 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import SEVERITIES, Code, Problem, Severity
+from rayfwd.session import messages
+from rayfwd.session.messages import MOST_SENT
 
 LINGER_SECONDS = 30.0
 """Seconds after a root is over in which what it explained is still its doing: watchers look every
@@ -237,43 +239,38 @@ def worst(conditions: Sequence[Condition]) -> Condition | None:
     return min(roots, key=lambda c: (SEVERITIES.index(c.severity), c.since), default=None)
 
 
-MOST_SENT = 50
-"""Conditions that another node is told of."""
-LONGEST_TEXT = 2000
-"""Characters of a text in what is told."""
+def message(conditions: Iterable[Condition]) -> tuple[messages.Conditions, tuple[str, ...]]:
+    """What one node tells another of, and what of it was left out: the worst is told."""
+    rows = [
+        messages.ConditionTold(
+            c.code.name, c.severity, c.subject, c.problem.cause, c.problem.remedy, c.seen_by
+        )
+        for c in sorted(conditions, key=lambda c: (SEVERITIES.index(c.severity), c.since))
+    ]
+    told = tuple(row.cut() for row in rows[:MOST_SENT])
+    left_out = []
+    if len(rows) > len(told):
+        left_out.append(f"all but the {MOST_SENT} worst")
+    if any(row != short for row, short in zip(rows, told, strict=False)):
+        left_out.append("the ends of long texts")
+    return messages.Conditions(told), tuple(left_out)
 
 
-def message(conditions: Iterable[Condition]) -> dict[str, Any]:
-    """What one node tells another of, as a control message; the worst of what is too much."""
-    told = sorted(conditions, key=lambda c: (SEVERITIES.index(c.severity), c.since))[:MOST_SENT]
-    keys = ("code", "severity", "subject", "cause", "remedy", "seen_by")
-    return {
-        "type": "conditions",
-        "conditions": [
-            {key: value[:LONGEST_TEXT] for key, value in c.to_wire().items() if key in keys}
-            for c in told
-        ],
-    }
-
-
-def from_message(message: Mapping[str, Any], seen_by: str | None) -> list[Finding]:
+def from_message(message: messages.Conditions, seen_by: str | None) -> list[Finding]:
     """What another node told of; `seen_by` where it may speak for itself alone.
 
-    Of what is its root the node here judges by itself. Raises ValueError.
+    Of what is its root the node here judges by itself.
     """
-    try:
-        return [
-            Finding(
-                _text(row["subject"], 200),
-                _code(row["code"]).problem(_text(row["cause"]), _text(row["remedy"])),
-                seen_by or _text(row["seen_by"], 200),
-                _severity(row["severity"]),
-                confirmed=True,
-            )
-            for row in list(message["conditions"])[:MOST_SENT]
-        ]
-    except (KeyError, TypeError) as exc:
-        raise ValueError(f"conditions: {exc!r}") from exc
+    return [
+        Finding(
+            row.subject,
+            codes.named(row.code).problem(row.cause, row.remedy),
+            seen_by or row.seen_by,
+            _severity(row.severity),
+            confirmed=True,
+        )
+        for row in message.conditions
+    ]
 
 
 def _severity(value: Any) -> Severity | None:
@@ -281,14 +278,7 @@ def _severity(value: Any) -> Severity | None:
     return next((known for known in SEVERITIES if known == value), None)
 
 
-def _code(value: Any) -> Code:
-    text = _text(value, 64)
-    if not text.isidentifier():
-        raise ValueError(f"conditions: {text!r} is no code")
-    return codes.named(text)
-
-
-def _text(value: Any, most: int = LONGEST_TEXT) -> str:
+def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("conditions: a text is none")
-    return value[:most]
+    return value
