@@ -18,6 +18,7 @@ from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.problems import ProblemError
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.target import Target
 from rayfwd.system import logs
@@ -302,6 +303,40 @@ def test_conditions_in_any_script_end_no_daemon(tmp_path: Path) -> None:
             assert not s.head.over
             assert "the ends of long texts" in [e["left_out"] for e in of(log, "message_cut")]
             assert of(log, "message_too_long") == []
+
+    run(main)
+
+
+def test_a_message_that_says_what_cannot_be_is_left_out_and_said(tmp_path: Path) -> None:
+    """A plan that is none, a report that is none, a token that is none, and ports of others."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            (down,), up = head.role.muxes().values(), w1.role.muxes()["head"]
+            view = w1.role.node.view
+            with log_events() as log:
+                down.send_message(messages.Nodes(({"name": "w9"},)))
+                down.send_message(messages.Cluster({"nodes": 5}))
+                down.send_message(messages.Auth("perhaps", None))
+                down.send_message(messages.Nodes(()))
+                up.send_message(messages.DialBack(1, (22,), "0" * 32))
+                up.send_message(messages.Nodes(()))  # not for a head
+                await until(lambda: len(of(log, "message_malformed")) >= 5)
+            causes = {
+                (e["node"], e["cause"].partition(":")[0]) for e in of(log, "message_malformed")
+            }
+            assert causes == {
+                ("head", "not a node's plan"),
+                ("head", "not a cluster report"),
+                ("head", "ray_auth"),
+                ("head", "the first node is not the head"),
+                ("w1", "not ports that w1 advertises"),
+            }
+            assert w1.role.node.view == view
+            assert w1.worker.cluster is None
+            await w1.ready()
 
     run(main)
 

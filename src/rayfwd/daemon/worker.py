@@ -192,10 +192,8 @@ class WorkerRole:
     def welcomed(self, welcome: Welcome) -> None:
         try:
             own = NodePlan.from_wire(welcome.node)
-            nodes = tuple(NodePlan.from_wire(node) for node in welcome.nodes)
-            if nodes[0].role != "head":
-                raise ValueError("the first node is not the head")
-        except (ValueError, IndexError) as exc:
+            nodes = plans_of(welcome.nodes)
+        except ValueError as exc:
             log.error("plan_malformed", cause=str(exc), remedy="run the same rayfwd on both sides")
             return
         view = self._node.view
@@ -246,8 +244,7 @@ class WorkerRole:
 
     def _hear_nodes(self, message: messages.Nodes) -> None:
         """Raises ValueError, as those below do, and nothing has changed then."""
-        nodes = tuple(map(NodePlan.from_wire, message.nodes))
-        self._set_view(replace(self._node.view, nodes=nodes))
+        self._set_view(replace(self._node.view, nodes=plans_of(message.nodes)))
 
     def _hear_versions(self, message: messages.HeadVersions) -> None:
         if message.ray and message.python:
@@ -473,6 +470,14 @@ class WorkerRole:
             bytes=volume_of([(link.mux, link.link_stats)]),
             roster=roster_rows(node.view.nodes, None, node.listeners),
         )
+
+
+def plans_of(nodes: Iterable[Mapping[str, Any]]) -> tuple[NodePlan, ...]:
+    """The plans that a hub tells of. Raises ValueError."""
+    plans = tuple(map(NodePlan.from_wire, nodes))
+    if not plans or plans[0].role != "head":
+        raise ValueError("the first node is not the head")
+    return plans
 
 
 def hello_of(config: Config, key: str) -> Hello:
