@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import setup_roots
+from tests import setup_envs, setup_roots
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +44,14 @@ def no_ray(version: str) -> str | None:
     if command.exists():
         return None
     return f"there is no {command}: run tests/setup_envs.py {version} (see RAYFWD_RAY_ENVS)"
+
+
+def need_libraries() -> None:
+    """Skip where the environment with PyTorch cannot be had here, even if all is required."""
+    reason = setup_envs.left_out(ray_envs(), setup_envs.LIBRARIES)
+    if reason.exists():
+        pytest.skip(reason.read_text())
+    need(no_ray(setup_envs.LIBRARIES))
 
 
 @cache

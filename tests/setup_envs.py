@@ -3,9 +3,10 @@
 Usage: python tests/setup_envs.py [--root DIRECTORY] [VERSION...]
 
 Each is DIRECTORY/ray-VERSION, a virtual environment made by the Python that runs this; pip takes
-Ray from wherever it is set up to take packages from. One that was made by hand is used as it is,
-if it has that Ray. A stamp file marks those that are complete, so that an interrupted run is made
-good by the next.
+Ray from wherever it is set up to take packages from. `2.60.0-libraries` has PyTorch besides, its
+build without CUDA: where pip does not find that, it is said and left out. One that was made by hand
+is used as it is, if it has that Ray. A stamp file marks those that are complete, so that an
+interrupted run is made good by the next.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from pathlib import Path
 
-VERSIONS = ("2.60.0", "2.40.0", "2.9.3")
+LIBRARIES = "2.60.0-libraries"
+VERSIONS = ("2.60.0", "2.40.0", "2.9.3", LIBRARIES)
 
 PINS = {
     # It imports pkg_resources, which new setuptools no longer have, and does not ask for it.
     "2.9.3": ["setuptools<80"],
+    # The build for CPUs alone: the usual one fetches some GB of CUDA.
+    LIBRARIES: ["torch==2.13.0+cpu", "numpy"],
 }
 """What a version needs besides `ray[default,client]`."""
 
@@ -36,7 +41,36 @@ def default_root() -> Path:
 
 
 def requirements(version: str) -> list[str]:
-    return [f"ray[default,client]=={version}", *PINS.get(version, [])]
+    return [f"ray[default,client]=={ray_version(version)}", *PINS.get(version, [])]
+
+
+def ray_version(version: str) -> str:
+    """Of an environment that may have more than Ray."""
+    return version.partition("-")[0]
+
+
+def left_out(root: Path, version: str) -> Path:
+    """Is there where an environment cannot be had, and says why."""
+    return root / f".ray-{version}.left-out"
+
+
+def obtainable(env: Path, version: str) -> bool:
+    """Whether pip finds what `version` needs. Only of the libraries is it no fault if not."""
+    if version != LIBRARIES:
+        return True
+    reason = left_out(env.parent, version)
+    reason.unlink(missing_ok=True)
+    words = ["-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    with tempfile.TemporaryDirectory() as folder:
+        asked = subprocess.run(
+            [sys.executable, *words, folder, PINS[LIBRARIES][0]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+    if asked.returncode != 0:
+        reason.write_text(f"pip finds no {PINS[LIBRARIES][0]} here, PyTorch's build without CUDA")
+        print(f"Ray {version}: left out, {reason.read_text()}", flush=True)
+    return asked.returncode == 0
 
 
 def stamps(env: Path) -> tuple[Path, Path]:
@@ -63,8 +97,10 @@ def ready(env: Path, version: str) -> bool:
         return False
     found = ray_of(env)
     if complete.exists():
-        return found == version and complete.read_text() == "\n".join(requirements(version))
-    if found == version:
+        return found == ray_version(version) and complete.read_text() == "\n".join(
+            requirements(version)
+        )
+    if found == ray_version(version):
         return True
     has = f"Ray {found}" if found else "no Ray"
     raise SystemExit(
@@ -99,7 +135,7 @@ def make(env: Path, version: str) -> None:
             f"Ray {version}: pip could not install {' '.join(wanted)} (see above). If it found no "
             f"matching version, there may be no Ray {version} for this Python {python}: use 3.11"
         )
-    if (found := ray_of(env)) != version:
+    if (found := ray_of(env)) != ray_version(version):
         raise SystemExit(f"{env}: has Ray {found} after the installation of {version}")
     complete.write_text("\n".join(wanted))
     building.unlink()
@@ -120,7 +156,7 @@ def main() -> None:
             env = root / f"ray-{version}"
             if ready(env, version):
                 print(f"Ray {version}: {env} is there", flush=True)
-            else:
+            elif obtainable(env, version):
                 make(env, version)
 
 

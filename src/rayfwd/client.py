@@ -221,7 +221,7 @@ class Client:
         with closing(Notifier()) as notifier:
             notifier.send("READY=1")
 
-    def _relay_for(self, place: Place) -> SocketRelay:
+    def _relay_for(self, place: Place, dialled: Target) -> SocketRelay:
         return SocketRelay(self._relays, lambda relay: self._route(place, relay))
 
     def _route(self, place: Place, relay: SocketRelay) -> None:

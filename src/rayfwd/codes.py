@@ -89,6 +89,13 @@ DISK_NEARLY_FULL = Code("disk_nearly_full", "warning")
 METRICS_BLOCKED = Code("metrics_blocked")
 FORWARD_TARGET_UNKNOWN = Code("forward_target_unknown", "note")
 
+# -- the overlay -------------------------------------------------------------
+
+OVERLAY_IMPOSSIBLE = Code("overlay_impossible", "warning")
+OVERLAY_FAILED = Code("overlay_failed")
+OVERLAY_REFUSED = Code("overlay_refused")
+OVERLAY_KEEPER_ABSENT = Code("overlay_keeper_absent")
+
 # -- Ray on a node -----------------------------------------------------------
 
 RAY_NOT_FOUND = Code("ray_not_found", group=Group.RAY)

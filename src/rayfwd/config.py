@@ -261,6 +261,12 @@ class ListenersConfig(_Section):
     """login names of this machine that may, beside root and the user that rayfwd runs as"""
 
 
+def _interface_name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9_-]{1,13}", value):
+        raise ValueError("must be 1 to 13 of a-z, 0-9, '_' and '-'")
+    return value
+
+
 def _metrics_listen(value: str) -> str:
     if value.startswith(("/", "~/")):
         path = Path(value).expanduser()
@@ -273,6 +279,21 @@ def _metrics_listen(value: str) -> str:
             "must be a port on an IPv4 loopback address, as in 127.0.0.1:9477, or a socket's "
             "absolute path"
         ) from None
+
+
+class NetworkConfig(_Section):
+    """How programs on this node reach the others; docs/overlay.md. Of a node."""
+
+    level: Literal["auto", "overlay", "listeners"] = "listeners"
+    """"listeners": Ray's ports; "overlay": all ports, by rules of the kernel; "auto": the best"""
+    guard: YesNo = True
+    """at the level overlay, other machines do not reach Ray's ports around rayfwd"""
+    deny: tuple[Port, ...] = ()
+    """ports of this machine that other nodes never reach"""
+    interface: Annotated[str, AfterValidator(_interface_name)] = "rayfwd0"
+    """the interface that has this node's address"""
+    port: Port = 19977
+    """where connections to other nodes are redirected to, on 127.0.0.1"""
 
 
 class MetricsConfig(_Section):
@@ -348,6 +369,7 @@ class Config(_Section):
     head: HeadConfig | None = None
     hub: HubConfig = HubConfig()
     listeners: ListenersConfig = ListenersConfig()
+    network: NetworkConfig = NetworkConfig()
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     canary: CanaryConfig = CanaryConfig()
@@ -459,6 +481,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "head": HeadConfig,
     "hub": HubConfig,
     "listeners": ListenersConfig,
+    "network": NetworkConfig,
     "ray": RayConfig,
     "metrics": MetricsConfig,
     "canary": CanaryConfig,
@@ -499,6 +522,7 @@ _OF_OTHERS: Mapping[object, Mapping[str, str]] = {
     "client": {
         "hub": "a head",
         "expose": "a node",
+        "network": "a node",
         "ray": "a node",
         "metrics": "a node",
         "canary": "a node",

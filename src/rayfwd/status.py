@@ -160,6 +160,21 @@ class Listeners(ListenerCount):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """How programs on this node reach the others."""
+
+    level: str
+    """`overlay`: every TCP port; `listeners`: those that rayfwd listens for."""
+    why: str
+    """Why it is this level, in words."""
+    interface: str | None
+    """What has the node's address; None: nothing does."""
+    refused: Mapping[str, int]
+    """Packets of connections that the kernel refused, by reason: `refused_user` (who may not dial),
+    `refused_port`, `refused_node` (no such node), `guarded_in` (from another machine)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ray:
     """Ray on this machine."""
 
@@ -225,6 +240,7 @@ class Status:
     streams: Streams
     bytes: Volume
     listeners: Listeners
+    network: Network = Network(level="listeners", why="", interface=None, refused={})
     ray: Ray
     cluster: ClusterReport | None
     """The head's last look at Ray's cluster; None before the first."""

@@ -27,7 +27,7 @@ from rayfwd.session.handshake import Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import Listeners
@@ -199,7 +199,7 @@ class Worker:
             await lane.closed
 
     def _accept(self, stream: MuxStream, data: bytes) -> StreamOwner | None:
-        return self.connector.accept(stream, Target.decode(data))
+        return self.connector.accept(stream, Opening.decode(data))
 
     def _route(self, target: Target, relay: SocketRelay) -> None:
         relay.open_stream(self.mux, target)
@@ -228,8 +228,8 @@ class Cluster:
     def offer(self) -> HubOffer:
         return self.offered
 
-    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
-        return self.connector.accept(stream, target)
+    def accept(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
+        return self.connector.accept(stream, opening)
 
     def message(self, node: str, message: Message) -> None:
         self.messages.append((node, message))

@@ -60,6 +60,7 @@ class FakeRay(RaySupervisor):
         ride_through: float,
         network: str | None = None,
         auth: RayAuth | None = None,
+        interface: str | None = None,
     ) -> None:
         self.planned = True
         self._wake.set()

@@ -59,7 +59,7 @@ def worker_variant(text: str) -> str:
 def client_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "client"')
     everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
-    nodes = without(everything, "hub", "ray", "metrics", "canary")
+    nodes = without(everything, "hub", "network", "ray", "metrics", "canary")
     return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 

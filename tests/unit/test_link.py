@@ -23,7 +23,7 @@ from rayfwd.config import HeadConfig
 from rayfwd.session.handshake import Hello, Welcome
 from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.transport import dial
 from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
@@ -127,7 +127,7 @@ class Site:
         return hello_of("w1", ride_through=self.ride_through)
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
-        return self.connector.accept(stream, Target.decode(target))
+        return self.connector.accept(stream, Opening.decode(target))
 
     def welcomed(self, welcome: Welcome) -> None:
         self.welcomes.append(welcome)

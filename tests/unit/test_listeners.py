@@ -21,7 +21,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.session.session import Limits
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.transport.connector import DIAL_TIMEOUT, LocalConnector
 from rayfwd.transport.listeners import RETRY_LAST, Listeners, listeners_for
 from rayfwd.transport.relay import SocketRelay
@@ -590,9 +590,9 @@ def test_attempts_to_dial_end_with_their_dialer() -> None:
                 filler.setblocking(False)
                 filler.connect_ex(place)
                 fillers.append(filler)
-            relay = connector.accept(FakeStream(), place)  # type: ignore[arg-type]
+            relay = connector.accept(FakeStream(), Opening(place))  # type: ignore[arg-type]
             await asyncio.sleep(DIAL_TIMEOUT / 2)
-            assert connector.target_of(relay) == place, "it is dialled no more"
+            assert connector.opening_of(relay) == Opening(place), "it is dialled no more"
             now = asyncio.get_running_loop().time
             before = now()
             await connector.close()

@@ -48,7 +48,11 @@ WORDS = {
     "uninstall": [["uninstall", "--purge"]],
     "keeper": [["keeper"]],
 }
-ELSEWHERE = {"explain": "reads the package", "demo": "has directories of its own making"}
+ELSEWHERE = {
+    "explain": "reads the package",
+    "demo": "has directories of its own making",
+    "overlay": "reads no file; listens at the path that root gives it",
+}
 
 
 @dataclass
@@ -197,6 +201,8 @@ SPAWNERS = {
     "daemon/handover.py": "the daemon's own program again",
     "doctor/report.py": "commands of the system",
     "doctor/sshd.py": "a command of the system",
+    "network/overlay.py": "commands of the system",
+    "network/client.py": "the daemon's own program, as the daemon's user",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
     "demo/first_process.py": "its own makings",

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from rayfwd.setup.planner import plan
 from rayfwd.setup.request import MAN_PAGES, Layout, SetupRequest, system_layout, user_layout
 from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
 from rayfwd.setup.survey import probe
+from rayfwd.system.paths import belongs_to_root
 
 COMMAND, PYTHON = "/srv/rayfwd/bin/rayfwd", "/srv/rayfwd/bin/python"
 HOST_KEY = "head.example.org ssh-ed25519 AAAA\n"
@@ -61,7 +63,7 @@ def layout(home: Path) -> Layout:
 
 
 def test_the_machines_service() -> None:
-    layout = system_layout(COMMAND, PYTHON)
+    layout = replace(system_layout(COMMAND, PYTHON), overlay=True)
     steps = plan(worker(), layout, units.shipped())
     assert steps[:2] == (Group("rayfwd"), Member("ann", "rayfwd"))
     assert steps[2] == Directory(Path("/etc/rayfwd"), "root", "rayfwd", 0o750)
@@ -74,6 +76,39 @@ def test_the_machines_service() -> None:
     assert {p.parent for p in files} == {Path("/etc/systemd/system")}
     assert {p.name for p in files} == set(units.shipped())
     assert all(step.owner == "root" and step.mode == 0o644 for step in files.values())
+
+
+def test_root_runs_nothing_that_another_user_could_change() -> None:
+    """Without the overlay there is neither its unit nor a word of it."""
+    steps = plan(worker(), system_layout(COMMAND, PYTHON), units.shipped())
+    made = {step.path.name: step.text for step in steps if isinstance(step, File)}
+    assert texts.OVERLAY_SERVICE not in made
+    settings = [line for line in made[SERVICE].splitlines() if not line.startswith("#")]
+    assert not [s for s in settings if texts.OVERLAY_SERVICE in s or texts.OVERLAY_VARIABLE in s]
+
+
+def test_what_belongs_to_root(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("not root: nothing that is made here is root's")
+    bin_ = Path("/usr/local/sbin") / f"rayfwd-test-{os.getpid()}"
+    bin_.mkdir()
+    try:
+        good, link = bin_ / "rayfwd", tmp_path / "rayfwd"
+        good.write_text("")
+        link.symlink_to(good)
+        assert belongs_to_root(good)
+        assert belongs_to_root(link), "root's, below a sticky directory"
+        good.chmod(0o666)
+        assert not belongs_to_root(link)
+        good.chmod(0o755)
+        bin_.chmod(0o777)
+        assert not belongs_to_root(good)
+        bin_.chmod(0o755)
+        os.chown(bin_, 1000, 1000)
+        assert not belongs_to_root(link)
+        assert not belongs_to_root(bin_ / "absent")
+    finally:
+        shutil.rmtree(bin_)
 
 
 def test_a_user_that_is_to_be_made_comes_after_its_group() -> None:
@@ -234,12 +269,14 @@ class TestUnits:
         return [line for line in text.splitlines() if line and not line.startswith("#")]
 
     def test_of_the_machine(self) -> None:
-        layout = system_layout(COMMAND, PYTHON)
+        layout = replace(system_layout(COMMAND, PYTHON), overlay=True)
         for name, shipped in units.shipped().items():
             made = texts.unit_text(name, shipped, "ann", layout)
             assert "/opt/rayfwd" not in made
             expected = [
-                line.replace("/opt/rayfwd/bin/", "/srv/rayfwd/bin/").replace("User=ray", "User=ann")
+                line.replace("/opt/rayfwd/bin/", "/srv/rayfwd/bin/")
+                .replace("User=ray", "User=ann")
+                .replace("--user ray", "--user ann")
                 for line in self.settings(shipped)
             ]
             assert self.settings(made) == expected

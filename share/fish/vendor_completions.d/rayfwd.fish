@@ -50,8 +50,8 @@ function _shtab_rayfwd_using
   test "$_shtab_rayfwd_cmdpath" = "$argv"
 end
 
-set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary trace explain attach keeper forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --frames --head --head-rayfwd --identity --log --login --name --peer --port --ray --report --seconds --socket --user --via --watch -i -p
+set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary trace explain attach keeper overlay forget uninstall demo
+set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --frames --head --head-rayfwd --identity --interface --log --login --name --network --peer --port --ray --report --seconds --socket --user --via --watch -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -129,6 +129,14 @@ complete -c rayfwd -n '_shtab_rayfwd_using attach' -l client -d 'let clients thr
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a keeper -d 'Start Ray for the daemon and keep it while the daemon is restarted (the service rayfwd-ray).'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a overlay -d 'Make the overlay network for the daemon, and remove it at the end (the service rayfwd-net).'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l interface -x -d 'its name (default: rayfwd0)'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l user -x -d 'who may ask besides root (default: only root)'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l network -x -d 'a network that the plan may have, besides those in 127.64.0.0/10'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l until-eof -d 'end when the standard input does'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l remove -d 'only remove what an overlay has left, and end'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a forget -d 'On the head: drop a worker from the roster, so that its name, address and ports are free.'
 complete -c rayfwd -n '_shtab_rayfwd_using forget' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using forget' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

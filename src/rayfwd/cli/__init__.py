@@ -94,6 +94,7 @@ VERBS = {
         {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
     ),
     "keeper": Verb("keep Ray for the daemon (what the service rayfwd-ray does)"),
+    "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net does)"),
     "forget": Verb(
         "on the head: drop a worker, and free its name, address and ports",
         {FAULT: "there is no such worker"},

@@ -39,6 +39,7 @@ from rayfwd.setup.request import (
 from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
 from rayfwd.system.asuser import Account, account_named, account_of, own_account
+from rayfwd.system.paths import belongs_to_root
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
@@ -101,6 +102,12 @@ def run(args: argparse.Namespace) -> int:
         print("Nothing was to be done: it is all there.")
     elif args.dry_run:
         print("Nothing was changed (--dry-run).")
+    if layout.system and not layout.overlay:
+        print(
+            f"Without the overlay network: {layout.command} could be changed by another user than "
+            "root, and is\nnot run as root. Install rayfwd in a directory of root's to have it "
+            "(docs/overlay.md)."
+        )
     for kept in outcome.kept:
         print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
     failing = False if args.dry_run else _doctor(request, layout)
@@ -154,6 +161,8 @@ def find_places(config: Path | None) -> Layout:
     home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
     if os.geteuid() == 0:
         layout = system_layout(str(own), sys.executable, config)
+        overlay = all(belongs_to_root(Path(path)) for path in (own, sys.executable, sys.prefix))
+        layout = replace(layout, overlay=overlay)
     else:
         layout = user_layout(home, os.geteuid(), str(own), sys.executable, config)
     if layout.system and not layout.man.is_dir():

@@ -20,7 +20,7 @@ from typing import NoReturn, Protocol
 from rayfwd import __version__
 from rayfwd.session import snapshot
 from rayfwd.session.snapshot import SnapshotError, Tree
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.system import fdpass
 from rayfwd.system.fdpass import BundleError, Packed
 from rayfwd.system.logs import close_journal, get_logger
@@ -103,8 +103,9 @@ class Leaving:
             for number, owner in mux.owners.items():
                 if isinstance(owner, SocketRelay):
                     rest.discard(owner)
-                    held, target = owner.held, connector.target_of(owner)
-                    rows.append([name, number, self._of(held), target, held.data])
+                    held, opening = owner.held, connector.opening_of(owner)
+                    dialled = None if opening is None else opening.encode()
+                    rows.append([name, number, self._of(held), dialled, held.data])
         self.tree["relays"] = rows
         self.tree["waiting"] = waiting = []
         for target, relay in holder.waiting():
@@ -218,16 +219,16 @@ class Arrival:
         """Join connections and streams again; how many. Raises SnapshotError."""
         muxes, joined = holder.muxes(), 0
         listeners, connector = holder.listeners, holder.connector
-        for name, number, at, target, data in self.tree["relays"]:
+        for name, number, at, dialled, data in self.tree["relays"]:
             mux = muxes.get(name)
-            if mux is None or not mux.has(number) or (at is None and target is None):
+            if mux is None or not mux.has(number) or (at is None and dialled is None):
                 continue
-            relay = SocketRelay(listeners.relays if target is None else connector.relays)
+            relay = SocketRelay(listeners.relays if dialled is None else connector.relays)
             stream = mux.own(number, relay)
             relay.restore(stream, data, at is not None)
             joined += 1
             if at is None:
-                connector.dial(stream, relay, Target(*target))
+                connector.dial(stream, relay, Opening.decode(dialled))
             else:
                 await _connected(relay, self.claim(at))
         for target, at in self.tree["waiting"]:

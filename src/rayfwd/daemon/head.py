@@ -41,7 +41,7 @@ from rayfwd.session import messages
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.status import RayOfWorker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
@@ -127,6 +127,7 @@ class HeadRole:
     async def serve(self, arrival: Arrival | None) -> None:
         """Raises ProblemError where the hub cannot listen."""
         config = self._node.config
+        await self._node.overlay.settle()
         if arrival is not None:
             self._inherit_socket(arrival)
             await arrival.take_over(self)
@@ -167,7 +168,14 @@ class HeadRole:
 
     def _tell_ray(self) -> None:
         view = self.view
-        self._node.ray.set_plan(self._own, self._own, None, view.ride_through, auth=view.auth)
+        self._node.ray.set_plan(
+            self._own,
+            self._own,
+            None,
+            view.ride_through,
+            auth=view.auth,
+            interface=self._node.overlay.interface,
+        )
 
     async def _settle_auth(self, version: str) -> None:
         """Decide whether Ray asks for a token. Raises ProblemError."""
@@ -189,6 +197,7 @@ class HeadRole:
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
         await self._settle_auth(install.versions.ray)
         self._tell_ray()
+        await self._node.overlay.made()
 
     def ray_waits(self) -> str:
         return f"Ray is {self._node.ray.state.phase}"
@@ -250,8 +259,8 @@ class HeadRole:
             ),
         )
 
-    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
-        return self._node.accept(stream, target)
+    def accept(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
+        return self._node.accept(stream, opening)
 
     def hub_changed(self) -> None:
         """A node came, went or changed."""

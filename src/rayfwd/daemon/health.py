@@ -81,6 +81,12 @@ class Health:
                     for user, count in node.listeners.admission.refused.most_common()
                 ),
             ),
+            network=status.Network(
+                level=node.overlay.level,
+                why=node.overlay.why,
+                interface=node.overlay.interface,
+                refused=node.overlay.refused,
+            ),
             ray=self._ray(),
             cluster=role.cluster,
             canary=node.canary.last,

@@ -19,13 +19,17 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
+from rayfwd.network.keeper import LOWEST_PORT
+from rayfwd.network.manager import Overlay, Wanted
+from rayfwd.network.ports import OpenPorts
+from rayfwd.network.rules import port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.supervisor import BeforeStart, RaySupervisor
 from rayfwd.session.stream import ResetReason
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.fdstore import FdStore
 from rayfwd.system.heartbeat import Heartbeat
@@ -33,7 +37,7 @@ from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.listeners import Listeners, listeners_for
+from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
@@ -135,12 +139,14 @@ class Node:
         name = config.name
         uids = listener_uids(config)
         self.listeners = makers.listeners(owner.route, owner.changed, Admission(uids))
-        self._ways = Ways(self.listeners)
+        self.overlay = Overlay(config.network, config.runtime_dir, self._may_dial, owner.changed)
+        self._ways = Ways(self.listeners, self._redirects)
         self.connector = LocalConnector()
         self.ray = makers.ray(config, view.network, owner.changed, before_start=owner.before_start)
         self.board = Board(owner.board_changed, name, _later)
         self.exchange = ConditionExchange(name, self.board, config.role == "head")
         self.canary = Canary(config.canary, config.ray, name, self.board, self)
+        self._open_ports = OpenPorts(os.geteuid(), config.network.deny)
         self._reach = Reach(name, owner.peers, self.board, self.way)
         self._links = LinkWatch(self.board, owner.links_seen)
         self._machine = MachineWatch(
@@ -156,7 +162,11 @@ class Node:
 
     def parts(self) -> dict[str, Work]:
         """The tasks that carry bytes or hold Ray: a fault of one is the daemon's."""
-        return {"listeners": self.listeners.run, "ray": self.ray.run}
+        return {
+            "listeners": self.listeners.run,
+            "overlay": self.overlay.run,
+            "ray": self.ray.run,
+        }
 
     def watchers(self) -> dict[str, Work]:
         """The tasks that only look: a fault of one is logged, and it is started again."""
@@ -200,8 +210,16 @@ class Node:
     def _want_listeners(self) -> None:
         view = self.view
         wanted: dict[Target, Target] = {}
-        for node in view.nodes:
-            if not node.advertised and (view.own is None or node.name != view.own.name):
+        others = [
+            node
+            for node in view.nodes
+            if not node.advertised and (view.own is None or node.name != view.own.name)
+        ]
+        if self.overlay.port is not None:
+            wanted[Target("127.0.0.1", self.overlay.port)] = REDIRECTED
+            self._want_overlay(others)
+        else:
+            for node in others:
                 wanted |= listeners_for(node.address, node.ports)
         for forward in self.forwards():
             name, port = forward.target()
@@ -209,6 +227,33 @@ class Node:
             if to is not None:
                 wanted[Target(*forward.listen_address())] = Target(to.address, port)
         self.listeners.set_wanted(wanted)
+
+    def _want_overlay(self, others: Iterable[NodePlan]) -> None:
+        """Every port of every other node may be dialled: what listens there is that node's to say.
+        So nothing is refused that has begun to listen a moment ago."""
+        own, guard = self.view.own, self.config.network.guard
+        if own is None:
+            return
+        every = port_ranges(range(LOWEST_PORT, 65536))
+        self.overlay.want(
+            Wanted(
+                network=self.view.network,
+                own=own.address,
+                open_ports={node.address: every for node in others},
+                guarded=port_ranges(own.ports) if guard and not own.advertised else (),
+            )
+        )
+
+    def _redirects(self) -> bool:
+        port = self.overlay.port
+        return (
+            port is not None
+            and self.overlay.stands
+            and self.listeners.is_open(Target("127.0.0.1", port))
+        )
+
+    def _may_dial(self) -> frozenset[int]:
+        return listener_uids(self.config) | {0, os.geteuid()}
 
     def forwards(self) -> tuple[ForwardConfig, ...]:
         """The further listeners; by default a worker's leads to the head's dashboard."""
@@ -218,17 +263,19 @@ class Node:
             return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
         return self.config.forwards
 
-    def accept(self, stream: MuxStream, target: Target) -> SocketRelay | None:
-        """A stream to this machine: dial the port if the plan or `expose` has it."""
-        own = self.view.own
+    def accept(self, stream: MuxStream, opening: Opening) -> SocketRelay | None:
+        """A stream to this machine: dial the port if the plan or `expose` has it, or if a program
+        of Ray's user listens there now."""
+        own, target = self.view.own, opening.target
         if own is not None and target.address == own.address:
-            if target.port in own.ports:
-                return self.connector.accept(stream, target)
+            if target.port in own.ports or self._open_ports.has(target):
+                return self.connector.accept(stream, opening)
             if target.port in self.config.expose:
-                return self.connector.accept(stream, Target("127.0.0.1", target.port))
+                return self.connector.accept(stream, Opening(Target("127.0.0.1", target.port)))
         stream.reset(
             ResetReason.NOT_IN_PLAN,
-            f"{target} is no port that {self.config.name} serves (ray's ports, or expose)",
+            f"{target} is no port that {self.config.name} serves: Ray's ports, expose, or one on "
+            "which a program of Ray's user listens",
         )
         return None
 
@@ -248,6 +295,8 @@ class Node:
         ]
         board.put_all(LISTENERS, found, quiet=True)
         board.put_all("forwards", self._unknown_forwards())
+        problem = self.overlay.problem
+        board.put_all("overlay", [Finding(name, problem)] if problem else [], quiet=True)
 
     def _ray_findings(self) -> list[Finding]:
         """What keeps Ray from running. Of one that waits for the link, the link says why."""

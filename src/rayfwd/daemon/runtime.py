@@ -120,6 +120,9 @@ class Runtime:
         finally:
             if not left:
                 await role.end()
+                await node.overlay.close()
+            elif self.again:
+                node.overlay.pass_on(os.environ)
             for task in [asked, *parts, *looking]:
                 task.cancel()
             await self._canary_verb.close()

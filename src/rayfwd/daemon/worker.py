@@ -37,12 +37,12 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.handshake import SOURCE, Hello, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.system.control import Verb
 from rayfwd.system.files import replace_file
 from rayfwd.system.heartbeat import Heartbeat
@@ -106,6 +106,7 @@ class WorkerRole:
     # -- life ----------------------------------------------------------------------------
 
     async def serve(self, arrival: Arrival | None) -> None:
+        await self._node.overlay.settle()
         if arrival is not None:
             await arrival.take_over(self)
         await self._link.run()
@@ -224,6 +225,7 @@ class WorkerRole:
                 view.ride_through,
                 view.network,
                 view.auth,
+                self._node.overlay.interface,
             )
         self._keep_plan(view)
         self._node.set_view(view)
@@ -276,11 +278,11 @@ class WorkerRole:
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
         try:
-            to = Target.decode(target)
+            opening = Opening.decode(target)
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
-        return self._node.accept(stream, to)
+        return self._node.accept(stream, opening)
 
     def link_changed(self) -> None:
         if self._link.mux is None:
@@ -327,6 +329,7 @@ class WorkerRole:
                 raise ProblemError(problem)
 
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
+        await self._node.overlay.made()
         await self._check_token()
         if own.advertised and self._node.config.ray.advertise_check:
             await self._advertise.run(own)
@@ -489,6 +492,7 @@ def hello_of(config: Config, key: str) -> Hello:
         worker_ports=config.worker_ports,
         advertise=config.ray.advertise,
         ride_through=config.ride_through,
+        features=frozenset({SOURCE}),
     )
 
 

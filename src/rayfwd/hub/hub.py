@@ -22,12 +22,12 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import messages
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.handshake import SOURCE, Hello, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
 from rayfwd.system.users import allowed_uids, user_name
@@ -70,7 +70,7 @@ class HubOwner(Protocol):
     def offer(self) -> HubOffer:
         """As it is now."""
 
-    def accept(self, stream: MuxStream, target: Target) -> StreamOwner | None:
+    def accept(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
         """Take a stream to the head itself, or reset it and return None."""
 
     def message(self, node: str, message: Message) -> None:
@@ -542,7 +542,7 @@ class Hub:
         if node is None:
             relay.refuse()
         elif node.mux is not None and not node.mux.ended:
-            relay.open_stream(node.mux, target)
+            relay.open_stream(node.mux, self._opening(node, target, self._roster.own.address))
         elif self._grace is not None:
             node.waiting.append((target, relay))
         else:
@@ -563,7 +563,8 @@ class Hub:
         to the head only, and there to the ports of the offer.
         """
         try:
-            target = Target.decode(data)
+            # Whose it is the session tells, not the worker.
+            target = Opening.decode(data).target
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
@@ -578,7 +579,7 @@ class Hub:
                 )
                 return None
         if to_head:
-            return self._owner.accept(stream, target)
+            return self._owner.accept(stream, Opening(target, self._address_of(source)))
         node = self._node_at(target.address)
         if node is None or node is source:
             stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
@@ -591,8 +592,21 @@ class Hub:
             return None
         near, far = StreamRelay(), StreamRelay()
         near.other, far.other = far, near
-        near.stream, far.stream = stream, node.mux.open(data, far)
+        near.stream = stream
+        opening = self._opening(node, target, self._address_of(source))
+        far.stream = node.mux.open(opening.encode(), far)
         return near
+
+    def _address_of(self, peer: HubNode | HubClient) -> str | None:
+        """The address in the plan's network; a client has none, nor one that is advertised."""
+        if isinstance(peer, HubClient) or peer.plan.advertised:
+            return None
+        return peer.plan.address
+
+    def _opening(self, node: HubNode, target: Target, source: str | None) -> Opening:
+        """What a worker is told: also whose the stream is, if it understands that."""
+        told = node.hello is not None and SOURCE in node.hello.features
+        return Opening(target, source if told else None)
 
     # -- messages ------------------------------------------------------------------------
 

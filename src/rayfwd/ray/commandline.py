@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Mapping
 
+from rayfwd.cluster.environment import library_environment
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
 from rayfwd.ray.install import RayInstall, version_key
@@ -80,15 +81,17 @@ def start_environment(
     network: str,
     base_env: Mapping[str, str],
     auth: Mapping[str, str] | None = None,
+    interface: str | None = None,
 ) -> dict[str, str]:
     """The environment for Ray: `base_env` without what is rayfwd's own, and our additions.
 
-    `auth` is what `rayfwd.ray.token.environment` says. What the user says in `ray.env` wins over
-    everything.
+    `auth` is what `rayfwd.ray.token.environment` says, `interface` the overlay's. What the user
+    says in `ray.env` wins over everything.
     """
     left_out = _NOT_FOR_RAY | (AUTH_NAMES if auth else frozenset())
     env = {name: value for name, value in base_env.items() if name not in left_out}
-    return env | _additions(ride_through, ray, own, network, base_env, auth)
+    libraries = library_environment(own.address, interface, env)
+    return env | libraries | _additions(ride_through, ray, own, network, base_env, auth)
 
 
 def by_hand(
@@ -99,13 +102,15 @@ def by_hand(
     network: str,
     install: RayInstall | None = None,
     auth: Mapping[str, str] | None = None,
+    interface: str | None = None,
 ) -> str:
     """One shell line that starts this node in the background, for whoever runs Ray by hand.
 
     Without `install` the flags are those of the newest Ray known. A value of `ray.env` whose name
     says that it is secret appears as a reference to the caller's own variable.
     """
-    additions = _additions(ride_through, ray, own, network, {}, auth)
+    additions = library_environment(own.address, interface, {})
+    additions |= _additions(ride_through, ray, own, network, {}, auth)
     assignments = [
         f'{name}="${name}"' if names_a_secret(name) else f"{name}={shlex.quote(value)}"
         for name, value in sorted(additions.items())
@@ -171,6 +176,7 @@ def digest(
     ride_through: float,
     network: str,
     auth: RayAuth | None = None,
+    interface: str | None = None,
 ) -> str:
     """Tells whether a running Ray was started from the same plan and the same configuration.
 
@@ -189,6 +195,8 @@ def digest(
     }
     if auth is not None and auth.mode == "token":
         parts["auth"] = auth.fingerprint
+    if interface is not None:
+        parts["interface"] = interface
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -107,6 +107,7 @@ class _Wanted:
     ride_through: float
     digest: str
     auth: RayAuth | None
+    interface: str | None
 
 
 class RaySupervisor:
@@ -159,14 +160,18 @@ class RaySupervisor:
         ride_through: float,
         network: str | None = None,
         auth: RayAuth | None = None,
+        interface: str | None = None,
     ) -> None:
         """What Ray is to be, and the plan's network where the hub names another than expected.
+        `interface`: the one that has the node's address, if there is one.
 
         A change that reaches Ray restarts it; any other does not.
         """
         self._network = network or self._network
-        digest = commandline.digest(own, head, self._config.ray, ride_through, self._network, auth)
-        wanted = _Wanted(own, head, head_versions, ride_through, digest, auth)
+        digest = commandline.digest(
+            own, head, self._config.ray, ride_through, self._network, auth, interface
+        )
+        wanted = _Wanted(own, head, head_versions, ride_through, digest, auth, interface)
         if wanted != self._wanted:
             self._wanted = wanted
             self._wake.set()
@@ -396,6 +401,7 @@ class RaySupervisor:
             self._network,
             install,
             self._auth(wanted),
+            wanted.interface,
         )
         self._set(
             phase="by_hand",
@@ -451,6 +457,7 @@ class RaySupervisor:
             self._network,
             os.environ,
             self._auth(wanted),
+            wanted.interface,
         )
 
     def _auth(self, wanted: _Wanted) -> dict[str, str]:

@@ -20,6 +20,8 @@ from rayfwd.session.lane import LaneClass
 PROTOCOL_VERSION = 1
 Role = Literal["worker", "client"]
 """A client is no node: it has no address, no ports and no name that is kept."""
+SOURCE = "source"
+"""A feature of a node: it understands an OPEN that says whose it is."""
 MAX_HANDSHAKE = 1 << 16
 """Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
 
@@ -46,6 +48,8 @@ class Hello:
     python: str | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     """What the node's configuration declares to Ray."""
+    features: frozenset[str] = frozenset()
+    """What this node can do besides, by name."""
 
     def encode(self) -> bytes:
         body = {
@@ -62,6 +66,7 @@ class Hello:
             "ray": self.ray,
             "python": self.python,
             "resources": dict(self.resources),
+            "features": sorted(self.features),
         }
         return encode(Kind.HELLO, 0, PROTOCOL_VERSION, json.dumps(body).encode())
 
@@ -85,6 +90,7 @@ class Hello:
                 ray=_optional_text(body, "ray"),
                 python=_optional_text(body, "python"),
                 resources=_resources(body.get("resources", {})),
+                features=_features(body.get("features", [])),
             )
             int(hello.session, 16)
         except (KeyError, ValueError, TypeError) as exc:

@@ -1,4 +1,4 @@
-"""Where a stream goes: the payload of an OPEN (pure)."""
+"""Where a stream goes, and whose it is: the payload of an OPEN (pure)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import struct
 from typing import NamedTuple
 
 _TARGET = struct.Struct(">4sH")
+_SOURCE = struct.Struct(">4s")
 
 
 class Target(NamedTuple):
@@ -16,7 +17,7 @@ class Target(NamedTuple):
     port: int
 
     def encode(self) -> bytes:
-        return _TARGET.pack(ipaddress.IPv4Address(self.address).packed, self.port)
+        return _TARGET.pack(_packed(self.address), self.port)
 
     @classmethod
     def decode(cls, data: bytes) -> Target:
@@ -28,3 +29,28 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.address}:{self.port}"
+
+
+class Opening(NamedTuple):
+    """A target, and the address of the node that dials it."""
+
+    target: Target
+    source: str | None = None
+    """Said by the hub, which knows by whose session a stream came, and by nobody else. None: not
+    known."""
+
+    def encode(self) -> bytes:
+        source = b"" if self.source is None else _SOURCE.pack(_packed(self.source))
+        return self.target.encode() + source
+
+    @classmethod
+    def decode(cls, data: bytes) -> Opening:
+        """Raises ValueError."""
+        target, source = data[: _TARGET.size], data[_TARGET.size :]
+        if len(source) not in {0, _SOURCE.size}:
+            raise ValueError(f"an OPEN of {len(data)} bytes")
+        return cls(Target.decode(target), str(ipaddress.IPv4Address(source)) if source else None)
+
+
+def _packed(address: str) -> bytes:
+    return ipaddress.IPv4Address(address).packed

@@ -70,7 +70,11 @@ def _units(
     owner: str | None,
     group: str | None,
 ) -> list[Step]:
-    made = {n: texts.unit_text(n, text, request.user, layout) for n, text in sorted(units.items())}
+    made = {
+        name: texts.unit_text(name, text, request.user, layout)
+        for name, text in sorted(units.items())
+        if layout.overlay or name != texts.OVERLAY_SERVICE
+    }
     return [File(layout.units / n, text, owner, group, 0o644) for n, text in made.items()]
 
 

@@ -35,6 +35,8 @@ class Layout:
     """Its Python."""
     man: Path
     """A directory of pages that man(1) knows."""
+    overlay: bool = False
+    """The overlay network has a unit, which is root's: root may run this `rayfwd`."""
     pages: Path | None = None
     """That of rayfwd's own environment; None: it has none, or man knows it anyway."""
 

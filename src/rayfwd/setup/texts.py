@@ -15,6 +15,9 @@ _SHIPPED_COMMAND = "/opt/rayfwd/bin/rayfwd"
 _SHIPPED_PYTHON = "/opt/rayfwd/bin/python"
 _SHIPPED_USER = "ray"
 
+OVERLAY_SERVICE = "rayfwd-net.service"
+OVERLAY_VARIABLE = "RAYFWD_OVERLAY"
+
 # What a user's service manager does not have, may not do, or has elsewhere. What is left of the
 # hardening is what a process may ask for itself (seccomp).
 _NOT_FOR_USERS = re.compile(
@@ -83,9 +86,12 @@ def unit_text(name: str, shipped: str, user: str, layout: Layout) -> str:
             if value != _SHIPPED_USER:
                 raise ValueError(f"{name}: {line}")
             value = user
+        elif not layout.overlay and value.startswith(f"{OVERLAY_VARIABLE}="):
+            continue
         elif equals and key.startswith("Exec"):
             if _SHIPPED_COMMAND not in value and _SHIPPED_PYTHON not in value:
                 raise ValueError(f"{name}: {line}")
+            value = value.replace(f"--user {_SHIPPED_USER} ", f"--user {_exec_word(user)} ")
             value = value.replace(f"{_SHIPPED_COMMAND} run", run)
             value = value.replace(_SHIPPED_COMMAND, run.removesuffix(" run"))
             value = value.replace(_SHIPPED_PYTHON, _exec_word(layout.python))
@@ -96,6 +102,8 @@ def unit_text(name: str, shipped: str, user: str, layout: Layout) -> str:
             if not kept:
                 continue
             value = " ".join(kept)
+        if equals and not layout.overlay and key in {"After", "Wants"}:
+            value = " ".join(w for w in value.split() if w != OVERLAY_SERVICE)
         out.append(f"{key}={value}" if equals else line)
     manager = "systemctl edit" if layout.system else "systemctl --user edit"
     first = (

@@ -33,7 +33,7 @@ _log = get_logger("control")
 
 
 class ControlServer:
-    """Answers verbs on a Unix socket that only this user and root may use."""
+    """Answers verbs on a Unix socket that only one user and root may use."""
 
     def __init__(
         self,
@@ -42,19 +42,22 @@ class ControlServer:
         request_seconds: float = REQUEST_TIMEOUT,
         verb_seconds: float = VERB_TIMEOUT,
         request_limit: int = REQUEST_LIMIT,
+        owner: int | None = None,
     ) -> None:
+        """`owner`: the id of a user who may ask, where that is not this process's own."""
         self._path = path
         self._verbs = dict(verbs)
         self._request_seconds = request_seconds
         self._verb_seconds = verb_seconds
         self._request_limit = request_limit
+        self._owner = os.geteuid() if owner is None else owner
         self._server: asyncio.Server | None = None
         self._inode = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen. Raises ProblemError as `unixsocket.bind` does."""
-        listener = unixsocket.bind(self._path, 0o600)
+        listener = unixsocket.bind(self._path, 0o600, uid=self._owner)
         self._inode = self._path.stat().st_ino
         self._server = await asyncio.start_unix_server(
             self._connected, sock=listener, limit=self._request_limit
@@ -117,10 +120,10 @@ class ControlServer:
 
     def _check_peer(self, peer: socket.socket) -> None:
         _, uid, _ = ownership.peer_credentials(peer)
-        if uid not in (0, os.geteuid()):
+        if uid not in {0, self._owner}:
             _log.warning("control_not_permitted", uid=uid)
             raise codes.DAEMON_NOT_PERMITTED.error(
-                f"user id {uid} may not ask the daemon of user id {os.geteuid()}",
+                f"user id {uid} may not ask the daemon of user id {self._owner}",
                 "ask as that user or as root",
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,6 +65,20 @@ def find_socket(directory: Path, name: str) -> Path:
         return service if not here.exists() and service.exists() else here
     except PermissionError:  # a directory on the way is closed to us: let connecting say so
         return here
+
+
+def belongs_to_root(path: Path) -> bool:
+    """Whether nobody but root could have put there what is there: every directory above it, and
+    above what it is a link to, is root's, and for others not to write."""
+    try:
+        real = path.resolve(strict=True)
+        for place in (*path.absolute().parents, real, *real.parents):
+            found = place.stat()
+            if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX):
+                return False
+    except OSError:
+        return False
+    return True
 
 
 def _home(env: Mapping[str, str]) -> Path:

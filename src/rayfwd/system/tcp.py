@@ -8,6 +8,9 @@ import struct
 from asyncio.trsock import TransportSocket
 from contextlib import suppress
 
+_SO_ORIGINAL_DST = 80
+"""linux/netfilter_ipv4.h; `socket` does not have it."""
+_SOCKADDR_IN = struct.Struct(">2xH4s8x")
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """SO_LINGER for no time at all (socket(7))."""
 
@@ -32,3 +35,11 @@ def cut(transport: asyncio.WriteTransport) -> None:
     if sock is not None:
         reset_on_close(sock)
     transport.abort()
+
+
+def original_destination(sock: socket.socket) -> tuple[str, int]:
+    """Where a connection that was accepted was to go before a rule of the kernel redirected it; of
+    one that was not redirected, where it came. Raises OSError."""
+    raw = sock.getsockopt(socket.SOL_IP, _SO_ORIGINAL_DST, _SOCKADDR_IN.size)
+    port, address = _SOCKADDR_IN.unpack(raw)
+    return socket.inet_ntoa(address), port

@@ -29,8 +29,8 @@ def check_path(path: Path) -> None:
         )
 
 
-def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket:
-    """A non-blocking listening socket at `path`, with `mode` (and group) before anyone connects.
+def bind(path: Path, mode: int = 0o600, uid: int = -1, gid: int = -1) -> socket.socket:
+    """A non-blocking listening socket at `path`, whose mode and owner hold before anyone connects.
 
     A stale socket file is replaced; one that is answered, or a file that is no socket, is left
     alone. Raises ProblemError `socket_path_too_long`, `socket_in_use`, `socket_not_possible`.
@@ -46,9 +46,8 @@ def bind(path: Path, mode: int = 0o600, gid: int | None = None) -> socket.socket
         listener.setblocking(False)
         listener.bind(str(fresh))
         try:
-            if gid is not None:
-                os.chown(fresh, -1, gid)
             os.chmod(fresh, mode)
+            os.chown(fresh, uid, gid)
             listener.listen(128)
             os.rename(fresh, path)
         except BaseException:

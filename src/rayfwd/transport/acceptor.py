@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from rayfwd import codes
 from rayfwd.problems import Problem
+from rayfwd.session.target import Target
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
-from rayfwd.system.tcp import reset_on_close
+from rayfwd.system.tcp import original_destination, reset_on_close
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.relay import SocketRelay
 
@@ -29,7 +30,8 @@ SPARE_PART = 0.8
 """Part of the descriptors that must be all there are in use before new connections are taken."""
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-MakeRelay = Callable[[], SocketRelay]
+MakeRelay = Callable[[Target], SocketRelay]
+"""Is given where the connection was to go."""
 
 
 class Acceptor:
@@ -44,22 +46,30 @@ class Acceptor:
         """Why new connections wait, if they do: in the kernel, which keeps some."""
         self._on_change = on_change
         self._listening: dict[socket.socket, MakeRelay] = {}
+        self._redirected: set[socket.socket] = set()
+        """Those of the listening ones to which the kernel redirects connections."""
         self._beginning: set[asyncio.Task[None]] = set()
         self._look: asyncio.TimerHandle | None = None
         self._told = -TOLD_AGAIN
         self._tell_end = False
 
-    def add(self, sock: socket.socket, make_relay: MakeRelay) -> None:
-        """Listen; connections are taken from now on. Raises OSError, and has not taken it then."""
+    def add(self, sock: socket.socket, make_relay: MakeRelay, redirected: bool = False) -> None:
+        """Listen; connections are taken from now on. Raises OSError, and has not taken it then.
+
+        `redirected`: they were to go elsewhere, where the kernel says.
+        """
         sock.setblocking(False)
         sock.listen(BACKLOG)
         self._listening[sock] = make_relay
+        if redirected:
+            self._redirected.add(sock)
         if self.problem is None:
             self._read(sock)
 
     def release(self, sock: socket.socket) -> socket.socket:
         """Its connections are another's to accept; it goes on listening."""
         del self._listening[sock]
+        self._redirected.discard(sock)
         asyncio.get_running_loop().remove_reader(sock)
         return sock
 
@@ -87,18 +97,22 @@ class Acceptor:
                     raise
                 self._hold_up(exc.strerror)
                 return
-            self._begin(connection, self._listening[sock])
+            self._begin(connection, self._listening[sock], sock in self._redirected)
             if connection.fileno() >= descriptors.reserve():
                 self._hold_up(f"{descriptors.reserve()} of {descriptors.limit()} are in use")
 
-    def _begin(self, connection: socket.socket, make_relay: MakeRelay) -> None:
-        admitted = self.admission.admit(connection)
+    def _begin(self, connection: socket.socket, make_relay: MakeRelay, redirected: bool) -> None:
+        try:
+            dialled = original_destination(connection) if redirected else connection.getsockname()
+            admitted = self.admission.admit(connection, dialled)
+        except OSError:  # it was reset meanwhile
+            admitted = None
         if admitted is None:
             reset_on_close(connection)
             connection.close()
             return
         connection.setblocking(False)
-        relay = make_relay()
+        relay = make_relay(Target(*dialled))
         relay.when_lost(admitted.give_back)
         task = asyncio.create_task(_connected(relay, connection), name="accept")
         self._beginning.add(task)

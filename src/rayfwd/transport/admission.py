@@ -83,12 +83,17 @@ class Admission:
         if diag is not None:
             diag.close()
 
-    def admit(self, connection: socket.socket) -> Pass | None:
-        """A connection that was accepted; None: it is to be reset. Takes some 20 us."""
+    def admit(
+        self, connection: socket.socket, dialled: tuple[str, int] | None = None
+    ) -> Pass | None:
+        """A connection that was accepted; None: it is to be reset. Takes some 20 us.
+
+        `dialled`: where it was to go, if the kernel redirected it; the peer's socket has that.
+        """
         if self._diag is None:
             return Pass(None, self._open)
         try:
-            own, peer = connection.getsockname(), connection.getpeername()
+            own, peer = dialled or connection.getsockname(), connection.getpeername()
             owner = self._diag.owner_of_peer(own, peer)
         except OSError:
             owner = None  # it was reset meanwhile, as a rule

@@ -8,13 +8,16 @@ import os
 import socket
 
 from rayfwd.session.stream import ResetReason
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
+
+_IP_BIND_ADDRESS_NO_PORT = 24
+"""`socket` has it from Python 3.12 on (linux/in.h)."""
 
 DIAL_TIMEOUT = 10.0
 """Seconds for a connection on this machine: made or refused at once, unless a backlog is full."""
@@ -26,34 +29,36 @@ class LocalConnector:
     def __init__(self) -> None:
         self.relays: set[SocketRelay] = set()
         """Those that have a connection."""
-        self._tasks: dict[asyncio.Task[None], tuple[SocketRelay, Target]] = {}
+        self._tasks: dict[asyncio.Task[None], tuple[SocketRelay, Opening]] = {}
 
-    def accept(self, stream: MuxStream, target: Target) -> SocketRelay:
-        """Dial `target` for a stream; a failure resets it with its reason."""
+    def accept(self, stream: MuxStream, opening: Opening) -> SocketRelay:
+        """Dial a target for a stream; a failure resets it with its reason."""
         relay = SocketRelay(self.relays)
         relay.attach(stream)
-        self.dial(stream, relay, target)
+        self.dial(stream, relay, opening)
         return relay
 
-    def dial(self, stream: MuxStream, relay: SocketRelay, target: Target) -> None:
+    def dial(self, stream: MuxStream, relay: SocketRelay, opening: Opening) -> None:
         """Find the relay of a stream its connection."""
-        task = asyncio.create_task(self._dial(stream, relay, target), name=f"dial {target}")
-        self._tasks[task] = relay, target
+        work = self._dial(stream, relay, opening)
+        task = asyncio.create_task(work, name=f"dial {opening.target}")
+        self._tasks[task] = relay, opening
         task.add_done_callback(self._done)
 
-    def target_of(self, relay: SocketRelay) -> Target | None:
+    def opening_of(self, relay: SocketRelay) -> Opening | None:
         """What is being dialled for this relay."""
-        return next((target for p, target in self._tasks.values() if p is relay), None)
+        return next((opening for r, opening in self._tasks.values() if r is relay), None)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.pop(task, None)
         if not task.cancelled() and (exc := task.exception()) is not None:
             raise exc
 
-    async def _dial(self, stream: MuxStream, relay: SocketRelay, target: Target) -> None:
+    async def _dial(self, stream: MuxStream, relay: SocketRelay, opening: Opening) -> None:
+        target = opening.target
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
-                await _connect(relay, target)
+                await _connect(relay, opening)
         except ConnectionRefusedError:
             stream.reset(ResetReason.REFUSED, f"nothing listens on {target}")
         except TimeoutError:
@@ -78,16 +83,32 @@ class LocalConnector:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _connect(relay: SocketRelay, target: Target) -> None:
-    """Raises OSError; EMFILE also where only the reserve of descriptors is left."""
+async def _connect(relay: SocketRelay, opening: Opening) -> None:
+    """As the node that dials, where its address can be had: some programs take a node's address
+    from its connection (XGBoost's tracker). In 127/8 every address is this machine's own.
+
+    Raises OSError; EMFILE also where only the reserve of descriptors is left.
+    """
     loop = asyncio.get_running_loop()
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         if sock.fileno() >= descriptors.reserve():
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         sock.setblocking(False)
-        await loop.sock_connect(sock, target)
+        if opening.source is not None:
+            _bind(sock, opening.source)
+        await loop.sock_connect(sock, opening.target)
         await loop.create_connection(lambda: relay, sock=sock)
     except BaseException:
         sock.close()
         raise
+
+
+def _bind(sock: socket.socket, source: str) -> None:
+    """Have this address, on a port that is chosen when the connection is made (ip(7))."""
+    sock.setsockopt(socket.SOL_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+    try:
+        sock.bind((source, 0))
+    except OSError as exc:
+        if exc.errno != errno.EADDRNOTAVAIL:
+            raise

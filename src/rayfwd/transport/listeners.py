@@ -32,6 +32,10 @@ Route = Callable[[Target, SocketRelay], None]
 """Finds a stream to a target for a relay: calls its `attach`, now or later, or its `refuse`."""
 
 
+REDIRECTED = Target("0.0.0.0", 0)
+"""What a listener stands for that takes connections to anywhere, which the kernel redirects."""
+
+
 class Listeners:
     """The listeners of this machine. `run` opens and closes them until it is cancelled.
 
@@ -102,8 +106,10 @@ class Listeners:
         return tuple(self._blocked.values())
 
     def for_a_node(self, listen: Target) -> bool:
-        """Whether the listener there is the one for a node's own port, and no further one."""
-        return listen in self._wanted and self.place_of(self._wanted[listen]) == listen
+        """Whether the listener there is the one for a node's own port, or for all of them, and no
+        further one."""
+        target = self._wanted.get(listen)
+        return target is not None and (target == REDIRECTED or self.place_of(target) == listen)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many listeners are open and how many blocked, by the address that they stand for."""
@@ -162,6 +168,10 @@ class Listeners:
         """For a connection to `target` that was admitted; it finds its way once it is there."""
         return SocketRelay(self.relays, lambda relay: self._route(target, relay))
 
+    def _relay_of(self, listen: Target, dialled: Target) -> SocketRelay:
+        target = self._wanted.get(listen, listen)
+        return self.relay_for(dialled if target == REDIRECTED else target)
+
     def inherit(self, listening: Mapping[Target, socket.socket]) -> None:
         """Sockets for listeners that `set_wanted` will ask for; what it does not is closed then.
         What is inherited twice is closed but once: it is the same socket."""
@@ -205,7 +215,8 @@ class Listeners:
         """Open a listener. Raises OSError."""
         sock = self._inherited.pop(listen, None) or _bound(listen)
         try:
-            self._acceptor.add(sock, lambda: self.relay_for(self._wanted.get(listen, listen)))
+            redirected = self._wanted[listen] == REDIRECTED
+            self._acceptor.add(sock, lambda to: self._relay_of(listen, to), redirected)
         except OSError:
             sock.close()
             raise

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 from rayfwd.session.frames import Chunk
 from rayfwd.session.stream import ResetReason
-from rayfwd.session.target import Target
+from rayfwd.session.target import Opening, Target
 from rayfwd.system.tcp import cut, no_delay
 from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.readpacing import Reading
@@ -117,12 +117,12 @@ class SocketRelay(asyncio.Protocol):
 
     # -- the stream's side -----------------------------------------------------------------------
 
-    def open_stream(self, mux: Mux | None, target: Target) -> None:
+    def open_stream(self, mux: Mux | None, to: Target | Opening) -> None:
         """Take a new stream of that session; where it has none to give, the connection is reset."""
         if mux is None or not mux.has_room():
             self.refuse()
         else:
-            self.attach(mux.open(target.encode(), self))
+            self.attach(mux.open(to.encode(), self))
 
     def attach(self, stream: MuxStream) -> None:
         """Give the relay its stream."""

@@ -1,0 +1,46 @@
+"""Make the overlay network for the daemon, and remove it at the end (the service rayfwd-net)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import pwd
+from pathlib import Path
+
+from rayfwd.cli import OK, MistakeError
+from rayfwd.config import LogConfig
+from rayfwd.network import overlay
+from rayfwd.network.keeper import OverlayKeeper
+from rayfwd.system import logs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("socket", type=Path, help="where the daemon asks (its RAYFWD_OVERLAY)")
+    parser.add_argument("--interface", default="rayfwd0", help="its name (default: rayfwd0)")
+    parser.add_argument("--user", help="who may ask besides root (default: only root)")
+    parser.add_argument(
+        "--network",
+        action="append",
+        default=[],
+        type=ipaddress.IPv4Network,
+        help="a network that the plan may have, besides those in 127.64.0.0/10",
+    )
+    parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
+    parser.add_argument(
+        "--remove", action="store_true", help="only remove what an overlay has left, and end"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    logs.setup(LogConfig())
+    if args.remove:
+        overlay.down(args.interface)
+        return OK
+    try:
+        owner = None if args.user is None else pwd.getpwnam(args.user).pw_uid
+    except KeyError:
+        raise MistakeError(f"--user {args.user}: this machine has no such user") from None
+    keeper = OverlayKeeper(args.socket, args.interface, owner, args.network, args.until_eof)
+    asyncio.run(keeper.run())
+    return OK

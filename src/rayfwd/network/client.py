@@ -1,0 +1,136 @@
+"""Asks the overlay's keeper: the service's, or one that the daemon starts as its child."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rayfwd import codes
+from rayfwd.network import overlay
+from rayfwd.network.rules import Rules
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.control import ask
+
+KEEPER = "RAYFWD_OVERLAY"
+"""The environment variable that has the path of the keeper's socket."""
+CHILD = "RAYFWD_OVERLAY_CHILD"
+"""The environment variable by which a process that takes the place of another one knows the pipe
+that keeps the other's child alive: `DESCRIPTOR PID`."""
+SOCKET = "overlay.sock"
+"""The child's, in the runtime directory."""
+ANSWER_TIMEOUT = 30.0
+"""Seconds for an answer: `ip` and `nft` are run for it."""
+START_TIMEOUT = 15.0
+"""Seconds for a child to listen."""
+
+
+class OverlayClient:
+    """The keeper at a socket."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+
+    async def up(self, rules: Rules) -> None:
+        """Raises ProblemError."""
+        await self._ask("up", {"rules": rules.to_wire()})
+
+    async def update(self, rules: Rules) -> None:
+        """Raises ProblemError."""
+        await self._ask("update", {"rules": rules.to_wire()})
+
+    async def down(self) -> None:
+        """Raises ProblemError."""
+        await self._ask("down", {})
+
+    async def found(self) -> dict[str, Any]:
+        """What stands now. Raises ProblemError."""
+        return await self._ask("found", {})
+
+    async def _ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            return await asyncio.to_thread(ask, self._socket, verb, args, ANSWER_TIMEOUT)
+        except ProblemError as exc:
+            if exc.problem.code in {codes.OVERLAY_FAILED, codes.OVERLAY_REFUSED}:
+                raise
+            raise codes.OVERLAY_KEEPER_ABSENT.error(
+                f"the overlay's keeper does not answer: {exc.problem.cause}",
+                "start the service rayfwd-net (as root: `systemctl start rayfwd-net`)",
+            ) from None
+
+
+class Child:
+    """A keeper that lives as long as this process, or the one that takes its place by exec."""
+
+    def __init__(self, pipe: int, pid: int) -> None:
+        self._pipe = pipe
+        self._pid = pid
+
+    @classmethod
+    def start(cls, runtime_dir: Path, interface: str) -> Child:
+        """Raises ProblemError where it does not come up."""
+        socket = runtime_dir / SOCKET
+        argv = [sys.executable, "-I", "-m", "rayfwd", "overlay", str(socket), "--until-eof"]
+        argv += ["--interface", interface]
+        reading, writing = os.pipe()
+        try:
+            process = subprocess.Popen(argv, stdin=reading, start_new_session=True)
+        except OSError:
+            os.close(writing)
+            raise
+        finally:
+            os.close(reading)
+        child = cls(writing, process.pid)
+        deadline = time.monotonic() + START_TIMEOUT
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(ProblemError):
+                ask(socket, "found", {}, 1.0)
+                return child
+            time.sleep(0.05)
+        child.close()
+        raise codes.OVERLAY_FAILED.error(
+            "the process that makes the overlay did not come up",
+            'see the lines above in the log, or set network.level = "listeners"',
+        )
+
+    @classmethod
+    def inherited(cls, env: MutableMapping[str, str]) -> Child | None:
+        """The child of the process whose place this one has taken."""
+        given = env.pop(CHILD, None)
+        if given is None:
+            return None
+        pipe, pid = map(int, given.split())
+        os.set_inheritable(pipe, False)
+        return cls(pipe, pid)
+
+    def pass_on(self, env: MutableMapping[str, str]) -> None:
+        """To the process that takes the place of this one by exec."""
+        os.set_inheritable(self._pipe, True)
+        env[CHILD] = f"{self._pipe} {self._pid}"
+
+    def close(self) -> None:
+        """End it, and with it the overlay; done when it has ended."""
+        os.close(self._pipe)
+        with suppress(ChildProcessError):
+            os.waitpid(self._pid, 0)
+
+
+def possible() -> Problem | None:
+    """Why this process cannot have an overlay by a child of its own; None: it can."""
+    if not overlay.capable():
+        return codes.OVERLAY_IMPOSSIBLE.problem(
+            "this process may not change the network (CAP_NET_ADMIN)",
+            "start the service rayfwd-net, which `rayfwd init` installs; of a container: "
+            "`docker run --cap-add NET_ADMIN`",
+        )
+    try:
+        overlay.check_tools()
+    except ProblemError as exc:
+        return exc.problem
+    return None

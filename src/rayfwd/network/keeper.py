@@ -1,0 +1,154 @@
+"""The overlay's keeper: the one process with the right to change the machine's network.
+
+It makes the interface and the rules that the daemon asks for, as far as it may have them, and
+removes them when it ends. In a service it has a unit of its own (`rayfwd-net.service`), which
+starts as root and keeps CAP_NET_ADMIN alone; in a container that has this right it is the daemon's
+child, and ends with it (`until_eof`).
+
+    up {rules} -> {}: everything is there; `rules` as `Rules.to_wire` gives them
+    update {rules} -> {}: the ports are up to date
+    found {} -> {interface, address, table, refused, may}: what stands now
+    down {} -> {}: nothing is there
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rayfwd import codes
+from rayfwd.network import overlay
+from rayfwd.network.rules import Rules
+from rayfwd.problems import ProblemError
+from rayfwd.system.control import ControlServer
+from rayfwd.system.logs import get_logger
+from rayfwd.system.notify import Notifier
+
+REQUEST_LIMIT = 4 << 20
+"""Bytes: the open ports of a thousand nodes."""
+NETWORKS = (ipaddress.IPv4Network("127.64.0.0/10"),)
+"""Where the plan's network may lie without anybody's word: nothing else is at home there.
+
+127.0.0.0/10 is left out: name servers and databases listen there.
+"""
+LOWEST_PORT = 1024
+"""Ports below it are root's services': the overlay neither leads to one nor guards one."""
+
+_log = get_logger(__name__)
+
+
+class OverlayKeeper:
+    """`run` works until SIGTERM, SIGINT or, as a child, the end of its standard input."""
+
+    def __init__(
+        self,
+        socket: Path,
+        interface: str,
+        owner: int | None = None,
+        networks: Sequence[ipaddress.IPv4Network] = (),
+        until_eof: bool = False,
+    ) -> None:
+        """`owner` may ask besides root; `networks` are allowed besides `NETWORKS`."""
+        self._socket = socket
+        self._interface = interface
+        self._owner = owner
+        self._networks = (*NETWORKS, *networks)
+        self._until_eof = until_eof
+        self._rules: Rules | None = None
+        self._turn = asyncio.Lock()
+        self._stop = asyncio.Event()
+        self._notifier = Notifier()
+
+    async def run(self) -> None:
+        """Raises ProblemError where it cannot listen, or where an overlay cannot be had."""
+        await asyncio.to_thread(overlay.check_tools)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        if self._until_eof:
+            loop.add_reader(0, self._came_on_stdin)
+        verbs = {
+            "up": self._up,
+            "update": self._update,
+            "found": self._found,
+            "down": self._down,
+        }
+        server = ControlServer(self._socket, verbs, request_limit=REQUEST_LIMIT, owner=self._owner)
+        await server.start()
+        try:
+            _log.info("overlay_keeper_listening", socket=str(self._socket))
+            self._notifier.send("READY=1", "STATUS=no overlay")
+            await self._stop.wait()
+            self._notifier.send("STOPPING=1")
+        finally:
+            await server.close()
+            await asyncio.to_thread(overlay.down, self._interface)
+
+    def _came_on_stdin(self) -> None:
+        with suppress(BlockingIOError):
+            if not os.read(0, 4096):
+                self._stop.set()
+
+    async def _up(self, args: dict[str, Any]) -> dict[str, Any]:
+        async with self._turn:
+            rules = self._checked(args)
+            await asyncio.to_thread(overlay.up, rules)
+            self._rules = rules
+        _log.info("overlay_up", interface=rules.interface, address=rules.own)
+        self._notifier.send(f"STATUS=the overlay of {rules.own} is up")
+        return {}
+
+    async def _update(self, args: dict[str, Any]) -> dict[str, Any]:
+        async with self._turn:
+            rules = self._checked(args)
+            await asyncio.to_thread(overlay.update, rules)
+            self._rules = rules
+        return {}
+
+    async def _found(self, args: dict[str, Any]) -> dict[str, Any]:
+        may = [str(network) for network in self._networks]
+        if self._rules is None:
+            return {"may": may, **overlay.NOTHING.to_wire()}
+        found = await asyncio.to_thread(overlay.found, self._rules)
+        return {"may": may, **found.to_wire()}
+
+    async def _down(self, args: dict[str, Any]) -> dict[str, Any]:
+        async with self._turn:
+            await asyncio.to_thread(overlay.down, self._interface)
+            self._rules = None
+        _log.info("overlay_down", interface=self._interface)
+        self._notifier.send("STATUS=no overlay")
+        return {}
+
+    def _checked(self, args: dict[str, Any]) -> Rules:
+        """What is asked for, if it may be had. Raises ProblemError."""
+        try:
+            rules = Rules.from_wire(args["rules"])
+        except (KeyError, TypeError, ValueError) as exc:
+            raise _refused(str(exc), "run the same version of rayfwd on both sides") from exc
+        network = ipaddress.IPv4Network(rules.network)
+        if rules.interface != self._interface:
+            raise _refused(
+                f"the interface {rules.interface}, and this is the keeper of {self._interface}",
+                "give it the same name with --interface",
+            )
+        if not any(network.subnet_of(allowed) for allowed in self._networks):
+            allowed = ", ".join(map(str, self._networks))
+            raise _refused(
+                f"the network {network}, and allowed are {allowed}",
+                f"start it with --network {network}, if nothing else is at home there",
+            )
+        low = [first for first, _ in (*rules.guarded, (rules.port, 0)) if first < LOWEST_PORT]
+        if low:
+            raise _refused(f"port {low[0]}, which is below {LOWEST_PORT}", "choose another")
+        return rules
+
+
+def _refused(cause: str, remedy: str) -> ProblemError:
+    return codes.OVERLAY_REFUSED.error(f"the keeper was asked for {cause}", remedy)

@@ -1,0 +1,232 @@
+"""The daemon's half of the overlay: which level this node has, and that what stands stays so.
+
+Two levels: at `overlay` every TCP port of every node is reached, through an interface and rules of
+the kernel; at `listeners` those that rayfwd listens for. Which one a machine allows is found out
+once, before the node says hello.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rayfwd.config import NetworkConfig
+from rayfwd.network.client import KEEPER, SOCKET, Child, OverlayClient, possible
+from rayfwd.network.rules import PortRange, Rules
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.logs import get_logger
+
+log = get_logger(__name__)
+
+Level = Literal["overlay", "listeners"]
+
+LOOK_INTERVAL = 10.0
+"""Seconds between looks whether interface and rules are still there."""
+GATHER_SECONDS = 0.05
+"""Seconds in which changes of the plan are gathered into one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the plan asks of the overlay."""
+
+    network: str
+    own: str
+    open_ports: Mapping[str, tuple[PortRange, ...]] = field(default_factory=dict)
+    guarded: tuple[PortRange, ...] = ()
+
+
+class Overlay:
+    """Owns the client of the overlay's keeper, and the keeper where that is our child."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        runtime_dir: Path,
+        uids: Callable[[], frozenset[int]],
+        on_change: Callable[[], None],
+        env: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`uids`: who may dial. `on_change` is called when level or problem have changed."""
+        self.level: Level = "listeners"
+        self.problem: Problem | None = None
+        """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
+        self.why = "network.level is set so"
+        """Why the level is what it is."""
+        self.refused: dict[str, int] = {}
+        """Packets of connections that were refused by the kernel, by reason."""
+        self._config = config
+        self._runtime_dir = runtime_dir
+        self._uids = uids
+        self._on_change = on_change
+        self._env = env
+        self._client: OverlayClient | None = None
+        self._child: Child | None = None
+        self._wanted: Wanted | None = None
+        self._made: Rules | None = None
+        self._changed = asyncio.Event()
+        self._up = asyncio.Event()
+
+    @property
+    def interface(self) -> str | None:
+        """The interface that has the node's address; None: there is none."""
+        return self._config.interface if self.level == "overlay" else None
+
+    @property
+    def port(self) -> int | None:
+        """Where connections to other nodes are redirected to, on 127.0.0.1."""
+        return self._config.port if self.level == "overlay" else None
+
+    @property
+    def stands(self) -> bool:
+        """What the plan asks for is there."""
+        return self.level == "overlay" and self._up.is_set()
+
+    # -- which level ---------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Find out which level this machine allows."""
+        if self._config.level == "listeners":
+            return
+        try:
+            await self._reach_keeper()
+        except ProblemError as exc:
+            self._fall_back(exc.problem)
+            return
+        self.level = "overlay"
+        self.why = "this machine allows it"
+        log.info("network_level", level=self.level, cause=self.why)
+
+    async def _reach_keeper(self) -> None:
+        """Raises ProblemError where no overlay can be had."""
+        path = self._env.get(KEEPER)
+        if path:
+            client = OverlayClient(Path(path))
+            await client.found()
+        else:
+            if (problem := possible()) is not None:
+                raise ProblemError(problem)
+            self._child = Child.inherited(os.environ) or await asyncio.to_thread(
+                Child.start, self._runtime_dir, self._config.interface
+            )
+            client = OverlayClient(self._runtime_dir / SOCKET)
+        self._client = client
+
+    def _fall_back(self, problem: Problem) -> None:
+        """Take the next level, and say why."""
+        self.level, self.why = "listeners", problem.cause
+        if self._config.level == "overlay":
+            self.problem = problem
+        log.info("network_level", level=self.level, cause=problem.cause, remedy=problem.remedy)
+        self._on_change()
+
+    # -- at work -------------------------------------------------------------------------
+
+    def want(self, wanted: Wanted) -> None:
+        """What is to stand from now on."""
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._changed.set()
+
+    async def made(self) -> None:
+        """Until what the plan asks for stands. At the level `listeners` there is nothing to do."""
+        if self.level == "overlay":
+            await self._up.wait()
+
+    async def run(self) -> None:
+        """Keep what stands as it is wanted, until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_INTERVAL):
+                    await self._changed.wait()
+                await asyncio.sleep(GATHER_SECONDS)
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            if self._client is not None and self._wanted is not None:
+                await self._bring_up(self._client, self._wanted)
+
+    async def _bring_up(self, client: OverlayClient, wanted: Wanted) -> None:
+        rules = self._rules(wanted)
+        try:
+            if self._made is None or _base(self._made) != _base(rules):
+                await client.up(rules)
+            elif self._made != rules:
+                await client.update(rules)
+            else:
+                await self._look(client, rules)
+        except ProblemError as exc:
+            self._made = None
+            self._up.clear()
+            self._set_problem(exc.problem)
+            return
+        self._made = rules
+        self._up.set()
+        self._set_problem(None)
+
+    async def _look(self, client: OverlayClient, rules: Rules) -> None:
+        """See that it still stands; what is gone is made anew, and said. Raises ProblemError."""
+        found = await client.found()
+        self.refused = {str(k): int(v) for k, v in dict(found.get("refused", {})).items()}
+        gone = [part for part in ("interface", "address", "table") if not found.get(part)]
+        if gone:
+            log.warning(
+                "overlay_gone",
+                cause=f"{', '.join(gone)} of the overlay were removed by another program",
+                remedy="see which program resets the firewall or the network; it is made again",
+            )
+            await client.up(rules)
+
+    def _rules(self, wanted: Wanted) -> Rules:
+        return Rules(
+            interface=self._config.interface,
+            network=wanted.network,
+            own=wanted.own,
+            port=self._config.port,
+            uids=self._uids(),
+            open_ports=wanted.open_ports,
+            guarded=wanted.guarded,
+        )
+
+    def _set_problem(self, problem: Problem | None) -> None:
+        if problem != self.problem:
+            self.problem = problem
+            if problem is not None:
+                log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+            self._on_change()
+
+    # -- the end -------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Remove everything: no other process comes after this one."""
+        if self._client is None:
+            return
+        try:
+            await self._client.down()
+        except ProblemError as exc:
+            log.warning("overlay_left", cause=exc.problem.cause, remedy=exc.problem.remedy)
+        if self._child is not None:
+            await asyncio.to_thread(self._child.close)
+
+    def pass_on(self, env: MutableMapping[str, str]) -> None:
+        """To the process that takes the place of this one by exec: what stands goes on."""
+        if self._child is not None:
+            self._child.pass_on(env)
+
+    def to_wire(self) -> dict[str, Any]:
+        """For the status."""
+        return {
+            "level": self.level,
+            "why": self.why,
+            "interface": self.interface,
+            "refused": dict(self.refused),
+        }
+
+
+def _base(rules: Rules) -> tuple[Any, ...]:
+    """What an update of the sets does not change."""
+    return (rules.interface, rules.network, rules.own, rules.port, rules.uids)

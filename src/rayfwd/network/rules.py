@@ -1,0 +1,194 @@
+"""The nftables rules of the overlay, as text for `nft -f` (pure).
+
+A TCP connection to another node's address is redirected to one port of the daemon, which asks the
+kernel for the original destination (SO_ORIGINAL_DST). Who may dial, and which ports are open, is
+decided here, so that `connect()` fails as it would on a LAN: a port on which nothing listens is
+refused, a node that is unknown is unreachable. What comes to Ray's ports from other interfaces than
+loopback is dropped.
+
+The table is replaced as a whole, in one transaction; the sets are updated in another.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PortRange = tuple[int, int]
+"""First and last port."""
+
+MOST_RANGES = 20_000
+"""Ranges of open ports of all nodes together, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the overlay of one node is to do."""
+
+    interface: str
+    """Also the name of the table."""
+    network: str
+    """The plan's network: connections to it are ours."""
+    own: str
+    """This node's address, which stays the machine's own business."""
+    port: int
+    """Where the daemon listens on 127.0.0.1."""
+    uids: frozenset[int]
+    """Users who may dial."""
+    open_ports: Mapping[str, tuple[PortRange, ...]] = field(default_factory=dict)
+    """The ports that may be dialled, by the address of each other node."""
+    guarded: tuple[PortRange, ...] = ()
+    """Ports of this machine that only loopback reaches."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where it could do anything but that."""
+        network = ipaddress.IPv4Network(self.network)
+        if not _INTERFACE_NAME.issuperset(self.interface) or not 0 < len(self.interface) < 16:
+            raise ValueError(f"interface {self.interface!r}: 1 to 15 of a-z, 0-9, _ and -")
+        for address in (self.own, *self.open_ports):
+            if ipaddress.IPv4Address(address) not in network:
+                raise ValueError(f"{address} is not in the network {network}")
+        ranges = [r for of in self.open_ports.values() for r in of]
+        if len(ranges) > MOST_RANGES:
+            raise ValueError(f"{len(ranges)} ranges of ports are over {MOST_RANGES}")
+        for first, last in (*ranges, *self.guarded, (self.port, self.port)):
+            if not 0 < first <= last < 65536:
+                raise ValueError(f"ports {first} to {last} are out of range")
+        if any(not 0 <= uid < 1 << 32 for uid in self.uids):
+            raise ValueError("a user id is out of range")
+
+    def to_wire(self) -> dict[str, Any]:
+        """As a JSON object, for the privileged process."""
+        return {
+            "interface": self.interface,
+            "network": self.network,
+            "own": self.own,
+            "port": self.port,
+            "uids": sorted(self.uids),
+            "open_ports": {address: list(of) for address, of in self.open_ports.items()},
+            "guarded": list(self.guarded),
+        }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Rules:
+        """The inverse of `to_wire`. Raises ValueError on anything else."""
+        try:
+            return cls(
+                interface=_text(data["interface"]),
+                network=str(ipaddress.IPv4Network(_text(data["network"]))),
+                own=_text(data["own"]),
+                port=_whole(data["port"]),
+                uids=frozenset(_whole(uid) for uid in data["uids"]),
+                open_ports={
+                    str(ipaddress.IPv4Address(_text(address))): _ranges(of)
+                    for address, of in dict(data["open_ports"]).items()
+                },
+                guarded=_ranges(data["guarded"]),
+            )
+        except (KeyError, TypeError) as exc:
+            raise ValueError(f"not the rules of an overlay: {exc!r}") from exc
+
+
+def _ranges(value: Iterable[Any]) -> tuple[PortRange, ...]:
+    return tuple((_whole(first), _whole(last)) for first, last in value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is no whole number")
+    return value
+
+
+_INTERFACE_NAME = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
+
+
+def port_ranges(ports: Iterable[int]) -> tuple[PortRange, ...]:
+    """The ports as ranges, ascending."""
+    out: list[PortRange] = []
+    for port in sorted(set(ports)):
+        if out and port == out[-1][1] + 1:
+            out[-1] = (out[-1][0], port)
+        else:
+            out.append((port, port))
+    return tuple(out)
+
+
+def ruleset(rules: Rules) -> str:
+    """Text that replaces the whole table, whether it was there or not."""
+    uids = ", ".join(map(str, sorted(rules.uids)))
+    ours = f"ip daddr {rules.network} ip daddr != {rules.own}"
+    return f"""\
+table inet {rules.interface}
+delete table inet {rules.interface}
+table inet {rules.interface} {{
+    set nodes {{ type ipv4_addr; }}
+    set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
+    set guarded {{ type inet_service; flags interval; auto-merge; }}
+    counter refused_user {{ }}
+    counter refused_port {{ }}
+    counter refused_node {{ }}
+    counter guarded_in {{ }}
+    chain dial {{
+        type nat hook output priority -100; policy accept;
+        {ours} meta skuid {{ {uids} }} ip daddr . tcp dport @open redirect to :{rules.port}
+    }}
+    chain refuse {{
+        type filter hook output priority 0; policy accept;
+        {ours} ct state new jump refused
+    }}
+    chain refused {{
+        meta skuid != {{ {uids} }} counter name refused_user meta l4proto tcp reject with tcp reset
+        ip daddr @nodes counter name refused_port meta l4proto tcp reject with tcp reset
+        ip daddr @nodes reject
+        counter name refused_node reject with icmp type host-unreachable
+    }}
+    chain guard {{
+        type filter hook input priority -10; policy accept;
+        iifname "lo" accept
+        ip daddr {rules.network} drop
+        tcp dport @guarded ct state new counter name guarded_in drop
+    }}
+}}
+{_elements(rules)}"""
+
+
+def update(rules: Rules) -> str:
+    """Text that brings the sets of a table that stands up to date; connections notice nothing."""
+    table = f"inet {rules.interface}"
+    flush = [f"flush set {table} {name}\n" for name in ("nodes", "open", "guarded")]
+    return "".join(flush) + _elements(rules)
+
+
+def removal(interface: str) -> str:
+    """Text that removes the table, whether it is there or not."""
+    return f"table inet {interface}\ndelete table inet {interface}\n"
+
+
+def _elements(rules: Rules) -> str:
+    opened = [
+        f"{address} . {_span(ports)}" for address, of in rules.open_ports.items() for ports in of
+    ]
+    sets = {
+        "nodes": sorted(rules.open_ports),
+        "open": opened,
+        "guarded": [_span(ports) for ports in rules.guarded],
+    }
+    table = f"inet {rules.interface}"
+    return "".join(
+        f"add element {table} {name} {{ {', '.join(elements)} }}\n"
+        for name, elements in sets.items()
+        if elements
+    )
+
+
+def _span(ports: PortRange) -> str:
+    first, last = ports
+    return str(first) if first == last else f"{first}-{last}"

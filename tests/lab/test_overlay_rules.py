@@ -1,0 +1,243 @@
+"""The overlay's interface and rules on one machine, made by the real keeper with the real nft."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfwd.network.rules import Rules
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import UID, Process, until
+
+pytestmark = pytest.mark.lab
+
+SOCKET = "/run/lab/overlay.sock"
+OWN, OTHER, UNKNOWN = "127.77.0.1", "127.77.0.2", "127.77.0.9"
+PORT = 19977
+RULES = Rules(
+    interface="rayfwd0",
+    network="127.77.0.0/16",
+    own=OWN,
+    port=PORT,
+    uids=frozenset({0, UID}),
+    open_ports={OTHER: ((20000, 20010), (41000, 41000))},
+    guarded=((20020, 20040),),
+)
+
+ASK = """
+import json, sys
+from pathlib import Path
+from rayfwd.problems import ProblemError
+from rayfwd.system.control import ask
+try:
+    answer = ask(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3]), 30)
+except ProblemError as exc:
+    answer = {"error": exc.problem.code.name, "cause": exc.problem.cause}
+print(json.dumps(answer))
+"""
+
+DIAL = """
+import json, socket, sys
+sock = socket.socket()
+sock.settimeout(3)
+if len(sys.argv) > 3:
+    sock.bind((sys.argv[3], 0))
+try:
+    sock.connect((sys.argv[1], int(sys.argv[2])))
+    print(sock.recv(100).decode() or "reset")
+except OSError as exc:
+    print(type(exc).__name__, exc.errno)
+"""
+
+ECHO = """
+import socket, struct
+server = socket.socket()
+server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+server.bind(("127.0.0.1", 19977))
+server.listen()
+print("listening", flush=True)
+while True:
+    sock, _ = server.accept()
+    raw = sock.getsockopt(socket.SOL_IP, 80, 16)
+    port, address = struct.unpack(">2xH4s8x", raw)
+    sock.sendall(f"{socket.inet_ntoa(address)}:{port}".encode())
+    sock.close()
+"""
+
+
+class Overlay:
+    """A keeper in a machine, and what its rules do to who dials there."""
+
+    def __init__(self, machine: Machine, rayfwd: Path) -> None:
+        self.machine = machine
+        self.python = str(rayfwd.with_name("python"))
+        self.rayfwd = str(rayfwd)
+        self.keeper = self.start()
+
+    def start(self, *further: str) -> Process:
+        argv = [self.rayfwd, "overlay", SOCKET, "--user", "ray", *further]
+        keeper = self.machine.popen(argv, user="root")
+        until(
+            lambda: "overlay_keeper_listening" in keeper.log.read_text(), 30, keeper.log.read_text
+        )
+        return keeper
+
+    def ask(self, verb: str, rules: dict[str, Any] | None = None, user: str = "ray") -> Any:
+        args = {} if rules is None else {"rules": rules}
+        argv = [self.python, "-c", ASK, SOCKET, verb, json.dumps(args)]
+        return json.loads(self.machine.run(argv, user=user).stdout)
+
+    def dial(self, address: str, port: int, *, user: str = "ray", source: str = "") -> str:
+        argv = [self.python, "-c", DIAL, address, str(port), *([source] if source else [])]
+        if user == "nobody":
+            argv, user = ["setpriv", "--reuid=65534", "--clear-groups", *argv], "root"
+        return self.machine.run(argv, user=user).stdout.strip()
+
+    def left(self) -> tuple[bool, bool]:
+        """Whether interface and table are there."""
+        links = self.machine.network_command("ip", "-o", "link")
+        return "rayfwd0" in links, "rayfwd0" in self.machine.network_command(
+            "nft", "list", "tables"
+        )
+
+
+@pytest.fixture(scope="module")
+def overlay(module_lab: Lab, rayfwd: Path) -> Overlay:
+    machine = module_lab.machine("w1")
+    made = Overlay(machine, rayfwd)
+    server = machine.popen([made.python, "-c", ECHO])
+    until(lambda: "listening" in server.log.read_text(), 20, server.log.read_text)
+    assert made.ask("up", RULES.to_wire()) == {}
+    return made
+
+
+def test_an_open_port_leads_here_with_its_destination(overlay: Overlay) -> None:
+    assert overlay.dial(OTHER, 20005) == f"{OTHER}:20005"
+    assert overlay.dial(OTHER, 41000, user="root") == f"{OTHER}:41000"
+    assert overlay.dial(OTHER, 20005, source=OWN) == f"{OTHER}:20005"
+
+
+def test_connect_fails_as_on_a_lan(overlay: Overlay) -> None:
+    """Refused where nothing listens; unreachable where there is no such node."""
+    assert overlay.dial(OTHER, 22) == "ConnectionRefusedError 111"
+    assert overlay.dial(UNKNOWN, 20005) == "OSError 113"
+
+
+def test_another_user_is_refused(overlay: Overlay) -> None:
+    assert overlay.dial(OTHER, 20005, user="nobody") == "ConnectionRefusedError 111"
+    assert overlay.ask("found")["refused"]["refused_user"] >= 1
+
+
+def test_who_binds_another_nodes_address_hears_nothing(overlay: Overlay) -> None:
+    """A redirect comes before any listener."""
+    squat = "import socket,time\ns=socket.socket(); s.bind(('127.77.0.2', 20003)); s.listen()\n"
+    argv = [overlay.python, "-c", squat + "print('listening', flush=True); time.sleep(60)"]
+    squatter = overlay.machine.popen(argv)
+    until(lambda: "listening" in squatter.log.read_text(), 20, squatter.log.read_text)
+    assert overlay.dial(OTHER, 20003) == f"{OTHER}:20003"
+    squatter.signal(signal.SIGKILL)
+    squatter.wait(20)
+
+
+def test_the_interface_has_the_nodes_address(overlay: Overlay) -> None:
+    found = overlay.ask("found")
+    assert (found["interface"], found["address"], found["table"]) == (True, True, True)
+    assert f"inet {OWN}/32" in overlay.machine.network_command("ip", "addr", "show", "rayfwd0")
+
+
+def test_ports_are_updated_without_a_gap(overlay: Overlay) -> None:
+    wire = {**RULES.to_wire(), "open_ports": {OTHER: [[20000, 20010], [43210, 43210]]}}
+    assert overlay.dial(OTHER, 43210) == "ConnectionRefusedError 111"
+    assert overlay.ask("update", wire) == {}
+    assert overlay.dial(OTHER, 43210) == f"{OTHER}:43210"
+    assert overlay.dial(OTHER, 41000) == "ConnectionRefusedError 111"
+    assert overlay.ask("update", RULES.to_wire()) == {}
+
+
+def test_guarded_ports_show_nothing_to_other_machines(overlay: Overlay, module_lab: Lab) -> None:
+    machine, outside = overlay.machine, module_lab.machine("w2")
+    machine.nft("table inet firewall\ndelete table inet firewall\n")  # a machine without any
+    serve = (
+        "import socket,time\n"
+        "for port in (20030, 20050):\n"
+        "    globals()[f's{port}'] = s = socket.socket(); s.bind(('', port)); s.listen()\n"
+        "print('listening', flush=True); time.sleep(60)"
+    )
+    server = machine.popen([overlay.python, "-c", serve])
+    until(lambda: "listening" in server.log.read_text(), 20, server.log.read_text)
+    dial = "import socket; socket.create_connection(({!r}, {}), 2)"
+    for port, reached in ((20030, False), (20050, True)):
+        argv = [overlay.python, "-c", dial.format(machine.address, port)]
+        assert (outside.run(argv, check=False).returncode == 0) is reached, port
+        argv = [overlay.python, "-c", dial.format(OWN, port)]
+        assert machine.run(argv, check=False).returncode == 0, "the machine itself does"
+    server.signal(signal.SIGKILL)
+    server.wait(20)
+    machine.firewall()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"network": "10.0.0.0/8", "own": "10.0.0.1", "open_ports": {}}, "10.0.0.0/8"),
+        ({"network": "127.0.0.0/16", "own": "127.0.0.53", "open_ports": {}}, "127.0.0.0/16"),
+        ({"guarded": [[22, 22]]}, "port 22"),
+        ({"port": 80}, "port 80"),
+        ({"interface": "eth0"}, "eth0"),
+        ({"interface": "a;flush"}, "a;flush"),
+        ({"own": "127.77.0.1; flush ruleset"}, "flush"),
+        ({"uids": ["0 } accept"]}, "accept"),
+        ({"open_ports": {"127.77.0.2": [["1 }", 2]]}}, "1 }"),
+        ({"open_ports": {OTHER: [[5, 4]]}}, "5 to 4"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_it_may_not_have_is_refused(
+    overlay: Overlay, change: dict[str, Any], said: str
+) -> None:
+    answer = overlay.ask("up", {**RULES.to_wire(), **change})
+    assert answer["error"] == "overlay_refused"
+    assert said in answer["cause"]
+    assert overlay.dial(OTHER, 20005) == f"{OTHER}:20005", "and what stands goes on"
+
+
+def test_others_may_not_ask(overlay: Overlay) -> None:
+    ask = ["setpriv", "--reuid=65534", "--clear-groups", overlay.python, "-c", ASK, SOCKET, "down"]
+    answer = json.loads(overlay.machine.run([*ask, "{}"], user="root").stdout)
+    assert answer["error"] == "daemon_not_permitted"
+
+
+def test_beside_other_tables(overlay: Overlay) -> None:
+    """What iptables-nft and others have made stays, and is not in the way."""
+    other = (
+        "table ip nat { chain OUTPUT { type nat hook output priority -100; policy accept;\n"
+        "ip daddr != 127.0.0.0/8 tcp dport 1 redirect to :2\n}\n}\n"
+    )
+    overlay.machine.nft(other)
+    assert overlay.dial(OTHER, 20005) == f"{OTHER}:20005"
+    assert overlay.ask("down") == {}
+    assert "chain OUTPUT" in overlay.machine.network_command("nft", "list", "table", "ip", "nat")
+    assert overlay.ask("up", RULES.to_wire()) == {}
+
+
+@pytest.mark.runs("rayfwd overlay")
+def test_nothing_is_left_when_it_ends(overlay: Overlay) -> None:
+    assert overlay.left() == (True, True)
+    overlay.keeper.signal(signal.SIGTERM)
+    assert overlay.keeper.wait(20) == 0
+    assert overlay.left() == (False, False)
+
+
+def test_a_killed_keepers_overlay_is_removed_by_the_next_command(overlay: Overlay) -> None:
+    keeper = overlay.start()
+    assert overlay.ask("up", RULES.to_wire()) == {}
+    keeper.signal(signal.SIGKILL)
+    keeper.wait(20)
+    assert overlay.left() == (True, True)
+    argv = [overlay.rayfwd, "overlay", SOCKET, "--remove"]
+    overlay.machine.run(argv, user="root")
+    assert overlay.left() == (False, False)
