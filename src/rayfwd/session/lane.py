@@ -96,7 +96,10 @@ class Lane:
     def wants_ping(self, now: float) -> bool:
         """A PING is due: by time, or because much is under way behind the last one."""
         marked = self._pings[-1][1] if self._pings else self.confirmed
-        return self.sent - marked >= self.window >> 2 or now >= self._next_ping()
+        if self.sent - marked >= self.window >> 2:
+            return True
+        # Asked before and after each write: most often the last one was just now.
+        return now >= self._pinged_at + PING_BUSY and now >= self._next_ping()
 
     def _next_ping(self) -> float:
         # A sidelined lane is used again when it answers: it must have been asked.

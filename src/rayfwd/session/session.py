@@ -435,11 +435,12 @@ class Session:
             raise ProtocolError(codes.CONTROL_ENDED, "END of the control stream")
         else:
             receive.end(frame.offset)
-        if receive.complete and not was_complete:
+        complete = receive.complete
+        if complete and not was_complete:
             events.append(EndReceived(stream.id))
         # Bytes that come twice say that our acknowledgement was lost.
         self._answers.after(stream, now, again=known)
-        if receive.complete:
+        if complete:
             self._finish(stream, events)
 
     def _control_bytes(self, data: Chunk, now: float, events: list[Event]) -> None:

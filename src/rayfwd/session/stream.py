@@ -73,19 +73,16 @@ class ResetReason(IntEnum):
 class Segment:
     """A run of bytes (or an END) that was sent and is not acknowledged."""
 
-    __slots__ = ("data", "end", "lane", "offset")
+    __slots__ = ("data", "end", "lane", "offset", "stop")
 
     def __init__(self, offset: int, data: Chunk, end: bool) -> None:
         self.offset = offset
+        self.stop = offset + (1 if end else len(data))
+        """The offset behind it: an END takes one."""
         self.data = data
         self.end = end
         self.lane: int | None = None
         """The lane it was last sent on; None while it waits to be sent again."""
-
-    @property
-    def stop(self) -> int:
-        """The offset behind it: an END takes one."""
-        return self.offset + (1 if self.end else len(self.data))
 
 
 class SendSide:
@@ -371,7 +368,10 @@ class ReceiveSide:
     @property
     def limit(self) -> int:
         """The credit that could be given now; never less than what was given."""
-        return min(max(self.limit_sent, self.consumed + self.window), MAX_U64)
+        limit = self.consumed + self.window  # no min and max: it is asked for with each frame
+        if limit <= self.limit_sent:
+            return self.limit_sent
+        return limit if limit < MAX_U64 else MAX_U64
 
     def ack_urgent(self) -> bool:
         """An ACK is worth a frame of its own now."""
@@ -379,7 +379,7 @@ class ReceiveSide:
         return (
             self.next - self.ack_sent >= quarter
             or self.limit - self.limit_sent >= quarter
-            or (self.complete and self.ack_sent < self.next)
+            or (self.ack_sent < self.next and self.complete)
         )
 
     def ack_due(self) -> bool:
