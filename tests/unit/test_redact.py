@@ -177,6 +177,7 @@ HARMLESS = [
     "no key id_ed25519 in the agent",
     "max_tokens=4096, 512 tokens per second, num_tokens: 77",
     "KeyError: 'gpu-1'",
+    "cannot read /var/lib/rayfwd/node.key: [Errno 13] Permission denied",
     "--monkey=1 --port=6379",
     "ray start --address=127.77.0.1:6379 --node-ip-address=127.77.0.3 --block",
     '  File "/opt/venv/lib/python3.11/site-packages/ray/worker.py", line 289, in <module>',
@@ -235,6 +236,10 @@ def test_a_secret_that_nothing_names(line: str) -> None:
 @pytest.mark.parametrize("line", HARMLESS)
 def test_what_is_no_secret_stays(line: str) -> None:
     assert redact_text(line) == line
+
+
+def test_a_list_is_blanked_with_its_brackets() -> None:
+    assert redact_text(f"api_keys: ['a', '{S}'], port: 1") == f"api_keys: {REDACTED}, port: 1"
 
 
 def test_twice_is_once() -> None:

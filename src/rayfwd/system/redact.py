@@ -55,14 +55,16 @@ _NAMED = re.compile(
 """A name and what makes it one: `x=`, `x:`, `'x':`, `\\"x\\":`, `["x"] =`, `--x `, `<x>`."""
 
 _VALUE = re.compile(
+    # What the system says of a file (`node.key: [Errno 13] …`) is none.
+    r"(?!\[Errno [0-9])(?:"
     # In quotes, which may not be closed; where they are escaped, up to one escaped as often.
     r"[bBrRuUfF]{0,2}(?P<slashes>\\+)(?P<mark>[\"'])(?P<escaped>.*?)"
     r"(?=(?<!\\)(?P=slashes)(?P=mark)|$)"
     r"|[bBrRuUfF]{0,2}\"(?P<double>(?:[^\"\\\n]|\\.)*)"
     r"|[bBrRuUfF]{0,2}'(?P<single>(?:[^'\\\n]|\\.)*)"
-    r"|(?P<several>[\[({][^\])}]*)"
+    r"|(?P<several>[\[({][^\])}]*[\])}]?)"
     # Commas and their like are of the value unless something new begins behind them.
-    r"|(?P<bare>(?:[^\s,;&\"'<]|[,;&](?!\s|$|[\"'{]|amp;|-{0,2}[\w.-]{1,60}=))+)",
+    r"|(?P<bare>(?:[^\s,;&\"'<]|[,;&](?!\s|$|[\"'{]|amp;|-{0,2}[\w.-]{1,60}=))+))",
     re.MULTILINE,
 )
 _LEFT_OF_A_WORD = re.compile(r"[\"'][\w+/-][^\s\"']*")
