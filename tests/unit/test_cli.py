@@ -672,3 +672,55 @@ def test_attach_imports_nothing_but_the_standard_library(tmp_path: Path) -> None
 
 def test_node_plans_of_the_wire_are_what_the_screen_shows() -> None:
     assert NodePlan.from_wire(STATUS["node"]).last_worker_port == 20177
+
+
+# -- env and exec --------------------------------------------------------
+
+TOLD = {
+    "RAY_ADDRESS": "127.77.0.1:6379",
+    "GLOO_SOCKET_IFNAME": "rayfwd0",
+    "NO_PROXY": "localhost,127.77.0.0/16",
+    "VLLM_HOST_IP": "it's 127.77.0.2",
+}
+
+
+@pytest.mark.runs("rayfwd env")
+def test_env_is_for_a_shell(tmp_path: Path) -> None:
+    """What the shell has stays, but for hosts without a proxy, which come together."""
+    file = write(tmp_path, 'role = "head"\n')
+    mine = {**os.environ, "GLOO_SOCKET_IFNAME": "eth7", "NO_PROXY": "intranet,localhost"}
+    for name in ("RAY_ADDRESS", "VLLM_HOST_IP"):
+        mine.pop(name, None)
+    with daemon(tmp_path, environment=TOLD):
+        said = rayfwd("env", "--config", file, env=mine)
+    assert said.returncode == 0, said.stderr
+    shell = f'{said.stdout}\nprintf \'%s|\' "$RAY_ADDRESS" "$GLOO_SOCKET_IFNAME" '
+    shell += '"$NO_PROXY" "$VLLM_HOST_IP"'
+    ran = subprocess.run(["sh", "-c", shell], env=mine, capture_output=True, text=True)
+    assert ran.stdout.split("|")[:4] == [
+        "127.77.0.1:6379",
+        "eth7",
+        "intranet,localhost,127.77.0.0/16",
+        "it's 127.77.0.2",
+    ]
+
+
+@pytest.mark.runs("rayfwd exec", "rayfwd exec -- python *")
+def test_exec_becomes_the_command(tmp_path: Path) -> None:
+    file = write(tmp_path, 'role = "head"\n')
+    code = "import os, sys; print(os.environ['RAY_ADDRESS'], sys.argv[1:]); sys.exit(7)"
+    with daemon(tmp_path, environment=TOLD):
+        words = ["--", "python", "-c", code, "--config", "x"]
+        said = rayfwd("exec", "--config", file, *words)
+        assert (said.returncode, said.stdout) == (7, "127.77.0.1:6379 ['--config', 'x']\n")
+        said = rayfwd("exec", "--config", file, "--", "no-such-command")
+    assert said.returncode == 2
+    assert "no-such-command: No such file" in said.stderr
+
+
+@pytest.mark.parametrize("verb", ["env", "exec"])
+def test_env_without_a_daemon(tmp_path: Path, verb: str) -> None:
+    file = write(tmp_path, 'role = "head"\n')
+    said = rayfwd(verb, "--config", file, *(["--", "true"] if verb == "exec" else []))
+    assert said.returncode == 1
+    assert "no rayfwd answers" in said.stderr

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 from rayfwd import cli
+from rayfwd.network import client
 from rayfwd.ray import launcher
 from rayfwd.system import watchdog
 
 UNITS = Path(__file__).parents[2] / "systemd"
 DAEMON, KEEPER = "rayfwd.service", "rayfwd-ray.service"
 
-ADDED_UP = {"SystemCallFilter"}
-"""Settings that may be there more than once."""
+OVERLAY = "rayfwd-net.service"
+
+ADDED_UP = {"SystemCallFilter", "Environment"}
+"""Settings that may be there more than once; their lines are kept together."""
 
 
 def settings(unit: str) -> dict[str, str]:
@@ -25,13 +28,13 @@ def settings(unit: str) -> dict[str, str]:
         name, equals, value = line.partition("=")
         if equals and not line.startswith("#"):
             assert name not in found or name in ADDED_UP, f"{name} is there twice"
-            found[name] = value
+            found[name] = f"{found[name]}\n{value}" if name in found else value
     return found
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_systemd_accepts_them(tmp_path: Path) -> None:
-    copies = [tmp_path / DAEMON, tmp_path / KEEPER]
+    copies = [tmp_path / DAEMON, tmp_path / KEEPER, tmp_path / OVERLAY]
     for copy in copies:
         text = (UNITS / copy.name).read_text()
         assert "/opt/rayfwd/bin/rayfwd" in text
@@ -53,11 +56,33 @@ def test_the_part_that_talks_to_the_network_is_confined() -> None:
     assert done.returncode == 0, done.stdout[-300:]
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_part_that_is_roots_is_confined() -> None:
+    asked = ["systemd-analyze", "security", "--offline=true", "--threshold=25", "--no-pager"]
+    path = str(UNITS / OVERLAY)
+    done = subprocess.run([*asked, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-300:]
+
+
+def variables(unit: dict[str, str]) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in unit["Environment"].splitlines())
+
+
+def test_they_fit_daemon_and_overlay() -> None:
+    unit, overlay = settings(DAEMON), settings(OVERLAY)
+    socket = variables(unit)[client.KEEPER]
+    assert overlay["ExecStart"].endswith(f"/rayfwd overlay --user {unit['User']} {socket}")
+    assert overlay["ExecStopPost"].endswith(f"/rayfwd overlay --remove {socket}")
+    assert socket.startswith(f"%t/{overlay['RuntimeDirectory']}/")
+    assert "User" not in overlay, "it is root's, with one right of root's"
+    assert OVERLAY in unit["Wants"].split()
+    assert OVERLAY in unit["After"].split()
+
+
 def test_they_fit_daemon_and_keeper() -> None:
     unit, keeper = settings(DAEMON), settings(KEEPER)
     assert unit["ExecStart"].endswith("/rayfwd run")
-    name, _, socket = unit["Environment"].partition("=")
-    assert name == launcher.KEEPER
+    socket = variables(unit)[launcher.KEEPER]
     assert keeper["ExecStart"].endswith(f"/rayfwd keeper {socket}")
     assert socket.startswith(f"%t/{keeper['RuntimeDirectory']}/")
     assert unit["User"] == keeper["User"]

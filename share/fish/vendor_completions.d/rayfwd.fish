@@ -50,7 +50,7 @@ function _shtab_rayfwd_using
   test "$_shtab_rayfwd_cmdpath" = "$argv"
 end
 
-set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary trace explain attach keeper overlay forget uninstall demo
+set -g _shtab_rayfwd_commands init run connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
 set -g _shtab_rayfwd_opts_with_value --client-port --config --dashboard-port --fingerprint --forward --frames --head --head-rayfwd --identity --interface --log --login --name --network --peer --port --ray --report --seconds --socket --user --via --watch -i -p
 
 complete -c rayfwd -e
@@ -129,6 +129,13 @@ complete -c rayfwd -n '_shtab_rayfwd_using attach' -l client -d 'let clients thr
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a keeper -d 'Start Ray for the daemon and keep it while the daemon is restarted (the service rayfwd-ray).'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a env -d 'Print what a shell must export so that a driver and its libraries find the cluster.'
+complete -c rayfwd -n '_shtab_rayfwd_using env' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using env' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using env' -l json -d 'as a JSON object'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a exec -d 'Run a command with what `rayfwd env` prints: a driver, a notebook, torchrun.'
+complete -c rayfwd -n '_shtab_rayfwd_using exec' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using exec' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a overlay -d 'Make the overlay network for the daemon, and remove it at the end (the service rayfwd-net).'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

@@ -94,6 +94,8 @@ VERBS = {
         {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
     ),
     "keeper": Verb("keep Ray for the daemon (what the service rayfwd-ray does)"),
+    "env": Verb("print what a shell must export so that a driver finds the cluster"),
+    "exec": Verb("run a command with what `rayfwd env` prints"),
     "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net does)"),
     "forget": Verb(
         "on the head: drop a worker, and free its name, address and ports",

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         owner = None if args.user is None else pwd.getpwnam(args.user).pw_uid
     except KeyError:
-        raise MistakeError(f"--user {args.user}: this machine has no such user") from None
+        raise MistakeError([f"--user {args.user}: this machine has no such user"]) from None
     keeper = OverlayKeeper(args.socket, args.interface, owner, args.network, args.until_eof)
     asyncio.run(keeper.run())
     return OK

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from rayfwd import codes
+from rayfwd.cluster.environment import library_environment
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.exchange import ConditionExchange
@@ -25,6 +26,7 @@ from rayfwd.network.ports import OpenPorts
 from rayfwd.network.rules import port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
+from rayfwd.ray.commandline import no_proxy
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.supervisor import BeforeStart, RaySupervisor
@@ -340,6 +342,22 @@ class Node:
                     token.provide, auth, os.environ, self.config.state_dir
                 )
             self.board.put("token", {} if found is None else {self.config.name: found})
+
+    def driver_environment(self) -> dict[str, str]:
+        """What a driver on this machine needs that Ray's processes are given. Raises ProblemError
+        where there is no plan yet."""
+        view = self.view
+        if view.own is None or view.head is None:
+            raise codes.RAY_NOT_UP.error(
+                "this node has no plan yet: the head has not been reached",
+                "ask again when `rayfwd status` shows the plan",
+            )
+        return {
+            "RAY_ADDRESS": f"{view.head.address}:{view.head.services['gcs']}",
+            **no_proxy(view.network, view.own.address, os.environ),
+            **library_environment(view.own.address, self.overlay.interface, {}),
+            **token.environment(view.auth, self.config.state_dir),
+        }
 
     # -- as the canary's owner -----------------------------------------------------------
 

@@ -79,6 +79,7 @@ class Runtime:
                 "canary": self._canary_verb,
                 "reload": self._reload_verb,
                 "trace": TraceVerb(),
+                "environment": self._environment_verb,
                 **self._role.verbs(),
             },
         )
@@ -230,6 +231,9 @@ class Runtime:
 
     async def _plan_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         return self._node.view.to_wire()
+
+    async def _environment_verb(self, args: dict[str, Any]) -> dict[str, Any]:
+        return dict(self._node.driver_environment())
 
     async def _reload_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         return self.reload()

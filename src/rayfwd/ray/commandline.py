@@ -264,6 +264,18 @@ def _labels(labels: Mapping[str, str], version: tuple[int, ...]) -> str:
     return json.dumps(labels, sort_keys=True)
 
 
+def no_proxy(network: str, address: str, base_env: Mapping[str, str]) -> dict[str, str]:
+    """Ray's HTTP clients (jobs, state, dashboard) honour http_proxy, and no proxy reaches these
+    addresses. Some clients read the one spelling, some the other; only some know CIDR."""
+    added = {}
+    ours = ["localhost", "127.0.0.1", network, address]
+    for name in ("NO_PROXY", "no_proxy"):
+        given = base_env.get(name) or base_env.get(name.swapcase()) or ""
+        listed = [part.strip() for part in given.split(",") if part.strip()]
+        added[name] = ",".join([*listed, *(o for o in ours if o not in listed)])
+    return added
+
+
 def _additions(
     ride_through: float,
     ray: RayConfig,
@@ -272,14 +284,7 @@ def _additions(
     base_env: Mapping[str, str],
     auth: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    added = timeouts(ride_through)
-    # Ray's HTTP clients (jobs, state, dashboard) honour http_proxy, and no proxy reaches these
-    # addresses. Some clients read the one spelling, some the other; only some know CIDR.
-    ours = ["localhost", "127.0.0.1", network, own.address]
-    for name in ("NO_PROXY", "no_proxy"):
-        given = base_env.get(name) or base_env.get(name.swapcase()) or ""
-        listed = [part.strip() for part in given.split(",") if part.strip()]
-        added[name] = ",".join([*listed, *(o for o in ours if o not in listed)])
+    added = timeouts(ride_through) | no_proxy(network, own.address, base_env)
     if own.role == "head":
         added["AUTOSCALER_METRIC_PORT"] = str(own.services["autoscaler_metrics"])
         added["DASHBOARD_METRIC_PORT"] = str(own.services["dashboard_metrics"])

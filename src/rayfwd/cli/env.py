@@ -1,0 +1,51 @@
+"""Print what a shell must export so that a driver and its libraries find the cluster.
+
+For a shell: `eval "$(rayfwd env)"`. What the shell has set already is left out, and so stays. Said
+as root, it is the environment for the user that rayfwd runs as.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+
+from rayfwd.cli import OK
+from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
+from rayfwd.config import Config
+from rayfwd.system.control import ask
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as a JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_as_owner(args)
+    quiet_logs()
+    added = additions(config)
+    if args.json:
+        print(json.dumps(added, indent=1))
+    else:
+        for name, value in added.items():
+            print(f"export {name}={shlex.quote(value)}")
+    return OK
+
+
+def additions(config: Config) -> dict[str, str]:
+    """What the running daemon says, without what this environment has. Raises ProblemError."""
+    told = ask(control_socket(config), "environment")
+    proxies = {
+        name: _joined(os.environ.get(name, ""), str(told[name]))
+        for name in told
+        if name.lower() == "no_proxy"
+    }
+    rest = {name: str(value) for name, value in told.items() if name not in os.environ}
+    return dict(sorted((rest | proxies).items()))
+
+
+def _joined(here: str, told: str) -> str:
+    """Two lists of hosts for which no proxy is asked."""
+    hosts = [host.strip() for host in f"{here},{told}".split(",")]
+    return ",".join(dict.fromkeys(host for host in hosts if host))

@@ -1,0 +1,29 @@
+"""Run a command with what `rayfwd env` prints: a driver, a notebook, torchrun.
+
+`rayfwd exec -- python train.py`. It becomes that command; what the environment has already stays.
+Said as root, the command is run as the user that rayfwd runs as.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import NoReturn
+
+from rayfwd.cli import MistakeError
+from rayfwd.cli.common import load_as_owner, quiet_logs
+from rayfwd.cli.env import additions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="the command and its words")
+
+
+def run(args: argparse.Namespace) -> NoReturn:
+    config = load_as_owner(args)
+    quiet_logs()
+    words = args.command
+    try:
+        os.execvpe(words[0], words, {**os.environ, **additions(config)})
+    except OSError as exc:
+        raise MistakeError([f"{words[0]}: {exc.strerror or exc}"]) from None
