@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayfwd.network.rules import Rules
+from rayfwd.network.ruleset import Rules
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import UID, Process, until
 

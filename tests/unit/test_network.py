@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rayfwd.cluster.environment import library_environment
-from rayfwd.network.rules import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
+from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
 
 RULES = Rules(
     interface="rayfwd0",

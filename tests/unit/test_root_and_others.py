@@ -205,7 +205,7 @@ SPAWNERS = {
     "doctor/sshd.py": "a command of the system",
     "cli/exec.py": "the user's own command; root becomes the service's user first",
     "network/overlay.py": "commands of the system",
-    "network/client.py": "the daemon's own program, as the daemon's user",
+    "network/overlay_client.py": "the daemon's own program, as the daemon's user",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
     "demo/first_process.py": "its own makings",

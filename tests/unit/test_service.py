@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayfwd import cli
-from rayfwd.network import client
+from rayfwd.network import overlay_client
 from rayfwd.ray import launcher
 from rayfwd.system import watchdog
 
@@ -70,7 +70,7 @@ def variables(unit: dict[str, str]) -> dict[str, str]:
 
 def test_they_fit_daemon_and_overlay() -> None:
     unit, overlay = settings(DAEMON), settings(OVERLAY)
-    socket = variables(unit)[client.KEEPER]
+    socket = variables(unit)[overlay_client.KEEPER]
     assert overlay["ExecStart"].endswith(f"/rayfwd overlay --user {unit['User']} {socket}")
     assert overlay["ExecStopPost"].endswith(f"/rayfwd overlay --remove {socket}")
     assert socket.startswith(f"%t/{overlay['RuntimeDirectory']}/")

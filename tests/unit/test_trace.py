@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from rayfwd import codes
-from rayfwd.daemon import trace as module
-from rayfwd.daemon.trace import LINE_BYTES, MOST_FRAMES, MOST_SECONDS, TraceVerb
+from rayfwd.daemon import trace_verb as module
+from rayfwd.daemon.trace_verb import LINE_BYTES, MOST_FRAMES, MOST_SECONDS, TraceVerb
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import MAX_U64, Kind
 from rayfwd.session.lane import LaneClass

@@ -11,7 +11,7 @@ from pathlib import Path
 from rayfwd.cli import OK, MistakeError
 from rayfwd.config import LogConfig
 from rayfwd.network import overlay
-from rayfwd.network.keeper import OverlayKeeper
+from rayfwd.network.overlay_keeper import OverlayKeeper
 from rayfwd.system import logs
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from rayfwd.cli import OK
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
-from rayfwd.daemon.trace import MOST_FRAMES, MOST_SECONDS
+from rayfwd.daemon.trace_verb import MOST_FRAMES, MOST_SECONDS
 from rayfwd.system.control import ask
 from rayfwd.system.logs import escaped
 

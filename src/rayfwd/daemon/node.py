@@ -20,10 +20,10 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
-from rayfwd.network.keeper import LOWEST_PORT
 from rayfwd.network.manager import Overlay, Wanted
-from rayfwd.network.ports import OpenPorts
-from rayfwd.network.rules import port_ranges
+from rayfwd.network.open_ports import OpenPorts
+from rayfwd.network.overlay_keeper import LOWEST_PORT
+from rayfwd.network.ruleset import port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.commandline import no_proxy

@@ -22,7 +22,7 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.health import Health
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.role import Role
-from rayfwd.daemon.trace import TraceVerb
+from rayfwd.daemon.trace_verb import TraceVerb
 from rayfwd.daemon.watching import watch
 from rayfwd.problems import ProblemError
 from rayfwd.system import logs

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfwd.config import NetworkConfig
-from rayfwd.network.client import KEEPER, SOCKET, Child, OverlayClient, possible
-from rayfwd.network.rules import PortRange, Rules
+from rayfwd.network.overlay_client import KEEPER, SOCKET, Child, OverlayClient, possible
+from rayfwd.network.ruleset import PortRange, Rules
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 

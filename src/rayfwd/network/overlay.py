@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfwd import codes
-from rayfwd.network import rules
-from rayfwd.network.rules import Rules
+from rayfwd.network import ruleset
+from rayfwd.network.ruleset import Rules
 from rayfwd.problems import ProblemError
 
 COMMAND_TIMEOUT = 20.0
@@ -81,7 +81,7 @@ def up(wanted: Rules) -> None:
     """Make everything, or bring it up to date. Raises ProblemError `overlay_failed`."""
     try:
         _make_interface(wanted)
-        _run(["nft", "-f", "-"], rules.ruleset(wanted))
+        _run(["nft", "-f", "-"], ruleset.ruleset(wanted))
     except OSError as exc:
         raise _failed(str(exc)) from exc
 
@@ -89,7 +89,7 @@ def up(wanted: Rules) -> None:
 def update(wanted: Rules) -> None:
     """Bring the sets of ports up to date. Raises ProblemError `overlay_failed`."""
     try:
-        _run(["nft", "-f", "-"], rules.update(wanted))
+        _run(["nft", "-f", "-"], ruleset.update(wanted))
     except OSError as exc:
         raise _failed(str(exc)) from exc
 
@@ -98,7 +98,7 @@ def down(interface: str) -> None:
     """Remove everything that is there of it. Raises ProblemError `overlay_failed`."""
     mistakes = []
     for argv, text in (
-        (["nft", "-f", "-"], rules.removal(interface)),
+        (["nft", "-f", "-"], ruleset.removal(interface)),
         (["ip", "link", "del", "dev", interface], None),
     ):
         try:

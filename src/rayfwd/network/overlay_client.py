@@ -14,7 +14,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
-from rayfwd.network.rules import Rules
+from rayfwd.network.ruleset import Rules
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.control import ask
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
-from rayfwd.network.rules import Rules
+from rayfwd.network.ruleset import Rules
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ControlServer
 from rayfwd.system.logs import get_logger
