@@ -19,7 +19,6 @@ def system_state(machine: Machine) -> str:
     return machine.systemctl("is-system-running", check=False).strip()
 
 
-@pytest.mark.runs("systemctl is-system-running")
 def test_head_reboots(cluster: Cluster) -> None:
     """Its Ray is another one afterwards: the worker's joins that."""
     cluster.head.reboot()
@@ -35,6 +34,7 @@ def test_worker_reboots(cluster: Cluster) -> None:
     assert cluster.worker.status()["node"] == before, "its address and its ports are its own"
 
 
+@pytest.mark.runs("systemctl is-system-running")
 def test_worker_is_up_before_the_head(cluster: Cluster) -> None:
     """And says what it waits for; systemd has it as starting, and does not give it up."""
     for machine in (cluster.worker, cluster.head):

@@ -527,6 +527,7 @@ def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
         assert set(killed) <= ({"dashboard/agent.py"} if machine is kept.cluster.head else set())
         machine.wait_for("rayfwd-ray", 20, ActiveState="inactive")
         assert machine.show()["Result"] == "success"
+        assert machine.show()["NFileDescriptorStore"] == "0"
         running = machine.run(["ps", "-u", "ray", "-o", "pid=,args="], check=False).stdout
         logins = ("systemd --user", "(sd-pam)")  # of the user's own logins
         assert [x for x in running.splitlines() if not x.endswith(logins)] == []
