@@ -1,7 +1,8 @@
-"""Whether somebody listens on a socket that `bind` made, as the kernel's table has it."""
+"""Sockets that `bind` makes, and whether somebody listens on one, as the kernel's table has it."""
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -48,3 +49,17 @@ def test_the_kernels_own_table(tmp_path: Path) -> None:
             assert unixsocket.listens(table(), path)
     assert path.exists()
     assert not unixsocket.listens(table(), path)
+
+
+def test_a_socket_of_ones_own_asks_for_no_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unit's SystemCallFilter refuses chown(2) itself, whatever it would change."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refused)
+    path = tmp_path / "control.sock"
+    with unixsocket.bind(path, 0o600, uid=os.geteuid()):
+        assert path.stat().st_mode & 0o777 == 0o600

@@ -47,7 +47,9 @@ def bind(path: Path, mode: int = 0o600, uid: int = -1, gid: int = -1) -> socket.
         listener.bind(str(fresh))
         try:
             os.chmod(fresh, mode)
-            os.chown(fresh, uid, gid)
+            if uid not in {-1, os.geteuid()} or gid != -1:
+                # Not where nothing would change: a confined service may not even ask for it.
+                os.chown(fresh, uid, gid)
             listener.listen(128)
             os.rename(fresh, path)
         except BaseException:
