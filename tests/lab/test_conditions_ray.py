@@ -81,12 +81,14 @@ def test_stale_totals_and_what_they_lack_and_no_resources(cluster: Cluster) -> N
     cluster.start(["w1", "w2"])
     w1, w2 = cluster.worker("w1"), cluster.worker("w2")
     joined = max(since_start(daemon) for daemon in (w1, w2))
-    for row in named([head, w1, w2], "ray_totals_stale", "head", 60, killed):
+    stale = named([head, w1, w2], "ray_totals_stale", "head", 60, killed)
+    for row in stale:
         assert row["explained_by"] is None
         assert "monitor" in row["remedy"]
-    for row in named([head, w1, w2], "ray_node_without_resources", "w2", 60, joined):
+    lacking = named([head, w1, w2], "ray_node_without_resources", "w2", 60, joined)
+    for row, root in zip(lacking, stale, strict=True):
         assert "tape 0 of 2" in row["cause"]
-        assert row["explained_by"] == {"code": "ray_totals_stale", "subject": "head"}
+        assert row["explained_by"] == root["id"]
     for row in named([head, w1], "ray_resources_none", "w1", 60, joined):
         assert "CPU 0 of 2" in row["cause"]
 
