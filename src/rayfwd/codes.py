@@ -67,6 +67,7 @@ REFUSAL_MALFORMED = Code("refusal_malformed", group=Group.LINK_FAULT, breach=Tru
 FRAME_UNKNOWN = Code("frame_unknown", group=Group.LINK_FAULT, breach=True)
 FRAME_TOO_LONG = Code("frame_too_long", group=Group.LINK_FAULT, breach=True)
 CLIENTS_FULL = Code("clients_full", "warning")
+LANES_FULL = Code("lanes_full", "warning", passing=True)
 ROSTER_UNWRITABLE = Code("roster_unwritable", group=Group.LINK_FAULT)
 LANE_LOST = Code("lane_lost", "warning", Group.LINK_FAULT, for_seconds=3.0, both_ends=True)
 LINK_PARKED = Code(

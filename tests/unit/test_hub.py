@@ -20,7 +20,7 @@ from rayfwd import codes
 from rayfwd.daemon.handover import ACCEPT_TURNS
 from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
-from rayfwd.hub.hub import MAX_UNGREETED
+from rayfwd.hub.hub import MAX_LANES, MAX_UNGREETED
 from rayfwd.problems import ProblemError
 from rayfwd.session import messages
 from rayfwd.session.events import Parked, Resumed, SessionEnded
@@ -217,19 +217,63 @@ class TestRefusals:
         run(main)
 
     def test_too_many_who_say_nothing_are_closed_and_hurt_nobody(self, tmp_path: Path) -> None:
+        """The oldest make room: who comes then is let in, again and again."""
+
+        async def main() -> None:
+            with log_events() as log:
+                async with cluster(tmp_path, "w1") as c:
+                    lanes = [await knock(c.hub.path) for _ in range(MAX_UNGREETED + 8)]
+                    await until(lambda: sum(lane.closed.done() for lane in lanes) >= 8)
+                    assert await works(c, "w1")
+                    gone = [lane.closed.done() for lane in lanes]
+                    assert gone == [True] * 8 + [False] * MAX_UNGREETED
+                    assert not await refusal(c, hello_of("w3"))
+                    assert len(of(log, "hub_crowded")) == 1, "said once in a minute"
+                    for lane in lanes:
+                        lane.close()
+                        await lane.closed
+                    await c.worker("w2")
+                    again = [await knock(c.hub.path) for _ in range(MAX_UNGREETED)]
+                    await asyncio.sleep(connection_module.HELLO_TIMEOUT / 2)
+                    assert not any(lane.closed.done() for lane in again), "who went still counts"
+
+        run(main)
+
+    def test_lanes_have_a_number(self, tmp_path: Path) -> None:
+        """Each frame costs time for every lane of its session."""
+
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
-                lanes = [await knock(c.hub.path) for _ in range(MAX_UNGREETED + 8)]
-                await until(lambda: sum(lane.closed.done() for lane in lanes) >= 8)
+                hello = replace(hello_of("w1"), session=c.hub.nodes["w1"].session, resumes=True)
+                more = [await knock(c.hub.path, hello.encode()) for _ in range(MAX_LANES)]
+                frames = [await lane.answer for lane in more]
+                answers = [frame.kind for frame in frames if frame is not None]
+                assert answers.count(Kind.WELCOME) == MAX_LANES - 2, "it had two"
+                assert answers.count(Kind.REFUSE) == 2
                 assert await works(c, "w1")
-                assert sum(lane.closed.done() for lane in lanes) == 8
-                for lane in lanes:
+                for lane in more:
                     lane.close()
-                    await lane.closed
-                await c.worker("w2")
-                again = [await knock(c.hub.path) for _ in range(MAX_UNGREETED)]
-                await asyncio.sleep(connection_module.HELLO_TIMEOUT / 2)
-                assert not any(lane.closed.done() for lane in again), "those that went still count"
+
+        run(main)
+
+    def test_who_does_not_read_is_cut(self, tmp_path: Path) -> None:
+        """Also where bytes wait that it never takes: nothing of it is left."""
+
+        async def main() -> None:
+            async with cluster(tmp_path, "w1") as c:
+                peer = c.hub.nodes["w1"].mux
+                assert peer is not None
+                lane = c.workers["w1"].lanes[0]
+                assert lane.transport is not None
+                lane.transport.pause_reading()
+                peer.send_message(messages.SayAgain())
+                ours = next(iter(peer.lanes.values())).transport
+                assert isinstance(ours, connection_module.HubConnection)
+                ours.write([bytes(8 << 20)])
+                ours.close()
+                await asyncio.sleep(2 * connection_module.CLOSE_TIMEOUT)
+                assert ours._transport is None, "it is gone"
+                lane.transport.resume_reading()
 
         run(main)
 

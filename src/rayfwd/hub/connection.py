@@ -23,6 +23,8 @@ from rayfwd.transport.writev import write
 
 HELLO_TIMEOUT = 10.0
 """Seconds that a connection may take to say hello."""
+CLOSE_TIMEOUT = 5.0
+"""Seconds for the peer to take what is left to say to it, before the connection is cut."""
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a lane's transport before the session is asked for no more."""
 
@@ -150,7 +152,7 @@ class HubConnection(asyncio.Protocol):
         self._owner.refused(self, refusal)
         if self._transport is not None:
             self._transport.write(Refusal(refusal).encode())
-            self._transport.close()
+            self.close()
 
     def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:
         """Become a lane; bytes that followed the hello are the session's."""
@@ -183,8 +185,10 @@ class HubConnection(asyncio.Protocol):
             write(self._transport, chunks)
 
     def close(self) -> None:
+        """In order, and soon: who does not read is cut."""
         if self._transport is not None:
             self._transport.close()
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
 
     def abort(self, why: str) -> None:
         if self._transport is not None:

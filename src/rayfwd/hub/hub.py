@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,13 @@ from rayfwd.transport.relay import SocketRelay
 log = get_logger(__name__)
 
 MAX_UNGREETED = 64
-"""Connections that have not said hello, at most; what comes on top is closed."""
+"""Connections that have not said hello, at most. One more takes the place of the oldest one of the
+user who has most of them: who is about to say hello has just come."""
+CROWDED_AGAIN = 60.0
+"""Seconds after which it is logged again that there are too many."""
+MAX_LANES = 2 * (1 + 8 + 8)
+"""Lanes of a session: twice what a file allows, since lost ones count until that is noticed. Each
+frame costs time for every lane."""
 MAX_CHECKUPS = 8
 """Connections of `rayfwd doctor`, at most; what comes on top is refused."""
 IN_USE_SECONDS = 4.0
@@ -105,7 +112,9 @@ class Hub:
         self._ride_through = ride_through
         self._limits = limits
         self._owner = owner
-        self._ungreeted: set[HubConnection] = set()
+        self._ungreeted: dict[HubConnection, None] = {}
+        """The oldest first."""
+        self._crowded_at = -CROWDED_AGAIN
         self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
@@ -290,7 +299,7 @@ class Hub:
 
     def came(self, lane: HubConnection) -> None:
         """A connection; it has said nothing yet."""
-        self._ungreeted.add(lane)
+        self._ungreeted[lane] = None
         if self._closing:
             lane.close()
         elif lane.uid not in self._uids:
@@ -302,15 +311,28 @@ class Hub:
                 )
             )
         elif len(self._ungreeted) > MAX_UNGREETED:
-            lane.close()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Of those who have said nothing, close the greediest user's oldest."""
+        counts = Counter(lane.uid for lane in self._ungreeted)
+        uid, count = counts.most_common(1)[0]
+        oldest = next(lane for lane in self._ungreeted if lane.uid == uid)
+        self.went(oldest)
+        oldest.abort("it said nothing, and others came")
+        now = asyncio.get_running_loop().time()
+        if now - self._crowded_at >= CROWDED_AGAIN:
+            self._crowded_at = now
+            log.warning("hub_crowded", user=user_name(uid), silent=count)
 
     def went(self, lane: HubConnection) -> None:
-        """It was greeted, or it is gone."""
-        self._ungreeted.discard(lane)
+        """It was greeted or refused, or it is gone."""
+        self._ungreeted.pop(lane, None)
         self._asking.discard(lane)
 
     def refused(self, lane: HubConnection, refusal: Problem) -> None:
         """It is told so, and closed."""
+        self.went(lane)
         self._refusals.add(lane.node, lane.uid, refusal)
 
     def refused_lately(self) -> list[tuple[str, Problem]]:
@@ -345,6 +367,14 @@ class Hub:
         if peer.session != hello.session or peer.mux is None:
             self._start_session(peer, hello)
         assert peer.mux is not None, "a session was just made"
+        if len(peer.mux.lanes) >= MAX_LANES:
+            lane.refuse(
+                codes.LANES_FULL.problem(
+                    f"the session of {peer.label} has {MAX_LANES} lanes, which is all that it may",
+                    "nothing, if it comes by itself; else lower head.bulk_lanes and extra_lanes",
+                )
+            )
+            return
         own, nodes = self._shown_to(peer)
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
         welcome = replace(welcome, ray_auth=self._owner.offer().ray_auth)
