@@ -11,14 +11,23 @@ from tests.systemd.machines import Machine
 SUITE = "trixie"
 
 UNITS = (
+    "test_asyncssh_internals.py",
     "test_control.py",
-    "test_listeners.py",
     "test_fastpath.py",
+    "test_fdstore.py",
+    "test_handover.py",
     "test_hub.py",
     "test_journal.py",
     "test_link.py",
+    "test_listeners.py",
     "test_logs.py",
+    "test_notify.py",
     "test_setup.py",
+    "test_sockdiag.py",
+    "test_ssh.py",
+    "test_unixsocket.py",
+    "test_ways.py",
+    "test_writev.py",
 )
 """Those where Python, asyncio, asyncssh or the system's libraries take part."""
 
