@@ -257,23 +257,23 @@ class TestRefusals:
         run(main)
 
     def test_who_does_not_read_is_cut(self, tmp_path: Path) -> None:
-        """Also where bytes wait that it never takes: nothing of it is left."""
+        """Also where bytes wait that it never takes, and its session is over: nothing is left."""
 
         async def main() -> None:
-            async with cluster(tmp_path, "w1") as c:
-                peer = c.hub.nodes["w1"].mux
-                assert peer is not None
-                lane = c.workers["w1"].lanes[0]
+            async with cluster(tmp_path) as c:
+                lane = await knock(c.hub.path, hello_of("w5").encode())
+                await lane.answer
                 assert lane.transport is not None
                 lane.transport.pause_reading()
-                peer.send_message(messages.SayAgain())
-                ours = next(iter(peer.lanes.values())).transport
+                mux = c.hub.nodes["w5"].mux
+                assert mux is not None
+                (ours,) = (record.transport for record in mux.lanes.values())
                 assert isinstance(ours, connection_module.HubConnection)
                 ours.write([bytes(8 << 20)])
-                ours.close()
+                mux.close("nobody looks after its lanes any more")
                 await asyncio.sleep(2 * connection_module.CLOSE_TIMEOUT)
                 assert ours._transport is None, "it is gone"
-                lane.transport.resume_reading()
+                lane.transport.abort()
 
         run(main)
 
