@@ -411,10 +411,10 @@ def test_nobody_can_listen_in_its_place_after_a_crash(kept: Kept) -> None:
 
 GREETED = """
 import socket
-sock = socket.create_connection(("127.77.0.1", 6379), 10)
 try:
+    sock = socket.create_connection(("127.77.0.1", 6379), 10)
     print("greeted" if sock.recv(9) else "closed")
-except ConnectionResetError:
+except ConnectionResetError:  # also of `connect`: it may come before that looks
     print("reset")
 """
 
