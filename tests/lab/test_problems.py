@@ -253,7 +253,8 @@ def test_listener_blocked(cluster: Cluster) -> None:
     event = worker.wait_event("listener_blocked")
     assert f"port {port} is in use on this machine by user ray (python" in event["cause"]
     assert f"sport = :{port}" in event["remedy"]
-    status = worker.wait_status(lambda s: s["ray"]["state"] == "up", 60)
+    # No service's port: who starts Ray by hand is told how.
+    status = worker.wait_status(lambda s: s["ray"]["state"] == "by_hand", 30)
     assert status["state"] == "waiting", "something of the head's is a stranger's here"
     assert [problem["code"] for problem in status["conditions"]] == ["listener_blocked"]
     assert status["conditions"][0]["blocks_ready"]
@@ -265,25 +266,6 @@ def test_listener_blocked(cluster: Cluster) -> None:
     worker.wait_event("listener_unblocked", 30)
     status = worker.wait_status(lambda s: s["state"] == "ready" and not s["conditions"], 30)
     assert status["listeners"]["blocked"] == 0
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("end")
-def test_ray_is_not_started_towards_who_has_the_heads_port(cluster: Cluster) -> None:
-    """Nor is anything sent there: whoever listens for GCS would have this machine's Ray."""
-    squatter = squat(cluster.lab.machine("w1"), 6379)
-    worker = cluster.start_node("w1")
-    event = worker.wait_event("listener_blocked")
-    assert "port 6379 is in use on this machine by user ray (python" in event["cause"]
-    time.sleep(10)  # it would have been started by then
-    assert not worker.events("ray_starting")
-    status = worker.status()
-    assert (status["state"], status["ray"]["state"]) == ("waiting", "waiting")
-    (blocking, *_) = [c for c in status["conditions"] if c["blocks_ready"]]
-    assert (blocking["code"], blocking["cause"]) == ("listener_blocked", event["cause"])
-    squatter.signal(signal.SIGKILL)
-    worker.wait_event("listener_unblocked", 30)
-    worker.wait_ready()
 
 
 @pytest.mark.ray
@@ -417,6 +399,32 @@ def test_other_versions_than_the_heads(with_ray: Cluster) -> None:
     for code in codes:
         with_ray.head.wait_event("problem_over", 30, where={"node": "w2", "code": code})
     assert with_ray.head.events("ray_exited") == []
+
+
+@pytest.mark.ray
+def test_ray_is_not_started_towards_who_has_the_heads_port(with_ray: Cluster) -> None:
+    """Nor is anything sent there: whoever listens for GCS would have this machine's Ray."""
+    w1 = with_ray.lab.machine("w1")
+    for daemon in with_ray.daemons:
+        if daemon.machine is w1:
+            assert daemon.stop() == 0
+    use(w1, "2.60.0")
+    squatter = squat(w1, 6379)
+    worker = with_ray.start_node("w1")
+    event = worker.wait_event("listener_blocked")
+    assert "port 6379 is in use on this machine by user ray (python" in event["cause"]
+    time.sleep(10)  # it would have been started by then
+    assert not worker.events("ray_starting")
+    status = worker.status()
+    assert (status["state"], status["ray"]["state"]) == ("waiting", "waiting")
+    assert {row["code"]: row["cause"] for row in waited_for(status)} == {
+        "listener_blocked": event["cause"],
+        "ray_starting": f"Ray here waits for the way to the head's: {event['cause']}",
+    }
+    assert event["cause"] in status["summary"]
+    squatter.signal(signal.SIGKILL)
+    worker.wait_event("listener_unblocked", 30)
+    worker.wait_ready()
 
 
 def waits(daemon: Daemon, code: str) -> None:
