@@ -217,15 +217,6 @@ class Overlay:
         if self._child is not None:
             self._child.pass_on(env)
 
-    def to_wire(self) -> dict[str, Any]:
-        """For the status."""
-        return {
-            "level": self.level,
-            "why": self.why,
-            "interface": self.interface,
-            "refused": dict(self.refused),
-        }
-
 
 def _base(rules: Rules) -> tuple[Any, ...]:
     """What an update of the sets does not change."""

@@ -39,10 +39,6 @@ class Found:
     refused: dict[str, int]
     """Packets by the counters of the table."""
 
-    @property
-    def whole(self) -> bool:
-        return self.interface and self.address and self.table
-
     def to_wire(self) -> dict[str, Any]:
         return {
             "interface": self.interface,

@@ -29,7 +29,7 @@ def check_path(path: Path) -> None:
         )
 
 
-def bind(path: Path, mode: int = 0o600, uid: int = -1, gid: int = -1) -> socket.socket:
+def bind(path: Path, mode: int = 0o600, uid: int = -1) -> socket.socket:
     """A non-blocking listening socket at `path`, whose mode and owner hold before anyone connects.
 
     A stale socket file is replaced; one that is answered, or a file that is no socket, is left
@@ -47,9 +47,9 @@ def bind(path: Path, mode: int = 0o600, uid: int = -1, gid: int = -1) -> socket.
         listener.bind(str(fresh))
         try:
             os.chmod(fresh, mode)
-            if uid not in {-1, os.geteuid()} or gid != -1:
+            if uid not in {-1, os.geteuid()}:
                 # Not where nothing would change: a confined service may not even ask for it.
-                os.chown(fresh, uid, gid)
+                os.chown(fresh, uid, -1)
             listener.listen(128)
             os.rename(fresh, path)
         except BaseException:
