@@ -1,10 +1,16 @@
-"""A training job over three nodes: torch DDP by gloo, one rank a node; prints a JSON object.
+"""A training job over all nodes: torch DDP by gloo, one rank a node, for so many seconds.
 
-Usage: python ddp_job.py STEPS. Each rank says its host, its address and the sum of its parameters.
+Usage: python ddp_job.py SECONDS. Run by Ray's own Python on a machine of the lab. Nothing is tried
+again: an actor that dies and a collective that fails end the job (`max_failures=0`).
+
+Prints JSON lines: `{"training": N}` once all N ranks have done a step together, and
+`{"ranks": [...]}` at the end, where each rank says its host, its address, how many steps it did and
+how many of them after the longest, the loss over all ranks, and the digest of its parameters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import sys
@@ -12,6 +18,11 @@ import time
 from typing import Any
 
 import ray
+
+BEGIN = 120.0
+"""Seconds in which the ranks have to meet."""
+PATIENCE = 240.0
+"""Seconds that the job may take longer than it was told to."""
 
 
 class Rank:
@@ -24,50 +35,77 @@ class Rank:
             probe.bind((address, 0))
             return address, probe.getsockname()[1]
 
-    def train(self, rank: int, size: int, address: str, port: int, steps: int) -> dict[str, Any]:
-        """Whole steps of DDP; parameters are the same on all ranks afterwards."""
+    def begin(self, rank: int, size: int, address: str, port: int) -> None:
+        """Meet the others and do the first step with them."""
         import torch
         import torch.distributed as dist
         from torch.nn.parallel import DistributedDataParallel
 
+        torch.set_num_threads(1)
         dist.init_process_group("gloo", f"tcp://{address}:{port}", rank=rank, world_size=size)
         torch.manual_seed(rank)  # DDP makes rank 0's parameters everybody's
-        model = DistributedDataParallel(torch.nn.Linear(512, 512))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        longest, done = 0.0, 0
-        for step in range(steps):
+        self.rank, self.steps = rank, 0
+        self.model = DistributedDataParallel(torch.nn.Linear(512, 512))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
+        self.step(last=False)
+
+    def step(self, last: bool) -> tuple[float, bool]:
+        """The loss over all ranks, and whether rank 0 said that this step is the `last`."""
+        import torch
+        import torch.distributed as dist
+
+        torch.manual_seed(1000 * self.steps + self.rank)
+        loss = self.model(torch.randn(32, 512)).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.steps += 1
+        said = torch.tensor([float(loss.detach()), float(last and self.rank == 0)])
+        dist.all_reduce(said)
+        return float(said[0]), bool(said[1])
+
+    def train(self, seconds: float) -> dict[str, Any]:
+        """Steps until rank 0's clock says that it is enough; all ranks do the same number."""
+        import torch.distributed as dist
+
+        end, over, longest, at, loss = time.monotonic() + seconds, False, 0.0, 0, 0.0
+        while not over:
             began = time.monotonic()
-            torch.manual_seed(1000 * step + rank)
-            loss = model(torch.randn(32, 512)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-            longest = max(longest, time.monotonic() - began)
-        total = sum(float(p.detach().double().sum()) for p in model.parameters())
+            loss, over = self.step(last=began > end)
+            took = time.monotonic() - began
+            if took > longest:
+                longest, at = took, self.steps
+        digest = hashlib.sha256()
+        for parameter in self.model.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
         dist.destroy_process_group()
         return {
             "host": socket.gethostname(),
             "address": ray.util.get_node_ip_address(),
-            "steps": done,
+            "steps": self.steps,
             "longest": longest,
-            "parameters": total,
+            "after": self.steps - at,
+            "loss": loss,
+            "parameters": digest.hexdigest(),
         }
 
 
-def main(steps: int) -> int:
+def main(seconds: float) -> int:
     ray.init(address="auto", log_to_driver=False)
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    remote: Any = ray.remote(num_cpus=0.1)(Rank)
+    remote: Any = ray.remote(num_cpus=0.1, max_restarts=0, max_task_retries=0)(Rank)
     ranks = [
         remote.options(resources={f"node:{node['NodeManagerAddress']}": 0.01}).remote()
         for node in nodes
     ]
-    address, port = ray.get(ranks[0].place.remote(), timeout=120)
-    work = [r.train.remote(i, len(ranks), address, port, steps) for i, r in enumerate(ranks)]
-    print(json.dumps({"ranks": ray.get(work, timeout=240)}), flush=True)
+    address, port = ray.get(ranks[0].place.remote(), timeout=BEGIN)
+    begun = [r.begin.remote(i, len(ranks), address, port) for i, r in enumerate(ranks)]
+    ray.get(begun, timeout=BEGIN)
+    print(json.dumps({"training": len(ranks)}), flush=True)
+    work = [rank.train.remote(seconds) for rank in ranks]
+    print(json.dumps({"ranks": ray.get(work, timeout=seconds + PATIENCE)}), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(float(sys.argv[1])))

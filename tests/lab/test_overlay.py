@@ -5,8 +5,6 @@ The head lets in SSH, the workers nothing. Ray's environment has torch (tests/se
 
 from __future__ import annotations
 
-import json
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.lab.cluster import Cluster
+from tests.lab.loadgen import Lines
 from tests.lab.machines import Lab
 from tests.lab.process import HOME, until
 from tests.need import need_libraries
@@ -22,6 +21,11 @@ from tests.setup_envs import LIBRARIES
 
 SOCKET = "/run/lab/overlay.sock"
 JOB = Path(__file__).with_name("ddp_job.py")
+AGAIN = 5.0
+"""Seconds after a silence in which steps go on. (docs/faults.md promises 2 where nothing else runs
+on the machine, and test_faults.py, which is alone, holds it.)"""
+
+Rank = dict[str, Any]
 
 pytestmark = [pytest.mark.lab, pytest.mark.ray]
 
@@ -45,16 +49,34 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
     made.stop()
 
 
-def train(cluster: Cluster, where: str, steps: int) -> list[dict[str, Any]]:
-    """DDP from a driver on that machine; what each rank said."""
-    machine = cluster.lab.machine(where)
-    script = f"{HOME}/ddp_job.py"
-    machine.write(script, JOB.read_text())
-    argv = [str(machine.ray_python(LIBRARIES)), script, str(steps)]
-    ran = machine.run(argv, timeout=300, env={"RAY_ADDRESS": "127.77.0.1:6379"})
-    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-    ranks: list[dict[str, Any]] = json.loads(line)["ranks"]
-    return ranks
+class Training:
+    """DDP from a driver on one machine, for so many seconds; all ranks train once it is made."""
+
+    def __init__(self, cluster: Cluster, where: str, seconds: float) -> None:
+        machine = cluster.lab.machine(where)
+        script = f"{HOME}/{JOB.name}"
+        machine.write(script, JOB.read_text())
+        argv = [str(machine.ray_python(LIBRARIES)), script, str(seconds)]
+        address = {"RAY_ADDRESS": "127.77.0.1:6379"}
+        self.lines = Lines(machine.popen(argv, env=address))
+        until(self._begun, 150, lambda: f"the training does not begin{cluster.lab.tails()}")
+
+    def _begun(self) -> bool:
+        process = self.lines.process
+        assert process.poll() is None, process.log.read_text()[-4000:]
+        return self.lines.last("training") == {"training": 3}
+
+    def finish(self, timeout: float) -> list[Rank]:
+        """What the ranks say, which have done the same steps with the same outcome."""
+        process = self.lines.process
+        assert process.wait(timeout) == 0, process.log.read_text()[-4000:]
+        last = self.lines.last("ranks")
+        assert last is not None
+        ranks: list[Rank] = last["ranks"]
+        assert {rank["host"] for rank in ranks} == {"head", "w1", "w2"}
+        for same in ("steps", "loss", "parameters"):
+            assert len({rank[same] for rank in ranks}) == 1, f"{same}: {ranks}"
+        return ranks
 
 
 def test_every_node_is_at_the_level_that_was_asked_for(cluster: Cluster) -> None:
@@ -67,25 +89,20 @@ def test_every_node_is_at_the_level_that_was_asked_for(cluster: Cluster) -> None
 
 @pytest.mark.parametrize("where", ["head", "w1"])
 def test_torch_trains_between_machines(cluster: Cluster, where: str) -> None:
-    ranks = train(cluster, where, 20)
-    assert {r["host"] for r in ranks} == {"head", "w1", "w2"}
-    assert [r["steps"] for r in ranks] == [20] * 3
-    assert len({r["parameters"] for r in ranks}) == 1, "gradients were averaged over all ranks"
+    ranks = Training(cluster, where, 2).finish(60)
+    assert ranks[0]["steps"] > 1
 
 
 def test_a_dropped_link_costs_no_step(cluster: Cluster) -> None:
     """Every SSH connection is killed and one machine's packets are swallowed for 8 s."""
-    found: list[list[dict[str, Any]]] = []
-    job = threading.Thread(target=lambda: found.append(train(cluster, "head", 2500)))
-    job.start()
-    time.sleep(12)  # Ray starts the ranks in some seconds; the steps take half a minute
+    training = Training(cluster, "head", 20)
     lab = cluster.lab
     lab.reset_connections(lab.machine("head"))
+    began = time.monotonic()
     lab.cut(lab.machine("w1"))
     time.sleep(8)
     lab.heal(lab.machine("w1"))
-    job.join(300)
-    (ranks,) = found
-    assert [r["steps"] for r in ranks] == [2500] * 3
-    assert len({r["parameters"] for r in ranks}) == 1
-    assert max(r["longest"] for r in ranks) > 4, "the cut fell into the training"
+    silence = time.monotonic() - began
+    for rank in training.finish(120):
+        assert 7 < rank["longest"] < silence + AGAIN, f"about as long as {silence} s: {rank}"
+        assert rank["after"] > 0, f"steps after the cut: {rank}"
