@@ -284,8 +284,8 @@ def _metrics_listen(value: str) -> str:
 class NetworkConfig(_Section):
     """How programs on this node reach the others; docs/overlay.md. Of a node."""
 
-    level: Literal["auto", "overlay", "listeners"] = "listeners"
-    """"listeners": Ray's ports; "overlay": all ports, by rules of the kernel; "auto": the best"""
+    level: Literal["auto", "overlay", "listeners"] = "auto"
+    """"overlay": all ports, by rules of the kernel; "listeners": by sockets; "auto": the best"""
     guard: YesNo = True
     """at the level overlay, other machines do not reach Ray's ports around rayfwd"""
     deny: tuple[Port, ...] = ()

@@ -82,11 +82,13 @@ class Cluster:
         for name in names if names is not None else self.names:
             self.start_node(name)
 
-    def start_node(self, name: str, under: Sequence[str] = ()) -> Daemon:
-        """`rayfwd run` on one node, again if it has ended; `under` a command that becomes it."""
+    def start_node(self, name: str, under: Sequence[str] = (), net_admin: bool = False) -> Daemon:
+        """`rayfwd run` on one node, again if it has ended; `under` a command that becomes it,
+        `net_admin`: with the right to change the network."""
         old = self._daemons.get(name)
         assert old is None or old.process.poll() is not None, f"{name}: rayfwd still runs"
-        daemon = self.lab.machine(name).rayfwd_daemon(self.config(name), under=under)
+        machine = self.lab.machine(name)
+        daemon = machine.rayfwd_daemon(self.config(name), under=under, net_admin=net_admin)
         self._daemons[name] = daemon
         return daemon
 

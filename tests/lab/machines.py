@@ -341,16 +341,23 @@ class Machine:
         config_toml: str,
         env: Mapping[str, str] | None = None,
         under: Sequence[str] = (),
+        net_admin: bool = False,
     ) -> Daemon:
         """Write ~/rayfwd.toml and start `rayfwd run` with it as user `ray`.
 
-        `under`: a command that becomes it, as in `prlimit --nofile=200`.
+        `under`: a command that becomes it, as in `prlimit --nofile=200`. `net_admin`: it may change
+        the network, as in a container with that right.
         """
         self.write(CONFIG, config_toml)
         assert self.lab.rayfwd is not None, "rayfwd is not installed: see tests/lab/package.py"
         argv = [*under, str(self.lab.rayfwd), "run", "--config", CONFIG]
         log = self.lab.folder / f"{self.name}-rayfwd-{self._started + 1}.log"
-        return Daemon(self, self.popen(argv, env=env, log=log))
+        if not net_admin:
+            return Daemon(self, self.popen(argv, env=env, log=log))
+        ids = ["--reuid=ray", "--regid=ray", "--init-groups"]
+        keep = ["--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--"]
+        argv = [tool("setpriv"), *ids, *keep, tool("env"), f"--chdir={HOME}", *argv]
+        return Daemon(self, self.popen(argv, user="root", env=environment("ray", env), log=log))
 
     def ray(self, version: str = "2.60.0") -> Path:
         """The command `ray` of that version."""

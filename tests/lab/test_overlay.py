@@ -1,10 +1,14 @@
 """Three firewalled machines at the level `overlay`: what opens ports of its own works between them.
 
-The head lets in SSH, the workers nothing. Ray's environment has torch (tests/setup_envs.py).
+The head lets in SSH, the workers nothing. Ray's environment has torch (tests/setup_envs.py). Head
+and w1 have a service that makes the overlay, w2 is as a container that may change its network. No
+file names a level: the overlay is what `auto` takes.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,9 +37,9 @@ pytestmark = [pytest.mark.lab, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     need_libraries()
-    made = Cluster(module_lab, LIBRARIES, network={"level": "overlay"}, ride_through=60)
+    made = Cluster(module_lab, LIBRARIES, ride_through=60)
     module_lab.machine("head").start_sshd()
-    for machine in module_lab.machines:
+    for machine in map(module_lab.machine, ("head", "w1")):
         argv = [str(module_lab.rayfwd), "overlay", SOCKET, "--user", "ray"]
         keeper = machine.popen(argv, user="root")
         until(
@@ -44,6 +48,7 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
             keeper.log.read_text,
         )
         made.start_node(machine.name, under=["env", f"RAYFWD_OVERLAY={SOCKET}"])
+    made.start_node("w2", net_admin=True)
     made.wait_ready(240)
     yield made
     made.stop()
@@ -79,7 +84,7 @@ class Training:
         return ranks
 
 
-def test_every_node_is_at_the_level_that_was_asked_for(cluster: Cluster) -> None:
+def test_every_node_is_at_the_best_level(cluster: Cluster) -> None:
     for daemon in cluster.daemons:
         status = daemon.status()
         assert status["network"]["level"] == "overlay", status["network"]
@@ -106,3 +111,17 @@ def test_a_dropped_link_costs_no_step(cluster: Cluster) -> None:
     for rank in training.finish(120):
         assert 7 < rank["longest"] < silence + AGAIN, f"about as long as {silence} s: {rank}"
         assert rank["after"] > 0, f"steps after the cut: {rank}"
+
+
+def test_a_keeper_that_is_a_child_is_started_anew(cluster: Cluster) -> None:
+    """It took interface and rules with it; nobody is told of a service that is not there."""
+    w2 = cluster.worker("w2")
+    machine = w2.machine
+    argv = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in machine.pids()}
+    (keeper,) = [pid for pid, words in argv.items() if b"\0overlay\0" in words]
+    os.kill(keeper, signal.SIGTERM)
+    said = w2.wait_event("overlay_keeper_absent", 30)
+    assert "rayfwd-net" not in said["remedy"]
+    w2.wait_status(lambda s: s["conditions"] == [] and s["state"] == "ready", 60)
+    assert "rayfwd0" in machine.network_command("nft", "list", "tables")
+    assert "127.77.0.3/32" in machine.network_command("ip", "addr", "show", "rayfwd0")

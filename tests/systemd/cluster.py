@@ -58,13 +58,16 @@ class AsRay:
 class Cluster:
     """Head and worker of a lab: the machines' own services, or those of user `ray`."""
 
-    def __init__(self, lab: Lab, user: str = "root", further: str = "") -> None:
-        """`further`: lines for [ray] of both."""
+    def __init__(
+        self, lab: Lab, user: str = "root", further: str = "", level: str | None = "listeners"
+    ) -> None:
+        """`further`: lines for [ray] of both; `level`: None takes what the file says by default."""
         self.lab = lab
         self.user = user
         self.head = lab.machine("head")
         self.worker = lab.machine("worker")
         self._further = SMALL + further
+        self._level = "" if level is None else f'\n[network]\nlevel = "{level}"\n'
 
     def init_head(self, *further: str) -> str:
         """The README's command on the head; what it printed."""
@@ -97,7 +100,7 @@ class Cluster:
             text = machine.read(self.config)
             assert text.count("[ray]\n") == 1, text
             text = text.replace("[ray]\n", "[ray]\n" + self._further)
-            machine.host_path(self.config).write_text(text)
+            machine.host_path(self.config).write_text(text + self._level)
 
     def start(self) -> None:
         """The README's last command, on both."""

@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(400), pytest.mark.story]
 
 UNIT = "rayfwd-net"
 SOCKET = "/run/rayfwd-net/overlay.sock"
-AUTO = '\n[network]\nlevel = "auto"\n'
 ECHO = """
 import socket
 with socket.create_server(("127.77.0.2", 0)) as server:
@@ -39,11 +38,8 @@ except OSError as exc:
 @pytest.fixture(scope="module")
 def auto(lab: Lab) -> Cluster:
     """Set up, and started at the best level that each machine allows."""
-    cluster = Cluster(lab)
+    cluster = Cluster(lab, level=None)
     cluster.set_up()
-    for machine in lab.machines:
-        path = machine.host_path(cluster.config)
-        path.write_text(path.read_text() + AUTO)
     cluster.start()
     cluster.wait_ready()
     return cluster

@@ -268,6 +268,7 @@ class Daemon:
             else f'[head]\nssh = "head"\nsocket = "{head.directory}/run/hub.sock"',
             f'[ray]\ncommand = "{self.directory}/no-ray"\nworker_ports = 8',
             "[canary]\nenabled = false",
+            '[network]\nlevel = "listeners"',
         ]
         for at, to in self.forwards.items():
             rows.append(f'[[forward]]\nlisten = "{at}"\nto = "{to}"')

@@ -1,12 +1,20 @@
-"""The overlay's pure parts: its rules as text, and what libraries are told."""
+"""The overlay's rules as text, what libraries are told, and which level a node takes."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
+from rayfwd.config import NetworkConfig
+from rayfwd.network import manager
+from rayfwd.network.manager import Overlay
+from rayfwd.network.overlay_client import KEEPER
 from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
 
 RULES = Rules(
@@ -76,3 +84,37 @@ def test_without_an_interface() -> None:
     told = library_environment("127.77.0.2", None, {})
     assert "GLOO_SOCKET_IFNAME" not in told
     assert told["VLLM_HOST_IP"] == "127.77.0.2"
+
+
+IMPOSSIBLE = codes.OVERLAY_IMPOSSIBLE.problem("there is no right to", "ask for it")
+
+
+def settled(
+    level: Literal["auto", "overlay", "listeners"], directory: Path, env: dict[str, str]
+) -> Overlay:
+    """An overlay that knows its level."""
+    config = NetworkConfig(level=level)
+    overlay = Overlay(config, directory, frozenset, lambda: None, env)
+    asyncio.run(overlay.settle())
+    return overlay
+
+
+@pytest.mark.parametrize("level", ["auto", "overlay", "listeners"])
+def test_a_machine_without_the_right(
+    level: Literal["auto", "overlay", "listeners"],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`auto` takes the next level and says why; who asks for the overlay is warned."""
+    monkeypatch.setattr(manager, "possible", lambda: IMPOSSIBLE)
+    overlay = settled(level, tmp_path, {})
+    assert (overlay.level, overlay.interface, overlay.port) == ("listeners", None, None)
+    assert overlay.problem == (IMPOSSIBLE if level == "overlay" else None)
+    asked = 'network.level = "listeners"'
+    assert overlay.why == (asked if level == "listeners" else IMPOSSIBLE.cause)
+
+
+def test_a_service_that_does_not_answer(tmp_path: Path) -> None:
+    overlay = settled("auto", tmp_path, {KEEPER: str(tmp_path / "overlay.sock")})
+    assert overlay.level == "listeners"
+    assert "does not answer" in overlay.why or "is not there" in overlay.why

@@ -114,6 +114,7 @@ class Screen:
             ("ray", self._ray()),
             ("streams", self._streams()),
             ("listeners", self._listeners()),
+            ("network", self._network()),
             ("cluster", self._cluster()),
         ):
             for index, line in enumerate(lines):
@@ -193,6 +194,14 @@ class Screen:
         if listeners.blocked:
             line.append(f", {listeners.blocked} blocked", _STYLES["error"])
         return [line]
+
+    def _network(self) -> list[RenderableType]:
+        """The level and why, in a line."""
+        network = self.status.network
+        line = Text(escaped(network.level))
+        if network.interface is not None:
+            line.append(f" by {escaped(network.interface)}")
+        return [line.append(f": {escaped(network.why)}" if network.why else "")]
 
     def _cluster(self) -> list[RenderableType]:
         cluster = self.status.cluster

@@ -45,6 +45,7 @@ class Daemon:
         self.hub_socket = folder / "run" / "hub.sock"
         self._control = folder / "run" / "control.sock"
         self._config = {
+            "network": {"level": "listeners"},
             **config,
             "name": machine.name,
             "state_dir": str(folder / "state"),

@@ -17,6 +17,8 @@ from rayfwd.daemon.watches import temp_dir
 from rayfwd.doctor import judgements, observe, unit_checks
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import warnings
+from rayfwd.network.overlay import check_commands
+from rayfwd.network.overlay_client import START_SERVICE, possible
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
@@ -28,6 +30,17 @@ from rayfwd.transport.listeners import listeners_for
 from rayfwd.watch import machine_watch
 
 Emit = Callable[[Row], None]
+
+OVERLAY_CODES = frozenset(
+    {
+        codes.OVERLAY_IMPOSSIBLE,
+        codes.OVERLAY_FAILED,
+        codes.OVERLAY_REFUSED,
+        codes.OVERLAY_KEEPER_ABSENT,
+    }
+)
+OVERLAY_SOCKET = Path("/run/rayfwd-net/overlay.sock")
+"""As the units have it (systemd/rayfwd.service)."""
 
 
 class Examination:
@@ -163,6 +176,42 @@ class Examination:
         if blocked:
             return failed("listeners", several(blocked))
         return passed("listeners", f"{self._listeners()} can be opened")
+
+    async def network_level(self) -> Row:
+        """How programs here reach other nodes, and why so; docs/overlay.md."""
+        if self.status is not None:
+            network = self.status.network
+            said = f"{network.level}: {network.why}"
+            wrong = next((c for c in self.status.conditions if c.code in OVERLAY_CODES), None)
+            if wrong is not None and wrong.subject.partition("/")[0] == self.config.name:
+                return warned("network", wrong.problem, level=network.level)
+            return passed("network", said, level=network.level)
+        asked = self.config.network.level
+        if asked == "listeners":
+            return passed("network", 'listeners: network.level = "listeners"', level=asked)
+        problem = await asyncio.to_thread(self._no_overlay)
+        if problem is None:
+            return passed("network", "overlay: this machine allows it", level="overlay")
+        if asked == "overlay":
+            return warned("network", problem, level="listeners")
+        said = f"listeners: {problem.cause}; for the overlay: {problem.remedy}"
+        return passed("network", said, level="listeners")
+
+    def _no_overlay(self) -> Problem | None:
+        """Why the daemon of this file could not have one; None: it could."""
+        unit = unit_checks.find(self.config.path, self.env)
+        if unit is None or not unit.has_overlay:
+            return possible()
+        try:
+            check_commands()
+            ask(OVERLAY_SOCKET, "found")
+        except ProblemError as exc:
+            if exc.problem.code == codes.OVERLAY_IMPOSSIBLE:
+                return exc.problem
+            if exc.problem.code != codes.DAEMON_NOT_PERMITTED:
+                cause = f"the service rayfwd-net does not answer: {exc.problem.cause}"
+                return codes.OVERLAY_KEEPER_ABSENT.problem(cause, START_SERVICE)
+        return None
 
     def _listeners(self) -> int:
         others = [n for n in self.nodes if not (n.advertised or n is self.own)]

@@ -35,6 +35,7 @@ class HeadExamination(Examination):
         self.emit((await self.ray())[0])
         self.emit(await self.ports())
         self.emit(await self.listeners())
+        self.emit(await self.network_level())
         self.emit(await self.limits())
         self.emit(skipped("clock", "each worker compares its own with this one"))
         self.emit(skipped("names", "a head dials nobody"))

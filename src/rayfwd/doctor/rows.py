@@ -17,12 +17,12 @@ SCHEMA = 1
 
 WORKER = (
     "config", "daemon", "keeper", "ssh", "host_key", "auth", "channel", "hub", "place", "ray",
-    "versions", "ports", "listeners", "limits", "clock", "names", "proxies", "link", "advertise",
-    "advertise_self",
+    "versions", "ports", "listeners", "network", "limits", "clock", "names", "proxies", "link",
+    "advertise", "advertise_self",
 )  # fmt: skip
 HEAD = (
-    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "listeners", "limits", "clock",
-    "names", "proxies", "link",
+    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "listeners", "network",
+    "limits", "clock", "names", "proxies", "link",
 )  # fmt: skip
 CLIENT = (
     "config", "listen", "ssh", "host_key", "auth", "channel", "hub", "names", "proxies", "link",

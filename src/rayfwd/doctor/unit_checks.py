@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayfwd.network.overlay_client import KEEPER as OVERLAY
 from rayfwd.ray.launcher import KEEPER
 from rayfwd.system.paths import DEFAULT_CONFIG
 
@@ -26,6 +27,8 @@ class Unit:
     """None: of a user's own service manager, or root."""
     has_keeper: bool
     """Ray is to run in a service of its own."""
+    has_overlay: bool = False
+    """The overlay has a service of its own."""
 
     @property
     def keeper(self) -> Path:
@@ -48,7 +51,8 @@ def of(folder: Path, config: Path) -> Unit | None:
         return None
     user = next((line.partition("=")[2] for line in lines if line.startswith("User=")), None)
     keeper = any(line.startswith(f"Environment={KEEPER}=") for line in lines)
-    return Unit(path, user, keeper)
+    overlay = any(line.startswith(f"Environment={OVERLAY}=") for line in lines)
+    return Unit(path, user, keeper, overlay)
 
 
 def find(config: Path, env: Mapping[str, str]) -> Unit | None:

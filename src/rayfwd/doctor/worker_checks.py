@@ -38,6 +38,7 @@ class WorkerExamination(WayExamination):
         self.emit(self._compared(found))
         self.emit(await self.ports())
         self.emit(await self.listeners())
+        self.emit(await self.network_level())
         self.emit(await self.limits())
         self.emit(self.later("clock"))
         self.emit(await self.names())

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rayfwd import codes
 from rayfwd.config import NetworkConfig
+from rayfwd.network import overlay
 from rayfwd.network.overlay_client import KEEPER, SOCKET, Child, OverlayClient, possible
 from rayfwd.network.ruleset import PortRange, Rules
 from rayfwd.problems import Problem, ProblemError
@@ -28,6 +30,13 @@ LOOK_INTERVAL = 10.0
 """Seconds between looks whether interface and rules are still there."""
 GATHER_SECONDS = 0.05
 """Seconds in which changes of the plan are gathered into one."""
+
+_TRIAL = ("127.77.0.0/16", "127.77.255.254")
+"""Network and address with which it is tried whether interface and rules can be made."""
+_CHILD_ENDED = (
+    "nothing, if this passes: rayfwd starts that process anew; else see the lines above in the log"
+)
+"""What to do where the keeper that is our child does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +64,7 @@ class Overlay:
         self.level: Level = "listeners"
         self.problem: Problem | None = None
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
-        self.why = "network.level is set so"
+        self.why = f'network.level = "{config.level}"'
         """Why the level is what it is."""
         self.refused: dict[str, int] = {}
         """Packets of connections that were refused by the kernel, by reason."""
@@ -66,6 +75,8 @@ class Overlay:
         self._env = env
         self._client: OverlayClient | None = None
         self._child: Child | None = None
+        self._own_keeper = False
+        """The keeper is our child, or is to be."""
         self._wanted: Wanted | None = None
         self._made: Rules | None = None
         self._changed = asyncio.Event()
@@ -105,16 +116,41 @@ class Overlay:
         """Raises ProblemError where no overlay can be had."""
         path = self._env.get(KEEPER)
         if path:
+            await asyncio.to_thread(overlay.check_commands)
             client = OverlayClient(Path(path))
-            await client.found()
         else:
-            if (problem := possible()) is not None:
+            if (problem := await asyncio.to_thread(possible)) is not None:
                 raise ProblemError(problem)
-            self._child = Child.inherited(os.environ) or await asyncio.to_thread(
-                Child.start, self._runtime_dir, self._config.interface
-            )
-            client = OverlayClient(self._runtime_dir / SOCKET)
+            self._own_keeper = True
+            self._child = Child.inherited(os.environ) or await self._start_child()
+            client = OverlayClient(self._runtime_dir / SOCKET, _CHILD_ENDED)
+        try:
+            await self._try_out(client)
+        except ProblemError:
+            await self._end_child()
+            raise
         self._client = client
+
+    async def _start_child(self) -> Child:
+        """Raises ProblemError."""
+        return await asyncio.to_thread(Child.start, self._runtime_dir, self._config.interface)
+
+    async def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            await asyncio.to_thread(child.close)
+
+    async def _try_out(self, client: OverlayClient) -> None:
+        """See that interface and rules can be made, unless they stand: a kernel may lack a part.
+
+        Raises ProblemError.
+        """
+        if (await client.found())["table"]:
+            return
+        network, own = _TRIAL
+        config = self._config
+        await client.up(Rules(config.interface, network, own, config.port, frozenset({0})))
+        await client.down()
 
     def _fall_back(self, problem: Problem) -> None:
         """Take the next level, and say why."""
@@ -163,10 +199,22 @@ class Overlay:
             self._made = None
             self._up.clear()
             self._set_problem(exc.problem)
+            if exc.problem.code is codes.OVERLAY_KEEPER_ABSENT and self._own_keeper:
+                await self._replace_child()
             return
         self._made = rules
         self._up.set()
         self._set_problem(None)
+
+    async def _replace_child(self) -> None:
+        """Our keeper has ended, and took everything with it: have another one."""
+        await self._end_child()
+        try:
+            self._child = await self._start_child()
+        except (ProblemError, OSError) as exc:
+            log.warning("overlay_child_failed", cause=str(exc))
+        else:
+            self._changed.set()
 
     async def _look(self, client: OverlayClient, rules: Rules) -> None:
         """See that it still stands; what is gone is made anew, and said. Raises ProblemError."""
@@ -209,8 +257,7 @@ class Overlay:
             await self._client.down()
         except ProblemError as exc:
             log.warning("overlay_left", cause=exc.problem.cause, remedy=exc.problem.remedy)
-        if self._child is not None:
-            await asyncio.to_thread(self._child.close)
+        await self._end_child()
 
     def pass_on(self, env: MutableMapping[str, str]) -> None:
         """To the process that takes the place of this one by exec: what stands goes on."""

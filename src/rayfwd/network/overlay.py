@@ -60,11 +60,16 @@ def capable() -> bool:
     return False
 
 
-def check_tools() -> None:
-    """Raises ProblemError `overlay_impossible` where a command or nftables is missing."""
+def check_commands() -> None:
+    """Raises ProblemError `overlay_impossible` where a command is missing."""
     for name, package in (("ip", "iproute2"), ("nft", "nftables")):
         if shutil.which(name, path=_PATH) is None:
             raise _impossible(f"the command {name} is not there", f"install the package {package}")
+
+
+def check_tools() -> None:
+    """Raises ProblemError `overlay_impossible` where a command or nftables is missing."""
+    check_commands()
     try:
         _run(["nft", "list", "tables"])
     except OSError as exc:

@@ -31,11 +31,17 @@ START_TIMEOUT = 15.0
 """Seconds for a child to listen."""
 
 
+START_SERVICE = "start the service rayfwd-net (as root: `systemctl start rayfwd-net`)"
+"""What to do where the service does not answer."""
+
+
 class OverlayClient:
     """The keeper at a socket."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, remedy: str = START_SERVICE) -> None:
+        """`remedy`: what to do where it does not answer."""
         self._socket = socket
+        self._remedy = remedy
 
     async def up(self, rules: Rules) -> None:
         """Raises ProblemError."""
@@ -60,8 +66,7 @@ class OverlayClient:
             if exc.problem.code in {codes.OVERLAY_FAILED, codes.OVERLAY_REFUSED}:
                 raise
             raise codes.OVERLAY_KEEPER_ABSENT.error(
-                f"the overlay's keeper does not answer: {exc.problem.cause}",
-                "start the service rayfwd-net (as root: `systemctl start rayfwd-net`)",
+                f"the overlay's keeper does not answer: {exc.problem.cause}", self._remedy
             ) from None
 
 
@@ -125,9 +130,10 @@ def possible() -> Problem | None:
     """Why this process cannot have an overlay by a child of its own; None: it can."""
     if not overlay.capable():
         return codes.OVERLAY_IMPOSSIBLE.problem(
-            "this process may not change the network (CAP_NET_ADMIN)",
-            "start the service rayfwd-net, which `rayfwd init` installs; of a container: "
-            "`docker run --cap-add NET_ADMIN`",
+            "this process may not change the network (CAP_NET_ADMIN), and has no service "
+            "rayfwd-net that does",
+            "as root, have rayfwd in a directory that only root can change (/opt/rayfwd), and say "
+            "`rayfwd init` there; of a container: `docker run --cap-add NET_ADMIN`",
         )
     try:
         overlay.check_tools()
