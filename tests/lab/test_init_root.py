@@ -39,6 +39,7 @@ exec chroot "$space/root" /bin/sh -c "$@"
 SCRIPT = r"""
 set -eu
 rayfwd=$1 ray=$2
+echo "ann:x:54321:54321::/:/bin/sh" >> /etc/passwd
 all() {
     find /etc /var/lib /home /usr/local/share ! -name '*-' ! -name '.pwd.lock' \
         \( -type d -printf '%p %m %U %G\n' -o -printf '%p %m %U %G %s\n' \) \
@@ -57,6 +58,7 @@ stat -c '%n %a %U %G' /etc/rayfwd.toml /var/lib/rayfwd /var/lib/rayfwd/.ssh/auth
 stat -c '%n %a %U %G' /var/lib/rayfwd-init.json
 id rayfwd
 "$rayfwd" check | head -1
+grep -A2 '^.ray' /etc/rayfwd.toml
 echo "== man"; man -w rayfwd rayfwd.toml 2>&1 || echo "code $?"
 echo "== worker"; "$rayfwd" init worker --head x --ray "$ray" 2>&1 || echo "code $?"
 echo "== root"; "$rayfwd" init head --user root --config /etc/other.toml 2>&1 || echo "code $?"
@@ -104,6 +106,15 @@ def test_rights(said: dict[str, str]) -> None:
         "/var/lib/rayfwd-init.json 600 root root",
     ]
     assert "/etc/rayfwd.toml: valid" in lines
+
+
+def test_ray_asks_for_a_token_where_others_may_log_in(said: dict[str, str]) -> None:
+    for part in ("dry", "init"):
+        (line,) = [line for line in said[part].splitlines() if "chosen" in line]
+        assert re.search(r'ray.auth = "token", as .*\bann\b.* may log in here', line)
+        assert '"auto" in /etc/rayfwd.toml undoes that' in line
+    assert "chosen" not in said["again"]
+    assert said["look"].splitlines()[-1] == 'auth = "token"'
 
 
 def test_man_finds_its_pages(said: dict[str, str], rayfwd: Path) -> None:

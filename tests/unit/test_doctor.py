@@ -26,11 +26,15 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
 from rayfwd.doctor import judgements, observe, rows, settings, sshd, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
+from rayfwd.doctor.head_checks import HeadExamination
 from rayfwd.doctor.judgements import SshdOptions, Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
 from rayfwd.hub import HubOffer
+from rayfwd.ray import install
+from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.session.frames import Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import Refusal
+from rayfwd.system import sockdiag
 from tests.unit.cluster import Cluster, free_place
 from tests.unit.loops import run
 from tests.unit.ssh_server import Sshd
@@ -938,14 +942,18 @@ def test_the_clock_that_is_asked_is_the_hubs(
 
 
 @pytest.mark.parametrize(
-    ("auth", "kept", "shell", "is_warned"),
+    ("auth", "kept", "version", "shell", "is_warned"),
     [
-        ("off", None, "/bin/bash", True),
-        ("auto", "off", "/bin/bash", True),
-        ("auto", "token", "/bin/bash", False),
-        ("auto", None, "/bin/bash", False),
-        ("token", None, "/bin/bash", False),
-        ("off", None, "/usr/sbin/nologin", False),
+        ("off", None, None, "/bin/bash", True),
+        ("off", "token", None, "/bin/bash", True),
+        ("auto", "off", None, "/bin/bash", True),
+        ("auto", "token", "2.60.0", "/bin/bash", False),
+        ("auto", None, None, "/bin/bash", False),
+        ("auto", None, "2.40.0", "/bin/bash", True),
+        ("auto", None, "2.60.0", "/bin/bash", True),
+        ("auto", None, "2.61.0", "/bin/bash", False),
+        ("token", None, "2.60.0", "/bin/bash", False),
+        ("off", None, None, "/usr/sbin/nologin", False),
     ],
 )
 def test_others_who_log_in_where_ray_has_no_token(
@@ -953,9 +961,75 @@ def test_others_who_log_in_where_ray_has_no_token(
     monkeypatch: pytest.MonkeyPatch,
     auth: str,
     kept: str | None,
+    version: str | None,
     shell: str,
     is_warned: bool,
 ) -> None:
+    logs_in(monkeypatch, tmp_path, shell)
+    if kept is not None:
+        record = {"mode": kept, "token": "x" * 32 if kept == "token" else None}
+        (tmp_path / "ray_auth.json").write_text(json.dumps(record))
+    ray = {"auth": auth}
+    config = parse({"role": "head", "name": "h", "state_dir": str(tmp_path), "ray": ray})
+    found = [line for line in settings.warnings(config, version) if "may log in" in line]
+    assert [line.partition(" may")[0] for line in found] == (["ann"] if is_warned else [])
+
+
+@pytest.mark.parametrize("told", [None, "off", "token"])
+def test_a_worker_knows_what_the_head_has_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    logs_in(monkeypatch, tmp_path)
+    if told is not None:
+        record = {"mode": told, "token": "x" * 32 if told == "token" else None}
+        (tmp_path / "ray_auth.json").write_text(json.dumps(record))
+    config = parse({"role": "worker", "state_dir": str(tmp_path), "head": {"ssh": "ann@h"}})
+    assert (settings.no_token(config, "2.60.0") is not None) == (told == "off")
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_others_at_the_ports_of_a_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """They are kept out by the kernel's word, where it gives it."""
+    logs_in(monkeypatch, tmp_path)
+
+    def silent() -> sockdiag.SockDiag:
+        raise OSError("no netlink")
+
+    if not is_told:
+        monkeypatch.setattr(sockdiag, "opened", silent)
+    config = parse({"role": "client", "state_dir": str(tmp_path), "head": {"ssh": "ann@h"}})
+    found = [line for line in settings.warnings(config) if "may log in" in line]
+    assert len(found) == (0 if is_told else 1)
+
+
+def test_a_heads_doctor_warns_before_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it knows which Ray there is."""
+    logs_in(monkeypatch, tmp_path)
+    installed = RayInstall("/r/ray", "/r/python", Versions("2.60.0", "3.11.7"))
+
+    async def find(command: str, env: Mapping[str, str]) -> RayInstall:
+        return installed
+
+    monkeypatch.setattr(install, "find", find)
+    config = parse({"role": "head", "name": "h", "state_dir": str(tmp_path)})
+    rows: list[Row] = []
+    examination = HeadExamination(config, tmp_path / "control.sock", {}, rows.append)
+
+    async def body() -> None:
+        row = await examination._ray()
+        assert (row.check, row.result) == ("ray", "warn")
+        assert "ann may log in" in row.said
+
+    run(body)
+
+
+def logs_in(monkeypatch: pytest.MonkeyPatch, home: Path, shell: str = "/bin/bash") -> None:
+    """Beside this user there is ann, who has that shell; this user's home has no token."""
+    monkeypatch.setenv("HOME", str(home))
     users = [
         pwd.struct_passwd((name, "x", uid, uid, "", "/", sh))
         for name, uid, sh in (
@@ -966,10 +1040,3 @@ def test_others_who_log_in_where_ray_has_no_token(
         )
     ]
     monkeypatch.setattr("pwd.getpwall", lambda: users)
-    if kept is not None:
-        record = {"mode": kept, "token": "x" * 32 if kept == "token" else None}
-        (tmp_path / "ray_auth.json").write_text(json.dumps(record))
-    ray = {"auth": auth}
-    config = parse({"role": "head", "name": "h", "state_dir": str(tmp_path), "ray": ray})
-    found = [line for line in settings.warnings(config) if "may log in" in line]
-    assert [line.partition(" may")[0] for line in found] == (["ann"] if is_warned else [])

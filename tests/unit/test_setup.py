@@ -17,16 +17,17 @@ from pathlib import Path
 import pytest
 
 from rayfwd.cli import init, main
-from rayfwd.config import load
+from rayfwd.config import load, parse
 from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
+from rayfwd.ray import token
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import Outcome, apply, take_away
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.planner import plan
-from rayfwd.setup.request import MAN_PAGES, Layout, SetupRequest, system_layout, user_layout
+from rayfwd.setup.request import MAN_PAGES, Layout, Role, SetupRequest, system_layout, user_layout
 from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
-from rayfwd.setup.survey import probe
+from rayfwd.setup.survey import Survey, probe
 from rayfwd.system.paths import belongs_to_root
 
 COMMAND, PYTHON = "/srv/rayfwd/bin/rayfwd", "/srv/rayfwd/bin/python"
@@ -60,6 +61,42 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def layout(home: Path) -> Layout:
     return user_layout(home, 1000, COMMAND, PYTHON, None)
+
+
+@pytest.mark.parametrize("auth", ["token", "off", None])
+def test_a_head_asks_for_a_token_where_that_is_chosen(auth: str | None) -> None:
+    layout = system_layout("/opt/rayfwd/bin/rayfwd", "/opt/rayfwd/bin/python")
+    made = tomllib.loads(texts.config_text(replace(head(), auth=auth), layout))
+    assert made["ray"].get("auth") == auth
+
+
+@pytest.mark.parametrize(
+    ("role", "version", "others", "before", "chosen"),
+    [
+        ("head", "2.60.0", ["ann"], None, "token"),
+        ("head", "2.60.0", [], None, None),
+        ("head", "2.61.0", ["ann"], None, None),
+        ("head", "2.40.0", ["ann"], None, None),
+        ("worker", "2.60.0", ["ann"], None, None),
+        ("head", "2.60.0", ["ann"], {}, None),
+        ("head", "2.60.0", [], {"auth": "token"}, "token"),
+        ("head", "2.60.0", ["ann"], {"auth": "auto"}, "auto"),
+    ],
+)
+def test_when_init_chooses_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+    role: Role,
+    version: str,
+    others: list[str],
+    before: dict[str, str] | None,
+    chosen: str | None,
+) -> None:
+    """What is in a file that is there stays as it is."""
+    monkeypatch.setattr(init, "who_else_logs_in", lambda uid: others)
+    asks = token.asks_by_itself(version, {"HOME": "/nonexistent"})
+    seen = Survey("/r/ray", f"Ray {version}", None, asks)
+    there = None if before is None else parse({"role": "head", "ray": before})
+    assert init._auth(role, there, seen, "root") == chosen
 
 
 def test_the_machines_service() -> None:

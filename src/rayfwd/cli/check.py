@@ -25,14 +25,15 @@ def run(args: argparse.Namespace) -> int:
     quiet_logs()
     own = own_head_plan(config) if config.role == "head" else None
     print(f"{config.path}: valid")
-    for line in table(list(_amounts_to(config, own)), "  "):
+    ray, version = _ray(config)
+    for line in table(list(_amounts_to(config, own, ray)), "  "):
         print(line)
-    for warning in warnings(config):
+    for warning in warnings(config, version):
         print(f"  warning: {warning}")
     return OK
 
 
-def _amounts_to(config: Config, own: NodePlan | None) -> Iterator[tuple[str, str]]:
+def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tuple[str, str]]:
     yield "role", config.role
     yield "name", config.name
     yield "state", f"{config.state_dir}"
@@ -47,7 +48,7 @@ def _amounts_to(config: Config, own: NodePlan | None) -> Iterator[tuple[str, str
         services = own.head_services.items()
         yield "", ", ".join(f"{name} {port}" for name, port in services) + " besides"
     if config.role != "client":
-        yield "ray", _ray(config)
+        yield "ray", ray
     if config.ray.advertise is not None:
         yield "advertise", f"others reach this worker directly at {config.ray.advertise}"
     for forward in config.forwards:
@@ -70,11 +71,14 @@ def _dials(head: HeadConfig) -> str:
     return f"{shown}, {lanes} SSH connection{'s' * (lanes > 1)}{more}, {way}"
 
 
-def _ray(config: Config) -> str:
+def _ray(config: Config) -> tuple[str, str | None]:
+    """Ray as it is found here, in words, and its version."""
+    if config.role == "client":
+        return "", None
     try:
         found = asyncio.run(install.find(config.ray.command, os.environ))
     except ProblemError as exc:
-        return f"{exc.problem.code}: {exc.problem}"
+        return f"{exc.problem.code}: {exc.problem}", None
     does = "" if config.ray.start else "; rayfwd does not start it (ray.start = false)"
     versions = found.versions
-    return f"{found.command}, Ray {versions.ray}, Python {versions.python}{does}"
+    return f"{found.command}, Ray {versions.ray}, Python {versions.python}{does}", versions.ray

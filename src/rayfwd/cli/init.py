@@ -40,6 +40,7 @@ from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
 from rayfwd.system.asuser import Account, account_named, account_of, own_account
 from rayfwd.system.paths import belongs_to_root
+from rayfwd.system.users import NOBODY, named, who_else_logs_in
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
@@ -93,6 +94,13 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.role} {request.name}: {kind}, run by {request.user}")
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
+
+    if request.auth == "token" and before is None:
+        others = named(_others(request.user))
+        print(
+            f'  {"chosen":<9} ray.auth = "token", as {others} may log in here: Ray asks for a '
+            f'token, which rayfwd hands out; "auto" in {layout.config} undoes that'
+        )
 
     def report(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
@@ -250,9 +258,28 @@ def _request(
         head_command=args.head_rayfwd or _head_command_before(before) or layout.command,
         identity=identity,
         by_hand=by_hand,
+        auth=_auth(args.role, before, seen, person.name),
         host_key=host_key,
     )
     return request, seen
+
+
+def _auth(role: str, before: Config | None, seen: Survey, user: str) -> str | None:
+    """`ray.auth` of a head's file: a token, where Ray knows one, would ask for none by itself, and
+    others may log in. What is in a file that is there stays."""
+    if before is not None:
+        return before.ray.auth if "auth" in before.ray.model_fields_set else None
+    if role != "head" or seen.asks_for_token is not False or not _others(user):
+        return None
+    return "token"
+
+
+def _others(user: str) -> list[str]:
+    """Who may log in beside the service's user, who may not have been made yet."""
+    try:
+        return who_else_logs_in(pwd.getpwnam(user).pw_uid)
+    except KeyError:
+        return who_else_logs_in(NOBODY)
 
 
 def _ray_beside() -> str | None:

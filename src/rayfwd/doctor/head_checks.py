@@ -11,7 +11,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
-from rayfwd.doctor.settings import not_writable
+from rayfwd.doctor.settings import no_token, not_writable
 from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
@@ -32,7 +32,7 @@ class HeadExamination(Examination):
         self.nodes = await asyncio.to_thread(self._roster, own)
         self.emit(self._socket())
         self.emit(await self._sshd())
-        self.emit((await self.ray())[0])
+        self.emit(await self._ray())
         self.emit(await self.ports())
         self.emit(await self.listeners())
         self.emit(await self.network_level())
@@ -41,6 +41,16 @@ class HeadExamination(Examination):
         self.emit(skipped("names", "a head dials nobody"))
         self.emit(self.proxies())
         self.emit(skipped("link", "each worker measures its own"))
+
+    async def _ray(self) -> Row:
+        """With what follows from its version, where that was not known from the file alone."""
+        row, found = await self.ray()
+        if found is None or no_token(self.config) is not None:
+            return row
+        line = no_token(self.config, found.versions.ray)
+        if line is None:
+            return row
+        return warned("ray", codes.CONFIG_DOUBTFUL.problem(line, "see whether that is meant so"))
 
     def _roster(self, own: NodePlan) -> tuple[NodePlan, ...]:
         try:

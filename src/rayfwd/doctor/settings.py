@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,25 +11,22 @@ from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HeadConfig
 from rayfwd.problems import ProblemError
 from rayfwd.ray import token
-from rayfwd.system import unixsocket
+from rayfwd.system import sockdiag, unixsocket
+from rayfwd.system.users import named, who_else_logs_in
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
-
-FIRST_PERSON = 1000
-NOBODY = 65534
-"""User ids: of the first who is no service (login.defs(5)), and of who is nobody."""
-SHOWN = 3
 
 UNIT = Path("/etc/systemd/system/rayfwd.service")
 MADE_BY_SYSTEMD = frozenset({Path("/run/rayfwd"), Path("/var/lib/rayfwd")})
 """The unit's RuntimeDirectory= and StateDirectory=: there before the daemon is."""
 
 
-def warnings(config: Config) -> Iterator[str]:
-    """One line each, with what to do."""
+def warnings(config: Config, version: str | None = None) -> Iterator[str]:
+    """One line each, with what to do. `version`: of this machine's Ray, where it is known."""
     if config.head is not None:
         yield from _key_warnings(config.head)
     if config.role == "client":
+        yield from _client_warnings()
         return  # it has no ports of a plan, and no socket
     low = _ephemeral_floor()
     if low is not None and low < PORT_CEILING:
@@ -48,34 +44,52 @@ def warnings(config: Config) -> Iterator[str]:
         for key in ("port", "client_port"):
             if key in config.ray.model_fields_set:
                 yield f"ray.{key} is a head's: on a worker it changes nothing"
-    if config.ray.auth != "token" and (others := _who_else_logs_in()) and _asks_nothing(config):
-        yield (
-            f"{', '.join(others)} may log in on this machine, and Ray asks for no token: whoever "
-            "reaches Ray's ports runs code as its user; "
-            'set ray.auth = "token" on the head (Ray 2.52 on)'
-        )
+    if (line := no_token(config, version)) is not None:
+        yield line
     for directory in (config.state_dir, config.runtime_dir):
         if (fault := not_writable(directory)) is not None:
             yield fault
 
 
-def _who_else_logs_in() -> list[str]:
-    """Other people's accounts that have a shell; the first few. Of a directory service: none."""
-    found = [
-        entry.pw_name
-        for entry in pwd.getpwall()
-        if entry.pw_uid >= FIRST_PERSON
-        and entry.pw_uid not in (os.geteuid(), NOBODY)
-        and not entry.pw_shell.endswith(("/nologin", "/false", "/sync"))
-    ]
-    more = [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return found[:SHOWN] + more
+def no_token(config: Config, version: str | None = None) -> str | None:
+    """Others may log in here, and Ray asks for no token; None too where that is not known yet: on a
+    head it follows from Ray's version, on a worker from what the head hands out."""
+    if config.ray.auth == "token" or not (others := who_else_logs_in(os.geteuid())):
+        return None
+    if not _asks_nothing(config, version):
+        return None
+    return (
+        f"{named(others)} may log in on this machine, and Ray asks for no token: whoever "
+        "reaches Ray's ports runs code as its user; "
+        'set ray.auth = "token" on the head (Ray 2.52 on)'
+    )
 
 
-def _asks_nothing(config: Config) -> bool:
-    """As the file says or as it was decided; before the first start that is not known."""
+def _asks_nothing(config: Config, version: str | None) -> bool:
+    """As the file says, as it was decided, or as it would be."""
     kept = token.kept_auth(config.state_dir)
-    return config.ray.auth == "off" if kept is None else kept.mode != "token"
+    if config.ray.auth == "off":
+        return True
+    if kept is not None:
+        return kept.mode != "token"
+    if version is None or config.role != "head":
+        return False
+    env = {**os.environ, **config.ray.env}
+    return not token.would_ask(config.ray.auth, version, env, config.state_dir)
+
+
+def _client_warnings() -> Iterator[str]:
+    """Of `rayfwd connect`, whose ports are let to its own user, where the system tells of users."""
+    others = who_else_logs_in(os.geteuid())
+    try:
+        if others:
+            sockdiag.opened().close()
+    except OSError:
+        yield (
+            f"{named(others)} may log in on this machine, which does not tell whose a connection "
+            "is: while `rayfwd connect` runs, they reach Ray by its ports, and run code as its "
+            'user; set ray.auth = "token" on the head (Ray 2.52 on)'
+        )
 
 
 def _key_warnings(head: HeadConfig) -> Iterator[str]:

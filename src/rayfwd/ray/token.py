@@ -92,40 +92,73 @@ def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir:
     """
     kept = kept_auth(state_dir)
     key = version_key(version) if version is not None else None
-    said = env.get(MODE, "").lower()
     if setting == "token" and key is not None and key < FIRST:
         raise codes.RAY_AUTH_UNSUPPORTED.error(
             f'ray.auth = "token", but Ray {version} knows no token',
             'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
         )
-    if setting in {"token", "off"}:
-        on = setting == "token"
-    elif key is not None and key < FIRST:
+    on = _is_on(setting, key, env, kept)
+    if on is None:
         return RayAuth("off")
-    elif said:
-        on = said == "token"
-    elif key is not None and key >= BY_DEFAULT:
-        on = True
-    elif kept is not None:
-        on = kept.mode == "token"
-    elif key is None:
-        return RayAuth("off")  # until it is known
-    else:
-        on = _token_of(env) is not None
     auth = RayAuth("token", _chosen(env, kept)) if on else RayAuth("off")
     keep(auth, state_dir)
     return auth
 
 
+def would_ask(setting: str, version: str, env: Mapping[str, str], state_dir: Path) -> bool:
+    """What `decide` would come to. Reads files, and writes none."""
+    return _is_on(setting, version_key(version), env, kept_auth(state_dir)) is True
+
+
+def asks_by_itself(version: str, env: Mapping[str, str]) -> bool | None:
+    """Whether a new head with `ray.auth = "auto"` has a token; None: that Ray knows none."""
+    key = version_key(version)
+    return None if key < FIRST else _is_on("auto", key, env, None) is True
+
+
+def _is_on(
+    setting: str, key: tuple[int, ...] | None, env: Mapping[str, str], kept: RayAuth | None
+) -> bool | None:
+    """Whether there is a token; None: no, for a Ray that knows none or is not known itself."""
+    said = env.get(MODE, "").lower()
+    if setting in {"token", "off"}:
+        return setting == "token"
+    if key is not None and key < FIRST:
+        return None
+    if said:
+        return said == "token"
+    if key is not None and key >= BY_DEFAULT:
+        return True
+    if kept is not None:
+        return kept.mode == "token"
+    return None if key is None else _token_of(env) is not None
+
+
 def _chosen(env: Mapping[str, str], kept: RayAuth | None) -> str:
     """The token: the environment's, else the one kept, else the user's own, else a new one."""
-    explicit = {name: env[name] for name in (VALUE, PATH) if env.get(name)}
     found = (
-        (_token_of(explicit) if explicit else None)
+        (_token_of({k: v for k, v in env.items() if k in (VALUE, PATH)}) if named_by(env) else None)
         or (kept.token if kept is not None else None)
         or _token_of(env)
     )
     return found or secrets.token_hex(32)
+
+
+def named_by(env: Mapping[str, str]) -> str | None:
+    """The variable by which this environment names the token: it is whoever wrote that there who
+    changes it. None: the token is the one that is kept."""
+    return next((name for name in (VALUE, PATH) if env.get(name)), None)
+
+
+def turn_over(env: Mapping[str, str], state_dir: Path) -> RayAuth:
+    """Of a head: a new token in place of the one that is kept, on disk when this returns.
+
+    Reads and writes files. Raises ProblemError (ray_auth_unwritable), with the old one in force.
+    """
+    before, auth = kept_auth(state_dir), RayAuth("token", secrets.token_hex(32))
+    keep(auth, state_dir)
+    provide(auth, env, state_dir, before)
+    return auth
 
 
 def kept_auth(state_dir: Path) -> RayAuth | None:
@@ -160,9 +193,12 @@ def environment(auth: RayAuth | None, state_dir: Path) -> dict[str, str]:
     return {MODE: "token", PATH: str(state_dir / TOKEN_FILE)}
 
 
-def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem | None:
+def provide(
+    auth: RayAuth, env: Mapping[str, str], state_dir: Path, before: RayAuth | None = None
+) -> Problem | None:
     """Give the token to this user's own drivers, as `~/.ray/auth_token`; a file that is not of our
-    making is left alone. What was given before and holds no more is taken away.
+    making is left alone, unless it holds the cluster's token of `before`, which this one replaces.
+    What was given before and holds no more is taken away.
 
     Returns what is wrong.
     """
@@ -178,7 +214,8 @@ def provide(auth: RayAuth, env: Mapping[str, str], state_dir: Path) -> Problem |
             return None
         if there == auth.token:
             return None
-        if there is None or ours:
+        replaced = before is not None and there == before.token
+        if there is None or ours or replaced:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             _record(auth, _digest(auth.token), state_dir)
             replace_file(path, auth.token.encode() + b"\n")

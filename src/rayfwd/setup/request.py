@@ -114,5 +114,7 @@ class SetupRequest:
     """Of a worker: a key of the user's own choice; None: one is made."""
     by_hand: bool = False
     """The configuration that is there is somebody else's: what it needs is theirs to see to."""
+    auth: str | None = None
+    """Of a head: `ray.auth`; None: the default."""
     host_key: str | None = None
     """Of a worker: the line for our file of known hosts; None: the user's own files have it."""

@@ -14,7 +14,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.ray import install
+from rayfwd.ray import install, token
 from rayfwd.setup.steps import public_key
 from rayfwd.system import asuser
 from rayfwd.system.asuser import Account
@@ -32,6 +32,8 @@ class Survey:
     """Absolute path of the command; None where it was not asked for or not found."""
     ray_versions: str
     ray_problem: Problem | None
+    asks_for_token: bool | None = None
+    """Whether Ray would ask for one by itself; None: it knows none."""
     login: str = ""
     """Whom SSH logs in as at the head, where one was given; empty: the configuration is no good."""
     host: str = ""
@@ -72,6 +74,7 @@ async def probe(
             found["ray"] = installed.command
             versions = installed.versions
             found["ray_versions"] = f"Ray {versions.ray}, Python {versions.python}"
+            found["asks_for_token"] = token.asks_by_itself(versions.ray, os.environ)
         except ProblemError as exc:
             found["ray_problem"] = exc.problem.to_wire()
     if head is not None:

@@ -44,6 +44,8 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     elif request.logins:
         config["hub"] = {"users": list(request.logins)}
     config["ray"] = {"command": request.ray}
+    if request.auth is not None:
+        config["ray"]["auth"] = request.auth
     first = "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.\n"
     return first + tomli_w.dumps(config)
 
