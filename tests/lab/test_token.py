@@ -1,7 +1,10 @@
-"""Ray's token: the head makes one, the link hands it over, and nobody gets in without it."""
+"""Ray's token: the head makes one, the link hands it over, and nobody gets in without it. After a
+break-in, by the commands of docs/security.md, there is another.
+"""
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 
 from tests.lab.checks import ESSENTIAL, verify
-from tests.lab.cluster import STATE_DIR, Cluster
+from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
+from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
-from tests.lab.process import HOME, until
+from tests.lab.process import HOME, Process, until
 
 pytestmark = pytest.mark.ray
 
@@ -24,14 +28,22 @@ MODE = {"RAY_AUTH_MODE": "token"}
 REQUEST = """
 import http.client, sys
 connection = http.client.HTTPConnection(sys.argv[1], 8265, timeout=20)
-connection.request("GET", "/api/v0/nodes", headers={"User-Agent": "x"})
+headers = {"User-Agent": "x"}
+if len(sys.argv) > 2:
+    headers["Authorization"] = f"Bearer {sys.argv[2]}"
+connection.request("GET", "/api/v0/nodes", headers=headers)
 print(connection.getresponse().status)
 """
 
 
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    cluster = Cluster(module_lab, head={"ray.auth": "token"})
+    head, w1, w2 = module_lab.machines
+    restricted = f'restrict,command="{module_lab.rayfwd} attach --socket {HUB_SOCKET}"'
+    key, _, _ = w2.public_key.rpartition(" ")
+    head.authorize(w1.public_key, f"{restricted} {key} rayfwd w2")
+    exec_ = {"head": {"via": "exec", "socket": None}}
+    cluster = Cluster(module_lab, head={"ray.auth": "token"}, w2=exec_)
     cluster.start()
     cluster.wait_ready()
     yield cluster
@@ -49,6 +61,12 @@ def ray_status(machine: Machine, env: dict[str, str] | None = None) -> Any:
         check=False,
         timeout=90,
     )
+
+
+def request(machine: Machine, *value: str) -> str:
+    """What the head's dashboard answers there, to that token or to none."""
+    argv = [str(machine.ray_python()), "-c", REQUEST, "127.77.0.1", *value]
+    return machine.run(argv).stdout.strip()
 
 
 @pytest.mark.parametrize("driver", ["head", "w1", "w2"])
@@ -75,7 +93,7 @@ def test_tools_with_an_address_need_the_mode(cluster: Cluster) -> None:
 
 def test_nobody_gets_in_without_it(cluster: Cluster) -> None:
     head = cluster.lab.machine("head")
-    assert head.run([str(head.ray_python()), "-c", REQUEST, "127.77.0.1"]).stdout == "401\n"
+    assert request(head) == "401"
     refused = ray_status(head, {**MODE, "RAY_AUTH_TOKEN": "not the token"})
     assert refused.returncode != 0
 
@@ -154,3 +172,80 @@ def test_it_is_over_when_the_worker_shows_the_heads_own(cluster: Cluster) -> Non
     cluster.head.wait_status(lambda s: s["conditions"] == [], 60)
     for code in ("ray_token_wrong", "ray_token_missing"):
         cluster.head.wait_event("problem_over", 5, where={"node": "w2", "code": code})
+
+
+SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
+SSH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
+SOCKET = "/tmp/held"
+
+
+def blocks_after_a_break_in() -> list[str]:
+    """What docs/security.md has an operator run, block by block."""
+    section = SECURITY.read_text().split("## After a break-in\n")[1].split("\n## ")[0]
+    found = re.findall(r"(?m)(?:^    .*\n)+", section)
+    return [re.sub(r"(?m)^    ", "", block) for block in found]
+
+
+@pytest.mark.runs("rayfwd forget *")
+def test_after_a_break_in(cluster: Cluster) -> None:
+    """Whoever has had w2 (its key, its token, a connection that stands) has nothing any more."""
+    head, w1, w2 = cluster.lab.machines
+    old, known_as = token(w2), cluster.head.status()["workers"]
+    assert {worker["name"] for worker in known_as} == {"w1", "w2"}
+    assert request(head, old) == "200", "it is good for all of Ray"
+    held = hold_a_connection(cluster, w2)
+
+    lock_out, forget = blocks_after_a_break_in()
+    head.write(f"{HOME}/.config/rayfwd.toml", head.host_path(CONFIG).read_text())
+    assert cluster.lab.rayfwd is not None
+    env = {"PATH": f"{cluster.lab.rayfwd.parent}:/usr/bin:/bin"}
+    w1_cuts = cluster.worker("w1").status()["link"]["cuts"]
+    head.run(["bash", "-ec", lock_out.replace("gpu-1", "w2")], env=env)
+    cluster.worker("w1").wait_status(
+        lambda s: s["link"]["cuts"] > w1_cuts and s["link"]["state"] == "up", 60
+    )
+    said = head.run(["bash", "-ec", forget.replace("gpu-1", "w2")], env=env).stdout
+    assert "w2 is forgotten" in said
+    assert "restarted now: Ray on head, w1\n" in said
+
+    # The key, also with the connection that stood.
+    until(lambda: held.poll() is not None, 20, cluster.lab.tails)
+    cluster.worker("w2").wait_event("ssh_auth_refused", WITHIN)
+    target = f"ray@{head.address}"
+    again = w2.run(["timeout", "20", "ssh", *SSH, "-S", SOCKET, target], check=False)
+    assert "Permission denied (publickey" in again.stderr, again.stderr
+
+    # The others, which rode through it, and work with the new token.
+    for name in ("head", "w1"):
+        cluster.worker(name).wait_event("ray_restarting", WITHIN)
+    cluster.head.wait_status(lambda s: s["state"] == "ready" and s["conditions"] == [], 120)
+    cluster.worker("w1").wait_status(lambda s: s["state"] == "ready", 120)
+    assert cluster.worker("w1").status()["link"]["ridden_through"] >= 1
+    assert [row["name"] for row in cluster.head.status()["roster"]] == ["head", "w1"]
+    assert cluster.worker("w1").events("ray_token_wrong") == []
+    checks = ["small_tasks", "large_results", "actors"]
+    addresses = [node["address"] for node in cluster.head.status()["roster"]]
+    for driver in ("head", "w1"):
+        verify(cluster.driver(driver, ["--nodes", "2", "--checks", ",".join(checks)]), driver,
+               addresses, checks)  # fmt: skip
+
+    # The token, wherever somebody who has it might still be.
+    (new,) = {token(machine) for machine in (head, w1)}
+    assert new != old
+    for machine in (head, w1):
+        assert request(machine, old) in {"401", "403"}
+        assert request(machine, new) == "200"
+        assert ray_status(machine, {**MODE, "RAY_AUTH_TOKEN": old}).returncode != 0
+        left = machine.run(["grep", "-rlF", old, HOME, "/tmp"], check=False, timeout=60)
+        assert left.stdout == "", "nothing has the old one any more"
+    assert "2.0 CPU" in ray_status(w1, MODE).stdout
+    cluster.worker("w2").stop()
+
+
+def hold_a_connection(cluster: Cluster, w2: Machine) -> Process:
+    """One more connection with w2's key, over which `rayfwd attach` could be asked for later."""
+    target = f"ray@{cluster.lab.machine('head').address}"
+    argv = ["ssh", *SSH, "-N", "-M", "-S", SOCKET, target]
+    held = w2.popen(argv, log=cluster.lab.folder / "held.log")
+    until(w2.host_path(SOCKET).exists, 20, cluster.lab.tails)
+    return held

@@ -93,8 +93,8 @@ def test_a_workers_key_is_rotated(moved: Cluster, heir: Machine, worker: Machine
     worker.wait_for(ActiveState="active")
 
 
-@pytest.mark.runs("rayfwd uninstall --purge", "rayfwd forget *")
+@pytest.mark.runs("rayfwd uninstall --purge", "rayfwd forget --keep-token *")
 def test_a_node_is_removed(moved: Cluster, heir: Machine, worker: Machine) -> None:
     worker.run(["rayfwd", "uninstall", "--purge"], timeout=150)
-    heir.run(["rayfwd", "forget", "worker"])
+    heir.run(["rayfwd", "forget", "--keep-token", "worker"])
     assert nodes(heir) == ["heir"]

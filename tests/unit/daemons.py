@@ -51,6 +51,9 @@ class FakeRay(RaySupervisor):
     may_start = True
     broken = False
     ended = ""
+    by_hand = False
+    auth: RayAuth | None = None
+    """What Ray was last to be started with."""
 
     def set_plan(
         self,
@@ -62,7 +65,7 @@ class FakeRay(RaySupervisor):
         auth: RayAuth | None = None,
         interface: str | None = None,
     ) -> None:
-        self.planned = True
+        self.planned, self.auth = True, auth
         self._wake.set()
 
     def set_link_up(self, up: bool) -> None:

@@ -20,8 +20,11 @@ from rayfwd import __version__
 from rayfwd.cli import VERBS
 from rayfwd.cli.screen import duration, size
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
+from rayfwd.daemon.forgotten import Forgotten
 from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
+from rayfwd.ray import token
+from rayfwd.ray.token import RayAuth
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.control import ControlServer
 from tests.commands import main
@@ -460,13 +463,45 @@ def test_forget_without_a_daemon(head_file: Path, tmp_path: Path, capsys: Any) -
 
 
 @pytest.mark.runs("rayfwd forget *")
-def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path) -> None:
+def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path, capsys: Any) -> None:
     Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    told = Forgotten(node="w1", token="turned", restarted=("h", "w2"), away=("w3",)).to_wire()
+    with daemon(tmp_path, forget={"forgotten": told}):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 0
+    said = capsys.readouterr().out
+    assert "restarted now: Ray on h, w2\n" in said
+    assert "away: w3;" in said
+    assert "w1" in (tmp_path / "roster.json").read_text(), "the daemon's own business"
+    named = Forgotten(node="w1", token="named", variable="RAY_AUTH_TOKEN").to_wire()
+    with daemon(tmp_path, forget={"forgotten": named}):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 1
+    assert "RAY_AUTH_TOKEN names" in capsys.readouterr().out
+    with daemon(tmp_path, forget={"forgotten": None}):
+        assert main(["forget", "w1", "--config", str(head_file)]) == 1
     with daemon(tmp_path, forget={"forgotten": True}):
         assert main(["forget", "w1", "--config", str(head_file)]) == 0
-    assert "w1" in (tmp_path / "roster.json").read_text(), "the daemon's own business"
-    with daemon(tmp_path, forget={"forgotten": False}):
-        assert main(["forget", "w1", "--config", str(head_file)]) == 1
+    assert "Ray keeps its token" in capsys.readouterr().out.splitlines()[-1], "as it once did"
+
+
+@pytest.mark.parametrize("words", [[], ["--keep-token"]])
+def test_forget_without_a_daemon_turns_the_token_over(
+    head_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    old = RayAuth("token", "old")
+    token.keep(old, tmp_path)
+    Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
+    assert main(["forget", "w2", "--config", str(head_file)]) == 1
+    assert token.kept_auth(tmp_path) == old, "nobody was forgotten"
+    assert main(["forget", *words, "w1", "--config", str(head_file)]) == 0
+    said = capsys.readouterr().out
+    assert ("when rayfwd is started here" in said) == (token.kept_auth(tmp_path) != old)
+    assert ("keeps its token" in said) == bool(words) == (token.kept_auth(tmp_path) == old)
 
 
 def test_forget_leaves_the_roster_of_a_daemon_that_does_not_answer(

@@ -51,7 +51,6 @@ NOT_RUN = {
     "systemctl --user": "a name, not a command",
     "journalctl --user": "a name, not a command",
     "rayfwd connect": "a name; it does nothing without a head",
-    "rayfwd forget": "a name; it does nothing without a node",
     "rayfwd init": "a name; it does nothing without a role",
     "systemctl stop rayfwd-ray": "what `systemctl stop rayfwd` does besides",
     "ray stop": "would end every Ray of this machine",

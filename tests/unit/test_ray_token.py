@@ -140,6 +140,49 @@ def test_what_was_given_is_taken_away_when_it_is_off(home: Path, state: Path) ->
     assert not (home / ".ray" / "auth_token").exists()
 
 
+@pytest.mark.parametrize("whose", ["ours", "the user's", "another"])
+def test_another_takes_its_place(home: Path, state: Path, whose: str) -> None:
+    """Also in a file that the user made, where that holds the token which is no good any more."""
+    env = {"HOME": str(home)}
+    if whose == "the user's":
+        own_file(home, "the user's\n")
+    old = token.decide("token", "2.60.0", env, state)
+    token.provide(old, env, state)
+    file = home / ".ray" / "auth_token"
+    if whose == "another":
+        file.write_text("another")
+    new = token.turn_over(env, state)
+    assert new.mode == "token"
+    assert new.token != old.token
+    assert token.kept_auth(state) == new
+    assert token.read_token(token.environment(new, state)) == new.token
+    assert file.read_text().strip() == ("another" if whose == "another" else new.token)
+    assert token.decide("token", "2.60.0", env, state) == new
+    assert token.provide(new, env, state) is None or whose == "another"
+
+
+def test_one_that_is_named_is_not_ours() -> None:
+    assert token.named_by({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ""}) is None
+    assert token.named_by({"RAY_AUTH_TOKEN": "x"}) == "RAY_AUTH_TOKEN"
+    assert token.named_by({"RAY_AUTH_TOKEN_PATH": "/x"}) == "RAY_AUTH_TOKEN_PATH"
+
+
+def test_a_disk_that_is_full_leaves_the_old_one(
+    home: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {"HOME": str(home)}
+    old = token.decide("token", "2.60.0", env, state)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token, "replace_file", full)
+    with pytest.raises(ProblemError) as caught:
+        token.turn_over(env, state)
+    assert caught.value.problem.code == codes.RAY_AUTH_UNWRITABLE
+    assert token.decide("token", "2.60.0", env, state) == old
+
+
 def test_a_home_that_cannot_be_written(home: Path, state: Path) -> None:
     (home / ".ray").write_text("a file")
     problem = token.provide(RayAuth("token", "x"), {"HOME": str(home)}, state_made(state))

@@ -16,8 +16,10 @@ from rayfwd.config import LogConfig
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.problems import ProblemError
+from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
+from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.target import Target
@@ -25,7 +27,16 @@ from rayfwd.system import logs
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
 from tests.unit.cluster import echo, goodbye, serving
-from tests.unit.daemons import VERSIONS, Daemon, exposed, site
+from tests.unit.daemons import (
+    VERSIONS,
+    Daemon,
+    FakeRay,
+    Site,
+    SocketCarrier,
+    SocketConnection,
+    exposed,
+    site,
+)
 from tests.unit.loops import log_events, of, run, run_on_fake_clock, until
 
 
@@ -448,11 +459,102 @@ def test_a_node_that_is_forgotten_comes_back_as_a_new_one(tmp_path: Path) -> Non
         async with site(tmp_path, "w1", "w2") as s:
             await s.start()
             await s.workers["w1"].stop()
-            assert await s.head.ask("forget", name="w1") == {"forgotten": True}
+            told = (await s.head.ask("forget", name="w1"))["forgotten"]
+            assert (told["node"], told["token"], told["restarted"]) == ("w1", "off", [])
+            assert await s.head.ask("forget", name="w1") == {"forgotten": None}
             w2 = s.workers["w2"]
             await until(lambda: w2.role.node.view.node_named("w1") is None)
             await s.workers["w1"].start()
             await until(lambda: w2.role.node.view.node_named("w1") is not None)
+
+    run(main)
+
+
+OLD = RayAuth("token", "old")
+
+
+def has_token(site: Site, *names: str) -> list[RayAuth | None]:
+    """What Ray of these nodes is to be started with."""
+    return [site.node(name).ray.auth for name in names]
+
+
+@pytest.mark.parametrize("away", ["parked", "down"])
+def test_a_node_that_is_forgotten_leaves_with_an_old_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    """The others have the new one, also who was away meanwhile; whoever is gone never hears it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token.keep(OLD, tmp_path / "head" / "state")
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2", "gone") as s:
+            await s.start()
+            head, w1, w2, gone = (s.node(name) for name in ("head", "w1", "w2", "gone"))
+            assert has_token(s, "head", "w1", "w2", "gone") == [OLD] * 4
+            if away == "down":
+                await w2.stop()
+            else:
+                monkeypatch.setattr(SocketCarrier, "dial", no_way)
+                w2.cut()
+            await until(lambda: head.peer("w2").state == away)
+            told = (await head.ask("forget", name="gone"))["forgotten"]
+            assert told["token"] == "turned"
+            assert (told["restarted"], told["away"]) == (["head", "w1"], ["w2"])
+            await until(lambda: w1.ray.auth != OLD)
+            (new, same) = has_token(s, "head", "w1")
+            assert new == same != OLD
+            assert token.kept_auth(tmp_path / "w1" / "state") == new
+            assert token.kept_auth(tmp_path / "w2" / "state") == OLD
+            monkeypatch.undo()
+            monkeypatch.setenv("HOME", str(tmp_path))
+            if away == "down":
+                await w2.start()
+            await until(lambda: w2.ray.auth == new)
+            assert token.kept_auth(tmp_path / "w2" / "state") == new
+            # It can come as a new node, as nothing keeps it here from the hub's socket.
+            assert token.kept_auth(tmp_path / "gone" / "state") in (OLD, new)
+            assert gone.role.node.view.auth is not None
+
+    run(main)
+
+
+async def no_way(self: SocketCarrier, hasty: bool) -> SocketConnection:
+    raise codes.HUB_ABSENT.error("the network is gone", "wait")
+
+
+def test_forget_leaves_the_token_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token.keep(OLD, tmp_path / "head" / "state")
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            kept = (await s.head.ask("forget", name="w1", keep_token=True))["forgotten"]
+            assert (kept["token"], kept["restarted"]) == ("kept", [])
+            monkeypatch.setenv("RAY_AUTH_TOKEN", "the operator's")
+            named = (await s.head.ask("forget", name="w2"))["forgotten"]
+            assert (named["token"], named["variable"]) == ("named", "RAY_AUTH_TOKEN")
+            assert has_token(s, "head", "w1", "w2") == [OLD] * 3
+
+    run(main)
+
+
+def test_ray_by_hand_is_named_when_the_token_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token.keep(OLD, tmp_path / "head" / "state")
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2", "w3") as s:
+            await s.start()
+            s.workers["w1"].ray.become("by_hand")
+            await until(lambda: s.head.ray_of("w1") == "by_hand")
+            monkeypatch.setattr(FakeRay, "by_hand", True)
+            told = (await s.head.ask("forget", name="w2"))["forgotten"]
+            assert (told["restarted"], told["by_hand"]) == (["w3"], ["head", "w1"])
 
     run(main)
 

@@ -86,7 +86,7 @@ def test_a_name_is_taken_by_another_key(path: Path) -> None:
     with pytest.raises(ProblemError) as caught:
         kept.join("a", OTHER_KEY, 92, None)
     assert code_of(caught) == "name_taken"
-    assert "rayfwd forget a" in caught.value.problem.remedy
+    assert "rayfwd forget --keep-token a" in caught.value.problem.remedy
     assert kept.plans() == (OWN, plan)
 
 

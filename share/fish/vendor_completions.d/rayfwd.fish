@@ -147,6 +147,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l remove -d 'only remove wh
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a forget -d 'On the head: drop a worker from the roster, so that its name, address and ports are free.'
 complete -c rayfwd -n '_shtab_rayfwd_using forget' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using forget' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using forget' -l keep-token -d 'leave Ray'"'"'s token as it is, and Ray alone: for a node that is only taken away'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a uninstall -d 'Take away what `rayfwd init` has made on this machine: exactly that, and nothing that was edited.'
 complete -c rayfwd -n '_shtab_rayfwd_using uninstall' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using uninstall' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

@@ -98,8 +98,8 @@ VERBS = {
     "exec": Verb("run a command with what `rayfwd env` prints"),
     "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net does)"),
     "forget": Verb(
-        "on the head: drop a worker, and free its name, address and ports",
-        {FAULT: "there is no such worker"},
+        "on the head: drop a worker, free its name, address and ports, and turn Ray's token over",
+        {FAULT: "there is no such worker, or Ray's token is named by a variable"},
     ),
     "uninstall": Verb("take away what init has made"),
     "demo": Verb("show it at work on this machine alone"),

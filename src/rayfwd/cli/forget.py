@@ -1,4 +1,8 @@
-"""On the head: drop a worker from the roster, so that its name, address and ports are free."""
+"""On the head: drop a worker from the roster, so that its name, address and ports are free.
+
+Ray's token, where it asks for one, is turned over with it, as the node that is forgotten knows it:
+that restarts Ray on every node, and what runs in the cluster is lost. --keep-token leaves it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,22 @@ from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.cli.common import control_socket, load_as_owner, own_head_plan, quiet_logs
 from rayfwd.config import Config
+from rayfwd.daemon.forgotten import KEPT, NAMED, OFF, TURNED, Forgotten
 from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
 from rayfwd.problems import ProblemError
+from rayfwd.ray import token
 from rayfwd.system.control import ask
+from rayfwd.system.logs import escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the worker's name, as `rayfwd plan` lists it")
+    parser.add_argument(
+        "--keep-token",
+        action="store_true",
+        help="leave Ray's token as it is, and Ray alone: for a node that is only taken away",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,23 +41,50 @@ def run(args: argparse.Namespace) -> int:
         )
     quiet_logs()
     try:
-        known = bool(ask(control_socket(config), "forget", {"name": name}).get("forgotten"))
+        told = _forget(config, name, args.keep_token)
     except ProblemError as exc:
         if exc.problem.code != codes.DAEMON_NOT_RUNNING:
             raise
-        known = _forget_on_disk(config, name)
-    if known:
-        print(f"{name} is forgotten; it gets a new address when it joins again")
-        return OK
-    print(f"there is no worker named {name}; `rayfwd plan` lists them")
-    return FAULT
+        told = _forget_on_disk(config, name, args.keep_token)
+    if told is None:
+        print(f"there is no worker named {escaped(name)}; `rayfwd plan` lists them")
+        return FAULT
+    print("\n".join(escaped(line) for line in told.lines()))
+    return FAULT if told.token == NAMED else OK
 
 
-def _forget_on_disk(config: Config, name: str) -> bool:
+def _forget(config: Config, name: str, keep_token: bool) -> Forgotten | None:
+    """By the daemon. None: there is no such worker. Raises ProblemError."""
+    answer = ask(control_socket(config), "forget", {"name": name, "keep_token": keep_token})
+    told = answer.get("forgotten")
+    if isinstance(told, bool):  # a daemon from before Ray's token was turned over
+        return Forgotten(node=name) if told else None
+    return None if told is None else Forgotten.from_wire(told)
+
+
+def _forget_on_disk(config: Config, name: str, keep_token: bool) -> Forgotten | None:
     """Raises ProblemError where a daemon that did not answer has the roster after all."""
     own = own_head_plan(config)
     held = config.state_dir / "lock"
     # Taken only where a daemon has made it: made here, it might belong to the wrong user.
     with lock(held, config.state_dir) if os.path.lexists(held) else nullcontext():
         roster = Roster(config.roster_file, own, config.hub.network, config.hub.port_base)
-        return roster.forget(name)
+        if not roster.knows(name):
+            return None
+        fate, variable = _token_on_disk(config, keep_token)
+        roster.forget(name)
+        return Forgotten(node=name, token=fate, variable=variable, daemon=False)
+
+
+def _token_on_disk(config: Config, keep_token: bool) -> tuple[str, str | None]:
+    """What became of Ray's token, and the variable that names it. Raises ProblemError."""
+    variable = token.named_by({**os.environ, **config.ray.env})
+    kept = token.kept_auth(config.state_dir)
+    if kept is None or kept.mode == "off":
+        return OFF, None
+    if keep_token:
+        return KEPT, None
+    if variable is not None:
+        return NAMED, variable
+    token.turn_over(os.environ, config.state_dir)
+    return TURNED, None

@@ -237,7 +237,7 @@ def _free_address(nodes: Iterable[NodePlan], network: str) -> str:
             return str(host)
     raise codes.PLAN_FULL.error(
         f"hub.network = {network}: every address is taken",
-        "widen it, or drop nodes that are gone with `rayfwd forget NAME` on the head",
+        "widen it, or drop nodes that are gone with `rayfwd forget --keep-token NAME` on the head",
     )
 
 
@@ -256,6 +256,6 @@ def _first_fit(base: int, size: int, nodes: Iterable[NodePlan], singles: Iterabl
         raise codes.PLAN_FULL.error(
             f"no {size} ports in a row are left between {base} and {PORT_CEILING}",
             "lower hub.port_base or ray.worker_ports, or drop nodes that are gone with "
-            "`rayfwd forget NAME` on the head",
+            "`rayfwd forget --keep-token NAME` on the head",
         )
     return start

@@ -16,6 +16,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.cuts import Cuts
+from rayfwd.daemon.forgotten import KEPT, NAMED, OFF, TURNED, Forgotten
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -87,6 +88,8 @@ class HeadRole:
         self._told_versions: tuple[str | None, str | None] = (None, None)
         self._told_phase = ""
         self._cuts = Cuts()
+        self._settling = asyncio.Lock()
+        """Held while Ray's token is decided, or another takes its place."""
         self._handlers = (
             messages.Handlers[[str]]()
             .on(messages.Ray, self._hear_ray)
@@ -162,7 +165,58 @@ class HeadRole:
         return {"forget": self._forget_verb}
 
     async def _forget_verb(self, args: dict[str, Any]) -> dict[str, Any]:
-        return {"forgotten": self._hub.forget(str(args.get("name", "")))}
+        """`forgotten`: what came of it; None: there is no such worker. Raises ProblemError, with
+        nothing changed."""
+        name = str(args.get("name", ""))
+        async with self._settling:
+            if not self._roster.knows(name):
+                return {"forgotten": None}
+            told = self._forget(name, keep_token=args.get("keep_token") is True)
+        return {"forgotten": told.to_wire()}
+
+    def _forget(self, name: str, keep_token: bool) -> Forgotten:
+        """In one go: whoever is forgotten hears nothing of the new token."""
+        config, auth = self._node.config, self.view.auth
+        variable = token.named_by({**os.environ, **config.ray.env})
+        if auth is None or auth.mode == "off":
+            self._hub.forget(name)
+            return Forgotten(node=name, token=OFF)
+        if keep_token or variable is not None:
+            self._hub.forget(name)
+            return Forgotten(node=name, token=KEPT if keep_token else NAMED, variable=variable)
+        turned = token.turn_over(os.environ, config.state_dir)
+        self._hub.forget(name)
+        return self._turn_over(name, turned)
+
+    def _turn_over(self, name: str, auth: RayAuth) -> Forgotten:
+        """Restart Ray everywhere with another token: first here, so that a worker's, which comes
+        back in a moment, waits until the head's knows the token, too."""
+        self._node.set_view(replace(self.view, auth=auth))
+        self._tell_ray()
+        self._tell_auth(auth)
+        told = self._restarts(name)
+        log.warning(
+            "ray_token_turned",
+            forgotten=name,
+            restarted=told.restarted,
+            away=told.away,
+            by_hand=told.by_hand,
+        )
+        return told
+
+    def _restarts(self, name: str) -> Forgotten:
+        """Whose Ray a new token restarts."""
+        own, nodes = self._node.config.name, self._hub.nodes.values()
+        there = [node.plan.name for node in nodes if node.state == "up"]
+        by_hand = {worker for worker in there if self._phase(worker) == "by_hand"}
+        by_hand |= {own} if self._node.ray.by_hand else set()
+        return Forgotten(
+            node=name,
+            token=TURNED,
+            restarted=tuple(n for n in (own, *there) if n not in by_hand),
+            away=tuple(node.plan.name for node in nodes if node.state != "up"),
+            by_hand=tuple(n for n in (own, *there) if n in by_hand),
+        )
 
     # -- Ray -----------------------------------------------------------------------------
 
@@ -181,18 +235,22 @@ class HeadRole:
         """Decide whether Ray asks for a token. Raises ProblemError."""
         config = self._node.config
         env = {**os.environ, **config.ray.env}
-        auth = await asyncio.to_thread(
-            token.decide, config.ray.auth, version, env, config.state_dir
-        )
-        await asyncio.to_thread(token.provide, auth, os.environ, config.state_dir)
-        self._set_auth(auth)
+        async with self._settling:
+            auth = await asyncio.to_thread(
+                token.decide, config.ray.auth, version, env, config.state_dir
+            )
+            await asyncio.to_thread(token.provide, auth, os.environ, config.state_dir)
+            self._set_auth(auth)
 
     def _set_auth(self, auth: RayAuth) -> None:
         if auth != self.view.auth:
             self._node.set_view(replace(self.view, auth=auth))
-            told = messages.Auth(auth.mode, auth.token or None)
-            self._hub.tell_all(told, clients=True)
+            self._tell_auth(auth)
             log.info("ray_auth_settled", mode=auth.mode)
+
+    def _tell_auth(self, auth: RayAuth) -> None:
+        """Whoever is away is told by WELCOME, or when its session is resumed."""
+        self._hub.tell_all(messages.Auth(auth.mode, auth.token or None), clients=True)
 
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
         await self._settle_auth(install.versions.ray)

@@ -306,11 +306,12 @@ class WorkerRole:
             return None if data is None else RayAuth("off")
         auth = RayAuth.from_wire(data)
         if auth != self._node.view.auth:
+            before = token.kept_auth(config.state_dir)
             try:
                 token.keep(auth, config.state_dir)
             except ProblemError as exc:
                 log.error(exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy)
-            token.provide(auth, os.environ, config.state_dir)
+            token.provide(auth, os.environ, config.state_dir, before)
         return auth
 
     async def _check_token(self) -> None:

@@ -238,6 +238,10 @@ class Roster:
         plan = allocate(self.plans(), name, self._network, self._port_base, worker_ports, advertise)
         return Record(plan, digest)
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a worker of that name."""
+        return name in self._records
+
     def forget(self, name: str) -> bool:
         """Drop worker `name`, so that its name, address and ports are free. False: not known."""
         if name not in self._records:
@@ -280,7 +284,7 @@ def _name_taken(name: str, why: str) -> ProblemError:
     return codes.NAME_TAKEN.error(
         f"the name {name} {why}",
         "give this node another name; if it is the same machine made anew, say "
-        f"`rayfwd forget {name}` on the head first",
+        f"`rayfwd forget --keep-token {name}` on the head first",
     )
 
 

@@ -148,6 +148,13 @@ class RaySupervisor:
         return self._environment(wanted) if wanted else None
 
     @property
+    def by_hand(self) -> bool:
+        """Somebody else starts Ray here, or has started the one that runs: we do not end it."""
+        if self.state.phase == "up":
+            return self._process is None
+        return self.state.phase == "by_hand"
+
+    @property
     def session_dir(self) -> str | None:
         """Ray's directory of this run; None where it is not known."""
         return self._process.session_dir if self._process is not None else None

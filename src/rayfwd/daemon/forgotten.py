@@ -1,0 +1,88 @@
+"""What came of `rayfwd forget`, as the daemon or the files tell it and the command says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rayfwd.wire import fields_from_wire, fields_to_wire
+
+TURNED = "turned"
+KEPT = "kept"
+NAMED = "named"
+OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forgotten:
+    """A node that is in the roster no more, and Ray's token, which it knew."""
+
+    node: str
+    token: str = KEPT
+    """`turned`: there is a new one; `kept`; `named`: by a variable, so that it is not ours to
+    change; `off`: Ray asks for none."""
+    variable: str | None = None
+    """Which one names the token."""
+    restarted: tuple[str, ...] = ()
+    """Nodes whose Ray is restarted now."""
+    away: tuple[str, ...] = ()
+    """Nodes that get the token, and whose Ray is restarted, when they are back."""
+    by_hand: tuple[str, ...] = ()
+    """Nodes whose Ray was started by hand, so that it has to be restarted so."""
+    daemon: bool = True
+    """The daemon did it; else only the files were changed."""
+
+    def to_wire(self) -> dict[str, Any]:
+        return fields_to_wire(self)
+
+    @classmethod
+    def from_wire(cls, data: Any) -> Forgotten:
+        """Raises ValueError."""
+        return fields_from_wire(cls, data, "forgotten")
+
+    def lines(self) -> list[str]:
+        """In words."""
+        said = [f"{self.node} is forgotten; it gets a new address when it joins again"]
+        match self.token:
+            case "turned":
+                return said + self._turned()
+            case "named":
+                return [
+                    *said,
+                    f"Ray's token is the one that {self.variable} names, and {self.node} knows it: "
+                    "name another there, then `systemctl restart rayfwd`",
+                ]
+            case "off":
+                return [
+                    *said,
+                    "Ray asks for no token, so whoever reaches its ports may use it; "
+                    'ray.auth = "token" changes that',
+                ]
+        return [*said, f"Ray keeps its token, which {self.node} knows"]
+
+    def _turned(self) -> list[str]:
+        said = [
+            f"Ray has a new token; the old one, which {self.node} knows, is refused from now on"
+        ]
+        if self.restarted:
+            said.append(f"  restarted now: Ray on {', '.join(self.restarted)}")
+            said.append("  lost with it: every job, task, actor and object of the cluster")
+        if not self.daemon:
+            said = ["Ray has a new token, from when rayfwd is started here:"]
+            said.append("  then Ray is restarted, here and on every worker")
+            said.append("  lost with it: every job, task, actor and object of the cluster")
+        if self.away:
+            said.append(
+                f"  away: {', '.join(self.away)}; there the token changes, and Ray is restarted, "
+                "when the link is back"
+            )
+        if self.by_hand:
+            said.append(
+                f"  started by hand: Ray on {', '.join(self.by_hand)}; restart it with what "
+                "`rayfwd plan` shows there: until then it takes the old token"
+            )
+        said.append(
+            "  drivers find the new one where they found the old one (~/.ray/auth_token, "
+            "`rayfwd exec`, `rayfwd connect`); copies made by hand hold the old one"
+        )
+        return said
