@@ -10,7 +10,6 @@ import asyncio
 import errno
 import os
 import re
-import secrets
 import shlex
 import signal
 import socket
@@ -23,13 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfwd import __version__, codes
+from rayfwd.cluster.identity import Identity
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.frames import Frame
+from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
@@ -92,7 +93,7 @@ class Client:
         self._head: HeadConfig = config.head
         self._say = say
         # A new one for each process: clients are told apart, and nothing of them is kept.
-        self._key = secrets.token_hex(32)
+        self._identity = Identity.make()
         self._link: Link | None = None
         self._plan: NodePlan | None = None
         self._welcome: Welcome | None = None
@@ -188,7 +189,10 @@ class Client:
     # -- as the link's owner -------------------------------------------------------------
 
     def hello(self) -> Hello:
-        return hello_of(self._config, self._key)
+        return hello_of(self._config, self._identity.public)
+
+    def prove(self, greeting: Frame, challenge: Challenge) -> Proof:
+        return self._identity.prove(greeting, challenge)
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
         stream.reset(ResetReason.NOT_IN_PLAN, "a client serves nothing")
@@ -282,7 +286,7 @@ class Client:
 
 
 def hello_of(config: Config, key: str) -> Hello:
-    """What a client of this configuration says to the hub."""
+    """What a client of this configuration says to the hub; `key` is its public one."""
     given = "ride_through" in config.model_fields_set
     return Hello(
         node=config.name,
@@ -290,6 +294,7 @@ def hello_of(config: Config, key: str) -> Hello:
         version=__version__,
         worker_ports=0,
         role="client",
+        features=frozenset({PROOF}),
         ride_through=config.ride_through if given else RIDE_THROUGH_MOST,
     )
 

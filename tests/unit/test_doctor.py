@@ -650,7 +650,7 @@ def test_a_hub_that_is_older(tmp_path: Path) -> None:
 
 def test_this_hub_refuses_what_a_newer_doctor_asks(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError) as caught:
-        first_frame(bytearray(bytes([14]) + bytes(19)), 100)
+        first_frame(bytearray(bytes([max(Kind) + 1]) + bytes(19)), 100)
     assert caught.value.code == codes.FRAME_UNKNOWN
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import asyncssh
 import pytest
 
 from rayfwd import codes
+from rayfwd.cluster.identity import Identity
 from rayfwd.config import HeadConfig
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.frames import Frame
+from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Opening, Target
@@ -54,6 +57,7 @@ class Site:
         self.head = Cluster(directory, ride_through=ride_through)
         self.welcomes: list[Welcome] = []
         self.messages: list[Message] = []
+        self.identity = Identity.make()
         self.connector = LocalConnector()
         self.listeners = Listeners(self._route)
         self._fields = fields
@@ -124,7 +128,15 @@ class Site:
             yield listen
 
     def hello(self) -> Hello:
-        return hello_of("w1", ride_through=self.ride_through)
+        return hello_of(
+            "w1",
+            key=self.identity.public,
+            features=frozenset({PROOF}),
+            ride_through=self.ride_through,
+        )
+
+    def prove(self, greeting: Frame, challenge: Challenge) -> Proof:
+        return self.identity.prove(greeting, challenge)
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
         return self.connector.accept(stream, Opening.decode(target))
@@ -277,11 +289,35 @@ def test_a_lane_that_is_being_dialled_at_the_end_begins_no_session(tmp_path: Pat
     assert len(of(log, "session_started")) == 2  # one a side
 
 
-def test_a_hello_under_way_at_the_end_leaves_no_session(tmp_path: Path) -> None:
+def test_a_hello_under_way_at_the_end_begins_no_session(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path) as s:
             s.sshd.flowing.clear()
             await until(lambda: any(lane.greeting for lane in s.link._lanes))
+            closing = asyncio.create_task(s.link.close("the worker stops"))
+            await asyncio.sleep(0)  # it has begun to end
+            s.sshd.flowing.set()
+            await closing
+            await until(lambda: not (s.head.hub._ungreeted or s.head.hub._challenged))
+            assert not s.head.hub.nodes
+
+    with log_events() as log:
+        run(main)
+    assert of(log, "session_started") == []
+    assert of(log, "lane_refused") == []
+
+
+def test_a_proof_under_way_at_the_end_leaves_no_session(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            prove = s.prove
+
+            def held(greeting: Frame, challenge: Challenge) -> Proof:
+                s.sshd.flowing.clear()
+                return prove(greeting, challenge)
+
+            s.prove = held  # type: ignore[method-assign]
+            await until(lambda: any(lane.challenged for lane in s.link._lanes))
             closing = asyncio.create_task(s.link.close("the worker stops"))
             await asyncio.sleep(0)  # it has begun to end
             s.sshd.flowing.set()
@@ -784,6 +820,30 @@ def test_an_sshd_that_refuses_such_channels(tmp_path: Path) -> None:
         before=lambda s: setattr(s.sshd, "prohibits", True),
         mend=lambda s: setattr(s.sshd, "prohibits", False),
     )
+
+
+def test_a_hub_that_knows_the_node_by_a_secret_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an earlier version, and upgraded after its worker: nothing secret is sent to it."""
+    monkeypatch.setattr("rayfwd.hub.connection.PROOF", "a feature that it does not know")
+
+    async def main() -> None:
+        async with site(tmp_path, hub=False) as s:
+            s.identity = replace(s.identity, older="the secret of w1".ljust(32))
+            s.head.roster.join("w1", "the secret of w1".ljust(32), 40, None)
+            await s.head.start()
+            await tries(s, log, "name_taken")
+            problem = s.link.problem
+            assert problem is not None
+            assert "older than this one" in problem.cause
+            assert "the head first" in problem.remedy
+            monkeypatch.undo()  # it is upgraded
+            await s.restart_hub()
+            await s.up()
+
+    with log_events() as log:
+        run(main)
 
 
 def test_a_name_that_belongs_to_another_key(tmp_path: Path) -> None:

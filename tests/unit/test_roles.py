@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,12 +21,13 @@ from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
-from rayfwd.session.frames import MAX_MESSAGE
+from rayfwd.session.frames import MAX_MESSAGE, Chunk
+from rayfwd.session.handshake import Refusal, Welcome
 from rayfwd.session.target import Target
 from rayfwd.system import logs
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
-from tests.unit.cluster import echo, goodbye, serving
+from tests.unit.cluster import answer_to, echo, goodbye, hello_of, serving
 from tests.unit.daemons import (
     VERSIONS,
     Daemon,
@@ -34,6 +35,7 @@ from tests.unit.daemons import (
     Site,
     SocketCarrier,
     SocketConnection,
+    SocketPipe,
     exposed,
     site,
 )
@@ -83,6 +85,52 @@ def test_a_worker_joins_and_both_are_ready(tmp_path: Path) -> None:
             assert (status["state"], status["workers"][0]["state"]) == ("ready", "up")
             with pytest.raises(ProblemError, match="is a worker"):
                 await w1.ask("forget", name="head")
+
+    run(main)
+
+
+def test_a_worker_that_sent_its_secret_is_upgraded_and_sends_it_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its name, its address and its ports, over a restart of either, and what it had sent
+    before is worth nothing any more."""
+    secret = "73" * 32
+    sent = bytearray()
+    write = SocketPipe.write
+
+    def recorded(pipe: SocketPipe, chunks: Sequence[Chunk]) -> None:
+        sent.extend(b"".join(chunks))
+        write(pipe, chunks)
+
+    monkeypatch.setattr(SocketPipe, "write", recorded)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            head, w1 = s.head, s.workers["w1"]
+            await head.start()
+            hub, older = (
+                head.directory / "run/hub.sock",
+                hello_of("w1", key=secret, worker_ports=8).encode(),
+            )
+            await until(head.head.link_stands)
+            assert isinstance(await answer_to(hub, older), Welcome)
+            before = next(plan for plan in head.role.node.view.nodes if plan.name == "w1")
+            path = w1.directory / "state/node.key"
+            path.parent.mkdir(parents=True)
+            path.write_text(secret + "\n")
+            await w1.start()
+            await w1.ready()
+            assert w1.role.node.view.own == before
+            assert secret not in path.read_text(), "it is of no use any more"
+            for never in (secret, path.read_text().strip().removeprefix("ed25519:")):
+                assert never not in sent.decode(errors="replace")
+            refused = await answer_to(hub, older)
+            assert isinstance(refused, Refusal)
+            assert refused.problem.code == codes.NAME_TAKEN
+            await w1.stop()
+            await w1.start()
+            await w1.ready()
+            assert w1.role.node.view.own == before
 
     run(main)
 

@@ -59,7 +59,7 @@ def test_a_worker_keeps_its_plan_across_restarts(path: Path) -> None:
     second = roster(path)
     assert second.plans() == (OWN, a, b)
     assert second.join("b", OTHER_KEY, 92, "203.0.113.7") == b
-    assert second.join("a", KEY.encode(), 92, None) == a
+    assert second.join("a", KEY, 92, None) == a
 
 
 def test_joining_again_writes_nothing(path: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__, codes, status
+from rayfwd.cluster import identity
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
@@ -36,8 +36,8 @@ from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
-from rayfwd.session.frames import MAX_PAYLOAD, ProtocolError, first_frame
-from rayfwd.session.handshake import SOURCE, Hello, Welcome
+from rayfwd.session.frames import MAX_PAYLOAD, Frame, ProtocolError, first_frame
+from rayfwd.session.handshake import PROOF, SOURCE, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -71,7 +71,9 @@ class WorkerRole:
     def __init__(self, config: Config, makers: Makers) -> None:
         """Raises ProblemError where the node's key cannot be had."""
         assert config.head is not None, "a worker's configuration has a head"
-        self._key = node_key(config.state_dir / "node.key")
+        self._identity = identity.kept(config.state_dir / identity.KEY_FILE)
+        self._proved = False
+        """The hub knows this node by its public key."""
         self._kept_plan = b""
         self._cluster: ClusterReport | None = None
         self._told_ray: messages.Ray | None = None
@@ -184,13 +186,26 @@ class WorkerRole:
     def hello(self) -> Hello:
         config, versions = self._node.config, self._node.ray.state.versions
         return replace(
-            hello_of(config, self._key),
+            hello_of(config, self._identity.public),
             ray=versions.ray if versions else None,
             python=versions.python if versions else None,
             resources=declared_resources(config),
         )
 
+    def prove(self, greeting: Frame, challenge: Challenge) -> Proof:
+        self._proved = True
+        return self._identity.prove(greeting, challenge)
+
+    def _forget_older(self) -> None:
+        """The hub goes by the public key from now on: what an earlier version sent is of no use."""
+        if self._proved and self._identity.older is not None:
+            self._identity = replace(self._identity, older=None)
+            path = self._node.config.state_dir / identity.KEY_FILE
+            with suppress(OSError):  # it is of no use there either
+                replace_file(path, self._identity.to_text().encode())
+
     def welcomed(self, welcome: Welcome) -> None:
+        self._forget_older()
         try:
             own = NodePlan.from_wire(welcome.node)
             nodes = plans_of(welcome.nodes)
@@ -485,7 +500,8 @@ def plans_of(nodes: Iterable[Mapping[str, Any]]) -> tuple[NodePlan, ...]:
 
 
 def hello_of(config: Config, key: str) -> Hello:
-    """What a worker of this configuration says to the hub, as far as the file has it."""
+    """What a worker of this configuration says to the hub, as far as the file has it; `key` is its
+    public one."""
     return Hello(
         node=config.name,
         key=key,
@@ -493,24 +509,5 @@ def hello_of(config: Config, key: str) -> Hello:
         worker_ports=config.worker_ports,
         advertise=config.ray.advertise,
         ride_through=config.ride_through,
-        features=frozenset({SOURCE}),
+        features=frozenset({SOURCE, PROOF}),
     )
-
-
-def node_key(path: Path) -> str:
-    """The secret by which the hub knows this node again; made at the first start, mode 0600.
-
-    Raises ProblemError.
-    """
-    try:
-        if path.exists():
-            key = path.read_text(encoding="ascii").strip()
-            if len(key) >= 32:
-                return key
-        key = secrets.token_hex(32)
-        replace_file(path, key.encode() + b"\n")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise codes.NODE_KEY_UNUSABLE.error(
-            f"{path}: {exc}", "make it readable, or remove it"
-        ) from exc
-    return key

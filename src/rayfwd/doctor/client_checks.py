@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class ClientExamination(WayExamination):
         yield from (port for port in (own.dashboard_port, own.client_port) if port is not None)
 
     def hello(self) -> Hello:
-        return hello_of(self.config, secrets.token_hex(32))
+        return hello_of(self.config, self.identity.public)
 
     def ways(self) -> tuple[HeadConfig, ...]:
         """As the client itself goes them."""

@@ -12,12 +12,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from rayfwd import codes
+from rayfwd.cluster.identity import Identity
 from rayfwd.doctor.judgements import Tick
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
-from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError
-from rayfwd.session.handshake import Hello
+from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError, first_frame
+from rayfwd.session.handshake import MAX_HANDSHAKE, Challenge, Hello
 from rayfwd.transport.carrier import Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.sshproblems import why_no_answer
@@ -30,7 +31,7 @@ CLOCK_SAMPLES = 7
 FIRST_TRANSFER = 1 << 16
 OLDER = codes.HUB_OLDER.problem(
     "the head's rayfwd is older and does not answer a doctor's questions",
-    "upgrade rayfwd on the head; what runs here works with it all the same",
+    "upgrade rayfwd on the head (the head first, then the workers)",
 )
 SHORTEST_TRANSFER = 0.4
 """Seconds that a transfer must take for its speed to be believed."""
@@ -83,13 +84,19 @@ class HubProbe:
 
     # -- questions --------------------------------------------------------
 
-    async def begin(self, pipe: Pipe, hello: Hello) -> CheckReply:
-        """What would come of this HELLO. Raises ProblemError."""
+    async def begin(self, pipe: Pipe, hello: Hello, identity: Identity) -> CheckReply:
+        """What would come of this HELLO, whose key is that of `identity`. Raises ProblemError."""
         self._pipe = pipe
+        question = checks.first_question(hello)
         with suppress(OSError):  # a command that has ended already: its end says why
-            pipe.write([checks.first_question(hello)])
+            pipe.write([question])
         frame = await self._answer()
         try:
+            if frame.kind is Kind.CHALLENGE:
+                asked = first_frame(bytearray(question), MAX_HANDSHAKE)
+                assert asked is not None, "it is whole"
+                self._write(identity.prove(asked, Challenge.decode(frame)).encode())
+                frame = await self._answer()
             return CheckReply.decode(frame)
         except ProtocolError as exc:
             raise ProblemError(not_the_hubs(exc)) from None

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
 import asyncssh
 
 from rayfwd import __version__, codes
+from rayfwd.cluster.identity import Identity
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor import judgements, observe
@@ -51,6 +53,11 @@ class WayExamination(Examination):
     def hello(self) -> Hello:
         """What the hub is asked about."""
         raise NotImplementedError
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Whose key the hub is told."""
+        return Identity.make()
 
     def ways(self) -> tuple[HeadConfig, ...]:
         """How the hub is reached; where the first is none, the next is tried."""
@@ -128,7 +135,7 @@ class WayExamination(Examination):
             cause = f"the head's sshd opened no channel in {ANSWER_TIMEOUT:.0f} s"
             problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
             raise ProblemError(problem) from None
-        return await hub_probe.begin(pipe, self.hello())
+        return await hub_probe.begin(pipe, self.hello(), self.identity)
 
     def _stopped(self, problem: Problem, target: str) -> None:
         """The way ends at a stage of a hop: what was before is well, what comes after is not

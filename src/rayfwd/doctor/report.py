@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import __version__, codes
+from rayfwd.cluster.identity import KEY_FILE
 from rayfwd.config import Config
 from rayfwd.doctor import scrubbing
 from rayfwd.doctor.unit_checks import RAY_SERVICE, SERVICE
@@ -180,11 +181,11 @@ def _rays_token(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def _kept_secrets(state_dir: Path) -> Iterator[str]:
-    """The node's key, and Ray's token, as rayfwd keeps them."""
+    """The node's key, what it was before, and Ray's token, as rayfwd keeps them."""
     of_clients = (state_dir / "clients").glob(f"*/{token.TOKEN_FILE}")
-    for path in (state_dir / "node.key", state_dir / token.TOKEN_FILE, *of_clients):
+    for path in (state_dir / KEY_FILE, state_dir / token.TOKEN_FILE, *of_clients):
         with contextlib.suppress(OSError):
-            yield _end_of(path)
+            yield from _end_of(path).splitlines()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         yield str(json.loads(_end_of(state_dir / token.RECORD)).get("token") or "")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from functools import cached_property
 
 from rayfwd import codes
 from rayfwd.cluster import probe
+from rayfwd.cluster.identity import KEY_FILE, Identity
 from rayfwd.daemon import advertise
 from rayfwd.daemon.worker import hello_of
 from rayfwd.doctor.common_checks import plan_of
@@ -51,18 +53,22 @@ class WorkerExamination(WayExamination):
     # -- what the hub says of it --------------------------------------------------------
 
     def hello(self) -> Hello:
-        key, self._key_is_known = self._key()
-        return hello_of(self.config, key)
+        return hello_of(self.config, self.identity.public)
 
-    def _key(self) -> tuple[str, bool]:
-        """The node's key, or one as the daemon would make it; False: ours cannot be read."""
-        path = self.config.state_dir / "node.key"
+    @cached_property
+    def identity(self) -> Identity:
+        """The node's, or one as the daemon would make it."""
+        return self._read() or Identity.make()
+
+    def _read(self) -> Identity | None:
+        path = self.config.state_dir / KEY_FILE
         try:
-            return path.read_text(encoding="ascii").strip() or secrets.token_hex(32), True
+            return Identity.from_text(path.read_text(encoding="ascii"))
         except (FileNotFoundError, NotADirectoryError):
-            return secrets.token_hex(32), True
-        except (OSError, UnicodeDecodeError):
-            return secrets.token_hex(32), False
+            return None
+        except (OSError, UnicodeError):
+            self._key_is_known = False
+            return None
 
     def answered(self, answer: CheckReply) -> None:
         self.emit(self._place(answer))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from rayfwd import codes
@@ -14,8 +16,17 @@ from rayfwd.hub.doctor_answers import Checkup
 from rayfwd.hub.peers import HubPeer
 from rayfwd.problems import Problem
 from rayfwd.session.checks import CheckReply, read_hello
-from rayfwd.session.frames import Chunk, Kind, ProtocolError, first_frame
-from rayfwd.session.handshake import MAX_HANDSHAKE, Hello, Refusal, Welcome
+from rayfwd.session.frames import Chunk, Frame, Kind, ProtocolError, first_frame
+from rayfwd.session.handshake import (
+    MAX_HANDSHAKE,
+    PROOF,
+    Challenge,
+    Hello,
+    Proof,
+    Refusal,
+    Welcome,
+)
+from rayfwd.session.proof import Claim, check
 from rayfwd.system import ownership
 from rayfwd.transport.mux import Mux
 from rayfwd.transport.readpacing import pace
@@ -35,10 +46,13 @@ class Owner(Protocol):
     def came(self, lane: HubConnection) -> None:
         """It is there, and has said nothing yet."""
 
-    def greeted(self, lane: HubConnection, hello: Hello) -> None:
-        """A hello: welcome it as a lane, or refuse it."""
+    def challenged(self, lane: HubConnection) -> None:
+        """It has said hello, and is asked to prove its key."""
 
-    def asked(self, lane: HubConnection, hello: Hello) -> None:
+    def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
+        """A hello, and by which key: welcome it as a lane, or refuse it."""
+
+    def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """The first question of a doctor: `examine` it, or refuse it."""
 
     def refused(self, lane: HubConnection, refusal: Problem) -> None:
@@ -51,6 +65,15 @@ class Owner(Protocol):
         """A lane of a session that goes on is gone."""
 
 
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What was said first, and the challenge that is to be answered before it counts."""
+
+    frame: Frame
+    hello: Hello
+    challenge: Challenge
+
+
 class HubConnection(asyncio.Protocol):
     """A connection to the hub's socket: first the handshake, then a lane of a session."""
 
@@ -60,6 +83,7 @@ class HubConnection(asyncio.Protocol):
         self._buffer = bytearray()
         self._mux: Mux | None = None
         self._checkup: Checkup | None = None
+        self._greeting: Greeting | None = None
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why_aborted = ""
@@ -90,17 +114,56 @@ class HubConnection(asyncio.Protocol):
             return
         self._buffer += data
         try:
-            frame = first_frame(self._buffer, MAX_HANDSHAKE)
-            if frame is None:
-                return
-            if frame.kind is Kind.CHECK:
-                self._owner.asked(self, read_hello(frame))
-                return
-            hello = Hello.decode(frame)
+            self._take_frame()
         except ProtocolError as exc:
             self.refuse(exc.code.problem(str(exc), "run the same version of rayfwd on both sides"))
+
+    def _take_frame(self) -> None:
+        """The hello, or the proof that it was asked for. Raises ProtocolError."""
+        frame = first_frame(self._buffer, MAX_HANDSHAKE)
+        if frame is None:
             return
-        self._owner.greeted(self, hello)
+        if self._greeting is None:
+            self._greeted(frame)
+        else:
+            self._proved(self._greeting, frame)
+
+    def _greeted(self, frame: Frame) -> None:
+        """Have it prove its key, where it can. Raises ProtocolError."""
+        hello = read_hello(frame) if frame.kind is Kind.CHECK else Hello.decode(frame)
+        self.node = hello.node if hello.role == "worker" else f"client {hello.node}"
+        if PROOF not in hello.features:
+            self._believed(frame, hello, Claim(hello.key))
+            return
+        assert self._transport is not None, "it has just said something"
+        self._greeting = Greeting(frame, hello, Challenge(secrets.token_hex(32)))
+        self._owner.challenged(self)
+        self._transport.write(self._greeting.challenge.encode())
+        self._take_frame()
+
+    def _proved(self, greeting: Greeting, frame: Frame) -> None:
+        """Raises ProtocolError."""
+        hello, challenge = greeting.hello, greeting.challenge
+        if frame.kind is Kind.CLOSE:
+            self.close()  # it takes back what it said hello for
+            return
+        claim = check(hello.key, greeting.frame, challenge, Proof.decode(frame))
+        if claim is None:
+            self.refuse(
+                codes.PROOF_WRONG.problem(
+                    f"{hello.node[:63]!r} did not prove that it has the key it says",
+                    "run the same version of rayfwd on both sides; if they are the same, somebody "
+                    "claims to be this node",
+                )
+            )
+            return
+        self._believed(greeting.frame, hello, claim)
+
+    def _believed(self, frame: Frame, hello: Hello, claim: Claim) -> None:
+        if frame.kind is Kind.CHECK:
+            self._owner.asked(self, hello, claim)
+        else:
+            self._owner.greeted(self, hello, claim)
 
     def pause_writing(self) -> None:
         self.paused = True

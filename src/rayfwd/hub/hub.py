@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import socket
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import SOURCE, Hello, Welcome
 from rayfwd.session.messages import Message
+from rayfwd.session.proof import Claim
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
@@ -40,6 +40,9 @@ log = get_logger(__name__)
 MAX_UNGREETED = 64
 """Connections that have not said hello, at most. One more takes the place of the oldest one of the
 user who has most of them: who is about to say hello has just come."""
+MAX_CHALLENGED = 512
+"""Connections that have said hello and not yet proved their keys, at most; likewise. A whole
+cluster may come at once, and each takes a round trip."""
 CROWDED_AGAIN = 60.0
 """Seconds after which it is logged again that there are too many."""
 MAX_LANES = 2 * (1 + 8 + 8)
@@ -114,6 +117,8 @@ class Hub:
         self._owner = owner
         self._ungreeted: dict[HubConnection, None] = {}
         """The oldest first."""
+        self._challenged: dict[HubConnection, None] = {}
+        """Those that were asked to prove their keys, the oldest first."""
         self._crowded_at = -CROWDED_AGAIN
         self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
@@ -285,7 +290,7 @@ class Hub:
 
     def _close_ungreeted(self) -> None:
         """Close what is no lane, doctors' questions too."""
-        for connection in [*self._ungreeted, *self._asking]:
+        for connection in [*self._ungreeted, *self._challenged, *self._asking]:
             connection.close()
 
     def _grace_is_over(self) -> None:
@@ -311,15 +316,15 @@ class Hub:
                 )
             )
         elif len(self._ungreeted) > MAX_UNGREETED:
-            self._make_room()
+            self._make_room(self._ungreeted)
 
-    def _make_room(self) -> None:
-        """Of those who have said nothing, close the greediest user's oldest."""
-        counts = Counter(lane.uid for lane in self._ungreeted)
+    def _make_room(self, waiting: Iterable[HubConnection]) -> None:
+        """Of those who are no lanes yet, close the greediest user's oldest."""
+        counts = Counter(lane.uid for lane in waiting)
         uid, count = counts.most_common(1)[0]
-        oldest = next(lane for lane in self._ungreeted if lane.uid == uid)
+        oldest = next(lane for lane in waiting if lane.uid == uid)
         self.went(oldest)
-        oldest.abort("it said nothing, and others came")
+        oldest.abort("it said nothing more, and others came")
         now = asyncio.get_running_loop().time()
         if now - self._crowded_at >= CROWDED_AGAIN:
             self._crowded_at = now
@@ -328,6 +333,7 @@ class Hub:
     def went(self, lane: HubConnection) -> None:
         """It was greeted or refused, or it is gone."""
         self._ungreeted.pop(lane, None)
+        self._challenged.pop(lane, None)
         self._asking.discard(lane)
 
     def refused(self, lane: HubConnection, refusal: Problem) -> None:
@@ -350,12 +356,21 @@ class Hub:
                 lane.peer.link_stats.lane_lost(lane.lane_class, why)
             self._owner.hub_changed()
 
-    def greeted(self, lane: HubConnection, hello: Hello) -> None:
+    def challenged(self, lane: HubConnection) -> None:
+        """It is not silent any more, and has to prove its key."""
+        del self._ungreeted[lane]
+        self._challenged[lane] = None
+        if len(self._challenged) > MAX_CHALLENGED:
+            self._make_room(self._challenged)
+
+    def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
-        lane.node = hello.node if hello.role == "worker" else f"client {hello.node[:63]}"
         peer: HubNode | HubClient
         try:
-            peer = self._admit(hello) if hello.role == "worker" else self._client(hello, lane.uid)
+            if hello.role == "worker":
+                peer = self._admit(hello, claim)
+            else:
+                peer = self._client(hello, claim, lane.uid)
         except ProblemError as exc:
             problem = exc.problem
             lane.refuse(problem)
@@ -394,9 +409,10 @@ class Hub:
             return peer.plan.to_wire(), tuple(plan.to_wire() for plan in self._roster.plans())
         return {}, (self._roster.own.to_wire(),)
 
-    def _client(self, hello: Hello, uid: int) -> HubClient:
+    def _client(self, hello: Hello, claim: Claim, uid: int) -> HubClient:
         """The client of a hello, one that is there or a new one. Raises ProblemError."""
-        digest = hashlib.sha256(hello.key.encode()).hexdigest()
+        # Who only knows a public key is somebody else.
+        digest = f"proven {claim.sha256}" if claim.proven else claim.sha256
         try:
             check_name(hello.node)
             if len(hello.key) < KEY_MINIMUM:
@@ -413,7 +429,7 @@ class Hub:
             )
         return HubClient(hello.node, key_sha256=digest, user=user_name(uid))
 
-    def asked(self, lane: HubConnection, hello: Hello) -> None:
+    def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
         if len(self._asking) >= MAX_CHECKUPS:
             lane.refuse(
@@ -427,10 +443,10 @@ class Hub:
         try:
             if hello.role == "client":
                 plans = plans[:1]  # as it would be told; no address is its own, to be dialled back
-                self._client(hello, lane.uid)
+                self._client(hello, claim, lane.uid)
             else:
                 ports = hello.worker_ports
-                plan = self._roster.preview(hello.node, hello.key, ports, hello.advertise)
+                plan = self._roster.preview(hello.node, claim, ports, hello.advertise)
         except ProblemError as exc:
             refusal = exc.problem
         ride_through = min(self._ride_through, hello.ride_through)
@@ -456,10 +472,10 @@ class Hub:
             features=offer.features,
         )
 
-    def _admit(self, hello: Hello) -> HubNode:
+    def _admit(self, hello: Hello, claim: Claim) -> HubNode:
         """The node of a hello, in the roster from now on. Raises ProblemError."""
         before = self._roster.plans()
-        plan = self._roster.join(hello.node, hello.key, hello.worker_ports, hello.advertise)
+        plan = self._roster.join(hello.node, claim, hello.worker_ports, hello.advertise)
         node = self.nodes.get(plan.name)
         if node is None:
             node = self.nodes[plan.name] = HubNode(plan.name, plan=plan)

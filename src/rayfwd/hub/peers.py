@@ -54,6 +54,7 @@ class HubClient(HubPeer):
     """A client: known by its key for as long as it has a session, and then forgotten."""
 
     key_sha256: str = field(kw_only=True)
+    """Of its key, with a word before it where that is proven."""
     user: str = field(kw_only=True)
     """The login name that it came as."""
 

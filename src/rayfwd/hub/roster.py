@@ -1,16 +1,16 @@
 """Keeps on the head's disk which worker has which address and ports, and what proves its name.
 
-The hub owns one `Roster`. Each worker proves its name with a key of its own making; the roster
-keeps the key's SHA-256 only. Reading and settling are functions without side effects, so that
+The hub owns one `Roster`. Each worker proves its name with a key of its own making, of which the
+roster keeps the public half; of a worker of a version that sends a secret instead, the secret's
+SHA-256. Reading and settling are functions without side effects, so that
 `rayfwd plan` can use them beside a running daemon.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits, may_be_advertised
 from rayfwd.problems import ProblemError
+from rayfwd.session.proof import Claim
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.logs import get_logger
 
@@ -34,15 +35,26 @@ WORKER_PORTS = range(8, 10001)
 _log = get_logger("roster")
 
 
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A worker as the roster keeps it."""
 
     plan: NodePlan
     key_sha256: str
+    """Of the public key, or of the secret of a version that sends it."""
+    public_key: str | None = None
+    """Which it has proved to have, and must prove again; None: it never did."""
 
     def to_wire(self) -> dict[str, Any]:
-        return {"plan": self.plan.to_wire(), "key_sha256": self.key_sha256}
+        return {
+            "plan": self.plan.to_wire(),
+            "key_sha256": self.key_sha256,
+            "public_key": self.public_key,
+        }
 
     @classmethod
     def from_wire(cls, data: Any) -> Record:
@@ -51,10 +63,21 @@ class Record:
             raise ValueError("not a node's record")
         plan = NodePlan.from_wire(data["plan"])
         check_name(plan.name)
-        digest = data.get("key_sha256")
-        if not isinstance(digest, str) or len(digest) != 64 or plan.role != "worker":
+        digest, public = data.get("key_sha256"), data.get("public_key")
+        if (
+            plan.role != "worker"
+            or not _is_digest(digest)
+            or not (public is None or _is_digest(public))
+        ):
             raise ValueError(f"node {plan.name}: not a worker's record")
-        return cls(plan, digest)
+        return cls(plan, str(digest), public)
+
+    def belongs_to(self, claim: Claim) -> bool:
+        """Whether this is the node that it was. A key that was proved once is to be proved always:
+        what an earlier version sent is good for nothing from then on."""
+        if self.public_key is not None:
+            return claim.proven and claim.key == self.public_key
+        return claim.knows(self.key_sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +220,10 @@ class Roster:
         return (self._own, *(r.plan for r in self._records.values()))
 
     def join(
-        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
     ) -> NodePlan:
-        """The plan of worker `name`, made now or kept from before.
+        """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
+        proved.
 
         Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `join_bad` (a value that
         no rayfwd sends), `roster_unwritable`.
@@ -220,23 +244,23 @@ class Roster:
         return record.plan
 
     def preview(
-        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
     ) -> NodePlan:
         """What `join` would give, changing nothing. Raises ProblemError as that does."""
         return self._record(name, key, worker_ports, advertise).plan
 
     def _record(
-        self, name: str, key: str | bytes, worker_ports: int, advertise: str | None
+        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
     ) -> Record:
-        digest = _digest(key)
-        _check_request(name, key, worker_ports, advertise)
+        claim = key if isinstance(key, Claim) else Claim(key)
+        _check_request(name, claim.key, worker_ports, advertise)
         known = self._records.get(name)
         if name in (self._own.name, "head"):
             raise _name_taken(name, "is the head's")
-        if known is not None and not hmac.compare_digest(known.key_sha256, digest):
+        if known is not None and not known.belongs_to(claim):
             raise _name_taken(name, "belongs to a node with another key")
         plan = allocate(self.plans(), name, self._network, self._port_base, worker_ports, advertise)
-        return Record(plan, digest)
+        return Record(plan, claim.sha256, claim.key if claim.proven else None)
 
     def knows(self, name: str) -> bool:
         """Whether there is a worker of that name."""
@@ -276,10 +300,6 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _digest(key: str | bytes) -> str:
-    return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
-
-
 def _name_taken(name: str, why: str) -> ProblemError:
     return codes.NAME_TAKEN.error(
         f"the name {name} {why}",
@@ -288,7 +308,7 @@ def _name_taken(name: str, why: str) -> ProblemError:
     )
 
 
-def _check_request(name: str, key: str | bytes, worker_ports: int, advertise: str | None) -> None:
+def _check_request(name: str, key: str, worker_ports: int, advertise: str | None) -> None:
     try:
         check_name(name)
         if len(key) < KEY_MINIMUM:

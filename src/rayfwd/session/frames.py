@@ -70,6 +70,10 @@ class Kind(IntEnum):
     """[0] The session ends, in order; every stream is given up. Payload: a sentence."""
     CHECK = 13
     """[protocol version] Instead of HELLO: a question of `rayfwd doctor`'s, or its answer."""
+    CHALLENGE = 14
+    """[protocol version] The hub's first answer to whoever can prove its key. Payload: JSON."""
+    PROOF = 15
+    """[protocol version] The answer to that. Payload: JSON."""
 
 
 KINDS: Final = {int(kind): kind for kind in Kind}

@@ -1,4 +1,5 @@
-"""The first frames on a lane: HELLO from worker or client, WELCOME or REFUSE from the hub (pure).
+"""The first frames on a lane: HELLO from worker or client, WELCOME or REFUSE from the hub, and
+before these CHALLENGE and PROOF (pure).
 
 The payloads are JSON objects. Unknown keys are ignored, so that a later version may add some;
 what a version needs is checked here, and nothing that comes in can raise anything but
@@ -8,6 +9,7 @@ what a version needs is checked here, and nothing that comes in can raise anythi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -22,8 +24,13 @@ Role = Literal["worker", "client"]
 """A client is no node: it has no address, no ports and no name that is kept."""
 SOURCE = "source"
 """A feature of a node: it understands an OPEN that says whose it is."""
+PROOF = "proof"
+"""A feature of a node: its `key` is a public key, and it answers a CHALLENGE."""
 MAX_HANDSHAKE = 1 << 16
 """Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
+
+
+_HEXADECIMAL = re.compile(r"[0-9a-f]*").fullmatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +39,8 @@ class Hello:
 
     node: str
     key: str
-    """A secret of the node, made once; the hub knows a node by it. A client's: of its process."""
+    """The public key by which the hub knows the node, made once; a client's is of its process.
+    Without the feature `PROOF` it is a secret instead, which is all that shows who it is."""
     session: str = "0"
     """Number of the session: hexadecimal, larger for each new session of the node."""
     resumes: bool = False
@@ -78,7 +86,7 @@ class Hello:
             role = _role(body.get("role", "worker"))
             hello = cls(
                 node=_text(body, "node", 63),
-                key=_text(body, "key", 128),
+                key=_key(body),
                 session=_text(body, "session", 64),
                 resumes=body["resumes"] is True,
                 lane=LaneClass(body["lane"]),
@@ -96,6 +104,49 @@ class Hello:
         except (KeyError, ValueError, TypeError) as exc:
             raise ProtocolError(codes.HELLO_MALFORMED, f"HELLO: {exc!r}") from exc
         return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """What the hub asks of whoever can prove its key."""
+
+    nonce: str
+    """64 hexadecimal digits, never used before."""
+
+    def encode(self) -> bytes:
+        return _encode(Kind.CHALLENGE, {"nonce": self.nonce})
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Challenge:
+        """Raises ProtocolError."""
+        body = _body(frame, Kind.CHALLENGE)
+        try:
+            return cls(_digits(body, "nonce", 64))
+        except (KeyError, ValueError) as exc:
+            raise ProtocolError(codes.WELCOME_MALFORMED, f"CHALLENGE: {exc!r}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The answer to it."""
+
+    signature: str
+    """Ed25519, 128 hexadecimal digits."""
+    older: str | None = None
+    """HMAC-SHA256, 64 hexadecimal digits: shows the secret that an earlier version was known by."""
+
+    def encode(self) -> bytes:
+        return _encode(Kind.PROOF, {"signature": self.signature, "older": self.older})
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Proof:
+        """Raises ProtocolError."""
+        body = _body(frame, Kind.PROOF)
+        try:
+            older = None if body.get("older") is None else _digits(body, "older", 64)
+            return cls(_digits(body, "signature", 128), older)
+        except (KeyError, ValueError) as exc:
+            raise ProtocolError(codes.HELLO_MALFORMED, f"PROOF: {exc!r}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +225,13 @@ class Refusal:
             raise ProtocolError(codes.REFUSAL_MALFORMED, f"REFUSE: {exc!r}") from exc
 
 
+def _encode(kind: Kind, body: Mapping[str, Any]) -> bytes:
+    return encode(kind, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+
+
 def _malformed(kind: Kind) -> Code:
-    return codes.HELLO_MALFORMED if kind is Kind.HELLO else codes.WELCOME_MALFORMED
+    of_the_hub = kind in {Kind.WELCOME, Kind.CHALLENGE}
+    return codes.WELCOME_MALFORMED if of_the_hub else codes.HELLO_MALFORMED
 
 
 def _body(frame: Frame, kind: Kind) -> dict[str, Any]:
@@ -204,6 +260,19 @@ def _text(body: Mapping[str, Any], key: str, longest: int) -> str:
         # may be the node's key.
         raise ValueError(f"{key} must be text without half characters")
     return value
+
+
+def _digits(body: Mapping[str, Any], key: str, length: int) -> str:
+    value = body[key]
+    if not isinstance(value, str) or len(value) != length or not _HEXADECIMAL(value):
+        raise ValueError(f"{key} must be {length} hexadecimal digits")
+    return value
+
+
+def _key(body: Mapping[str, Any]) -> str:
+    """A public key has one spelling only, by which it is known."""
+    proves = PROOF in _features(body.get("features", []))
+    return _digits(body, "key", 64) if proves else _text(body, "key", 128)
 
 
 def _optional_text(body: Mapping[str, Any], key: str) -> str | None:

@@ -13,7 +13,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -22,8 +22,16 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, ProtocolError, close_frame, first_frame
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.frames import (
+    MAX_PAYLOAD,
+    Chunk,
+    Frame,
+    Kind,
+    ProtocolError,
+    close_frame,
+    first_frame,
+)
+from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
@@ -72,11 +80,17 @@ class LinkRefusedError(Exception):
         self.session = session
 
 
+Prove = Callable[[Frame, Challenge], Proof]
+
+
 class LinkOwner(Protocol):
     """Who holds a link, and is told of it."""
 
     def hello(self) -> Hello:
         """What is said of this node; session, resumption and class are filled in."""
+
+    def prove(self, greeting: Frame, challenge: Challenge) -> Proof:
+        """That this is who its `hello` says, which was said as `greeting`."""
 
     def accept_stream(self, stream: MuxStream, target: bytes) -> StreamOwner | None:
         """Take a stream that the hub opened, or reset it and return None."""
@@ -99,6 +113,10 @@ class LinkLane:
         self._buffer = bytearray()
         self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self._session = ""
+        self._greeting: Frame | None = None
+        self._prove: Prove | None = None
+        self.challenged = False
+        """The hub asked for a proof of the key: it does not go by the key alone."""
         self._mux: Mux | None = None
         self._number = 0
         self._stderr = bytearray()
@@ -137,14 +155,17 @@ class LinkLane:
 
     def take_back(self, why: str) -> None:
         """End the session that the hub may begin with our hello."""
+        self._prove = None
         self.write([close_frame(why)])
         self.close()
 
-    async def greet(self, pipe: Pipe, hello: Hello) -> Welcome:
-        """Say hello. Raises LinkRefusedError or ProblemError."""
-        self._pipe, self._session = pipe, hello.session
+    async def greet(self, pipe: Pipe, hello: Hello, prove: Prove) -> Welcome:
+        """Say hello, and prove it if asked to. Raises LinkRefusedError or ProblemError."""
+        self._pipe, self._session, self._prove = pipe, hello.session, prove
+        said = hello.encode()
+        self._greeting = first_frame(bytearray(said), MAX_PAYLOAD)
         with suppress(OSError):  # a command that has ended already: its end says why
-            pipe.write([hello.encode()])
+            pipe.write([said])
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                 return await self._answer
@@ -161,12 +182,24 @@ class LinkLane:
             frame = first_frame(self._buffer, MAX_PAYLOAD)
             if frame is None:
                 return
-            if frame.kind is Kind.REFUSE:
+            if frame.kind is Kind.CHALLENGE:
+                self._answer_challenge(Challenge.decode(frame))
+                self._take_answer()
+            elif frame.kind is Kind.REFUSE:
                 self._answer.set_exception(LinkRefusedError(refusal_in(frame), self._session))
             else:
                 self._answer.set_result(Welcome.decode(frame))
         except ProtocolError as exc:
             self._answer.set_exception(ProblemError(not_the_hubs(exc)))
+
+    def _answer_challenge(self, challenge: Challenge) -> None:
+        """Once: a hub has no use for a second signature. Raises ProtocolError."""
+        if self.challenged:
+            raise ProtocolError(codes.HANDSHAKE_EXPECTED, "a second CHALLENGE")
+        self.challenged = True
+        if self._prove is not None and self._greeting is not None and self._pipe is not None:
+            with suppress(OSError):  # it has closed: its end says why
+                self._pipe.write([self._prove(self._greeting, challenge).encode()])
 
     # -- a lane of a session -------------------------------------------------------------
 
@@ -397,7 +430,13 @@ class Link:
                 self._owner.hello(), session=session, resumes=resumes, lane=slot.lane_class
             )
             self._lanes.add(lane)
-            welcome = await lane.greet(pipe, hello)
+            try:
+                welcome = await lane.greet(pipe, hello, self._owner.prove)
+            except LinkRefusedError as exc:
+                by_secret = PROOF in hello.features and not lane.challenged
+                if not by_secret or exc.problem.code is not codes.NAME_TAKEN:
+                    raise
+                raise ProblemError(_by_an_older_hub(exc.problem)) from exc
             self._join(slot, lane, welcome, session)
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
             slot.heartbeat.idle()  # its session's timer shows that it is alive
@@ -521,3 +560,12 @@ class Link:
                 self._established.clear()
                 self._standing.clear()
         self._owner.link_changed()
+
+
+def _by_an_older_hub(refusal: Problem) -> Problem:
+    """It knows nodes by secrets that they send it. Ours never leaves this machine."""
+    return refusal.code.problem(
+        f"{refusal.cause}: the head's rayfwd is older than this one, and may know this node by a "
+        "secret that is not sent any more",
+        "upgrade rayfwd on the head (the head first, then the workers)",
+    )
