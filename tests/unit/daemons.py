@@ -190,7 +190,7 @@ class SocketCarrier:
     def close(self) -> None:
         """Its connections share nothing."""
 
-    async def dial(self, hasty: bool) -> SocketConnection:
+    async def dial(self, urgent: asyncio.Event) -> SocketConnection:
         self.connections.append(SocketConnection(self._path))
         return self.connections[-1]
 

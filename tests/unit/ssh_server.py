@@ -6,6 +6,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ class _Server(asyncssh.SSHServer):
         self._sshd = sshd
         self._connection: asyncssh.SSHServerConnection | None = None
         self._waiting: set[socket.socket] = set()
+        self._gone = asyncio.Event()
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
@@ -167,11 +169,13 @@ class _Server(asyncssh.SSHServer):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._connection in self._sshd.connections:
             self._sshd.connections.remove(self._connection)
+        self._gone.set()
         while self._waiting:
             self._waiting.pop().close()
 
     async def begin_auth(self, username: str) -> bool:
-        await asyncio.sleep(self._sshd.login_takes)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._gone.wait(), self._sshd.login_takes)
         return True
 
     def public_key_auth_supported(self) -> bool:

@@ -39,6 +39,7 @@ from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.sshproblems import host_key_problem
+from rayfwd.transport.urgency import Patience, time_limit
 from tests.need import need
 from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, until
@@ -365,7 +366,7 @@ def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(tmp_path: Path
     async def main() -> None:
         async with site(tmp_path) as s:
             await s.up()
-            s.sshd.login_takes = 2.5 * ssh_module.HASTY_LOGIN
+            s.sshd.login_takes = 2.5 * ssh_module.URGENT_LOGIN
             s.sshd.cut()
             await until(lambda: s.link.link_stats.cuts == 1)
             await s.up()
@@ -375,7 +376,72 @@ def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(tmp_path: Path
     run(main)
 
 
-def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_path: Path) -> None:
+def test_a_login_that_hangs_when_the_link_parks_gets_no_longer_than_a_new_one(
+    tmp_path: Path,
+) -> None:
+    """It began while another lane stood, so nobody waited for it."""
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            s.sshd.login_takes = 10 * ssh_module.URGENT_LOGIN
+            s.sshd.cut(0)
+            await until(lambda: s.sshd.tries == 3)
+            await asyncio.sleep(1)  # the login has begun
+            s.sshd.login_takes = 0.0
+            s.sshd.cut(0)  # the other lane
+            await until(lambda: s.link.link_stats.cuts == 1)
+            began = asyncio.get_running_loop().time()
+            await s.up(lanes=1)
+            waited = asyncio.get_running_loop().time() - began
+            assert waited < 2 * ssh_module.URGENT_LOGIN
+
+    run(main)
+
+
+def test_a_rest_before_the_next_attempt_ends_when_the_link_parks(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.up()
+            s.sshd.login_takes = 1e6
+            s.sshd.cut(0)
+            # Attempts fail until the rest between them is long; then one begins.
+            await until(lambda: s.sshd.tries == 10, 1000)
+            await until(lambda: len(s.sshd.connections) == 1, 100)
+            s.sshd.login_takes = 0.0
+            s.sshd.cut(0)  # the other lane
+            await until(lambda: s.link.link_stats.cuts == 1)
+            began = asyncio.get_running_loop().time()
+            await s.up(lanes=1)
+            waited = asyncio.get_running_loop().time() - began
+            assert waited < 2 * ssh_module.URGENT_LOGIN
+
+    run(main)
+
+
+def test_while_parked_a_hub_that_says_nothing_is_asked_again_soon(tmp_path: Path) -> None:
+    """A cut in the midst of a handshake: TCP alone would repeat what was lost much later."""
+
+    async def main() -> None:
+        urgent, patience = asyncio.Event(), Patience(3.0, 15.0)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        loop.call_later(5.0, urgent.set)
+        with pytest.raises(TimeoutError):
+            async with time_limit(urgent, 15.0, patience):
+                await asyncio.sleep(100)
+        assert loop.time() - began == pytest.approx(8.0, abs=0.5)
+        assert patience.seconds == 6.0, "the next one gets longer"
+        began = loop.time()
+        async with time_limit(urgent, 15.0, patience):
+            await asyncio.sleep(5)
+        assert patience.seconds == pytest.approx(10.0, abs=0.5)
+
+    run(main)
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(at_first: bool) -> None:
     """The head's backlog is full, so that nobody answers; then there is room."""
 
     async def main() -> None:
@@ -389,9 +455,13 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(tmp_p
             found = await asyncio.get_running_loop().getaddrinfo(
                 host, port, type=socket.SOCK_STREAM
             )
-            dialling = asyncio.create_task(dial.again_and_again(found))
+            urgent = asyncio.Event()
+            if at_first:
+                urgent.set()
+            dialling = asyncio.create_task(dial.connect(found, urgent))
             # Of the attempts so far TCP repeats the first after one second and after three.
             await asyncio.sleep(2.5 * dial.BESIDE)
+            urgent.set()
             assert not dialling.done()
             for sock in waiting:  # else one of these takes the place
                 sock.close()

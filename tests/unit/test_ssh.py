@@ -22,6 +22,7 @@ from rayfwd.transport import dial, hops
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.ssh import SshConnector
 from rayfwd.transport.sshproblems import explain
+from rayfwd.transport.urgency import Patience
 from tests.unit.loops import log_events, of, run
 from tests.unit.ssh_server import Sshd
 
@@ -60,10 +61,18 @@ def trust(file: Path, *servers: Sshd) -> None:
     file.write_text("".join(f"{sshd.known_hosts_line().strip()}\n" for sshd in servers))
 
 
-async def fails(head: HeadConfig, code: Code, hasty: bool = False) -> Problem:
+def urgency(urgent: bool) -> asyncio.Event:
+    """Streams wait, or they do not."""
+    event = asyncio.Event()
+    if urgent:
+        event.set()
+    return event
+
+
+async def fails(head: HeadConfig, code: Code, urgent: bool = False) -> Problem:
     connector = SshConnector(head)
     with pytest.raises(ProblemError) as caught:
-        (await connector.connect(hasty)).abort()
+        (await connector.connect(urgency(urgent))).abort()
     connector.close()
     problem: Problem = caught.value.problem
     assert problem.code is code, problem
@@ -260,8 +269,8 @@ def test_a_jump_host_that_is_down_is_named(home: Path, tmp_path: Path) -> None:
             trust(home / ".ssh" / "known_hosts", *at.values())
             head, port = jumping(home, at), at["bastion"].port
             await at["bastion"].stop()
-            for hasty in (False, True):
-                problem = await fails(head, codes.SSH_UNREACHABLE, hasty)
+            for urgent in (False, True):
+                problem = await fails(head, codes.SSH_UNREACHABLE, urgent)
                 assert "the jump host bastion" in problem.cause
                 assert f"127.0.0.2 port {port}" in problem.cause
 
@@ -464,7 +473,7 @@ def test_a_problem_has_no_control_characters_wherever_it_comes_from() -> None:
 def test_a_server_that_says_nothing_is_told_from_one_that_is_slow(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh_module, "LOGIN_TIMEOUT", 0.6)
+    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 0.6)
 
     async def main() -> None:
         async def silent(_: asyncio.StreamWriter) -> None:
@@ -490,7 +499,7 @@ def test_a_login_that_takes_long_is_said_and_given_time(
     """Its own time-out is not the connection's; and while streams wait it is given as long."""
     monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.5)
     monkeypatch.setattr(ssh_module, "SLOW_LOGIN", 1.0)
-    monkeypatch.setattr(ssh_module, "HASTY_LOGIN", 0.3)
+    monkeypatch.setattr(ssh_module, "URGENT_LOGIN", 0.3)
 
     async def main() -> None:
         async with servers(tmp_path, "head") as at:
@@ -499,7 +508,7 @@ def test_a_login_that_takes_long_is_said_and_given_time(
             connector = SshConnector(direct(at["head"]))
             with log_events() as log:
                 (await connector.connect()).abort()
-                (await connector.connect(hasty=True)).abort()
+                (await connector.connect(urgency(True))).abort()
             (said,) = of(log, "login_slow")
             assert said["seconds"] >= 1.2
 
@@ -541,7 +550,7 @@ def test_an_agent_with_too_many_keys_is_named(home: Path, tmp_path: Path) -> Non
     reason = "Too many authentication failures"
     exc = asyncssh.DisconnectError(asyncssh.DISC_PROTOCOL_ERROR, reason)
     (hop,) = hops.find_way(HeadConfig(ssh="ray@head"))
-    attempt = dial.Attempt(hop.options, None, False, 1.0)
+    attempt = dial.Attempt(hop.options, None, urgency(False), Patience(1.0, 1.0))
     problem = explain(exc, HeadConfig(ssh="ray@head"), hop, attempt)
     assert problem.code is codes.SSH_AUTH_REFUSED
     assert "IdentitiesOnly" in problem.remedy

@@ -6,6 +6,7 @@ AsyncSSH is one (`ssh_carrier.py`); whatever else ends in the hub's socket may b
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -73,8 +74,9 @@ class Connection(Protocol):
 class Carrier(Protocol):
     """Makes connections to one head."""
 
-    async def dial(self, hasty: bool) -> Connection:
-        """`hasty`: streams wait for it. Raises ProblemError."""
+    async def dial(self, urgent: asyncio.Event) -> Connection:
+        """`urgent`: set while streams wait for it, perhaps from some moment of it on. Raises
+        ProblemError."""
 
     def close(self) -> None:
         """Give up what connections share (a jump host), and they with it. It may dial again."""

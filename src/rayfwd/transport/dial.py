@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
+from rayfwd.transport.urgency import Patience
+
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""
 LOGIN_TIMEOUT = 60.0
@@ -38,10 +40,11 @@ class Attempt(asyncssh.SSHClient):
         self,
         options: asyncssh.SSHClientConnectionOptions,
         jump: asyncssh.SSHClientConnection | None,
-        hasty: bool,
-        login: float,
+        urgent: asyncio.Event,
+        patience: Patience,
     ) -> None:
-        """`jump`: what the connection goes through. `hasty`: streams wait. `login`: seconds."""
+        """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
+        moment of it on; then the login has what `patience` says."""
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
@@ -53,8 +56,9 @@ class Attempt(asyncssh.SSHClient):
         """A key was accepted, and something beside it is wanted."""
         self._keys_refused = False
         self._options = options
-        self._hasty = hasty
-        self.login = login
+        self._urgent = urgent
+        self._patience = patience
+        self.login = LOGIN_TIMEOUT
         """Seconds for the login."""
         self._stood_at = 0.0
         self.seconds = 0.0
@@ -71,9 +75,18 @@ class Attempt(asyncssh.SSHClient):
     async def log_in(self, connecting: Callable[[], Awaitable[Made]]) -> Made:
         """Await AsyncSSH's part, which ends with the login. Raises what it raises, and TimeoutError
         where the connection, or the login after it, takes too long."""
-        async with asyncio.timeout(CONNECT_TIMEOUT) as self._deadline:
-            made = await connecting()
+        hurrying = asyncio.create_task(self._hurry(), name="hurry")
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT) as self._deadline:
+                made = await connecting()
+        except TimeoutError:
+            if self._urgent.is_set() and self.connected:
+                self._patience.exhausted()
+            raise
+        finally:
+            hurrying.cancel()
         self.seconds = asyncio.get_running_loop().time() - self._stood_at
+        self._patience.took(self.seconds)
         return made
 
     # -- as AsyncSSH's tunnel --------------------------------------------------------------------
@@ -99,16 +112,28 @@ class Attempt(asyncssh.SSHClient):
         found = await loop.getaddrinfo(host, port, family=self._options.family, type=stream)
         self.dialled = [f"{address[4][0]} port {port}" for address in found]
         own = None if not local else await loop.getaddrinfo(*local, type=stream)
-        if self._hasty:
-            return await again_and_again(found, own)
-        return await side_by_side(found, own)
+        return await connect(found, self._urgent, own)
 
     def _stands(self, connection: Any) -> None:
         self.connected = True
         self._connection = connection
-        assert self._deadline is not None, "it is being awaited"
         self._stood_at = asyncio.get_running_loop().time()
-        self._deadline.reschedule(self._stood_at + self.login)
+        if self._urgent.is_set():
+            self.login = self._patience.seconds
+        self._allow(self._stood_at + self.login)
+
+    async def _hurry(self) -> None:
+        """A login that nobody waited for when it began gets no longer than one begun now."""
+        await self._urgent.wait()
+        if self.connected:
+            now = asyncio.get_running_loop().time()
+            self.login = min(self.login, now + self._patience.seconds - self._stood_at)
+            self._allow(self._stood_at + self.login)
+
+    def _allow(self, until: float) -> None:
+        assert self._deadline is not None, "it is being awaited"
+        if not self._deadline.expired():
+            self._deadline.reschedule(until)
 
     # -- as AsyncSSH's client --------------------------------------------------------------------
 
@@ -173,15 +198,19 @@ async def side_by_side(found: Addresses, own: Addresses | None = None) -> socket
     )
 
 
-async def again_and_again(found: Addresses, own: Addresses | None = None) -> socket.socket:
-    """The same with a new round of attempts every half a second, for a path that comes back.
+async def connect(
+    found: Addresses, urgent: asyncio.Event, own: Addresses | None = None
+) -> socket.socket:
+    """The same, and as soon as it is urgent, with a new round of attempts every half a second, for
+    a path that comes back.
 
     Raises OSError when every attempt has failed.
     """
     attempts: set[asyncio.Task[socket.socket]] = set()
     try:
         while True:
-            attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
+            if urgent.is_set() or not attempts:
+                attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
             ready, attempts = await asyncio.wait(
                 attempts, timeout=BESIDE, return_when=asyncio.FIRST_COMPLETED
             )

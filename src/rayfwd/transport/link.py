@@ -13,10 +13,10 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
@@ -46,11 +46,15 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
 from rayfwd.transport.sshproblems import why_no_answer
+from rayfwd.transport.urgency import Patience, time_limit
 
 log = get_logger(__name__)
+Made = TypeVar("Made")
 
 HANDSHAKE_TIMEOUT = 15.0
 """Seconds between HELLO and the hub's answer, and before that for the channel to the hub."""
+URGENT_HANDSHAKE = 3.0
+"""The same at first while streams wait."""
 REDIAL_FIRST = 0.2
 REDIAL_PARKED = 1.0
 """Seconds between attempts, at most, while streams wait for a lane."""
@@ -160,20 +164,14 @@ class LinkLane:
         self.close()
 
     async def greet(self, pipe: Pipe, hello: Hello, prove: Prove) -> Welcome:
-        """Say hello, and prove it if asked to. Raises LinkRefusedError or ProblemError."""
+        """Say hello, prove it if asked to, and await the answer. Raises LinkRefusedError or
+        ProblemError."""
         self._pipe, self._session, self._prove = pipe, hello.session, prove
         said = hello.encode()
         self._greeting = first_frame(bytearray(said), MAX_PAYLOAD)
         with suppress(OSError):  # a command that has ended already: its end says why
             pipe.write([said])
-        try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                return await self._answer
-        except TimeoutError:
-            raise codes.HUB_SILENT.error(
-                f"the hub did not answer in {HANDSHAKE_TIMEOUT:.0f} s",
-                "see rayfwd's log on the head",
-            ) from None
+        return await self._answer
 
     def _take_answer(self) -> None:
         if self._answer.done():
@@ -284,6 +282,9 @@ class Link:
         self._established = asyncio.Event()
         self._standing = asyncio.Event()
         """A lane stands: the others follow it."""
+        self._urgent = asyncio.Event()
+        """Streams wait for a lane."""
+        self._patience = Patience(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
 
     @property
     def state(self) -> str:
@@ -342,6 +343,7 @@ class Link:
             raise SnapshotError(f"a link that does not fit: {exc!r}") from exc
         self._session = number
         mux = self._begin(core)
+        self._urgent.set()
         self.link_stats.parked(self.since, mux.now())
         mux.flush()  # sets its clock
         return mux
@@ -369,11 +371,19 @@ class Link:
                     self._set_problem(slot, exc.problem)
             except ProblemError as exc:
                 self._set_problem(slot, exc.problem)
-            seconds = backoff.next(REDIAL_PARKED if self.state == "parked" else REDIAL_LAST)
-            if slot.problem is not None:
-                seconds = max(seconds, REDIAL_COUNTED.get(slot.problem.code, 0.0))
-            slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
-            await asyncio.sleep(seconds)
+            await self._rest(slot, backoff)
+
+    async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
+        """Before the next attempt; from when streams wait, no longer than need be."""
+        counted = 0.0 if slot.problem is None else REDIAL_COUNTED.get(slot.problem.code, 0.0)
+        urgent = self._urgent.is_set()
+        seconds = max(counted, backoff.next(REDIAL_PARKED if urgent else REDIAL_LAST))
+        slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
+        needed = seconds if urgent else max(counted, min(seconds, REDIAL_FIRST))
+        await asyncio.sleep(needed)
+        if needed < seconds:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), seconds - needed)
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
         """Make the extra lanes when those that stand are full."""
@@ -417,11 +427,15 @@ class Link:
 
     async def _one_lane(self, slot: LaneTask) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""
-        connection = await self._carrier.dial(hasty=self.state == "parked")
+        connection = await self._carrier.dial(self._urgent)
         self._connections.add(connection)
         lane = LinkLane()
         try:
-            pipe = await self._open(connection, lane)
+            pipe = await self._within_time(
+                connection.open(lane),
+                "the head's sshd opened no channel",
+                "nothing, if it comes back; else see the head's load and its sshd log",
+            )
             if self._closing:
                 return
             session = self._current_session()
@@ -430,13 +444,11 @@ class Link:
                 self._owner.hello(), session=session, resumes=resumes, lane=slot.lane_class
             )
             self._lanes.add(lane)
-            try:
-                welcome = await lane.greet(pipe, hello, self._owner.prove)
-            except LinkRefusedError as exc:
-                by_secret = PROOF in hello.features and not lane.challenged
-                if not by_secret or exc.problem.code is not codes.NAME_TAKEN:
-                    raise
-                raise ProblemError(_by_an_older_hub(exc.problem)) from exc
+            welcome = await self._within_time(
+                self._greet(pipe, lane, hello),
+                "the hub did not answer",
+                "see rayfwd's log on the head",
+            )
             self._join(slot, lane, welcome, session)
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
             slot.heartbeat.idle()  # its session's timer shows that it is alive
@@ -453,15 +465,24 @@ class Link:
             connection.abort()
         self._lost(slot, why)
 
-    async def _open(self, connection: Connection, lane: LinkLane) -> Pipe:
+    async def _within_time(self, step: Awaitable[Made], silence: str, remedy: str) -> Made:
+        """A step of the handshake. Raises what it raises, and HUB_SILENT."""
+        began = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                return await connection.open(lane)
+            async with time_limit(self._urgent, HANDSHAKE_TIMEOUT, self._patience):
+                return await step
         except TimeoutError:
-            raise codes.HUB_SILENT.error(
-                f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
-                "nothing, if it comes back; else see the head's load and its sshd log",
-            ) from None
+            seconds = asyncio.get_running_loop().time() - began
+            raise codes.HUB_SILENT.error(f"{silence} in {seconds:.0f} s", remedy) from None
+
+    async def _greet(self, pipe: Pipe, lane: LinkLane, hello: Hello) -> Welcome:
+        try:
+            return await lane.greet(pipe, hello, self._owner.prove)
+        except LinkRefusedError as exc:
+            by_secret = PROOF in hello.features and not lane.challenged
+            if not by_secret or exc.problem.code is not codes.NAME_TAKEN:
+                raise
+            raise ProblemError(_by_an_older_hub(exc.problem)) from exc
 
     def _current_session(self) -> str:
         if self.mux is None and not self._session:
@@ -542,11 +563,13 @@ class Link:
             case Parked():
                 assert self.mux is not None, "a session that is parked is there"
                 self._standing.clear()
+                self._urgent.set()
                 self._carrier.close()  # a jump host may be what has gone, in silence
                 self.link_stats.parked(self.since, self.mux.now())
                 stats = self.mux.stats()
                 log.warning("link_parked", streams=stats.streams, ride_through=stats.ride_through)
             case Resumed(seconds):
+                self._urgent.clear()
                 self.link_stats.resumed(seconds)
                 log.info("link_resumed", parked_seconds=round(seconds, 1))
             case SessionEnded(why):
@@ -559,6 +582,7 @@ class Link:
                 self._session = ""
                 self._established.clear()
                 self._standing.clear()
+                self._urgent.clear()
         self._owner.link_changed()
 
 

@@ -20,13 +20,12 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.sshproblems import explain, explain_files, host_key_problem, look_at_socket
+from rayfwd.transport.urgency import Patience
 
 log = get_logger(__name__)
 
-HASTY_LOGIN = 3.0
-"""Seconds for the first login while streams wait: the path may go away again in the middle of it.
-Each that takes longer doubles this, up to LOGIN_TIMEOUT, and so does one that went well and took
-more than half of it: for heads that are slow."""
+URGENT_LOGIN = 3.0
+"""Seconds for the first login while streams wait."""
 SLOW_LOGIN = 10.0
 """Seconds from which a login is said to be slow: after a cut the link is back that much later."""
 HOST_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha2-256")
@@ -57,7 +56,7 @@ class SshConnector:
 
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
-        self._hasty_login = HASTY_LOGIN
+        self._patience = Patience(URGENT_LOGIN, LOGIN_TIMEOUT)
         self._jumps: list[asyncssh.SSHClientConnection] = []
         """To each jump host in turn, each through the one before."""
         self._jumping = asyncio.Lock()
@@ -71,15 +70,17 @@ class SshConnector:
         """A channel to the hub is a command that a login shell runs, and no socket."""
         return self._head.via == "exec"
 
-    async def connect(self, hasty: bool = False) -> asyncssh.SSHClientConnection:
+    async def connect(self, urgent: asyncio.Event | None = None) -> asyncssh.SSHClientConnection:
         """An authenticated connection. Raises ProblemError.
 
-        `hasty`: streams wait; see BESIDE in `dial.py` and HASTY_LOGIN.
+        `urgent`: set while streams wait for it, perhaps from some moment of it on; see BESIDE in
+        `dial.py` and URGENT_LOGIN.
         """
+        urgent = urgent or asyncio.Event()
         hops = await self._hops()
-        jump = await self._jump(hops[:-1], hasty)
+        jump = await self._jump(hops[:-1], urgent)
         try:
-            return await self._log_in(hops[-1], jump, hasty)
+            return await self._log_in(hops[-1], jump, urgent)
         except ProblemError as exc:
             if exc.problem.code in {codes.SSH_UNREACHABLE, codes.SSH_LOST}:
                 self.close()  # it may be the jump host that is gone, in silence
@@ -108,8 +109,8 @@ class SshConnector:
         Raises ProblemError where it cannot be reached, is known with another key, or shows one that
         is revoked.
         """
-        hops = await self._hops()
-        head, jump = hops[-1], await self._jump(hops[:-1], hasty=False)
+        hops, never = await self._hops(), asyncio.Event()
+        head, jump = hops[-1], await self._jump(hops[:-1], never)
         known = head.known
         trusted = known.trusted()
         # A key of a type that is known, as the link will ask for it.
@@ -124,7 +125,7 @@ class SshConnector:
                 server_host_key_algs=types,
             )
 
-        key = await self._attempt(head, jump, False, ask)
+        key = await self._attempt(head, jump, never, ask)
         known_here = key is not None and key.public_data in [k.public_data for k in trusted]
         if key is None or (trusted and not known_here):
             raise ProblemError(host_key_problem(self._head, head))
@@ -139,18 +140,20 @@ class SshConnector:
         except (OSError, asyncssh.Error, ValueError) as exc:
             raise ProblemError(explain_files(exc, self._head)) from exc
 
-    async def _jump(self, hops: list[Hop], hasty: bool) -> asyncssh.SSHClientConnection | None:
+    async def _jump(
+        self, hops: list[Hop], urgent: asyncio.Event
+    ) -> asyncssh.SSHClientConnection | None:
         """The connection to the last of these jump hosts; None: there are none."""
         async with self._jumping:
             if any(connection.is_closed() for connection in self._jumps):
                 self.close()
             for hop in hops[len(self._jumps) :]:
                 before = self._jumps[-1] if self._jumps else None
-                self._jumps.append(await self._log_in(hop, before, hasty))
+                self._jumps.append(await self._log_in(hop, before, urgent))
             return self._jumps[-1] if self._jumps else None
 
     async def _log_in(
-        self, hop: Hop, jump: asyncssh.SSHClientConnection | None, hasty: bool
+        self, hop: Hop, jump: asyncssh.SSHClientConnection | None, urgent: asyncio.Event
     ) -> asyncssh.SSHClientConnection:
         def connect(attempt: Attempt) -> Awaitable[asyncssh.SSHClientConnection]:
             return asyncssh.connect(
@@ -162,31 +165,26 @@ class SshConnector:
                 tunnel=None if hop.direct_command else cast(Any, attempt),
             )
 
-        return await self._attempt(hop, jump, hasty, connect)
+        return await self._attempt(hop, jump, urgent, connect)
 
     async def _attempt(
         self,
         hop: Hop,
         jump: asyncssh.SSHClientConnection | None,
-        hasty: bool,
+        urgent: asyncio.Event,
         connecting: Callable[[Attempt], Awaitable[Made]],
     ) -> Made:
         """Raises ProblemError."""
-        within = self._hasty_login if hasty else LOGIN_TIMEOUT
-        attempt = Attempt(hop.options, jump, hasty, within)
+        attempt = Attempt(hop.options, jump, urgent, self._patience)
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
-            if isinstance(exc, TimeoutError) and hasty and attempt.connected:
-                self._hasty_login = max(within, min(2 * within, LOGIN_TIMEOUT))
             self.stopped_at = hop
             raise ProblemError(explain(exc, self._head, hop, attempt)) from exc
         self._took(hop, attempt.seconds)
         return made
 
     def _took(self, hop: Hop, seconds: float) -> None:
-        """How long a login took: the next one may take as long, also while streams wait."""
-        self._hasty_login = min(max(HASTY_LOGIN, 2 * seconds, self._hasty_login / 2), LOGIN_TIMEOUT)
         if seconds < SLOW_LOGIN:
             self._slow.discard(hop.written)
         elif hop.written not in self._slow:

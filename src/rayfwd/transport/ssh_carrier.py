@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,9 +25,9 @@ class SshCarrier:
     def __init__(self, head: HeadConfig) -> None:
         self._connector = SshConnector(head)
 
-    async def dial(self, hasty: bool) -> SshConnection:
+    async def dial(self, urgent: asyncio.Event) -> SshConnection:
         """Raises ProblemError."""
-        return SshConnection(self._connector, await self._connector.connect(hasty=hasty))
+        return SshConnection(self._connector, await self._connector.connect(urgent))
 
     def close(self) -> None:
         self._connector.close()

@@ -1,0 +1,62 @@
+"""How long a step towards the head may take: less while streams wait for it.
+
+A step that nobody waited for when it began may be waited for before it ends: the last lane is lost
+meanwhile. From then on it gets no longer than a step begun at that moment, for the path may have
+gone in the middle of it, and TCP alone would find out late that it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Patience:
+    """Seconds that one kind of step gets while streams wait.
+
+    Each step that these were too few for doubles them, up to a bound, and so does one that went
+    well and took more than half of them: for heads that are slow.
+    """
+
+    def __init__(self, least: float, most: float) -> None:
+        self._least = least
+        self._most = most
+        self.seconds = least
+
+    def exhausted(self) -> None:
+        """A step was given up."""
+        self.seconds = min(2 * self.seconds, self._most)
+
+    def took(self, seconds: float) -> None:
+        """A step went well."""
+        self.seconds = min(max(self._least, 2 * seconds, self.seconds / 2), self._most)
+
+
+@asynccontextmanager
+async def time_limit(
+    urgent: asyncio.Event, usual: float, patience: Patience
+) -> AsyncIterator[None]:
+    """Ends what is within after `usual` seconds, or where it is urgent by `patience`, which learns
+    from it. Raises TimeoutError."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        async with asyncio.timeout(patience.seconds if urgent.is_set() else usual) as limit:
+            hurrying = asyncio.create_task(_hurry(urgent, limit, patience), name="hurry")
+            try:
+                yield
+            finally:
+                hurrying.cancel()
+    except TimeoutError:
+        if urgent.is_set():
+            patience.exhausted()
+        raise
+    patience.took(loop.time() - began)
+
+
+async def _hurry(urgent: asyncio.Event, limit: asyncio.Timeout, patience: Patience) -> None:
+    await urgent.wait()
+    until, now = limit.when(), asyncio.get_running_loop().time()
+    if until is not None and not limit.expired():
+        limit.reschedule(min(until, now + patience.seconds))
