@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -31,6 +32,37 @@ def test_work_is_done(cluster: Cluster) -> None:
     for driver in ("head", "w1"):
         lines = cluster.driver(driver, ["--nodes", "2", "--checks", ",".join(checks)])
         verify(lines, driver, addresses, checks)
+
+
+def commands(cluster: Cluster) -> list[str]:
+    """Ids of the commands that have handed their pipes to the hub, and wait."""
+    script = """for pid in $(pgrep -f 'rayfwd attach'); do
+        [ "$(readlink /proc/$pid/fd/0 /proc/$pid/fd/1 | uniq)" = /dev/null ] && echo $pid
+        done; true"""
+    return cluster.lab.machine("head").run(["sh", "-c", script]).stdout.split()
+
+
+@pytest.mark.ray
+def test_a_killed_command_and_a_restart_of_the_head_are_ridden_through(cluster: Cluster) -> None:
+    head, w1 = cluster.head, cluster.worker("w1")
+    lanes = commands(cluster)
+    assert len(lanes) == 2
+    before = w1.events()[-1]
+    cluster.lab.machine("head").run(["kill", "-9", lanes[0]])
+    w1.wait_event("lane_lost", 20, after=before)
+    before = w1.wait_event("lane_up", 60, after=before)
+    after = commands(cluster)
+    assert (len(after), lanes[1] in after) == (2, True)
+    told = head.events()[-1]
+    head.process.signal(signal.SIGUSR2)
+    assert head.wait_event("handover_taken", 60, after=told)["reset"] == 0
+    w1.wait_event("link_resumed", 60, after=before)
+    head.wait_event("rayfwd_ready", 60, after=told)
+    w1.wait_status(lambda status: len(status["link"]["lanes"]) == 2, 60)
+    assert not set(commands(cluster)) & set(after), "those of the process before have ended"
+    addresses = [node["address"] for node in head.status()["roster"]]
+    lines = cluster.driver("w1", ["--nodes", "2", "--checks", "small_tasks"])
+    verify(lines, "w1", addresses, ("small_tasks",))
 
 
 @pytest.mark.ray

@@ -40,6 +40,9 @@ class Sshd:
         """What a login shell prints before it runs a command."""
         self.attach_says = b""
         """What a command says on standard error before it fails, in place of all that."""
+        self.commands: list[asyncio.subprocess.Process] = []
+        """Those that run."""
+        self._attached = 0
         self.flowing = asyncio.Event()
         """Cleared: no byte of a channel passes, and nobody is told."""
         self.flowing.set()
@@ -82,6 +85,8 @@ class Sshd:
             self._acceptor = None
         for connection in connections:
             await connection.wait_closed()
+        while self._attached:
+            await asyncio.sleep(0.01)
 
     def cut(self, only: int | None = None) -> None:
         """Abort every connection, or the one of that place in the list."""
@@ -134,6 +139,13 @@ class Sshd:
             process.stderr.write(self.attach_says)
             process.exit(1)
             return
+        self._attached += 1
+        try:
+            await self._run_attach(process)
+        finally:
+            self._attached -= 1
+
+    async def _run_attach(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         words = ("attach", "--socket", str(self.attach_to), *self.attach_words)
         child = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "rayfwd", *words),
@@ -142,6 +154,7 @@ class Sshd:
             stderr=asyncio.subprocess.PIPE,
         )
         assert child.stdin is not None
+        self.commands.append(child)
         copies = [
             asyncio.create_task(self._copy(process.stdin, child.stdin)),
             asyncio.create_task(self._copy(child.stdout, process.stdout)),
@@ -151,6 +164,7 @@ class Sshd:
         await asyncio.gather(*copies[1:])
         copies[0].cancel()
         await asyncio.gather(copies[0], return_exceptions=True)
+        self.commands.remove(child)
         process.exit(code)
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -25,6 +25,7 @@ from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
+from rayfwd.session.frames import Kind, encode
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.control import ControlServer
 from tests.commands import main
@@ -524,7 +525,9 @@ def test_forget_is_for_the_head(worker_file: Path, capsys: Any) -> None:
 
 
 @contextmanager
-def attached(path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+def attached(
+    path: Path, *words: str, stdin: int | IO[bytes] = subprocess.PIPE
+) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
     """`rayfwd attach` and the hub's end of its connection."""
     with socket.socket(socket.AF_UNIX) as hub:
         hub.bind(str(path))
@@ -532,7 +535,7 @@ def attached(path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes],
         hub.settimeout(30)
         process = subprocess.Popen(
             [sys.executable, "-m", "rayfwd", "attach", *(words or ("--socket", str(path)))],
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "SSH_ORIGINAL_COMMAND": "rm -rf /"},
@@ -546,7 +549,8 @@ def attached(path: Path, *words: str) -> Iterator[tuple[subprocess.Popen[bytes],
             process.kill()
             process.wait()
             for pipe in (process.stdin, process.stdout, process.stderr):
-                assert pipe is not None
+                if pipe is None:
+                    continue
                 with suppress(BrokenPipeError):  # what was not sent any more
                     pipe.close()
 
@@ -630,6 +634,74 @@ def test_attach_ends_when_nobody_reads_its_output(tmp_path: Path) -> None:
         end.sendall(b"x")
         assert process.wait(30) == 0
         assert end.recv(10) == b""
+
+
+HELLO = encode(Kind.HELLO, 0, 1, b"{}")
+
+
+def passed_to(end: socket.socket) -> tuple[int, int]:
+    """The command's standard input and output, as a hub takes them with a hello."""
+    said, descriptors, _, _ = socket.recv_fds(end, 65536, 3)
+    assert said == HELLO
+    end.sendall(b"\0")
+    stdin, stdout = descriptors
+    return stdin, stdout
+
+
+def test_attach_hands_its_pipes_over_and_waits(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        stdin.write(HELLO)
+        stdin.flush()
+        reading, writing = passed_to(end)
+        os.write(writing, b"answer")
+        os.close(writing)
+        assert stdout.read() == MARKER + b"answer", "its end is seen: the hub had the only one"
+        stdin.write(b"and more")
+        stdin.flush()
+        assert os.read(reading, 100) == b"and more"
+        os.close(reading)
+        assert process.poll() is None
+        end.close()
+        assert process.wait(30) == 0
+
+
+def test_attach_with_a_hub_that_takes_no_pipes(tmp_path: Path) -> None:
+    """One of an earlier version: what is passed it does not see, and answers with a frame."""
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        stdin.write(HELLO)
+        stdin.flush()
+        assert end.recv(65536) == HELLO
+        end.sendall(b"\x02 welcome")
+        stdin.write(b"and more")
+        stdin.close()
+        assert read_all(end) == b"and more"
+        end.close()
+        assert stdout.read() == MARKER + b"\x02 welcome"
+        assert process.wait(30) == 0
+
+
+def test_attach_with_a_hub_that_goes_as_it_is_handed_the_pipes(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        stdin.write(HELLO)
+        stdin.flush()
+        assert end.recv(65536) == HELLO
+        end.close()
+        assert stdout.read() == MARKER
+        assert process.wait(30) == 0
+
+
+def test_attach_of_files_copies(tmp_path: Path) -> None:
+    """A hub could not wait for them."""
+    path, begun = tmp_path / "hub.sock", tmp_path / "begun"
+    begun.write_bytes(HELLO)
+    with begun.open("rb") as file, attached(path, stdin=file) as (process, end):
+        said, descriptors, _, _ = socket.recv_fds(end, 65536, 3)
+        assert (said, descriptors) == (HELLO, [])
+        end.close()
+        assert process.wait(30) == 0
 
 
 def test_attach_without_a_hub(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 import pytest
@@ -22,6 +23,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.cluster.identity import Identity
 from rayfwd.config import HeadConfig
+from rayfwd.hub.connection import HubConnection
 from rayfwd.session.frames import Frame
 from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import HeadRay, Message
@@ -36,12 +38,13 @@ from rayfwd.transport.hops import find_way
 from rayfwd.transport.link import Link, LinkRefusedError
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
+from rayfwd.transport.pipes import PipeTransport
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.sshproblems import host_key_problem
 from rayfwd.transport.urgency import Patience, time_limit
 from tests.need import need
-from tests.unit.cluster import Cluster, echo, free_place, hello_of, serving
+from tests.unit.cluster import Cluster, answer_to, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, until
 from tests.unit.loops import run as run_in_real_time
 from tests.unit.loops import run_on_fake_clock as run
@@ -976,6 +979,11 @@ def test_something_else_at_the_hubs_socket(tmp_path: Path) -> None:
         run(main)
 
 
+def lanes_at_the_hub(s: Site) -> list[HubConnection]:
+    mux = s.head.hub.muxes().get("w1")
+    return [cast(HubConnection, lane.transport) for lane in mux.lanes.values()] if mux else []
+
+
 class TestExec:
     def test_carries_as_a_channel_does(self, tmp_path: Path) -> None:
         async def main() -> None:
@@ -985,6 +993,61 @@ class TestExec:
                 async with s.listener() as listen:
                     await transfer(listen, 4, lambda i: s.sshd.cut() if i == 1 else None)
                 await s.up(seconds=20)
+
+        run_in_real_time(main, 60)
+
+    def test_the_hub_has_the_pipes_and_those_of_bulk_are_wide(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.attach_to = s.head.hub.path
+                await s.up(seconds=20)
+                sizes = {}
+                for lane in lanes_at_the_hub(s):
+                    assert isinstance(lane._transport, PipeTransport)
+                    ends = (lane._transport._in, lane._transport._out)
+                    sizes[lane.lane_class] = [fcntl.fcntl(end, fcntl.F_GETPIPE_SZ) for end in ends]
+                assert sizes == {"interactive": [65536] * 2, "bulk": [262144] * 2}
+                for command in s.sshd.commands:
+                    held = [os.readlink(f"/proc/{command.pid}/fd/{number}") for number in range(2)]
+                    assert held == ["/dev/null"] * 2, "the hub's are the only ones"
+
+        run_in_real_time(main, 60)
+
+    def test_a_lane_goes_with_its_command_and_the_command_with_the_lane(
+        self, tmp_path: Path
+    ) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                s.sshd.attach_to = s.head.hub.path
+                await s.up(seconds=20)
+                killed, other = s.sshd.commands
+                killed.kill()
+                await until(lambda: len(lanes_at_the_hub(s)) == 1, 10)
+                await s.up(seconds=20)
+                assert await works(s)
+                for lane in lanes_at_the_hub(s):
+                    lane.abort("cut")
+                await until(lambda: other not in s.sshd.commands, 10)
+                assert other.returncode == 0
+                await s.up(seconds=20)
+                await s.restart_hub()
+                await until(lambda: len(lanes_at_the_hub(s)) == 2, 20)
+                assert await works(s)
+                assert len(s.sshd.commands) == 2
+
+        run_in_real_time(main, 90)
+
+    def test_a_refusal_is_heard(self, tmp_path: Path) -> None:
+        """It is said by the pipes, and the command ends."""
+
+        async def main() -> None:
+            async with site(tmp_path, via="exec") as s:
+                taken = hello_of("w1", key="another key, long enough")
+                assert await answer_to(s.head.hub.path, taken.encode())
+                s.sshd.attach_to = s.head.hub.path
+                await until(lambda: s.link.problem is not None and s.link.problem.code is
+                            codes.NAME_TAKEN, 20, lambda: str(s.link.problem))  # fmt: skip
+                await until(lambda: not s.sshd.commands, 10)
 
         run_in_real_time(main, 60)
 

@@ -5,6 +5,9 @@ reach the hub and nothing else. What was asked to be run (SSH_ORIGINAL_COMMAND) 
 With --client the key is for `rayfwd connect` only: it cannot bring a node into the cluster.
 """
 
+# Both are passed to the hub, and this only waits for its end. Where the hub does not take them
+# (an older one), or they are no pipes, bytes are copied both ways.
+
 # The standard library and a little of ours: this is started for every lane, and may run as a user
 # who cannot read the configuration file.
 
@@ -26,9 +29,10 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.problems import Code
-from rayfwd.session.frames import Kind, ProtocolError, first_frame
+from rayfwd.session.frames import Frame, Kind, ProtocolError, first_frame
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.ownership import check_listener
+from rayfwd.system.passing import is_stream
 from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
 
 _CHUNK = 262144
@@ -37,6 +41,11 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
 _HELLO_TIMEOUT = 10.0
 """As the hub has them."""
+_AT_ONCE = 1 << 14
+"""Bytes that come to the hub in one piece, and the descriptors with them."""
+_TAKEN = b"\0"
+"""The hub's word that it has taken the descriptors. An older one answers with a frame, whose first
+byte is another."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,20 +96,25 @@ def run(args: argparse.Namespace) -> int:
         )
     with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
         os.write(_STDOUT, MARKER)
-    if begun:
-        with contextlib.suppress(OSError):  # it has gone: its other half tells
-            hub.sendall(begun)
-    join(hub)
+    if not begun:
+        begun = _read_hello(hub)
+    if not _handed_over(hub, begun):
+        join(hub)
     return OK
 
 
-def _read_hello() -> bytes:
-    """Standard input until its first frame is whole, or cannot be one, or does not come."""
+def _read_hello(hub: socket.socket | None = None) -> bytes:
+    """Standard input until its first frame is whole, or cannot be one, or does not come, or the hub
+    has something to say before."""
     buffer = b""
     deadline = time.monotonic() + _HELLO_TIMEOUT
     ready = select.poll()
     ready.register(_STDIN, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0 and ready.poll(left * 1000):
+    if hub is not None:
+        ready.register(hub, select.POLLIN)
+    while (left := deadline - time.monotonic()) > 0 and (what := ready.poll(left * 1000)):
+        if what[0][0] != _STDIN:
+            break
         data = os.read(_STDIN, _CHUNK)
         buffer += data
         try:
@@ -111,15 +125,45 @@ def _read_hello() -> bytes:
     return buffer
 
 
+def _whole_frame(begun: bytes) -> Frame | None:
+    """The first frame, if it is whole and can be one."""
+    try:
+        return first_frame(bytearray(begun), _HELLO_LIMIT)
+    except ProtocolError:
+        return None
+
+
+def _handed_over(hub: socket.socket, begun: bytes) -> bool:
+    """Send what standard input has brought; with it standard input and output, if they are pipes
+    and it is a frame of the usual length. True: the hub took them, and has gone since."""
+    usual = _whole_frame(begun) is not None and len(begun) <= _AT_ONCE
+    try:
+        if usual and is_stream(_STDIN) and is_stream(_STDOUT):
+            socket.send_fds(hub, [begun], [_STDIN, _STDOUT])
+        else:
+            hub.sendall(begun)
+            return False
+        if hub.recv(1, socket.MSG_PEEK) != _TAKEN:
+            return False
+    except OSError:  # it has gone: to copy what it said and to find its end is the same as ever
+        return False
+    hub.recv(1)
+    _let_go(_STDIN, _STDOUT)
+    with contextlib.suppress(OSError):
+        while hub.recv(_CHUNK):  # it has no more to say here
+            pass
+    return True
+
+
 def _is_clients(begun: bytes) -> bool:
     """Whether it begins with the HELLO of a client, or with what its doctor asks in place of one,
     whose payload is the same."""
+    frame = _whole_frame(begun)
+    if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
+        return False
     try:
-        frame = first_frame(bytearray(begun), _HELLO_LIMIT)
-        if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
-            return False
         body = json.loads(frame.payload)
-    except (ProtocolError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return isinstance(body, dict) and body.get("role") == "client"
 
@@ -192,8 +236,13 @@ def _receive(hub: socket.socket) -> bool:
         except OSError:
             return False
     # Whoever reads our output must see its end now, also while the other way goes on.
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, _STDOUT)
-    os.dup2(nowhere, _STDERR)
-    os.close(nowhere)
+    _let_go(_STDOUT, _STDERR)
     return True
+
+
+def _let_go(*descriptors: int) -> None:
+    """Whoever has their other ends sees that they are closed."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)

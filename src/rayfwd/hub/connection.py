@@ -26,9 +26,11 @@ from rayfwd.session.handshake import (
     Refusal,
     Welcome,
 )
+from rayfwd.session.lane import LaneClass
 from rayfwd.session.proof import Claim, check
-from rayfwd.system import ownership
+from rayfwd.system import ownership, passing
 from rayfwd.transport.mux import Mux
+from rayfwd.transport.pipes import PipeTransport
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.writev import write
 
@@ -38,6 +40,8 @@ CLOSE_TIMEOUT = 5.0
 """Seconds for the peer to take what is left to say to it, before the connection is cut."""
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a lane's transport before the session is asked for no more."""
+TAKEN = b"\0"
+"""The word to `rayfwd attach` that its pipes were taken: the first byte of no frame."""
 
 
 class Owner(Protocol):
@@ -77,8 +81,10 @@ class Greeting:
 class HubConnection(asyncio.Protocol):
     """A connection to the hub's socket: first the handshake, then a lane of a session."""
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner, passed: dict[int, list[int]]) -> None:
+        """`passed`: descriptors that come with its first bytes (`system/passing.py`)."""
         self._owner = owner
+        self._passed = passed
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._mux: Mux | None = None
@@ -87,6 +93,8 @@ class HubConnection(asyncio.Protocol):
         self._number = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why_aborted = ""
+        self._waiting: asyncio.Transport | None = None
+        """Of a connection whose bytes go by pipes: the socket at which `rayfwd attach` waits."""
         self.lane_class = ""
         self.node = ""
         """What its HELLO says, as the log has it."""
@@ -112,6 +120,7 @@ class HubConnection(asyncio.Protocol):
         if self._checkup is not None:
             self._checkup.received(data)
             return
+        self._take_pipes(self._transport)
         self._buffer += data
         try:
             self._take_frame()
@@ -165,6 +174,21 @@ class HubConnection(asyncio.Protocol):
         else:
             self._owner.greeted(self, hello, claim)
 
+    def _take_pipes(self, waiting: asyncio.Transport) -> None:
+        """Where `rayfwd attach` passes what it was given by sshd, go on over that. It waits at its
+        end of the socket, and whichever of the two ends takes the other with it."""
+        sock = waiting.get_extra_info("socket")
+        pipes = self._passed.pop(sock.fileno(), []) if sock is not None else []
+        if len(pipes) != passing.MOST or not all(map(passing.is_stream, pipes)):
+            passing.close_all(pipes)
+            return
+        waiting.write(TAKEN)
+        self._transport = PipeTransport(self, *pipes)
+        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        pace.begin(self._transport)
+        waiting.set_protocol(_Waiting(self._transport))
+        self._waiting = waiting
+
     def pause_writing(self) -> None:
         self.paused = True
         if self._checkup is not None:
@@ -183,6 +207,8 @@ class HubConnection(asyncio.Protocol):
         if self._checkup is not None:
             self._checkup.gone()
         transport, self._transport = self._transport, None
+        if self._waiting is not None:
+            self._waiting.close()
         if isinstance(exc, BrokenPipeError | ConnectionResetError) and transport is not None:
             self._take_last(transport)
         if self._mux is not None and not self._mux.ended:
@@ -192,7 +218,8 @@ class HubConnection(asyncio.Protocol):
     def _take_last(self, transport: asyncio.Transport) -> None:
         """Read what came before the peer closed. A write that meets a closed socket ends a
         transport at once, and what is unread may be the worker's CLOSE."""
-        mux, descriptor = self._mux, transport.get_extra_info("socket").fileno()
+        mux, sock = self._mux, transport.get_extra_info("socket")
+        descriptor = sock.fileno() if sock is not None else -1  # pipes were read to their end
         with suppress(OSError):  # it is not blocking, and still open here
             while mux is not None and descriptor >= 0 and (data := os.read(descriptor, 1 << 18)):
                 mux.lane_data(self._number, data)
@@ -225,6 +252,8 @@ class HubConnection(asyncio.Protocol):
         self._transport.write(welcome.encode())
         self._mux = mux
         self.peer, self.lane_class = peer, hello.lane.value
+        if isinstance(self._transport, PipeTransport) and hello.lane is LaneClass.BULK:
+            self._transport.widen()
         self._number = mux.add_lane(self, hello.lane)
         if self._buffer:
             rest = bytes(self._buffer)
@@ -257,3 +286,13 @@ class HubConnection(asyncio.Protocol):
         if self._transport is not None:
             self._why_aborted = why
             self._transport.abort()
+
+
+class _Waiting(asyncio.Protocol):
+    """The socket at which `rayfwd attach` waits until its pipes are done with."""
+
+    def __init__(self, pipes: PipeTransport) -> None:
+        self._pipes = pipes
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pipes.abort()

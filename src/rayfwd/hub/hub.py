@@ -31,6 +31,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
+from rayfwd.system.passing import Listening
 from rayfwd.system.users import allowed_uids, user_name
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
@@ -143,13 +144,13 @@ class Hub:
         # Anyone may connect where several users are allowed: who may stay is decided by the
         # kernel's word on who is there, so that a stranger gets a sentence and not a riddle.
         mode = 0o666 if self._shared else 0o600
-        sock = self._inherited or unixsocket.bind(self.path, mode)
+        sock = Listening.instead_of(self._inherited or unixsocket.bind(self.path, mode))
         if self._inherited is not None:
             self.path.chmod(mode)
         self.started = True
         # Ours before the loop turns: who stops meanwhile hands it over, or closes it.
         self._server = await loop.create_unix_server(
-            lambda: HubConnection(self), sock=sock, start_serving=False
+            lambda: HubConnection(self, sock.passed), sock=sock, start_serving=False
         )
         self._inherited = None
         await self._server.start_serving()

@@ -28,11 +28,13 @@ def write(transport: asyncio.Transport, chunks: Sequence[Chunk]) -> None:
         transport.write(chunks[0])
     elif sum(map(len, chunks)) < JOIN_BYTES:
         transport.write(b"".join(chunks))
+    elif (sock := transport.get_extra_info("socket")) is None:
+        transport.writelines(chunks)  # pipes, which join nothing
     elif not transport.is_closing():
         sent = 0
         if not transport.get_write_buffer_size():
             try:
-                sent = os.writev(transport.get_extra_info("socket").fileno(), chunks[:PIECES])
+                sent = os.writev(sock.fileno(), chunks[:PIECES])
             except OSError:
                 pass
         for chunk in skip_bytes(chunks, sent):
