@@ -382,8 +382,10 @@ class Link:
         needed = seconds if urgent else max(counted, min(seconds, REDIAL_FIRST))
         await asyncio.sleep(needed)
         if needed < seconds:
+            # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the event.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._urgent.wait(), seconds - needed)
+                async with asyncio.timeout(seconds - needed):
+                    await self._urgent.wait()
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
         """Make the extra lanes when those that stand are full."""
