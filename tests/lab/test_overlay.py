@@ -125,3 +125,37 @@ def test_a_keeper_that_is_a_child_is_started_anew(cluster: Cluster) -> None:
     w2.wait_status(lambda s: s["conditions"] == [] and s["state"] == "ready", 60)
     assert "rayfwd0" in machine.network_command("nft", "list", "tables")
     assert "127.77.0.3/32" in machine.network_command("ip", "addr", "show", "rayfwd0")
+
+
+SAME_PORT = """
+import socket, sys
+held = []
+for place in sys.argv[1:]:
+    address, port = place.split(":")
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("127.0.0.1", 50123))
+    sock.settimeout(1)
+    sock.connect((address, int(port)))
+    held.append(sock)
+for sock in held:
+    try:
+        sock.send(b"x")
+        print("closed" if sock.recv(1) == b"" else "open")
+    except TimeoutError:
+        print("open")
+    except ConnectionResetError:
+        print("reset")
+"""
+
+
+def test_one_port_of_origin_leads_to_several_nodes(cluster: Cluster) -> None:
+    """As any program's may: the kernel sees to it that connections to *different* places differ.
+    Here all come to one listener, where they would be the same."""
+    w1, w2 = cluster.worker("w1"), cluster.worker("w2").machine
+    listening = w2.network_command("ss", "-Hltn", "src 127.77.0.3 or src 0.0.0.0")
+    ports = sorted(int(line.split()[3].rpartition(":")[2]) for line in listening.splitlines())
+    places = ["127.77.0.1:6379", "127.77.0.1:8265", f"127.77.0.3:{ports[0]}"]
+    python = str(w1.machine.ray_python(LIBRARIES))
+    said = w1.machine.run([python, "-c", SAME_PORT, *places]).stdout.split()
+    assert said == ["open"] * 3, places

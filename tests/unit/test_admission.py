@@ -139,6 +139,21 @@ class TestWhoIsLetIn:
 
         run(main)
 
+    def test_who_was_redirected_and_has_another_port_of_origin_here(self) -> None:
+        """The rule has looked at the user. What was not redirected is refused without an owner."""
+        admission = Admission()
+        admission.open()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            with socket.create_connection(server.getsockname()):
+                connection, _ = server.accept()
+            with connection:
+                elsewhere = "127.77.0.3", 20000
+                assert admission.admit(connection, elsewhere) is not None
+                assert admission.admit(connection, server.getsockname()) is None
+                assert admission.admit(connection) is None
+        admission.close()
+        assert admission.refused == {GONE: 2}
+
     @needs_root
     def test_of_one_user_no_more_than_his_share(self, tmp_path: Path) -> None:
         async def main() -> None:

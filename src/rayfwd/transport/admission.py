@@ -89,14 +89,22 @@ class Admission:
         """A connection that was accepted; None: it is to be reset. Takes some 20 us.
 
         `dialled`: where it was to go, if the kernel redirected it; the peer's socket has that.
+
+        Of those that were redirected, some have no owner here: when two connections of one port of
+        origin come together at this listener, the kernel gives the second another port, which no
+        socket has. It is let through, as the rule redirects only what these users dial.
         """
         if self._diag is None:
             return Pass(None, self._open)
+        redirected = False
         try:
-            own, peer = dialled or connection.getsockname(), connection.getpeername()
-            owner = self._diag.owner_of_peer(own, peer)
+            here, peer = connection.getsockname(), connection.getpeername()
+            redirected = dialled is not None and dialled != here
+            owner = self._diag.owner_of_peer(dialled or here, peer)
         except OSError:
             owner = None  # it was reset meanwhile, as a rule
+        if owner is None and redirected:
+            return Pass(None, self._open)
         if owner is None:
             self._refuse(GONE, connection, "")
         elif owner.uid == self._own:
