@@ -173,9 +173,18 @@ def asyncssh_plain(
 
 @contextlib.contextmanager
 def rayfwd(
-    sshd: Sshd, via: int, server: int, directory: Path, bulk_lanes: int = 1, workers: int = 1
+    sshd: Sshd,
+    via: int,
+    server: int,
+    directory: Path,
+    bulk_lanes: int = 1,
+    workers: int = 1,
+    carrier: str = "",
 ) -> Iterator[tuple[int, list[int]]]:
-    """A head's and a worker's daemon; with two workers the server is the second one's."""
+    """A head's and a worker's daemon; with two workers the server is the second one's.
+
+    `carrier`: further lines of [head].
+    """
     port = free_port()
     processes = Processes()
     (directory / "ssh_config").write_text(
@@ -200,7 +209,8 @@ def rayfwd(
             + ("forward = []\n" if number > 1 else "")
             + f"[head]\nssh = 'head'\nidentity = '{sshd.key}'\n"
             f"ssh_config = '{directory}/ssh_config'\nsocket = '{directory}/head-run/hub.sock'\n"
-            f"bulk_lanes = {bulk_lanes}\n[ray]\n{common}{forward}"
+            f"bulk_lanes = {bulk_lanes}\nattach_command = '{sys.executable} -m rayfwd attach "
+            f"--socket {directory}/head-run/hub.sock'\n{carrier}\n[ray]\n{common}{forward}"
         )
     try:
         pids = [sshd.process.pid]

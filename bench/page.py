@@ -47,6 +47,7 @@ UNITS = {
 }
 TITLES = {
     "near": "Beside each other on one machine",
+    "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
     "far": "One bulk stream, 50 ms there and back",
     "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",
     "idle": "Idle: daemons of a cluster of three nodes, without Ray",

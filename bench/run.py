@@ -103,29 +103,45 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
+def _looked_near(bench: Bench, port: int, pids: list[int]) -> dict[str, float]:
+    peers.upload(port, 16 * MB)  # windows open, caches warm
+    before = sum(map(contestants.cpu_seconds, pids))
+    up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
+    spent = sum(map(contestants.cpu_seconds, pids)) - before
+    idle = peers.round_trips(port, bench.seconds)
+    beside_up = peers.round_trips_beside_bulk(port, bench.seconds, upward=True)
+    beside_down = peers.round_trips_beside_bulk(port, bench.seconds, upward=False)
+    return {
+        "worker to head": bench.size / 1e6 / up,
+        "head to worker": bench.size / 1e6 / down,
+        "processor time": spent / (2 * bench.size / 1e9),
+        "round trip, p50": peers.median(idle) * 1e6,
+        "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
+        "beside bulk up, p99": peers.percentile(beside_up, 0.99) * 1e6,
+        "beside bulk down, p99": peers.percentile(beside_down, 0.99) * 1e6,
+    }
+
+
 def near(bench: Bench) -> Results:
     """Streams, processor time and round trips without any delay."""
 
     def look(port: int, pids: list[int]) -> dict[str, float]:
-        peers.upload(port, 16 * MB)  # windows open, caches warm
-        before = sum(map(contestants.cpu_seconds, pids))
-        up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
-        spent = sum(map(contestants.cpu_seconds, pids)) - before
-        idle = peers.round_trips(port, bench.seconds)
-        beside_up = peers.round_trips_beside_bulk(port, bench.seconds, upward=True)
-        beside_down = peers.round_trips_beside_bulk(port, bench.seconds, upward=False)
-        return {
-            "worker to head": bench.size / 1e6 / up,
-            "head to worker": bench.size / 1e6 / down,
-            "processor time": spent / (2 * bench.size / 1e9),
-            "round trip, p50": peers.median(idle) * 1e6,
-            "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
-            "beside bulk up, p99": peers.percentile(beside_up, 0.99) * 1e6,
-            "beside bulk down, p99": peers.percentile(beside_down, 0.99) * 1e6,
-        }
+        return _looked_near(bench, port, pids)
 
     ways: dict[str, Make] = {"direct": lambda *_: direct(bench.server), **bench.ways()}
     return bench.each(ways, bench.sshd.port, look)
+
+
+def carriers(bench: Bench) -> Results:
+    """The same of the carriers that a lane may have; the `ssh` of a daemon's counts as its own."""
+    sshd, server = bench.sshd, bench.server
+    names = (REFERENCE, "rayfwd")
+    ways = {name: make for name, make in bench.ways().items() if name in names}
+    for via in ("exec", "socket"):
+        ways[f"rayfwd, openssh, {via}"] = lambda port, d, via=via: contestants.rayfwd(  # type: ignore[misc]
+            sshd, port, server, d, carrier=f"transport = 'openssh'\nvia = '{via}'"
+        )
+    return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
 
 
 def far(bench: Bench) -> Results:
@@ -237,6 +253,7 @@ def idle_ray(bench: Bench) -> Results:
 
 PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
+    "openssh": carriers,
     "far": far,
     "ray": ray,
     "idle": idle,

@@ -43,10 +43,10 @@ from rayfwd.system.users import allowed_uids
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.acceptor import BACKLOG, Acceptor
 from rayfwd.transport.admission import Admission
+from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.link import Link
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.transport.ssh_carrier import SshCarrier
 
 log = get_logger(__name__)
 
@@ -171,7 +171,7 @@ class Client:
     async def _by(self, via: Via) -> Problem:
         """Hold the link by that way; where it does not come to stand even once, why not."""
         head = self._head.model_copy(update={"via": via})
-        link = self._link = Link(self, head, SshCarrier(head), Limits())
+        link = self._link = Link(self, head, carrier_for(head), Limits())
         async with asyncio.TaskGroup() as group:
             running = group.create_task(link.run(), name="link")
             while self._welcome is None and link.problem is None:

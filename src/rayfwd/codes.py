@@ -33,6 +33,9 @@ SSH_FILE_UNREADABLE = Code(
 SSH_CONFIG_INVALID = Code(
     "ssh_config_invalid", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
 )
+OPENSSH_ABSENT = Code(
+    "openssh_absent", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
+)
 SSH_FAILED = Code("ssh_failed", group=Group.LINK_FAULT, stage="ssh")
 SSH_LOST = Code(
     "ssh_lost", "warning", Group.LINK_FAULT, for_seconds=3.0, stage="ssh", both_ends=True

@@ -163,6 +163,8 @@ class HeadConfig(_Section):
     """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
     """where the hub listens, on the head's file system"""
+    transport: Literal["asyncssh", "openssh"] = "asyncssh"
+    """"openssh": by the system's `ssh`, and a ControlMaster of yours where one is; docs/ways.md"""
     via: Literal["socket", "exec"] = "socket"
     """"exec" where the head's sshd forbids forwarding to sockets: runs attach_command there"""
     attach_command: Command = "rayfwd attach"

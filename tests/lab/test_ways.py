@@ -326,3 +326,135 @@ class TestHead:
                 up(daemon)
         finally:
             head.run(["rm", f"{HOME}/.bashrc"])
+
+
+OPENSSH = {"transport": "openssh"}
+
+
+class TestOpenssh:
+    """The system's `ssh` as the carrier."""
+
+    @pytest.mark.parametrize("via", ["socket", "exec"])
+    def test_it_carries_and_a_cut_is_ridden_through(self, cluster: Cluster, via: str) -> None:
+        command = f"{cluster.lab.rayfwd} attach --socket {HUB_SOCKET}"
+        with worker(cluster, **OPENSSH, via=via, attach_command=command) as daemon:
+            up(daemon)
+            w1 = cluster.lab.machine("w1")
+            cluster.lab.cut(w1)
+            daemon.wait_event("link_parked", 60)
+            began = time.monotonic()
+            cluster.lab.heal(w1)
+            resumed = daemon.wait_event("link_resumed", 60)
+            assert time.monotonic() - began < 8.0, resumed
+            assert not daemon.events("session_ended")
+        assert not w1.run(["pgrep", "-x", "ssh"], check=False).stdout.split()
+
+    def test_a_jump_host_and_the_hops_that_are_named(
+        self, cluster: Cluster, bastion: Machine, w1: Machine, head: Machine
+    ) -> None:
+        with worker(cluster, **OPENSSH, ssh="the-head") as daemon:
+            up(daemon)
+            assert "the system's ssh has checked it" in doctor(cluster)
+        w1.know(f"{head.address} {head.host_key}")
+        with worker(cluster, **OPENSSH, ssh="the-head") as daemon:
+            unknown = met(daemon, "host_key_unknown")
+            assert "the jump host bastion" in unknown["cause"]
+            assert f"ssh-keyscan -p 22 {bastion.address}" in unknown["remedy"]
+            w1.know(f"{head.address} {head.host_key}", f"{bastion.address} {bastion.host_key}")
+            up(daemon)
+        bastion.authorize()
+        with worker(cluster, **OPENSSH, ssh="the-head") as daemon:
+            refused = met(daemon, "ssh_auth_refused")
+            assert refused["cause"].startswith("the jump host bastion refuses")
+            assert "the jump host bastion" in doctor(cluster)
+        bastion.authorize(w1.public_key)
+        head.stop_sshd()
+        try:
+            with worker(cluster, **OPENSSH, ssh="the-head") as daemon:
+                down = met(daemon, "ssh_unreachable")
+                assert f"cannot connect to {head.address} port 22" in down["cause"]
+                head.start_sshd()
+                up(daemon)
+        finally:
+            if not head.sshd_runs:
+                head.start_sshd()
+
+    def test_what_only_ssh_understands(self, cluster: Cluster, head: Machine, w1: Machine) -> None:
+        """`Match exec`, and a command that dials."""
+        dial = "bash -c 'exec 3<>/dev/tcp/%h/%p; cat <&3 & exec cat >&3'"
+        w1.write(
+            f"{SSH}/config",
+            f"Match originalhost somewhere exec true\n  HostName {head.address}\n  User ray\n"
+            f"  ProxyCommand {dial}\n",
+        )
+        try:
+            with worker(cluster, **OPENSSH, ssh="somewhere") as daemon:
+                up(daemon)
+            w1.write(f"{SSH}/config", "Host *\n  ProxyCommand sh -c 'echo no such tunnel >&2'\n")
+            with worker(cluster, **OPENSSH) as daemon:
+                said = met(daemon, "ssh_unreachable")
+                assert "ProxyCommand" in said["cause"]
+                assert "no such tunnel" in said["cause"]
+        finally:
+            w1.run(["rm", "-f", f"{SSH}/config"])
+
+    def test_another_host_key_and_a_server_that_is_away(
+        self, cluster: Cluster, head: Machine, w1: Machine
+    ) -> None:
+        other = cluster.lab.machine("w2").host_key
+        w1.know(f"{head.address} {other}")
+        try:
+            with worker(cluster, **OPENSSH) as daemon:
+                said = met(daemon, "host_key_mismatch")
+                assert f"ssh-keygen -R {head.address}" in said["remedy"]
+                w1.know(f"{head.address} {head.host_key}")
+                up(daemon)
+            w1.write(f"{HOME}/only", f"{head.address} {other}\n")
+            with worker(cluster, **OPENSSH, known_hosts=f"{HOME}/only") as daemon:
+                assert f"{HOME}/only" in met(daemon, "host_key_mismatch")["cause"]
+        finally:
+            w1.know(f"{head.address} {head.host_key}")
+        head.stop_sshd()
+        try:
+            with worker(cluster, **OPENSSH) as daemon:
+                said = met(daemon, "ssh_unreachable")
+                assert f"dialled {head.address} port 22" in said["cause"]
+                head.start_sshd()
+                up(daemon)
+        finally:
+            if not head.sshd_runs:
+                head.start_sshd()
+
+    @pytest.mark.parametrize("via", ["socket", "exec"])
+    def test_a_second_factor_by_a_login_that_stands(
+        self, cluster: Cluster, head: Machine, w1: Machine, via: str
+    ) -> None:
+        """The daemon has one of two keys that are wanted; a person who has both has logged in."""
+        control = f"{HOME}/control"
+        w1.write(f"{SSH}/config", f"Host *\n  ControlPath {control}\n")
+        if not w1.host_path(f"{HOME}/second").exists():
+            w1.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{HOME}/second"])
+        second = w1.run(["cat", f"{HOME}/second.pub"]).stdout.strip()
+        head.authorize(w1.public_key, second)
+        keys = ["-i", f"{SSH}/id_ed25519", "-i", f"{HOME}/second"]
+        to = f"ray@{head.address}"
+        command = f"{cluster.lab.rayfwd} attach --socket {HUB_SOCKET}"
+        config = {**OPENSSH, "via": via, "attach_command": command}
+        try:
+            with (
+                sshd_with(head, "AuthenticationMethods=publickey,publickey"),
+                worker(cluster, **config, identity=f"{SSH}/id_ed25519") as daemon,
+            ):
+                said = met(daemon, "ssh_second_factor")
+                assert "ControlMaster" in said["remedy"]
+                w1.run(["ssh", "-M", "-f", "-N", *keys, to])
+                up(daemon)
+                assert "ControlMaster" in doctor(cluster)
+                w1.run(["ssh", "-O", "exit", to])
+                daemon.wait_event("link_parked", 30)
+                w1.run(["ssh", "-M", "-f", "-N", *keys, to])
+                daemon.wait_event("link_resumed", 30)
+                w1.run(["ssh", "-O", "exit", to])
+        finally:
+            w1.run(["rm", "-f", f"{SSH}/config"])
+            head.authorize(w1.public_key, cluster.lab.machine("w2").public_key)

@@ -38,11 +38,11 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.carrier import Carrier
+from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.ways import Way, Ways
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary_watch import Canary, Situation
@@ -124,7 +124,7 @@ class Makers:
     listeners: Callable[
         [Callable[[Target, SocketRelay], None], Callable[[], None], Admission], Listeners
     ] = Listeners
-    carrier: Callable[[HeadConfig], Carrier] = SshCarrier
+    carrier: Callable[[HeadConfig], Carrier] = carrier_for
 
 
 class Node:

@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
-import asyncssh
-
 from rayfwd import __version__, codes
 from rayfwd.client import LOOPBACK, hello_of, listen_all
 from rayfwd.config import HeadConfig
@@ -19,6 +17,8 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
+from rayfwd.transport.openssh_carrier import OpensshConnection
+from rayfwd.transport.ssh_carrier import SshConnection
 
 
 class ClientExamination(WayExamination):
@@ -65,7 +65,7 @@ class ClientExamination(WayExamination):
         return (self._head, self._head.model_copy(update={"via": "exec"}))
 
     async def open(
-        self, connection: asyncssh.SSHClientConnection, hub_probe: HubProbe
+        self, connection: SshConnection | OpensshConnection, hub_probe: HubProbe
     ) -> CheckReply:
         try:
             return await super().open(connection, hub_probe)

@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
-import asyncssh
-
 from rayfwd import __version__, codes
 from rayfwd.cluster.identity import Identity
 from rayfwd.cluster.plan import NodePlan
@@ -26,7 +24,8 @@ from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
-from rayfwd.transport.ssh import SshConnector
+from rayfwd.transport.carriers import carrier_for
+from rayfwd.transport.openssh_carrier import OpensshConnection
 from rayfwd.transport.ssh_carrier import SshConnection
 
 NOT_REACHED = "not got so far"
@@ -78,23 +77,23 @@ class WayExamination(Examination):
 
     async def way(self) -> None:
         """Dial, ask, measure; say the rows of the way, and keep those of later checks."""
-        connector = SshConnector(self._head)
+        carrier = carrier_for(self._head)
         began = time.monotonic()
         try:
-            connection = await connector.connect()
+            connection = await carrier.dial(asyncio.Event())
         except ProblemError as exc:
-            hop = connector.stopped_at
+            hop = carrier.stopped_at
             self._stopped(exc.problem, self._head.ssh if hop is None else hop.called)
-            connector.close()
+            carrier.close()
             return
         try:
             self._connected(connection, time.monotonic() - began)
             await self._ask(connection)
         finally:
             connection.abort()
-            connector.close()
+            carrier.close()
 
-    async def _ask(self, connection: asyncssh.SSHClientConnection) -> None:
+    async def _ask(self, connection: SshConnection | OpensshConnection) -> None:
         stopped: tuple[HeadConfig, Problem] | None = None
         for head in self.ways():
             self._head = head
@@ -124,13 +123,12 @@ class WayExamination(Examination):
             self.emit(skipped(check, "the head's rayfwd does not say"))
 
     async def open(
-        self, connection: asyncssh.SSHClientConnection, hub_probe: HubProbe
+        self, connection: SshConnection | OpensshConnection, hub_probe: HubProbe
     ) -> CheckReply:
         """Reach the hub by the way whose turn it is, and ask. Raises ProblemError."""
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT):
-                way = SshConnection(SshConnector(self._head), connection)
-                pipe = await way.open(hub_probe)
+                pipe = await connection.by(self._head).open(hub_probe)
         except TimeoutError:
             cause = f"the head's sshd opened no channel in {ANSWER_TIMEOUT:.0f} s"
             problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
@@ -164,7 +162,11 @@ class WayExamination(Examination):
             return f"a session that runs `{self._head.attach_command}` (via = exec)"
         return f"a stream to {self._head.socket} (via = socket)"
 
-    def _connected(self, connection: asyncssh.SSHClientConnection, seconds: float) -> None:
+    def _connected(self, made: SshConnection | OpensshConnection, seconds: float) -> None:
+        if isinstance(made, OpensshConnection):
+            self._connected_by_openssh(made, seconds)
+            return
+        connection = made.ssh
         key = connection.get_server_host_key()
         version = str(connection.get_extra_info("server_version", "")).removeprefix("SSH-2.0-")
         cipher = str(connection.get_extra_info("send_cipher", ""))
@@ -173,11 +175,22 @@ class WayExamination(Examination):
         self.emit(passed("ssh", f"{target} answers: {version}", server=version, cipher=cipher))
         known = "none" if key is None else f"{key.get_algorithm()} {key.get_fingerprint()}"
         self.emit(passed("host_key", f"{known} is known", fingerprint=known))
-        slow = judgements.judge_login(target, seconds)
+        self._logged_in(user, seconds, f"logged in as {user} in {seconds:.2f} s")
+
+    def _connected_by_openssh(self, connection: OpensshConnection, seconds: float) -> None:
+        target, hop = self._head.ssh, connection.hops[-1]
+        self.emit(passed("ssh", f"{target} answers, to the system's ssh (transport = openssh)"))
+        self.emit(passed("host_key", "the system's ssh has checked it, strictly"))
+        said = f"logged in as {hop.user} in {seconds:.2f} s"
+        if connection.shared:
+            said = f"a connection of {hop.user}'s stands (ControlMaster), and is used"
+        self._logged_in(hop.user, seconds, said)
+
+    def _logged_in(self, user: str, seconds: float, said: str) -> None:
+        slow = judgements.judge_login(self._head.ssh, seconds)
         if slow is not None:
             self.emit(warned("auth", slow, seconds=round(seconds, 3)))
         else:
-            said = f"logged in as {user} in {seconds:.2f} s"
             self.emit(passed("auth", said, user=user, seconds=round(seconds, 3)))
 
     def hub(self, answer: CheckReply) -> Row:
@@ -239,7 +252,7 @@ class WayExamination(Examination):
     async def names(self) -> Row:
         """How soon the head's name is found."""
         try:
-            host, port, direct = await SshConnector(self._head).place()
+            host, port, direct = await carrier_for(self._head).place()
             if not direct:
                 return skipped("names", f"a jump host or command finds {host}")
             if is_address(host):

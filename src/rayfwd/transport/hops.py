@@ -7,6 +7,7 @@ the file that is named (`head.ssh_config`) alone, as by `ssh -F`, else the user'
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import asyncssh
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.problems import ProblemError
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.transport import knownhosts
 from rayfwd.transport.knownhosts import KnownHosts
 
@@ -59,6 +60,11 @@ class Hop:
         return self.first and bool(self.options.proxy_command)
 
     @property
+    def user(self) -> str:
+        """Whom it is logged in as there."""
+        return self.options.username
+
+    @property
     def called(self) -> str:
         """In a sentence."""
         return self.written if self.is_head else f"the jump host {self.written}"
@@ -74,13 +80,7 @@ def find_way(head: HeadConfig) -> list[Hop]:
 
 def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) -> list[Hop]:
     if written in after or len(after) > JUMPS:
-        raise ProblemError(
-            codes.SSH_CONFIG_INVALID.problem(
-                f"the jump hosts go in a circle: {' after '.join((*after, written))}",
-                "see ProxyJump in the SSH configuration: a jump host must not have itself as one "
-                "(`Host * !bastion` leaves it out)",
-            )
-        )
+        raise ProblemError(jumps_in_a_circle((*after, written)))
     options = _options(head, written, is_head)
     jumps = options.config.get("ProxyJump")
     known = _known_hosts(head, options, is_head)
@@ -95,6 +95,15 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
         reached = _way(head, other, False, (*after, first))[-1]
         way.append(replace(reached, first=False))
     return [*way, hop]
+
+
+def jumps_in_a_circle(names: Sequence[str]) -> Problem:
+    """Each of these names has the one before it behind it."""
+    return codes.SSH_CONFIG_INVALID.problem(
+        f"the jump hosts go in a circle: {' after '.join(names)}",
+        "see ProxyJump in the SSH configuration: a jump host must not have itself as one "
+        "(`Host * !bastion` leaves it out)",
+    )
 
 
 def _options(head: HeadConfig, written: str, is_head: bool) -> asyncssh.SSHClientConnectionOptions:

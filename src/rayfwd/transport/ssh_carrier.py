@@ -13,6 +13,7 @@ from rayfwd.session.frames import Chunk
 from rayfwd.session.preamble import Preamble
 from rayfwd.transport.carrier import PipeOwner
 from rayfwd.transport.fastpath import FastPath
+from rayfwd.transport.hops import Hop
 from rayfwd.transport.ssh import SshConnector
 
 WRITE_BUFFER = 1 << 18
@@ -29,6 +30,15 @@ class SshCarrier:
         """Raises ProblemError."""
         return SshConnection(self._connector, await self._connector.connect(urgent))
 
+    @property
+    def stopped_at(self) -> Hop | None:
+        """Where the last attempt failed."""
+        return self._connector.stopped_at
+
+    async def place(self) -> tuple[str, int, bool]:
+        """As the connector has it. Raises ProblemError."""
+        return await self._connector.place()
+
     def close(self) -> None:
         self._connector.close()
 
@@ -37,24 +47,28 @@ class SshConnection:
     """An SSH connection to the head."""
 
     def __init__(self, connector: SshConnector, connection: asyncssh.SSHClientConnection) -> None:
+        self.ssh = connection
         self._connector = connector
-        self._connection = connection
+
+    def by(self, head: HeadConfig) -> SshConnection:
+        """The same, to open a pipe to the hub in another way."""
+        return SshConnection(SshConnector(head), self.ssh)
 
     async def open(self, owner: PipeOwner) -> SshPipe:
         """Raises ProblemError."""
         preamble = Preamble() if self._connector.by_command else None
-        pipe = SshPipe(self._connection, owner, preamble)
-        await self._connector.open_channel(self._connection, lambda: pipe)
+        pipe = SshPipe(self.ssh, owner, preamble)
+        await self._connector.open_channel(self.ssh, lambda: pipe)
         return pipe
 
     async def tune(self) -> None:
-        await self._connector.send_at_once(self._connection)
+        await self._connector.send_at_once(self.ssh)
 
     def close(self) -> None:
-        self._connection.close()
+        self.ssh.close()
 
     def abort(self) -> None:
-        self._connection.abort()
+        self.ssh.abort()
 
 
 class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import socket
 from pathlib import Path
+from typing import Protocol
 
 import asyncssh
 
@@ -15,7 +16,25 @@ from rayfwd.problems import Problem
 from rayfwd.system import unixsocket
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt
 from rayfwd.transport.hops import Hop
-from rayfwd.transport.knownhosts import USER_FILES
+from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
+
+
+class Server(Protocol):
+    """An SSH server of the way, whoever dials it."""
+
+    @property
+    def written(self) -> str: ...
+    @property
+    def known(self) -> KnownHosts: ...
+    @property
+    def user(self) -> str: ...
+    @property
+    def is_head(self) -> bool: ...
+    @property
+    def direct(self) -> bool: ...
+    @property
+    def called(self) -> str: ...
+
 
 TABLE_LIMIT = 1 << 21
 """Bytes of /proc/net/unix on the head that are read; a line is some 70."""
@@ -31,7 +50,7 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
     """The problem behind an exception met before anything was dialled."""
     match exc:
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return _key_unusable(exc)
+            return key_unusable(exc)
         case asyncssh.ConfigParseError():
             remedy = "correct the SSH configuration"
             if head.ssh_config is None:
@@ -46,7 +65,7 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
             return _unknown(exc, head.ssh)
 
 
-def _key_unusable(exc: Exception) -> Problem:
+def key_unusable(exc: Exception | str) -> Problem:
     return codes.SSH_KEY_UNUSABLE.problem(
         f"the private key cannot be read: {exc}",
         "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` "
@@ -61,41 +80,51 @@ def _unknown(exc: Exception, called: str) -> Problem:
 
 def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem | None:
     """Where the server has answered."""
-    where = "on the head" if hop.is_head else f"on {hop.called}"
     match exc:
         case asyncssh.HostKeyNotVerifiable():
             return host_key_problem(head, hop, revoked="revoked" in str(exc))
         case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
             return host_key_problem(head, hop)
         case asyncssh.PermissionDenied() if attempt.wants_more:
-            return codes.SSH_SECOND_FACTOR.problem(
-                f"{hop.called} accepted this machine's key, and wants a second factor as well (a "
-                "one-time code, a password), which a daemon cannot give",
-                f"let this key do {where}: in its sshd_config, `Match User "
-                f"{hop.options.username}` with `AuthenticationMethods publickey`, and restrict the "
-                "key in authorized_keys (docs/security.md); or log in as a user without one",
-            )
+            return second_factor(hop)
         case asyncssh.PermissionDenied():
-            return _keys_refused(exc.reason, hop, where)
+            return keys_refused(exc.reason, hop)
         case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
-            return codes.SSH_AUTH_REFUSED.problem(
-                f"{hop.called} refused several of this machine's keys, and ended before all were "
-                f"tried ({exc.reason})",
-                "set head.identity to the key that is there; or `IdentitiesOnly yes` with "
-                "IdentityFile in the SSH configuration, so that an agent's other keys stay out",
-            )
+            return too_many_keys(exc.reason, hop)
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return _key_unusable(exc)
+            return key_unusable(exc)
         case _:
             return None
 
 
-def _keys_refused(reason: str, hop: Hop, where: str) -> Problem:
+def _where(hop: Server) -> str:
+    return "on the head" if hop.is_head else f"on {hop.called}"
+
+
+def _its(hop: Server) -> str:
+    """Whose machine it is."""
+    return "the head" if hop.is_head else hop.called
+
+
+def second_factor(hop: Server) -> Problem:
+    """A key was accepted, and was not enough."""
+    return codes.SSH_SECOND_FACTOR.problem(
+        f"{hop.called} accepted this machine's key, and wants a second factor as well (a "
+        "one-time code, a password), which a daemon cannot give",
+        f"let this key do {_where(hop)}: in its sshd_config, `Match User {hop.user}` with "
+        "`AuthenticationMethods publickey`, and restrict the key in authorized_keys "
+        '(docs/security.md); or set transport = "openssh" in [head] and log in once by '
+        "hand as a ControlMaster, whose connection is used (docs/ways.md)",
+    )
+
+
+def keys_refused(reason: str, hop: Server) -> Problem:
+    """No key was accepted."""
     remedy = (
         "add the public key to authorized_keys of that user on the head, or set head.identity to "
         "the key that is there"
         if hop.is_head
-        else f"add the public key to authorized_keys of {hop.options.username} {where}, or name "
+        else f"add the public key to authorized_keys of {hop.user} {_where(hop)}, or name "
         "the key that is there as IdentityFile of that host in the SSH configuration"
     )
     return codes.SSH_AUTH_REFUSED.problem(
@@ -103,90 +132,136 @@ def _keys_refused(reason: str, hop: Hop, where: str) -> Problem:
     )
 
 
+def too_many_keys(reason: str, hop: Server) -> Problem:
+    """The server ended before all keys were tried."""
+    return codes.SSH_AUTH_REFUSED.problem(
+        f"{hop.called} refused several of this machine's keys, and ended before all were "
+        f"tried ({reason})",
+        "set head.identity to the key that is there; or `IdentitiesOnly yes` with "
+        "IdentityFile in the SSH configuration, so that an agent's other keys stay out",
+    )
+
+
 def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
     """Where no login was tried, or the connection ended under it."""
     dialled = f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
-    its = "the head" if hop.is_head else hop.called
     match exc:
         case asyncssh.ChannelOpenError():
-            return _jump_refuses(exc, hop)
+            if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
+                return jump_forbids(exc.reason, hop)
+            return jump_cannot(exc.reason, hop)
         case asyncssh.DisconnectError() | ConnectionError() if (
             attempt.connected and not attempt.is_ssh
         ):
-            return _turned_away(hop, its, attempt, dialled)
+            return turned_away(attempt.words.decode(errors="replace").strip(), hop, dialled)
         case asyncssh.DisconnectError() | ConnectionError() if attempt.connected:
-            return codes.SSH_LOST.problem(
-                f"the SSH connection to {hop.called} ended: {str(exc) or type(exc).__name__}",
-                f"nothing, if it comes back; else see the sshd log of {its} (MaxStartups, "
-                "firewall)",
-            )
+            return ended(str(exc) or type(exc).__name__, hop)
         case socket.gaierror():
-            name = "head.ssh" if hop.is_head else "its name in the SSH configuration"
-            return codes.SSH_UNREACHABLE.problem(
-                f"the name {hop.known.host} of {hop.called} cannot be resolved: {exc.strerror}",
-                f"correct {name}, or this machine's DNS",
-            )
+            return unresolved(str(exc.strerror), hop)
         case TimeoutError() if attempt.connected and attempt.is_ssh:
-            return codes.SSH_LOGIN_TIMEOUT.problem(
-                f"{hop.called} answers as SSH{dialled}, and does not finish the login in "
-                f"{attempt.login:.0f} s",
-                f"see what sshd waits for on {its} (UseDNS, PAM, LDAP, load)",
-            )
+            return login_slow(attempt.login, hop, dialled)
         case TimeoutError() if attempt.connected:
-            return codes.SSH_UNREACHABLE.problem(
-                f"{hop.called} takes the connection{dialled} and says nothing",
-                f"see that it is sshd that listens there, and how {its} is (load, memory, disk)",
-            )
+            return says_nothing(hop, dialled)
         case TimeoutError():
-            return codes.SSH_UNREACHABLE.problem(
-                f"{hop.called} did not answer in time{dialled}",
-                f"see that {its} is up and that firewalls let SSH through",
-            )
+            return no_answer(hop, dialled)
         case ConnectionRefusedError():
-            return codes.SSH_UNREACHABLE.problem(
-                f"nothing listens on the SSH port of {hop.called}{dialled}",
-                f"see that sshd runs on {its} and that the port is right",
-            )
+            return not_listening(hop, dialled)
         case OSError():
-            return codes.SSH_UNREACHABLE.problem(
-                f"{hop.called}: {exc.strerror or exc}{dialled}",
-                "see that this machine's network is up and that the address is right",
-            )
+            return no_way(str(exc.strerror or exc), hop, dialled)
         case _:
             return _unknown(exc, hop.called)
 
 
-def _turned_away(hop: Hop, its: str, attempt: Attempt, dialled: str) -> Problem:
-    """OpenSSH closes so from MaxStartups on (`drop_connection` in sshd.c), for who was penalised
-    (PerSourcePenalties), and whatever else bars addresses."""
-    words = attempt.words.decode(errors="replace").strip()
-    return codes.SSH_TURNED_AWAY.problem(
-        f"the sshd of {hop.called} closes connections at once{dialled}: "
-        f"{words or 'it says nothing'}",
-        f"raise MaxStartups in the sshd_config of {its} (too many logins are under way), and see "
-        "whether something there bars this machine (PerSourcePenalties, fail2ban, hosts.deny); it "
-        "is tried again",
+def ended(why: str, hop: Server) -> Problem:
+    """The connection did, in the middle of the login."""
+    return codes.SSH_LOST.problem(
+        f"the SSH connection to {hop.called} ended: {why}",
+        f"nothing, if it comes back; else see the sshd log of {_its(hop)} (MaxStartups, firewall)",
     )
 
 
-def _jump_refuses(exc: asyncssh.ChannelOpenError, hop: Hop) -> Problem:
-    """What the jump host says of the way on. `hop` is what it was to connect to."""
-    target = f"{hop.known.host} port {hop.known.port}"
-    if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
-        return codes.JUMP_REFUSED.problem(
-            f"the jump host before {hop.called} may not connect to {target}: its sshd says: "
-            f"{exc.reason}",
-            "allow it there: AllowTcpForwarding, DisableForwarding and PermitOpen in sshd_config, "
-            "`restrict`, `no-port-forwarding` and `permitopen` in authorized_keys",
-        )
+def unresolved(why: str, hop: Server) -> Problem:
+    """Its name has no address."""
+    name = "head.ssh" if hop.is_head else "its name in the SSH configuration"
     return codes.SSH_UNREACHABLE.problem(
-        f"the jump host before {hop.called} cannot connect to {target}: {exc.reason}",
+        f"the name {hop.known.host} of {hop.called} cannot be resolved: {why}",
+        f"correct {name}, or this machine's DNS",
+    )
+
+
+def login_slow(seconds: float, hop: Server, dialled: str) -> Problem:
+    """It is SSH, and the login took longer than this."""
+    return codes.SSH_LOGIN_TIMEOUT.problem(
+        f"{hop.called} answers as SSH{dialled}, and does not finish the login in {seconds:.0f} s",
+        f"see what sshd waits for on {_its(hop)} (UseDNS, PAM, LDAP, load)",
+    )
+
+
+def says_nothing(hop: Server, dialled: str) -> Problem:
+    """A connection, and then silence."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"{hop.called} takes the connection{dialled} and says nothing",
+        f"see that it is sshd that listens there, and how {_its(hop)} is (load, memory, disk)",
+    )
+
+
+def no_answer(hop: Server, dialled: str) -> Problem:
+    """No connection, and no word of why."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"{hop.called} did not answer in time{dialled}",
+        f"see that {_its(hop)} is up and that firewalls let SSH through",
+    )
+
+
+def not_listening(hop: Server, dialled: str) -> Problem:
+    """The connection was refused."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"nothing listens on the SSH port of {hop.called}{dialled}",
+        f"see that sshd runs on {_its(hop)} and that the port is right",
+    )
+
+
+def no_way(why: str, hop: Server, dialled: str) -> Problem:
+    """The network here says so."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"{hop.called}: {why}{dialled}",
+        "see that this machine's network is up and that the address is right",
+    )
+
+
+def turned_away(words: str, hop: Server, dialled: str) -> Problem:
+    """OpenSSH closes so from MaxStartups on (`drop_connection` in sshd.c), for who was penalised
+    (PerSourcePenalties), and whatever else bars addresses. `words`: what it said first."""
+    return codes.SSH_TURNED_AWAY.problem(
+        f"the sshd of {hop.called} closes connections at once{dialled}: "
+        f"{words or 'it says nothing'}",
+        f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are under way), and "
+        "see whether something there bars this machine (PerSourcePenalties, fail2ban, hosts.deny); "
+        "it is tried again",
+    )
+
+
+def jump_forbids(why: str, hop: Server) -> Problem:
+    """The jump host may not connect to `hop`."""
+    target = f"{hop.known.host} port {hop.known.port}"
+    return codes.JUMP_REFUSED.problem(
+        f"the jump host before {hop.called} may not connect to {target}: its sshd says: {why}",
+        "allow it there: AllowTcpForwarding, DisableForwarding and PermitOpen in sshd_config, "
+        "`restrict`, `no-port-forwarding` and `permitopen` in authorized_keys",
+    )
+
+
+def jump_cannot(why: str, hop: Server) -> Problem:
+    """The jump host has tried to connect to `hop`."""
+    target = f"{hop.known.host} port {hop.known.port}"
+    return codes.SSH_UNREACHABLE.problem(
+        f"the jump host before {hop.called} cannot connect to {target}: {why}",
         "see that the name and the port are right as the jump host sees them, that sshd runs "
         "there, and that firewalls between the two let SSH through",
     )
 
 
-def host_key_problem(head: HeadConfig, hop: Hop, revoked: bool = False) -> Problem:
+def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Problem:
     """What is wrong with the host key that the hop showed, and was not taken."""
     known = hop.known
     what = "head" if hop.is_head else "jump host"
@@ -223,7 +298,7 @@ def host_key_problem(head: HeadConfig, hop: Hop, revoked: bool = False) -> Probl
     )
 
 
-def _add_key(head: HeadConfig, hop: Hop) -> str:
+def _add_key(head: HeadConfig, hop: Server) -> str:
     """How an unknown host key gets to where it is looked for."""
     known = hop.known
     file = str(known.new or USER_FILES[0])

@@ -1,0 +1,254 @@
+"""The system's `ssh` as the way to the head: what it would do, and how it is to be called.
+
+`ssh` reads its own configuration, with `Match`, `Include`, ProxyCommand and /etc/ssh, and is asked
+what came of that (`ssh -G`). What is not its configuration's to say is said on its command line,
+which comes first: host keys are checked strictly, nothing is asked of anybody, and a connection
+that stands already (ControlMaster) is used and never made.
+
+Jump hosts are called here, not by `ssh`, which would hand them none of these options.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rayfwd import codes
+from rayfwd.config import HeadConfig
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.transport import knownhosts
+from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
+from rayfwd.transport.knownhosts import KnownHosts
+
+CONNECT_TIMEOUT = 10
+"""Seconds for each address, and for the server's first answer."""
+LOOK_TIMEOUT = 20.0
+"""Seconds for `ssh -G`, which reads files and may run the commands of `Match exec`."""
+ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
+"""What would have ssh ask on a screen."""
+ALWAYS = {
+    "BatchMode": "yes",
+    "StrictHostKeyChecking": "yes",
+    "VerifyHostKeyDNS": "no",
+    "NoHostAuthenticationForLocalhost": "no",
+    "UpdateHostKeys": "no",
+    "LogLevel": "VERBOSE",
+    "ControlMaster": "no",
+    "ControlPersist": "no",
+    "PermitLocalCommand": "no",
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+    "Tunnel": "no",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "Compression": "no",
+}
+"""Of every call. At VERBOSE it says when it has logged in, and that a key was not enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpensshHop:
+    """One SSH server of the way, as `ssh -G` has it."""
+
+    written: str
+    known: KnownHosts
+    user: str
+    """Whom it is logged in as there."""
+    is_head: bool
+    first: bool
+    """No jump host is before it."""
+    command: bool
+    """A command of the configuration (ProxyCommand) dials it."""
+    shared: bool = False
+    """A connection to it stands already, and is used."""
+    options: tuple[str, ...] = ()
+    """Of the command line, for this one."""
+
+    @property
+    def direct(self) -> bool:
+        return self.first and not self.command
+
+    @property
+    def called(self) -> str:
+        """In a sentence."""
+        return self.written if self.is_head else f"the jump host {self.written}"
+
+
+def environment() -> dict[str, str]:
+    """What `ssh` is to have of ours: an agent, a ticket, no way to ask."""
+    kept = {name: value for name, value in os.environ.items() if name not in ASKS_NOBODY}
+    return kept | {"SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
+
+
+def find_way(head: HeadConfig) -> list[OpensshHop]:
+    """The hops to the head, which is the last. Blocks: it runs `ssh`. Raises ProblemError."""
+    if shutil.which("ssh") is None:
+        raise codes.OPENSSH_ABSENT.error(
+            'no `ssh` is on PATH, which head.transport = "openssh" needs',
+            'install OpenSSH\'s client, or set transport = "asyncssh" in [head]',
+        )
+    for name in ("identity", "ssh_config", "known_hosts"):
+        _check_readable(head, name)
+    return _way(head, head.ssh, True, ())
+
+
+def _check_readable(head: HeadConfig, name: str) -> None:
+    path: Path | None = getattr(head, name)
+    if path is None or (name == "identity" and path.with_name(f"{path.name}.pub").exists()):
+        return  # of a key that an agent or a token has, the public half is enough
+    try:
+        with path.expanduser().open("rb"):
+            pass
+    except OSError as exc:
+        raise codes.SSH_FILE_UNREADABLE.error(
+            f"{path}: {exc.strerror}", f"correct head.{name}, or the file's owner and mode"
+        ) from exc
+
+
+def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) -> list[OpensshHop]:
+    if written in after or len(after) > JUMPS:
+        raise ProblemError(jumps_in_a_circle((*after, written)))
+    said = _looked_up(head, written)
+    jumps = said.get("proxyjump", "none")
+    hop = _hop(head, written, is_head, said, first=jumps == "none")
+    if hop.shared or jumps == "none":
+        return [replace(hop, first=True)]
+    first, *others = [jump.strip().removeprefix("ssh://") for jump in jumps.split(",")]
+    after = (*after, written)
+    # As with ssh: the first has a way of its own, the others are reached from the one before.
+    way = _way(head, first, False, after)
+    for other in others:
+        found = _hop(head, other, False, _looked_up(head, other), first=False)
+        way.append(replace(found, command=False))
+    return [*way, hop]
+
+
+def _hop(
+    head: HeadConfig, written: str, is_head: bool, said: Mapping[str, str], first: bool
+) -> OpensshHop:
+    own = _own_options(head, is_head, said)
+    files = shlex.split(own["UserKnownHostsFile"])
+    proxy = said.get("proxycommand", "none")
+    known = KnownHosts(
+        host=said["hostname"],
+        port=int(said["port"]),
+        alias=said.get("hostkeyalias"),
+        files=knownhosts.read(map(Path, [*files, *shlex.split(own["GlobalKnownHostsFile"])])),
+        new=None if files[0] in {"none", os.devnull} else Path(files[0]),
+    )
+    shared = _stands(head, written, said.get("controlpath", "none"))
+    if not shared:
+        own["ControlPath"] = "none"
+    words = [word for name, value in own.items() for word in ("-o", f"{name}={value}")]
+    if head.identity is not None:
+        words += ["-i", str(head.identity.expanduser())]
+    return OpensshHop(
+        written, known, said["user"], is_head, first, proxy != "none", shared, tuple(words)
+    )
+
+
+def _own_options(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> dict[str, str]:
+    """Where a server's host key is looked for, and with which key it is logged in."""
+    user = said.get("userknownhostsfile", " ".join(map(str, knownhosts.USER_FILES)))
+    system = said.get("globalknownhostsfile", " ".join(map(str, knownhosts.SYSTEM_FILES)))
+    own: dict[str, str] = {}
+    if head.known_hosts is not None:
+        named = f'"{head.known_hosts.expanduser()}"'
+        user, system = (named, named) if is_head else (f"{named} {user}", system)
+        if said.get("knownhostscommand", "none") != "none" and is_head:
+            own["KnownHostsCommand"] = "none"
+    own |= {"UserKnownHostsFile": user, "GlobalKnownHostsFile": system}
+    if head.identity is not None and is_head:
+        own["IdentitiesOnly"] = "yes"
+    return own
+
+
+def _target(head: HeadConfig, written: str) -> list[str]:
+    """The words that name a server, and the configuration that is read of it."""
+    user, host, port = head.model_copy(update={"ssh": written}).ssh_target()
+    words = ["-F", str(head.ssh_config.expanduser())] if head.ssh_config is not None else []
+    words += ["-p", str(port)] if port is not None else []
+    words += ["-l", user] if user is not None else []
+    return [*words, "--", host]
+
+
+def _looked_up(head: HeadConfig, written: str) -> dict[str, str]:
+    """The options that hold for a server, by their names in small letters. Raises ProblemError."""
+    always = [word for name, value in ALWAYS.items() for word in ("-o", f"{name}={value}")]
+    ran = run(["-G", *always, *_target(head, written)])
+    if ran is None or ran.returncode != 0:
+        raise ProblemError(_config_problem(head, "" if ran is None else ran.stderr.strip()))
+    found: dict[str, str] = {}
+    for line in ran.stdout.splitlines():
+        name, _, value = line.partition(" ")
+        found.setdefault(name.lower(), value)
+    return found
+
+
+def _config_problem(head: HeadConfig, said: str) -> Problem:
+    remedy = "correct the SSH configuration"
+    if head.ssh_config is None:
+        remedy += ", or name one of your own in head.ssh_config, which is read alone"
+    silent = f"`ssh -G` does not answer in {LOOK_TIMEOUT:.0f} s (a command of `Match exec`?)"
+    return codes.SSH_CONFIG_INVALID.problem(" ".join(said.split()) or silent, remedy)
+
+
+def _stands(head: HeadConfig, written: str, control: str) -> bool:
+    """Whether a ControlMaster of this user's serves that server now."""
+    if control == "none" or not Path(control).is_socket():
+        return False
+    ran = run(["-O", "check", "-o", f"ControlPath={_literal(control)}", *_target(head, written)])
+    return ran is not None and ran.returncode == 0
+
+
+def run(words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """None: it took too long, or could not be started."""
+    try:
+        return subprocess.run(
+            ["ssh", *words],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LOOK_TIMEOUT,
+            start_new_session=True,
+            env=environment(),
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def command(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int) -> list[str]:
+    """The call that leads to the last hop, up to `--` and its host: what is to be done there comes
+    behind. `seconds`: for each address, and for the server's first answer."""
+    *before, hop = hops
+    return ["ssh", *_options(head, before, hop, seconds), *_target(head, hop.written)]
+
+
+def _options(
+    head: HeadConfig, before: Sequence[OpensshHop], hop: OpensshHop, seconds: int
+) -> list[str]:
+    options = {**ALWAYS, "ConnectTimeout": str(seconds)}
+    if before:
+        options["ProxyCommand"] = _through(head, before, seconds)
+    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    return ["-T", "-x", "-a", *words, *hop.options]
+
+
+def _through(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int) -> str:
+    """A ProxyCommand that has the last of these jump hosts connect to where ssh wants to."""
+    *before, hop = hops
+    words = ["ssh", *_options(head, before, hop, seconds)]
+    target = _target(head, hop.written)
+    return f"{_literal(shlex.join(words))} -W '[%h]:%p' {_literal(shlex.join(target))}"
+
+
+def _literal(text: str) -> str:
+    """As ssh takes it where it expands % itself."""
+    return text.replace("%", "%%")

@@ -1,0 +1,428 @@
+"""Lanes by the system's `ssh`: a process each, which joins a socket of ours to the hub's.
+
+By `via = "exec"` its standard input and output are one end of a socket pair. By `via = "socket"` it
+listens for us in a private directory (`-L`), which is gone once the lane has connected. Where a
+ControlMaster of the user's serves the head, the same is asked of that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from rayfwd import codes
+from rayfwd.config import HeadConfig
+from rayfwd.problems import ProblemError
+from rayfwd.session.frames import Chunk
+from rayfwd.session.preamble import Preamble
+from rayfwd.system.logs import get_logger
+from rayfwd.system.paths import default_runtime_dir
+from rayfwd.transport import openssh, openssh_problems, sshproblems
+from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.dial import LOGIN_TIMEOUT
+from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
+from rayfwd.transport.readpacing import pace
+from rayfwd.transport.ssh import SLOW_LOGIN
+from rayfwd.transport.urgency import Patience, time_limit
+from rayfwd.transport.writev import write
+
+log = get_logger(__name__)
+
+WRITE_BUFFER = 1 << 18
+"""Bytes that may wait in a lane's transport before the session is asked for no more."""
+SOCKET_BUFFER = 1 << 20
+"""Bytes that the kernel keeps between `ssh` and this process, if it grants as many."""
+URGENT_DIAL = 4.0
+"""Seconds for all of it at first while streams wait."""
+URGENT_CONNECT = 2
+"""Seconds for the connection while streams wait: the kernel repeats a SYN that got lost ever less
+often, and a new attempt finds a path that has come back sooner."""
+SAID = 1 << 14
+"""Bytes of what `ssh` says that are kept, the last ones."""
+LISTENS_WITHIN = 5.0
+"""Seconds from the login until `ssh` listens for us."""
+LOOK_AGAIN = 0.01
+ENDS_WITHIN = 1.0
+"""Seconds for `ssh` to end by itself, and to be reaped once it was killed."""
+
+
+class OpensshCarrier:
+    """Calls `ssh` as the configuration of one head says."""
+
+    def __init__(self, head: HeadConfig) -> None:
+        self._head = head
+        self._patience = Patience(URGENT_DIAL, LOGIN_TIMEOUT)
+        self._slow = False
+        self.stopped_at: OpensshHop | None = None
+        """Where the last attempt failed."""
+
+    async def dial(self, urgent: asyncio.Event) -> OpensshConnection:
+        """`urgent`: set while streams wait for it. Raises ProblemError."""
+        hops = await self.hops()
+        connection = OpensshConnection(self._head, hops)
+        connect = URGENT_CONNECT if urgent.is_set() else CONNECT_TIMEOUT
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        usual = len(hops) * CONNECT_TIMEOUT + LOGIN_TIMEOUT
+        try:
+            async with time_limit(urgent, usual, self._patience):
+                await connection.log_in(connect)
+        except TimeoutError:
+            hop = self.stopped_at = connection.reached
+            raise ProblemError(sshproblems.login_slow(loop.time() - began, hop, "")) from None
+        except ProblemError:
+            self.stopped_at = connection.reached
+            raise
+        finally:
+            if not connection.stands:
+                connection.abort()
+        self._took(loop.time() - began)
+        return connection
+
+    async def hops(self) -> list[OpensshHop]:
+        """The way as `ssh` has it. Raises ProblemError."""
+        return await asyncio.to_thread(openssh.find_way, self._head)
+
+    async def place(self) -> tuple[str, int, bool]:
+        """Host and port as `ssh` has them, and whether they are dialled from here; False: a jump
+        host or a command does. Raises ProblemError."""
+        head = (await self.hops())[-1]
+        return head.known.host, head.known.port, head.direct
+
+    def _took(self, seconds: float) -> None:
+        if seconds >= SLOW_LOGIN and not self._slow:
+            log.warning("login_slow", hop=self._head.ssh, seconds=round(seconds, 1))
+        self._slow = seconds >= SLOW_LOGIN
+
+    def close(self) -> None:
+        """Its connections share nothing of ours."""
+
+
+class SshProcess(asyncio.Protocol):
+    """An `ssh`. It has no terminal, and is ended with what it has started (ProxyCommand)."""
+
+    def __init__(self, words: Sequence[str], stdin: int, stdout: int):
+        """Raises OSError."""
+        self.said = ""
+        """The end of what came on standard error."""
+        self.listener: Callable[[bytes], None] | None = None
+        """Is given what comes there from now on."""
+        self.news = asyncio.Event()
+        """Something came, or it is over."""
+        self.over = asyncio.get_running_loop().create_future()
+        self._popen = subprocess.Popen(
+            words,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=openssh.environment(),
+        )
+        self._transport: asyncio.BaseTransport | None = None
+
+    async def listen(self) -> None:
+        """Read what it says, and note when it is over."""
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.connect_read_pipe(lambda: self, self._popen.stderr)
+
+    def close_stdin(self) -> None:
+        """What runs on the head for its sake may end."""
+        if self._popen.stdin is not None:
+            self._popen.stdin.close()
+
+    def data_received(self, data: bytes) -> None:
+        self.said = (self.said + data.decode(errors="replace"))[-SAID:]
+        self.news.set()
+        if self.listener is not None:
+            self.listener(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.end()
+
+    def end(self) -> None:
+        """At once; nothing comes of it any more."""
+        if self.over.done():
+            return
+        self.over.set_result(None)
+        self.news.set()
+        self.close_stdin()
+        with suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(ENDS_WITHIN)  # a process that was killed is gone at once
+        if self._transport is not None:
+            self._transport.close()
+        elif self._popen.stderr is not None:
+            self._popen.stderr.close()
+
+
+class OpensshConnection:
+    """A process that has logged in at the head, or a ControlMaster that has."""
+
+    def __init__(self, head: HeadConfig, hops: Sequence[OpensshHop]) -> None:
+        self.hops = hops
+        self.stands = False
+        """It has logged in."""
+        self._head = head
+        self._process: SshProcess | None = None
+        self._near: socket.socket | None = None
+        """Our end of its standard input and output."""
+        self._directory: Path | None = None
+        self._pipe: OpensshPipe | None = None
+        self._aside: OpensshConnection | None = None
+
+    @property
+    def shared(self) -> bool:
+        """It goes over a connection that stood already."""
+        return self.hops[-1].shared
+
+    @property
+    def reached(self) -> OpensshHop:
+        """The hop that it has not got past."""
+        said = self._process.said if self._process is not None else ""
+        return self.hops[min(openssh_problems.hops_passed(self.hops, said), len(self.hops) - 1)]
+
+    async def log_in(self, connect: int) -> None:
+        """`connect`: seconds for each address of a hop. Raises ProblemError."""
+        words = openssh.command(self._head, self.hops, connect)
+        if self._head.via == "exec":
+            self._near, far = socket.socketpair()
+            with far:
+                for end in (self._near, far):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+                number = far.fileno()
+                await self._start([*words, self._head.attach_command], number, number)
+        else:
+            self._directory = _private_directory()
+            forward = f"{self._directory}/hub:{self._head.socket}"
+            if self.shared:
+                await self._of_master("forward", forward)
+            else:
+                # With a session, which does nothing: see `send_at_once` in ssh.py.
+                await self._start([words[0], "-L", forward, *words[1:], "cat"], subprocess.PIPE)
+        self.stands = True
+
+    async def _start(
+        self,
+        words: Sequence[str],
+        stdin: int,
+        stdout: int = subprocess.DEVNULL,
+    ) -> None:
+        """Start `ssh`, and wait for its logins."""
+        try:
+            process = self._process = SshProcess(words, stdin, stdout)
+        except OSError as exc:
+            raise codes.SSH_FAILED.error(f"`ssh` cannot be started: {exc}", "see the log") from exc
+        await process.listen()
+        while openssh_problems.hops_passed(self.hops, process.said) < len(self.hops):
+            await process.news.wait()
+            process.news.clear()
+            if process.over.done():
+                raise ProblemError(openssh_problems.explain(self._head, self.hops, process.said))
+
+    async def _of_master(self, verb: str, forward: str) -> None:
+        """Have the ControlMaster begin or end a forward. Raises ProblemError."""
+        words = openssh.command(self._head, self.hops, CONNECT_TIMEOUT)
+        argv = [words[0], "-O", verb, "-L", forward, *words[1:]]
+        ran = await asyncio.to_thread(openssh.run, argv[1:])
+        if ran is None or ran.returncode != 0:
+            said = "" if ran is None else ran.stderr
+            raise ProblemError(openssh_problems.explain(self._head, self.hops, said))
+
+    def by(self, head: HeadConfig) -> OpensshConnection:
+        """The same; by another way to the hub's socket it is another process."""
+        if head.via == self._head.via:
+            return self
+        self._aside = OpensshConnection(head, self.hops)
+        return self._aside
+
+    async def open(self, owner: PipeOwner) -> OpensshPipe:
+        """Raises ProblemError."""
+        loop = asyncio.get_running_loop()
+        if not self.stands:
+            await self.log_in(CONNECT_TIMEOUT)
+        by_command = self._near is not None
+        refused = "" if by_command else str(self._head.socket)
+        pipe = self._pipe = OpensshPipe(
+            owner, self._process, Preamble() if by_command else None, refused
+        )
+        near = self._near if self._near is not None else await self._connected()
+        self._near = None
+        await loop.create_unix_connection(lambda: pipe, sock=near)
+        return pipe
+
+    async def _connected(self) -> socket.socket:
+        """To where `ssh`, or the ControlMaster, listens for us; once is enough."""
+        assert self._directory is not None, "it was made with the process"
+        near, path = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), self._directory / "hub"
+        near.setblocking(False)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(LISTENS_WITHIN):
+                while True:
+                    try:
+                        await loop.sock_connect(near, str(path))
+                        break
+                    except (FileNotFoundError, ConnectionRefusedError):
+                        self._check_alive()
+                        await asyncio.sleep(LOOK_AGAIN)
+        except BaseException as exc:
+            near.close()
+            if isinstance(exc, TimeoutError | OSError):
+                raise codes.SSH_FAILED.error(
+                    f"`ssh` does not listen at {path}: {exc}", "see what `ssh -v` says"
+                ) from exc
+            raise
+        if self.shared:
+            with suppress(ProblemError):
+                await self._of_master("cancel", f"{path}:{self._head.socket}")
+        self._remove_directory()
+        return near
+
+    def _check_alive(self) -> None:
+        """Raises ProblemError."""
+        process = self._process
+        if process is not None and process.over.done():
+            raise ProblemError(openssh_problems.explain(self._head, self.hops, process.said))
+
+    def _remove_directory(self) -> None:
+        directory, self._directory = self._directory, None
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    async def tune(self) -> None:
+        if self._process is not None:
+            self._process.close_stdin()
+
+    def close(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self._remove_directory()
+        if self._near is not None:
+            self._near.close()
+            self._near = None
+        if self._pipe is not None:
+            self._pipe.abort()
+        if self._process is not None:
+            self._process.end()
+        if self._aside is not None:
+            self._aside.abort()
+
+
+def _private_directory() -> Path:
+    """Nobody else may look into it; its name is short, as a socket's must be."""
+    usual = default_runtime_dir(os.environ)
+    own = usual if os.access(usual, os.W_OK) else None
+    return Path(tempfile.mkdtemp(prefix="ssh-", dir=own))
+
+
+class OpensshPipe(asyncio.Protocol):
+    """The socket that `ssh` reads and writes."""
+
+    def __init__(
+        self,
+        owner: PipeOwner,
+        process: SshProcess | None,
+        preamble: Preamble | None,
+        refused: str,
+    ) -> None:
+        """`preamble`: of a command that a login shell runs. `refused`: the socket there, which
+        sshd may not have opened."""
+        self.paused = False
+        self._owner = owner
+        self._process = process
+        self._preamble = preamble
+        self._refused = refused
+        self._transport: asyncio.Transport | None = None
+        if process is not None:
+            process.listener = owner.pipe_said
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        pace.begin(self._transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._refused = ""
+        if self._preamble is not None:
+            self._skip(self._preamble, data)
+        else:
+            self._owner.pipe_data(data)
+        pace.after_read(self._transport, len(data))
+
+    def _skip(self, preamble: Preamble, data: bytes) -> None:
+        """What a login shell prints before the command runs."""
+        try:
+            data = preamble.feed(data)
+        except ValueError as exc:
+            self._preamble = None
+            self._owner.pipe_lost(str(exc))
+            self.abort()
+            return
+        if preamble.over:
+            self._preamble = None
+            if data:
+                self._owner.pipe_data(data)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        process = self._process
+        if process is None or process.over.done():
+            self._tell()
+            return
+        # What it has to say of that comes by another pipe. By `via = "socket"` it goes on.
+        loop = asyncio.get_running_loop()
+        waiting = loop.call_later(ENDS_WITHIN if not self._refused else 0.1, process.end)
+        process.over.add_done_callback(lambda _: waiting.cancel())
+        process.over.add_done_callback(lambda _: self._tell())
+
+    def _tell(self) -> None:
+        said = self._process.said if self._process is not None else ""
+        if self._refused:
+            line = openssh_problems.socket_refused(self._refused, said)
+            self._owner.pipe_said(line.encode())
+        why = openssh_problems.why_lost(said) or "closed by the head"
+        noise = self._preamble.quoted() if self._preamble is not None else ""
+        self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self._owner.pipe_writable()
+
+    # -- as the lane's pipe --------------------------------------------------------------
+
+    def write(self, chunks: Sequence[Chunk]) -> None:
+        if self._transport is not None:
+            write(self._transport, chunks)
+
+    def carry(
+        self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
+    ) -> None:
+        """There is no faster way than this."""
+
+    def close(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()

@@ -1,0 +1,182 @@
+"""The system's `ssh` as a carrier: how it is called, and what it says. With sshd: tests/lab."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rayfwd import codes
+from rayfwd.config import HeadConfig
+from rayfwd.problems import Code, ProblemError
+from rayfwd.transport import openssh, openssh_problems
+from rayfwd.transport.knownhosts import KnownHosts
+from rayfwd.transport.openssh import OpensshHop
+
+HEAD = HeadConfig(ssh="ray@the-head", transport="openssh")
+DIRECT = [OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, True, False)]
+VIA_COMMAND = [OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, True, True)]
+BEHIND = [
+    OpensshHop("bastion", KnownHosts("198.51.100.9"), "me", False, True, False),
+    OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, False, False),
+]
+IN = 'Authenticated to 198.51.100.9 ([198.51.100.9]:22) using "publickey".\n'
+PARTIAL = 'Authenticated using "publickey" with partial success.\n'
+DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
+
+
+@pytest.mark.parametrize(
+    ("hops", "said", "code", "words"),
+    [
+        (
+            DIRECT,
+            "ssh: connect to host 198.51.100.1 port 22: Connection refused",
+            codes.SSH_UNREACHABLE,
+            "nothing listens on the SSH port of ray@the-head (dialled 198.51.100.1 port 22)",
+        ),
+        (
+            DIRECT,
+            "ssh: connect to host 2001:db8::7 port 22: Connection timed out\n"
+            "ssh: connect to host 198.51.100.1 port 22: Connection timed out",
+            codes.SSH_UNREACHABLE,
+            "did not answer in time (dialled 2001:db8::7 port 22, 198.51.100.1 port 22)",
+        ),
+        (
+            DIRECT,
+            "ssh: Could not resolve hostname the-head: Name or service not known",
+            codes.SSH_UNREACHABLE,
+            "the name the-head of ray@the-head cannot be resolved: Name or service not known",
+        ),
+        (
+            DIRECT,
+            "Connection timed out during banner exchange\n"
+            "Connection to 198.51.100.1 port 22 timed out",
+            codes.SSH_UNREACHABLE,
+            "takes the connection (the-head port 22) and says nothing",
+        ),
+        (
+            DIRECT,
+            "kex_exchange_identification: Connection closed by remote host\n"
+            "Connection closed by 198.51.100.1 port 22",
+            codes.SSH_TURNED_AWAY,
+            "the sshd of ray@the-head closes connections at once",
+        ),
+        (DIRECT, DENIED, codes.SSH_AUTH_REFUSED, "refuses this machine's SSH keys"),
+        (DIRECT, PARTIAL + DENIED, codes.SSH_SECOND_FACTOR, "wants a second factor"),
+        (
+            DIRECT,
+            'Load key "/home/ray/.ssh/id": bad permissions\n' + DENIED,
+            codes.SSH_KEY_UNUSABLE,
+            '"/home/ray/.ssh/id": bad permissions',
+        ),
+        (
+            DIRECT,
+            "Received disconnect from 198.51.100.1 port 22:2: Too many authentication failures",
+            codes.SSH_AUTH_REFUSED,
+            "refused several of this machine's keys",
+        ),
+        (
+            DIRECT,
+            "Connection reset by 198.51.100.1 port 22",
+            codes.SSH_LOST,
+            "ended: Connection reset by 198.51.100.1",
+        ),
+        (DIRECT, "something new", codes.SSH_FAILED, "something new"),
+        (
+            VIA_COMMAND,
+            "no such tunnel\nkex_exchange_identification: Connection closed by remote host\n"
+            "Connection closed by UNKNOWN port 65535",
+            codes.SSH_UNREACHABLE,
+            "the ProxyCommand of ray@the-head brought no SSH server's answer: no such tunnel",
+        ),
+        (BEHIND, DENIED, codes.SSH_AUTH_REFUSED, "the jump host bastion refuses"),
+        (BEHIND, IN + DENIED, codes.SSH_AUTH_REFUSED, "ray@the-head refuses"),
+        (
+            BEHIND,
+            IN + "channel 0: open failed: administratively prohibited: open failed\n"
+            "stdio forwarding failed",
+            codes.JUMP_REFUSED,
+            "the jump host before ray@the-head may not connect to the-head port 22",
+        ),
+        (
+            BEHIND,
+            IN + "channel 0: open failed: connect failed: Connection refused\n"
+            "stdio forwarding failed",
+            codes.SSH_UNREACHABLE,
+            "cannot connect to the-head port 22: Connection refused",
+        ),
+    ],
+)
+def test_what_it_says_is_a_problem_of_a_hop(
+    hops: list[OpensshHop], said: str, code: Code, words: str
+) -> None:
+    problem = openssh_problems.explain(HEAD, hops, said)
+    assert problem.code == code
+    assert words in problem.cause
+
+
+def test_a_hop_that_is_shared_needs_no_login() -> None:
+    shared = OpensshHop("bastion", KnownHosts("b"), "me", False, True, False, shared=True)
+    assert openssh_problems.hops_passed([shared, BEHIND[1]], "") == 1
+    assert openssh_problems.hops_passed(BEHIND, "") == 0
+    assert openssh_problems.hops_passed(BEHIND, IN + IN) == 2
+
+
+def test_it_is_called_strictly_and_asks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_ASKPASS", "/usr/bin/ask")
+    config = tmp_path / "config"
+    config.write_text(
+        "Host the-head\n  HostName 198.51.100.1\n  User ray\n  ProxyJump one,me@two:23\n"
+        "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  ControlMaster auto\n"
+        "Host *\n  BatchMode no\n"
+    )
+    known = tmp_path / "known hosts"
+    known.write_text("")
+    head = HeadConfig(ssh="the-head", ssh_config=config, known_hosts=known, identity=config)
+    hops = openssh.find_way(head)
+    assert [(hop.written, hop.known.port, hop.first) for hop in hops] == [
+        ("one", 22, True),
+        ("me@two:23", 23, False),
+        ("the-head", 22, False),
+    ]
+    words = openssh.command(head, hops, 10)
+    said = _asked(words)
+    assert said["stricthostkeychecking"] == "true"
+    assert said["batchmode"] == "yes"
+    assert said["controlmaster"] == "false"
+    assert said["identitiesonly"] == "yes"
+    assert said["userknownhostsfile"] == said["globalknownhostsfile"] == str(known)
+    through = said["proxycommand"]
+    assert through.endswith(f"-W '[%h]:%p' -F {config} -p 23 -l me -- two")
+    # As the shell would run it, once ssh has put in what the percent signs stand for.
+    call = shlex.split(through.replace("%%", "%").rpartition(" -W ")[0])
+    second = _asked([*call, "--", "two"])
+    assert second["stricthostkeychecking"] == "true"
+    assert second["proxycommand"].endswith(f"-W '[%h]:%p' -F {config} -- one")
+    assert "SSH_ASKPASS" not in openssh.environment()
+
+
+def _asked(words: list[str]) -> dict[str, str]:
+    ran = subprocess.run([words[0], "-G", *words[1:]], capture_output=True, text=True, check=True)
+    pairs = (line.partition(" ") for line in ran.stdout.splitlines())
+    return {name: value for name, _, value in pairs}
+
+
+def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
+    config = tmp_path / "config"
+    config.write_text("Host *\n  NoSuchThing yes\n")
+    with pytest.raises(ProblemError) as caught:
+        openssh.find_way(HeadConfig(ssh="the-head", ssh_config=config))
+    assert caught.value.problem.code == codes.SSH_CONFIG_INVALID
+    assert "line 2" in caught.value.problem.cause
+
+
+def test_without_ssh_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ProblemError) as caught:
+        openssh.find_way(HEAD)
+    assert caught.value.problem.code == codes.OPENSSH_ABSENT
