@@ -29,13 +29,13 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench manual checks lint types fast packages ray-envs roots show-pytest clean
+.PHONY: test demo bench manual checks lint types fast packages demo-packages ray-envs roots show-pytest clean
 .DEFAULT_GOAL := test
 
 test: packages checks ray-envs roots
 	$(PYTEST)
 
-demo: packages $(VENV)/.installed
+demo: $(VENV)/.usable
 	$(BIN)/python tests/setup_envs.py $(DEMO_RAY)
 	$(BIN)/rayfwd demo --ray "$${RAYFWD_RAY_ENVS:-.cache/ray-envs}/ray-$(DEMO_RAY)/bin/ray"
 
@@ -64,7 +64,11 @@ show-pytest:
 	@echo $(PYTEST)
 
 packages:
-	@tests/setup_packages.sh '$(PYTHON)'
+	@tests/setup_packages.sh tests '$(PYTHON)'
+
+# What the demo takes, and no more.
+demo-packages:
+	@tests/setup_packages.sh demo '$(PYTHON)'
 
 # Only root can make the machines that need these.
 ray-envs: $(VENV)/.installed
@@ -79,6 +83,12 @@ $(VENV)/.installed: pyproject.toml | packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(VENV)/.usable $@
+
+$(VENV)/.usable: pyproject.toml | demo-packages
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 clean:

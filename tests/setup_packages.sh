@@ -1,8 +1,10 @@
 #!/bin/sh
-# Installs the Debian packages that the tests and the demo use, when root; else names what is
-# missing and what is therefore not run. Does nothing where all is there.
+# Usage: setup_packages.sh demo|tests [PYTHON]
+# Installs the Debian packages that the demo or the tests use, when root; else names what is missing
+# and what is therefore not run. Says what it does before it does it. Does nothing where all is there.
 set -u
 
+for=$1
 missing=""
 need() { # command, Debian package, what it is for
     if command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || [ -x "/sbin/$1" ]; then
@@ -13,32 +15,41 @@ need() { # command, Debian package, what it is for
 }
 
 # Debian's python3 is without venv until its package is installed.
-python=${1:-python3}
+python=${2:-python3}
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     missing="$missing python3 python3-venv"
     echo "missing: Python 3.11 or newer with venv (Debian package python3-venv), for everything"
 fi
 need ip iproute2 "the network namespaces of the lab and the demo"
-need nft nftables "the firewalls of the lab"
-need conntrack conntrack "a firewall that forgets, in the lab"
-need sshd openssh-server "the lab's SSH servers"
-need ssh-keygen openssh-client "the lab's keys"
-need groff groff-base "the man pages' check"
-need man man-db "the look for them"
-need zsh zsh "the look at its completion"
-need fish fish "the look at its completion"
-need faketime faketime "a clock that is wrong, in the lab"
-need ps procps "the lab's look at processes"
 need unshare util-linux "the lab and the demo"
-need systemd-nspawn systemd-container "the machines that are booted (tests/systemd)"
-need debootstrap debootstrap "their Debian"
+if [ "$for" = tests ]; then
+    need nft nftables "the firewalls of the lab"
+    need conntrack conntrack "a firewall that forgets, in the lab"
+    need sshd openssh-server "the lab's SSH servers"
+    need ssh-keygen openssh-client "the lab's keys"
+    need groff groff-base "the man pages' check"
+    need man man-db "the look for them"
+    need zsh zsh "the look at its completion"
+    need fish fish "the look at its completion"
+    need faketime faketime "a clock that is wrong, in the lab"
+    need ps procps "the lab's look at processes"
+    need systemd-nspawn systemd-container "the machines that are booted (tests/systemd)"
+    need debootstrap debootstrap "their Debian"
+fi
 
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q </dev/null &&
-        # shellcheck disable=SC2086  # a list of words
-        apt-get install -q -y --no-install-recommends $missing </dev/null
+    echo "apt-get update"
+    apt-get update -qq </dev/null || exit
+    # What is there stays as it is, unless a package that is new requires another version of it.
+    options="-y --no-install-recommends --no-upgrade"
+    # shellcheck disable=SC2086  # lists of words
+    plan=$(apt-get install $options --simulate $missing </dev/null) || { echo "$plan"; exit 1; }
+    echo "$plan" | awk '$1 == "Inst" { if ($3 ~ /^\[/) upgraded = upgraded " " $2; else new = new " " $2 }
+        END { print "apt-get installs:" new; if (upgraded) print "and upgrades, which these require:" upgraded }'
+    # shellcheck disable=SC2086
+    apt-get install -qq $options $missing </dev/null
     exit
 fi
 echo "This is not root on Debian: install them by hand. Without them those parts are not run."
