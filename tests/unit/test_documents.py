@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cli import VERBS, _parser
 from rayfwd.setup import texts
 from rayfwd.setup.request import user_layout
@@ -30,6 +31,7 @@ DOCUMENTS = (
     "docs/limits.md",
     "docs/doctor.md",
     "docs/developing.md",
+    "docs/symptoms.md",
 )
 PROGRAMS = (
     "rayfwd ",
@@ -122,6 +124,17 @@ def test_the_next_command_is_the_one_documented() -> None:
     places = user_layout(Path("/h"), 1, "r", "p", None)
     documented = "systemctl enable --now --no-block rayfwd"
     assert texts.next_command(places) == documented.replace("systemctl", "systemctl --user")
+
+
+def test_each_symptom_has_its_meaning_and_what_to_do_and_names_what_there_is() -> None:
+    text = (CHECKOUT / "docs/symptoms.md").read_text()
+    for section in re.split(r"(?m)^### ", text)[1:]:
+        heading = section.splitlines()[0]
+        assert "- **Meaning.** " in section, heading
+        assert "- **With" in section, heading
+    events = re.findall(r"(?m)^\| `(\w+)`", (CHECKOUT / "docs/events.md").read_text())
+    known = {*codes.ALL, *events, "ride_through", "authorized_keys"}
+    assert set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text)) <= known
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
