@@ -23,6 +23,7 @@ TOLD = ConditionTold("ray_died", "error", "w1/raylet", "it is gone", "look", "w1
 
 EXAMPLES: list[Message] = [
     messages.Nodes(({"name": "head"}, {"name": "w1"})),
+    messages.NodesChanged(({"name": "w2"},), ("w1",)),
     messages.HeadVersions("2.60.0", "3.11.7"),
     messages.HeadVersions(None, None),
     messages.HeadRay("up"),

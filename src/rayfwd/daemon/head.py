@@ -331,7 +331,10 @@ class HeadRole:
             self._node.exchange.unheard(name)
         self._node.board.drop(gone, but=(LINK,))
         self._look_for_interruptions()
-        self._node.set_view(replace(self.view, nodes=self._roster.plans()))
+        if (plans := self._roster.plans()) is self.view.nodes:
+            self.changed()
+        else:
+            self._node.set_view(replace(self.view, nodes=plans))
         self._tell_newcomers()  # what is so now that they are here
 
     def _look_for_interruptions(self) -> None:

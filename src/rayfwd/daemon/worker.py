@@ -37,7 +37,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, ProtocolError, first_frame
-from rayfwd.session.handshake import PROOF, SOURCE, Challenge, Hello, Proof, Welcome
+from rayfwd.session.handshake import CHANGES, PROOF, SOURCE, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -84,6 +84,7 @@ class WorkerRole:
         self._handlers = (
             messages.Handlers[[]]()
             .on(messages.Nodes, self._hear_nodes)
+            .on(messages.NodesChanged, self._hear_changes)
             .on(messages.HeadVersions, self._hear_versions)
             .on(messages.HeadRay, self._hear_head_ray)
             .on(messages.Auth, self._hear_auth)
@@ -155,7 +156,7 @@ class WorkerRole:
             welcome = Welcome(
                 version=__version__,
                 node=view.own.to_wire(),
-                nodes=tuple(node.to_wire() for node in view.nodes),
+                nodes=tuple(node.to_wire() for node in view.nodes[:1]),
                 network=view.network,
                 ride_through=view.ride_through,
                 ray=versions.ray if versions else None,
@@ -163,7 +164,8 @@ class WorkerRole:
                 features=self._hub_features,
                 ray_auth=view.auth.to_wire() if view.auth else None,
             ).encode()
-        return {"welcome": welcome, "link": self._link.hand_over()}
+        nodes = [node.to_wire() for node in view.nodes]
+        return {"welcome": welcome, "nodes": nodes, "link": self._link.hand_over()}
 
     def take_over(self, tree: Tree) -> None:
         welcome, link = tree["welcome"], tree["link"]
@@ -173,7 +175,9 @@ class WorkerRole:
                 raise SnapshotError("the plan is not whole")
             try:
                 self.welcomed(Welcome.decode(frame))
-            except ProtocolError as exc:
+                if tree.get("nodes"):
+                    self._hear_nodes(messages.Nodes(tuple(tree["nodes"])))
+            except (ProtocolError, ValueError) as exc:
                 raise SnapshotError(str(exc)) from exc
         if link is not None:
             self._link.take_over(link).send_message(messages.SayAgain())
@@ -213,6 +217,8 @@ class WorkerRole:
             log.error("plan_malformed", cause=str(exc), remedy="run the same rayfwd on both sides")
             return
         view = self._node.view
+        if CHANGES in welcome.features:
+            nodes = changed(view.nodes, nodes, ())  # all are told of in a moment
         versions, auth = view.head_versions, view.auth
         if welcome.ray is not None and welcome.python is not None:
             versions = Versions(welcome.ray, welcome.python)
@@ -262,6 +268,11 @@ class WorkerRole:
     def _hear_nodes(self, message: messages.Nodes) -> None:
         """Raises ValueError, as those below do, and nothing has changed then."""
         self._set_view(replace(self._node.view, nodes=plans_of(message.nodes)))
+
+    def _hear_changes(self, message: messages.NodesChanged) -> None:
+        view = self._node.view
+        nodes = changed(view.nodes, map(NodePlan.from_wire, message.nodes), message.gone)
+        self._set_view(replace(view, nodes=nodes))
 
     def _hear_versions(self, message: messages.HeadVersions) -> None:
         if message.ray and message.python:
@@ -499,6 +510,19 @@ def plans_of(nodes: Iterable[Mapping[str, Any]]) -> tuple[NodePlan, ...]:
     return plans
 
 
+def changed(
+    known: Iterable[NodePlan], plans: Iterable[NodePlan], gone: Iterable[str]
+) -> tuple[NodePlan, ...]:
+    """The nodes of which some are new or different and some are gone, the head first."""
+    news = tuple(plans)
+    head_too = any(node.role == "head" for node in news)  # it may have another name
+    nodes = {node.name: node for node in known if node.role != "head" or not head_too}
+    nodes |= {node.name: node for node in news}
+    for name in gone:
+        nodes.pop(name, None)
+    return tuple(sorted(nodes.values(), key=lambda node: node.role != "head"))
+
+
 def hello_of(config: Config, key: str) -> Hello:
     """What a worker of this configuration says to the hub, as far as the file has it; `key` is its
     public one."""
@@ -509,5 +533,5 @@ def hello_of(config: Config, key: str) -> Hello:
         worker_ports=config.worker_ports,
         advertise=config.ray.advertise,
         ride_through=config.ride_through,
-        features=frozenset({SOURCE, PROOF}),
+        features=frozenset({SOURCE, PROOF, CHANGES}),
     )

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayfwd import __version__, codes
-from rayfwd.cluster.plan import check_name
+from rayfwd.cluster.plan import NodePlan, check_name
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer
 from rayfwd.hub.refusals import Refusals
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
 from rayfwd.hub.stream_relay import StreamRelay
+from rayfwd.hub.telling import Teller
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import messages
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import SOURCE, Hello, Welcome
+from rayfwd.session.handshake import CHANGES, SOURCE, Hello, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import Claim
 from rayfwd.session.session import Limits, Session
@@ -33,7 +34,7 @@ from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
 from rayfwd.system.users import allowed_uids, user_name
-from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner, framed
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
@@ -54,6 +55,11 @@ MAX_CHECKUPS = 8
 IN_USE_SECONDS = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
+
+GATHER_SECONDS = 0.2
+"""Seconds for which changes of the plan are gathered before the workers are told."""
+MOST_SHOWN = 1000
+"""Plans that a WELCOME holds, or the answer to a doctor: as many as a frame has room for."""
 
 MAX_CLIENTS = 64
 """Clients at a time, those whose links are parked included."""
@@ -107,6 +113,14 @@ class Hub:
         self.path = path
         workers = [plan for plan in roster.plans() if plan.role == "worker"]
         self.nodes = {plan.name: HubNode(plan.name, plan=plan) for plan in workers}
+        self._at = {node.plan.address: node for node in self.nodes.values()}
+        """The nodes by their addresses."""
+        self._teller = Teller()
+        self._changed_plans: dict[str, None] = {}
+        """Names of nodes that are new, have changed or are gone, which nobody was told of yet."""
+        self._told: tuple[tuple[NodePlan, ...], bytes | None] = ((), None)
+        """All plans, and what was made of them to tell."""
+        self._tell_soon: asyncio.TimerHandle | None = None
         self.clients: dict[str, HubClient] = {}
         """Those that have a session, by the SHA-256 of their keys."""
         self._roster = roster
@@ -161,6 +175,7 @@ class Hub:
         """End every session in order and stop listening."""
         self._closing = True
         self._accept_no_more()
+        self._tell_rest()
         if self._inherited is not None:
             self._inherited.close()
         if self._grace is not None:
@@ -237,6 +252,7 @@ class Hub:
         """Stop, and give the sessions as they are then; nothing comes after it."""
         self._closing = True
         self._close_server()
+        self._tell_rest()
         if self._grace is not None:
             self._grace.cancel()
         # Their sessions are the next process's: this one would say that it knows none.
@@ -391,9 +407,12 @@ class Hub:
                 )
             )
             return
-        own, nodes = self._shown_to(peer)
+        changes = isinstance(peer, HubNode) and CHANGES in hello.features
+        own, nodes = self._shown_to(peer, changes)
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
-        welcome = replace(welcome, ray_auth=self._owner.offer().ray_auth)
+        features = welcome.features | {CHANGES} if changes else welcome.features
+        auth = self._owner.offer().ray_auth
+        welcome = replace(welcome, ray_auth=auth, features=features)
         was = peer.state
         peer.hello = hello
         lane.welcome(welcome, peer, peer.mux, hello)
@@ -401,14 +420,20 @@ class Hub:
             peer.since = time.time()
         log.info("lane_up", node=peer.label, lane=hello.lane.value)
         if isinstance(peer, HubNode):
+            if changes and peer.knows_all is not peer.mux:
+                self._tell_all_nodes(peer, peer.mux)
             self._serve_waiting(peer)
         self._owner.hub_changed()
 
-    def _shown_to(self, peer: HubPeer) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-        """Its own plan, and what it may know of the others'."""
-        if isinstance(peer, HubNode):
-            return peer.plan.to_wire(), tuple(plan.to_wire() for plan in self._roster.plans())
-        return {}, (self._roster.own.to_wire(),)
+    def _shown_to(
+        self, peer: HubPeer, changes: bool
+    ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
+        """Its own plan, and what it may know of the others'. `changes`: messages tell of those."""
+        head = self._roster.own
+        if not isinstance(peer, HubNode):
+            return {}, (head.to_wire(),)
+        nodes = (head, peer.plan) if changes else _shown(self._roster.plans(), peer.plan)
+        return peer.plan.to_wire(), tuple(node.to_wire() for node in nodes)
 
     def _client(self, hello: Hello, claim: Claim, uid: int) -> HubClient:
         """The client of a hello, one that is there or a new one. Raises ProblemError."""
@@ -452,7 +477,7 @@ class Hub:
             refusal = exc.problem
         ride_through = min(self._ride_through, hello.ride_through)
         own = {} if plan is None else plan.to_wire()
-        nodes = tuple(node.to_wire() for node in plans)
+        nodes = tuple(node.to_wire() for node in _shown(plans, plan))
         answer = CheckReply(self._welcome(own, nodes, ride_through), time.time(), refusal)
         log.info("hub_asked", node=hello.node, uid=lane.uid, version=hello.version)
         lane.examine(answer, plan)
@@ -475,7 +500,6 @@ class Hub:
 
     def _admit(self, hello: Hello, claim: Claim) -> HubNode:
         """The node of a hello, in the roster from now on. Raises ProblemError."""
-        before = self._roster.plans()
         plan = self._roster.join(hello.node, claim, hello.worker_ports, hello.advertise)
         node = self.nodes.get(plan.name)
         if node is None:
@@ -486,9 +510,13 @@ class Hub:
                 address=plan.address,
                 ports=f"{plan.base}-{plan.last_worker_port}",
             )
-        node.plan = plan
-        if self._roster.plans() != before:
-            self._tell_plans()
+            self._at[plan.address] = node
+            self._plan_changed(plan.name)
+        elif node.plan != plan:
+            del self._at[node.plan.address]
+            self._at[plan.address] = node
+            node.plan = plan
+            self._plan_changed(plan.name)
         return node
 
     def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Problem | None:
@@ -601,7 +629,7 @@ class Hub:
             self.open(target, relay)
 
     def _node_at(self, address: str) -> HubNode | None:
-        return next((n for n in self.nodes.values() if n.plan.address == address), None)
+        return self._at.get(address)
 
     def _route(
         self, source: HubNode | HubClient, stream: MuxStream, data: bytes
@@ -664,13 +692,49 @@ class Hub:
 
     def tell_all(self, message: Message, clients: bool = False) -> None:
         """Send a message to every worker that has a session, and to clients if so said."""
-        for peer in [*self.nodes.values(), *(self.clients.values() if clients else ())]:
-            if peer.mux is not None:
-                peer.mux.send_message(message)
+        peers = [*self.nodes.values(), *(self.clients.values() if clients else ())]
+        self._teller.tell(message, peers)
 
-    def _tell_plans(self) -> None:
-        """Every worker knows the plan of every node."""
-        self.tell_all(messages.Nodes(tuple(plan.to_wire() for plan in self._roster.plans())))
+    def _plan_changed(self, name: str) -> None:
+        """Every worker is to know the plan of every node: soon, as many come together."""
+        self._changed_plans[name] = None
+        if self._tell_soon is None:
+            loop = asyncio.get_running_loop()
+            self._tell_soon = loop.call_later(GATHER_SECONDS, self._tell_changes)
+
+    def _tell_changes(self) -> None:
+        if self._tell_soon is not None:
+            self._tell_soon.cancel()
+        self._tell_soon = None
+        names, self._changed_plans = self._changed_plans, {}
+        if not names:
+            return
+        plans = {name: self._roster.plan(name) for name in names}
+        changed = tuple(plan.to_wire() for plan in plans.values() if plan is not None)
+        gone = tuple(name for name, plan in plans.items() if plan is None)
+        there = [node for node in self.nodes.values() if node.mux is not None]
+        knowing = [node for node in there if node.knows_all is node.mux]
+        self._teller.tell(messages.NodesChanged(changed, gone), knowing)
+        older = [n for n in there if n.hello is not None and CHANGES not in n.hello.features]
+        if older:
+            self._teller.tell(self._all_nodes(), older)
+
+    def _tell_rest(self) -> None:
+        """What nobody was told of yet."""
+        self._tell_changes()
+        self._teller.finish()
+
+    def _all_nodes(self) -> messages.Nodes:
+        return messages.Nodes(tuple(plan.to_wire() for plan in self._roster.plans()))
+
+    def _tell_all_nodes(self, node: HubNode, mux: Mux) -> None:
+        """What changes from now on, it is told of."""
+        node.knows_all = mux
+        plans = self._roster.plans()
+        if self._told[0] is not plans:
+            self._told = plans, framed(self._all_nodes())
+        if (data := self._told[1]) is not None:
+            mux.send_framed(data)
 
     def forget(self, name: str) -> bool:
         """Drop a node from the roster and end its session. False if there is none."""
@@ -679,7 +743,18 @@ class Hub:
         node = self.nodes.pop(name, None)
         if node is not None and node.mux is not None:
             node.mux.close("the node was forgotten on the head")
-        self._tell_plans()
+        if node is not None:
+            del self._at[node.plan.address]
+        self._plan_changed(name)
+        self._tell_changes()
         log.info("node_forgotten", node=name)
         self._owner.hub_changed()
         return True
+
+
+def _shown(plans: tuple[NodePlan, ...], own: NodePlan | None) -> tuple[NodePlan, ...]:
+    """As many of the plans as a frame has room for: the head's, and the node's own among them."""
+    if len(plans) <= MOST_SHOWN:
+        return plans
+    shown = plans[: MOST_SHOWN - 1]
+    return shown if own is None or own in shown else (*shown, own)

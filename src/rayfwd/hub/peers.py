@@ -47,6 +47,8 @@ class HubNode(HubPeer):
     plan: NodePlan = field(kw_only=True)
     waiting: list[tuple[Target, SocketRelay]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
+    knows_all: Mux | None = None
+    """The session in which it was told of all nodes, so that changes are enough."""
 
 
 @dataclass(slots=True)

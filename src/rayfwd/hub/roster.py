@@ -194,7 +194,9 @@ class Roster:
                 remedy="nodes that are not listed as kept get a new address when they join",
             )
         settled = settle(records, own, network, port_base)
-        self._records = {r.plan.name: r for r in settled.records}
+        self._records: dict[str, Record] = {}
+        self._plans: tuple[NodePlan, ...] = ()
+        self._keep({r.plan.name: r for r in settled.records})
         if settled.moved:
             _log.warning(
                 "roster_moved",
@@ -216,8 +218,13 @@ class Roster:
         return self._own
 
     def plans(self) -> tuple[NodePlan, ...]:
-        """Every node's plan, the head's first."""
-        return (self._own, *(r.plan for r in self._records.values()))
+        """Every node's plan, the head's first; the same tuple as long as nothing changes."""
+        return self._plans
+
+    def plan(self, name: str) -> NodePlan | None:
+        """The plan of worker `name`, if it has one."""
+        record = self._records.get(name)
+        return None if record is None else record.plan
 
     def join(
         self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
@@ -233,7 +240,7 @@ class Roster:
         if record != known:
             records = {**self._records, name: record}
             self._write(records)
-            self._records = records
+            self._keep(records)
             plan = record.plan
             _log.info(
                 "roster_changed",
@@ -259,7 +266,12 @@ class Roster:
             raise _name_taken(name, "is the head's")
         if known is not None and not known.belongs_to(claim):
             raise _name_taken(name, "belongs to a node with another key")
-        plan = allocate(self.plans(), name, self._network, self._port_base, worker_ports, advertise)
+        if known is not None and _asks_for(known.plan, worker_ports, advertise):
+            plan = known.plan  # it fits beside all others, as they were made to
+        else:
+            plan = allocate(
+                self.plans(), name, self._network, self._port_base, worker_ports, advertise
+            )
         return Record(plan, claim.sha256, claim.key if claim.proven else None)
 
     def knows(self, name: str) -> bool:
@@ -272,9 +284,13 @@ class Roster:
             return False
         records = {n: r for n, r in self._records.items() if n != name}
         self._write(records)
-        self._records = records
+        self._keep(records)
         _log.info("roster_forgot", node=name)
         return True
+
+    def _keep(self, records: dict[str, Record]) -> None:
+        self._records = records
+        self._plans = (self._own, *(r.plan for r in records.values()))
 
     def _write(self, records: dict[str, Record]) -> None:
         data = {"schema": SCHEMA, "nodes": [r.to_wire() for r in records.values()]}
@@ -298,6 +314,12 @@ def _set_aside(path: Path) -> Path:
             "make state_dir writable for this user and see that its disk is not full",
         ) from exc
     return aside
+
+
+def _asks_for(plan: NodePlan, worker_ports: int, advertise: str | None) -> bool:
+    return plan.worker_ports == worker_ports and (
+        plan.address == advertise if plan.advertised else advertise is None
+    )
 
 
 def _name_taken(name: str, why: str) -> ProblemError:

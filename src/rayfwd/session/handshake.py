@@ -26,8 +26,11 @@ SOURCE = "source"
 """A feature of a node: it understands an OPEN that says whose it is."""
 PROOF = "proof"
 """A feature of a node: its `key` is a public key, and it answers a CHALLENGE."""
+CHANGES = "changes"
+"""A feature of both: of the plans of other nodes control messages tell, at first of all and then of
+those that change; a WELCOME has the head's and the node's own."""
 MAX_HANDSHAKE = 1 << 16
-"""Bytes of a HELLO, at most. A WELCOME holds the plan of all nodes and may be a full frame."""
+"""Bytes of a HELLO, at most. A WELCOME may hold the plans of many nodes and be a full frame."""
 
 
 _HEXADECIMAL = re.compile(r"[0-9a-f]*").fullmatch
@@ -157,7 +160,8 @@ class Welcome:
     node: Mapping[str, Any]
     """The worker's own plan; of a client, empty."""
     nodes: tuple[Mapping[str, Any], ...]
-    """The plans of all nodes, the head's first; to a client, the head's alone."""
+    """The plans of all nodes, the head's first; with the feature `CHANGES` the head's and the
+    node's own, to a client the head's alone."""
     network: str
     ride_through: float
     ray: str | None = None

@@ -52,6 +52,29 @@ class Nodes:
 
 
 @dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """Plans of nodes that are new or have changed, and names of nodes that are no more; all others
+    are as they were told."""
+
+    TYPE: ClassVar = "nodes_changed"
+    SENDER: ClassVar[Sender] = "hub"
+
+    nodes: tuple[Mapping[str, Any], ...]
+    gone: tuple[str, ...] = ()
+
+    def to_wire(self) -> dict[str, Any]:
+        nodes = [dict(node) for node in self.nodes]
+        return {"type": self.TYPE, "nodes": nodes, "gone": list(self.gone)}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> NodesChanged:
+        gone = _there(data, "gone")
+        if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
+            raise ValueError("gone must be a list of names")
+        return cls(tuple(_objects(data, "nodes")), tuple(gone))
+
+
+@dataclass(frozen=True, slots=True)
 class HeadVersions:
     """Versions of the head's Ray, and of its Python; None: not known."""
 
@@ -283,6 +306,7 @@ class SayAgain:
 
 Message = (
     Nodes
+    | NodesChanged
     | HeadVersions
     | HeadRay
     | Cluster
@@ -298,6 +322,7 @@ TYPES: Final[Mapping[str, type[Message]]] = {
     of.TYPE: of
     for of in (
         Nodes,
+        NodesChanged,
         HeadVersions,
         HeadRay,
         Cluster,

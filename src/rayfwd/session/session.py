@@ -31,6 +31,7 @@ from rayfwd.session.events import (
 )
 from rayfwd.session.frames import (
     HEADER_SIZE,
+    MESSAGE_LENGTH,
     Chunk,
     Frame,
     FrameDecoder,
@@ -327,10 +328,13 @@ class Session:
 
     def send_message(self, data: bytes) -> None:
         """Send a message to the peer: reliable, in order. Raises ValueError: it is too long."""
-        encoded = encode_message(data)
+        self.send_framed(encode_message(data))
+
+    def send_framed(self, framed: bytes) -> None:
+        """As that, of what `encode_message` has made, which any number of sessions may share."""
         if self.trace is not None:
-            self.trace(message("out", data))
-        self.send(CONTROL_STREAM, encoded)
+            self.trace(message("out", framed[MESSAGE_LENGTH.size :]))
+        self.send(CONTROL_STREAM, framed)
 
     def close(self, why: str) -> list[Event]:
         """End the session in order; a CLOSE goes out on every lane that still takes it."""

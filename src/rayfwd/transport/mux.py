@@ -29,7 +29,7 @@ from rayfwd.session.events import (
     StreamWritable,
     gathered,
 )
-from rayfwd.session.frames import MAX_MESSAGE, Chunk, ProtocolError
+from rayfwd.session.frames import MAX_MESSAGE, Chunk, ProtocolError, encode_message
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.messages import Message
 from rayfwd.session.numbers import CONTROL_STREAM
@@ -136,6 +136,15 @@ class MuxStream:
     def consumed(self, size: int) -> None:
         self._mux.session.consumed(self.number, size, self._mux.now())
         self._mux.flush()
+
+
+def framed(message: Message) -> bytes | None:
+    """A message as any control stream carries it; None: it is too long, which is logged."""
+    data = messages.encode(message)
+    if len(data) > MAX_MESSAGE:
+        log.error("message_too_long", type=message.TYPE, bytes=len(data), most=MAX_MESSAGE)
+        return None
+    return encode_message(data)
 
 
 @dataclass(slots=True)
@@ -297,12 +306,15 @@ class Mux:
         peer is left out, and that is logged: nothing that a node has to tell ends a daemon."""
         if self.session.ended:
             return
-        data = messages.encode(message)
-        if len(data) > MAX_MESSAGE:
-            log.error("message_too_long", type=message.TYPE, bytes=len(data), most=MAX_MESSAGE)
-            return
-        self.session.send_message(data)
-        self.flush()
+        data = framed(message)
+        if data is not None:
+            self.send_framed(data)
+
+    def send_framed(self, data: bytes) -> None:
+        """The same, of what `framed` has made, which many sessions may share."""
+        if not self.session.ended:
+            self.session.send_framed(data)
+            self.flush()
 
     def close(self, why: str) -> None:
         """End the session in order. Its streams are reset, its lanes closed."""
