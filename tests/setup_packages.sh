@@ -49,7 +49,7 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     echo "$plan" | awk '$1 == "Inst" { if ($3 ~ /^\[/) upgraded = upgraded " " $2; else new = new " " $2 }
         END { print "apt-get installs:" new; if (upgraded) print "and upgrades, which these require:" upgraded }'
     # shellcheck disable=SC2086
-    apt-get install -qq $options $missing </dev/null
+    apt-get install -qq $options $missing </dev/null >/dev/null
     exit
 fi
 echo "This is not root on Debian: install them by hand. Without them those parts are not run."
