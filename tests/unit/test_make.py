@@ -64,6 +64,12 @@ def test_manual_writes_what_is_made_from_the_sources() -> None:
     assert "-m tools.manual" in dry("manual")
 
 
+@pytest.mark.runs("make site")
+def test_site_is_built_from_the_documents() -> None:
+    """As tests/package/test_site.py builds it."""
+    assert "-m tools.site" in dry("site")
+
+
 @pytest.mark.runs("make clean")
 def test_clean_removes_what_was_made_here_and_nothing_else() -> None:
     removed = {word for line in dry("clean").splitlines() for word in line.split()[2:]}
