@@ -66,7 +66,8 @@ def gather(into: Path) -> None:
 
 def build(pages: Path, site: Path) -> int:
     """MkDocs' exit code; what is wrong is on standard error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "--quiet"]
+    # Not --quiet: what is not logged does not count for --strict.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean"]
     # It advertises its successor.
     env = {**os.environ, "RAYFWD_PAGES": str(pages), "NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(

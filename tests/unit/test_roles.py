@@ -15,7 +15,7 @@ from rayfwd import codes
 from rayfwd.config import LogConfig
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
-from rayfwd.problems import ProblemError
+from rayfwd.problems import Code, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
@@ -200,9 +200,14 @@ def test_a_node_is_not_ready_while_a_listener_is_blocked(tmp_path: Path, service
                 squatter.listen()
                 await w1.start()
                 await until(lambda: w1.ray.may_start)
-                await until(lambda: w1.role.node.listeners.blocked)
-                (why,) = w1.runtime.health.waiting_for()
-                assert why.problem.code == codes.LISTENER_BLOCKED
+
+                def waits_for() -> list[Code]:
+                    return [why.problem.code for why in w1.runtime.health.waiting_for()]
+
+                # Ray comes up meanwhile.
+                await until(
+                    lambda: waits_for() == [codes.LISTENER_BLOCKED], what=lambda: str(waits_for())
+                )
                 assert (await w1.ask("status"))["state"] == "waiting"
             await w1.ready()
 
