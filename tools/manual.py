@@ -7,7 +7,6 @@ keys in config.py, and of the command line's own help.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import inspect
 import io
@@ -23,6 +22,7 @@ import shtab
 import tomli_w
 
 from rayfwd.cli import EXIT_CODES, VERBS, full_parser
+from rayfwd.cli.flags import said_of
 from rayfwd.config import SECTIONS, Config
 
 CHECKOUT = Path(__file__).parents[1]
@@ -42,22 +42,6 @@ class Key:
     """None: none, or found at run time."""
     allowed: str
     required: bool
-
-
-def said_of(cls: type) -> dict[str, str]:
-    """The text below each of a class's keys."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for node, below in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(below, ast.Expr)
-            and isinstance(below.value, ast.Constant)
-        ):
-            found[node.target.id] = " ".join(str(below.value.value).split())
-    return found
 
 
 def keys(cls: type[Any]) -> Iterator[Key]:

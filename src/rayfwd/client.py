@@ -151,8 +151,8 @@ class Client:
 
     async def _hold(self) -> None:
         """Hold the link for ever, once there was a way to the hub."""
-        given = "via" in self._head.model_fields_set
-        ways: Sequence[Via] = (self._head.via,) if given else ("socket", "exec")
+        via = self._head.via if "via" in self._head.model_fields_set else "auto"
+        ways: Sequence[Via] = ("socket", "exec") if via == "auto" else (via,)
         backoff = Backoff(RETRY_FIRST, RETRY_LAST, jitter=0.2)
         said: Code | None = None
         while True:

@@ -37,7 +37,12 @@ from rayfwd.cluster.plan import (
     head_plan,
     may_be_advertised,
 )
-from rayfwd.system.paths import DEFAULT_CONFIG, default_runtime_dir, default_state_dir
+from rayfwd.system.paths import (
+    CONTROL_SOCKET,
+    DEFAULT_CONFIG,
+    default_runtime_dir,
+    default_state_dir,
+)
 from rayfwd.system.redact import names_a_secret
 
 DEFAULT_PATH = DEFAULT_CONFIG
@@ -165,8 +170,9 @@ class HeadConfig(_Section):
     """where the hub listens, on the head's file system"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
     """"openssh": by the system's `ssh`, and a ControlMaster of yours where one is; docs/ways.md"""
-    via: Literal["socket", "exec"] = "socket"
-    """"exec" where the head's sshd forbids forwarding to sockets: runs attach_command there"""
+    via: Literal["socket", "exec", "auto"] = "socket"
+    """"exec" where the head's sshd forbids forwarding to sockets: runs attach_command there;
+    "auto": the socket, and where that is no way the command"""
     attach_command: Command = "rayfwd attach"
     """what via = "exec" runs; a forced command in authorized_keys takes its place"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
@@ -355,6 +361,10 @@ class Config(_Section):
         examples=["gpu-1"],
     )
     """this node's name in the cluster; default: the host's, without its domain"""
+    cluster: Annotated[str, AfterValidator(check_name)] | None = Field(
+        default=None, examples=["blue"]
+    )
+    """its name on this machine, for `rayfwd status --cluster`; default: none, it is the only one"""
     state_dir: LocalPath = Field(
         default_factory=lambda: default_state_dir(os.environ), examples=["/var/lib/rayfwd"]
     )
@@ -365,6 +375,10 @@ class Config(_Section):
     """sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
     ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
     """seconds a link may be down before its streams are given up; Ray's own time-outs follow it"""
+    ephemeral: YesNo = False
+    """a worker's name, address and ports are given back as soon as it leaves"""
+    stop_timeout: Number | None = Field(default=None, ge=3.0, le=86400.0, examples=[8.0])
+    """seconds that a stop may take; default: as long as Ray's tasks have to end (30), and 20"""
     expose: tuple[Port, ...] = ()
     """further ports of this machine, on 127.0.0.1, that others' [[forward]] may reach"""
     log: LogConfig = LogConfig()
@@ -380,6 +394,18 @@ class Config(_Section):
 
     _path: Path = PrivateAttr(default=DEFAULT_PATH)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_directories(cls, data: Any) -> Any:
+        """A cluster that has a name has directories of its own."""
+        name = data.get("cluster") if isinstance(data, dict) else None
+        try:
+            check_name(name if isinstance(name, str) else "")
+        except ValueError:
+            return data  # none, or a mistake that is told
+        places = {"state_dir": default_state_dir, "runtime_dir": default_runtime_dir}
+        return {key: place(os.environ, name) for key, place in places.items()} | data
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         given = {n: v for n in self.model_fields_set if (v := getattr(self, n)) is not None}
@@ -388,6 +414,10 @@ class Config(_Section):
             mistakes.append('name = "head": must be another name on a worker')
         if self.role == "head" and self.ray.advertise is not None:
             mistakes.append('ray.advertise: belongs to a worker, and this file has role = "head"')
+        if self.role != "worker" and self.ephemeral:
+            mistakes.append(
+                f'ephemeral: belongs to a worker, and this file has role = "{self.role}"'
+            )
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
         if mistakes:
@@ -436,7 +466,12 @@ class Config(_Section):
     @property
     def control_socket(self) -> Path:
         """Where `rayfwd status` asks."""
-        return self.runtime_dir / "control.sock"
+        return self.runtime_dir / CONTROL_SOCKET
+
+    def home_environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """`env`, with HOME for what is put into a user's home: a cluster that has a name puts
+        nothing there, where another's would be."""
+        return {**env, "HOME": str(self.state_dir)} if self.cluster is not None else dict(env)
 
     @property
     def roster_file(self) -> Path:

@@ -114,6 +114,8 @@ class Worker(_Peer):
     """None: nothing yet."""
     declares: Mapping[str, float]
     """What its configuration says that it brings, by resource."""
+    left: bool = False
+    """It has said that it leaves, and has not come back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from rayfwd.daemon.resources import claimed
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.runtime import Runtime
 from rayfwd.daemon.worker import WorkerRole
+from rayfwd.problems import Problem
 from rayfwd.ray.install import Versions
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import RayAuth
@@ -110,6 +111,17 @@ def _moved(at: Target, index: int) -> Target:
     if f"{network}.0/24" != NETWORK or int(last) > 20:
         return at
     return Target(f"{network}.{20 * (index + 1) + int(last)}", at.port)
+
+
+class NoClaim:
+    """All machines of a test are this one, and so have one network."""
+
+    problem: Problem | None = None
+
+    def take(self, network: str) -> bool:
+        return True
+
+    def close(self) -> None: ...
 
 
 class SocketPipe(asyncio.Protocol):
@@ -312,7 +324,7 @@ class Daemon:
             await runtime.run(signals=False)
 
     def _makers(self) -> Makers:
-        return Makers(FakeRay, beside(self._index), self._make_carrier)
+        return Makers(FakeRay, beside(self._index), self._make_carrier, NoClaim)
 
     def _make_carrier(self, head: HeadConfig) -> SocketCarrier:
         self.carrier = SocketCarrier(head)

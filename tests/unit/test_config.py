@@ -141,7 +141,7 @@ MISTAKES = {
         WORKER + 'socket = "hub.sock"',
         ['head.socket = "hub.sock": must be an absolute path (on the head)'],
     ),
-    "via": (WORKER + 'via = "tcp"', ['head.via = "tcp": must be "socket" or "exec"']),
+    "via": (WORKER + 'via = "tcp"', ['head.via = "tcp": must be "socket", "exec" or "auto"']),
     "too many lanes": (WORKER + "bulk_lanes = 9", ["head.bulk_lanes = 9: must be at most 8"]),
     "log level": (
         HEAD + '[log]\nlevel = "loud"',
@@ -252,7 +252,7 @@ MISTAKES = {
     "several at once, a line each": (
         WORKER + 'via = "x"\n[hub]\n[ray]\nport = 0\nnum_cpus = -1',
         [
-            'head.via = "x": must be "socket" or "exec"',
+            'head.via = "x": must be "socket", "exec" or "auto"',
             "ray.num_cpus = -1: must be at least 0",
             "ray.port = 0: must be at least 1",
             'hub: belongs to a head, and this file has role = "worker"',

@@ -19,7 +19,9 @@ EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 # Each must be explained by the word "default" in its comment.
 FOUND_AT_RUN_TIME = {
     "name",
+    "cluster",
     "state_dir",
+    "stop_timeout",
     "runtime_dir",
     "head.identity",
     "head.known_hosts",

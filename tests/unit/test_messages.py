@@ -36,6 +36,7 @@ EXAMPLES: list[Message] = [
     messages.DialBack(7, (20046, 20047), "0123456789abcdef" * 2),
     messages.DialledBack(7, {20046: "answered", 20047: "refused"}),
     messages.SayAgain(),
+    messages.Leaving(),
 ]
 
 

@@ -523,6 +523,38 @@ def test_a_node_that_is_forgotten_comes_back_as_a_new_one(tmp_path: Path) -> Non
     run(main)
 
 
+def test_a_node_that_says_that_it_leaves_is_not_lost(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            await s.workers["w1"].stop()
+            await until(lambda: s.head.peer("w1").state == "down")
+            (row,) = (await s.head.ask("status"))["workers"]
+            assert (row["state"], row["left"]) == ("down", True)
+            assert not [c for c in s.head.role.node.board.conditions if c.subject == "w1"]
+            await s.workers["w1"].start()
+            await until(lambda: s.head.peer("w1").state == "up")
+            assert not s.head.peer("w1").left
+
+    run(main)
+
+
+def test_a_node_for_a_while_gives_its_name_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            s.workers["w1"].more = "ephemeral = true"
+            s.workers["w1"].write()
+            await s.start()
+            head, w2 = s.head, s.workers["w2"]
+            await s.workers["w1"].stop()
+            await until(lambda: w2.role.node.view.node_named("w1") is None)
+            assert [r["name"] for r in (await head.ask("status"))["roster"]] == ["head", "w2"]
+            await w2.stop()
+            assert [r["name"] for r in (await head.ask("status"))["roster"]] == ["head", "w2"]
+
+    run(main)
+
+
 OLD = RayAuth("token", "old")
 
 

@@ -54,6 +54,8 @@ ELSEWHERE = {
     "explain": "reads the package",
     "demo": "has directories of its own making",
     "overlay": "reads no file; listens at the path that root gives it",
+    "join": "reads no file, and keeps its own where root alone may write",
+    "head": "reads no file, and keeps its own where root alone may write",
 }
 
 
@@ -208,6 +210,7 @@ SPAWNERS = {
     "network/overlay_client.py": "the daemon's own program, as the daemon's user",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
+    "system/first_process.py": "no program: a child that goes on with what was said",
     "demo/first_process.py": "its own makings",
     "demo/machine.py": "its own makings",
 }

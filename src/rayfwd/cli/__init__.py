@@ -32,7 +32,7 @@ EXIT_CODES = {
     OK: "done",
     FAULT: "a fault; the message says what, and what to do",
     MISTAKE: "a mistake in the configuration file or on the command line, one line each",
-    NOT_READY: "`status` only: it runs, and is not ready",
+    NOT_READY: "it runs, and is not ready: `status`, and `join` and `head` with --wait-for",
     WARNED: "`doctor` only: it would work, with warnings",
     INTERRUPTED: "interrupted by Ctrl-C",
     PIPE_CLOSED: "whoever read the output has closed it",
@@ -59,6 +59,14 @@ VERBS = {
     "run": Verb(
         "run the daemon in front (what the service does)",
         {OK: "ended in order, by SIGTERM or Ctrl-C", FAULT: "it could not begin, or had a fault"},
+    ),
+    "join": Verb(
+        "join a cluster from this machine, without a file: for an hour, or in a container",
+        {OK: "ended in order", FAULT: "it could not begin", NOT_READY: "not ready by --wait-for"},
+    ),
+    "head": Verb(
+        "be the head of a cluster on this machine, without a file",
+        {OK: "ended in order", FAULT: "it could not begin", NOT_READY: "not ready by --wait-for"},
     ),
     "connect": Verb(
         "hold the head's dashboard and Ray Client on a machine that is no node",
@@ -152,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
     what = "the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)"
     parser.add_argument("--config", metavar="PATH", type=Path, default=None, help=what)
+    which = "the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)"
+    parser.add_argument("--cluster", metavar="NAME", type=_cluster, default=None, help=which)
     verbs = parser.add_subparsers(
         dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
     )
@@ -166,7 +176,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--config", metavar="PATH", type=Path, default=argparse.SUPPRESS, help=what
         )
+        sub.add_argument(
+            "--cluster", metavar="NAME", type=_cluster, default=argparse.SUPPRESS, help=which
+        )
     return parser
+
+
+def _cluster(name: str) -> str:
+    from rayfwd.cluster.plan import check_name  # noqa: PLC0415  # what most calls do not need
+
+    try:
+        return check_name(name)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{name}: {exc}") from None
 
 
 def full_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -182,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is documented in `rayfwd --help`."""
     try:
         args = _parser().parse_args(argv)
+        if args.cluster is None and (named := os.environ.get("RAYFWD_CLUSTER")):
+            args.cluster = _of_environment(named)
         code: int = args.module.run(args)
         sys.stdout.flush()
     except MistakeError as exc:
@@ -195,6 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     return code
+
+
+def _of_environment(cluster: str) -> str:
+    try:
+        return _cluster(cluster)
+    except argparse.ArgumentTypeError as exc:
+        raise MistakeError([f"RAYFWD_CLUSTER = {exc}"]) from None
 
 
 def _complain(code: int, lines: Sequence[str]) -> int:

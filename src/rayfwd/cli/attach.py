@@ -33,7 +33,12 @@ from rayfwd.session.frames import Frame, Kind, ProtocolError, first_frame
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.ownership import check_listener
 from rayfwd.system.passing import is_stream
-from rayfwd.system.paths import default_runtime_dir, find_socket, usual_config
+from rayfwd.system.paths import (
+    default_runtime_dir,
+    find_socket,
+    running_config,
+    usual_config,
+)
 
 _CHUNK = 262144
 _HUB_SOCKET = "hub.sock"
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path: Path = args.socket or hub_socket(args.config)
+    path: Path = args.socket or hub_socket(args.config, args.cluster)
     begun = b""
     if args.client:
         begun = _read_hello()
@@ -174,14 +179,15 @@ def _refuse(code: Code, cause: str, remedy: str) -> int:
     return FAULT
 
 
-def hub_socket(config: Path | None) -> Path:
+def hub_socket(config: Path | None, cluster: str | None = None) -> Path:
     """Where the configuration file says the hub listens, read without validating it.
 
     Without `config`, a usual file that is absent or closed to this user is no fault.
     """
     data: dict[str, Any] = {}
     try:
-        data = tomllib.loads((config or usual_config(os.environ)).read_text(encoding="utf-8"))
+        file = config or running_config(os.environ, cluster) or usual_config(os.environ, cluster)
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         if config is not None:
             raise MistakeError([f"{config}: cannot be read: {exc}"]) from None
@@ -192,6 +198,8 @@ def hub_socket(config: Path | None) -> Path:
     directory = data.get("runtime_dir")
     if isinstance(directory, str):
         return Path(directory) / _HUB_SOCKET
+    if cluster is not None:
+        return default_runtime_dir(os.environ, cluster) / _HUB_SOCKET
     return find_socket(default_runtime_dir(os.environ), _HUB_SOCKET)
 
 

@@ -15,16 +15,33 @@ from rayfwd.doctor import unit_checks
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser, logs
 from rayfwd.system.asuser import Account
-from rayfwd.system.paths import find_socket, usual_config
+from rayfwd.system.paths import find_socket, named_clusters, running_config, usual_config
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """The file of `--config`, or the usual one. Raises MistakeError."""
-    path: Path = args.config or usual_config(os.environ)
+    path = config_path(args)
     try:
         return load(path)
     except ConfigError as exc:
-        raise MistakeError(str(exc).splitlines()) from None
+        raise MistakeError([*str(exc).splitlines(), *_others(args, path)]) from None
+
+
+def config_path(args: argparse.Namespace) -> Path:
+    """The file of `--config`; else that of a daemon which was started without one, else the usual
+    one."""
+    if args.config is not None:
+        return Path(args.config)
+    running = running_config(os.environ, args.cluster)
+    return running or usual_config(os.environ, args.cluster)
+
+
+def _others(args: argparse.Namespace, path: Path) -> list[str]:
+    """Where there is no file: the clusters that could have been meant."""
+    names = [] if args.config is not None or path.exists() else named_clusters(os.environ)
+    return (
+        [f"clusters of yours that run here: {', '.join(names)} (--cluster NAME)"] if names else []
+    )
 
 
 def load_as_owner(args: argparse.Namespace) -> Config:
@@ -33,7 +50,7 @@ def load_as_owner(args: argparse.Namespace) -> Config:
     Root becomes whose files these are, for good, before it looks at them: the service's user, else
     whoever has a say about the file or the state directory. Raises MistakeError, ProblemError.
     """
-    path: Path = args.config or usual_config(os.environ)
+    path = config_path(args)
     if os.geteuid() == 0 and (account := asuser.whose(path)) is not None:
         asuser.become(account)
     config = load_config(args)

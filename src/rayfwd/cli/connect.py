@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd.cli import OK, MistakeError
-from rayfwd.cli.common import load_config
+from rayfwd.cli.common import config_path, load_config
 from rayfwd.client import Client
 from rayfwd.config import Config, ConfigError, LogConfig, parse
 from rayfwd.system import logs
 from rayfwd.system.malloc import keep_freed
-from rayfwd.system.paths import usual_config
 from rayfwd.transport.tracing import tracing
 
 _OPTIONS = {
@@ -102,7 +101,7 @@ def hold(config: Config) -> int:
 def _config(args: argparse.Namespace) -> Config:
     """What file and options amount to. Raises MistakeError."""
     given = _given(args)
-    if args.config is None and (args.head or not usual_config(os.environ).exists()):
+    if args.config is None and (args.head or not config_path(args).exists()):
         if args.head is None:
             raise MistakeError(["rayfwd connect: name the head, as in ray@head.example.org"])
         return _parsed({"role": "client", "name": _own_name()}, given)
@@ -134,7 +133,7 @@ def _as_option(problem: str) -> str:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The options in the terms of the file."""
     head = {
-        "ssh": _with_port(args.head, args.port),
+        "ssh": with_port("connect", args.head, args.port) if args.head or args.port else None,
         "identity": args.identity and str(Path(args.identity).expanduser().absolute()),
         "socket": args.socket,
         "via": args.via,
@@ -148,18 +147,19 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value}
 
 
-def _with_port(head: str | None, port: int | None) -> str | None:
+def with_port(verb: str, head: str | None, port: int | None) -> str:
+    """The head of `--port`. Raises MistakeError."""
+    if head is None:
+        raise MistakeError([f"rayfwd {verb}: --port: name the head as well"])
     if port is None:
         return head
-    if head is None:
-        raise MistakeError(["rayfwd connect: --port: name the head as well"])
     host = head.rpartition("@")[2]
     if host.startswith("[") and host.endswith("]"):
         return f"{head}:{port}"
     if host.count(":") > 1:  # an IPv6 address
         return f"{head.removesuffix(host)}[{host}]:{port}"
     if ":" in host:
-        raise MistakeError([f"rayfwd connect: --port {port}: {head} has a port already"])
+        raise MistakeError([f"rayfwd {verb}: --port {port}: {head} has a port already"])
     return f"{head}:{port}"
 
 

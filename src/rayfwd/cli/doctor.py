@@ -20,7 +20,7 @@ from rich.text import Text
 
 from rayfwd import __version__, codes
 from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
-from rayfwd.cli.common import control_socket, quiet_logs, service_account
+from rayfwd.cli.common import config_path, control_socket, quiet_logs, service_account
 from rayfwd.cli.status import console
 from rayfwd.config import Config, ConfigError, load, parse
 from rayfwd.doctor import report
@@ -30,7 +30,6 @@ from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
 from rayfwd.system.asuser import Account, ChildError, account_named
 from rayfwd.system.logs import escaped
-from rayfwd.system.paths import usual_config
 
 DOCTOR_TIMEOUT = 300.0
 """Seconds for all checks of another user's child; each has a bound of its own."""
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path: Path = args.config or usual_config(os.environ)
+    path = config_path(args)
     if args.log is not None and args.report is None:
         raise MistakeError(["rayfwd doctor: --log: belongs to --report"])
     if args.with_logs and args.report is None:

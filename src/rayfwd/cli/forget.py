@@ -86,5 +86,5 @@ def _token_on_disk(config: Config, keep_token: bool) -> tuple[str, str | None]:
         return KEPT, None
     if variable is not None:
         return NAMED, variable
-    token.turn_over(os.environ, config.state_dir)
+    token.turn_over(config.home_environment(os.environ), config.state_dir)
     return TURNED, None

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 from contextlib import closing
 
 from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.common import load_config
+from rayfwd.config import Config
 from rayfwd.problems import ProblemError
-from rayfwd.system import logs
+from rayfwd.system import first_process, logs
 from rayfwd.system.notify import Notifier
+from rayfwd.system.paths import usual_config
 
 _log = logs.get_logger("rayfwd")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Nothing but --config."""
+    """Nothing but --config and --cluster."""
 
 
 def run(args: argparse.Namespace) -> int:
     try:
+        # Never that of a daemon which had no file: it may be another user's doing, or an old one.
+        args.config = args.config or usual_config(os.environ, args.cluster)
         config = load_config(args)
     except MistakeError as exc:
         # What `systemctl status` shows of a service that has failed, beside its exit code.
@@ -29,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
         with closing(Notifier()) as notifier:
             notifier.send(f"STATUS=not started, a mistake in the file: {exc.lines[0]}{more}")
         raise
+    return first_process.run(lambda: _hold(config))
+
+
+def _hold(config: Config) -> int:
     # Should the watchdog end us, the journal has where every thread was.
     faulthandler.enable()
     logs.setup(config.log)

@@ -233,7 +233,7 @@ class Screen:
         count = f"{len(worker.lanes)}" + (f", {sidelined} sidelined" if sidelined else "")
         row = [
             Text(escaped(worker.name)),
-            _state(worker.state),
+            _state("left" if worker.left and worker.state == "down" else worker.state),
             Text(self._age(worker.since)),
             Text(count, _STYLES["sidelined"] if sidelined else ""),
             Text(_milliseconds(min(trips, default=None))),

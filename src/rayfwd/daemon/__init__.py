@@ -9,8 +9,9 @@ from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon import handover
 from rayfwd.daemon.head import HeadRole
+from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
 from rayfwd.daemon.node import Makers
-from rayfwd.daemon.resources import claimed
+from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.runtime import Runtime
 from rayfwd.daemon.worker import WorkerRole
@@ -24,11 +25,14 @@ from rayfwd.system.notify import Notifier
 log = get_logger(__name__)
 
 
-def run(config: Config) -> int:
-    """Run the daemon in front. Returns the exit code: 0 ended in order, 1 it could not begin."""
+def run(config: Config, lifetime: Lifetime | None = None, front: Front | None = None) -> int:
+    """Run the daemon in front, for ever unless `lifetime` says otherwise.
+
+    Returns the exit code: 0 ended in order, 1 it could not begin, 3 it was not ready in time.
+    """
     keep_freed()
     try:
-        runtime = asyncio.run(_run(config))
+        runtime = asyncio.run(_run(config, lifetime or Lifetime(), front or Nobody()))
     except ProblemError as exc:
         problem = exc.problem
         log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
@@ -36,12 +40,12 @@ def run(config: Config) -> int:
         return 1
     if runtime.again:
         handover.exec_again(runtime.left)
-    return 0
+    return runtime.code
 
 
-async def _run(config: Config) -> Runtime:
+async def _run(config: Config, lifetime: Lifetime, front: Front) -> Runtime:
     """Raises ProblemError."""
-    with claimed(config):
+    with claimed(config), recorded(config):
         log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
         notifier = Notifier()
         given = fdpass.received(os.environ)
@@ -49,7 +53,7 @@ async def _run(config: Config) -> Runtime:
         try:
             role = role_of(config)
             role.node.hold_listeners(FdStore(notifier), fdstore.taken(given))
-            runtime = Runtime(role, notifier, arrival)
+            runtime = Runtime(role, notifier, arrival, lifetime, front)
             await runtime.run()
         finally:
             if arrival is not None:

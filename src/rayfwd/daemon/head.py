@@ -96,6 +96,7 @@ class HeadRole:
             .on(messages.Conditions, self._hear_conditions)
             .on(messages.DialBack, self._hear_dial_back)
             .on(messages.SayAgain, self._hear_say_again)
+            .on(messages.Leaving, self._hear_leaving)
         )
         """What a worker says, and its name."""
         self._node = node = Node(config, self, view, makers)
@@ -128,8 +129,11 @@ class HeadRole:
     # -- life ----------------------------------------------------------------------------
 
     async def serve(self, arrival: Arrival | None) -> None:
-        """Raises ProblemError where the hub cannot listen."""
+        """Raises ProblemError where the hub cannot listen, or the network is another cluster's."""
         config = self._node.config
+        claim = self._node.claim
+        if not claim.take(config.hub.network) and claim.problem is not None:
+            raise ProblemError(claim.problem)
         await self._node.overlay.settle()
         if arrival is not None:
             self._inherit_socket(arrival)
@@ -146,6 +150,9 @@ class HeadRole:
         self._tell_ray()
         self.changed()
         await self._hub.wait_closed()
+
+    def leaving(self) -> None:
+        """The workers see the hub close; their Ray waits for this one's for a while."""
 
     async def end(self) -> None:
         await self._dial_back.close()
@@ -184,7 +191,7 @@ class HeadRole:
         if keep_token or variable is not None:
             self._hub.forget(name)
             return Forgotten(node=name, token=KEPT if keep_token else NAMED, variable=variable)
-        turned = token.turn_over(os.environ, config.state_dir)
+        turned = token.turn_over(config.home_environment(os.environ), config.state_dir)
         self._hub.forget(name)
         return self._turn_over(name, turned)
 
@@ -234,12 +241,13 @@ class HeadRole:
     async def _settle_auth(self, version: str) -> None:
         """Decide whether Ray asks for a token. Raises ProblemError."""
         config = self._node.config
-        env = {**os.environ, **config.ray.env}
+        here = config.home_environment(os.environ)
+        env = {**here, **config.ray.env}
         async with self._settling:
             auth = await asyncio.to_thread(
                 token.decide, config.ray.auth, version, env, config.state_dir
             )
-            await asyncio.to_thread(token.provide, auth, os.environ, config.state_dir)
+            await asyncio.to_thread(token.provide, auth, here, config.state_dir)
             self._set_auth(auth)
 
     def _set_auth(self, auth: RayAuth) -> None:
@@ -435,6 +443,9 @@ class HeadRole:
         self._tell_newcomers()
         self._tell_report()
 
+    def _hear_leaving(self, _: messages.Leaving, name: str) -> None:
+        self._hub.leaving(name)
+
     def _hear_dial_back(self, message: messages.DialBack, name: str) -> None:
         """Raises ValueError where it asks for more than its own."""
         node = self._hub.nodes.get(name)
@@ -485,7 +496,7 @@ class HeadRole:
             name, mux = node.plan.name, node.mux
             if node.state == "parked" and mux is not None:
                 found.append(Finding(name, parked_problem(f"{name}'s link", mux)))
-            elif node.state == "down" and node.lost is not None:
+            elif node.state == "down" and node.lost is not None and not node.left:
                 found.append(
                     Finding(
                         name,

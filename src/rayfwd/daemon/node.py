@@ -18,6 +18,7 @@ from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, ForwardConfig, HeadConfig
+from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.manager import Overlay, Wanted
@@ -125,6 +126,7 @@ class Makers:
         [Callable[[Target, SocketRelay], None], Callable[[], None], Admission], Listeners
     ] = Listeners
     carrier: Callable[[HeadConfig], Carrier] = carrier_for
+    claim: Callable[[], NetworkClaim] = MachineClaim
 
 
 class Node:
@@ -144,6 +146,8 @@ class Node:
         self.overlay = Overlay(config.network, config.runtime_dir, self._may_dial, owner.changed)
         self._ways = Ways(self.listeners, self._redirects)
         self.connector = LocalConnector()
+        self.claim = makers.claim()
+        """Of the plan's network; the role takes it, before anything listens in it."""
         self.ray = makers.ray(config, view.network, owner.changed, before_start=owner.before_start)
         self.board = Board(owner.board_changed, name, _later)
         self.exchange = ConditionExchange(name, self.board, config.role == "head")
@@ -339,7 +343,10 @@ class Node:
                     found = await token.check(dashboard, situation.env)
             if found is None and auth is not None:
                 found = await asyncio.to_thread(
-                    token.provide, auth, os.environ, self.config.state_dir
+                    token.provide,
+                    auth,
+                    self.config.home_environment(os.environ),
+                    self.config.state_dir,
                 )
             self.board.put("token", {} if found is None else {self.config.name: found})
 

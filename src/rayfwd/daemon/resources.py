@@ -9,9 +9,13 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import tomli_w
+
 from rayfwd import codes
 from rayfwd.config import Config
+from rayfwd.system.files import replace_file
 from rayfwd.system.ownership import stranger_in
+from rayfwd.system.paths import RECORD
 
 
 @contextlib.contextmanager
@@ -24,6 +28,30 @@ def claimed(config: Config) -> Iterator[None]:
     with lock(config.state_dir / "lock", config.state_dir):
         raise_descriptor_limit()
         yield
+
+
+@contextlib.contextmanager
+def recorded(config: Config) -> Iterator[None]:
+    """Where there is no file, have one in the runtime directory meanwhile, for the other verbs."""
+    record = config.runtime_dir / RECORD
+    if config.path != record:
+        yield
+        return
+    given = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    places = {"name": config.name, "state_dir": str(config.state_dir)}
+    text = tomli_w.dumps({**given, **places, "runtime_dir": str(config.runtime_dir)})
+    try:
+        replace_file(record, text.encode())
+    except OSError as exc:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{record} cannot be written: {exc.strerror or exc}",
+            "set runtime_dir to a place that this user may write",
+        ) from exc
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            record.unlink(missing_ok=True)
 
 
 def make_directory(path: Path, mode: int) -> None:

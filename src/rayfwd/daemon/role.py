@@ -45,6 +45,9 @@ class Role(Holder, Protocol):
         Raises ProblemError where it cannot begin.
         """
 
+    def leaving(self) -> None:
+        """This node stops for good: whoever is to know hears of it before Ray ends."""
+
     async def end(self) -> None:
         """End the role's own work in order."""
 

@@ -20,6 +20,7 @@ from rayfwd.daemon import handover, reload, restart_job
 from rayfwd.daemon.canary_verb import CanaryVerb
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.health import Health
+from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.trace_verb import TraceVerb
@@ -40,8 +41,17 @@ log = get_logger(__name__)
 class Runtime:
     """Owns every task of the daemon. `run` works until SIGTERM, SIGINT or `stop`."""
 
-    def __init__(self, role: Role, notifier: Notifier, arrival: Arrival | None) -> None:
+    def __init__(
+        self,
+        role: Role,
+        notifier: Notifier,
+        arrival: Arrival | None,
+        lifetime: Lifetime | None = None,
+        front: Front | None = None,
+    ) -> None:
         """`arrival`: what an earlier process of this node has left."""
+        self.code = 0
+        """The exit code, once it has ended."""
         self.again = False
         """When it stops, the next process takes the place of this one."""
         self.left: Packed | None = None
@@ -51,6 +61,8 @@ class Runtime:
         self._node = role.node
         self._notifier = notifier
         self._arrival = arrival
+        self._lifetime = lifetime or Lifetime()
+        self._front = front or Nobody()
         self._asked = asyncio.Event()
         """It was told to stop."""
         self._notified = ""
@@ -107,6 +119,7 @@ class Runtime:
             _task(role.serve(self._arrival), "serve"),
             *(_task(work(), name) for name, work in node.parts().items()),
             _task(self._notify(), "notify"),
+            _task(self._lifetime.run(lambda: self.health.ready_said, self._over), "lifetime"),
             _task(self._metrics.run(), "metrics"),
             _task(self._watchdog.run(), "watchdog"),
         ]
@@ -129,6 +142,7 @@ class Runtime:
             await self._canary_verb.close()
             results = await asyncio.gather(*parts, *looking, return_exceptions=True)
             await node.connector.close()
+            node.claim.close()
         for result in results:
             if isinstance(result, Exception):
                 raise result  # a fault of ours ends the daemon loudly; the service restarts it
@@ -142,6 +156,8 @@ class Runtime:
             if not self._asked.is_set():
                 return False
             if not await restart_job.being_restarted(os.environ):
+                self._role.leaving()
+                self._front.shown(self.health.summary())
                 await self._node.ray.stop()
                 return False
         if self._arrival is not None:
@@ -164,6 +180,13 @@ class Runtime:
         if not self._asked.is_set():
             log.info("rayfwd_stopping", signal=why)
         self._asked.set()
+
+    def _over(self, why: str, code: int) -> None:
+        """The time that it was given is over."""
+        if code and not self._asked.is_set():
+            self.code = code
+            log.error("not_ready_in_time", option=why, cause=self.health.summary())
+        self.stop(why)
 
     def restart(self) -> None:
         """End, and leave everything to the process that takes the place of this one."""
@@ -246,10 +269,12 @@ class Runtime:
                 node = self._node
                 log.info("rayfwd_ready", node=node.config.name, listeners=node.listeners.open)
                 self._notifier.send("READY=1")
+                self._front.ready(self.health.now())
             summary = self.health.summary()
             if summary != self._notified:
                 self._notified = summary
                 self._notifier.send(f"STATUS={summary}")
+                self._front.shown(summary)
             self._node.news.clear()
             await self._node.news.wait()
 

@@ -84,6 +84,7 @@ def worker_row(node: HubNode, ray: status.RayOfWorker | None) -> status.Worker:
         bytes=volume_of([(node.mux, node.link_stats)]),
         ray=ray,
         declares=dict(node.hello.resources) if node.hello else {},
+        left=node.left,
         lanes=lanes_of(node.mux),
     )
 

@@ -43,6 +43,7 @@ from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
+from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.control import Verb
 from rayfwd.system.files import replace_file
 from rayfwd.system.heartbeat import Heartbeat
@@ -60,6 +61,9 @@ from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
+
+CLAIM_INTERVAL = 5.0
+"""Seconds between two looks at whether a network that another cluster has here is free."""
 
 NOT_UP = frozenset({"waiting", "starting", "stopping", "failed"})
 """Phases of the head's Ray in which it cannot be joined; the head says why, where that is news."""
@@ -80,6 +84,8 @@ class WorkerRole:
         self._head_ray: str | None = None
         """Phase of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
+        self._told_nodes: tuple[NodePlan, ...] = ()
+        """Of the hub's plan, whether this node may listen for them or not."""
         self._advertise = AdvertiseCheck(self._send, lambda: self._hub_features)
         self._handlers = (
             messages.Handlers[[]]()
@@ -114,11 +120,21 @@ class WorkerRole:
             await arrival.take_over(self)
         await self._link.run()
 
+    def leaving(self) -> None:
+        self._send(messages.Leaving())
+
     async def end(self) -> None:
         await self._link.close("the worker's rayfwd was stopped")
 
     def watchers(self) -> dict[str, Work]:
-        return {}
+        return {"claim": self._watch_claim}
+
+    async def _watch_claim(self) -> None:
+        """Whether the other cluster of this machine, whose the network is, has gone."""
+        while True:
+            await sleep_coalesced(CLAIM_INTERVAL)
+            if self._node.claim.problem is not None:
+                self._set_view(replace(self._node.view, nodes=self._told_nodes))
 
     def loops(self) -> list[Heartbeat]:
         return [slot.heartbeat for slot in self._link.slots]
@@ -238,6 +254,12 @@ class WorkerRole:
         self._set_view(ClusterView(network, ride_through, own, nodes, auth, versions))
 
     def _set_view(self, view: ClusterView) -> None:
+        """Where the network is another cluster's on this machine: without the nodes, so that
+        nothing listens in it."""
+        if view.nodes:
+            self._told_nodes = view.nodes
+            if not self._node.claim.take(view.network):
+                view = replace(view, nodes=())
         if view.own is not None and view.nodes:
             self._node.ray.set_plan(
                 view.own,
@@ -271,7 +293,7 @@ class WorkerRole:
 
     def _hear_changes(self, message: messages.NodesChanged) -> None:
         view = self._node.view
-        nodes = changed(view.nodes, map(NodePlan.from_wire, message.nodes), message.gone)
+        nodes = changed(self._told_nodes, map(NodePlan.from_wire, message.nodes), message.gone)
         self._set_view(replace(view, nodes=nodes))
 
     def _hear_versions(self, message: messages.HeadVersions) -> None:
@@ -337,7 +359,7 @@ class WorkerRole:
                 token.keep(auth, config.state_dir)
             except ProblemError as exc:
                 log.error(exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy)
-            token.provide(auth, os.environ, config.state_dir, before)
+            token.provide(auth, config.home_environment(os.environ), config.state_dir, before)
         return auth
 
     async def _check_token(self) -> None:
@@ -457,11 +479,14 @@ class WorkerRole:
     def link_findings(self) -> list[Finding]:
         link, own = self._link, self._node.config.name
         if self.link_stands():
-            return [
+            found = [
                 Finding(f"{own}/{slot.name}", slot.problem, severity="warning", explains=False)
                 for slot in link.slots
                 if slot.problem is not None and slot.number is None
             ]
+            if (taken := self._node.claim.problem) is not None:
+                found.append(Finding(own, taken, blocks_ready=True))
+            return found
         found = []
         if link.problem is not None:
             # While streams are held, what keeps the link from coming back is a part of that.
@@ -534,4 +559,5 @@ def hello_of(config: Config, key: str) -> Hello:
         advertise=config.ray.advertise,
         ride_through=config.ride_through,
         features=frozenset({SOURCE, PROOF, CHANGES}),
+        ephemeral=config.ephemeral,
     )

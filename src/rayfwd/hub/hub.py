@@ -560,6 +560,8 @@ class Hub:
             )
         core = Session("hub", ride_through, self._limits, asyncio.get_running_loop().time())
         self._begin(peer, core, hello.session)
+        if isinstance(peer, HubNode):
+            peer.left = False
         log.info("session_started", node=peer.label, version=hello.version)
 
     def _begin(self, peer: HubNode | HubClient, core: Session, session: str) -> Mux:
@@ -603,9 +605,15 @@ class Hub:
                 stats = mux.stats()
                 peer.link_stats.ended(mux.now(), stats.bytes_in, stats.bytes_out)
                 peer.mux, peer.session = None, ""
+                left = isinstance(peer, HubNode) and peer.left
                 if isinstance(peer, HubClient):
                     del self.clients[peer.key_sha256]
-                if not self._closing:
+                elif not self._closing and peer.hello is not None and peer.hello.ephemeral:
+                    # Not now: a newer session of the same node may be about to begin.
+                    asyncio.get_running_loop().call_soon(self._give_back, peer)
+                if left and not self._closing:
+                    log.info("session_ended", node=peer.label, cause=why)
+                elif not self._closing:
                     log.warning("session_ended", node=peer.label, cause=why)
         self._owner.hub_changed()
 
@@ -736,8 +744,28 @@ class Hub:
         if (data := self._told[1]) is not None:
             mux.send_framed(data)
 
+    def leaving(self, name: str) -> None:
+        """A worker says that it stops for good."""
+        node = self.nodes.get(name)
+        if node is not None and not node.left:
+            node.left = True
+            log.info("node_leaving", node=name)
+            self._owner.hub_changed()
+
+    def _give_back(self, node: HubNode) -> None:
+        """The name, address and ports of one that was there for a while only."""
+        if node.mux is None and not self._closing and self.nodes.get(node.name) is node:
+            self._drop(node.name)
+            log.info("node_given_back", node=node.name)
+
     def forget(self, name: str) -> bool:
         """Drop a node from the roster and end its session. False if there is none."""
+        if not self._drop(name):
+            return False
+        log.info("node_forgotten", node=name)
+        return True
+
+    def _drop(self, name: str) -> bool:
         if not self._roster.forget(name):
             return False
         node = self.nodes.pop(name, None)
@@ -747,7 +775,6 @@ class Hub:
             del self._at[node.plan.address]
         self._plan_changed(name)
         self._tell_changes()
-        log.info("node_forgotten", node=name)
         self._owner.hub_changed()
         return True
 

@@ -45,6 +45,8 @@ class HubNode(HubPeer):
     """A worker as the hub knows it."""
 
     plan: NodePlan = field(kw_only=True)
+    left: bool = False
+    """It has said that it leaves, and has not come back."""
     waiting: list[tuple[Target, SocketRelay]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
     knows_all: Mux | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import secrets
@@ -54,6 +55,8 @@ SETTLE_TIMEOUT = 3.0
 """Seconds for workers to notice that their raylet has gone, and again after SIGTERM."""
 
 KILL_TIMEOUT = 10.0
+KILL_RESERVE = 1.0
+"""Seconds that are kept for the last step, where there is a bound for all of them."""
 KEEP_LINES = 12
 OUTPUT_LIMIT = 16 * 1024 * 1024
 READ_SIZE = 256 * 1024
@@ -244,18 +247,22 @@ class RayProcess:
                 return
             await asyncio.sleep(0.1)
 
-    async def end(self, on_output: Callable[[], None], drain: bool = True) -> int:
+    async def end(
+        self, on_output: Callable[[], None], drain: bool = True, within: float | None = None
+    ) -> int:
         """End all of it; returns how many processes had to be killed.
 
         First SIGTERM to `ray start` and, with `drain`, the time its tasks may take; then whatever
-        else came of it. Removes the record once nothing is left.
+        else came of it. `within`: seconds that all of it may take. Removes the record once nothing
+        is left.
         """
+        ends = math.inf if within is None else time.monotonic() + within - KILL_RESERVE
         grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
         if not self.said_started:
             grace = STARTING_TIMEOUT
         if self.alive():
             procfs.send(self._main, signal.SIGTERM)
-            deadline = time.monotonic() + grace
+            deadline = min(time.monotonic() + grace, ends)
             while self.alive() and time.monotonic() < deadline:
                 await asyncio.sleep(0.1)
                 on_output()
@@ -267,6 +274,8 @@ class RayProcess:
         killed = 0
         left: list[procfs.Process] = []
         for number, wait in steps[1:] if self.alive() else steps:
+            if time.monotonic() >= ends and number != signal.SIGKILL:
+                continue
             left = await self._left()
             if number is not None:
                 for process in left:
@@ -275,6 +284,8 @@ class RayProcess:
                         killed += 1
                         _log.info("ray_process_killed", pid=process.pid, title=title)
             deadline = time.monotonic() + wait
+            if number != signal.SIGKILL:
+                deadline = min(deadline, ends)
             while left and time.monotonic() < deadline:
                 await asyncio.sleep(0.2)
                 self.alive()  # reaps
@@ -315,6 +326,15 @@ def find_foreign(address: str) -> procfs.Process | None:
     """A raylet of our user on this machine that has `address`, whoever started it."""
     found = procfs.with_argument("raylet", f"--node_ip_address={address}")
     return found[0] if found else None
+
+
+def started_by(raylet: procfs.Process) -> Path | None:
+    """The state directory of the rayfwd that started that Ray, as its output tells; None: it was
+    started otherwise, or that cannot be known."""
+    if not procfs.has_variable(raylet, MARKER):
+        return None
+    output = procfs.output_of(raylet.parent)
+    return output.parent if output is not None and output.name == OUTPUT else None
 
 
 def _seconds(given: str | None) -> float:

@@ -128,6 +128,20 @@ def argument_of(process: Process, flag: str) -> str | None:
     return None
 
 
+def has_variable(process: Process, name: str) -> bool:
+    """Whether it was given that environment variable."""
+    wanted = f"{name}=".encode()
+    return any(entry.startswith(wanted) for entry in _read_list(process.pid, "environ"))
+
+
+def output_of(pid: int) -> Path | None:
+    """What a process of our user writes its standard output to."""
+    try:
+        return Path(os.readlink(PROC / str(pid) / "fd" / "1"))
+    except OSError:
+        return None
+
+
 def title(process: Process) -> str:
     """What to call it: of an interpreter the script it runs, `dashboard/agent.py`, else its name.
 

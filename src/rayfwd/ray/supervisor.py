@@ -31,7 +31,7 @@ from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
-from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of
+from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of, started_by
 from rayfwd.ray.token import RayAuth
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
@@ -66,6 +66,11 @@ TURN_TIMEOUT = 60.0
 
 BUSY_TURN_TIMEOUT = 300.0
 """The same where it starts or ends Ray: the checks before, Ray's own drain time."""
+
+LEFT_FOR_THE_LINK = 1.5
+"""Seconds of `stop_timeout` that are not Ray's: for the link's end, and the daemon's."""
+TASKS_PART = 0.5
+"""Of Ray's seconds, those that its tasks have to end where `stop_timeout` bounds a stop."""
 
 SHOWN_LINES = 6
 
@@ -208,7 +213,7 @@ class RaySupervisor:
         if self._process is None:
             self._process = await self._recover()
         if self._process is not None:
-            await self._end("stop")
+            await self._end("stop", within=self._stop_within)
         elif self.state.phase == "up":
             _log.info("ray_left_running", pid=self.state.pid, ours=False)
         await asyncio.to_thread(self._launcher.done)
@@ -219,6 +224,12 @@ class RaySupervisor:
         await self._cease()
         if self.state.pid is not None:
             _log.info("ray_left_running", pid=self.state.pid, ours=self._process is not None)
+
+    @property
+    def _stop_within(self) -> float | None:
+        """Seconds for Ray's own end, of those for the whole stop."""
+        timeout = self._config.stop_timeout
+        return None if timeout is None else timeout - LEFT_FOR_THE_LINK
 
     async def _cease(self) -> None:
         self._stopping = True
@@ -272,6 +283,7 @@ class RaySupervisor:
             return
         foreign = await asyncio.to_thread(find_foreign, wanted.own.address)
         if foreign is not None:
+            self._check_adoptable(foreign)
             await self._watch_foreign(foreign, wanted)
         elif not self._config.ray.start:
             await self._wait_for_hand(wanted)
@@ -282,6 +294,17 @@ class RaySupervisor:
             process = await self._start(wanted)
             if process is not None:
                 await self._watch(process, wanted)
+
+    def _check_adoptable(self, raylet: procfs.Process) -> None:
+        """Raises ProblemError where another rayfwd has started it, for a cluster of its own."""
+        theirs = started_by(raylet)
+        if theirs is not None and theirs != self._config.state_dir:
+            raise codes.RAY_OF_ANOTHER.error(
+                f"a Ray with this node's address runs here (pid {raylet.pid}), which another "
+                f"rayfwd has started (state_dir = {theirs})",
+                f"start that rayfwd again, or end its Ray (kill {raylet.parent}); to have both, "
+                "set hub.network, hub.port_base and Ray's ports on the head of one of them",
+            )
 
     async def _start(self, wanted: _Wanted) -> RayProcess | None:
         """None: meanwhile the link has gone, or the plan has changed."""
@@ -440,7 +463,7 @@ class RaySupervisor:
             )
         await self._sleep(delay)
 
-    async def _end(self, reason: str, drain: bool = True) -> None:
+    async def _end(self, reason: str, drain: bool = True, within: float | None = None) -> None:
         process = self._process
         if process is None:
             return
@@ -448,7 +471,7 @@ class RaySupervisor:
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(phase="stopping")
-        killed = await process.end(lambda: self._log_output(process), drain)
+        killed = await process.end(lambda: self._log_output(process), drain, within)
         self._log_output(process, everything=True)
         if drain:
             _log.info("ray_stopped", pid=process.pid, exit_code=process.exit_code, killed=killed)
@@ -457,7 +480,7 @@ class RaySupervisor:
     # Small parts
 
     def _environment(self, wanted: _Wanted) -> dict[str, str]:
-        return commandline.start_environment(
+        env = commandline.start_environment(
             wanted.ride_through,
             self._config.ray,
             wanted.own,
@@ -466,6 +489,10 @@ class RaySupervisor:
             self._auth(wanted),
             wanted.interface,
         )
+        if (within := self._stop_within) is not None:
+            # The rest is for `ray start`, which ends its children one by one after that.
+            env.setdefault(commandline.DRAIN_VARIABLE, f"{within * TASKS_PART:.1f}")
+        return env
 
     def _auth(self, wanted: _Wanted) -> dict[str, str]:
         return token.environment(wanted.auth, self._config.state_dir)

@@ -61,6 +61,8 @@ class Hello:
     """What the node's configuration declares to Ray."""
     features: frozenset[str] = frozenset()
     """What this node can do besides, by name."""
+    ephemeral: bool = False
+    """Its name is given back as soon as its session is over."""
 
     def encode(self) -> bytes:
         body = {
@@ -78,6 +80,7 @@ class Hello:
             "python": self.python,
             "resources": dict(self.resources),
             "features": sorted(self.features),
+            "ephemeral": self.ephemeral,
         }
         return encode(Kind.HELLO, 0, PROTOCOL_VERSION, json.dumps(body).encode())
 
@@ -102,6 +105,7 @@ class Hello:
                 python=_optional_text(body, "python"),
                 resources=_resources(body.get("resources", {})),
                 features=_features(body.get("features", [])),
+                ephemeral=body.get("ephemeral") is True,
             )
             int(hello.session, 16)
         except (KeyError, ValueError, TypeError) as exc:

@@ -304,6 +304,21 @@ class SayAgain:
         return cls()
 
 
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """This node stops: its Ray ends its tasks now, and its link is closed when that is done."""
+
+    TYPE: ClassVar = "leaving"
+    SENDER: ClassVar[Sender] = "worker"
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"type": self.TYPE}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> Leaving:
+        return cls()
+
+
 Message = (
     Nodes
     | NodesChanged
@@ -316,6 +331,7 @@ Message = (
     | DialBack
     | DialledBack
     | SayAgain
+    | Leaving
 )
 
 TYPES: Final[Mapping[str, type[Message]]] = {
@@ -332,6 +348,7 @@ TYPES: Final[Mapping[str, type[Message]]] = {
         DialBack,
         DialledBack,
         SayAgain,
+        Leaving,
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +13,72 @@ from rayfwd.system.ownership import is_ours, stranger_in
 
 DEFAULT_CONFIG = Path("/etc/rayfwd.toml")
 
+RECORD = "rayfwd.toml"
+"""In the runtime directory: the configuration of a daemon that was started without a file."""
 
-def usual_config(env: Mapping[str, str]) -> Path:
+
+def usual_config(env: Mapping[str, str], cluster: str | None = None) -> Path:
     """The file that is read where none is named: a user's own, where there is one."""
+    name = DEFAULT_CONFIG.name if cluster is None else f"rayfwd-{cluster}.toml"
     if os.geteuid() != 0:
-        own = _home(env) / ".config" / "rayfwd.toml"
+        own = _home(env) / ".config" / name
         if own.exists():
             return own
-    return DEFAULT_CONFIG
+    return DEFAULT_CONFIG.with_name(name)
 
+
+def running_config(env: Mapping[str, str], cluster: str | None = None) -> Path | None:
+    """The configuration of this user's daemon that was started without a file, if one was.
+
+    Where `usual_config` has a file, only while that daemon runs. What others can change is none.
+    """
+    record = default_runtime_dir(env, cluster) / RECORD
+    try:
+        if not record.is_file() or stranger_in(record, (0, os.geteuid())) is not None:
+            return None
+        if os.geteuid() == 0 and record.stat().st_uid != 0:
+            return None
+    except OSError:
+        return None
+    usual = os.path.exists(usual_config(env, cluster))
+    return record if not usual or _answers(record.with_name(CONTROL_SOCKET)) else None
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def named_clusters(env: Mapping[str, str]) -> list[str]:
+    """The clusters with a name of which this user runs a node here."""
+    try:
+        found = os.scandir(default_runtime_dir(env) / CLUSTERS)
+    except OSError:
+        return []
+    with found:
+        names = sorted(entry.name for entry in found)
+    return [name for name in names if running_config(env, name) is not None]
+
+
+CONTROL_SOCKET = "control.sock"
+CLUSTERS = "clusters"
+"""Below the usual directories: those of the clusters that have a name here."""
 
 SERVICE_RUNTIME_DIR = Path("/run/rayfwd")
 """The runtime directory of root's rayfwd and of the systemd service, whatever user that has."""
 
 
-def default_state_dir(env: Mapping[str, str]) -> Path:
-    """systemd's STATE_DIRECTORY; /var/lib/rayfwd for root; else XDG's."""
+def default_state_dir(env: Mapping[str, str], cluster: str | None = None) -> Path:
+    """systemd's STATE_DIRECTORY; /var/lib/rayfwd for root; else XDG's. A cluster that has a name
+    here has one of its own below that."""
+    return _of_cluster(_state_dir(env), cluster)
+
+
+def _state_dir(env: Mapping[str, str]) -> Path:
     if given := env.get("STATE_DIRECTORY"):
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
@@ -35,11 +86,20 @@ def default_state_dir(env: Mapping[str, str]) -> Path:
     return Path(env.get("XDG_STATE_HOME") or _home(env) / ".local" / "state") / "rayfwd"
 
 
-def default_runtime_dir(env: Mapping[str, str]) -> Path:
+def _of_cluster(directory: Path, cluster: str | None) -> Path:
+    return directory if cluster is None else directory / CLUSTERS / cluster
+
+
+def default_runtime_dir(env: Mapping[str, str], cluster: str | None = None) -> Path:
     """systemd's RUNTIME_DIRECTORY; /run/rayfwd for root; else XDG's, else one below the state's.
+    A cluster that has a name here has one of its own below that.
 
     None that others can make first, and XDG's only where it is this user's: su keeps the variable.
     """
+    return _of_cluster(_runtime_dir(env), cluster)
+
+
+def _runtime_dir(env: Mapping[str, str]) -> Path:
     if given := env.get("RUNTIME_DIRECTORY"):
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
@@ -48,7 +108,7 @@ def default_runtime_dir(env: Mapping[str, str]) -> Path:
     for given in (env.get("XDG_RUNTIME_DIR"), logind if os.path.isdir(logind) else None):
         if given and is_ours(Path(given)):
             return Path(given) / "rayfwd"
-    return default_state_dir(env) / "run"
+    return _state_dir(env) / "run"
 
 
 def find_socket(directory: Path, name: str) -> Path:

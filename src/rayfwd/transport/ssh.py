@@ -191,12 +191,21 @@ class SshConnector:
             self._slow.add(hop.written)
             log.warning("login_slow", hop=hop.written, seconds=round(seconds, 1))
 
+    @property
+    def tries_both(self) -> bool:
+        """Where the socket is no way to the hub, the command may be one."""
+        return self._head.via == "auto"
+
     async def open_channel(
-        self, connection: asyncssh.SSHClientConnection, factory: Callable[[], Any]
+        self,
+        connection: asyncssh.SSHClientConnection,
+        factory: Callable[[], Any],
+        by_command: bool = False,
     ) -> Channel:
         """A channel to the hub, for a session made by `factory`. Raises ProblemError."""
+        by_command = by_command or self.by_command
         try:
-            if self._head.via == "exec":
+            if by_command:
                 channel, _ = await connection.create_session(
                     factory,
                     self._head.attach_command,
@@ -210,7 +219,7 @@ class SshConnector:
             )
             return unix
         except asyncssh.ChannelOpenError as exc:
-            raise ProblemError(await self._why_no_channel(connection, exc)) from exc
+            raise ProblemError(await self._why_no_channel(connection, exc, by_command)) from exc
         except (OSError, asyncssh.Error) as exc:
             raise ProblemError(
                 codes.SSH_LOST.problem(
@@ -239,13 +248,16 @@ class SshConnector:
             pass
 
     async def _why_no_channel(
-        self, connection: asyncssh.SSHClientConnection, exc: asyncssh.ChannelOpenError
+        self,
+        connection: asyncssh.SSHClientConnection,
+        exc: asyncssh.ChannelOpenError,
+        by_command: bool,
     ) -> Problem:
-        if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or self._head.via == "exec":
+        if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or by_command:
             return codes.CHANNEL_REFUSED.problem(
                 f"the head's sshd refuses this kind of channel: {exc.reason}",
                 'set via = "exec" in [head]'
-                if self._head.via == "socket"
+                if not by_command
                 else "allow sessions for this key on the head (MaxSessions, authorized_keys)",
             )
         return await look_at_socket(connection, self._head.socket, exc.reason)

@@ -9,6 +9,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd.config import HeadConfig
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
 from rayfwd.session.preamble import Preamble
 from rayfwd.transport.carrier import PipeOwner
@@ -56,9 +57,20 @@ class SshConnection:
 
     async def open(self, owner: PipeOwner) -> SshPipe:
         """Raises ProblemError."""
-        preamble = Preamble() if self._connector.by_command else None
-        pipe = SshPipe(self.ssh, owner, preamble)
-        await self._connector.open_channel(self.ssh, lambda: pipe)
+        connector = self._connector
+        try:
+            return await self._open(owner, connector.by_command)
+        except ProblemError as exc:
+            if not (connector.tries_both and exc.problem.code.another_way):
+                raise
+            return await self._open(owner, True, exc.problem)
+
+    async def _open(
+        self, owner: PipeOwner, by_command: bool, instead: Problem | None = None
+    ) -> SshPipe:
+        preamble = Preamble() if by_command else None
+        pipe = SshPipe(self.ssh, owner, preamble, instead)
+        await self._connector.open_channel(self.ssh, lambda: pipe, by_command)
         return pipe
 
     async def tune(self) -> None:
@@ -79,8 +91,10 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         connection: asyncssh.SSHClientConnection,
         owner: PipeOwner,
         preamble: Preamble | None = None,
+        instead: Problem | None = None,
     ) -> None:
-        """`preamble`: of a command that a login shell runs."""
+        """`preamble`: of a command that a login shell runs. `instead`: why it is not the socket."""
+        self._instead = instead
         self._connection = connection
         self._owner = owner
         self._preamble = preamble
@@ -120,6 +134,8 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
 
     def _lost(self, why: str) -> None:
         noise = self._preamble.quoted() if self._preamble is not None else ""
+        if self._preamble is not None and self._instead is not None:
+            why = f"{self._instead.cause}; and the command instead of the socket: {why}"
         self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
 
     def eof_received(self) -> bool:

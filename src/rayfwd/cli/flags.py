@@ -1,0 +1,192 @@
+"""The keys of the configuration as options of the command line, for a daemon without a file.
+
+A key of [head], [hub] or [ray], or one before any section, is an option by its own name; any other
+is set by `--set section.key=value`. The words of the help are those below the key in config.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from rayfwd.cli import MistakeError
+from rayfwd.config import SECTIONS, Config
+
+_NAMES = {"ray.command": "--ray"}
+"""Options that are not named after their keys."""
+_SHORT = {"head.identity": "-i", "head.ssh_config": "-F"}
+"""As `ssh` has them."""
+
+
+def said_of(cls: type) -> dict[str, str]:
+    """The text below each of a class's keys."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, below in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            found[node.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """An option that stands for a key."""
+
+    key: str
+    """Dotted, as the file has it."""
+    option: str
+    kind: str
+    """As JSON's schema names it."""
+    choices: tuple[str, ...]
+    help: str
+    default: Any
+
+    @property
+    def dest(self) -> str:
+        """Where argparse puts it."""
+        return f"key:{self.key}"
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        names = [*filter(None, [_SHORT.get(self.key)]), self.option]
+        common: dict[str, Any] = {"dest": self.dest, "help": self.help.replace("%", "%%")}
+        if self.kind == "boolean":
+            parser.add_argument(*names, action="store_const", const=not self.default, **common)
+        elif self.kind in {"array", "object"}:
+            shown = "KEY=VALUE" if self.kind == "object" else "VALUE"
+            parser.add_argument(*names, action="append", metavar=shown, **common)
+        else:
+            metavar = None if self.choices else "FILE" if self.kind == "path" else "VALUE"
+            parser.add_argument(*names, choices=self.choices or None, metavar=metavar, **common)
+
+    def value(self, given: Any) -> Any:
+        """As the file would have it. What is none of its kind stays text, for the configuration
+        to refuse."""
+        if self.kind == "object":
+            return _table(self, given)
+        if self.kind == "array":
+            return [_plain(text) for text in given]
+        if self.kind in {"integer", "number"}:
+            return _plain(given)
+        return given
+
+
+def flags_of(section: str | None, leave_out: Iterable[str] = ()) -> Iterator[Flag]:
+    """Of a section, or of the keys before any."""
+    cls: type[BaseModel] = Config if section is None else SECTIONS[section]
+    words, schema = said_of(cls), cls.model_json_schema()
+    for name, field in cls.model_fields.items():
+        if name in leave_out or (section is None and name in SECTIONS):
+            continue
+        key = name if section is None else f"{section}.{name}"
+        inner = _shape(schema["properties"][name])
+        kind = "path" if inner.get("format") == "path" else inner["type"]
+        off = kind == "boolean" and field.default is True
+        option = "--" + "no-" * off + name.replace("_", "-")
+        yield Flag(
+            key=key,
+            option=_NAMES.get(key, option),
+            kind=kind,
+            choices=tuple(inner.get("enum", ())),
+            help=words[name],
+            default=field.default,
+        )
+
+
+def _shape(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a key that may be left out: what it is where it is not."""
+    for part in schema.get("anyOf", ()):
+        if part.get("type") != "null":
+            return _shape(part)
+    return schema
+
+
+def add_set(parser: argparse.ArgumentParser) -> None:
+    """The option for all other keys."""
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="any other key, with a value as in the file: --set canary.enabled=true",
+    )
+
+
+def given_by(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:
+    """What the options say, in the terms of the file. Raises MistakeError."""
+    data: dict[str, Any] = {}
+    for flag in flags:
+        if (given := getattr(args, flag.dest)) is not None:
+            put(data, flag.key, flag.value(given))
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not (equals and re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key)):
+            raise MistakeError([f"--set {text}: must be KEY=VALUE, as in canary.enabled=true"])
+        put(data, key, _toml(value))
+    return data
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key."""
+    *above, last = key.split(".")
+    for part in above:
+        data = data.setdefault(part, {})
+    data[last] = value
+
+
+def as_option(problem: str, flags: Iterable[Flag]) -> str:
+    """A mistake of the configuration with the option that it came by instead of the key."""
+    for flag in flags:
+        found = re.match(rf"{re.escape(flag.key)}(?=[ :\[.=])", problem)
+        if found is not None:
+            return flag.option + problem[found.end() :]
+    return problem
+
+
+def _plain(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _toml(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _table(flag: Flag, given: Iterable[str]) -> dict[str, Any]:
+    """Of `name=value` each, or of a JSON object as `ray start` takes it."""
+    table: dict[str, Any] = {}
+    text_only = flag.key in {"ray.labels", "ray.env"}
+    for text in given:
+        if text.startswith("{"):
+            try:
+                table |= dict(json.loads(text))
+            except (ValueError, TypeError):
+                raise MistakeError([f"{flag.option} {text}: must be a JSON object"]) from None
+            continue
+        name, equals, value = text.partition("=")
+        if not (equals and name):
+            raise MistakeError([f"{flag.option} {text}: must be NAME=VALUE"])
+        table[name] = value if text_only else _plain(value)
+    return table

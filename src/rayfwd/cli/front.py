@@ -1,0 +1,237 @@
+"""A daemon that was started without a file and stays in front: `rayfwd join` and `rayfwd head`.
+
+It is the daemon of `rayfwd run`. Here is what surrounds it: how it looks on a terminal, how long it
+is there, what is said when it is ready, and that it may be process 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import pwd
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from rayfwd import daemon
+from rayfwd.cli import FAULT, MistakeError
+from rayfwd.cli.flags import Flag, add_set, as_option, flags_of, given_by
+from rayfwd.config import Config, ConfigError, parse
+from rayfwd.daemon.lifetime import Lifetime
+from rayfwd.problems import ProblemError
+from rayfwd.status import Status
+from rayfwd.system import first_process, logs
+from rayfwd.system.logs import escaped
+from rayfwd.system.paths import RECORD, running_config
+
+STOP_TIMEOUT = 8.0
+"""Seconds for a stop, unless said otherwise: Docker kills 10 s after its SIGTERM."""
+
+OF_ANY_NODE = ("name", "state_dir", "runtime_dir", "ride_through", "stop_timeout", "expose")
+"""Keys before any section; `cluster` is an option of every verb."""
+
+LINGER = Path("/var/lib/systemd/linger")
+"""Where logind has a file for each user who may stay (loginctl(1))."""
+
+Next = Callable[[Config, Status], Sequence[str]]
+"""Two lines, when it is ready: what to do next."""
+
+_log = logs.get_logger("rayfwd")
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, flags: Iterable[Flag], section: str, of_ray: str
+) -> None:
+    """The options of the keys, and of how long it is there."""
+    groups = {None: parser, section: None, "ray": None}
+    named = {section: f"[{section}] of a file", "ray": f"[ray] of a file: {of_ray}"}
+    parser.add_argument(
+        "--wait-for",
+        metavar="SECONDS",
+        type=_duration,
+        help="give up, with exit code 3, where it is not ready by then (default: never)",
+    )
+    parser.add_argument(
+        "--stop-after",
+        metavar="DURATION",
+        type=_duration,
+        help="leave after this long: 90, 45m, 2h, 1d (default: never)",
+    )
+    for flag in flags:
+        above, dot, _ = flag.key.rpartition(".")
+        key = above if dot else None
+        if groups.get(key) is None:
+            groups[key] = parser.add_argument_group(named.get(key or "", key))  # type: ignore[assignment]
+        flag.add_to(groups[key])  # type: ignore[arg-type]
+    add_set(parser)
+
+
+def any_flags(*further: str) -> list[Flag]:
+    """Of the keys before any section that a node has, and of [log]."""
+    wanted = {*OF_ANY_NODE, *further}
+    found = [flag for flag in flags_of(None) if flag.key in wanted]
+    found += [replace(flag, option=flag.option.replace("--", "--log-")) for flag in flags_of("log")]
+    return [
+        replace(flag, help=f"seconds that a stop may take, all in all (default: {STOP_TIMEOUT:g})")
+        if flag.key == "stop_timeout"
+        else flag
+        for flag in found
+    ]
+
+
+def _duration(text: str) -> float:
+    """Seconds, from `90`, `90s`, `45m`, `2h` or `1d`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    seconds = 0.0
+    if found is not None:
+        seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a time, as in 90, 45m, 2h or 1d")
+    return seconds
+
+
+def said(base: dict[str, Any], args: argparse.Namespace, flags: Sequence[Flag]) -> dict[str, Any]:
+    """What is in `base` and what the options say, as a file would have it. Raises MistakeError."""
+    data = _merged({**base, "stop_timeout": STOP_TIMEOUT}, given_by(args, flags))
+    if args.cluster is not None:
+        data["cluster"] = args.cluster
+    return data
+
+
+def configuration(data: dict[str, Any], flags: Sequence[Flag], what: str) -> Config:
+    """What that amounts to. Raises MistakeError."""
+    try:
+        made = parse(data)
+        # The daemon writes it down there, for `rayfwd status` and the other verbs.
+        return parse(data, made.runtime_dir / RECORD)
+    except ConfigError as exc:
+        lines = [f"rayfwd {what}: {as_option(p, flags)}" for p in exc.problems]
+        raise MistakeError(lines) from None
+
+
+def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    data = dict(base)
+    for key, value in given.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        data[key] = {**base[key], **value} if both else value
+    return data
+
+
+def hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
+    """The exit code, when it has ended."""
+    return first_process.run(lambda: _hold(config, args, what_next))
+
+
+def _hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
+    faulthandler.enable()
+    screen = Screen(sys.stderr)
+    logs.setup(config.log, stream=screen)  # type: ignore[arg-type]
+    _say_of_logout(config)
+    front = Terminal(config, screen, what_next)
+    lifetime = Lifetime(args.wait_for, args.stop_after)
+    try:
+        return daemon.run(config, lifetime, front)
+    except ProblemError:
+        raise  # told by whoever called us
+    except Exception:
+        _log.error("rayfwd_fault", exc_info=True)
+        return FAULT
+    finally:
+        screen.show("")
+
+
+def _say_of_logout(config: Config) -> None:
+    """Where a logout may end what a user has started."""
+    uid = os.geteuid()
+    if uid == 0 or not config.runtime_dir.is_relative_to(f"/run/user/{uid}"):
+        return
+    user = pwd.getpwuid(uid).pw_name
+    if not (LINGER / user).exists():
+        _log.warning(
+            "linger_off",
+            cause=f"{config.runtime_dir}, where this node's sockets are, goes when {user} has "
+            "logged out, and this process may be ended",
+            remedy="say `loginctl enable-linger`, where it is to stay",
+        )
+
+
+class Screen:
+    """A stream for the log that keeps a line below it, where it leads to a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown = ""
+        self._terminal = stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Whole lines."""
+        if self._shown:
+            self._stream.write("\r\x1b[2K")
+        size = self._stream.write(text)
+        self._draw()
+        return size
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def show(self, text: str) -> None:
+        """In the place of what was shown before; empty: nothing."""
+        if not self._terminal or text == self._shown:
+            return
+        if self._shown:
+            self._stream.write("\r\x1b[2K")
+        self._shown = text
+        self._draw()
+        self._stream.flush()
+
+    def _draw(self) -> None:
+        if self._shown:
+            # One that reached the edge would begin another line.
+            room = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\x1b[1m{escaped(self._shown)[:room]}\x1b[0m")
+
+
+class Terminal:
+    """What whoever started it is told (a `Front`)."""
+
+    def __init__(self, config: Config, screen: Screen, what_next: Next) -> None:
+        self._config = config
+        self._screen = screen
+        self._what_next = what_next
+
+    def shown(self, summary: str) -> None:
+        self._screen.show(f"{self._config.name}: {summary}")
+
+    def ready(self, status: Status) -> None:
+        lines = "".join(f"{line}\n" for line in self._what_next(self._config, status))
+        if self._screen.isatty() and sys.stdout.isatty():
+            self._screen.write(lines)
+            self._screen.flush()
+        else:
+            print(lines, end="", flush=True)
+
+
+def spoken(config: Config, words: str) -> str:
+    """A command of rayfwd's that finds this daemon."""
+    verb, _, rest = words.partition(" ")
+    where = ""
+    if running_config(os.environ, config.cluster) != config.path:
+        where = f" --config {config.path}"
+    elif config.cluster is not None:
+        where = f" --cluster {config.cluster}"
+    return f"rayfwd {verb}{where} {rest}".rstrip()

@@ -1,0 +1,72 @@
+"""Be the head of a cluster on this machine: no file, no root, no systemd.
+
+Beside other clusters of this machine it finds a network and ports of its own, and keeps to them.
+The other machines must be able to log in here by SSH; when it is ready it prints what they say. It
+stays in front until Ctrl-C, SIGTERM or --stop-after. As process 1 of a container it reaps, and
+passes signals on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pwd
+import socket
+
+from rayfwd.cli import chosen, front
+from rayfwd.cli.flags import Flag, flags_of
+from rayfwd.config import Config
+from rayfwd.daemon.resources import make_directory
+from rayfwd.status import Status
+from rayfwd.system.paths import SERVICE_RUNTIME_DIR
+
+
+def _flags() -> list[Flag]:
+    return [
+        *front.any_flags(),
+        *flags_of("hub"),
+        *flags_of("ray", leave_out=["advertise", "advertise_check"]),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    front.add_arguments(parser, _flags(), "hub", "Ray's head here")
+
+
+def run(args: argparse.Namespace) -> int:
+    flags = _flags()
+    data = front.said({"role": "head", "name": "head"}, args, flags)
+    first = front.configuration(data, flags, "head")
+    make_directory(first.state_dir, 0o700)
+    config = front.configuration(chosen.of_head(first, data), flags, "head")
+    chosen.keep(config)
+    return front.hold(config, args, what_next)
+
+
+def what_next(config: Config, status: Status) -> list[str]:
+    """How to add a machine, and how to work here."""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    where = ""
+    if config.hub_socket != SERVICE_RUNTIME_DIR / "hub.sock":
+        where = f" --socket {config.hub_socket}"
+    own = status.node
+    dashboard = "" if own is None else f"http://{own.address}:{own.services['dashboard']}"
+    return [
+        f"To add a machine, say there: rayfwd join {user}@{own_address()}{where}",
+        f"To work here (dashboard {dashboard}): "
+        + front.spoken(config, "exec -- python your_job.py"),
+    ]
+
+
+def own_address() -> str:
+    """Where others reach this machine, as far as it can know: as whoever logged in here did, else
+    by its address towards the internet."""
+    seen = os.environ.get("SSH_CONNECTION", "").split()
+    if len(seen) == 4:
+        return seen[2]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

@@ -1,0 +1,74 @@
+"""This node's hold on its plan's network, against other clusters on the same machine."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Protocol
+
+from rayfwd import codes
+from rayfwd.problems import Problem
+from rayfwd.system.claims import Claim, holder_of
+from rayfwd.system.logs import get_logger
+
+log = get_logger(__name__)
+
+NETWORKS = tuple(ipaddress.IPv4Network(f"127.{second}.0.0/16") for second in range(77, 120))
+"""In the order in which a head without a file takes them."""
+
+
+class NetworkClaim(Protocol):
+    """Holds one network at a time."""
+
+    problem: Problem | None
+    """Why the network that was asked for last is not held."""
+
+    def take(self, network: str) -> bool:
+        """Hold this one, and no other any more."""
+
+    def close(self) -> None:
+        """Hold none."""
+
+
+class MachineClaim:
+    """Asks the other daemons of this machine (`system/claims.py`)."""
+
+    def __init__(self) -> None:
+        self.problem: Problem | None = None
+        self._claim: Claim | None = None
+
+    def take(self, network: str) -> bool:
+        if self._claim is not None and self._claim.network == network:
+            return True
+        self.close()
+        if (holder := holder_of(network)) is None:
+            with suppress(OSError):  # somebody was faster
+                self._claim, self.problem = Claim(network), None
+                return True
+        who = "another rayfwd" if holder is None else f"another rayfwd ({holder})"
+        problem = codes.NETWORK_IN_USE.problem(
+            f"{network}, this cluster's network, is another cluster's on this machine: {who} has "
+            f"{network if holder is None else holder.network}",
+            f'set hub.network on the head of one of them, as in "{_another()}", and its '
+            "hub.port_base and ray.port, dashboard_port and client_port to ports that the other "
+            "has not; `rayfwd head` finds all of them by itself",
+        )
+        if problem != self.problem:
+            self.problem = problem
+            log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+        return False
+
+    def close(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+
+def free_networks() -> Iterator[str]:
+    """Those that nobody holds, the usual one first."""
+    return (str(network) for network in NETWORKS if holder_of(str(network)) is None)
+
+
+def _another() -> str:
+    return next(free_networks(), "127.120.0.0/16")

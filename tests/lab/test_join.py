@@ -1,0 +1,252 @@
+"""`rayfwd head` and `rayfwd join`: a cluster without a file, root or systemd, for an hour.
+
+Everything is said as docs/join.md has it, by an ordinary user, on machines that have Python, Ray
+and rayfwd. The second worker is process 1 of a process namespace, as in a container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfwd.system.control import ask
+from tests.lab.daemon import Daemon
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import HOME, state, until
+from tests.need import tool
+
+pytestmark = [pytest.mark.ray, pytest.mark.story]
+
+SMALL = ("--num-cpus", "1", "--worker-ports", "40", "--object-store-memory", "100000000")
+"""What nodes on one small computer need besides."""
+
+STATE = f"{HOME}/.local/state/rayfwd"
+
+TASK = """
+import json, ray
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+def where():
+    import time
+    time.sleep(0.5)
+    return ray.util.get_node_ip_address()
+seen = sorted(set(ray.get([where.remote() for _ in range(8)])))
+print(json.dumps(seen))
+"""
+
+
+class InFront(Daemon):
+    """`rayfwd head` or `rayfwd join`, which has no file of ours."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        argv: Sequence[str],
+        under: Sequence[str] = (),
+        cluster: str | None = None,
+    ) -> None:
+        self.sockets = f"{STATE}/run" + (f"/clusters/{cluster}" if cluster else "")
+        assert machine.lab.rayfwd is not None
+        words = [*under, str(machine.lab.rayfwd), *argv, "--ray", str(machine.ray()), *SMALL]
+        user = "root" if under else "ray"
+        self.began = time.monotonic()
+        super().__init__(machine, machine.popen(words, user=user, env={"HOME": HOME}))
+
+    def _ask(self) -> dict[str, Any]:
+        return ask(self.machine.host_path(f"{self.sockets}/control.sock"), "status")
+
+    def said(self) -> list[str]:
+        """What it has printed, beside the log."""
+        return [event["line"] for event in self.events("not_json")]
+
+
+@pytest.fixture(scope="module")
+def machines(module_lab: Lab) -> Lab:
+    """As they are rented: they have keys, the head's sshd, and nothing of a cluster's."""
+    module_lab.machine("head").start_sshd()
+    return module_lab
+
+
+@pytest.fixture(scope="module")
+def nodes(machines: Lab) -> Iterator[dict[str, InFront]]:
+    found: dict[str, InFront] = {}
+    yield found
+    for node in reversed(found.values()):
+        if node.process.poll() is None:
+            node.stop(30)
+
+
+def worker(head: dict[str, Any], name: str) -> dict[str, Any] | None:
+    return next((w for w in head["workers"] if w["name"] == name), None)
+
+
+@pytest.mark.runs("rayfwd head", "rayfwd join *", "rayfwd join * --socket *")
+def test_from_nothing_to_a_task_on_a_second_machine(
+    machines: Lab, nodes: dict[str, InFront]
+) -> None:
+    began = time.monotonic()
+    head = nodes["head"] = InFront(machines.machine("head"), ["head"])
+    head.wait_ready()
+    told, _ = head.said()
+    what, join = told.split(": ", 1)
+    assert what == "To add a machine, say there"
+
+    argv = shlex.split(join)
+    argv[2] = f"ray@{machines.machine('head').address}"  # it knows no name of the lab's
+    w1 = nodes["w1"] = InFront(machines.machine("w1"), [*argv[1:], "--wait-for", "120"])
+    w1.wait_ready()
+    assert w1.said()[0].startswith("To work here (127.77.0.2, 2 nodes): rayfwd exec -- ")
+
+    ran = task(machines.machine("w1"))
+    assert ran == ["127.77.0.1", "127.77.0.2"]
+    print(f"from nothing to a task on a second machine: {time.monotonic() - began:.1f} s")
+
+
+def task(machine: Machine, cluster: str | None = None) -> list[str]:
+    """The nodes on which a driver's tasks ran."""
+    assert machine.lab.rayfwd is not None
+    which = ["--cluster", cluster] if cluster else []
+    argv = [str(machine.lab.rayfwd), "exec", *which, "--", str(machine.ray_python()), "-c", TASK]
+    found: list[str] = json.loads(machine.run(argv, timeout=120).stdout.splitlines()[-1])
+    return found
+
+
+def test_it_leaves_within_its_time_and_the_cluster_is_told_at_once(
+    machines: Lab, nodes: dict[str, InFront]
+) -> None:
+    """With a task that would take a minute more."""
+    head, w1 = nodes["head"], nodes["w1"]
+    argv = [str(machines.rayfwd), "exec", "--", str(w1.machine.ray_python()), "-c", LONG]
+    busy = w1.machine.popen(argv)
+    until(lambda: "runs" in busy.log.read_text(), 60, busy.log.read_text)
+    began = time.monotonic()
+    assert w1.stop(20) == 0
+    took = time.monotonic() - began
+    head.wait_event("node_leaving", 5, {"node": "w1"})
+    head.wait_event("session_ended", 5, {"node": "w1", "level": "info"})
+    status = head.status()
+    left = worker(status, "w1")
+    assert left is not None
+    assert (left["left"], left["state"]) == (True, "down")
+    assert not [c for c in status["conditions"] if c["subject"].startswith("w1")]
+    assert took < 8.5, f"{took:.1f} s"
+    until(lambda: dead(head, "127.77.0.2"), 5, lambda: json.dumps(head.status()["cluster"]))
+    print(f"left in {took:.1f} s, {time.monotonic() - began:.1f} s until Ray had it")
+    busy.signal(signal.SIGKILL)
+
+
+LONG = """
+import ray, time
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1)
+def long():
+    time.sleep(60)
+here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+    next(n["NodeID"] for n in ray.nodes() if n["NodeManagerAddress"] == "127.77.0.2"), soft=False)
+ref = long.options(scheduling_strategy=here).remote()
+time.sleep(2)
+print("runs", flush=True)
+ray.get(ref)
+"""
+
+
+def dead(head: InFront, address: str) -> bool:
+    """Whether Ray's own table has the node as dead."""
+    ran = head.machine.run(
+        [str(head.machine.lab.rayfwd), "exec", "--", str(head.machine.ray_python()), "-c", TABLE],
+        timeout=60,
+    )
+    states = json.loads(ran.stdout.splitlines()[-1])
+    return states.get(address) is False
+
+
+TABLE = """
+import json, ray
+ray.init(log_to_driver=False)
+print(json.dumps({n["NodeManagerAddress"]: n["Alive"] for n in ray.nodes()}))
+"""
+
+
+def test_as_process_1_it_reaps_and_its_name_is_given_back(
+    machines: Lab, nodes: dict[str, InFront]
+) -> None:
+    head, machine = nodes["head"], machines.machine("w2")
+    argv = shlex.split(head.said()[0].split(": ", 1)[1])[1:]
+    argv[1] = f"ray@{machines.machine('head').address}"
+    w2 = nodes["w2"] = InFront(machine, [*argv, "--ephemeral", "--name", "spot"], CONTAINER)
+    w2.wait_ready()
+    (first,) = children(w2.process.pid)
+    assert worker(head.status(), "spot") is not None
+
+    orphan = ["sh", "-c", "(exec -a orphan sleep 1 &)"]
+    enter = [tool("nsenter"), f"--target={first}", "--pid", "--mount", "--", "bash", *orphan[1:]]
+    subprocess.run(enter, check=True, timeout=20)
+    (left,) = [pid for pid in children(first) if b"orphan" in command_line(pid)]
+    until(lambda: state(left) is None, 20, lambda: f"it is {state(left)}, and not reaped")
+
+    began = time.monotonic()
+    os.kill(first, signal.SIGTERM)
+    assert w2.process.wait(20) == 0
+    assert time.monotonic() - began < 8.5
+    head.wait_event("node_given_back", 5, {"node": "spot"})
+    status = head.status()
+    assert worker(status, "spot") is None
+    assert "spot" not in [row["name"] for row in status["roster"]]
+
+
+@pytest.mark.runs("rayfwd head --cluster *", "rayfwd status --cluster *")
+def test_a_second_head_of_the_same_user_is_another_cluster(
+    machines: Lab, nodes: dict[str, InFront]
+) -> None:
+    first, machine = nodes["head"], machines.machine("head")
+    second = nodes["blue"] = InFront(machine, ["head", "--cluster", "blue"], cluster="blue")
+    second.wait_ready()
+    plans = [node.status()["node"] for node in (first, second)]
+    assert [plan["address"] for plan in plans] == ["127.77.0.1", "127.78.0.1"]
+    assert not set(ports_of(plans[0])) & set(ports_of(plans[1]))
+    assert [task(machine), task(machine, "blue")] == [["127.77.0.1"], ["127.78.0.1"]]
+    ask_for = [str(machines.rayfwd), "status", "--json", "--cluster", "blue"]
+    assert json.loads(machine.run(ask_for).stdout)["node"]["address"] == "127.78.0.1"
+    assert second.said()[1].endswith("rayfwd exec --cluster blue -- python your_job.py")
+
+    machine.write(f"{HOME}/third.toml", 'role = "head"\n')
+    third = ["run", "--config", f"{HOME}/third.toml"]
+    places = {"STATE_DIRECTORY": f"{HOME}/third", "RUNTIME_DIRECTORY": f"{HOME}/third"}
+    ran = machine.run([str(machines.rayfwd), *third], env=places, check=False, timeout=30)
+    assert ran.returncode == 1
+    assert "network_in_use" in ran.stderr
+    assert "127.79.0.0/16" in ran.stderr
+    assert second.stop(20) == 0
+    assert first.status()["state"] == "ready"
+
+
+def ports_of(plan: dict[str, Any]) -> list[int]:
+    return [*plan["head_services"].values(), *range(plan["base"], plan["base"] + 48)]
+
+
+def children(pid: int) -> list[int]:
+    """On the host's side."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+CONTAINER = (
+    *("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--"),
+    *("setpriv", "--reuid=ray", "--regid=ray", "--init-groups", "--"),
+    *("env", f"--chdir={HOME}"),
+)

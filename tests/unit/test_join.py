@@ -1,0 +1,270 @@
+"""`rayfwd join` and `rayfwd head` before they begin: options, places, the terminal, process 1."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfwd.cli import MistakeError, _parser, chosen, front, head, join
+from rayfwd.cli.front import Screen
+from rayfwd.config import Config, load, parse
+from rayfwd.daemon.claim import MachineClaim, free_networks
+from rayfwd.daemon.lifetime import Lifetime
+from rayfwd.daemon.resources import claimed, recorded
+from rayfwd.system import claims
+from rayfwd.system.paths import named_clusters, running_config
+from tests.unit.loops import run_on_fake_clock as run
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an ordinary user, or of a test that is root."""
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path / "run"))
+    monkeypatch.delenv("RAYFWD_CLUSTER", raising=False)
+
+
+def amounts_to(
+    words: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Config, argparse.Namespace]:
+    """The configuration that a command line is."""
+    seen: list[Any] = []
+
+    def hold(config: Config, args: argparse.Namespace, what_next: object) -> int:
+        seen.extend([config, args])
+        return 0
+
+    monkeypatch.setattr(front, "hold", hold)
+    args = _parser().parse_args(list(words))
+    assert args.module.run(args) == 0
+    return seen[0], seen[1]
+
+
+def test_join_has_the_keys_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["join", "ray@head", "-p", "2222", "--name", "w1", "-i", "key", "--via", "exec"]
+    words += ["--ray", "/opt/ray", "--num-gpus", "2", "--resources", "disk=1", "--ephemeral"]
+    words += ["--resources", '{"b": 0.5}', "--labels", "rack=7", "--no-start", "--expose", "8000"]
+    words += ["--set", "canary.enabled=true", "--stop-timeout", "25", "--log-level", "debug"]
+    config, args = amounts_to([*words, "--wait-for", "90", "--stop-after", "2h"], monkeypatch)
+    assert (config.role, config.name, config.ephemeral, config.expose) == (
+        *("worker", "w1", True, (8000,)),
+    )
+    assert config.head is not None
+    assert (config.head.ssh, config.head.via) == ("ray@head:2222", "exec")
+    assert config.head.identity == tmp_path / "key"
+    assert (config.ray.command, config.ray.num_gpus, config.ray.start) == ("/opt/ray", 2, False)
+    assert (config.ray.resources, config.ray.labels) == ({"disk": 1, "b": 0.5}, {"rack": "7"})
+    assert (config.canary.enabled, config.stop_timeout, config.log.level) == (True, 25, "debug")
+    assert (args.wait_for, args.stop_after) == (90, 7200)
+
+
+def test_what_is_not_said_is_as_it_is_best_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, args = amounts_to(["join", "box"], monkeypatch)
+    assert config.head is not None
+    assert (config.head.via, config.stop_timeout) == ("auto", front.STOP_TIMEOUT)
+    assert (args.wait_for, args.stop_after) == (None, None)
+    assert config.path == config.runtime_dir / "rayfwd.toml"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num-cpus", "many"], 'rayfwd join: --num-cpus = "many": must be a whole number'),
+        (["--ride-through", "1"], "rayfwd join: --ride-through = 1: must be at least 5"),
+        (["--set", "canary"], "--set canary: must be KEY=VALUE, as in canary.enabled=true"),
+        (["--set", "ray.auht=1"], "rayfwd join: ray.auht: unknown key; did you mean auth?"),
+        (["--resources", "disk"], "--resources disk: must be NAME=VALUE"),
+        (["--resources", "{"], "--resources {: must be a JSON object"),
+        (["-p", "1", "--name", "a b"], 'rayfwd join: --name = "a b": must be 1 to 63 letters'),
+    ],
+)
+def test_a_mistake_names_the_option(words: list[str], said: str) -> None:
+    args = _parser().parse_args(["join", "ray@head", *words])
+    with pytest.raises(MistakeError) as exc:
+        join.run(args)
+    assert str(exc.value).startswith(said)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "2w", "h", "1h30m"])
+def test_a_time_is_a_number_and_a_unit(text: str) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["join", "a@b", f"--stop-after={text}"])
+
+
+# -- several clusters
+
+
+def test_a_cluster_with_a_name_has_places_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blue, _ = amounts_to(["join", "a@b", "--cluster", "blue"], monkeypatch)
+    assert blue.state_dir == tmp_path / "state" / "clusters" / "blue"
+    assert blue.runtime_dir == tmp_path / "run" / "clusters" / "blue"
+    assert blue.ray.extra_args == (f"--temp-dir=/tmp/ray-{os.geteuid()}-blue",)
+    monkeypatch.setenv("RAYFWD_CLUSTER", "green")
+    args = _parser().parse_args(["status", "--cluster", "red"])
+    assert args.cluster == "red"
+
+
+def test_a_daemon_without_a_file_is_found_by_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blue, _ = amounts_to(
+        ["join", "a@b", "--cluster", "blue", "--env", "X=1", "--num-cpus", "3"], monkeypatch
+    )
+    assert named_clusters(os.environ) == []
+    with claimed(blue), recorded(blue):
+        found = running_config(os.environ, "blue")
+        assert found == blue.path
+        again = load(found)
+        assert (again.state_dir, again.ray, again.head) == (blue.state_dir, blue.ray, blue.head)
+        assert found.stat().st_mode & 0o777 == 0o600
+        assert named_clusters(os.environ) == ["blue"]
+        assert running_config(os.environ) is None
+    assert running_config(os.environ, "blue") is None
+
+
+def test_a_head_finds_what_is_free_and_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "free_networks", lambda: iter(["127.78.0.0/16"]))
+    monkeypatch.setattr(chosen, "listening", lambda: {6379, 8265, 8266, 20001})
+    config, _ = amounts_to(["head", "--dashboard-port", "9000"], monkeypatch)
+    assert (config.hub.network, config.hub.port_base) == ("127.78.0.0/16", 24000)
+    assert (config.ray.port, config.ray.dashboard_port, config.ray.client_port) == (
+        *(6380, 9000, 10001),
+    )
+    assert config.ray.extra_args == (f"--temp-dir=/tmp/ray-{os.geteuid()}-127.78.0.0",)
+    monkeypatch.setattr(chosen, "free_networks", lambda: iter(["127.90.0.0/16"]))
+    again, _ = amounts_to(["head"], monkeypatch)
+    assert again.model_dump() == config.model_dump()
+
+
+def test_two_daemons_do_not_have_one_network() -> None:
+    program = (
+        "import sys; from rayfwd.system.claims import Claim; c = Claim('127.118.0.0/17'); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        other.stdout.readline()
+        claim = MachineClaim()
+        assert not claim.take("127.118.0.0/16")
+        assert claim.problem is not None
+        assert claim.problem.code.name == "network_in_use"
+        assert f"pid {other.pid}) has 127.118.0.0/17" in claim.problem.cause
+        assert "hub.network" in claim.problem.remedy
+        assert "127.118.0.0/16" not in list(free_networks())
+        other.stdin.close()
+    later = MachineClaim()
+    assert later.take("127.118.0.0/16")
+    assert later.problem is None
+    assert claims.holder_of("127.118.0.0/16") is None, "it is this process"
+    later.close()
+
+
+# -- the terminal
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_below_the_log_changes_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "20")
+    out = Terminal()
+    screen = Screen(out)
+    screen.show("waiting")
+    screen.write("an event\n")
+    screen.show("ready: and more than there is room for")
+    screen.show("")
+    assert out.getvalue() == (
+        "\x1b[1mwaiting\x1b[0m"
+        "\r\x1b[2Kan event\n\x1b[1mwaiting\x1b[0m"
+        "\r\x1b[2K\x1b[1mready: and more tha\x1b[0m"
+        "\r\x1b[2K"
+    )
+
+
+def test_where_there_is_no_terminal_there_is_no_line() -> None:
+    out = io.StringIO()
+    screen = Screen(out)
+    screen.show("waiting")
+    screen.write("an event\n")
+    assert out.getvalue() == "an event\n"
+
+
+def test_the_head_says_how_others_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSH_CONNECTION", "198.51.100.7 4711 203.0.113.5 22")
+    assert head.own_address() == "203.0.113.5"
+    monkeypatch.delenv("SSH_CONNECTION")
+    socket.inet_aton(head.own_address())
+
+
+# -- how long
+
+
+def test_it_gives_up_where_it_is_not_ready_in_time() -> None:
+    ended: list[tuple[str, int]] = []
+
+    async def main() -> None:
+        await Lifetime(wait_for=30).run(lambda: False, lambda *how: ended.append(how))
+
+    run(main)
+    assert ended == [("--wait-for", 3)]
+
+
+def test_it_leaves_after_its_time() -> None:
+    ended: list[tuple[str, int]] = []
+
+    async def main() -> None:
+        await Lifetime(30, 3600).run(lambda: True, lambda *how: ended.append(how))
+
+    run(main, 4000)
+    assert ended == [("--stop-after", 0)]
+
+
+# -- process 1
+
+FIRST = """
+import os, signal, sys, time
+from rayfwd.system import first_process
+os.getpid = lambda: 1
+def work():
+    if os.fork() == 0:
+        if os.fork() == 0:
+            time.sleep(0.1)
+        os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    print("works", flush=True)
+    time.sleep(30)
+    return 0
+sys.exit(first_process.run(work))
+"""
+
+
+def test_process_1_passes_signals_on_and_has_its_childs_exit_code() -> None:
+    with subprocess.Popen([sys.executable, "-c", FIRST], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"works\n"
+        first.terminate()
+        assert first.wait(20) == 7
+
+
+def test_the_daemon_of_a_file_has_no_other_file(tmp_path: Path) -> None:
+    config = parse({"role": "head", "name": "h"}, tmp_path / "rayfwd.toml")
+    with claimed(config), recorded(config):
+        assert not (config.runtime_dir / "rayfwd.toml").exists()
