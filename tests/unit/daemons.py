@@ -42,6 +42,8 @@ from rayfwd.transport.writev import write
 from tests.unit.cluster import NETWORK, free_place
 from tests.unit.loops import until
 
+STOP_SECONDS = 0.1
+"""As a real one does, it takes a while: what was said before it has arrived by then."""
 VERSIONS = Versions("2.60.0", "3.11.7")
 
 
@@ -87,6 +89,7 @@ class FakeRay(RaySupervisor):
         self._on_change()
 
     async def stop(self) -> None:
+        await asyncio.sleep(STOP_SECONDS)
         self.ended = "stopped"
 
     async def leave(self) -> None:
