@@ -92,7 +92,7 @@ def parse(answer: Any) -> list[NodeSeen]:
             )
             for row in rows
         ]
-    except (KeyError, TypeError, AttributeError) as exc:
+    except (KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise ValueError(f"not a node table: {exc!r}") from exc
 
 

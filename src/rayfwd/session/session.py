@@ -689,7 +689,14 @@ class Session:
             session._messages = MessageDecoder(tree["message"])
             for each in tree["streams"]:
                 session._take_in(Stream.from_snapshot(each, now))
-        except (KeyError, TypeError, ValueError, AttributeError, ProtocolError) as exc:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            ProtocolError,
+        ) as exc:
             raise SnapshotError(f"a session that does not fit: {exc!r}") from exc
         return session
 
