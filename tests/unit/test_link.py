@@ -42,7 +42,7 @@ from rayfwd.transport.pipes import PipeTransport
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.sshproblems import host_key_problem
-from rayfwd.transport.urgency import Patience, time_limit
+from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 from tests.need import need
 from tests.unit.cluster import Cluster, answer_to, echo, free_place, hello_of, serving
 from tests.unit.loops import Log, log_events, of, until
@@ -426,19 +426,19 @@ def test_while_parked_a_hub_that_says_nothing_is_asked_again_soon(tmp_path: Path
     """A cut in the midst of a handshake: TCP alone would repeat what was lost much later."""
 
     async def main() -> None:
-        urgent, patience = asyncio.Event(), Patience(3.0, 15.0)
+        urgent, adaptive = asyncio.Event(), AdaptiveTimeout(3.0, 15.0)
         loop = asyncio.get_running_loop()
         began = loop.time()
         loop.call_later(5.0, urgent.set)
         with pytest.raises(TimeoutError):
-            async with time_limit(urgent, 15.0, patience):
+            async with time_limit(urgent, 15.0, adaptive):
                 await asyncio.sleep(100)
         assert loop.time() - began == pytest.approx(8.0, abs=0.5)
-        assert patience.seconds == 6.0, "the next one gets longer"
+        assert adaptive.seconds == 6.0, "the next one gets longer"
         began = loop.time()
-        async with time_limit(urgent, 15.0, patience):
+        async with time_limit(urgent, 15.0, adaptive):
             await asyncio.sleep(5)
-        assert patience.seconds == pytest.approx(10.0, abs=0.5)
+        assert adaptive.seconds == pytest.approx(10.0, abs=0.5)
 
     run(main)
 

@@ -16,13 +16,13 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import Config, HeadConfig
-from rayfwd.doctor.reachability import WayExamination
+from rayfwd.doctor.worker_checks import WorkerExamination
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.transport import dial, hops
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.ssh import SshConnector
 from rayfwd.transport.sshproblems import explain
-from rayfwd.transport.urgency import Patience
+from rayfwd.transport.urgency import AdaptiveTimeout
 from tests.unit.loops import log_events, of, run
 from tests.unit.ssh_server import Sshd
 
@@ -242,7 +242,7 @@ def test_the_doctor_speaks_of_the_jump_host_where_the_way_ends_there(
             head = jumping(home, at)
             at["bastion"].identity.write_bytes(at["head"].identity.read_bytes())
             config = Config(role="worker", name="w1", head=head)
-            doctor = WayExamination(config, tmp_path / "control.sock", {}, lambda _: None)
+            doctor = WorkerExamination(config, tmp_path / "control.sock", {}, lambda _: None)
             await doctor.way()
             said = {row.check: (row.result, row.said) for row in doctor.rows}
             assert said["ssh"] == ("pass", "the jump host bastion answers")
@@ -550,7 +550,7 @@ def test_an_agent_with_too_many_keys_is_named(home: Path, tmp_path: Path) -> Non
     reason = "Too many authentication failures"
     exc = asyncssh.DisconnectError(asyncssh.DISC_PROTOCOL_ERROR, reason)
     (hop,) = hops.find_way(HeadConfig(ssh="ray@head"))
-    attempt = dial.Attempt(hop.options, None, urgency(False), Patience(1.0, 1.0))
+    attempt = dial.Attempt(hop.options, None, urgency(False), AdaptiveTimeout(1.0, 1.0))
     problem = explain(exc, HeadConfig(ssh="ray@head"), hop, attempt)
     assert problem.code is codes.SSH_AUTH_REFUSED
     assert "IdentitiesOnly" in problem.remedy

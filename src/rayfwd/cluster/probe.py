@@ -12,7 +12,7 @@ import asyncio
 import errno
 import hmac
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from rayfwd import codes
@@ -21,8 +21,9 @@ from rayfwd.problems import Problem
 from rayfwd.session.messages import MOST_PORTS, read_dial
 from rayfwd.system.tcp import cut
 
-PATIENCE = 3.0
-"""Seconds for a connection and its first bytes: enough for two further SYNs after a lost one."""
+DIAL_TIMEOUT = 3.0
+"""Seconds for a connection, and as many for its first bytes: enough for two further SYNs after a
+lost one."""
 
 ANSWERED, REFUSED, DROPPED, UNROUTABLE, STRANGER, RESET, SILENT = (
     "answered",
@@ -86,21 +87,13 @@ def check_ports(plan: NodePlan, ports: Iterable[int]) -> None:
 
 async def dial(address: str, port: int, nonce: str) -> str:
     """One of `OUTCOMES`. Leaves no connection in TIME_WAIT: Ray binds these ports next."""
-    try:
-        async with asyncio.timeout(PATIENCE):
-            reader, writer = await asyncio.open_connection(address, port, limit=256)
-    except TimeoutError:
-        return DROPPED
-    except OSError as exc:
-        return _failure(exc)
-    try:
-        async with asyncio.timeout(PATIENCE):
-            said = await reader.readexactly(len(nonce))
-    except (OSError, TimeoutError, asyncio.IncompleteReadError):
-        return STRANGER
-    finally:
-        cut(writer.transport)
-    return ANSWERED if hmac.compare_digest(said, nonce.encode()) else STRANGER
+
+    async def identified(reader: asyncio.StreamReader) -> str:
+        received = await reader.readexactly(len(nonce))
+        return ANSWERED if hmac.compare_digest(received, nonce.encode()) else STRANGER
+
+    outcome = await _hear(address, port, DIAL_TIMEOUT, identified)
+    return STRANGER if outcome in {RESET, SILENT} else outcome
 
 
 async def dial_all(address: str, ports: Iterable[int], nonce: str) -> dict[int, str]:
@@ -110,21 +103,36 @@ async def dial_all(address: str, ports: Iterable[int], nonce: str) -> dict[int, 
     return dict(zip(wanted, outcomes, strict=True))
 
 
-async def greets(address: str, port: int, patience: float = PATIENCE) -> str:
+async def greets(address: str, port: int, seconds: float = DIAL_TIMEOUT) -> str:
     """ANSWERED where a server speaks first, as gRPC's do; else how the attempt ended."""
+
+    async def spoke(reader: asyncio.StreamReader) -> str:
+        return ANSWERED if await reader.read(64) else RESET
+
+    return await _hear(address, port, seconds, spoke)
+
+
+async def _hear(
+    address: str,
+    port: int,
+    seconds: float,
+    judge: Callable[[asyncio.StreamReader], Awaitable[str]],
+) -> str:
+    """What `judge` makes of the first bytes, or why there were none (DROPPED, REFUSED, UNROUTABLE,
+    RESET, SILENT). The connection has that many `seconds`, and so have the bytes."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(seconds):
             reader, writer = await asyncio.open_connection(address, port, limit=256)
     except TimeoutError:
         return DROPPED
     except OSError as exc:
         return _failure(exc)
     try:
-        async with asyncio.timeout(patience):
-            return ANSWERED if await reader.read(64) else RESET
+        async with asyncio.timeout(seconds):
+            return await judge(reader)
     except TimeoutError:
         return SILENT
-    except OSError:
+    except (OSError, asyncio.IncompleteReadError):
         return RESET
     finally:
         cut(writer.transport)
@@ -270,7 +278,7 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
     )
     if most == DROPPED:
         return codes.ADVERTISE_DROPPED.problem(
-            f"{where}: packets to {what} are dropped (no answer in {PATIENCE:.0f} s){some}",
+            f"{where}: packets to {what} are dropped (no answer in {DIAL_TIMEOUT:.0f} s){some}",
             rule,
         )
     if most == REFUSED:
@@ -293,7 +301,7 @@ def judge_self_dial(
     block = f"{plan.base}-{plan.last_worker_port}"
     outcome = max(sorted(set(bad.values())), key=lambda o: sum(b == o for b in bad.values()))
     how = {
-        DROPPED: f"packets are dropped (no answer in {PATIENCE:.0f} s)",
+        DROPPED: f"packets are dropped (no answer in {DIAL_TIMEOUT:.0f} s)",
         REFUSED: "connections are refused",
         STRANGER: "another program or machine answers",
     }.get(outcome, "there is no route")

@@ -28,7 +28,7 @@ from rayfwd.ray.install import RayInstall
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.system.logs import escaped
 
-PATIENCE = 120.0
+STEP_TIMEOUT = 120.0
 """Seconds for a step that waits for Ray."""
 CUT_SECONDS = 10.0
 """Seconds for which no new SSH connection is let in after the cut."""
@@ -159,7 +159,7 @@ class Story:
             self._check_alive()
             return self._head.hub_socket.exists()
 
-        await self._tell.until(listening, lambda: "head: the hub is not there yet", PATIENCE)
+        await self._tell.until(listening, lambda: "head: the hub is not there yet", STEP_TIMEOUT)
 
     async def _wait_ready(self, daemon: Daemon) -> None:
         name, status = daemon.machine.name, None
@@ -178,7 +178,7 @@ class Story:
             return status.state == "ready"
 
         await self._tell.until(
-            ready, lambda: f"{name}: {status.summary if status else 'starting'}", PATIENCE
+            ready, lambda: f"{name}: {status.summary if status else 'starting'}", STEP_TIMEOUT
         )
         status = await daemon.status()
         assert status.node is not None, "a node that is ready has its plan"
@@ -202,7 +202,7 @@ class Story:
             return [node for node in cluster.nodes if node.state == "ALIVE"]
 
         await self._tell.until(
-            complete, lambda: f"{len(alive())} nodes so far in Ray's own report", PATIENCE
+            complete, lambda: f"{len(alive())} nodes so far in Ray's own report", STEP_TIMEOUT
         )
         for node in sorted(alive(), key=lambda node: not node.is_head):
             resources = node.resources_total
@@ -275,7 +275,7 @@ class Story:
                 link = await self._worker.link()
             return link.state == "up"
 
-        await self._tell.until(up, lambda: f"the link is {link.state}", PATIENCE)
+        await self._tell.until(up, lambda: f"the link is {link.state}", STEP_TIMEOUT)
         self._outcome.down = link.since - parked_since
         if link.cuts != cuts_before + 1 or link.ridden_through != link.cuts:
             raise StepFailedError(
@@ -305,7 +305,7 @@ class Story:
                 return daemon.exit_code is not None
 
             seconds = await self._tell.until(
-                ended, lambda: "Ray drains and its processes end", PATIENCE
+                ended, lambda: "Ray drains and its processes end", STEP_TIMEOUT
             )
             if daemon.exit_code != 0:
                 raise StepFailedError(f"exit code {daemon.exit_code} on {daemon.machine.name}")
@@ -343,7 +343,7 @@ class Story:
             self._job.check()
             return False
 
-        await self._tell.until(look, lambda: f"{what}: {self._job}", PATIENCE)
+        await self._tell.until(look, lambda: f"{what}: {self._job}", STEP_TIMEOUT)
 
     async def _pass(self, until: float) -> None:
         """Let time pass, and read what the job says."""
@@ -354,7 +354,7 @@ class Story:
             self._job.check()
             return time.monotonic() >= until
 
-        await self._tell.until(over, lambda: str(self._job), PATIENCE)
+        await self._tell.until(over, lambda: str(self._job), STEP_TIMEOUT)
 
 
 class Job:

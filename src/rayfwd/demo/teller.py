@@ -47,18 +47,18 @@ class Teller:
         self,
         look: Callable[[], Awaitable[bool]],
         how: Callable[[], str],
-        patience: float,
+        seconds: float,
     ) -> float:
         """Wait until `look` is true, saying `how` it stands meanwhile; the seconds it took.
 
-        Raises StepFailedError after `patience` seconds.
+        Raises StepFailedError after `seconds` seconds.
         """
         began = time.monotonic()
         ticker = asyncio.create_task(self._tick(began, how), name="ticker")
         try:
             while not await look():
-                if time.monotonic() - began > patience:
-                    raise StepFailedError(f"not within {patience:.0f} s; {how()}")
+                if time.monotonic() - began > seconds:
+                    raise StepFailedError(f"not within {seconds:.0f} s; {how()}")
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             ticker.cancel()

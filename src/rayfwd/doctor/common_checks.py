@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ OVERLAY_SOCKET = Path("/run/rayfwd-net/overlay.sock")
 """As the units have it (systemd/rayfwd.service)."""
 
 
-class Examination:
+class Examination(ABC):
     """Of any role."""
 
     def __init__(self, config: Config, control: Path, env: Mapping[str, str], emit: Emit) -> None:
@@ -62,8 +63,9 @@ class Examination:
         self.rows.append(row)
         self._emit(row)
 
+    @abstractmethod
     async def run(self) -> None:
-        raise NotImplementedError
+        """Make all checks of the role, in their order."""
 
     # -- the file and the daemon --------------------------------------------------------
 

@@ -164,8 +164,8 @@ class HubProbe:
         if self._over is not None:
             raise ProblemError(self._over)
 
-    async def _answer(self, patience: float = ANSWER_TIMEOUT) -> Frame:
-        found = await self._bounded(self._answers.get(), "answer", patience)
+    async def _answer(self, seconds: float = ANSWER_TIMEOUT) -> Frame:
+        found = await self._bounded(self._answers.get(), "answer", seconds)
         if isinstance(found, Problem):
             raise ProblemError(found)
         if found.kind is Kind.REFUSE:

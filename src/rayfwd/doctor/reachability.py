@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -49,9 +50,9 @@ class WayExamination(Examination):
 
     # -- what a role adds --------------------------------------------------------
 
+    @abstractmethod
     def hello(self) -> Hello:
         """What the hub is asked about."""
-        raise NotImplementedError
 
     @cached_property
     def identity(self) -> Identity:

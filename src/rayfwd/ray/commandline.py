@@ -145,12 +145,12 @@ def timeouts(ride_through: float) -> dict[str, str]:
       (client side, 120 s): T. gRPC sets the same time as TCP_USER_TIMEOUT, after which the kernel
       drops a connection whose peer takes no more data.
     """
-    patience = ride_through + TIMEOUT_MARGIN
+    timeout = ride_through + TIMEOUT_MARGIN
     return {
         "RAY_health_check_failure_threshold": str(_probes(ride_through)),
-        "RAY_gcs_rpc_server_reconnect_timeout_s": str(max(60, math.ceil(patience))),
-        "RAY_grpc_keepalive_timeout_ms": str(max(20_000, math.ceil(patience * 1000))),
-        "RAY_grpc_client_keepalive_timeout_ms": str(max(120_000, math.ceil(patience * 1000))),
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(max(60, math.ceil(timeout))),
+        "RAY_grpc_keepalive_timeout_ms": str(max(20_000, math.ceil(timeout * 1000))),
+        "RAY_grpc_client_keepalive_timeout_ms": str(max(120_000, math.ceil(timeout * 1000))),
     }
 
 

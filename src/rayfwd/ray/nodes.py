@@ -52,20 +52,20 @@ async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
         ) from None
 
 
-async def no_answer(dashboard: Way, patience: float) -> str | None:
+async def no_answer(dashboard: Way, seconds: float) -> str | None:
     """Why nobody answers HTTP there, a refusal for want of a token included; None: somebody does.
 
-    `patience` is in seconds.
+    It is waited for so many `seconds`.
     """
     try:
-        await asyncio.to_thread(_ask_version, dashboard, patience)
+        await asyncio.to_thread(_ask_version, dashboard, seconds)
     except (OSError, http.client.HTTPException) as exc:
         return str(exc) or type(exc).__name__
     return None
 
 
-def _ask_version(dashboard: Way, patience: float) -> None:
-    connection = http.client.HTTPConnection(*dashboard, timeout=patience)
+def _ask_version(dashboard: Way, seconds: float) -> None:
+    connection = http.client.HTTPConnection(*dashboard, timeout=seconds)
     try:
         connection.request("GET", "/api/version", headers={"User-Agent": "rayfwd"})
         connection.getresponse()

@@ -33,8 +33,8 @@ LONG: Final = 1 << 14
 """Bytes of a DATA frame from which its payload is left where it came in, and not copied."""
 LONG_PARTS: Final = 16
 """Parts that it may have come in: many short ones would take more memory than they have bytes."""
-LASTING: Final = 4
-"""What is left there may keep so many times its own size of memory."""
+MEMORY_PER_BYTE: Final = 4
+"""Bytes of memory that a payload left there may keep for each of its own."""
 
 Chunk = bytes | memoryview
 """Bytes of a stream, never to be changed."""
@@ -207,7 +207,7 @@ class FrameDecoder:
                 position = stop
             kind, length, stream, offset = head
             if kind is Kind.DATA and length >= LONG and len(parts) <= LONG_PARTS:
-                frames.append(Frame(kind, stream, offset, b"", list(map(_lasting, parts))))
+                frames.append(Frame(kind, stream, offset, b"", list(map(_compact, parts))))
             else:
                 frames.append(Frame(kind, stream, offset, b"".join(parts)))
         if position < size:
@@ -223,10 +223,10 @@ class FrameDecoder:
         self._wanted = HEADER_SIZE
 
 
-def _lasting(view: memoryview) -> Chunk:
+def _compact(view: memoryview) -> Chunk:
     """The bytes of a view, which may be kept for long: a copy where the view is a small part of
     what it keeps in memory."""
-    return view if len(view) * LASTING >= len(cast(bytes, view.obj)) else bytes(view)
+    return view if len(view) * MEMORY_PER_BYTE >= len(cast(bytes, view.obj)) else bytes(view)
 
 
 def close_frame(why: str) -> bytes:

@@ -148,8 +148,8 @@ class Lane:
 
     def _overdue_from(self, since: float) -> float:
         """When it is overdue, if nothing comes until then; it owes an answer since `since`."""
-        patience = max(OVERDUE_AFTER, 4 * (self.rtt or 0.0))
-        return max(since + patience, self.heard + OVERDUE_AFTER)
+        timeout = max(OVERDUE_AFTER, 4 * (self.rtt or 0.0))
+        return max(since + timeout, self.heard + OVERDUE_AFTER)
 
     def _dead_from(self, since: float) -> float:
         return min(since + UNANSWERED_AFTER, max(since, self.heard) + DEAD_AFTER)

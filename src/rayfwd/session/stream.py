@@ -570,8 +570,8 @@ class Stream:
         if self.lane is None and not self.send.unacked:
             self.probe_at = now
             return False
-        patience = min(PROBE_AFTER * (1 << min(self.probes, 8)), PROBE_CEILING)
-        if now - self.probe_at < patience:
+        timeout = min(PROBE_AFTER * (1 << min(self.probes, 8)), PROBE_CEILING)
+        if now - self.probe_at < timeout:
             return False
         self.probe_at = now
         self.probes += 1

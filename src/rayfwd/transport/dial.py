@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
-from rayfwd.transport.urgency import Patience
+from rayfwd.transport.urgency import AdaptiveTimeout
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""
@@ -41,10 +41,10 @@ class Attempt(asyncssh.SSHClient):
         options: asyncssh.SSHClientConnectionOptions,
         jump: asyncssh.SSHClientConnection | None,
         urgent: asyncio.Event,
-        patience: Patience,
+        login_timeout: AdaptiveTimeout,
     ) -> None:
         """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
-        moment of it on; then the login has what `patience` says."""
+        moment of it on; then the login has what `login_timeout` says."""
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
@@ -57,7 +57,7 @@ class Attempt(asyncssh.SSHClient):
         self._keys_refused = False
         self._options = options
         self._urgent = urgent
-        self._patience = patience
+        self._login_timeout = login_timeout
         self.login = LOGIN_TIMEOUT
         """Seconds for the login."""
         self._stood_at = 0.0
@@ -81,12 +81,12 @@ class Attempt(asyncssh.SSHClient):
                 made = await connecting()
         except TimeoutError:
             if self._urgent.is_set() and self.connected:
-                self._patience.exhausted()
+                self._login_timeout.timed_out()
             raise
         finally:
             hurrying.cancel()
         self.seconds = asyncio.get_running_loop().time() - self._stood_at
-        self._patience.took(self.seconds)
+        self._login_timeout.succeeded(self.seconds)
         return made
 
     # -- as AsyncSSH's tunnel --------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Attempt(asyncssh.SSHClient):
         self._connection = connection
         self._stood_at = asyncio.get_running_loop().time()
         if self._urgent.is_set():
-            self.login = self._patience.seconds
+            self.login = self._login_timeout.seconds
         self._allow(self._stood_at + self.login)
 
     async def _hurry(self) -> None:
@@ -127,7 +127,7 @@ class Attempt(asyncssh.SSHClient):
         await self._urgent.wait()
         if self.connected:
             now = asyncio.get_running_loop().time()
-            self.login = min(self.login, now + self._patience.seconds - self._stood_at)
+            self.login = min(self.login, now + self._login_timeout.seconds - self._stood_at)
             self._allow(self._stood_at + self.login)
 
     def _allow(self, until: float) -> None:

@@ -46,7 +46,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
 from rayfwd.transport.sshproblems import why_no_answer
-from rayfwd.transport.urgency import Patience, time_limit
+from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 
 log = get_logger(__name__)
 Made = TypeVar("Made")
@@ -284,7 +284,7 @@ class Link:
         """A lane stands: the others follow it."""
         self._urgent = asyncio.Event()
         """Streams wait for a lane."""
-        self._patience = Patience(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
+        self._handshake_timeout = AdaptiveTimeout(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
 
     @property
     def state(self) -> str:
@@ -471,7 +471,7 @@ class Link:
         """A step of the handshake. Raises what it raises, and HUB_SILENT."""
         began = asyncio.get_running_loop().time()
         try:
-            async with time_limit(self._urgent, HANDSHAKE_TIMEOUT, self._patience):
+            async with time_limit(self._urgent, HANDSHAKE_TIMEOUT, self._handshake_timeout):
                 return await step
         except TimeoutError:
             seconds = asyncio.get_running_loop().time() - began

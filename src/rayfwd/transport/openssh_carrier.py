@@ -32,7 +32,7 @@ from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.ssh import SLOW_LOGIN
-from rayfwd.transport.urgency import Patience, time_limit
+from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 from rayfwd.transport.writev import write
 
 log = get_logger(__name__)
@@ -60,7 +60,7 @@ class OpensshCarrier:
 
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
-        self._patience = Patience(URGENT_DIAL, LOGIN_TIMEOUT)
+        self._login_timeout = AdaptiveTimeout(URGENT_DIAL, LOGIN_TIMEOUT)
         self._slow = False
         self.stopped_at: OpensshHop | None = None
         """Where the last attempt failed."""
@@ -74,7 +74,7 @@ class OpensshCarrier:
         began = loop.time()
         usual = len(hops) * CONNECT_TIMEOUT + LOGIN_TIMEOUT
         try:
-            async with time_limit(urgent, usual, self._patience):
+            async with time_limit(urgent, usual, self._login_timeout):
                 await connection.log_in(connect)
         except TimeoutError:
             hop = self.stopped_at = connection.reached

@@ -20,7 +20,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.sshproblems import explain, explain_files, host_key_problem, look_at_socket
-from rayfwd.transport.urgency import Patience
+from rayfwd.transport.urgency import AdaptiveTimeout
 
 log = get_logger(__name__)
 
@@ -56,7 +56,7 @@ class SshConnector:
 
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
-        self._patience = Patience(URGENT_LOGIN, LOGIN_TIMEOUT)
+        self._login_timeout = AdaptiveTimeout(URGENT_LOGIN, LOGIN_TIMEOUT)
         self._jumps: list[asyncssh.SSHClientConnection] = []
         """To each jump host in turn, each through the one before."""
         self._jumping = asyncio.Lock()
@@ -175,7 +175,7 @@ class SshConnector:
         connecting: Callable[[Attempt], Awaitable[Made]],
     ) -> Made:
         """Raises ProblemError."""
-        attempt = Attempt(hop.options, jump, urgent, self._patience)
+        attempt = Attempt(hop.options, jump, urgent, self._login_timeout)
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Patience:
+class AdaptiveTimeout:
     """Seconds that one kind of step gets while streams wait.
 
     Each step that these were too few for doubles them, up to a bound, and so does one that went
@@ -24,39 +24,39 @@ class Patience:
         self._most = most
         self.seconds = least
 
-    def exhausted(self) -> None:
+    def timed_out(self) -> None:
         """A step was given up."""
         self.seconds = min(2 * self.seconds, self._most)
 
-    def took(self, seconds: float) -> None:
+    def succeeded(self, seconds: float) -> None:
         """A step went well."""
         self.seconds = min(max(self._least, 2 * seconds, self.seconds / 2), self._most)
 
 
 @asynccontextmanager
 async def time_limit(
-    urgent: asyncio.Event, usual: float, patience: Patience
+    urgent: asyncio.Event, usual: float, adaptive: AdaptiveTimeout
 ) -> AsyncIterator[None]:
-    """Ends what is within after `usual` seconds, or where it is urgent by `patience`, which learns
+    """Ends what is within after `usual` seconds, or where it is urgent by `adaptive`, which learns
     from it. Raises TimeoutError."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:
-        async with asyncio.timeout(patience.seconds if urgent.is_set() else usual) as limit:
-            hurrying = asyncio.create_task(_hurry(urgent, limit, patience), name="hurry")
+        async with asyncio.timeout(adaptive.seconds if urgent.is_set() else usual) as limit:
+            hurrying = asyncio.create_task(_hurry(urgent, limit, adaptive), name="hurry")
             try:
                 yield
             finally:
                 hurrying.cancel()
     except TimeoutError:
         if urgent.is_set():
-            patience.exhausted()
+            adaptive.timed_out()
         raise
-    patience.took(loop.time() - began)
+    adaptive.succeeded(loop.time() - began)
 
 
-async def _hurry(urgent: asyncio.Event, limit: asyncio.Timeout, patience: Patience) -> None:
+async def _hurry(urgent: asyncio.Event, limit: asyncio.Timeout, adaptive: AdaptiveTimeout) -> None:
     await urgent.wait()
     until, now = limit.when(), asyncio.get_running_loop().time()
     if until is not None and not limit.expired():
-        limit.reschedule(min(until, now + patience.seconds))
+        limit.reschedule(min(until, now + adaptive.seconds))

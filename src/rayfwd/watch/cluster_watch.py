@@ -174,7 +174,7 @@ class DashboardWatch:
     """Seconds between two questions; one costs the dashboard a millisecond."""
     AGAIN = 3.0
     """Seconds until the next one after a failure."""
-    PATIENCE = 6.0
+    ANSWER_TIMEOUT = 6.0
     """Seconds for an answer."""
     GRACE = 60.0
     """Seconds after Ray came up in which a dashboard that never answered may still be starting."""
@@ -205,7 +205,7 @@ class DashboardWatch:
         except ProblemError as exc:
             why: str | None = exc.problem.cause
         else:
-            why = await node_table.no_answer(dashboard, self.PATIENCE)
+            why = await node_table.no_answer(dashboard, self.ANSWER_TIMEOUT)
         if why is None:
             self._answered = state.since
         elif self._answered != state.since and time.time() - state.since < self.GRACE:

@@ -100,10 +100,10 @@ class Reach:
             }
         return {}
 
-    async def _dial(self, peers: Mapping[str, Peer], patience: float) -> dict[str, dict[int, str]]:
+    async def _dial(self, peers: Mapping[str, Peer], seconds: float) -> dict[str, dict[int, str]]:
         bad = await asyncio.gather(
             *(
-                dead_ports(peer.plan, servers(peer.plan), patience, self._way)
+                dead_ports(peer.plan, servers(peer.plan), seconds, self._way)
                 for peer in peers.values()
             )
         )
@@ -118,7 +118,7 @@ def servers(plan: NodePlan) -> list[int]:
 
 
 async def dead_ports(
-    plan: NodePlan, ports: Iterable[int], patience: float, way: WayTo
+    plan: NodePlan, ports: Iterable[int], seconds: float, way: WayTo
 ) -> dict[int, str]:
     """Those of the ports that do not greet, and how the attempt ended. One to which there is no way
     now is left out: what is in the way is told by others."""
@@ -126,7 +126,7 @@ async def dead_ports(
     for port in ports:
         with suppress(ProblemError):
             ways[port] = way(plan, port)
-    outcomes = await asyncio.gather(*(probe.greets(*at, patience) for at in ways.values()))
+    outcomes = await asyncio.gather(*(probe.greets(*at, seconds) for at in ways.values()))
     return {p: o for p, o in zip(ways, outcomes, strict=True) if o != probe.ANSWERED}
 
 
