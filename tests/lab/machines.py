@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests import namespaces
 from tests.lab import package
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.process import (
@@ -38,11 +39,11 @@ from tests.lab.process import (
     tail,
     until,
 )
-from tests.need import ray_envs, tool
+from tests.need import CHECKOUT, ray_envs, tool
 
 NAMES = ("head", "w1", "w2")
 NETWORK = "198.51.100.0/24"
-INIT = Path(__file__).with_name("init.py")
+INIT = "tests.lab.init"
 LONGER = Path(__file__).with_name("longer.py")
 
 SPACES = ("net", "pid", "mnt", "uts", "ipc")
@@ -63,27 +64,43 @@ _TAG = re.compile(r'"(rfl\d+)-')
 """The tag of a run, as the command line of an init has it."""
 
 
+def start_first(module: str, name: str, spec: Mapping[str, object]) -> subprocess.Popen[bytes]:
+    """Start a machine's first process, which ends with its standard input; it is ready.
+
+    Raises RuntimeError with what it wrote.
+    """
+    process = subprocess.Popen(
+        [*namespaces.COMMAND, module, json.dumps(spec)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=CHECKOUT,
+        start_new_session=True,  # Ctrl-C is for the tests
+    )
+    assert process.stdout is not None
+    if process.stdout.readline() != b"ready\n":
+        _, complaint = process.communicate()
+        raise RuntimeError(
+            f"machine {name} could not be made: {complaint.decode(errors='replace')}"
+        )
+    return process
+
+
+def close_first(process: subprocess.Popen[bytes]) -> None:
+    """Let a first process end, and wait until it and all processes of its namespaces have."""
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
+    process.wait(30)
+
+
 class Init:
     """A first process and what it holds; it ends with its standard input."""
 
     def __init__(self, name: str, spec: Mapping[str, object]) -> None:
         self.name = name
         bare = bool(spec["bare"])
-        # Isolated and without site-packages: what it imports must not be covered under it.
-        argv = [sys.executable, "-I", "-S", str(INIT), json.dumps(spec)]
-        self._outer = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the tests
-        )
-        assert self._outer.stdout is not None
-        if self._outer.stdout.readline() != b"ready\n":
-            assert self._outer.stderr is not None
-            said = self._outer.stderr.read().decode(errors="replace")
-            self.close()
-            raise RuntimeError(f"machine {name} could not be made: {said}")
+        self._outer = start_first(INIT, name, spec)
         outer = self._outer.pid
         children = Path(f"/proc/{outer}/task/{outer}/children")
         self.pid = outer if bare else int(children.read_text().split()[0])
@@ -92,18 +109,15 @@ class Init:
 
     def kill(self) -> None:
         """Tell it to end, and so all processes of its namespaces."""
-        if (pid := getattr(self, "pid", None)) is not None and self._outer.poll() is None:
+        if self._outer.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """End it; done when all processes of its namespaces have ended."""
         self.kill()
-        for pipe in (self._outer.stdin, self._outer.stdout, self._outer.stderr):
-            assert pipe is not None
-            pipe.close()
-        self._outer.wait(30)
-        for space in getattr(self, "spaces", {}).values():
+        close_first(self._outer)
+        for space in self.spaces.values():
             if made.get(space) == math.inf:
                 made[space] = boot_time()
 

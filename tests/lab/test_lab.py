@@ -168,7 +168,7 @@ def test_a_machine_sees_its_own_processes_only(shared: Lab) -> None:
     assert "sleep 601" in seen["w2"]
     for name in ("head", "w1"):
         assert "sleep 601" not in seen[name]
-        inits = [line for line in seen[name].splitlines() if str(INIT) in line]
+        inits = [line for line in seen[name].splitlines() if INIT in line]
         assert len(inits) == 1, "its own init and nobody else's"
     marker.signal(signal.SIGKILL)
     assert marker.wait() == -signal.SIGKILL

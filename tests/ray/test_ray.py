@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces import COMMAND
 from tests.need import CHECKOUT, need, no_ray
 
 HERE = Path(__file__).parent
@@ -34,13 +35,15 @@ def place() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     keep = [str(CHECKOUT), sys.prefix, sys.base_prefix, os.environ.get("RAYFWD_RAY_ENVS", "")]
     keep = [k for k in keep if k]
-    return ["unshare", *user, *flags, sys.executable, str(HERE / "init.py"), ":".join(keep)]
+    return ["unshare", *user, *flags, *COMMAND, "tests.ray.init", ":".join(keep)]
 
 
 @cache
 def why_not() -> str | None:
     try:
-        tried = subprocess.run([*place(), "true"], capture_output=True, text=True, timeout=30)
+        tried = subprocess.run(
+            [*place(), "true"], cwd=CHECKOUT, capture_output=True, text=True, timeout=30
+        )
     except OSError as exc:
         return f"no private namespace: {exc}"
     if tried.returncode != 0:

@@ -1,19 +1,17 @@
 """Boots one machine with systemd-nspawn, as often as it is told to, and leaves nothing.
 
-Usage: python -I -S booter.py SPEC, where SPEC is a JSON object (see `main`). Says `ready` on
-standard output when it can be told to boot, by a line on standard input. It lives until that ends,
-which it does whenever and however the process that started it ends: nspawn then dies with the
-namespace of processes that it is in, all mounts with that of mounts, and last go the control
-groups, which have names outside. The machine's disk is an overlay whose upper part is memory.
+Usage: python -E -s -S -m tests.systemd.booter SPEC, where SPEC is a JSON object (see `main`). Says
+`ready` on standard output when it can be told to boot, by a line on standard input. It lives until
+that ends, which it does whenever and however the process that started it ends: nspawn then dies
+with the namespace of processes that it is in, all mounts with that of mounts, and last go the
+control groups, which have names outside. The machine's disk is an overlay whose upper part is
+memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import select
 import signal
 import sys
 import time
@@ -21,27 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CLONE_NEWNS = 0x00020000
-CLONE_NEWPID = 0x20000000
-MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
-PR_SET_PDEATHSIG = 1
+from tests import namespaces
+from tests.namespaces import CLONE_NEWNS, CLONE_NEWPID, MS_BIND, mount
+
 NETWORK = Path("/run/network")
 REBOOT = 133
 """What nspawn ends with, under --keep-unit, when its machine wants to be booted again."""
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def check(result: int, what: str) -> None:
-    if result != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{what}: {os.strerror(error)}")
-
-
-def mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    args = [None if a is None else a.encode() for a in (source, target, kind)]
-    end = None if data is None else data.encode()
-    check(libc.mount(*args, ctypes.c_ulong(flags), end), f"mount {kind or source} on {target}")
 
 
 def hierarchies() -> Iterator[Path]:
@@ -89,7 +72,7 @@ def leave_groups() -> None:
 
 def prepare(spec: dict[str, Any]) -> None:
     """Make the mounts that nspawn needs, seen by nobody outside."""
-    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    namespaces.private_mounts()
     # nspawn's own records, which a host that runs systemd has as well.
     mount(spec["tag"], "/run", "tmpfs", 0, "mode=755")
     NETWORK.touch()
@@ -109,27 +92,19 @@ def prepare(spec: dict[str, Any]) -> None:
 
 
 def live(spec: dict[str, Any]) -> None:
-    """Do what is asked, and reap, until standard input ends."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(writer)
+    """Boot when it is asked, and again when the machine wants it, until standard input ends."""
     nspawn = 0
-    while True:
-        ready, _, _ = select.select([0, reader], [], [])
-        if reader in ready:
-            os.read(reader, 4096)
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == nspawn:
-                    again = os.waitstatus_to_exitcode(ended[1]) == REBOOT
-                    nspawn = boot(spec) if again else 0
-        if 0 in ready:
-            asked = os.read(0, 4096)
-            if not asked:
-                return
-            if nspawn == 0:
-                nspawn = boot(spec)
+
+    def ended(pid: int, status: int) -> None:
+        nonlocal nspawn
+        if pid == nspawn:
+            nspawn = boot(spec) if os.waitstatus_to_exitcode(status) == REBOOT else 0
+
+    def asked() -> None:
+        nonlocal nspawn
+        nspawn = nspawn or boot(spec)
+
+    namespaces.serve(ended, asked)
 
 
 def boot(spec: dict[str, Any]) -> int:
@@ -164,18 +139,16 @@ def main() -> None:
     os.chdir("/")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     enter_groups(spec["tag"])
+
+    def machine() -> None:
+        namespaces.unshare(CLONE_NEWNS)
+        prepare(spec)
+        namespaces.ready()
+        live(spec)
+
     try:
-        check(libc.unshare(CLONE_NEWPID), "unshare")
-        child = os.fork()
-        if child == 0:
-            check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
-            check(libc.unshare(CLONE_NEWNS), "unshare")
-            prepare(spec)
-            os.write(1, b"ready\n")
-            live(spec)
-            os._exit(0)  # and with it, the first of its namespace, everything in there
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
-        os.waitpid(child, 0)
+        namespaces.unshare(CLONE_NEWPID)
+        namespaces.first_process(machine)
     finally:
         leave_groups()
         remove_groups(spec["tag"])

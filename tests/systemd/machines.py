@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from tests.systemd.install import Installed
 NETWORK = "198.51.100"
 BOOT_SECONDS = 60.0
 """A boot takes 2 to 5 s where nothing else runs."""
-BOOTER = Path(booter.__file__)
+BOOTER = booter.__name__
 USERS = {"root": 0, "ray": setup_roots.UID}
 RAY = "/home/ray/venv/bin/ray"
 
@@ -111,19 +110,7 @@ class Machine:
             "environment": {"PATH": os.environ["PATH"], "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             "console": str(self.console),
         }
-        self._outer = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(BOOTER), json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the tests
-        )
-        assert self._outer.stdout is not None
-        if self._outer.stdout.readline() != b"ready\n":
-            assert self._outer.stderr is not None
-            said = self._outer.stderr.read().decode(errors="replace")
-            self.close()
-            raise RuntimeError(f"machine {self.name} could not be made: {said}")
+        self._outer = namespaces.start_first(BOOTER, self.name, spec)
         self._remember(self._holder())
 
     def boot(self, wait: bool = True) -> None:
@@ -428,10 +415,7 @@ class Machine:
         """End it; done when all of it is gone."""
         self.kill()
         if self._outer is not None:
-            for pipe in (self._outer.stdin, self._outer.stdout, self._outer.stderr):
-                assert pipe is not None
-                pipe.close()
-            self._outer.wait(30)
+            namespaces.close_first(self._outer)
             self._outer = None
         self._net.close()
         self._give_up(self._spaces, boot_time())
