@@ -432,6 +432,14 @@ async def site(directory: Path, *workers: str, ride_through: float = 60.0) -> As
         await made.stop()
 
 
+@asynccontextmanager
+async def started(directory: Path, *workers: str) -> AsyncIterator[Site]:
+    """A site whose daemons run, and have joined."""
+    async with site(directory, *workers) as made:
+        await made.start()
+        yield made
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -6,7 +6,8 @@ import asyncio
 import io
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ from tests.unit.daemons import (
     SocketPipe,
     exposed,
     site,
+    started,
 )
 from tests.unit.loops import log_events, of, run, run_on_fake_clock, until
 
@@ -60,6 +62,19 @@ async def talk(at: Target, said: bytes = b"hello") -> bytes:
     got = await reader.read()
     await goodbye(writer)
     return got
+
+
+@asynccontextmanager
+async def asking(at: Target) -> AsyncIterator[Callable[[bytes], Awaitable[bytes]]]:
+    """A connection to an echo behind a listener: what comes back for each thing that is said."""
+    reader, writer = await asyncio.open_connection(*at)
+
+    async def ask(said: bytes) -> bytes:
+        writer.write(said)
+        return await reader.readexactly(len(said))
+
+    yield ask
+    await goodbye(writer)
 
 
 def test_a_worker_joins_and_both_are_ready(tmp_path: Path) -> None:
@@ -139,8 +154,7 @@ def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
     """A worker's Ray is started once the head's is up; one that runs is left alone."""
 
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             w1, head = s.workers["w1"], s.head
             head.ray.become("failed")
             await until(lambda: not w1.ray.may_start)
@@ -223,19 +237,15 @@ def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
             at = s.path("w1", "w2")
             await s.start()
             w1 = s.workers["w1"]
-            async with serving(echo, exposed(s.workers["w2"])):
-                reader, writer = await asyncio.open_connection(*at)
-                writer.write(b"before")
-                assert await reader.readexactly(6) == b"before"
+            async with serving(echo, exposed(s.workers["w2"])), asking(at) as ask:
+                assert await ask(b"before") == b"before"
                 session, before = s.head.head.muxes()["w1"], s.node(who).role
                 ray = s.node(who).ray
                 await s.node(who).restart()
                 assert s.node(who).role is not before
                 assert ray.ended == "left running"
-                writer.write(b"after")
-                assert await reader.readexactly(5) == b"after"
+                assert await ask(b"after") == b"after"
                 assert await talk(at) == b"hello"
-                await goodbye(writer)
             assert (s.head.head.muxes()["w1"] is session) is (who == "w1")
             await w1.ready()
             await until(lambda: s.head.ray_of("w1") == "up")
@@ -247,8 +257,7 @@ def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
 
 def test_a_reload_opens_what_the_file_now_has(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             w1, head = s.workers["w1"], s.head
             at = s.path("w1", "head")
             w1.more = 'log = {level = "warning"}'
@@ -269,8 +278,7 @@ def test_a_reload_opens_what_the_file_now_has(tmp_path: Path) -> None:
 
 def test_what_a_head_exposes_after_a_reload_is_for_clients(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path) as s:
-            await s.start()
+        async with started(tmp_path) as s:
             assert s.head.expose in s.head.head.offer().client_ports
             s.head.expose += 1
             s.head.write()
@@ -285,8 +293,7 @@ def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
     """Another machine with a name that is taken."""
 
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             twin = s.worker("twin")
             twin.name = "w1"
             twin.directory_name = "twin"
@@ -316,8 +323,7 @@ def test_a_thousand_dead_nodes_end_no_daemon(tmp_path: Path) -> None:
     assert len(json.dumps(report.to_wire())) > MAX_MESSAGE
 
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             w1, head = s.workers["w1"], s.head
             with log_events() as log:
                 for _ in range(3):
@@ -356,8 +362,7 @@ def test_conditions_in_any_script_end_no_daemon(tmp_path: Path) -> None:
         return {c.subject for c in daemon.role.node.board.conditions if c.code == codes.RAY_DIED}
 
     async def main() -> None:
-        async with site(tmp_path, "w1", "w2") as s:
-            await s.start()
+        async with started(tmp_path, "w1", "w2") as s:
             mux = s.workers["w1"].role.muxes()["head"]
             with log_events() as log:
                 mux.session.send_message(said)
@@ -375,8 +380,7 @@ def test_a_message_that_says_what_cannot_be_is_left_out_and_said(tmp_path: Path)
     """A plan that is none, a report that is none, a token that is none, and ports of others."""
 
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             w1, head = s.workers["w1"], s.head
             (down,), up = head.role.muxes().values(), w1.role.muxes()["head"]
             view = w1.role.node.view
@@ -423,12 +427,9 @@ def test_a_fault_in_a_watcher_ends_no_stream(
             at = s.path("w1", "head")
             with log_events() as log:
                 await s.start()
-                async with serving(echo, exposed(s.head)):
-                    reader, writer = await asyncio.open_connection(*at)
+                async with serving(echo, exposed(s.head)), asking(at) as ask:
                     await until(lambda: began.count("head") > 2 and began.count("w1") > 2)
-                    writer.write(b"still there")
-                    assert await reader.readexactly(11) == b"still there"
-                    await goodbye(writer)
+                    assert await ask(b"still there") == b"still there"
             faults = of(log, "watcher_fault")
             assert {entry["watcher"] for entry in faults} == {"machine"}
             assert not s.head.over
@@ -471,15 +472,11 @@ def test_a_cut_is_ridden_through_and_seen(tmp_path: Path) -> None:
             at = s.path("w1", "head")
             await s.start()
             w1, head = s.workers["w1"], s.head
-            async with serving(echo, exposed(head)):
-                reader, writer = await asyncio.open_connection(*at)
-                writer.write(b"before")
-                assert await reader.readexactly(6) == b"before"
+            async with serving(echo, exposed(head)), asking(at) as ask:
+                assert await ask(b"before") == b"before"
                 w1.cut()
                 await until(w1.runtime.health.waiting_for)
-                writer.write(b"after")
-                assert await reader.readexactly(5) == b"after"
-                await goodbye(writer)
+                assert await ask(b"after") == b"after"
             await w1.ready()
             link = w1.runtime.health.now().link
             assert link is not None
@@ -490,8 +487,7 @@ def test_a_cut_is_ridden_through_and_seen(tmp_path: Path) -> None:
 
 def test_an_end_stops_ray_first_and_says_so(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path, "w1") as s:
-            await s.start()
+        async with started(tmp_path, "w1") as s:
             w1, head = s.workers["w1"], s.head
             ray, control = w1.ray, w1.role.node.config.control_socket
             await w1.stop()
@@ -509,8 +505,7 @@ def test_an_end_stops_ray_first_and_says_so(tmp_path: Path) -> None:
 
 def test_a_node_that_is_forgotten_comes_back_as_a_new_one(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path, "w1", "w2") as s:
-            await s.start()
+        async with started(tmp_path, "w1", "w2") as s:
             await s.workers["w1"].stop()
             told = (await s.head.ask("forget", name="w1"))["forgotten"]
             assert (told["node"], told["token"], told["restarted"]) == ("w1", "off", [])
@@ -572,8 +567,7 @@ def test_a_node_that_is_forgotten_leaves_with_an_old_token(
     token.keep(OLD, tmp_path / "head" / "state")
 
     async def main() -> None:
-        async with site(tmp_path, "w1", "w2", "gone") as s:
-            await s.start()
+        async with started(tmp_path, "w1", "w2", "gone") as s:
             head, w1, w2, gone = (s.node(name) for name in ("head", "w1", "w2", "gone"))
             assert has_token(s, "head", "w1", "w2", "gone") == [OLD] * 4
             if away == "down":
@@ -614,8 +608,7 @@ def test_forget_leaves_the_token_where_it_is_told_to(
     token.keep(OLD, tmp_path / "head" / "state")
 
     async def main() -> None:
-        async with site(tmp_path, "w1", "w2") as s:
-            await s.start()
+        async with started(tmp_path, "w1", "w2") as s:
             kept = (await s.head.ask("forget", name="w1", keep_token=True))["forgotten"]
             assert (kept["token"], kept["restarted"]) == ("kept", [])
             monkeypatch.setenv("RAY_AUTH_TOKEN", "the operator's")
@@ -633,8 +626,7 @@ def test_ray_by_hand_is_named_when_the_token_turns(
     token.keep(OLD, tmp_path / "head" / "state")
 
     async def main() -> None:
-        async with site(tmp_path, "w1", "w2", "w3") as s:
-            await s.start()
+        async with started(tmp_path, "w1", "w2", "w3") as s:
             s.workers["w1"].ray.become("by_hand")
             await until(lambda: s.head.ray_of("w1") == "by_hand")
             monkeypatch.setattr(FakeRay, "by_hand", True)
@@ -646,8 +638,7 @@ def test_ray_by_hand_is_named_when_the_token_turns(
 
 def test_two_daemons_do_not_share_a_state_directory(tmp_path: Path) -> None:
     async def main() -> None:
-        async with site(tmp_path) as s:
-            await s.start()
+        async with started(tmp_path) as s:
             other = Daemon(s, "head", 0)
             s.head, was = other, s.head
             with pytest.raises(ProblemError) as caught:
