@@ -86,12 +86,12 @@ class Place:
 class Client:
     """Holds the head's ports here. `run` works until SIGTERM or Ctrl-C."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        """`say` is given lines for whoever started it. Raises ProblemError."""
+    def __init__(self, config: Config, emit: Callable[[str], None]) -> None:
+        """`emit` is given lines for whoever started it. Raises ProblemError."""
         assert config.head is not None, "a client's configuration has a head"
         self._config = config
         self._head: HeadConfig = config.head
-        self._say = say
+        self._emit = emit
         # A new one for each process: clients are told apart, and nothing of them is kept.
         self._identity = Identity.make()
         self._link: Link | None = None
@@ -105,7 +105,7 @@ class Client:
         self._news = asyncio.Event()
         self._ending = False
         self._shown: tuple[str, Code | None] = ("", None)
-        """State of the link and code of its problem, as last said."""
+        """State of the link and code of its problem, as last shown."""
 
     @property
     def token_file(self) -> Path:
@@ -154,7 +154,7 @@ class Client:
         via = self._head.via if "via" in self._head.model_fields_set else "auto"
         ways: Sequence[Via] = ("socket", "exec") if via == "auto" else (via,)
         backoff = Backoff(RETRY_FIRST, RETRY_LAST, jitter=0.2)
-        said: Code | None = None
+        shown: Code | None = None
         while True:
             problem = await self._by(ways[0])
             if len(ways) > 1 and problem.code.another_way:
@@ -163,9 +163,9 @@ class Client:
                 problem = problem if other.code == codes.HUB_CLOSED else other
             if problem.code.lasting:
                 raise ProblemError(problem)
-            if problem.code != said:
-                said = problem.code
-                self._say(f"{problem.code}: {problem}; trying on")
+            if problem.code != shown:
+                shown = problem.code
+                self._emit(f"{problem.code}: {problem}; trying on")
             await asyncio.sleep(backoff.next())
 
     async def _by(self, via: Via) -> Problem:
@@ -214,14 +214,14 @@ class Client:
         """What connects is taken from now on, and whoever started us is told where."""
         self._admission.open()
         if (problem := self._admission.problem) is not None:
-            self._say(f"{problem.code}: {problem}")
+            self._emit(f"{problem.code}: {problem}")
         for place, sock in self._listening:
             self._acceptor.add(sock, partial(self._relay_for, place))
         assert self._welcome is not None, "it has come"
         places = [place for place, _ in self._listening]
         token_file = self.token_file if self._has_token else None
         for line in addresses(self._head.ssh, self._welcome, places, token_file, os.environ):
-            self._say(line)
+            self._emit(line)
         with closing(Notifier()) as notifier:
             notifier.send("READY=1")
 
@@ -236,7 +236,7 @@ class Client:
 
     def _held_up(self) -> None:
         if (problem := self._acceptor.problem) is not None:
-            self._say(f"{problem.code}: {problem}")
+            self._emit(f"{problem.code}: {problem}")
 
     def message(self, message: Message) -> None:
         if isinstance(message, messages.Auth):  # all that a client is told
@@ -262,7 +262,7 @@ class Client:
                 f"Ray's token cannot be written to {self.token_file}: {exc.strerror or exc}",
                 "make that directory writable, or set state_dir in a file (--config)",
             )
-            self._say(f"{problem.code}: {problem}")
+            self._emit(f"{problem.code}: {problem}")
 
     def link_changed(self) -> None:
         self._news.set()
@@ -280,9 +280,9 @@ class Client:
                 "parked": f"the link is down; what is open is held for {held}",
                 "down": "what was open is lost; dialling on",
             }
-            self._say(f"{clock}  {words[state]}")
+            self._emit(f"{clock}  {words[state]}")
         if problem is not None and code not in {codes.LANE_LOST, before[1]}:
-            self._say(f"{clock}  {code}: {problem}")
+            self._emit(f"{clock}  {code}: {problem}")
 
 
 def hello_of(config: Config, key: str) -> Hello:

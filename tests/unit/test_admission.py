@@ -194,7 +194,7 @@ class TestWhatIsSaid:
         with log_events() as log, socket.socket() as near:
             for _ in range(3):
                 admission._refuse("eve", near, "remedy")
-            now += admission_module.TOLD_AGAIN - 1
+            now += admission_module.LOG_INTERVAL - 1
             admission._refuse("eve", near, "remedy")
             now += 1
             admission._refuse("eve", near, "remedy")

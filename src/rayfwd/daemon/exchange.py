@@ -1,6 +1,6 @@
 """What nodes tell each other of what is wrong: a worker the head of its finds, the head all of all.
 
-No loop and no socket: `message` gives what is to be sent, `heard` takes what came.
+No loop and no socket: `message` gives what is to be sent, `receive` takes what came.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class ConditionExchange:
     """Of the node named `own`. `speaks_for_all`: it is the head."""
 
     def __init__(self, own: str, board: Board, speaks_for_all: bool) -> None:
-        self.told: Conditions | None = None
+        self.last_sent: Conditions | None = None
         """The last message to the others."""
         self._own = own
         self._board = board
@@ -25,7 +25,7 @@ class ConditionExchange:
 
     def message(self) -> Conditions | None:
         """What the others are told of; None: they know already."""
-        told, left_out = conditions.message(
+        message, left_out = conditions.message(
             c
             for c in self._board.conditions
             if not c.code.untold
@@ -34,23 +34,23 @@ class ConditionExchange:
                 or (c.seen_by == self._own and not c.code.both_ends and c.severity != "note")
             )
         )
-        self._cuts.say(told, left_out)
-        if told == self.told:
+        self._cuts.log(message, left_out)
+        if message == self.last_sent:
             return None
-        self.told = told
-        return told
+        self.last_sent = message
+        return message
 
-    def forget_told(self) -> None:
+    def begin_again(self) -> None:
         """Somebody is there who has heard nothing yet."""
-        self.told = None
+        self.last_sent = None
 
-    def heard(self, message: Conditions, node: str) -> None:
+    def receive(self, message: Conditions, node: str) -> None:
         """What another node tells; the head tells of all."""
         own, board = self._own, self._board
-        told = conditions.from_message(message, node if self._speaks_for_all else None)
+        findings = conditions.from_message(message, node if self._speaks_for_all else None)
         news = [
             seen
-            for seen in told
+            for seen in findings
             if seen.seen_by != own
             and not (node_of(seen.subject) == own and seen.problem.code.both_ends)
         ]
@@ -65,7 +65,7 @@ class ConditionExchange:
         watcher = f"{'quiet' if quiet else 'told'}:{node}"
         self._board.put_all(watcher, found, quiet=quiet)
 
-    def unheard(self, node: str) -> None:
+    def drop(self, node: str) -> None:
         """Its link is down: what it told of counts no more."""
         self._put(node, [], quiet=False)
         self._put(node, [], quiet=True)

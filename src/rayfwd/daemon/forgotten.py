@@ -42,47 +42,47 @@ class Forgotten:
 
     def lines(self) -> list[str]:
         """In words."""
-        said = [f"{self.node} is forgotten; it gets a new address when it joins again"]
+        lines = [f"{self.node} is forgotten; it gets a new address when it joins again"]
         match self.token:
             case "turned":
-                return said + self._turned()
+                return lines + self._turned()
             case "named":
                 return [
-                    *said,
+                    *lines,
                     f"Ray's token is the one that {self.variable} names, and {self.node} knows it: "
                     "name another there, then `systemctl restart rayfwd`",
                 ]
             case "off":
                 return [
-                    *said,
+                    *lines,
                     "Ray asks for no token, so whoever reaches its ports may use it; "
                     'ray.auth = "token" changes that',
                 ]
-        return [*said, f"Ray keeps its token, which {self.node} knows"]
+        return [*lines, f"Ray keeps its token, which {self.node} knows"]
 
     def _turned(self) -> list[str]:
-        said = [
+        lines = [
             f"Ray has a new token; the old one, which {self.node} knows, is refused from now on"
         ]
         if self.restarted:
-            said.append(f"  restarted now: Ray on {', '.join(self.restarted)}")
-            said.append("  lost with it: every job, task, actor and object of the cluster")
+            lines.append(f"  restarted now: Ray on {', '.join(self.restarted)}")
+            lines.append("  lost with it: every job, task, actor and object of the cluster")
         if not self.daemon:
-            said = ["Ray has a new token, from when rayfwd is started here:"]
-            said.append("  then Ray is restarted, here and on every worker")
-            said.append("  lost with it: every job, task, actor and object of the cluster")
+            lines = ["Ray has a new token, from when rayfwd is started here:"]
+            lines.append("  then Ray is restarted, here and on every worker")
+            lines.append("  lost with it: every job, task, actor and object of the cluster")
         if self.away:
-            said.append(
+            lines.append(
                 f"  away: {', '.join(self.away)}; there the token changes, and Ray is restarted, "
                 "when the link is back"
             )
         if self.by_hand:
-            said.append(
+            lines.append(
                 f"  started by hand: Ray on {', '.join(self.by_hand)}; restart it with what "
                 "`rayfwd plan` shows there: until then it takes the old token"
             )
-        said.append(
+        lines.append(
             "  drivers find the new one where they found the old one (~/.ray/auth_token, "
             "`rayfwd exec`, `rayfwd connect`); copies made by hand hold the old one"
         )
-        return said
+        return lines

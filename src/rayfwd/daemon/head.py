@@ -83,10 +83,10 @@ class HeadRole:
         self._interruptions = Interruptions(time.time())
         self._known: set[str] = set()
         """Nodes that were there once."""
-        self._heard: dict[str, str] = {}
-        """The session in which a worker was last told of all conditions."""
-        self._told_versions: tuple[str | None, str | None] = (None, None)
-        self._told_phase = ""
+        self._sent_in: dict[str, str] = {}
+        """The session in which a worker was last sent how Ray is, and all conditions."""
+        self._sent_versions: tuple[str | None, str | None] = (None, None)
+        self._sent_phase = ""
         self._cuts = Cuts()
         self._settling = asyncio.Lock()
         """Held while Ray's token is decided, or another takes its place."""
@@ -178,8 +178,8 @@ class HeadRole:
         async with self._settling:
             if not self._roster.knows(name):
                 return {"forgotten": None}
-            told = self._forget(name, keep_token=args.get("keep_token") is True)
-        return {"forgotten": told.to_wire()}
+            forgotten = self._forget(name, keep_token=args.get("keep_token") is True)
+        return {"forgotten": forgotten.to_wire()}
 
     def _forget(self, name: str, keep_token: bool) -> Forgotten:
         """In one go: whoever is forgotten hears nothing of the new token."""
@@ -201,15 +201,15 @@ class HeadRole:
         self._node.set_view(replace(self.view, auth=auth))
         self._tell_ray()
         self._tell_auth(auth)
-        told = self._restarts(name)
+        forgotten = self._restarts(name)
         log.warning(
             "ray_token_turned",
             forgotten=name,
-            restarted=told.restarted,
-            away=told.away,
-            by_hand=told.by_hand,
+            restarted=forgotten.restarted,
+            away=forgotten.away,
+            by_hand=forgotten.by_hand,
         )
-        return told
+        return forgotten
 
     def _restarts(self, name: str) -> Forgotten:
         """Whose Ray a new token restarts."""
@@ -336,7 +336,7 @@ class HeadRole:
         self._known |= there
         gone = self._known - there
         for name in gone:
-            self._node.exchange.unheard(name)
+            self._node.exchange.drop(name)
         self._node.board.drop(gone, but=(LINK,))
         self._look_for_interruptions()
         if (plans := self._roster.plans()) is self.view.nodes:
@@ -355,12 +355,12 @@ class HeadRole:
     # -- as the cluster watch's owner ----------------------------------------------------
 
     def declared(self) -> dict[str, dict[str, float]]:
-        told = {
+        resources = {
             n.plan.address: dict(n.hello.resources)
             for n in self._hub.nodes.values()
             if n.hello is not None
         }
-        return told | {self._own.address: declared_resources(self._node.config)}
+        return resources | {self._own.address: declared_resources(self._node.config)}
 
     def up(self) -> list[NodePlan]:
         return [
@@ -385,36 +385,36 @@ class HeadRole:
     # -- what the workers are told -------------------------------------------------------
 
     def changed(self) -> None:
-        if self._versions() != self._told_versions:
-            self._told_versions = ray, python = self._versions()
+        if self._versions() != self._sent_versions:
+            self._sent_versions = ray, python = self._versions()
             self._hub.tell_all(messages.HeadVersions(ray, python))
-        if self._node.ray.state.phase != self._told_phase:
-            self._told_phase = self._node.ray.state.phase
+        if self._node.ray.state.phase != self._sent_phase:
+            self._sent_phase = self._node.ray.state.phase
             self._hub.tell_all(self._phase_message())
         self._node.changed()
 
     def board_changed(self) -> None:
         """Workers hear of what was found of every node."""
         self._node.news.set()
-        if (told := self._node.exchange.message()) is not None:
-            self._hub.tell_all(told)
+        if (message := self._node.exchange.message()) is not None:
+            self._hub.tell_all(message)
 
     def _tell_report(self) -> None:
         if self._cluster is not None:
             message, left_out = self._cluster.message()
-            self._cuts.say(message, left_out)
+            self._cuts.log(message, left_out)
             self._hub.tell_all(message)
 
     def _tell_newcomers(self) -> None:
         """A worker with a new session has heard nothing yet."""
-        told = self._node.exchange.told
+        conditions = self._node.exchange.last_sent
         for node in self._hub.nodes.values():
-            if node.session != self._heard.get(node.plan.name, ""):
-                self._heard[node.plan.name] = node.session
+            if node.session != self._sent_in.get(node.plan.name, ""):
+                self._sent_in[node.plan.name] = node.session
                 if node.mux is not None:
                     node.mux.send_message(self._phase_message())
-                    if told is not None:
-                        node.mux.send_message(told)
+                    if conditions is not None:
+                        node.mux.send_message(conditions)
 
     def _phase_message(self) -> Message:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
@@ -435,11 +435,11 @@ class HeadRole:
         self.changed()
 
     def _hear_conditions(self, message: messages.Conditions, node: str) -> None:
-        self._node.exchange.heard(message, node)
+        self._node.exchange.receive(message, node)
 
     def _hear_say_again(self, _: messages.SayAgain, name: str) -> None:
         """A worker was restarted, and has kept its session."""
-        self._heard.pop(name, None)
+        self._sent_in.pop(name, None)
         self._tell_newcomers()
         self._tell_report()
 

@@ -80,7 +80,7 @@ class WorkerRole:
         """The hub knows this node by its public key."""
         self._kept_plan = b""
         self._cluster: ClusterReport | None = None
-        self._told_ray: messages.Ray | None = None
+        self._sent_ray: messages.Ray | None = None
         self._head_ray: str | None = None
         """Phase of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
@@ -311,7 +311,7 @@ class WorkerRole:
         self._set_view(replace(self._node.view, auth=auth))
 
     def _hear_conditions(self, message: messages.Conditions) -> None:
-        self._node.exchange.heard(message, HEAD)
+        self._node.exchange.receive(message, HEAD)
 
     def _hear_cluster(self, message: messages.Cluster) -> None:
         self._cluster = ClusterReport.from_wire(message.report)
@@ -319,8 +319,8 @@ class WorkerRole:
 
     def _hear_say_again(self, _: messages.SayAgain) -> None:
         """The head was restarted, and has kept the session."""
-        self._told_ray = None
-        self._node.exchange.forget_told()
+        self._sent_ray = None
+        self._node.exchange.begin_again()
         self.changed()
         self._tell_conditions()
 
@@ -334,10 +334,10 @@ class WorkerRole:
 
     def link_changed(self) -> None:
         if self._link.mux is None:
-            self._told_ray = None  # a new session knows nothing of it
+            self._sent_ray = None  # a new session knows nothing of it
             self._head_ray = None
-            self._node.exchange.forget_told()
-            self._node.exchange.unheard(HEAD)
+            self._node.exchange.begin_again()
+            self._node.exchange.drop(HEAD)
         self._let_ray_start()
         self.changed()
         self._tell_conditions()
@@ -426,8 +426,8 @@ class WorkerRole:
     def _tell_conditions(self) -> None:
         """The head hears of what was found here."""
         mux = self._link.mux
-        if mux is not None and (told := self._node.exchange.message()) is not None:
-            mux.send_message(told)
+        if mux is not None and (message := self._node.exchange.message()) is not None:
+            mux.send_message(message)
 
     def changed(self) -> None:
         self._let_ray_start()
@@ -438,14 +438,14 @@ class WorkerRole:
         """How our Ray is, for the head's status."""
         mux, ray = self._link.mux, self._node.ray.state
         versions = ray.versions
-        told = messages.Ray(
+        message = messages.Ray(
             ray.phase,
             versions.ray if versions else None,
             versions.python if versions else None,
         )
-        if mux is not None and told != self._told_ray:
-            self._told_ray = told
-            mux.send_message(told)
+        if mux is not None and message != self._sent_ray:
+            self._sent_ray = message
+            mux.send_message(message)
 
     # -- as the node's owner -------------------------------------------------------------
 

@@ -86,8 +86,8 @@ class Claim:
 
 def statement(greeting: Frame, challenge: Challenge) -> bytes:
     """What is signed: its kind, all of it, and the hub's nonce."""
-    said = hashlib.sha256(greeting.payload).digest()
-    return _CONTEXT + bytes([greeting.kind]) + bytes.fromhex(challenge.nonce) + said
+    digest = hashlib.sha256(greeting.payload).digest()
+    return _CONTEXT + bytes([greeting.kind]) + bytes.fromhex(challenge.nonce) + digest
 
 
 def check(public: str, greeting: Frame, challenge: Challenge, proof: Proof) -> Claim | None:

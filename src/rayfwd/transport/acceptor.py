@@ -24,7 +24,7 @@ AT_ONCE = 64
 """Connections of one listener that are accepted in one turn of the loop."""
 CHECK_INTERVAL = 1.0
 """Seconds between looks whether there are descriptors again."""
-TOLD_AGAIN = 60.0
+LOG_INTERVAL = 60.0
 """Seconds after which it is logged again that connections wait."""
 SPARE_PART = 0.8
 """Part of the descriptors that must be all there are in use before new connections are taken."""
@@ -50,8 +50,8 @@ class Acceptor:
         """Those of the listening ones to which the kernel redirects connections."""
         self._beginning: set[asyncio.Task[None]] = set()
         self._look: asyncio.TimerHandle | None = None
-        self._told = -TOLD_AGAIN
-        self._tell_end = False
+        self._logged_at = -LOG_INTERVAL
+        self._log_end = False
 
     def add(self, sock: socket.socket, make_relay: MakeRelay, redirected: bool = False) -> None:
         """Listen; connections are taken from now on. Raises OSError, and has not taken it then.
@@ -126,9 +126,9 @@ class Acceptor:
             f"when {100 * SPARE_PART:.0f} % are enough",
         )
         loop = asyncio.get_running_loop()
-        if loop.time() - self._told >= TOLD_AGAIN:
-            self._told = loop.time()
-            self._tell_end = True
+        if loop.time() - self._logged_at >= LOG_INTERVAL:
+            self._logged_at = loop.time()
+            self._log_end = True
             log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
         for sock in self._listening:
             loop.remove_reader(sock)
@@ -140,8 +140,8 @@ class Acceptor:
             self._look = asyncio.get_running_loop().call_later(CHECK_INTERVAL, self._go_on)
             return
         self._look = self.problem = None
-        if self._tell_end:
-            self._tell_end = False
+        if self._log_end:
+            self._log_end = False
             log.info("descriptors_there")
         for sock in self._listening:
             self._read(sock)

@@ -21,7 +21,7 @@ from rayfwd.system.users import user_name
 
 log = get_logger(__name__)
 
-TOLD_AGAIN = 600.0
+LOG_INTERVAL = 600.0
 """Seconds after which a user who is still refused is named again."""
 MOST_USERS = 100
 """Users that are counted by themselves; the rest is counted together."""
@@ -54,7 +54,7 @@ class Admission:
         self._diag: SockDiag | None = None
         self._open: Counter[int] = Counter()
         """Connections of other users than our own."""
-        self._told: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
         self._own = os.geteuid()
         self._uids: frozenset[int] = frozenset()
         self.take_uids(uids)
@@ -134,9 +134,9 @@ class Admission:
             user = OTHERS
         self.refused[user] += 1
         now = self._clock()
-        if not remedy or now - self._told.get(user, -TOLD_AGAIN) < TOLD_AGAIN:
+        if not remedy or now - self._logged_at.get(user, -LOG_INTERVAL) < LOG_INTERVAL:
             return
-        self._told[user] = now
+        self._logged_at[user] = now
         listen = ":".join(map(str, connection.getsockname()))
         count = self.refused[user]
         log.warning("connection_refused", user=user, listen=listen, count=count, remedy=remedy)

@@ -127,7 +127,7 @@ class FastPath(asyncio.Protocol):
         if view and not self._transport.is_closing():
             self._take_in(view)
         self._deliver()
-        self._tell()
+        self._ask_for_more()
 
     def _missing(self) -> int:
         """Bytes of the packet that was cut, or more where its length is not known."""
@@ -188,8 +188,8 @@ class FastPath(asyncio.Protocol):
         self._connection.data_received(bytes(packets))
         self._send_held()
 
-    def _tell(self) -> None:
-        """Ask for more, if what was held has gone out."""
+    def _ask_for_more(self) -> None:
+        """From AsyncSSH's channel, if what was held has gone out."""
         if self._reopened:
             self._reopened = False
             self._resume()

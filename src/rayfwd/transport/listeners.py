@@ -57,7 +57,7 @@ class Listeners:
         self._acceptor = Acceptor(self.admission, on_change)
         self._inherited: dict[Target, socket.socket] = {}
         """Sockets of an earlier process that listen already, for listeners that are yet to open."""
-        self._told = False
+        self._wanted_known = False
         """It is known which listeners there are to be."""
         self._left = False
         """Another process has the listeners, or will have them."""
@@ -124,7 +124,7 @@ class Listeners:
 
     def set_wanted(self, listeners: Mapping[Target, Target]) -> None:
         """Which listeners there are to be: where each listens, and what it stands for."""
-        self._told = True
+        self._wanted_known = True
         if self._wanted != listeners:
             self._wanted = dict(listeners)
             self._changed.set()
@@ -139,7 +139,7 @@ class Listeners:
                 before = (set(self._open), self._blocked)
                 await self._reconcile()
                 after = (set(self._open), self._blocked)
-                if before[0] != after[0] and self._told:
+                if before[0] != after[0] and self._wanted_known:
                     self.keep(self._open.values())
                 if before != after and self._on_change is not None:
                     self._on_change()
@@ -206,7 +206,7 @@ class Listeners:
             if opened % OPENED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         await self._block(failed)
-        if self._told:
+        if self._wanted_known:
             self._close_inherited()
         if opened:
             log.info("listeners_open", listeners=self.open, new=opened)

@@ -180,7 +180,7 @@ class Mux:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
-        self._full_told = -FULL_LOGGED_INTERVAL
+        self._full_logged_at = -FULL_LOGGED_INTERVAL
         tracing.began(session, peer)
 
     def now(self) -> float:
@@ -245,8 +245,8 @@ class Mux:
         if not self.session.full:
             return True
         now = self.now()
-        if now - self._full_told >= FULL_LOGGED_INTERVAL:
-            self._full_told = now
+        if now - self._full_logged_at >= FULL_LOGGED_INTERVAL:
+            self._full_logged_at = now
             log.warning("session_full", streams=self.session.limits.streams)
         return False
 

@@ -381,12 +381,12 @@ def _not_permitted(path: Path, why: str) -> Problem:
     )
 
 
-def why_no_answer(said: str, why: str) -> Problem:
+def why_no_answer(stderr: str, why: str) -> Problem:
     """Why a channel to the hub ended before the hub had answered.
 
-    `said` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
+    `stderr` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
     """
-    for line in said.splitlines():
+    for line in stderr.splitlines():
         prefix, _, rest = line.partition("rayfwd attach: ")
         code, colon, text = rest.partition(": ")
         if not prefix and colon and code.isidentifier():
@@ -395,7 +395,7 @@ def why_no_answer(said: str, why: str) -> Problem:
                 f"on the head: {cause}", remedy or "see the head's log"
             )
     return codes.HUB_CLOSED.problem(
-        f"the hub closed the lane before it answered: {said or why}",
+        f"the hub closed the lane before it answered: {stderr or why}",
         'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there and that '
         "this user has a login shell",
     )

@@ -37,7 +37,7 @@ class Tracing:
     def began(self, session: Session, peer: str) -> None:
         """A session is there; whoever traces is told of it from now on."""
         self._sessions[session] = peer
-        self._tell(session)
+        self._set_traces(session)
 
     def ended(self, session: Session) -> None:
         """It is over; its last frames are still told."""
@@ -47,13 +47,13 @@ class Tracing:
         """Tell `taker` of everything from now on."""
         if taker not in self._takers:
             self._takers.append(taker)
-            self._tell(*self._sessions)
+            self._set_traces(*self._sessions)
 
     def remove(self, taker: Taker) -> None:
         """Tell it nothing more."""
         if taker in self._takers:
             self._takers.remove(taker)
-            self._tell(*self._sessions)
+            self._set_traces(*self._sessions)
 
     def follow(self, level: str) -> None:
         """Write everything to the log if its level is debug, and nothing if it is another."""
@@ -62,7 +62,7 @@ class Tracing:
         else:
             self.remove(to_log)
 
-    def _tell(self, *sessions: Session) -> None:
+    def _set_traces(self, *sessions: Session) -> None:
         for session in sessions:
             peer = self._sessions[session]
             session.trace = partial(self._traced, peer) if self._takers else None
