@@ -72,12 +72,12 @@ async def supervised(
             await task
 
 
-def phase(supervisor: RaySupervisor) -> str:
-    return supervisor.state.phase
+def state(supervisor: RaySupervisor) -> str:
+    return supervisor.now.state
 
 
 async def up(supervisor: RaySupervisor) -> None:
-    await until(lambda: supervisor.state.phase == "up", f"up; {supervisor.state}")
+    await until(lambda: supervisor.now.state == "up", f"up; {supervisor.now}")
 
 
 async def node_table() -> list[nodes.NodeSeen]:
@@ -136,7 +136,7 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
         ):
             worker.set_link_up(False)
             await up(head)
-            assert phase(worker) == "waiting"
+            assert state(worker) == "waiting"
             worker.set_link_up(True)
             await up(worker)
             allowed = {*HEAD.ports, *WORKER.ports}
@@ -156,10 +156,10 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
             assert totals["tape"] == (0.0, 2.0)
             worker.set_link_up(False)
             await asyncio.sleep(1.5)
-            assert phase(worker) == "up"
+            assert state(worker) == "up"
             await worker.stop()
             await head.stop()
-            assert (phase(head), phase(worker)) == ("off", "off")
+            assert (state(head), state(worker)) == ("off", "off")
 
     asyncio.run(scenario())
     assert others() == {bystander.pid}
@@ -186,9 +186,9 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
     assert daemon.stdout is not None
     with daemon.stdout:
         lines = iter(daemon.stdout.readline, "")
-        phases = dict(line.split() for line in takewhile(lambda x: not x.startswith("up"), lines))
-        assert "starting" in phases
-        ray = int(phases["starting"])
+        states = dict(line.split() for line in takewhile(lambda x: not x.startswith("up"), lines))
+        assert "starting" in states
+        ray = int(states["starting"])
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
     config = head_config(tmp_path, RAY)
@@ -196,37 +196,37 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
     async def scenario() -> None:
         async with supervised(config, HEAD) as head:
             await up(head)
-            assert (head.state.pid, head.state.adopted, head.state.restarts) == (ray, True, 0)
-            assert head.state.versions is not None
-            assert head.state.versions.ray == "2.60.0"
+            assert (head.now.pid, head.now.adopted, head.now.restarts) == (ray, True, 0)
+            assert head.now.versions is not None
+            assert head.now.versions.ray == "2.60.0"
         # The daemon's end, in whatever way, is not Ray's.
         assert procfs.look_up(ray)
         async with supervised(config, HEAD) as head:
             await up(head)
-            assert head.state.pid == ray
+            assert head.now.pid == ray
 
             # `ray start --block` takes an end by SIGTERM for graceful and goes on blocking.
             os.kill(named("raylet"), signal.SIGTERM)
-            await until(lambda: head.state.phase == "failed", "failed after SIGTERM")
-            assert head.state.problem is not None
-            assert head.state.problem.code == codes.RAY_DIED
-            assert "raylet" in head.state.problem.cause
+            await until(lambda: head.now.state == "failed", "failed after SIGTERM")
+            assert head.now.problem is not None
+            assert head.now.problem.code == codes.RAY_DIED
+            assert "raylet" in head.now.problem.cause
             await up(head)
-            second = head.state.pid
-            assert (second != ray, head.state.adopted, head.state.restarts) == (True, False, 1)
+            second = head.now.pid
+            assert (second != ray, head.now.adopted, head.now.restarts) == (True, False, 1)
             assert events(logs, "ray_started")[-1]["pid"] == second
 
             os.kill(named("gcs_server"), signal.SIGKILL)
-            await until(lambda: head.state.phase == "failed", "failed after SIGKILL")
-            assert head.state.problem is not None
-            assert "gcs_server" in head.state.problem.cause
+            await until(lambda: head.now.state == "failed", "failed after SIGKILL")
+            assert head.now.problem is not None
+            assert "gcs_server" in head.now.problem.cause
             await up(head)
-            third = head.state.pid
+            third = head.now.pid
 
             head.set_plan(HEAD, HEAD, None, 121.0)
-            await until(lambda: head.state.pid not in (third, None), "a new Ray")
+            await until(lambda: head.now.pid not in (third, None), "a new Ray")
             await up(head)
-            assert head.state.restarts == 3
+            assert head.now.restarts == 3
             environ = Path(f"/proc/{named('raylet')}/environ").read_bytes()
             assert b"RAY_gcs_rpc_server_reconnect_timeout_s=151" in environ
             await head.stop()
@@ -247,8 +247,8 @@ def test_port_in_use_and_stop_while_starting(tmp_path: Path, logs: Logs) -> None
 
     async def scenario() -> None:
         async with supervised(head_config(tmp_path, RAY), HEAD) as head:
-            await until(lambda: head.state.phase == "failed", "failed")
-            problem = head.state.problem
+            await until(lambda: head.now.state == "failed", "failed")
+            problem = head.now.problem
             assert problem is not None
             assert problem.code == codes.PORT_IN_USE
             assert "20001 (held by" in problem.cause
@@ -256,7 +256,7 @@ def test_port_in_use_and_stop_while_starting(tmp_path: Path, logs: Logs) -> None
             await asyncio.sleep(4)  # two tries more
             assert not others()
             holder.close()
-            await until(lambda: head.state.phase == "starting", "starting")
+            await until(lambda: head.now.state == "starting", "starting")
             await until(lambda: len(others()) > 3, "some of Ray's processes")
             await head.stop()
 
@@ -269,15 +269,15 @@ def test_port_in_use_and_stop_while_starting(tmp_path: Path, logs: Logs) -> None
 def test_started_by_hand(tmp_path: Path, logs: Logs) -> None:
     async def scenario() -> None:
         async with supervised(head_config(tmp_path, RAY, start=False), HEAD) as head:
-            await until(lambda: head.state.phase == "by_hand", "by_hand")
-            command = head.state.command
+            await until(lambda: head.now.state == "by_hand", "by_hand")
+            command = head.now.command
             assert command is not None
             shell = await asyncio.create_subprocess_shell(
                 command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
             )
             await up(head)
             assert await shell.wait() == 0
-            assert head.state.adopted
+            assert head.now.adopted
             await head.stop()
         assert procfs.look_up(named("raylet"))
 
@@ -285,7 +285,7 @@ def test_started_by_hand(tmp_path: Path, logs: Logs) -> None:
         raylet = named("raylet")
         async with supervised(head_config(tmp_path, RAY), HEAD) as head:
             await up(head)
-            assert (head.state.pid, head.state.adopted) == (raylet, True)
+            assert (head.now.pid, head.now.adopted) == (raylet, True)
             await head.stop()
         assert procfs.look_up(raylet)
 

@@ -1,6 +1,6 @@
 """Runs a supervisor of a head for a test that kills it: `python -m tests.ray.supervise STATE RAY`.
 
-Prints its phase after every change, one a line.
+Prints its state after every change, one a line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ async def main() -> None:
     setup(LogConfig(format="json"))
     config = head_config(Path(sys.argv[1]), sys.argv[2])
     supervisor = RaySupervisor(
-        config, NETWORK, lambda: print(supervisor.state.phase, supervisor.state.pid, flush=True)
+        config, NETWORK, lambda: print(supervisor.now.state, supervisor.now.pid, flush=True)
     )
     supervisor.set_plan(HEAD, HEAD, None, 120.0)
     await supervisor.run()

@@ -77,15 +77,15 @@ class FakeRay(RaySupervisor):
 
     async def run(self) -> None:
         while True:
-            if self.planned and self.may_start and self.state.phase == "waiting":
+            if self.planned and self.may_start and self.now.state == "waiting":
                 self.become("up", versions=VERSIONS)
             self._wake.clear()
             await self._wake.wait()
             if self.broken:
                 raise ValueError("a fault of Ray's supervisor")
 
-    def become(self, phase: Any, **fields: Any) -> None:
-        self.state = replace(self.state, phase=phase, **fields)
+    def become(self, state: Any, **fields: Any) -> None:
+        self.now = replace(self.now, state=state, **fields)
         self._on_change()
 
     async def stop(self) -> None:

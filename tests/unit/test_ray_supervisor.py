@@ -82,15 +82,15 @@ def test_a_missing_ray_is_told_once_and_tried_again(
         supervisor = RaySupervisor(config, "127.77.0.0/16", lambda: None)
         task = asyncio.create_task(supervisor.run())
         await asyncio.sleep(60)
-        phases = [supervisor.state.phase]
+        states = [supervisor.now.state]
         assert attempts == [], "it has no plan"
         supervisor.set_plan(HEAD, HEAD, None, 60.0)
         began = now()
         await asyncio.sleep(10)
         assert [at - began for at in attempts] == pytest.approx([0, 1, 3, 7], abs=WAKE_INTERVAL)
-        phases.append(supervisor.state.phase)
-        assert supervisor.state.problem is not None
-        assert supervisor.state.problem.code == codes.RAY_NOT_FOUND
+        states.append(supervisor.now.state)
+        assert supervisor.now.problem is not None
+        assert supervisor.now.problem.code == codes.RAY_NOT_FOUND
         attempts.clear()
         for ride_through in (61.0, 62.0):
             supervisor.set_plan(HEAD, HEAD, None, ride_through)
@@ -100,8 +100,8 @@ def test_a_missing_ray_is_told_once_and_tried_again(
             assert attempts == []
         await supervisor.stop()
         await task
-        phases.append(supervisor.state.phase)
-        assert phases == ["waiting", "failed", "off"]
+        states.append(supervisor.now.state)
+        assert states == ["waiting", "failed", "off"]
 
     with log_events() as logs:
         run_on_fake_clock(scenario)

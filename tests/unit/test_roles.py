@@ -158,7 +158,7 @@ def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
             w1, head = s.workers["w1"], s.head
             head.ray.become("failed")
             await until(lambda: not w1.ray.may_start)
-            assert w1.ray.state.phase == "up"
+            assert w1.ray.now.state == "up"
             w1.ray.become("waiting")
             waits = "Ray here waits for the head's, which is failed"
             assert [c.problem.cause for c in w1.runtime.health.waiting_for()] == [waits]

@@ -86,7 +86,7 @@ class HeadRole:
         self._sent_in: dict[str, str] = {}
         """The session in which a worker was last sent how Ray is, and all conditions."""
         self._sent_versions: tuple[str | None, str | None] = (None, None)
-        self._sent_phase = ""
+        self._sent_state = ""
         self._cuts = Cuts()
         self._settling = asyncio.Lock()
         """Held while Ray's token is decided, or another takes its place."""
@@ -215,7 +215,7 @@ class HeadRole:
         """Whose Ray a new token restarts."""
         own, nodes = self._node.config.name, self._hub.nodes.values()
         there = [node.plan.name for node in nodes if node.state == "up"]
-        by_hand = {worker for worker in there if self._phase(worker) == "by_hand"}
+        by_hand = {worker for worker in there if self._state_of_ray(worker) == "by_hand"}
         by_hand |= {own} if self._node.ray.by_hand else set()
         return Forgotten(
             node=name,
@@ -266,7 +266,7 @@ class HeadRole:
         await self._node.overlay.made()
 
     def ray_waits(self) -> str:
-        return f"Ray is {self._node.ray.state.phase}"
+        return f"Ray is {self._node.ray.now.state}"
 
     # -- for a process that comes after this one -----------------------------------------
 
@@ -349,7 +349,7 @@ class HeadRole:
         self._interruptions.sample((plan.name for plan in self.up()), time.time())
 
     def _versions(self) -> tuple[str | None, str | None]:
-        versions = self._node.ray.state.versions
+        versions = self._node.ray.now.versions
         return (versions.ray, versions.python) if versions else (None, None)
 
     # -- as the cluster watch's owner ----------------------------------------------------
@@ -366,10 +366,10 @@ class HeadRole:
         return [
             node.plan
             for node in self._hub.nodes.values()
-            if node.state == "up" and self._phase(node.plan.name) == "up"
+            if node.state == "up" and self._state_of_ray(node.plan.name) == "up"
         ]
 
-    def _phase(self, name: str) -> str | None:
+    def _state_of_ray(self, name: str) -> str | None:
         return None if (ray := self._workers_ray.get(name)) is None else ray.state
 
     def reported(self, report: ClusterReport) -> None:
@@ -388,9 +388,9 @@ class HeadRole:
         if self._versions() != self._sent_versions:
             self._sent_versions = ray, python = self._versions()
             self._hub.tell_all(messages.HeadVersions(ray, python))
-        if self._node.ray.state.phase != self._sent_phase:
-            self._sent_phase = self._node.ray.state.phase
-            self._hub.tell_all(self._phase_message())
+        if self._node.ray.now.state != self._sent_state:
+            self._sent_state = self._node.ray.now.state
+            self._hub.tell_all(self._head_ray_message())
         self._node.changed()
 
     def board_changed(self) -> None:
@@ -412,13 +412,13 @@ class HeadRole:
             if node.session != self._sent_in.get(node.plan.name, ""):
                 self._sent_in[node.plan.name] = node.session
                 if node.mux is not None:
-                    node.mux.send_message(self._phase_message())
+                    node.mux.send_message(self._head_ray_message())
                     if conditions is not None:
                         node.mux.send_message(conditions)
 
-    def _phase_message(self) -> Message:
+    def _head_ray_message(self) -> Message:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
-        return messages.HeadRay(self._node.ray.state.phase)
+        return messages.HeadRay(self._node.ray.now.state)
 
     # -- what the workers say ------------------------------------------------------------
 
@@ -465,7 +465,7 @@ class HeadRole:
         self._hub.open(target, relay)
 
     def peers(self) -> dict[str, Peer]:
-        if self._cluster is None or self._node.ray.state.phase != "up":
+        if self._cluster is None or self._node.ray.now.state != "up":
             return {}
         alive = {node.address for node in self._cluster.nodes if node.state == "ALIVE"}
         return {
@@ -473,7 +473,7 @@ class HeadRole:
             for node in self._hub.nodes.values()
             if node.state == "up"
             and node.plan.address in alive
-            and self._phase(node.plan.name) == "up"
+            and self._state_of_ray(node.plan.name) == "up"
         }
 
     async def canary_targets(self) -> list[NodeSeen]:

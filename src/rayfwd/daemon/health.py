@@ -95,9 +95,9 @@ class Health:
 
     def _ray(self) -> status.Ray:
         node = self._role.node
-        ray = node.ray.state
+        ray = node.ray.now
         return status.Ray(
-            state=ray.phase,
+            state=ray.state,
             since=ray.since,
             version=ray.versions.ray if ray.versions else None,
             python=ray.versions.python if ray.versions else None,

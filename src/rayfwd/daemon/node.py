@@ -306,9 +306,9 @@ class Node:
 
     def _ray_findings(self) -> list[Finding]:
         """What keeps Ray from running. Of one that waits for the link, the link says why."""
-        ray, name = self.ray.state, self.config.name
-        wanted = ray.phase != "by_hand"
-        if ray.phase == "up":
+        ray, name = self.ray.now, self.config.name
+        wanted = ray.state != "by_hand"
+        if ray.state == "up":
             return []
         if ray.problem is not None:
             return [Finding(name, ray.problem, blocks_ready=wanted)]
@@ -371,7 +371,7 @@ class Node:
     def situation(self) -> Situation | None:
         """What a canary needs to know; None while this node's Ray is not up."""
         view, env = self.view, self.ray.environment
-        if view.own is None or view.head is None or env is None or self.ray.state.phase != "up":
+        if view.own is None or view.head is None or env is None or self.ray.now.state != "up":
             return None
         try:
             gcs = self.way(view.head, view.head.services["gcs"])

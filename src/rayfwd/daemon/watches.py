@@ -67,7 +67,7 @@ class MachineWatch:
                 view.nodes,
                 view.own,
                 [self._ray.session_dir or self._temp_dir],
-                self._ray.state.phase == "up",
+                self._ray.now.state == "up",
             )
             found = [Finding(self._name, problem) for problem in machine_watch.judge(seen)]
             self._board.put_all("machine", found)

@@ -82,7 +82,7 @@ class WorkerRole:
         self._cluster: ClusterReport | None = None
         self._sent_ray: messages.Ray | None = None
         self._head_ray: str | None = None
-        """Phase of the head's Ray; None: not told, in this session or by an older head."""
+        """State of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
         self._told_nodes: tuple[NodePlan, ...] = ()
         """Of the hub's plan, whether this node may listen for them or not."""
@@ -204,7 +204,7 @@ class WorkerRole:
     # -- as the link's owner -------------------------------------------------------------
 
     def hello(self) -> Hello:
-        config, versions = self._node.config, self._node.ray.state.versions
+        config, versions = self._node.config, self._node.ray.now.versions
         return replace(
             hello_of(config, self._identity.public),
             ray=versions.ray if versions else None,
@@ -405,10 +405,10 @@ class WorkerRole:
     def ray_waits(self) -> str:
         if self._head_ray in NOT_UP:
             return f"Ray here waits for the head's, which is {self._head_ray}"
-        waits = self._node.ray.state.phase == "waiting"
+        waits = self._node.ray.now.state == "waiting"
         if waits and (problem := self._in_the_way()) is not None:
             return f"Ray here waits for the way to the head's: {problem.cause}"
-        return f"Ray is {self._node.ray.state.phase}"
+        return f"Ray is {self._node.ray.now.state}"
 
     # -- what the head is told -----------------------------------------------------------
 
@@ -436,10 +436,10 @@ class WorkerRole:
 
     def _tell_head_of_ray(self) -> None:
         """How our Ray is, for the head's status."""
-        mux, ray = self._link.mux, self._node.ray.state
+        mux, ray = self._link.mux, self._node.ray.now
         versions = ray.versions
         message = messages.Ray(
-            ray.phase,
+            ray.state,
             versions.ray if versions else None,
             versions.python if versions else None,
         )
@@ -455,7 +455,7 @@ class WorkerRole:
     def peers(self) -> dict[str, Peer]:
         """The head; how the other workers reach each other is seen by canaries of their own."""
         link, head = self._link, self._node.view.head
-        if head is None or not self.link_stands() or self._node.ray.state.phase != "up":
+        if head is None or not self.link_stands() or self._node.ray.now.state != "up":
             return {}
         if self._head_ray in NOT_UP:
             return {}

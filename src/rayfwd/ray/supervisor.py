@@ -39,7 +39,7 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.system.redact import redact_command
 
-Phase = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
+State = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
 START_INTERVAL = 0.5
 """Seconds between two looks at our processes and their output while Ray starts."""
@@ -85,12 +85,12 @@ Ray is not to be started yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class RayState:
+class RayNow:
     """What is known of Ray on this machine."""
 
-    phase: Phase
+    state: State
     since: float
-    """Seconds since the epoch, when the phase began."""
+    """Seconds since the epoch, when that began."""
     versions: Versions | None = None
     pid: int | None = None
     """Of our `ray start`; of the raylet where Ray is not ours."""
@@ -116,7 +116,7 @@ class _Wanted:
 
 
 class RaySupervisor:
-    """Owns Ray on this machine. `on_change` is called in the loop after every change of `state`."""
+    """Owns Ray on this machine. `on_change` is called in the loop after every change of `now`."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class RaySupervisor:
         before_start: BeforeStart | None = None,
     ) -> None:
         """`launcher`: None is the one that the environment names."""
-        self.state = RayState("waiting", time.time())
+        self.now = RayNow("waiting", time.time())
         self._launcher = launcher or launcher_of(os.environ)
         self._config = config
         self._network = network
@@ -155,9 +155,9 @@ class RaySupervisor:
     @property
     def by_hand(self) -> bool:
         """Somebody else starts Ray here, or has started the one that runs: we do not end it."""
-        if self.state.phase == "up":
+        if self.now.state == "up":
             return self._process is None
-        return self.state.phase == "by_hand"
+        return self.now.state == "by_hand"
 
     @property
     def session_dir(self) -> str | None:
@@ -214,16 +214,16 @@ class RaySupervisor:
             self._process = await self._recover()
         if self._process is not None:
             await self._end("stop", within=self._stop_within)
-        elif self.state.phase == "up":
-            _log.info("ray_left_running", pid=self.state.pid, ours=False)
+        elif self.now.state == "up":
+            _log.info("ray_left_running", pid=self.now.pid, ours=False)
         await asyncio.to_thread(self._launcher.done)
-        self._set(phase="off", pid=None)
+        self._set(state="off", pid=None)
 
     async def leave(self) -> None:
         """Watch no more. Ray goes on, and the next daemon adopts it."""
         await self._cease()
-        if self.state.pid is not None:
-            _log.info("ray_left_running", pid=self.state.pid, ours=self._process is not None)
+        if self.now.pid is not None:
+            _log.info("ray_left_running", pid=self.now.pid, ours=self._process is not None)
 
     @property
     def _stop_within(self) -> float | None:
@@ -273,7 +273,7 @@ class RaySupervisor:
             _log.info("ray_adopted", pid=process.pid, version=process.record.ray, ours=True)
             self._starts += 1
             self._set(
-                phase="starting",
+                state="starting",
                 versions=process.versions,
                 pid=process.pid,
                 adopted=True,
@@ -288,7 +288,7 @@ class RaySupervisor:
         elif not self._config.ray.start:
             await self._wait_for_hand(wanted)
         elif not self._link_up:
-            self._set(phase="waiting", pid=None)
+            self._set(state="waiting", pid=None)
             await self._sleep(None)
         else:
             process = await self._start(wanted)
@@ -342,7 +342,7 @@ class RaySupervisor:
         self._process = process
         self._starts += 1
         self._set(
-            phase="starting",
+            state="starting",
             versions=install.versions,
             pid=process.pid,
             adopted=False,
@@ -375,7 +375,7 @@ class RaySupervisor:
                     up_at = time.monotonic()
                     process.mark_ready()
                     self._last_logged = None
-                    self._set(phase="up", problem=None)
+                    self._set(state="up", problem=None)
                     _log.info("ray_started", pid=process.pid, seconds=round(up_at - began, 1))
             dead = process.dead_daemons()
             late = up_at is None and time.monotonic() - began > START_TIMEOUT
@@ -407,7 +407,7 @@ class RaySupervisor:
         self._last_logged = None
         self._backoff.reset()
         self._starts += 1
-        self._set(phase="up", pid=raylet.pid, adopted=True, problem=None)
+        self._set(state="up", pid=raylet.pid, adopted=True, problem=None)
         while procfs.is_alive(raylet):
             if self._plan_changed(wanted):
                 return
@@ -434,7 +434,7 @@ class RaySupervisor:
             wanted.interface,
         )
         self._set(
-            phase="by_hand",
+            state="by_hand",
             pid=None,
             adopted=False,
             problem=None,
@@ -451,7 +451,7 @@ class RaySupervisor:
 
     async def _failed(self, problem: Problem) -> None:
         delay = self._backoff.next()
-        self._set(phase="failed", problem=problem, pid=None)
+        self._set(state="failed", problem=problem, pid=None)
         logged = (problem.code, re.sub(r"[0-9a-f]*\d[0-9a-f]*", "#", problem.cause))
         if logged != self._last_logged:
             self._last_logged = logged
@@ -470,7 +470,7 @@ class RaySupervisor:
         self.heartbeat.beat(BUSY_TURN_TIMEOUT + process.record.drain)
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
-            self._set(phase="stopping")
+            self._set(state="stopping")
         killed = await process.end(lambda: self._log_output(process), drain, within)
         self._log_output(process, everything=True)
         if drain:
@@ -518,11 +518,11 @@ class RaySupervisor:
         self.heartbeat.beat(BUSY_TURN_TIMEOUT)
 
     def _set(self, **changes: Any) -> None:
-        state = replace(self.state, **changes)
-        if state.phase != self.state.phase:
-            state = replace(state, since=time.time())
-        if state != self.state:
-            self.state = state
+        now = replace(self.now, **changes)
+        if now.state != self.now.state:
+            now = replace(now, since=time.time())
+        if now != self.now:
+            self.now = now
             self._on_change()
 
 

@@ -102,7 +102,7 @@ class ClusterWatch:
         while True:
             began = asyncio.get_running_loop().time()
             pending = False
-            if self._supervisor.state.phase == "up":
+            if self._supervisor.now.state == "up":
                 try:
                     pending = await self._scan()
                     failed = 0
@@ -117,7 +117,7 @@ class ClusterWatch:
                     self._board.put(watcher, {})
             interval = min(SOON_INTERVAL, self._ray.status_interval) if pending else None
             wait = interval or (
-                self._ray.status_interval if self._supervisor.state.phase == "up" else 1.0
+                self._ray.status_interval if self._supervisor.now.state == "up" else 1.0
             )
             with suppress(TimeoutError):
                 took = asyncio.get_running_loop().time() - began
@@ -197,8 +197,8 @@ class DashboardWatch:
 
     async def _scan(self) -> str | None:
         """What is wrong with it; None: nothing, or it is not to be expected now."""
-        state = self._supervisor.state
-        if state.phase != "up":
+        before = self._supervisor.now
+        if before.state != "up":
             return None
         try:
             dashboard = self._way(self._head, self._head.services["dashboard"])
@@ -207,11 +207,11 @@ class DashboardWatch:
         else:
             why = await node_table.no_answer(dashboard, self.ANSWER_TIMEOUT)
         if why is None:
-            self._answered = state.since
-        elif self._answered != state.since and time.time() - state.since < self.GRACE:
+            self._answered = before.since
+        elif self._answered != before.since and time.time() - before.since < self.GRACE:
             return None
-        now = self._supervisor.state
-        return why if (now.phase, now.since) == (state.phase, state.since) else None
+        now = self._supervisor.now
+        return why if (now.state, now.since) == (before.state, before.since) else None
 
     def _problem(self, why: str) -> Problem:
         where = f"{self._head.address}:{self._head.services['dashboard']}"
