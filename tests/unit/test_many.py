@@ -15,10 +15,10 @@ from rayfwd.hub.hub import MOST_SHOWN, _shown
 from rayfwd.hub.peers import HubNode
 from rayfwd.hub.telling import Teller
 from rayfwd.session import messages
-from rayfwd.session.frames import MAX_PAYLOAD
+from rayfwd.session.frames import MAX_PAYLOAD, close_frame
 from rayfwd.session.handshake import CHANGES, Welcome
 from rayfwd.session.messages import Message
-from tests.unit.cluster import Cluster, Worker, cluster
+from tests.unit.cluster import Cluster, Worker, answer_to, cluster, hello_of
 from tests.unit.loops import run as run_in_real_time
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
@@ -44,6 +44,18 @@ async def settled(c: Cluster) -> None:
     await asyncio.sleep(1)
     for worker in c.workers.values():
         worker.messages.clear()
+
+
+def test_a_session_may_end_with_the_bytes_behind_its_hello(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            hello = hello_of("w1", features=FEATURES)
+            assert isinstance(await answer_to(c.hub.path, hello.encode()), Welcome)
+            second = hello.encode() + close_frame("no, thanks")
+            assert isinstance(await answer_to(c.hub.path, second), Welcome)
+            assert c.hub.nodes["w1"].mux is None
+
+    run(main)
 
 
 def test_a_join_costs_each_of_the_others_some_hundred_bytes(tmp_path: Path) -> None:

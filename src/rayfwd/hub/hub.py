@@ -415,13 +415,15 @@ class Hub:
         welcome = replace(welcome, ray_auth=auth, features=features)
         was = peer.state
         peer.hello = hello
-        lane.welcome(welcome, peer, peer.mux, hello)
+        mux = peer.mux
+        lane.welcome(welcome, peer, mux, hello)
         if was != "up":
             peer.since = time.time()
         log.info("lane_up", node=peer.label, lane=hello.lane.value)
         if isinstance(peer, HubNode):
-            if changes and peer.knows_all is not peer.mux:
-                self._tell_all_nodes(peer, peer.mux)
+            # What followed the hello may have ended the session.
+            if changes and peer.mux is mux and peer.knows_all is not mux:
+                self._tell_all_nodes(peer, mux)
             self._serve_waiting(peer)
         self._owner.hub_changed()
 
