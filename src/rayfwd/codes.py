@@ -72,6 +72,7 @@ FRAME_UNKNOWN = Code("frame_unknown", group=Group.LINK_FAULT, breach=True)
 FRAME_TOO_LONG = Code("frame_too_long", group=Group.LINK_FAULT, breach=True)
 CLIENTS_FULL = Code("clients_full", "warning")
 LANES_FULL = Code("lanes_full", "warning", passing=True)
+PLAN_CHANGES = Code("plan_changes", "warning", passing=True)
 ROSTER_UNWRITABLE = Code("roster_unwritable", group=Group.LINK_FAULT)
 LANE_LOST = Code("lane_lost", "warning", Group.LINK_FAULT, for_seconds=3.0, both_ends=True)
 LINK_PARKED = Code(
@@ -250,7 +251,7 @@ def named(name: str) -> Code:
 
 @lru_cache(maxsize=1024)
 def _of_another_version(name: str) -> Code:
-    return Code(name)
+    return Code(name, known=False)
 
 
 def problem_from(wire: Mapping[str, Any]) -> Problem:

@@ -39,7 +39,7 @@ class Code:
     """
 
     name: str
-    """Snake case; also the name of its log event and its heading in docs/conditions.md."""
+    """Snake case; also its heading in docs/conditions.md."""
     severity: Severity = "error"
     group: Group | None = None
     for_seconds: float = 0.0
@@ -75,6 +75,13 @@ class Code:
     """The hub's socket cannot be opened; `rayfwd attach` on the head may find or reach it."""
     daemon_away: bool = False
     """What a restart of the daemon looks like to who asks it."""
+    known: bool = True
+    """False: it is another version's, or made up by whoever said it."""
+
+    @property
+    def event(self) -> str:
+        """Under which it is logged. Names of events are few: what another says is none of them."""
+        return self.name if self.known else "condition"
 
     def problem(self, cause: str, remedy: str) -> Problem:
         """One of this name; `cause` and `remedy` as those of `Problem`."""

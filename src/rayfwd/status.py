@@ -133,6 +133,66 @@ class Client(_Peer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAccount:
+    """What one peer costs the hub."""
+
+    name: str
+    """The worker's, or `client NAME`."""
+    user: str
+    """The login name that it came as last; empty: not since the daemon began."""
+    memory: int
+    """Bytes kept for it, or of it, that nobody has taken yet."""
+    lanes: int
+    """Each is a file descriptor."""
+    streams: int
+    messages: int
+    """Control messages that it sent, since the daemon began; so the rest."""
+    log_lines: int
+    """Lines of the head's log about it."""
+    roster_writes: int
+    """How often its plan was written down."""
+    seconds: float
+    """Processor time for the bytes that it sent."""
+    shed: int
+    """Streams that it had to give up, as too much was kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserAccount:
+    """The same of all of a user's peers together."""
+
+    user: str
+    peers: int
+    memory: int
+    lanes: int
+    streams: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a head takes at most."""
+
+    peer_memory: int
+    """Bytes, of one peer."""
+    memory: int
+    """Bytes, of all of them."""
+    peer_lanes: int
+    lanes: int
+    peer_streams: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """What a head's peers cost it, the greediest first."""
+
+    memory: int
+    """Bytes, of all of them."""
+    bounds: Bounds
+    users: tuple[UserAccount, ...]
+    peers: tuple[PeerAccount, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerCount:
     """How many listeners stand for a node."""
 
@@ -236,9 +296,10 @@ class Status:
     node: NodePlan | None
     """This node's plan; None on a worker that was never given one."""
     link: Link | None
-    """None on a head; `workers` and `clients` are None on a worker."""
+    """None on a head; `workers`, `clients` and `ledger` are None on a worker."""
     workers: tuple[Worker, ...] | None
     clients: tuple[Client, ...] | None
+    ledger: Ledger | None = None
     streams: Streams
     bytes: Volume
     listeners: Listeners

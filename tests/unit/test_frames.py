@@ -12,6 +12,7 @@ from rayfwd.session.frames import (
     LONG,
     MAX_PAYLOAD,
     MAX_U64,
+    MOST_PARTS,
     Frame,
     FrameDecoder,
     Kind,
@@ -203,3 +204,13 @@ def test_the_first_frame_has_a_limit_of_its_own() -> None:
     with pytest.raises(ProtocolError) as caught:
         first_frame(buffer, 100)
     assert caught.value.code == codes.FRAME_TOO_LONG
+
+
+def test_a_frame_that_comes_byte_by_byte_takes_little_more_than_its_bytes() -> None:
+    decoder, frame = FrameDecoder(), encode(Kind.DATA, 1, 0, bytes(range(256)) * 40)
+    found = []
+    for index in range(len(frame)):
+        found += decoder.feed(frame[index : index + 1])
+        assert len(decoder._parts) <= MOST_PARTS
+    (one,) = found
+    assert one.payload == frame[HEADER_SIZE:]

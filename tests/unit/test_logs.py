@@ -309,6 +309,32 @@ def test_what_comes_again_and_again_is_bounded_and_counted() -> None:
     assert [e.get("suppressed") for e in events[-2:]] == [40, None]
 
 
+def test_of_one_node_so_many_events_are_written_whatever_their_names() -> None:
+    out, now = io.StringIO(), [1000.0]
+    logs.setup(LogConfig(format="json"), out, clock=lambda: now[0])
+    log = logs.get_logger("part")
+    for number in range(2 * logs.ABOUT_LIMIT):
+        log.warning(f"code_{number}", node=f"w1/{number}", seen_by="w1")
+    log.warning("lane_lost", node="w2")
+    now[0] += logs.REPEAT_SECONDS
+    log.warning("lane_lost", node="w1")
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert len(events) == logs.ABOUT_LIMIT + 3
+    said = events[logs.ABOUT_LIMIT]
+    assert (said["event"], said["node"]) == ("events_suppressed", "w1")
+    assert [e.get("suppressed") for e in events[-2:]] == [None, logs.ABOUT_LIMIT]
+    assert logs.lines_about("w1") >= logs.ABOUT_LIMIT
+
+
+def test_what_is_remembered_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MOST_KEPT", 100)
+    bound = logs._Bound(lambda: 1000.0)
+    for number in range(1000):
+        bound(None, "warning", {"event": f"name_{number}", "node": f"node-{number}"})
+    assert len(bound._names) == len(bound._nodes) == 100
+    assert len(logs._lines) <= 101
+
+
 def test_at_level_debug_every_event_is_written() -> None:
     out = io.StringIO()
     logs.setup(LogConfig(level="debug", format="json"), out, clock=lambda: 1000.0)

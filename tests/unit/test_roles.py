@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rayfwd import codes
 from rayfwd.config import LogConfig
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
+from rayfwd.hub.peers import TELLINGS
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
@@ -24,6 +26,7 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE, Chunk
 from rayfwd.session.handshake import Refusal, Welcome
+from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
 from rayfwd.transport import link as link_module
@@ -374,6 +377,60 @@ def test_conditions_in_any_script_end_no_daemon(tmp_path: Path) -> None:
             assert of(log, "message_too_long") == []
 
     run(main)
+
+
+def test_a_worker_that_asks_for_all_again_and_again_is_told_seldom(tmp_path: Path) -> None:
+    """Itself alone: what it asks for in 24 bytes is not told to all others."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            head = s.head.head
+            head.reported(ClusterReport(as_of=None, totals={}))
+            await until(lambda: s.workers["w2"].worker.cluster is not None)
+            told: dict[str, int] = {"w1": 0, "w2": 0}
+            for name in told:
+                mux = head._hub.nodes[name].mux
+                assert mux is not None
+                send = mux.send_message
+
+                def counted(
+                    message: Message, name: str = name, send: Callable[[Message], None] = send
+                ) -> None:
+                    told[name] += isinstance(message, messages.Cluster)
+                    send(message)
+
+                mux.send_message = counted  # type: ignore[method-assign]
+            for _ in range(50):
+                head.message("w1", messages.SayAgain())
+            assert told == {"w1": TELLINGS, "w2": 0}
+
+    run(main)
+
+
+def test_a_worker_does_not_name_the_heads_events(tmp_path: Path) -> None:
+    """Codes that are made up are a field, and so many lines are written, whatever they say."""
+    out = io.StringIO()
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            logs.setup(LogConfig(format="json"), out)
+            for turn in range(40):
+                told = [
+                    messages.ConditionTold(f"made_{turn}_{n}", "error", f"w1/{n}", "c", "r", "w1")
+                    for n in range(50)
+                ]
+                s.head.head.message("w1", messages.Conditions(tuple(told)))
+            s.head.head.message("w2", messages.Conditions((replace(told[0], subject="w2"),)))
+
+    run(main)
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [e["event"] for e in events if e["event"].startswith("made_")] == []
+    of_w1 = [e for e in events if e.get("seen_by") == "w1"]
+    assert of_w1[0]["code"] == "made_0_0"
+    assert len(of_w1) <= logs.ABOUT_LIMIT + 10
+    assert [e["code"] for e in events if e.get("seen_by") == "w2" and e["event"] == "condition"]
 
 
 def test_a_message_that_says_what_cannot_be_is_left_out_and_said(tmp_path: Path) -> None:

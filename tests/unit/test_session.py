@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rayfwd import codes
 from rayfwd.session.answers import ACK_DELAY
 from rayfwd.session.events import LaneDead, Parked, Resumed, SessionEnded, StreamWritable
-from rayfwd.session.frames import MAX_MESSAGE, Kind, ProtocolError, encode
+from rayfwd.session.frames import MAX_MESSAGE, Chunk, Kind, ProtocolError, encode
 from rayfwd.session.lane import (
     DEAD_AFTER,
     OVERDUE_AFTER,
@@ -25,6 +25,7 @@ from rayfwd.session.lane import (
     WINDOW_START,
     LaneClass,
 )
+from rayfwd.session.numbers import StreamNumbers
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.states import (
     SESSION_TRANSITIONS,
@@ -888,6 +889,52 @@ class TestBrokenPeers:
         assert caught.value.code == codes.STREAM_NUMBER
         talk.cut()
         assert len(talk.hub.session.snapshot()["peer_gaps"]) <= 2 * 8 * 100
+
+    def test_a_number_far_ahead_takes_no_memory_for_those_below_it(self) -> None:
+        numbers = StreamNumbers("hub", 1 << 14)
+        numbers.note_peers((1 << 17) - 1)
+        numbers.check_invariants()
+        assert len(numbers._gaps) == 1
+        assert not numbers.peer_used(1)
+        for number in (1, (1 << 17) - 3, 5001):
+            numbers.note_peers(number)
+            assert numbers.peer_used(number)
+            assert not numbers.peer_used(number + 2) or number == (1 << 17) - 3
+            numbers.check_invariants()
+        assert len(numbers._gaps) == 2
+
+    def test_nor_do_numbers_that_leave_out_each_second_one(self) -> None:
+        numbers = StreamNumbers("hub", 100)
+        for number in range(3, 400, 4):
+            numbers.note_peers(number)
+        with pytest.raises(ProtocolError) as caught:
+            numbers.note_peers(407)
+        assert caught.value.code == codes.STREAM_NUMBER
+        assert len(numbers._gaps) <= 101
+
+    @given(st.lists(st.integers(0, 60), max_size=80))
+    def test_numbers_that_were_left_out_are_those_that_did_not_come(self, order: list[int]) -> None:
+        numbers, used = StreamNumbers("hub", 100), set[int]()
+        for index in order:
+            numbers.note_peers(2 * index + 1)
+            used.add(2 * index + 1)
+            numbers.check_invariants()
+            assert {n for n in range(1, 123, 2) if numbers.peer_used(n)} == used
+        again = StreamNumbers.from_snapshot(numbers.snapshot(), 100)
+        assert again.snapshot() == numbers.snapshot()
+        again.check_invariants()
+
+    def test_what_is_owed_does_not_fill_the_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of streams that were given up before they came, each of which is answered once."""
+        monkeypatch.setattr("rayfwd.session.answers.MOST_GONE", 50)
+        talk = Talk(INTERACTIVE)
+        for number in range(1, 400, 2):
+            talk.receive(talk.hub, encode(Kind.RESET, number, 1))
+        answers = talk.hub.session._answers
+        assert len(answers.gone) == 50
+        out: list[Chunk] = []
+        assert answers.put(out, 100) == 100
+        assert len(answers.gone) == 45
 
     def test_streams_opened_without_end_do_not_fill_the_memory(
         self, monkeypatch: pytest.MonkeyPatch

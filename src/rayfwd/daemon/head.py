@@ -23,6 +23,7 @@ from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
+    ledger_of,
     link_seen,
     parked_problem,
     roster_rows,
@@ -400,10 +401,16 @@ class HeadRole:
             self._hub.tell_all(message)
 
     def _tell_report(self) -> None:
-        if self._cluster is not None:
-            message, left_out = self._cluster.message()
-            self._cuts.log(message, left_out)
-            self._hub.tell_all(message)
+        if (report := self._report()) is not None:
+            self._hub.tell_all(report)
+
+    def _report(self) -> Message | None:
+        """What was seen of the cluster last, as it is told."""
+        if self._cluster is None:
+            return None
+        message, left_out = self._cluster.message()
+        self._cuts.log(message, left_out)
+        return message
 
     def _tell_newcomers(self) -> None:
         """A worker with a new session has heard nothing yet."""
@@ -438,10 +445,15 @@ class HeadRole:
         self._node.exchange.receive(message, node)
 
     def _hear_say_again(self, _: messages.SayAgain, name: str) -> None:
-        """A worker was restarted, and has kept its session."""
+        """A worker was restarted, and has kept its session. It asks in a few bytes for many: so
+        seldom."""
+        node = self._hub.nodes.get(name)
+        if node is None or node.mux is None or not node.tellings.take():
+            return
         self._sent_in.pop(name, None)
         self._tell_newcomers()
-        self._tell_report()
+        if (report := self._report()) is not None:
+            node.mux.send_message(report)
 
     def _hear_leaving(self, _: messages.Leaving, name: str) -> None:
         self._hub.leaving(name)
@@ -531,6 +543,7 @@ class HeadRole:
         return RoleStatus(
             workers=tuple(worker_row(n, self._workers_ray.get(n.plan.name)) for n in nodes),
             clients=tuple(client_row(client) for client in self._hub.clients.values()),
+            ledger=ledger_of(self._hub),
             streams=streams_of(mux for mux, _ in links),
             bytes=volume_of(links),
             roster=roster_rows(self.view.nodes, states, self._node.listeners),

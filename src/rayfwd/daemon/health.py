@@ -70,6 +70,7 @@ class Health:
             link=part.link,
             workers=part.workers,
             clients=part.clients,
+            ledger=part.ledger,
             streams=part.streams,
             bytes=part.bytes,
             listeners=status.Listeners(

@@ -69,6 +69,7 @@ def families(status: Status, link_stats: Mapping[str, LinkStats], now: float) ->
     yield InfoMetricFamily("rayfwd_build", "rayfwd itself.", {"version": status.version})
     yield _states("rayfwd_node_state", "Whether the node is so.", NODE_STATES, status.state)
     yield from _links(status, link_stats, now)
+    yield from _ledger(status)
     yield from _listeners(status)
     yield from _ray(status)
     yield from _cluster(status)
@@ -157,6 +158,50 @@ def _histories(link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metr
             buckets.append((bound, float(count)))
         ridden.add_metric([peer], buckets, one.ridden_seconds)
     yield from (cuts, sessions, parked, ridden)
+
+
+def _ledger(status: Status) -> Iterator[Metric]:
+    """Of a head: what each peer costs it. Clients are of any number and come and go: in their
+    users' sums only."""
+    ledger = status.ledger
+    if ledger is None:
+        return
+    memory = GaugeMetricFamily(
+        "rayfwd_peer_memory_bytes", "Bytes kept for a peer or of it.", labels=["peer"]
+    )
+    counters = {
+        "messages": "Control messages that it sent.",
+        "log_lines": "Lines of the log about it.",
+        "roster_writes": "How often its plan was written down.",
+        "shed_streams": "Streams that it had to give up, as too much was kept.",
+    }
+    counts = {
+        name: CounterMetricFamily(f"rayfwd_peer_{name}", text, labels=["peer"])
+        for name, text in counters.items()
+    }
+    seconds = CounterMetricFamily(
+        "rayfwd_peer_cpu_seconds", "Processor time for the bytes that it sent.", labels=["peer"]
+    )
+    workers = {worker.name for worker in status.workers or ()}
+    for row in ledger.peers:
+        if row.name in workers:
+            memory.add_metric([row.name], row.memory)
+            counts["messages"].add_metric([row.name], row.messages)
+            counts["log_lines"].add_metric([row.name], row.log_lines)
+            counts["roster_writes"].add_metric([row.name], row.roster_writes)
+            counts["shed_streams"].add_metric([row.name], row.shed)
+            seconds.add_metric([row.name], row.seconds)
+    yield from (memory, *counts.values(), seconds)
+    of_users = {
+        "memory_bytes": "Bytes kept for the peers of a user, or of them.",
+        "lanes": "Lanes of a user's peers, each of which is a descriptor.",
+        "streams": "Streams of a user's peers.",
+    }
+    for name, text in of_users.items():
+        family = GaugeMetricFamily(f"rayfwd_user_{name}", text, labels=["user"])
+        for user in ledger.users:
+            family.add_metric([user.user], getattr(user, name.removesuffix("_bytes")))
+        yield family
 
 
 def _listeners(status: Status) -> Iterator[Metric]:

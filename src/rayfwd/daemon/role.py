@@ -10,7 +10,7 @@ from rayfwd.config import Config
 from rayfwd.daemon.handover import Arrival, Holder
 from rayfwd.daemon.node import Node, Work
 from rayfwd.ray.cluster_report import ClusterReport
-from rayfwd.status import Client, Link, RosterRow, Streams, Volume, Worker
+from rayfwd.status import Client, Ledger, Link, RosterRow, Streams, Volume, Worker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.linkstats import LinkStats
@@ -23,6 +23,7 @@ class RoleStatus:
     link: Link | None = None
     workers: tuple[Worker, ...] | None = None
     clients: tuple[Client, ...] | None = None
+    ledger: Ledger | None = None
     streams: Streams
     bytes: Volume
     roster: tuple[RosterRow, ...]

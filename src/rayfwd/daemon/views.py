@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from statistics import mean
 
 from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
-from rayfwd.hub import HubClient, HubNode
+from rayfwd.hub import Hub, HubClient, HubNode
+from rayfwd.hub.hub import MAX_LANES
+from rayfwd.hub.ledger import PEER_MEMORY
 from rayfwd.problems import Problem
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.session import Limits
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux
@@ -103,6 +107,23 @@ def client_row(client: HubClient) -> status.Client:
         streams=streams_of([client.mux]),
         bytes=volume_of([(client.mux, client.link_stats)]),
         lanes=lanes_of(client.mux),
+    )
+
+
+def ledger_of(hub: Hub) -> status.Ledger:
+    """What the hub's peers cost it."""
+    ledger = hub.ledger
+    return status.Ledger(
+        memory=ledger.memory,
+        bounds=status.Bounds(
+            peer_memory=PEER_MEMORY,
+            memory=ledger.most_memory,
+            peer_lanes=MAX_LANES,
+            lanes=ledger.most_lanes,
+            peer_streams=Limits().streams,
+        ),
+        users=tuple(status.UserAccount(**asdict(user)) for user in ledger.users()),
+        peers=tuple(status.PeerAccount(**asdict(peer)) for peer in ledger.accounts()),
     )
 
 

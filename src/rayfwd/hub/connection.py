@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,7 +113,10 @@ class HubConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._mux is not None:
+            began = time.perf_counter()
             self._mux.lane_data(self._number, data)
+            if self.peer is not None:
+                self.peer.seconds += time.perf_counter() - began
             pace.after_read(self._transport, len(data))
             return
         if self._transport is None or self._transport.is_closing():

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan, check_name
 from rayfwd.hub.connection import HubConnection
+from rayfwd.hub.ledger import Ledger
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer
 from rayfwd.hub.refusals import Refusals
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
@@ -145,6 +146,11 @@ class Hub:
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
         self._refusals = Refusals(self._refusals_changed)
+        self.ledger = Ledger(lambda: [*self.nodes.values(), *self.clients.values()], self._now)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
 
     # -- life ----------------------------------------------------------------------------
 
@@ -342,9 +348,7 @@ class Hub:
         oldest = next(lane for lane in waiting if lane.uid == uid)
         self.went(oldest)
         oldest.abort("it said nothing more, and others came")
-        now = asyncio.get_running_loop().time()
-        if now - self._crowded_at >= CROWDED_AGAIN:
-            self._crowded_at = now
+        if self._may_say_crowded():
             log.warning("hub_crowded", user=user_name(uid), silent=count)
 
     def went(self, lane: HubConnection) -> None:
@@ -382,23 +386,12 @@ class Hub:
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
-        peer: HubNode | HubClient
         try:
-            if hello.role == "worker":
-                peer = self._admit(hello, claim)
-            else:
-                peer = self._client(hello, claim, lane.uid)
+            peer = self._peer_of(hello, claim, lane.uid)
         except ProblemError as exc:
-            problem = exc.problem
-            lane.refuse(problem)
+            lane.refuse(exc.problem)
             return
-        refusal = self._session_refusal(peer, hello)
-        if refusal is not None:
-            lane.refuse(refusal)
-            return
-        if peer.session != hello.session or peer.mux is None:
-            self._start_session(peer, hello)
-        assert peer.mux is not None, "a session was just made"
+        assert peer.mux is not None, "it has a session"
         if len(peer.mux.lanes) >= MAX_LANES:
             lane.refuse(
                 codes.LANES_FULL.problem(
@@ -407,6 +400,7 @@ class Hub:
                 )
             )
             return
+        peer.uid = lane.uid
         changes = isinstance(peer, HubNode) and CHANGES in hello.features
         own, nodes = self._shown_to(peer, changes)
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
@@ -425,7 +419,51 @@ class Hub:
             if changes and peer.mux is mux and peer.knows_all is not mux:
                 self._tell_all_nodes(peer, mux)
             self._serve_waiting(peer)
+        self._close_a_lane()
         self._owner.hub_changed()
+
+    def _peer_of(self, hello: Hello, claim: Claim, uid: int) -> HubNode | HubClient:
+        """Who said a hello, with a session: the one that it has, or a new one. Raises ProblemError.
+
+        What it asks for is looked at with a new session only, and settled, which is written down,
+        when that may begin: a lane of a session that stands costs no more than its lane.
+        """
+        if hello.role == "client":
+            client = self._client(hello, claim, uid)
+            if client.mux is None or client.session != hello.session:
+                self._check_session(client, hello)
+                self._start_session(client, hello)
+            return client
+        node = self.nodes.get(hello.node)
+        if node is not None:
+            self._roster.check(hello.node, claim)
+            if node.mux is not None and node.session == hello.session:
+                return node
+            self._check_session(node, hello)
+        elif hello.resumes:
+            raise ProblemError(_session_unknown())
+        node = self._admit(hello, claim)
+        self._start_session(node, hello)
+        return node
+
+    def _close_a_lane(self) -> None:
+        """Where all peers together have too many: the greediest's newest."""
+        peer = self.ledger.lane_to_close()
+        if peer is not None and peer.mux is not None:
+            if self._may_say_crowded():
+                lanes = len(peer.mux.lanes)
+                log.warning(
+                    "hub_lanes_shed", user=user_name(peer.uid), node=peer.label, lanes=lanes
+                )
+            newest = max(peer.mux.lanes)
+            peer.mux.lanes[newest].transport.abort("the hub has more lanes than it may")
+
+    def _may_say_crowded(self) -> bool:
+        now = self._now()
+        if now - self._crowded_at < CROWDED_AGAIN:
+            return False
+        self._crowded_at = now
+        return True
 
     def _shown_to(
         self, peer: HubPeer, changes: bool
@@ -502,10 +540,19 @@ class Hub:
 
     def _admit(self, hello: Hello, claim: Claim) -> HubNode:
         """The node of a hello, in the roster from now on. Raises ProblemError."""
-        plan = self._roster.join(hello.node, claim, hello.worker_ports, hello.advertise)
-        node = self.nodes.get(plan.name)
+        name = hello.node
+        node = self.nodes.get(name)
+        if node is not None and self._roster.changes(name, hello.worker_ports, hello.advertise):
+            if not node.changes.take():
+                raise codes.PLAN_CHANGES.error(
+                    f"{node.label} asks for another address or other ports again and again",
+                    "nothing: it is let in soon; see why rayfwd is restarted there with other "
+                    "settings",
+                )
+            node.roster_writes += 1
+        plan = self._roster.join(name, claim, hello.worker_ports, hello.advertise)
         if node is None:
-            node = self.nodes[plan.name] = HubNode(plan.name, plan=plan)
+            node = self.nodes[name] = HubNode(name, plan=plan, roster_writes=1)
             log.info(
                 "node_joined",
                 node=plan.name,
@@ -521,14 +568,17 @@ class Hub:
             self._plan_changed(plan.name)
         return node
 
-    def _session_refusal(self, peer: HubNode | HubClient, hello: Hello) -> Problem | None:
-        if peer.mux is not None and peer.session == hello.session:
-            return None
+    def _check_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
+        """Whether a session of it may begin in the place of the one that it has, if it has one.
+        Raises ProblemError."""
         if hello.resumes:
-            return codes.SESSION_UNKNOWN.problem(
-                "the hub does not know this session: it was restarted, or gave the session up",
-                "nothing: a new session begins by itself",
-            )
+            raise ProblemError(_session_unknown())
+        refusal = self._clash(peer, hello)
+        if refusal is not None:
+            raise ProblemError(refusal)
+
+    def _clash(self, peer: HubNode | HubClient, hello: Hello) -> Problem | None:
+        """With the present one."""
         if peer.mux is None:
             return None
         # Its number says which of two is the later one only as long as the node's clock goes on;
@@ -573,6 +623,7 @@ class Hub:
             lambda message: self._heard(peer, message),
             lambda event: self._changed(peer, mux, event),
             peer.label,
+            lambda by: self.ledger.changed(peer, by),
         )
         if isinstance(peer, HubClient):
             self.clients[peer.key_sha256] = peer
@@ -669,6 +720,10 @@ class Hub:
         if node is None or node is source:
             stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
             return None
+        for peer in (source, node):
+            if self.ledger.is_crowded(peer):
+                stream.reset(ResetReason.TOO_MANY, f"too many bytes of {peer.label} wait already")
+                return None
         if node.mux is None or node.mux.ended:
             stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
             return None
@@ -697,6 +752,7 @@ class Hub:
 
     def _heard(self, peer: HubNode | HubClient, message: Message) -> None:
         """Clients have nothing to say."""
+        peer.messages += 1
         if isinstance(peer, HubNode):
             self._owner.message(peer.name, message)
 
@@ -744,7 +800,7 @@ class Hub:
         if self._told[0] is not plans:
             self._told = plans, framed(self._all_nodes())
         if (data := self._told[1]) is not None:
-            mux.send_framed(data)
+            mux.tell(self._all_nodes(), data)
 
     def leaving(self, name: str) -> None:
         """A worker says that it stops for good."""
@@ -787,3 +843,10 @@ def _shown(plans: tuple[NodePlan, ...], own: NodePlan | None) -> tuple[NodePlan,
         return plans
     shown = plans[: MOST_SHOWN - 1]
     return shown if own is None or own in shown else (*shown, own)
+
+
+def _session_unknown() -> Problem:
+    return codes.SESSION_UNKNOWN.problem(
+        "the hub does not know this session: it was restarted, or gave the session up",
+        "nothing: a new session begins by itself",
+    )

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.session.handshake import Hello
 from rayfwd.session.target import Target
+from rayfwd.system.budget import Budget
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux
 from rayfwd.transport.relay import SocketRelay
+
+PLAN_CHANGES, PLAN_CHANGE_SECONDS = 4, 30.0
+"""Other plans that a node may ask for at once, and seconds until it may ask for one more."""
+
+TELLINGS, TELLING_SECONDS = 4, 60.0
+"""How often a node that was restarted is told all again at once, and then."""
 
 
 @dataclass(slots=True)
@@ -26,6 +34,15 @@ class HubPeer:
     link_stats: LinkStats = field(default_factory=LinkStats)
     lost: str | None = None
     """Why there is no session, where it did not end in order; None: there is one, or it did."""
+    uid: int = -1
+    """As whom it came last; -1: not since the daemon began."""
+    memory: int = 0
+    """Bytes that are kept for it, as the ledger was last told; the rest are counts for it too."""
+    messages: int = 0
+    roster_writes: int = 0
+    seconds: float = 0.0
+    shed: int = 0
+    shed_said: float = -math.inf
 
     @property
     def label(self) -> str:
@@ -47,6 +64,14 @@ class HubNode(HubPeer):
     plan: NodePlan = field(kw_only=True)
     left: bool = False
     """It has said that it leaves, and has not come back."""
+    changes: Budget = field(
+        default_factory=lambda: Budget(PLAN_CHANGES, 1 / PLAN_CHANGE_SECONDS, time.monotonic)
+    )
+    """Of its plan, each of which is written to the disk and told to everybody."""
+    tellings: Budget = field(
+        default_factory=lambda: Budget(TELLINGS, 1 / TELLING_SECONDS, time.monotonic)
+    )
+    """Of all that the head knows, again."""
     waiting: list[tuple[Target, SocketRelay]] = field(default_factory=list)
     """Connections that came before the node did, after a restart of the hub."""
     knows_all: Mux | None = None

@@ -19,7 +19,7 @@ class Teller:
     the order in which they were told."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[bytes, Iterator[HubPeer]]] = deque()
+        self._queue: deque[tuple[Message, bytes, Iterator[HubPeer]]] = deque()
         self._at_work = False
         """Now, or as soon as the loop comes round."""
         self._next: asyncio.Handle | None = None
@@ -29,7 +29,7 @@ class Teller:
         data = framed(message)
         if data is None:
             return
-        self._queue.append((data, iter(list(peers))))
+        self._queue.append((message, data, iter(list(peers))))
         if not self._at_work:
             self._at_work = True
             self._go_on()
@@ -44,10 +44,10 @@ class Teller:
         loop = asyncio.get_running_loop()
         self._next, end = None, loop.time() + turn
         while self._queue:
-            data, peers = self._queue[0]
+            message, data, peers = self._queue[0]
             for peer in peers:
                 if peer.mux is not None:
-                    peer.mux.send_framed(data)
+                    peer.mux.tell(message, data)
                 if loop.time() > end:
                     self._next = loop.call_soon(self._go_on)
                     return

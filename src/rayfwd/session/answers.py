@@ -11,6 +11,8 @@ from rayfwd.session.stream import Stream
 
 ACK_DELAY: Final = 0.1
 """Seconds that an ACK may wait for company."""
+MOST_GONE: Final = 1 << 16
+"""Streams that wait to be told GONE; of further ones it is asked again, and told then."""
 LIMIT: Final = struct.Struct(">Q")
 """The payload of an ACK."""
 
@@ -26,7 +28,7 @@ class Answers:
         self.urgent: dict[int, None] = {}
         """To be acknowledged with the next write."""
         self.gone: dict[int, None] = {}
-        """To be answered with GONE."""
+        """To be answered with GONE; see `over`."""
         self._lazy: dict[int, None] = {}
         self._lazy_at = 0.0
 
@@ -39,6 +41,11 @@ class Answers:
             self.urgent[stream.id] = None
         elif receive.ack_due():
             self.soon(stream, now)
+
+    def over(self, number: int) -> None:
+        """The peer speaks of a stream that is over here."""
+        if len(self.gone) < MOST_GONE:
+            self.gone[number] = None
 
     def soon(self, stream: Stream, now: float) -> None:
         """Acknowledge within ACK_DELAY, together with others."""
@@ -72,13 +79,14 @@ class Answers:
         """When `tick` has something to do; None: nothing waits."""
         return self._lazy_at if self._lazy else None
 
-    def put(self, out: list[Chunk]) -> int:
-        """Put all that is owed now behind `out`. Returns its size in bytes."""
-        size = HEADER_SIZE * len(self.gone)
-        for number in self.gone:
-            out.append(frame_header(Kind.GONE, number, 0, 0))
-        self.gone.clear()
-        for number in self.urgent:
+    def put(self, out: list[Chunk], budget: int) -> int:
+        """Put what is owed now behind `out`, about `budget` bytes of it. Returns its size."""
+        size = 0
+        while self.gone and size < budget:
+            out.append(frame_header(Kind.GONE, _first(self.gone), 0, 0))
+            size += HEADER_SIZE
+        while self.urgent and size < budget:
+            number = _first(self.urgent)
             stream = self._streams.get(number)
             if stream is None or stream.state is StreamState.RESETTING:
                 continue
@@ -88,10 +96,16 @@ class Answers:
             out.append(frame_header(Kind.ACK, number, receive.next, LIMIT.size) + LIMIT.pack(limit))
             size += HEADER_SIZE + LIMIT.size
             self._lazy.pop(number, None)
-        self.urgent.clear()
         return size
 
     def check_invariants(self) -> None:
         """Raises AssertionError."""
         for number in (*self.urgent, *self._lazy):
             assert number in self._streams, "an ACK of a stream that is over"
+
+
+def _first(numbers: dict[int, None]) -> int:
+    """Take the number that waits longest."""
+    number = next(iter(numbers))
+    del numbers[number]
+    return number

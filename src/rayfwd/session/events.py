@@ -52,6 +52,9 @@ class MessageReceived(NamedTuple):
     """A message on the control stream."""
 
     data: bytes
+    credit: int = 0
+    """Bytes of that stream to be reported as consumed when it, and those before it, are done
+    with."""
 
 
 class LaneDead(NamedTuple):

@@ -33,6 +33,8 @@ LONG: Final = 1 << 14
 """Bytes of a DATA frame from which its payload is left where it came in, and not copied."""
 LONG_PARTS: Final = 16
 """Parts that it may have come in: many short ones would take more memory than they have bytes."""
+MOST_PARTS: Final = 64
+"""Parts of an unfinished frame that are kept as they came; more are joined, for the same reason."""
 MEMORY_PER_BYTE: Final = 4
 """Bytes of memory that a payload left there may keep for each of its own."""
 
@@ -213,6 +215,8 @@ class FrameDecoder:
         if position < size:
             self._parts.append(view[position:])
             self._held += size - position
+            if len(self._parts) > MOST_PARTS:
+                self._parts = [memoryview(b"".join(self._parts))]
         return frames
 
     def _rest(self) -> None:

@@ -187,7 +187,7 @@ class Welcome:
             "features": sorted(self.features),
             "ray_auth": None if self.ray_auth is None else dict(self.ray_auth),
         }
-        return encode(Kind.WELCOME, 0, PROTOCOL_VERSION, json.dumps(body).encode())
+        return _encode(Kind.WELCOME, body)
 
     @classmethod
     def decode(cls, frame: Frame) -> Welcome:

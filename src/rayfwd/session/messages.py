@@ -62,6 +62,15 @@ class NodesChanged:
     nodes: tuple[Mapping[str, Any], ...]
     gone: tuple[str, ...] = ()
 
+    def after(self, earlier: NodesChanged) -> NodesChanged:
+        """What both say, one behind the other."""
+        nodes = {node.get("name"): node for node in (*earlier.nodes, *self.nodes)}
+        gone = dict.fromkeys(name for name in earlier.gone if name not in nodes)
+        for name in self.gone:
+            nodes.pop(name, None)
+            gone[name] = None
+        return NodesChanged(tuple(nodes.values()), tuple(gone))
+
     def to_wire(self) -> dict[str, Any]:
         nodes = [dict(node) for node in self.nodes]
         return {"type": self.TYPE, "nodes": nodes, "gone": list(self.gone)}

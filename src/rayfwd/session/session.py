@@ -114,6 +114,9 @@ class Session:
         """How often the last lane went down."""
         self.trace: Trace | None = None
         """Told of every frame and of every change of state, where somebody wants to know."""
+        self.holds_messages = False
+        """The driver says by `consumed` when it is done with a message, so that the peer sends no
+        more of them than are heard."""
         self._numbers = StreamNumbers(side, limits.streams)
         self._scheduler = Scheduler(self.lanes)
         self._answers = Answers(self.streams)
@@ -127,6 +130,8 @@ class Session:
         self._closing: bytes | None = None
         self._window_spent = 0
         """What the credits of all streams have grown by."""
+        self._held = 0
+        """Bytes received and not yet taken by a reader, of all streams."""
 
     @property
     def ended(self) -> bool:
@@ -137,6 +142,26 @@ class Session:
         """Bytes kept for sending, of all streams."""
         return self._writers.buffered
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it holds: kept for sending, and received and not yet taken by a reader."""
+        return self._writers.buffered + self._held
+
+    @property
+    def control_buffered(self) -> int:
+        """Bytes of messages that the peer has not acknowledged."""
+        stream = self.streams.get(CONTROL_STREAM)
+        return 0 if stream is None else stream.send.buffered
+
+    def memory_by_stream(self) -> dict[int, int]:
+        """The same by stream, the greediest first; the control stream is left out."""
+        found = {
+            number: stream.send.buffered + stream.receive.memory
+            for number, stream in self.streams.items()
+            if number != CONTROL_STREAM and stream.state is not StreamState.RESETTING
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
     def stats(self) -> SessionStats:
         """How it is now."""
         return SessionStats(
@@ -144,6 +169,7 @@ class Session:
             ride_through=self.ride_through,
             streams=max(len(self.streams) - 1, 0),  # one is the control stream
             buffered=self.buffered,
+            held=self._held,
             backlog=bool(self._scheduler.short or self._scheduler.bulk),
             cuts=self.cuts,
             bytes_in=self.bytes_in,
@@ -310,8 +336,9 @@ class Session:
             return
         receive = stream.receive
         receive.consumed += size
+        self._held -= size
         round_trip = self._scheduler.round_trip()
-        if now - receive.mark_time >= round_trip:
+        if now - receive.mark_time >= round_trip and self.memory < 2 * self.limits.session_buffer:
             self._widen(receive, round_trip, now)
         self._answers.after(stream, now)
 
@@ -366,7 +393,7 @@ class Session:
             size += HEADER_SIZE
         if not lane.sidelined:
             if answers.urgent or answers.gone:
-                owed = answers.put(out)
+                owed = answers.put(out, budget)
                 if owed:
                     lane.spoke = True
                     size += owed
@@ -422,24 +449,31 @@ class Session:
         stream = self.streams.get(frame.stream)
         if stream is None:
             self._numbers.check_used(frame)
-            self._answers.gone[frame.stream] = None
+            self._answers.over(frame.stream)
             return
         if stream.state is StreamState.RESETTING:
             return
         receive = stream.receive
         known = frame.offset + (frame.size or 1) <= receive.next
-        was_complete = receive.complete
+        was_complete, before, early = receive.complete, receive.next, receive.early_bytes
+        held = receive.memory if early else before - receive.consumed
+        came: list[Chunk] = []
         if frame.kind is Kind.DATA:
-            for data in receive.data(frame.offset, *(frame.chunks or (frame.payload,))):
-                if stream.id == CONTROL_STREAM:
-                    self._control_bytes(data, now, events)
-                else:
-                    events.append(DataReceived(stream.id, data))
+            came = receive.data(frame.offset, *(frame.chunks or (frame.payload,)))
         elif stream.id == CONTROL_STREAM:
             raise ProtocolError(codes.CONTROL_ENDED, "END of the control stream")
         else:
             receive.end(frame.offset)
         complete = receive.complete
+        if early or receive.early_bytes:
+            self._held += receive.memory - held
+        elif receive.next != before:
+            self._held += receive.next - before - (complete and not was_complete)
+        for data in came:
+            if stream.id == CONTROL_STREAM:
+                self._control_bytes(data, now, events)
+            else:
+                events.append(DataReceived(stream.id, data))
         if complete and not was_complete:
             events.append(EndReceived(stream.id))
         # Bytes that come twice say that our acknowledgement was lost.
@@ -448,11 +482,16 @@ class Session:
             self._finish(stream, events)
 
     def _control_bytes(self, data: Chunk, now: float, events: list[Event]) -> None:
-        for found in self._messages.feed(data):
+        found = self._messages.feed(data)
+        for each in found:
             if self.trace is not None:
-                self.trace(message("in", found))
-            events.append(MessageReceived(found))
-        self.consumed(CONTROL_STREAM, len(data), now)
+                self.trace(message("in", each))
+        if self.holds_messages and found:
+            events += [MessageReceived(each) for each in found[:-1]]
+            events.append(MessageReceived(found[-1], len(data)))
+        else:
+            events += map(MessageReceived, found)
+            self.consumed(CONTROL_STREAM, len(data), now)
 
     def _open(self, frame: Frame, now: float, events: list[Event]) -> None:
         number = frame.stream
@@ -464,7 +503,7 @@ class Session:
             if number in self.streams:
                 self._answers.urgent[number] = None
             else:
-                self._answers.gone[number] = None
+                self._answers.over(number)
             return
         self._numbers.note_peers(number)
         window = self.limits.window
@@ -505,7 +544,7 @@ class Session:
         if self._numbers.is_peers(number):
             self._numbers.note_peers(number)  # given up before its OPEN was sent, or came
         self._numbers.check_used(frame)
-        self._answers.gone[number] = None
+        self._answers.over(number)
         stream = self.streams.get(number)
         if stream is None:
             return
@@ -534,7 +573,7 @@ class Session:
         """Forget a stream whose ENDs are both through."""
         if stream.finished:
             if stream.receive.ack_sent < stream.receive.next:
-                self._answers.gone[stream.id] = None  # says as much as the ACK would
+                self._answers.over(stream.id)  # says as much as the ACK would
             self._forget(stream, StreamEvent.ENDS_THROUGH)
             events.append(StreamFinished(stream.id))
 
@@ -566,6 +605,8 @@ class Session:
 
     def _drop_buffers(self, stream: Stream) -> None:
         self._writers.dropped(stream)
+        self._held -= stream.receive.memory
+        stream.receive.drop()
         stream.send = SendSide(stream.send.limit)
         self._window_spent -= stream.receive.window - self.limits.window
         stream.receive.window = self.limits.window
@@ -591,7 +632,7 @@ class Session:
         self._scheduler.clear()
         self._answers.clear()
         self._writers.clear()
-        self._window_spent = 0
+        self._window_spent = self._held = 0
         events.append(SessionEnded(why))
         return events
 
@@ -641,6 +682,8 @@ class Session:
         spent = sum(stream.receive.window - window for stream in self.streams.values())
         assert self._window_spent == spent, "the count of credit that was added is wrong"
         assert 0 <= spent <= budget, "more credit was added than there is"
+        held = sum(stream.receive.memory for stream in self.streams.values())
+        assert self._held == held, "the count of bytes that nobody has taken is wrong"
         for number, stream in self.streams.items():
             assert stream.id == number
             assert number == CONTROL_STREAM or self._numbers.is_used(number)
@@ -703,6 +746,7 @@ class Session:
     def _take_in(self, stream: Stream) -> None:
         self.streams[stream.id] = stream
         self._writers.restored(stream)
+        self._held += stream.receive.memory
         if stream.state is not StreamState.RESETTING:
             self._window_spent += stream.receive.window - self.limits.window
         self._answers.again(stream)

@@ -59,6 +59,8 @@ class SessionStats:
     """Streams that are not over, the control stream apart."""
     buffered: int
     """Bytes kept for sending, of all streams."""
+    held: int
+    """Bytes received and not yet taken by a reader, of all streams."""
     backlog: bool
     """Bytes of streams wait for a lane, and not for the peer to have room."""
     cuts: int

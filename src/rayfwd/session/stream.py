@@ -35,6 +35,8 @@ JOIN_BYTES: Final = 1 << 12
 """A payload up to this length is joined with its header into one chunk."""
 BULK_BYTES: Final = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
+EARLY_COST: Final = 128
+"""Bytes of memory that a piece takes which came too early, besides its own."""
 PROBE_AFTER: Final = 3.0
 """Seconds without progress, with lanes up, after which the oldest segment is sent once more. It
 mends what no lane's loss explains: an acknowledgement that went down with a lane which its sender
@@ -293,6 +295,18 @@ class ReceiveSide:
     def held(self) -> int:
         """Bytes received and not yet taken by the reader, those out of order too."""
         return self.unread + self.early_bytes
+
+    @property
+    def memory(self) -> int:
+        """What these take in memory."""
+        return self.held + EARLY_COST * len(self._early_at)
+
+    def drop(self) -> None:
+        """Nobody reads any more."""
+        self.consumed += self.unread
+        self._early.clear()
+        self._early_at.clear()
+        self.early_bytes = 0
 
     def data(self, offset: int, *payload: Chunk) -> list[Chunk]:
         """Take in a DATA frame, whose payload may be in chunks; returns what is now in order.

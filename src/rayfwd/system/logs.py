@@ -28,7 +28,14 @@ from structlog.typing import FilteringBoundLogger, WrappedLogger
 from rayfwd.system import journal
 from rayfwd.system.redact import REDACTED, is_secret_flag, names_a_secret, redact_text
 
-__all__ = ["VALUE_LIMIT", "FilteringBoundLogger", "escaped", "get_logger", "setup"]
+__all__ = [
+    "VALUE_LIMIT",
+    "FilteringBoundLogger",
+    "escaped",
+    "get_logger",
+    "lines_about",
+    "setup",
+]
 
 VALUE_LIMIT = 2000
 """Characters of one value that are kept; a traceback may have `TRACEBACK_LIMIT`."""
@@ -41,6 +48,11 @@ DEPTH_LIMIT = 4
 REPEAT_LIMIT = 500
 """Events of one name that are written in `REPEAT_SECONDS`."""
 REPEAT_SECONDS = 30.0
+ABOUT_LIMIT = 300
+"""Events about one node, of whatever names, that are written in that time: what a node tells of is
+logged under as many names as there are codes."""
+MOST_KEPT = 4096
+"""Names, and nodes, of which it is remembered how often they came."""
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -219,8 +231,8 @@ _EventDict = MutableMapping[str, Any]
 
 
 class _Bound:
-    """Lets so many events of one name through in a while; what is left out is counted and said.
-    At level debug all are let through: who sets it wants to see them.
+    """Lets so many events of one name through in a while, and so many about one node; what is left
+    out is counted and said. At level debug all are let through: who sets it wants to see them.
 
     The first that is too many becomes `events_suppressed`; the next that is let through has a
     field `suppressed`, how many were left out.
@@ -228,29 +240,65 @@ class _Bound:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._seen: dict[str, tuple[float, int]] = {}
-        """When a name's while began, and how many came in it. Names are few and fixed."""
+        self._names: dict[str, tuple[float, int]] = {}
+        """When a name's while began, and how many came in it; the same of nodes."""
+        self._nodes: dict[str, tuple[float, int]] = {}
 
     def __call__(self, _logger: WrappedLogger, method: str, event: _EventDict) -> _EventDict:
         if method == "debug":
             return event
-        name, now = str(event.get("event")), self._clock()
-        began, count = self._seen.get(name, (now, 0))
+        node = event.get("seen_by") or event.get("node")
+        if isinstance(node, str):
+            node = node.partition("/")[0]  # of a thing of it
+            bounded = self._bounded(self._nodes, node, ABOUT_LIMIT, event, {"node": node})
+            if bounded is not event:
+                return bounded
+            _count_line(node)
+        name = str(event.get("event"))
+        return self._bounded(self._names, name, REPEAT_LIMIT, event, {"name": name})
+
+    def _bounded(
+        self,
+        seen: dict[str, tuple[float, int]],
+        what: str,
+        limit: int,
+        event: _EventDict,
+        said: Mapping[str, str],
+    ) -> _EventDict:
+        now = self._clock()
+        began, count = seen.pop(what, (now, 0))
         if now - began >= REPEAT_SECONDS:
-            if count > REPEAT_LIMIT:
-                event["suppressed"] = count - REPEAT_LIMIT
+            if count > limit:
+                event["suppressed"] = event.get("suppressed", 0) + count - limit
             began, count = now, 0
-        self._seen[name] = began, count + 1
-        if count < REPEAT_LIMIT:
+        seen[what] = began, count + 1
+        if len(seen) > MOST_KEPT:
+            del seen[next(iter(seen))]  # what has not come for longest
+        if count < limit:
             return event
-        if count > REPEAT_LIMIT:
+        if count > limit:
             raise structlog.DropEvent
         return {
             "event": "events_suppressed",
-            "name": name,
-            "limit": REPEAT_LIMIT,
+            **said,
+            "limit": limit,
             "seconds": REPEAT_SECONDS,
         }
+
+
+_lines: dict[str, int] = {}
+"""How many lines were written about a node."""
+
+
+def _count_line(node: str) -> None:
+    _lines[node] = _lines.pop(node, 0) + 1
+    if len(_lines) > MOST_KEPT:
+        del _lines[next(iter(_lines))]
+
+
+def lines_about(node: str) -> int:
+    """How many lines of the log were about this node, since this process began."""
+    return _lines.get(node, 0)
 
 
 def _add_time(_logger: WrappedLogger, _method: str, event: _EventDict) -> _EventDict:

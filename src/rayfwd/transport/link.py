@@ -556,7 +556,10 @@ class Link:
         if not known:
             # While streams are held, a head that does not answer is no news beside `link_parked`.
             say = log.warning if self.state != "down" else log.error
-            say(problem.code.name, lane=slot.name, cause=problem.cause, remedy=problem.remedy)
+            fields = {"lane": slot.name, "cause": problem.cause, "remedy": problem.remedy}
+            if not problem.code.known:
+                fields["code"] = problem.code.name
+            say(problem.code.event, **fields)
             self._owner.link_changed()
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:

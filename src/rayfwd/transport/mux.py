@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,12 +32,13 @@ from rayfwd.session.events import (
 )
 from rayfwd.session.frames import MAX_MESSAGE, Chunk, ProtocolError, encode_message
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.messages import Message
+from rayfwd.session.messages import Message, NodesChanged
 from rayfwd.session.numbers import CONTROL_STREAM
 from rayfwd.session.session import Session
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.stats import SessionStats
 from rayfwd.session.stream import ResetReason
+from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.tracing import tracing
@@ -54,6 +56,15 @@ FULL_LOGGED_INTERVAL = 600.0
 """Seconds after which a session that is still full is told of again."""
 LATE_SECONDS = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
+
+
+CONTROL_BUFFER = 1 << 20
+"""Bytes of messages that wait for the peer from which on further ones wait apart, the last of each
+type only."""
+MESSAGES_AT_ONCE, MESSAGES_A_SECOND = 64, 20
+"""Messages of a peer that is not trusted which are heard at once, and then."""
+MEMORY_GRAIN = 1 << 20
+"""Bytes by which what a session holds changes before `on_memory` is told again."""
 
 
 class LaneTransport(Protocol):
@@ -166,10 +177,13 @@ class Mux:
         on_message: Callable[[Message], None],
         on_change: Callable[[Parked | Resumed | SessionEnded], None],
         peer: str = "",
+        on_memory: Callable[[int], None] | None = None,
     ) -> None:
         """`accept` takes a stream that the peer opened, or resets it and returns None.
         `on_message` raises ValueError where what a message says is none; `peer` is who is at the
-        other end, for the log and for whoever traces it."""
+        other end, for the log and for whoever traces it. With `on_memory` the peer is not trusted:
+        that is told by how many bytes what is held for it has changed, and so many of its messages
+        are heard in a while."""
         self.session = session
         self.lanes: dict[int, MuxLane] = {}
         self._accept = accept
@@ -181,6 +195,18 @@ class Mux:
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
         self._full_logged_at = -FULL_LOGGED_INTERVAL
+        self._to_tell: dict[str, Message] = {}
+        """Messages that wait until the peer has taken others, by type: what a message says is how
+        something is now, so that the last one is all that matters."""
+        self._on_memory = on_memory
+        self._memory_told = 0
+        self._heard = Budget(MESSAGES_AT_ONCE, MESSAGES_A_SECOND, self._loop.time)
+        self._to_hear: deque[MessageReceived] = deque()
+        """Messages that came too fast; their bytes are the peer's credit, so that they are few."""
+        self._hearing: asyncio.TimerHandle | None = None
+        self.messages = 0
+        """Messages that came, in all."""
+        session.holds_messages = True
         tracing.began(session, peer)
 
     def now(self) -> float:
@@ -291,6 +317,8 @@ class Mux:
         """Take every lane down, without a word to peer or owners, and give the session as it is
         then, for another process. None: it has ended. Nothing comes after this."""
         now = self.now()
+        self._hear_all()
+        self._tell(math.inf)
         while self.lanes:
             number, record = self.lanes.popitem()
             self.session.lane_down(number, now)
@@ -303,18 +331,36 @@ class Mux:
 
     def send_message(self, message: Message) -> None:
         """A message to the peer's `on_message`; reliable, in order. One that is too long for the
-        peer is left out, and that is logged: nothing that a node has to tell ends a daemon."""
+        peer is left out, and that is logged: nothing that a node has to tell ends a daemon.
+
+        To a peer that takes nothing only the last one of each type is told, when it does.
+        """
         if self.session.ended:
             return
-        data = framed(message)
-        if data is not None:
-            self.send_framed(data)
+        self.tell(message)
 
-    def send_framed(self, data: bytes) -> None:
-        """The same, of what `framed` has made, which many sessions may share."""
-        if not self.session.ended:
+    def tell(self, message: Message, data: bytes | None = None) -> None:
+        """The same; `data` is what `framed` has made of it, which many sessions may share."""
+        if self.session.ended:
+            return
+        if self._to_tell or self.session.control_buffered >= CONTROL_BUFFER:
+            self._tell_later(message)
+        elif (data := data or framed(message)) is not None:
             self.session.send_framed(data)
-            self.flush()
+        self.flush()
+
+    def _tell_later(self, message: Message) -> None:
+        earlier = self._to_tell.pop(message.TYPE, None)
+        if isinstance(message, NodesChanged) and isinstance(earlier, NodesChanged):
+            message = message.after(earlier)
+        self._to_tell[message.TYPE] = message
+
+    def _tell(self, most: float) -> None:
+        """Send messages as long as no more than `most` bytes wait for the peer."""
+        while self._to_tell and self.session.control_buffered < most:
+            message = self._to_tell.pop(next(iter(self._to_tell)))
+            if (data := framed(message)) is not None:
+                self.session.send_framed(data)
 
     def close(self, why: str) -> None:
         """End the session in order. Its streams are reset, its lanes closed."""
@@ -333,6 +379,8 @@ class Mux:
         if self._depth:
             return  # the outermost call does it, once
         now = self.now()
+        if self._to_tell:
+            self._tell(CONTROL_BUFFER)
         for number, record in list(self.lanes.items()):
             transport = record.transport
             # The word that it is over goes behind what waits: the peer would hold on for it.
@@ -341,10 +389,35 @@ class Mux:
                 if not chunks:
                     break
                 transport.write(chunks)
+        if self._on_memory is not None:
+            self._tell_memory(self._on_memory)
         if drained := self.session.drained():
             self._run(drained)
         else:
             self._schedule(now)
+
+    def _tell_memory(self, on_memory: Callable[[int], None]) -> None:
+        memory = self.session.memory
+        changed = memory - self._memory_told
+        if abs(changed) >= MEMORY_GRAIN or (not memory and changed):
+            self._memory_told = memory
+            on_memory(changed)
+
+    def shed(self, most: int) -> int:
+        """Give up the greediest streams until what is held is at most `most` bytes. Returns how
+        many they were."""
+        given_up = 0
+        text = f"more than {most} bytes wait for it and for others of the same link"
+        for number in self.session.memory_by_stream():
+            if self.session.memory <= most:
+                break
+            given_up += 1
+            owner = self._owners.pop(number, None)
+            self.session.reset(number, ResetReason.TOO_MANY, text)
+            if owner is not None:
+                owner.stream_lost(ResetReason.TOO_MANY, text)
+        self.flush()
+        return given_up
 
     def _schedule(self, now: float) -> None:
         if self.session.ended:
@@ -415,8 +488,9 @@ class Mux:
                 owner = self._owners.pop(number, None)
                 if owner is not None:
                     owner.stream_finished()
-            case MessageReceived(data):
-                self._message(data)
+            case MessageReceived():
+                self._to_hear.append(event)
+                self._hear()
             case LaneDead(number):
                 record = self.lanes.get(number)
                 if record is not None:
@@ -426,7 +500,53 @@ class Mux:
                 self._on_change(event)
             case SessionEnded():
                 tracing.ended(self.session)
+                self._over()
                 self._on_change(event)
+
+    def _hear(self) -> None:
+        """Hear the messages that came, as far as there may be so many of them."""
+        if self._hearing is not None:
+            return
+        while self._to_hear:
+            if self._on_memory is not None and not self._heard.take():
+                wait = max(self._heard.wait, TIMER_GRID)
+                self._hearing = self._loop.call_later(wait, self._hear_again)
+                return
+            self._hear_next()
+
+    def _hear_again(self) -> None:
+        self._hearing = None
+        self._depth += 1
+        try:
+            self._hear()
+        finally:
+            self._depth -= 1
+        self.flush()
+
+    def _hear_all(self) -> None:
+        """However many they are; nothing is heard after that."""
+        if self._hearing is not None:
+            self._hearing.cancel()
+        while self._to_hear:
+            self._hear_next()
+
+    def _hear_next(self) -> None:
+        event = self._to_hear.popleft()
+        self.messages += 1
+        self._message(event.data)
+        if event.credit:
+            self.session.consumed(CONTROL_STREAM, event.credit, self.now())
+
+    def _over(self) -> None:
+        """Nothing is told or heard any more, and nothing is held."""
+        self._to_tell.clear()
+        self._to_hear.clear()
+        if self._hearing is not None:
+            self._hearing.cancel()
+            self._hearing = None
+        if self._on_memory is not None:
+            self._on_memory(-self._memory_told)
+            self._memory_told = 0
 
     def _message(self, data: bytes) -> None:
         try:

@@ -81,9 +81,15 @@ class Board:
         self._found[watcher] = after
         for key, old in before.items():
             if key not in after and self._logged.pop((watcher, key), None) is not None:
-                code, subject, _ = key
+                code, subject, seen_by = key
                 lasted = round(time.time() - old.since)
-                _log.info("problem_over", node=subject, code=code.name, after_seconds=lasted)
+                _log.info(
+                    "problem_over",
+                    node=subject,
+                    code=code.name,
+                    after_seconds=lasted,
+                    seen_by=seen_by or self._own,
+                )
         self._settle()
 
     def pending(self, watcher: str) -> bool:
@@ -123,13 +129,15 @@ class Board:
         self._logged[watcher, key] = t.root is None
         problem = t.finding.problem
         fields = {"node": t.finding.subject, "cause": problem.cause, "remedy": problem.remedy}
+        if not problem.code.known:
+            fields["code"] = problem.code.name
         if t.finding.seen_by:
             fields["seen_by"] = t.finding.seen_by
         if t.root is not None:
-            _log.info(problem.code.name, **fields, explained_by=f"{t.root[0]} {t.root[1]}")
+            _log.info(problem.code.event, **fields, explained_by=f"{t.root[0]} {t.root[1]}")
             return
         log = {"error": _log.error, "warning": _log.warning, "note": _log.info}[t.severity]
-        log(problem.code.name, **fields)
+        log(problem.code.event, **fields)
 
     def _wake_later(self, now: float) -> None:
         """Have `_settle` called when the next one is to show, or is no longer explained."""
