@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from rayfwd.problems import Problem
 from rayfwd.session.frames import Chunk
+from rayfwd.session.preamble import Preamble
 
 
 class PipeOwner(Protocol):
@@ -53,6 +55,43 @@ class Pipe(Protocol):
 
     def abort(self) -> None:
         """Close at once."""
+
+
+class AfterPreamble:
+    """Owns a pipe to a command that a login shell runs, and passes on what follows the preamble."""
+
+    def __init__(self, owner: PipeOwner, instead: Problem | None = None) -> None:
+        """`instead`: why it is not the socket."""
+        self.pipe: Pipe | None = None
+        """It is aborted where the shell prints without an end."""
+        self._owner = owner
+        self._instead = instead
+        self._preamble = Preamble()
+
+    def pipe_data(self, data: bytes | memoryview) -> None:
+        if not self._preamble.over:
+            try:
+                data = self._preamble.feed(bytes(data))
+            except ValueError as exc:
+                self._preamble = Preamble()
+                self._owner.pipe_lost(str(exc))
+                if self.pipe is not None:
+                    self.pipe.abort()
+                return
+        if data:
+            self._owner.pipe_data(data)
+
+    def pipe_said(self, data: bytes) -> None:
+        self._owner.pipe_said(data)
+
+    def pipe_writable(self) -> None:
+        self._owner.pipe_writable()
+
+    def pipe_lost(self, why: str) -> None:
+        noise = self._preamble.quoted()
+        if self._instead is not None and not self._preamble.over:
+            why = f"{self._instead.cause}; and the command instead of the socket: {why}"
+        self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
 
 
 class Connection(Protocol):

@@ -23,11 +23,10 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Chunk
-from rayfwd.session.preamble import Preamble
 from rayfwd.system.logs import get_logger
 from rayfwd.system.paths import default_runtime_dir
 from rayfwd.transport import openssh, openssh_problems, sshproblems
-from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.carrier import AfterPreamble, PipeOwner
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
 from rayfwd.transport.readpacing import pace
@@ -253,9 +252,12 @@ class OpensshConnection:
             await self.log_in(CONNECT_TIMEOUT)
         by_command = self._near is not None
         refused = "" if by_command else str(self._head.socket)
-        pipe = self._pipe = OpensshPipe(
-            owner, self._process, Preamble() if by_command else None, refused
-        )
+        if by_command:
+            shell = AfterPreamble(owner)
+            pipe = shell.pipe = OpensshPipe(shell, self._process, refused)
+        else:
+            pipe = OpensshPipe(owner, self._process, refused)
+        self._pipe = pipe
         near = self._near if self._near is not None else await self._connected()
         self._near = None
         await loop.create_unix_connection(lambda: pipe, sock=near)
@@ -330,19 +332,11 @@ def _private_directory() -> Path:
 class OpensshPipe(asyncio.Protocol):
     """The socket that `ssh` reads and writes."""
 
-    def __init__(
-        self,
-        owner: PipeOwner,
-        process: SshProcess | None,
-        preamble: Preamble | None,
-        refused: str,
-    ) -> None:
-        """`preamble`: of a command that a login shell runs. `refused`: the socket there, which
-        sshd may not have opened."""
+    def __init__(self, owner: PipeOwner, process: SshProcess | None, refused: str) -> None:
+        """`refused`: the socket there, which sshd may not have opened."""
         self.paused = False
         self._owner = owner
         self._process = process
-        self._preamble = preamble
         self._refused = refused
         self._transport: asyncio.Transport | None = None
         if process is not None:
@@ -357,25 +351,8 @@ class OpensshPipe(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._refused = ""
-        if self._preamble is not None:
-            self._skip(self._preamble, data)
-        else:
-            self._owner.pipe_data(data)
+        self._owner.pipe_data(data)
         pace.after_read(self._transport, len(data))
-
-    def _skip(self, preamble: Preamble, data: bytes) -> None:
-        """What a login shell prints before the command runs."""
-        try:
-            data = preamble.feed(data)
-        except ValueError as exc:
-            self._preamble = None
-            self._owner.pipe_lost(str(exc))
-            self.abort()
-            return
-        if preamble.over:
-            self._preamble = None
-            if data:
-                self._owner.pipe_data(data)
 
     def eof_received(self) -> bool:
         return False
@@ -397,9 +374,7 @@ class OpensshPipe(asyncio.Protocol):
         if self._refused:
             line = openssh_problems.socket_refused(self._refused, said)
             self._owner.pipe_said(line.encode())
-        why = openssh_problems.why_lost(said) or "closed by the head"
-        noise = self._preamble.quoted() if self._preamble is not None else ""
-        self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
+        self._owner.pipe_lost(openssh_problems.why_lost(said) or "closed by the head")
 
     def pause_writing(self) -> None:
         self.paused = True

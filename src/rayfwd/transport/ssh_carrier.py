@@ -11,8 +11,7 @@ import asyncssh
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
-from rayfwd.session.preamble import Preamble
-from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.carrier import AfterPreamble, PipeOwner
 from rayfwd.transport.fastpath import FastPath
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.ssh import SshConnector
@@ -68,8 +67,11 @@ class SshConnection:
     async def _open(
         self, owner: PipeOwner, by_command: bool, instead: Problem | None = None
     ) -> SshPipe:
-        preamble = Preamble() if by_command else None
-        pipe = SshPipe(self.ssh, owner, preamble, instead)
+        if by_command:
+            shell = AfterPreamble(owner, instead)
+            pipe = shell.pipe = SshPipe(self.ssh, shell)
+        else:
+            pipe = SshPipe(self.ssh, owner)
         await self._connector.open_channel(self.ssh, lambda: pipe, by_command)
         return pipe
 
@@ -86,18 +88,9 @@ class SshConnection:
 class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     """A channel to the hub's socket, or to `rayfwd attach`."""
 
-    def __init__(
-        self,
-        connection: asyncssh.SSHClientConnection,
-        owner: PipeOwner,
-        preamble: Preamble | None = None,
-        instead: Problem | None = None,
-    ) -> None:
-        """`preamble`: of a command that a login shell runs. `instead`: why it is not the socket."""
-        self._instead = instead
+    def __init__(self, connection: asyncssh.SSHClientConnection, owner: PipeOwner) -> None:
         self._connection = connection
         self._owner = owner
-        self._preamble = preamble
         self._channel: Any = None
         self._fast: FastPath | None = None
         self._full = False
@@ -113,33 +106,11 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
     def data_received(self, data: Any, datatype: int | None) -> None:
         if datatype is not None:
             self._owner.pipe_said(data)
-        elif self._preamble is None:
-            self._owner.pipe_data(data)
         else:
-            self._skip(self._preamble, data)
-
-    def _skip(self, preamble: Preamble, data: bytes) -> None:
-        """What a login shell prints before the command runs."""
-        try:
-            data = preamble.feed(data)
-        except ValueError as exc:
-            self._preamble = None
-            self._owner.pipe_lost(str(exc))
-            self._channel.abort()
-            return
-        if preamble.over:
-            self._preamble = None
-            if data:
-                self._owner.pipe_data(data)
-
-    def _lost(self, why: str) -> None:
-        noise = self._preamble.quoted() if self._preamble is not None else ""
-        if self._preamble is not None and self._instead is not None:
-            why = f"{self._instead.cause}; and the command instead of the socket: {why}"
-        self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
+            self._owner.pipe_data(data)
 
     def eof_received(self) -> bool:
-        self._lost("closed by the head")
+        self._owner.pipe_lost("closed by the head")
         return False
 
     def pause_writing(self) -> None:
@@ -150,7 +121,7 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._owner.pipe_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lost(str(exc) if exc else "closed by the head")
+        self._owner.pipe_lost(str(exc) if exc else "closed by the head")
 
     # -- as the lane's pipe --------------------------------------------------------------
 
