@@ -91,12 +91,6 @@ def own_account() -> Account:
     return _with_uid(os.geteuid(), os.getegid())
 
 
-def owner_of(path: Path) -> Account:
-    """Whose `path` is; of a link, whose the link is. Raises OSError."""
-    found = path.lstat()
-    return _with_uid(found.st_uid, found.st_gid)
-
-
 def _with_uid(uid: int, gid: int) -> Account:
     """`gid` where the user database does not know that user."""
     try:
