@@ -210,6 +210,8 @@ SPAWNERS = {
     "network/overlay_client.py": "the daemon's own program, as the daemon's user",
     "setup/apply.py": "commands of the system",
     "setup/steps.py": "commands of the system",
+    "transport/openssh.py": "the system's ssh, as the service's user or the file's owner",
+    "transport/openssh_carrier.py": "the same",
     "system/first_process.py": "no program: a child that goes on with what was said",
     "demo/first_process.py": "its own makings",
     "demo/machine.py": "its own makings",
