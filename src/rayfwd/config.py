@@ -37,6 +37,7 @@ from rayfwd.cluster.plan import (
     head_plan,
     may_be_advertised,
 )
+from rayfwd.system import capacity
 from rayfwd.system.paths import (
     CONTROL_SOCKET,
     DEFAULT_CONFIG,
@@ -206,6 +207,8 @@ class HubConfig(_Section):
     """the nodes' addresses, inside 127.0.0.0/8, used by nothing else there"""
     port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)
     """the nodes' ports lie from here to 32767"""
+    forget_after: Number = Field(default=2592000.0, ge=60.0, le=1e9)
+    """seconds after which a worker that is away loses its name, address and ports (30 days)"""
     users: tuple[Command, ...] = ()
     """login names that SSH connections arrive as, beside root and the daemon's own"""
 
@@ -228,7 +231,7 @@ class RayConfig(_Section):
     start: YesNo = True
     """false: only hold the forwards; `rayfwd plan` shows the command to run by hand"""
     num_cpus: Whole | None = Field(default=None, ge=0, examples=[8])
-    """default: what Ray finds"""
+    """default: what Ray finds, which is the control group's part, and no more than the affinity"""
     num_gpus: Whole | None = Field(default=None, ge=0, examples=[1])
     """default: what Ray finds"""
     resources: dict[str, Annotated[Number, Field(ge=0)]] = {}
@@ -488,7 +491,7 @@ class Config(_Section):
         """How many ports this node asks for workers and drivers."""
         if self.ray.worker_ports is not None:
             return self.ray.worker_ports
-        cpus = self.ray.num_cpus if self.ray.num_cpus is not None else os.cpu_count() or 1
+        cpus = self.ray.num_cpus if self.ray.num_cpus is not None else capacity.cpus()
         return default_worker_ports(cpus)
 
     def own_head_plan(self) -> NodePlan:

@@ -731,7 +731,11 @@ def test_attach_that_may_not(tmp_path: Path) -> None:
                 os.setresuid(12345, 12345, 12345)
                 import argparse
 
-                code = attach.run(argparse.Namespace(socket=path, config=None, client=False))
+                code = attach.run(
+                    argparse.Namespace(
+                        socket=path, config=None, cluster=None, node=None, client=False
+                    )
+                )
                 sys.stderr.flush()
             finally:
                 os._exit(code)

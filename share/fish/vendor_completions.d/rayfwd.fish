@@ -51,7 +51,7 @@ function _shtab_rayfwd_using
 end
 
 set -g _shtab_rayfwd_commands init run join head connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --env --expose --extra-args --extra-lanes --fingerprint --forward --frames --head --head-rayfwd --identity --interface --known-hosts --labels --log --log-format --log-level --login --name --network --num-cpus --num-gpus --object-store-memory --peer --port --port-base --ray --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -i -p
+set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --env --expose --extra-args --extra-lanes --fingerprint --forget-after --forward --frames --head --head-rayfwd --identity --interface --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --peer --port --port-base --ray --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -105,7 +105,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using join' -l bulk-lanes -x -d 'SSH connec
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l extra-lanes -x -d 'further ones, made while a transfer fills those: where a round trip takes long'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l ray -x -d 'the ray of your own environment: a name on PATH, or a path'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l no-start -d 'false: only hold the forwards; `rayfwd plan` shows the command to run by hand'
-complete -c rayfwd -n '_shtab_rayfwd_using join' -l num-cpus -x -d 'default: what Ray finds'
+complete -c rayfwd -n '_shtab_rayfwd_using join' -l num-cpus -x -d 'default: what Ray finds, which is the control group'"'"'s part, and no more than the affinity'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l num-gpus -x -d 'default: what Ray finds'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l resources -x -d 'Ray'"'"'s custom resources, as in { fast_disk = 1 }'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l labels -x -d 'Ray'"'"'s node labels, as in { rack = "a" }'
@@ -134,10 +134,11 @@ complete -c rayfwd -n '_shtab_rayfwd_using head' -l log-format -xka "auto text j
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'where they arrive; default: hub.sock in runtime_dir'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l network -x -d 'the nodes'"'"' addresses, inside 127.0.0.0/8, used by nothing else there'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l port-base -x -d 'the nodes'"'"' ports lie from here to 32767'
+complete -c rayfwd -n '_shtab_rayfwd_using head' -l forget-after -x -d 'seconds after which a worker that is away loses its name, address and ports (30 days)'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l users -x -d 'login names that SSH connections arrive as, beside root and the daemon'"'"'s own'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l ray -x -d 'the ray of your own environment: a name on PATH, or a path'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l no-start -d 'false: only hold the forwards; `rayfwd plan` shows the command to run by hand'
-complete -c rayfwd -n '_shtab_rayfwd_using head' -l num-cpus -x -d 'default: what Ray finds'
+complete -c rayfwd -n '_shtab_rayfwd_using head' -l num-cpus -x -d 'default: what Ray finds, which is the control group'"'"'s part, and no more than the affinity'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l num-gpus -x -d 'default: what Ray finds'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l resources -x -d 'Ray'"'"'s custom resources, as in { fast_disk = 1 }'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l labels -x -d 'Ray'"'"'s node labels, as in { rack = "a" }'
@@ -211,6 +212,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using attach' -s h -l help -d 'show this he
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l cluster -x -d 'the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)'
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'the hub'"'"'s socket (default: the configuration file'"'"'s, else /run/rayfwd/hub.sock)'
+complete -c rayfwd -n '_shtab_rayfwd_using attach' -l node -x -d 'the key is this node'"'"'s: it may come with a new key of rayfwd'"'"'s, and as no other node'
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l client -d 'let clients through (`rayfwd connect`), and no node'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a keeper -d 'Start Ray for the daemon and keep it while the daemon is restarted (the service rayfwd-ray).'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -s h -l help -d 'show this help message and exit'

@@ -29,11 +29,12 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
 from rayfwd.problems import Code
-from rayfwd.session.frames import Frame, Kind, ProtocolError, first_frame
+from rayfwd.session.frames import Frame, Kind, ProtocolError, encode, first_frame
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.ownership import check_listener
 from rayfwd.system.passing import is_stream
 from rayfwd.system.paths import (
+    SECRET,
     default_runtime_dir,
     find_socket,
     running_config,
@@ -46,6 +47,8 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
 _HELLO_TIMEOUT = 10.0
 """As the hub has them."""
+_PROTOCOL = 1
+"""The protocol's version (`session/handshake.py`, which is slow to load)."""
 _AT_ONCE = 1 << 14
 """Bytes that come to the hub in one piece, and the descriptors with them."""
 _TAKEN = b"\0"
@@ -59,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         type=Path,
         help="the hub's socket (default: the configuration file's, else /run/rayfwd/hub.sock)",
+    )
+    parser.add_argument(
+        "--node",
+        metavar="NAME",
+        help="the key is this node's: it may come with a new key of rayfwd's, and as no other node",
     )
     parser.add_argument(
         "--client",
@@ -78,6 +86,25 @@ def run(args: argparse.Namespace) -> int:
                 "this key is for `rayfwd connect`, and what came with it is no client",
                 "use a key whose line in authorized_keys has no --client",
             )
+    if args.node is not None and not args.client:
+        begun = _read_hello()
+        claimed = _node_of(begun)
+        if claimed is not None and claimed != args.node:
+            return _refuse(
+                codes.KEY_OF_ANOTHER,
+                f"this SSH key is for the node {args.node}, and this machine says that it is "
+                f"{claimed}",
+                f"say --name {args.node} (in a file: name), or use a key of its own",
+            )
+        if claimed is not None:
+            try:
+                begun = _vouch(args.node, path) + begun
+            except OSError as exc:
+                return _refuse(
+                    codes.HUB_NOT_PERMITTED,
+                    f"{path.with_name(SECRET)} cannot be read: {exc.strerror or exc}",
+                    "--node is for logins as the hub's own user, while the hub runs",
+                )
     hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         hub.connect(str(path))
@@ -171,6 +198,27 @@ def _is_clients(begun: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(body, dict) and body.get("role") == "client"
+
+
+def _node_of(begun: bytes) -> str | None:
+    """The name that a worker's HELLO, or its doctor's, begins with; None: it is none."""
+    frame = _whole_frame(begun)
+    if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
+        return None
+    try:
+        body = json.loads(frame.payload)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(body, dict) or body.get("role", "worker") != "worker":
+        return None
+    return str(body.get("node", ""))
+
+
+def _vouch(node: str, hub: Path) -> bytes:
+    """What the hub is told before that. Raises OSError."""
+    secret = hub.with_name(SECRET).read_text(encoding="ascii", errors="replace").strip()
+    payload = json.dumps({"node": node, "secret": secret}).encode()
+    return encode(Kind.VOUCH, 0, _PROTOCOL, payload)
 
 
 def _refuse(code: Code, cause: str, remedy: str) -> int:

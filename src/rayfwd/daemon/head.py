@@ -33,7 +33,7 @@ from rayfwd.daemon.views import (
 )
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
-from rayfwd.problems import ProblemError
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, find
@@ -45,6 +45,7 @@ from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Opening, Target
 from rayfwd.status import RayOfWorker
+from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
@@ -63,6 +64,15 @@ from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
+
+NAMES_INTERVAL = 60.0
+"""Seconds between two looks at whose names are to be given back."""
+SEEN_INTERVAL = 3600.0
+"""Seconds between two notes of who is here, at most; a tenth of `hub.forget_after` if shorter."""
+RETURN_SECONDS = 600.0
+"""Seconds from the head's start in which no name is given back: whoever was here has to return."""
+ROOM_SAID = 5
+"""Further workers for which there is to be room; where there is less, it is said."""
 
 FIND_SECONDS = 5.0
 """Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
@@ -160,7 +170,46 @@ class HeadRole:
         await self._hub.close("the head's rayfwd was stopped")
 
     def watchers(self) -> dict[str, Work]:
-        return {"cluster": self._cluster_watch.run, "dashboard": self._dashboard_watch.run}
+        return {
+            "cluster": self._cluster_watch.run,
+            "dashboard": self._dashboard_watch.run,
+            "names": self._watch_names,
+        }
+
+    async def _watch_names(self) -> None:
+        """Give back the names of those who were away for long, and say before there is no room."""
+        began = noted = asyncio.get_running_loop().time()
+        self._note_seen()
+        while True:
+            self._look_for_room()
+            await sleep_coalesced(NAMES_INTERVAL)
+            limit, now = self._node.config.hub.forget_after, asyncio.get_running_loop().time()
+            if now - noted >= min(SEEN_INTERVAL, limit / 10) or self._roster.has_new():
+                noted = now
+                self._note_seen()
+            if now - began >= RETURN_SECONDS:
+                here = self._here()
+                for name in self._roster.away_for(limit, time.time()):
+                    if name not in here:
+                        self._hub.give_back(name)
+
+    def _here(self) -> set[str]:
+        return {n.plan.name for n in self._hub.nodes.values() if n.state != "down"}
+
+    def _note_seen(self) -> None:
+        with suppress(ProblemError):  # whoever joins next is told of it
+            self._roster.note_seen(self._here(), time.time())
+
+    def _look_for_room(self) -> None:
+        left = self._roster.room(ROOM_SAID)
+        found: dict[str, Problem] = {}
+        if left < ROOM_SAID:
+            found[self._node.config.name] = codes.PLAN_NEARLY_FULL.problem(
+                f"there are addresses and ports for {left} more workers, as large as the largest",
+                "`rayfwd forget --keep-token NAME` for those that are gone for good, a shorter "
+                "hub.forget_after, or a lower hub.port_base or ray.worker_ports",
+            )
+        self._node.board.put("names", found)
 
     def loops(self) -> Iterable[Heartbeat]:
         return ()

@@ -52,6 +52,7 @@ class MachineWatch:
     ) -> None:
         self._name = config.name
         self._temp_dir = temp_dir(config.ray.env, config.ray.extra_args)
+        self._store = config.ray.object_store_memory
         self._view = view
         self._board = board
         self._listeners = listeners
@@ -68,6 +69,7 @@ class MachineWatch:
                 view.own,
                 [self._ray.session_dir or self._temp_dir],
                 self._ray.now.state == "up",
+                self._store,
             )
             found = [Finding(self._name, problem) for problem in machine_watch.judge(seen)]
             self._board.put_all("machine", found)

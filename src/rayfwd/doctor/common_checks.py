@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from rayfwd.ray.install import RayInstall
 from rayfwd.ray.launcher import ByKeeper
 from rayfwd.ray.process import RayProcess, find_foreign
 from rayfwd.status import Status
+from rayfwd.system import capacity
 from rayfwd.system.control import ask
 from rayfwd.transport.listeners import listeners_for
 from rayfwd.watch import machine_watch
@@ -226,9 +226,11 @@ class Examination(ABC):
             pid, ray_pid = self.status.pid, self.status.ray.pid
         found = await asyncio.to_thread(observe.limits, pid, ray_pid)
         ray = self.config.ray
-        cpus = ray.num_cpus if ray.num_cpus is not None else os.cpu_count() or 1
+        cpus = ray.num_cpus if ray.num_cpus is not None else capacity.cpus()
         directory = temp_dir(ray.env, ray.extra_args)
-        seen = machine_watch.sample(self._listeners(), self.nodes, self.own, [directory], False)
+        seen = machine_watch.sample(
+            self._listeners(), self.nodes, self.own, [directory], False, ray.object_store_memory
+        )
         wrong = machine_watch.judge(replace(seen, limit=found.descriptors))
         threads = judgements.judge_threads(found.threads, found.running, cpus)
         if threads is not None:

@@ -25,6 +25,7 @@ from rayfwd.session.handshake import (
     Hello,
     Proof,
     Refusal,
+    Vouch,
     Welcome,
 )
 from rayfwd.session.lane import LaneClass
@@ -56,6 +57,9 @@ class Owner(Protocol):
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello, and by which key: welcome it as a lane, or refuse it."""
+
+    def vouched(self, vouch: Vouch) -> bool:
+        """Whether it is this hub's own `rayfwd attach` that says so."""
 
     def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """The first question of a doctor: `examine` it, or refuse it."""
@@ -96,6 +100,8 @@ class HubConnection(asyncio.Protocol):
         self._why_aborted = ""
         self._waiting: asyncio.Transport | None = None
         """Of a connection whose bytes go by pipes: the socket at which `rayfwd attach` waits."""
+        self.vouched: str | None = None
+        """The node whose SSH key it came by, where that key's line names one."""
         self.lane_class = ""
         self.node = ""
         """What its HELLO says, as the log has it."""
@@ -136,10 +142,22 @@ class HubConnection(asyncio.Protocol):
         frame = first_frame(self._buffer, MAX_HANDSHAKE)
         if frame is None:
             return
-        if self._greeting is None:
+        if frame.kind is Kind.VOUCH and self._greeting is None and self.vouched is None:
+            self._take_vouch(Vouch.decode(frame))
+        elif self._greeting is None:
             self._greeted(frame)
         else:
             self._proved(self._greeting, frame)
+
+    def _take_vouch(self, vouch: Vouch) -> None:
+        """Raises ProtocolError, for what follows it."""
+        if not self._owner.vouched(vouch):
+            cause = f"what it came by says that it is {vouch.node}, and is not this hub's"
+            remedy = "have sshd run this machine's `rayfwd attach --node`, as the hub's user"
+            self.refuse(codes.VOUCH_WRONG.problem(cause, remedy))
+            return
+        self.vouched = vouch.node
+        self._take_frame()
 
     def _greeted(self, frame: Frame) -> None:
         """Have it prove its key, where it can. Raises ProtocolError."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
+import secrets
 import socket
 import time
 from collections import Counter
@@ -24,7 +26,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import messages
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import CHANGES, SOURCE, Hello, Welcome
+from rayfwd.session.handshake import CHANGES, SOURCE, Hello, Vouch, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import Claim
 from rayfwd.session.session import Limits, Session
@@ -32,8 +34,10 @@ from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.system import unixsocket
+from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
+from rayfwd.system.paths import SECRET
 from rayfwd.system.users import allowed_uids, user_name
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner, framed
 from rayfwd.transport.relay import SocketRelay
@@ -145,6 +149,7 @@ class Hub:
         self._closed = asyncio.Event()
         self._grace: asyncio.TimerHandle | None = None
         self._closing = False
+        self._secret = secrets.token_hex(32)
         self._refusals = Refusals(self._refusals_changed)
         self.ledger = Ledger(lambda: [*self.nodes.values(), *self.clients.values()], self._now)
 
@@ -168,6 +173,7 @@ class Hub:
         if self._inherited is not None:
             self.path.chmod(mode)
         self.started = True
+        self._write_secret()
         # Ours before the loop turns: who stops meanwhile hands it over, or closes it.
         self._server = await loop.create_unix_server(
             lambda: HubConnection(self, sock.passed), sock=sock, start_serving=False
@@ -195,7 +201,19 @@ class Hub:
         self._close_server()
         if self.started:
             self.path.unlink(missing_ok=True)
+            self.path.with_name(SECRET).unlink(missing_ok=True)
         self._closed.set()
+
+    def _write_secret(self) -> None:
+        """For `rayfwd attach --node`, which shows by it that it is run by this hub's user."""
+        path = self.path.with_name(SECRET)
+        try:
+            replace_file(path, self._secret.encode() + b"\n")
+        except OSError as exc:
+            log.warning("secret_not_written", file=str(path), cause=str(exc))
+
+    def vouched(self, vouch: Vouch) -> bool:
+        return hmac.compare_digest(vouch.secret, self._secret)
 
     async def wait_closed(self) -> None:
         await self._closed.wait()
@@ -387,7 +405,7 @@ class Hub:
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
         try:
-            peer = self._peer_of(hello, claim, lane.uid)
+            peer = self._peer_of(hello, claim, lane)
         except ProblemError as exc:
             lane.refuse(exc.problem)
             return
@@ -422,29 +440,44 @@ class Hub:
         self._close_a_lane()
         self._owner.hub_changed()
 
-    def _peer_of(self, hello: Hello, claim: Claim, uid: int) -> HubNode | HubClient:
+    def _peer_of(self, hello: Hello, claim: Claim, lane: HubConnection) -> HubNode | HubClient:
         """Who said a hello, with a session: the one that it has, or a new one. Raises ProblemError.
 
         What it asks for is looked at with a new session only, and settled, which is written down,
         when that may begin: a lane of a session that stands costs no more than its lane.
         """
         if hello.role == "client":
-            client = self._client(hello, claim, uid)
+            client = self._client(hello, claim, lane.uid)
             if client.mux is None or client.session != hello.session:
                 self._check_session(client, hello)
                 self._start_session(client, hello)
             return client
         node = self.nodes.get(hello.node)
-        if node is not None:
+        renew = lane.vouched == hello.node and not self._roster.has(hello.node, claim)
+        if node is not None and renew:
+            self._check_renewal(node, hello)
+        elif node is not None:
             self._roster.check(hello.node, claim)
             if node.mux is not None and node.session == hello.session:
                 return node
             self._check_session(node, hello)
         elif hello.resumes:
             raise ProblemError(_session_unknown())
-        node = self._admit(hello, claim)
+        node = self._admit(hello, claim, renew)
         self._start_session(node, hello)
         return node
+
+    def _check_renewal(self, node: HubNode, hello: Hello) -> None:
+        """Whether a machine with another key, which came by the SSH key of this node's line, may
+        take its place. Raises ProblemError."""
+        if _is_live(node):
+            raise codes.NAME_IN_USE.error(
+                f"another machine is connected as {node.label}, by the same SSH key",
+                "end rayfwd there, or give one of the two a key and a name of its own",
+            )
+        if hello.resumes or hello.session == node.session:
+            raise ProblemError(_session_unknown())
+        log.info("node_key_renewed", node=node.label)
 
     def _close_a_lane(self) -> None:
         """Where all peers together have too many: the greediest's newest."""
@@ -512,7 +545,8 @@ class Hub:
                 self._client(hello, claim, lane.uid)
             else:
                 ports = hello.worker_ports
-                plan = self._roster.preview(hello.node, claim, ports, hello.advertise)
+                renew = lane.vouched == hello.node
+                plan = self._roster.preview(hello.node, claim, ports, hello.advertise, renew)
         except ProblemError as exc:
             refusal = exc.problem
         ride_through = min(self._ride_through, hello.ride_through)
@@ -538,8 +572,9 @@ class Hub:
             features=offer.features,
         )
 
-    def _admit(self, hello: Hello, claim: Claim) -> HubNode:
-        """The node of a hello, in the roster from now on. Raises ProblemError."""
+    def _admit(self, hello: Hello, claim: Claim, renew: bool) -> HubNode:
+        """The node of a hello, in the roster from now on. `renew`: its key may be another than
+        before. Raises ProblemError."""
         name = hello.node
         node = self.nodes.get(name)
         if node is not None and self._roster.changes(name, hello.worker_ports, hello.advertise):
@@ -550,7 +585,7 @@ class Hub:
                     "settings",
                 )
             node.roster_writes += 1
-        plan = self._roster.join(name, claim, hello.worker_ports, hello.advertise)
+        plan = self._roster.join(name, claim, hello.worker_ports, hello.advertise, renew)
         if node is None:
             node = self.nodes[name] = HubNode(name, plan=plan, roster_writes=1)
             log.info(
@@ -585,7 +620,7 @@ class Hub:
         # after a while of silence the key alone says enough.
         older = int(hello.session, 16) < int(peer.session, 16)
         parked = not peer.mux.stats().lanes
-        if (parked and not older) or peer.mux.now() - peer.mux.session.last_heard >= IN_USE_SECONDS:
+        if (parked and not older) or not _is_live(peer):
             return None
         if older:
             return codes.SESSION_STALE.problem(
@@ -816,6 +851,12 @@ class Hub:
             self._drop(node.name)
             log.info("node_given_back", node=node.name)
 
+    def give_back(self, name: str) -> None:
+        """The name of a worker that was away for long."""
+        node = self.nodes.get(name)
+        if node is not None:
+            self._give_back(node)
+
     def forget(self, name: str) -> bool:
         """Drop a node from the roster and end its session. False if there is none."""
         if not self._drop(name):
@@ -835,6 +876,12 @@ class Hub:
         self._tell_changes()
         self._owner.hub_changed()
         return True
+
+
+def _is_live(peer: HubPeer) -> bool:
+    """It was heard a moment ago."""
+    mux = peer.mux
+    return mux is not None and mux.now() - mux.session.last_heard < IN_USE_SECONDS
 
 
 def _shown(plans: tuple[NodePlan, ...], own: NodePlan | None) -> tuple[NodePlan, ...]:

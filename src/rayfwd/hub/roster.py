@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,12 +48,15 @@ class Record:
     """Of the public key, or of the secret of a version that sends it."""
     public_key: str | None = None
     """Which it has proved to have, and must prove again; None: it never did."""
+    seen: float = 0.0
+    """Unix seconds when it was here last, as far as that was written down; 0: not known."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "plan": self.plan.to_wire(),
             "key_sha256": self.key_sha256,
             "public_key": self.public_key,
+            "seen": round(self.seen),
         }
 
     @classmethod
@@ -70,7 +73,10 @@ class Record:
             or not (public is None or _is_digest(public))
         ):
             raise ValueError(f"node {plan.name}: not a worker's record")
-        return cls(plan, str(digest), public)
+        seen = data.get("seen", 0)
+        if isinstance(seen, bool) or not isinstance(seen, int | float) or not 0 <= seen < 1e12:
+            raise ValueError(f"node {plan.name}: seen = {seen!r}")
+        return cls(plan, str(digest), public, float(seen))
 
     def belongs_to(self, claim: Claim) -> bool:
         """Whether this is the node that it was. A key that was proved once is to be proved always:
@@ -227,16 +233,21 @@ class Roster:
         return None if record is None else record.plan
 
     def join(
-        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
+        self,
+        name: str,
+        key: str | Claim,
+        worker_ports: int,
+        advertise: str | None,
+        renew: bool = False,
     ) -> NodePlan:
         """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
-        proved.
+        proved. `renew`: the name may have another key from now on.
 
         Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `join_bad` (a value that
         no rayfwd sends), `roster_unwritable`.
         """
         known = self._records.get(name)
-        record = self._record(name, key, worker_ports, advertise)
+        record = self._record(name, key, worker_ports, advertise, renew)
         if record != known:
             records = {**self._records, name: record}
             self._write(records)
@@ -265,20 +276,30 @@ class Roster:
         return (worker_ports, advertise) != (known.plan.worker_ports, advertised)
 
     def preview(
-        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
+        self,
+        name: str,
+        key: str | Claim,
+        worker_ports: int,
+        advertise: str | None,
+        renew: bool = False,
     ) -> NodePlan:
         """What `join` would give, changing nothing. Raises ProblemError as that does."""
-        return self._record(name, key, worker_ports, advertise).plan
+        return self._record(name, key, worker_ports, advertise, renew).plan
+
+    def has(self, name: str, claim: Claim) -> bool:
+        """Whether worker `name` has that key."""
+        known = self._records.get(name)
+        return known is not None and known.belongs_to(claim)
 
     def _record(
-        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None
+        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None, renew: bool
     ) -> Record:
         claim = key if isinstance(key, Claim) else Claim(key)
         _check_request(name, claim.key, worker_ports, advertise)
         known = self._records.get(name)
         if name in (self._own.name, "head"):
             raise _name_taken(name, "is the head's")
-        if known is not None and not known.belongs_to(claim):
+        if known is not None and not (renew or known.belongs_to(claim)):
             raise _name_taken(name, "belongs to a node with another key")
         if known is not None and _asks_for(known.plan, worker_ports, advertise):
             plan = known.plan  # it fits beside all others, as they were made to
@@ -286,7 +307,39 @@ class Roster:
             plan = allocate(
                 self.plans(), name, self._network, self._port_base, worker_ports, advertise
             )
-        return Record(plan, claim.sha256, claim.key if claim.proven else None)
+        seen = known.seen if known is not None else 0.0
+        return Record(plan, claim.sha256, claim.key if claim.proven else None, seen)
+
+    def note_seen(self, here: Collection[str], now: float) -> None:
+        """These are here; of whom nothing is known, the time begins to count. Raises ProblemError
+        where that cannot be written."""
+        records = {
+            name: replace(r, seen=now) if name in here or not r.seen else r
+            for name, r in self._records.items()
+        }
+        if records != self._records:
+            self._write(records)
+            self._records = records
+
+    def has_new(self) -> bool:
+        """There is one of whom it is not known when it was here."""
+        return any(not r.seen for r in self._records.values())
+
+    def away_for(self, seconds: float, now: float) -> list[str]:
+        """Who was not seen for longer than that."""
+        return [n for n, r in self._records.items() if r.seen and now - r.seen > seconds]
+
+    def room(self, most: int) -> int:
+        """How many more workers have a place, `most` at the most: each as large as the largest."""
+        plans = list(self.plans())
+        ports = max(plan.worker_ports for plan in plans)
+        for found in range(most):
+            name = f"{found}?"  # no node's name
+            try:
+                plans.append(allocate(plans, name, self._network, self._port_base, ports, None))
+            except ProblemError:
+                return found
+        return most
 
     def knows(self, name: str) -> bool:
         """Whether there is a worker of that name."""
@@ -340,7 +393,8 @@ def _name_taken(name: str, why: str) -> ProblemError:
     return codes.NAME_TAKEN.error(
         f"the name {name} {why}",
         "give this node another name; if it is the same machine made anew, say "
-        f"`rayfwd forget --keep-token {name}` on the head first",
+        f"`rayfwd forget --keep-token {name}` on the head first, or have its key's line in "
+        f"authorized_keys run `rayfwd attach --node {name}`",
     )
 
 

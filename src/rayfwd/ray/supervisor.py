@@ -26,13 +26,14 @@ from typing import Any, Literal
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.config import Config
+from rayfwd.config import Config, RayConfig
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray import commandline, ports, procfs, token
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of, started_by
 from rayfwd.ray.token import RayAuth
+from rayfwd.system import capacity
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
 from rayfwd.system.heartbeat import Heartbeat
@@ -317,7 +318,7 @@ class RaySupervisor:
             await self._before_start(wanted.own, install)
             if not self._link_up or self._plan_changed(wanted):
                 return None
-        argv = commandline.start_command(wanted.own, wanted.head, ray, install)
+        argv = commandline.start_command(wanted.own, wanted.head, _as_bounded(ray), install)
         command = shlex.join(redact_command(argv))
         try:
             process = RayProcess.spawn(
@@ -548,6 +549,13 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
             f"use Python {head.python} for Ray here, or {own.python} on the head: Ray wants "
             "them the same to the last number",
         )
+
+
+def _as_bounded(ray: RayConfig) -> RayConfig:
+    """Ray knows a control group's processors, and not that an affinity leaves fewer."""
+    if ray.num_cpus is not None or (cpus := capacity.cpus()) >= capacity.rays_cpus():
+        return ray
+    return ray.model_copy(update={"num_cpus": cpus})
 
 
 def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str | None) -> Problem:

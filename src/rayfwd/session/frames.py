@@ -76,6 +76,8 @@ class Kind(IntEnum):
     """[protocol version] The hub's first answer to whoever can prove its key. Payload: JSON."""
     PROOF = 15
     """[protocol version] The answer to that. Payload: JSON."""
+    VOUCH = 16
+    """[protocol version] Before a HELLO: whose the SSH key is that it came by. Payload: JSON."""
 
 
 KINDS: Final = {int(kind): kind for kind in Kind}

@@ -157,6 +157,28 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Vouch:
+    """What `rayfwd attach --node` says before the HELLO that it passes on."""
+
+    node: str
+    """Whose the SSH key is, by its line in authorized_keys."""
+    secret: str = field(repr=False)
+    """64 hexadecimal digits: the hub's, which its user alone can read."""
+
+    def encode(self) -> bytes:
+        return _encode(Kind.VOUCH, {"node": self.node, "secret": self.secret})
+
+    @classmethod
+    def decode(cls, frame: Frame) -> Vouch:
+        """Raises ProtocolError."""
+        body = _body(frame, Kind.VOUCH)
+        try:
+            return cls(_text(body, "node", 63), _digits(body, "secret", 64))
+        except (KeyError, ValueError) as exc:
+            raise ProtocolError(codes.HELLO_MALFORMED, f"VOUCH: {exc!r}") from exc
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """What the hub answers: the session stands, and this is the plan."""
 

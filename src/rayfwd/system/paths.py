@@ -65,6 +65,8 @@ def named_clusters(env: Mapping[str, str]) -> list[str]:
 
 
 CONTROL_SOCKET = "control.sock"
+SECRET = "attach.key"
+"""Beside the hub's socket: what `rayfwd attach --node` shows the hub."""
 CLUSTERS = "clusters"
 """Below the usual directories: those of the clusters that have a name here."""
 

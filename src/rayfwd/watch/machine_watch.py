@@ -5,6 +5,7 @@ The rules are pure; `sample` reads what they need from the kernel and may block 
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from collections.abc import Collection, Mapping
@@ -15,6 +16,7 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray import procfs
+from rayfwd.system import capacity
 
 MACHINE_INTERVAL = 10.0
 """Seconds between two looks."""
@@ -24,6 +26,10 @@ OWN_DESCRIPTORS = 64
 NODE_DESCRIPTORS = 64
 """Connections that one other node's Ray keeps open through the listeners here, at least: an idle
 cluster of three has 20 to 40 a node."""
+
+STORE_PART, STORE_MOST = 0.3, 10**10
+"""Ray's own part of the memory for objects. Of more than 10 GB it takes as much as /dev/shm has
+(`ray._private.utils.resolve_object_store_memory`, Ray 2.9 to 2.60)."""
 
 DISK_FULL_PART = 0.95
 """Part of the disk from which on Ray creates no more objects there
@@ -46,6 +52,10 @@ class MachineSeen:
     """Ports with a listening socket on this machine."""
     workers: range
     """Ports that are Ray's for worker processes here; empty: Ray is not up."""
+    store: int = 0
+    """What Ray's objects may have."""
+    shared: int | None = None
+    """What /dev/shm has, in use or not; None: there is none."""
 
 
 def sample(
@@ -54,6 +64,7 @@ def sample(
     own: NodePlan | None,
     disks: Collection[str],
     up: bool,
+    store: int | None = None,
 ) -> MachineSeen:
     """Look now. Directories that cannot be looked at are left out."""
     found = {}
@@ -74,7 +85,14 @@ def sample(
         disks=found,
         listening=procfs.listening() if workers else (),
         workers=workers,
+        store=rays_store(capacity.memory()) if store is None else store,
+        shared=capacity.shared_memory(),
     )
+
+
+def rays_store(memory: int) -> int:
+    """Bytes that Ray takes for objects by itself, on a node that may have so many."""
+    return min(int(memory * STORE_PART), STORE_MOST)
 
 
 def _there(path: Path) -> Path:
@@ -86,7 +104,7 @@ def _there(path: Path) -> Path:
 
 def judge(seen: MachineSeen) -> list[Problem]:
     """What is short."""
-    found = [*_descriptors(seen), *_ports(seen)]
+    found = [*_descriptors(seen), *_ports(seen), *_shared_memory(seen)]
     for directory, (free, total) in seen.disks.items():
         if total > 0 and 1 - free / total >= DISK_FULL_PART:
             found.append(
@@ -111,6 +129,20 @@ def _descriptors(seen: MachineSeen) -> list[Problem]:
             f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.listeners} "
             f"listeners, and connections of {seen.others} other nodes",
             f"raise the limit to {2 * need} at least: LimitNOFILE= of the service, or `ulimit -Hn`",
+        )
+    ]
+
+
+def _shared_memory(seen: MachineSeen) -> list[Problem]:
+    if seen.shared is None or seen.shared >= seen.store:
+        return []
+    need = f"{math.ceil(seen.store / 1e8) / 10:g}"
+    return [
+        codes.SHARED_MEMORY_SMALL.problem(
+            f"/dev/shm has {seen.shared / 1e6:.0f} MB, and Ray's objects here may take "
+            f"{seen.store / 1e9:.1f} GB: Ray keeps them in /tmp instead, on a disk",
+            f"in a container: `docker run --shm-size={need}gb` (compose: shm_size), or --ipc=host; "
+            "else set ray.object_store_memory to less than /dev/shm has",
         )
     ]
 

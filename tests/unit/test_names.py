@@ -1,0 +1,173 @@
+"""Who is who: a node by its SSH key, names that are given back, and room for more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.daemon import head as head_module
+from rayfwd.hub.roster import Roster
+from rayfwd.problems import ProblemError
+from rayfwd.session.frames import Kind, encode, first_frame
+from rayfwd.session.handshake import Hello, Refusal, Vouch, Welcome
+from rayfwd.system.paths import SECRET
+from tests.unit.cluster import answer_to, cluster, hello_of
+from tests.unit.daemons import site
+from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.loops import until
+
+OWN = NodePlan("head", "head", "127.77.0.1", 20000, 40, False, {"gcs": 6379})
+
+
+def roster(path: Path, port_base: int = 20000) -> Roster:
+    return Roster(path / "roster.json", replace(OWN, base=port_base), "127.77.0.0/24", port_base)
+
+
+# -- the SSH key is who it is
+
+
+def test_a_machine_made_anew_has_its_name_address_and_ports_by_its_ssh_key(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            w1 = await c.worker("w1")
+            before = dict(w1.welcome.node) if w1.welcome is not None else {}
+            secret = c.hub.path.with_name(SECRET)
+            assert secret.stat().st_mode & 0o777 == 0o600
+            vouch = Vouch("w1", secret.read_text().strip()).encode()
+            anew = hello_of("w1", key="another key of the node w1, as made anew")
+
+            clone = await answer_to(c.hub.path, vouch + anew.encode())
+            assert isinstance(clone, Refusal), "no two live machines under one name"
+            assert clone.problem.code == codes.NAME_IN_USE
+            await w1.close()
+
+            stranger = await answer_to(c.hub.path, anew.encode())
+            assert isinstance(stranger, Refusal)
+            assert stranger.problem.code == codes.NAME_TAKEN
+            other = Vouch("w2", vouch_secret(vouch)).encode()
+            assert refusal(await answer_to(c.hub.path, other + anew.encode())) == codes.NAME_TAKEN
+            forged = Vouch("w1", "0" * 64).encode()
+            assert refusal(await answer_to(c.hub.path, forged + anew.encode())) == codes.VOUCH_WRONG
+
+            welcome = await answer_to(c.hub.path, vouch + anew.encode())
+            assert isinstance(welcome, Welcome)
+            assert dict(welcome.node) == before
+            again = replace(anew, session=f"{int(anew.session, 16) + 1:x}")
+            assert isinstance(await answer_to(c.hub.path, again.encode()), Welcome)
+
+    run(main)
+
+
+def vouch_secret(vouch: bytes) -> str:
+    frame = first_frame(bytearray(vouch), 1 << 16)
+    assert frame is not None
+    return str(json.loads(frame.payload)["secret"])
+
+
+def refusal(answer: Welcome | Refusal | None) -> object:
+    assert isinstance(answer, Refusal)
+    return answer.problem.code
+
+
+def attach(tmp_path: Path, hello: bytes, *words: str) -> tuple[int, str]:
+    argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(tmp_path / "hub.sock")]
+    ran = subprocess.run([*argv, *words], input=hello, capture_output=True, timeout=60)
+    return ran.returncode, ran.stderr.decode()
+
+
+def test_a_key_that_names_a_node_is_for_no_other(tmp_path: Path) -> None:
+    code, said = attach(tmp_path, hello_of("w2").encode(), "--node", "w1")
+    assert code == 1
+    assert said.startswith("rayfwd attach: key_of_another: this SSH key is for the node w1, and")
+    assert "--name w1" in said
+
+
+def test_a_key_that_names_a_node_is_for_the_hubs_own_user(tmp_path: Path) -> None:
+    code, said = attach(tmp_path, hello_of("w1").encode(), "--node", "w1")
+    assert code == 1
+    assert said.startswith("rayfwd attach: hub_not_permitted: ")
+
+
+def test_what_attach_says_first_is_what_the_hub_reads(tmp_path: Path) -> None:
+    from rayfwd.cli.attach import _node_of, _vouch  # what sshd starts
+
+    (tmp_path / SECRET).write_text("ab" * 32 + "\n")
+    frame = first_frame(bytearray(_vouch("w1", tmp_path / "hub.sock")), 1 << 16)
+    assert frame is not None
+    assert Vouch.decode(frame) == Vouch("w1", "ab" * 32)
+    assert _node_of(hello_of("w1").encode()) == "w1"
+    client = Hello(node="x", key="k" * 32, version="0", worker_ports=0, role="client")
+    assert _node_of(client.encode()) is None
+    assert _node_of(encode(Kind.PING, 0, 1, b"")) is None
+    assert "secret" not in repr(Vouch("w1", "ab" * 32)).partition("node")[2]
+
+
+# -- names are given back
+
+
+def test_a_name_that_was_away_for_long_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(head_module, "RETURN_SECONDS", 0.0)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            await s.workers["w1"].stop()
+            await until(lambda: s.head.peer("w1").state == "down")
+            await asyncio.sleep(head_module.NAMES_INTERVAL + 5)
+            clock[0] += 2592000 + 3700
+            w2 = s.workers["w2"]
+            await until(lambda: w2.role.node.view.node_named("w1") is None, 200)
+            assert [r["name"] for r in (await s.head.ask("status"))["roster"]] == ["head", "w2"]
+
+    run(main, 400)
+
+
+def test_when_a_worker_was_seen_is_kept(tmp_path: Path) -> None:
+    first = roster(tmp_path)
+    first.join("w1", "k" * 32, 40, None)
+    first.join("w2", "k" * 32, 40, None)
+    assert first.away_for(60, 1e9) == [], "what is not known is not counted"
+    first.note_seen({"w1"}, 1000.0)
+    first.note_seen({"w1"}, 2000.0)
+    again = roster(tmp_path)
+    assert again.away_for(900, 2000.0) == ["w2"]
+    again.join("w2", "k" * 32, 48, None)
+    assert again.away_for(900, 2000.0) == ["w2"], "a place that changes says nothing of it"
+
+
+@pytest.mark.parametrize("seen", ['"x"', "true", "-1", "1e300"])
+def test_a_time_that_is_none_is_damage(tmp_path: Path, seen: str) -> None:
+    kept = roster(tmp_path)
+    kept.join("w1", "k" * 32, 40, None)
+    path = tmp_path / "roster.json"
+    path.write_text(path.read_text().replace('"seen": 0', f'"seen": {seen}'))
+    assert [plan.name for plan in roster(tmp_path).plans()] == ["head"]
+
+
+def test_how_many_more_there_is_room_for(tmp_path: Path) -> None:
+    nearly = roster(tmp_path, 32768 - 4 * 48)
+    assert nearly.room(5) == 3
+    nearly.join("w1", "k" * 32, 40, None)
+    assert nearly.room(5) == 2
+    nearly.join("w2", "k" * 32, 40, None)
+    nearly.join("w3", "k" * 32, 40, None)
+    assert nearly.room(5) == 0
+    with pytest.raises(ProblemError) as exc:
+        nearly.join("w4", "k" * 32, 40, None)
+    assert exc.value.problem.code == codes.PLAN_FULL
+    assert roster(tmp_path / "other").room(5) == 5
