@@ -1,7 +1,7 @@
 """What the first processes of the tests' namespaces share: mounts, the first fork, reaping.
 
 Standard library only: they run without site-packages (`COMMAND`), as what they import must not be
-covered under them. The demo's (`src/rayfwd/demo/first_process.py`) is a part of the product, works
+covered under them. The demo's (`src/rayfwd/demo/machine_init.py`) is a part of the product, works
 without root, and shares nothing with these.
 """
 

@@ -1,6 +1,6 @@
 """A machine to run the demo in, so that whatever it left behind would be seen there, and only it.
 
-It is made by the demo's own `first_process.py`: with processes,
+It is made by the demo's own `machine_init.py`: with processes,
 mounts, `/tmp` and so on of its own.
 """
 
@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import rayfwd
-from rayfwd.demo import first_process
+from rayfwd.demo import machine_init
 from tests import commands
 from tests.need import CHECKOUT, ray_envs, tool
 
@@ -68,7 +68,7 @@ class Box:
             "shm": "1g",
         }
         self._init = subprocess.Popen(
-            [sys.executable, "-I", first_process.__file__, json.dumps(spec)],
+            [sys.executable, "-I", machine_init.__file__, json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -20,7 +20,7 @@ from rayfwd.config import Config, load, parse
 from rayfwd.daemon.claim import MachineClaim, free_networks
 from rayfwd.daemon.lifetime import Lifetime
 from rayfwd.daemon.resources import claimed, recorded
-from rayfwd.system import claims
+from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
 from tests.unit.loops import run_on_fake_clock as run
 
@@ -150,8 +150,8 @@ def test_a_head_finds_what_is_free_and_keeps_to_it(monkeypatch: pytest.MonkeyPat
 
 def test_two_daemons_do_not_have_one_network() -> None:
     program = (
-        "import sys; from rayfwd.system.claims import Claim; c = Claim('127.118.0.0/17'); "
-        "print('held', flush=True); sys.stdin.read()"
+        "import sys; from rayfwd.system.network_lock import NetworkLock; "
+        "lock = NetworkLock('127.118.0.0/17'); print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -170,7 +170,7 @@ def test_two_daemons_do_not_have_one_network() -> None:
     later = MachineClaim()
     assert later.take("127.118.0.0/16")
     assert later.problem is None
-    assert claims.holder_of("127.118.0.0/16") is None, "it is this process"
+    assert network_lock.holder_of("127.118.0.0/16") is None, "it is this process"
     later.close()
 
 

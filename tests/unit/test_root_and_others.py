@@ -213,7 +213,7 @@ SPAWNERS = {
     "transport/openssh.py": "the system's ssh, as the service's user or the file's owner",
     "transport/openssh_carrier.py": "the same",
     "system/first_process.py": "no program: a child that goes on with what was said",
-    "demo/first_process.py": "its own makings",
+    "demo/machine_init.py": "its own makings",
     "demo/machine.py": "its own makings",
 }
 """Modules that start a program, and why root may say what leads there."""

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.problems import Problem
-from rayfwd.system.claims import Claim, holder_of
 from rayfwd.system.logs import get_logger
+from rayfwd.system.network_lock import NetworkLock, holder_of
 
 log = get_logger(__name__)
 
@@ -32,19 +32,19 @@ class NetworkClaim(Protocol):
 
 
 class MachineClaim:
-    """Asks the other daemons of this machine (`system/claims.py`)."""
+    """Asks the other daemons of this machine (`system/network_lock.py`)."""
 
     def __init__(self) -> None:
         self.problem: Problem | None = None
-        self._claim: Claim | None = None
+        self._lock: NetworkLock | None = None
 
     def take(self, network: str) -> bool:
-        if self._claim is not None and self._claim.network == network:
+        if self._lock is not None and self._lock.network == network:
             return True
         self.close()
         if (holder := holder_of(network)) is None:
             with suppress(OSError):  # somebody was faster
-                self._claim, self.problem = Claim(network), None
+                self._lock, self.problem = NetworkLock(network), None
                 return True
         who = "another rayfwd" if holder is None else f"another rayfwd ({holder})"
         problem = codes.NETWORK_IN_USE.problem(
@@ -60,9 +60,9 @@ class MachineClaim:
         return False
 
     def close(self) -> None:
-        if self._claim is not None:
-            self._claim.close()
-            self._claim = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def free_networks() -> Iterator[str]:

@@ -1,6 +1,6 @@
 """A machine for the demo, seen from outside: made, told what to start, and ended.
 
-What happens inside is in `first_process.py`.
+What happens inside is in `machine_init.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAKING_SECONDS = 15.0
 ENDING_SECONDS = 20.0
 """Seconds that the kernel may take to end all processes of a machine."""
 
-_INIT = Path(__file__).with_name("first_process.py")
+_INIT = Path(__file__).with_name("machine_init.py")
 _SETTINGS = Path("/proc/sys")
 
 

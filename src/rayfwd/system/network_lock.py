@@ -36,7 +36,7 @@ class Holder:
         return f"{who}, pid {self.pid}" if self.pid else who
 
 
-class Claim:
+class NetworkLock:
     """A network that is this process's until `close`."""
 
     def __init__(self, network: str) -> None:
