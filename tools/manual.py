@@ -23,7 +23,7 @@ import tomli_w
 
 from rayfwd.cli import EXIT_CODES, VERBS, full_parser
 from rayfwd.cli.flags import said_of
-from rayfwd.config import SECTIONS, Config
+from rayfwd.config import INNER, SECTIONS, Config
 
 CHECKOUT = Path(__file__).parents[1]
 COLUMN = 40
@@ -44,12 +44,25 @@ class Key:
     required: bool
 
 
+_LISTS = tuple(tuple[cls, ...] for cls in INNER.values())  # type: ignore[valid-type]
+"""What has a section of its own."""
+
+
+def sections() -> Iterator[tuple[str, str, type[Any]]]:
+    """Name, header and class of each, a section's own lists behind it."""
+    for name, cls in SECTIONS.items():
+        yield name, f"[[{name}]]" if name == "forward" else f"[{name}]", cls
+        for inner, its in INNER.items():
+            if inner.startswith(f"{name}."):
+                yield inner, f"[[{inner}]]", its
+
+
 def keys(cls: type[Any]) -> Iterator[Key]:
     """The keys of a section; of the whole file, those before any section."""
     said = said_of(cls)
     schema = cls.model_json_schema()
     for name, field in cls.model_fields.items():
-        if cls is Config and name in SECTIONS:
+        if (cls is Config and name in SECTIONS) or field.annotation in _LISTS:
             continue
         shown = field.examples[0] if field.examples else field.default
         plain = None if field.examples or field.is_required() else _toml(field.default)
@@ -59,7 +72,8 @@ def keys(cls: type[Any]) -> Iterator[Key]:
             example=_toml(shown),
             default=plain,
             allowed=allowed(schema["properties"][name]),
-            required=field.is_required(),
+            # Of the link, where the head does not dial: the example is a worker's that does.
+            required=field.is_required() or name == "ssh",
         )
 
 
@@ -114,7 +128,7 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 # -- the example -----------------------------------------------------------------------------------
 
-_ABSENT = {"hub", "client", "forward"}
+_ABSENT = {"hub", "hub.dial", "client", "forward"}
 """Sections that the example, a worker's file, shows without having them."""
 
 
@@ -127,9 +141,8 @@ def example() -> str:
         "",
         *_example_of(Config, False),
     ]
-    for name, cls in SECTIONS.items():
+    for name, header, cls in sections():
         absent = name in _ABSENT
-        header = f"[[{name}]]" if name == "forward" else f"[{name}]"
         lines += ["", *_wrapped(str(inspect.getdoc(cls))), "#" * absent + header]
         lines += _example_of(cls, absent)
     return "\n".join(lines) + "\n"
@@ -186,8 +199,7 @@ def page_of_file() -> str:
         ".SH KEYS OF THE FILE",
         *_page_of(Config),
     ]
-    for name, cls in SECTIONS.items():
-        header = f"[[{name}]]" if name == "forward" else f"[{name}]"
+    for _, header, cls in sections():
         lines += [f".SH {header}", *_paragraphs(str(inspect.getdoc(cls))), *_page_of(cls)]
     lines += [".SH SEE ALSO", ".BR rayfwd (1)"]
     return "\n".join(lines) + "\n"

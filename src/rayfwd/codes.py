@@ -33,6 +33,7 @@ SSH_FILE_UNREADABLE = Code(
 SSH_CONFIG_INVALID = Code(
     "ssh_config_invalid", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
 )
+SSH_LIMITED = Code("ssh_limited", "warning", stage="ssh")
 OPENSSH_ABSENT = Code(
     "openssh_absent", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
 )
@@ -77,6 +78,7 @@ CLIENTS_FULL = Code("clients_full", "warning")
 LANES_FULL = Code("lanes_full", "warning", passing=True)
 PLAN_CHANGES = Code("plan_changes", "warning", passing=True)
 ROSTER_UNWRITABLE = Code("roster_unwritable", group=Group.LINK_FAULT)
+LINK_AWAITED = Code("link_awaited", group=Group.LINK_FAULT, stage="ssh")
 LANE_LOST = Code("lane_lost", "warning", Group.LINK_FAULT, for_seconds=3.0, both_ends=True)
 LINK_PARKED = Code(
     "link_parked", "note", Group.LINK_GONE, caused_by=(Group.LINK_FAULT,), both_ends=True

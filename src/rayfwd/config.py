@@ -159,8 +159,12 @@ Command = Annotated[str, AfterValidator(_not_empty)]
 class HeadConfig(_Section):
     """Of a worker or a client: how it reaches the head by SSH. A head has [hub] instead."""
 
-    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@head.example.org"])
+    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(
+        default="", examples=["ray@head.example.org"]
+    )
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
+    dialled: YesNo = False
+    """of a worker; true: the head dials it ([[hub.dial]] there), and ssh may be left out"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
     """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
@@ -184,6 +188,49 @@ class HeadConfig(_Section):
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
         return _ssh_target(self.ssh)
+
+    @property
+    def called(self) -> str:
+        """The head, in a sentence."""
+        return self.ssh or "the head, which dials"
+
+
+class DialConfig(_Section):
+    """Of a head: a worker that accepts SSH, and is dialled from here; as many as there are to be.
+    The worker's file has dialled = true in [head]; docs/ways.md."""
+
+    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@gpu-1.example.org"])
+    """user@host, user@host:port, or an alias of ~/.ssh/config"""
+    name: Annotated[str, AfterValidator(check_name)] | None = Field(
+        default=None, examples=["gpu-1"]
+    )
+    """the worker's name, for what is said of it; default: the host in ssh"""
+    identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
+    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
+    known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
+    """the only file that may have the worker's host key; default: those that ssh would read"""
+    ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
+    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/link.sock")
+    """where the worker waits: link.sock in its runtime_dir"""
+    transport: Literal["asyncssh", "openssh"] = "asyncssh"
+    """as in [head]"""
+    via: Literal["socket", "exec"] = "socket"
+    """"exec" where the worker's sshd forbids forwarding to sockets: runs attach_command there"""
+    attach_command: Command = "rayfwd attach"
+    """what via = "exec" runs; a forced command in authorized_keys takes its place"""
+    bulk_lanes: Whole = Field(default=1, ge=0, le=8)
+    """SSH connections for big transfers, beside the one for short messages"""
+
+    @property
+    def called(self) -> str:
+        """The worker, in a sentence."""
+        return self.name or _ssh_target(self.ssh)[1]
+
+    def way(self) -> HeadConfig:
+        """The same, as a way by SSH is described."""
+        own = self.model_dump(exclude={"name", "socket"}, exclude_unset=True)
+        return HeadConfig.model_validate({**own, "socket": self.socket, "extra_lanes": 0})
 
 
 def _loopback_network(value: str) -> str:
@@ -211,6 +258,8 @@ class HubConfig(_Section):
     """seconds after which a worker that is away loses its name, address and ports (30 days)"""
     users: tuple[Command, ...] = ()
     """login names that SSH connections arrive as, beside root and the daemon's own"""
+    dial: tuple[DialConfig, ...] = ()
+    """workers that are dialled from here, each a [[hub.dial]]"""
 
 
 def _reachable_address(value: str) -> str:
@@ -421,6 +470,10 @@ class Config(_Section):
             mistakes.append(
                 f'ephemeral: belongs to a worker, and this file has role = "{self.role}"'
             )
+        if self.head is not None and not self.head.ssh and not self.head.dialled:
+            mistakes.append("head.ssh: must be given")
+        if self.head is not None and self.head.dialled and self.role == "client":
+            mistakes.append("head.dialled: a client dials the head itself")
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
         if mistakes:
@@ -465,6 +518,11 @@ class Config(_Section):
     def hub_socket(self) -> Path:
         """Of a head: where the hub listens."""
         return self.hub.socket or self.runtime_dir / "hub.sock"
+
+    @property
+    def link_socket(self) -> Path:
+        """Of a worker that is dialled: where it waits."""
+        return self.runtime_dir / "link.sock"
 
     @property
     def control_socket(self) -> Path:
@@ -516,6 +574,8 @@ class Config(_Section):
         return ()
 
 
+INNER: dict[str, type[BaseModel]] = {"hub.dial": DialConfig}
+"""Lists of sections within a section."""
 SECTIONS: dict[str, type[BaseModel]] = {
     "log": LogConfig,
     "head": HeadConfig,
@@ -660,7 +720,7 @@ def _meant(location: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Config
     for part in location[:-1]:
         if isinstance(part, str):
-            section = SECTIONS[part]
+            section = INNER.get(f"hub.{part}") or SECTIONS[part]
     names = list(section.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean {near[0]}?" if near else f"; the keys here are {', '.join(names)}"

@@ -89,7 +89,7 @@ class Link(_Peer):
     """A worker's link to the head."""
 
     head: str
-    """What the configuration has as `head.ssh`."""
+    """What the configuration has as `head.ssh`; "the head, which dials" where it has none."""
     conditions: tuple[str, ...]
     """Ids of what is wrong with it."""
 

@@ -395,8 +395,11 @@ class Lab:
     The head's firewall lets in SSH, the workers' nothing. `folder` (logs, keys) stays.
     """
 
-    def __init__(self, folder: Path, rayfwd: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, rayfwd: Path | None = None, names: Sequence[str] = NAMES
+    ) -> None:
         self.folder = folder
+        self._names = names
         self.rayfwd = rayfwd if rayfwd is not None else package.current()
         self.processes: list[Process] = []
         self._switch: Init | None = None
@@ -423,7 +426,7 @@ class Lab:
         self._switch = Init("switch", {"bare": True, "tag": f"{tag()}-switch"})
         network_command(self._switch.pid, "ip", "link", "add", "br0", "type", "bridge")
         network_command(self._switch.pid, "ip", "link", "set", "br0", "up")
-        addresses = {name: f"198.51.100.{k}" for k, name in enumerate(NAMES, 1)}
+        addresses = {name: f"198.51.100.{k}" for k, name in enumerate(self._names, 1)}
         keep = self._trees()
         for name, address in addresses.items():
             for kind in ("user", "host"):
@@ -457,7 +460,7 @@ class Lab:
         return list(dict.fromkeys(found))
 
     def machine(self, name: str) -> Machine:
-        """`head`, `w1` or `w2`."""
+        """`head`, `w1` or `w2`, and others where they were asked for."""
         return self._machines[name]
 
     @property

@@ -187,6 +187,8 @@ class SocketConnection:
 
     async def tune(self) -> None: ...
 
+    def keep_alive(self) -> None: ...
+
     def close(self) -> None:
         self.abort()
 
@@ -225,6 +227,10 @@ class Daemon:
         self.forwards: dict[Target, str] = {}
         self.more = ""
         """What its file has besides, before the sections."""
+        self.dialled = False
+        """A worker: the head dials it, and it dials nobody."""
+        self.dials_in_vain = False
+        """It dials as well, where nobody answers."""
         self.carrier: SocketCarrier | None = None
         self._site = site
         self._index = index
@@ -281,8 +287,11 @@ class Daemon:
             f"expose = [{self.expose}]",
             self.more,
             *([] if self.forwards else ["forward = []"]),
-            f'[hub]\nnetwork = "{NETWORK}"'
+            f'[hub]\nnetwork = "{NETWORK}"\n{self._dials()}'
             if self is head
+            else "[head]\ndialled = true\n"
+            + 'ssh = "nobody"\nsocket = "/nowhere"' * self.dials_in_vain
+            if self.dialled
             else f'[head]\nssh = "head"\nsocket = "{head.directory}/run/hub.sock"',
             f'[ray]\ncommand = "{self.directory}/no-ray"\nworker_ports = 8',
             "[canary]\nenabled = false",
@@ -291,6 +300,14 @@ class Daemon:
         for at, to in self.forwards.items():
             rows.append(f'[[forward]]\nlisten = "{at}"\nto = "{to}"')
         self.file.write_text("\n".join(rows) + "\n")
+
+    def _dials(self) -> str:
+        """Of a head: the workers that it dials."""
+        dialled = [worker for worker in self._site.workers.values() if worker.dialled]
+        return "".join(
+            f'[[hub.dial]]\nssh = "{each.name}"\nsocket = "{each.directory}/run/link.sock"\n'
+            for each in dialled
+        )
 
     async def start(
         self, left: Packed | None = None, damage: Callable[[Tree], None] | None = None

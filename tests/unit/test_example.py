@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from rayfwd.cluster.plan import default_worker_ports
-from rayfwd.config import SECTIONS, Config, parse
+from rayfwd.config import INNER, SECTIONS, Config, parse
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
 
@@ -27,6 +27,10 @@ FOUND_AT_RUN_TIME = {
     "head.known_hosts",
     "head.ssh_config",
     "hub.socket",
+    "hub.dial.name",
+    "hub.dial.identity",
+    "hub.dial.known_hosts",
+    "hub.dial.ssh_config",
     "ray.num_cpus",
     "ray.num_gpus",
     "ray.object_store_memory",
@@ -36,7 +40,7 @@ FOUND_AT_RUN_TIME = {
     "client.dashboard_port",
     "client.client_port",
 }
-REQUIRED = {"role", "head.ssh"}
+REQUIRED = {"role", "head.ssh", "hub.dial.ssh"}
 
 
 def uncommented(text: str) -> str:
@@ -45,7 +49,7 @@ def uncommented(text: str) -> str:
 
 def without(text: str, *sections: str) -> str:
     for name in sections:
-        text = re.sub(rf"(?ms)^\[{name}\].*?(?=^\[|\Z)", "", text)
+        text = re.sub(rf"(?ms)^\[+{re.escape(name)}\].*?(?=^\[|\Z)", "", text)
     return text
 
 
@@ -55,13 +59,13 @@ def head_variant(text: str) -> str:
 
 
 def worker_variant(text: str) -> str:
-    return without(uncommented(text), "hub", "client")
+    return without(uncommented(text), "hub", "hub.dial", "client")
 
 
 def client_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "client"')
     everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
-    nodes = without(everything, "hub", "network", "ray", "metrics", "canary")
+    nodes = without(everything, "hub", "hub.dial", "network", "ray", "metrics", "canary")
     return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 
@@ -72,6 +76,9 @@ def keys_of(data: dict[str, Any]) -> dict[str, Any]:
         if key == "forward":
             out |= {f"forward.{k}": v for k, v in value[0].items()}
         elif key in SECTIONS:
+            for inner in (name for name in INNER if name.startswith(f"{key}.")):
+                (row,) = value.pop(inner.rpartition(".")[2])
+                out |= {f"{inner}.{k}": v for k, v in row.items()}
             out |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             out[key] = value
@@ -83,9 +90,12 @@ def model_fields() -> dict[str, tuple[type[BaseModel], str]]:
     for name in Config.model_fields:
         if name in SECTIONS:
             section = SECTIONS[name]
-            out |= {f"{name}.{field}": (section, field) for field in section.model_fields}
+            fields = (field for field in section.model_fields if f"{name}.{field}" not in INNER)
+            out |= {f"{name}.{field}": (section, field) for field in fields}
         else:
             out[name] = (Config, name)
+    for inner, section in INNER.items():
+        out |= {f"{inner}.{field}": (section, field) for field in section.model_fields}
     return out
 
 
@@ -129,7 +139,7 @@ def test_every_key_has_a_line_of_why() -> None:
 def test_defaults_found_at_run_time_are_explained() -> None:
     section, lines = "", {}
     for line in EXAMPLE.read_text().splitlines():
-        if header := re.match(r"#?\[([a-z]+)\]", line):
+        if header := re.match(r"#?\[+([a-z.]+)\]", line):
             section = f"{header[1]}."
         if key := re.match(r"#?([a-z_]+) = ", line):
             lines[section + key[1]] = line

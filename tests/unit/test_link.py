@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import asyncssh
@@ -1094,3 +1095,19 @@ class TestExec:
             run_in_real_time(main, 60)
         assert len(of(log, "hub_absent")) == 1
         assert "nothing.sock" in of(log, "hub_absent")[0]["cause"]
+
+
+def test_what_cannot_be_had_beside_a_lane_that_stands_is_a_limit() -> None:
+    link = Link(cast(Any, None), HeadConfig(ssh="h"), cast(Any, None), Limits())
+    away = codes.SSH_UNREACHABLE.problem("h did not answer in time", "see that it is up")
+    refused = codes.SSH_AUTH_REFUSED.problem("h refuses", "add the key")
+    link.mux = cast(Any, SimpleNamespace(ended=False, lanes={}))
+    assert link.understood(away, 9, 10.0) is away, "parked: it may as well be away"
+    link.mux.lanes[1] = cast(Any, None)
+    assert link.understood(away, 1, 0.1) is away, "sshd is restarted, perhaps"
+    for failures, seconds in ((3, 0.1), (1, 10.0)):
+        told = link.understood(away, failures, seconds)
+        assert told.code == codes.SSH_LIMITED
+        assert "h did not answer in time" in told.cause
+        assert "ufw limit" in told.remedy
+    assert link.understood(refused, 9, 10.0) is refused

@@ -553,3 +553,17 @@ class TestTheCommand:
     def test_nothing_to_take_away(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["uninstall"]) == 0
         assert "nothing to take away" in capsys.readouterr().out
+
+
+def test_a_worker_that_is_dialled_has_no_key_and_is_told_both_lines() -> None:
+    request = replace(worker(), head=None, host_key=None)
+    system = system_layout(COMMAND, PYTHON)
+    steps = plan(request, system, units.shipped())
+    assert not any(isinstance(step, Key) for step in steps)
+    config = tomllib.loads(texts.config_text(request, system))
+    assert config["head"] == {"dialled": True}
+    parse(config)
+    section = tomllib.loads(texts.dial_section(request, system, "gpu-1.example.org"))
+    head = parse({"role": "head", "name": "h", **section})
+    assert head.hub.dial[0].called == request.name
+    assert head.hub.dial[0].via == "exec"

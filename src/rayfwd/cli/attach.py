@@ -42,7 +42,7 @@ from rayfwd.system.paths import (
 )
 
 _CHUNK = 262144
-_HUB_SOCKET = "hub.sock"
+_HUB_SOCKET, _LINK_SOCKET = "hub.sock", "link.sock"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
 _HELLO_TIMEOUT = 10.0
@@ -243,12 +243,14 @@ def hub_socket(config: Path | None, cluster: str | None = None) -> Path:
     given = hub.get("socket") if isinstance(hub, dict) else None
     if isinstance(given, str):
         return Path(given)
+    # On a worker that the head dials: where that worker waits.
+    name = _LINK_SOCKET if data.get("role") == "worker" else _HUB_SOCKET
     directory = data.get("runtime_dir")
     if isinstance(directory, str):
-        return Path(directory) / _HUB_SOCKET
+        return Path(directory) / name
     if cluster is not None:
-        return default_runtime_dir(os.environ, cluster) / _HUB_SOCKET
-    return find_socket(default_runtime_dir(os.environ), _HUB_SOCKET)
+        return default_runtime_dir(os.environ, cluster) / name
+    return find_socket(default_runtime_dir(os.environ), name)
 
 
 def join(hub: socket.socket) -> None:

@@ -40,6 +40,10 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
     yield "sockets", f"{config.runtime_dir}"
     if config.head is not None:
         yield "head", _dials(config.head)
+        if config.head.dialled:
+            yield "waits", f"at {config.link_socket} for what the head dials"
+    for dial in config.hub.dial:
+        yield "dials", f"{dial.called}: {_dials(dial.way())}"
     if own is not None:
         allowed = ", ".join(("root", "the daemon's own user", *config.hub.users))
         yield "hub", f"listens on {config.hub_socket}; may connect: {allowed}"
@@ -60,6 +64,8 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
 
 
 def _dials(head: HeadConfig) -> str:
+    if not head.ssh:
+        return "dials this worker (dialled = true)"
     user, host, port = head.ssh_target()
     shown = (f"{user}@" if user else "") + host + (f", port {port}" if port else "")
     lanes = 1 + head.bulk_lanes

@@ -12,6 +12,7 @@ import pwd
 import shutil
 import socket
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,16 @@ _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("role", choices=["head", "worker"])
     parser.add_argument("--head", metavar="USER@HOST", help="a worker's: how ssh reaches the head")
+    parser.add_argument(
+        "--dialled",
+        action="store_true",
+        help="a worker's: the head dials it, and nothing is dialled from here",
+    )
+    parser.add_argument(
+        "--head-key",
+        metavar="KEY",
+        help="a dialled worker's: the head's public key, for the line that is printed",
+    )
     parser.add_argument("--ray", metavar="PATH", help="the `ray` command (default: looked for)")
     parser.add_argument("--name", help="this node's name (default: the host's)")
     parser.add_argument(
@@ -121,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
     failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
         _print_for_workers(request, layout)
+    elif request.head is None:
+        _print_dialled(request, layout, args.head_key or "(the head's public key)")
     elif not by_hand:
         own = seen.public_key if request.identity else public_key(layout.identity)
         _print_for_head(request, seen.login, own or "(the key that is to be made)")
@@ -145,7 +158,7 @@ def _doctor(request: SetupRequest, layout: Layout) -> bool:
 
 def _check_flags(args: argparse.Namespace) -> None:
     other = {
-        "head": ("head", "identity", "head_rayfwd", "fingerprint"),
+        "head": ("head", "identity", "head_rayfwd", "fingerprint", "dialled", "head_key"),
         "worker": ("login",),
     }
     wrong = [
@@ -211,8 +224,11 @@ def _request(
     """Every answer: from a flag, from the file that is there, looked for, or asked."""
     head = None
     if args.role == "worker":
-        was = before.head.ssh if before is not None and before.head is not None else None
-        head = args.head or was or _ask("--head", "How does ssh reach the head (user@host)? ")
+        was = before.head if before is not None else None
+        head = args.head or (was.ssh if was is not None else None)
+        if not head and not (args.dialled or (was is not None and was.dialled)):
+            head = _ask("--head", "How does ssh reach the head (user@host)? ")
+        head = head or None
     ray = args.ray or (before.ray.command if before is not None else None) or _ray_beside()
     if ray is not None and "/" in ray:
         ray = str(Path(ray).expanduser().absolute())
@@ -227,7 +243,7 @@ def _request(
     except ValueError as exc:
         raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
     host_key = _host_key_before(layout)
-    moved = before is not None and before.head is not None and before.head.ssh != head
+    moved = before is not None and before.head is not None and (before.head.ssh or None) != head
     fetch = head is not None and not by_hand and bool(not host_key or args.fingerprint or moved)
     identity = args.identity.absolute() if args.identity is not None else None
     if before is not None and before.head is not None and identity is None:
@@ -400,6 +416,17 @@ def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
         "\nOn each worker, with this machine's name or address as seen from there, and its `ray`:\n"
     )
     print(f"    {line}")
+
+
+def _print_dialled(request: SetupRequest, layout: Layout, key: str) -> None:
+    print(f"\nHere, as a line of ~{request.user}/.ssh/authorized_keys:\n")
+    print(f"    {texts.authorized_line(layout.command, key)}")
+    print(
+        "\nOn the head, in its file, with this machine's name or address as seen from there and "
+        "its host\nkey in known_hosts there:\n"
+    )
+    section = texts.dial_section(request, layout, socket.gethostname())
+    print(textwrap.indent(section, "    "))
 
 
 def _print_for_head(request: SetupRequest, login: str, key: str) -> None:

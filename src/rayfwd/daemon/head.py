@@ -33,7 +33,7 @@ from rayfwd.daemon.views import (
 )
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, find
@@ -50,6 +50,7 @@ from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.dialler import Dialler
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
@@ -120,6 +121,16 @@ class HeadRole:
             ride_through=config.ride_through,
             limits=Limits(),
         )
+        self._diallers = [
+            Dialler(
+                dial,
+                makers.carrier(dial.way()),
+                config.hub_socket,
+                config.ride_through,
+                self._dialler_changed,
+            )
+            for dial in hub.dial
+        ]
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
@@ -160,14 +171,32 @@ class HeadRole:
         await self._hub.start()
         self._tell_ray()
         self.changed()
-        await self._hub.wait_closed()
+        async with asyncio.TaskGroup() as group:
+            dialling = [
+                group.create_task(dialler.run(), name=f"dial {dialler.called}")
+                for dialler in self._diallers
+            ]
+            await self._hub.wait_closed()
+            await self._diallers_done()
+            for task in dialling:
+                task.cancel()
+
+    async def _diallers_done(self) -> None:
+        """What the hub said last is on its way."""
+        await asyncio.gather(*(dialler.drained() for dialler in self._diallers))
+
+    def _dialler_changed(self) -> None:
+        self.changed()
 
     def leaving(self) -> None:
         """The workers see the hub close; their Ray waits for this one's for a while."""
 
     async def end(self) -> None:
         await self._dial_back.close()
+        for dialler in self._diallers:
+            dialler.end()
         await self._hub.close("the head's rayfwd was stopped")
+        await self._diallers_done()
 
     def watchers(self) -> dict[str, Work]:
         return {
@@ -339,6 +368,8 @@ class HeadRole:
 
     def hand_over(self) -> Tree:
         hub = self._hub
+        for dialler in self._diallers:
+            dialler.close()
         return {"path": str(hub.path), "splices": hub.splices(), "nodes": hub.hand_over()}
 
     def _inherit_socket(self, arrival: Arrival) -> None:
@@ -568,6 +599,12 @@ class HeadRole:
                         ),
                     )
                 )
+        for dialler in self._diallers:
+            if (kept := dialler.problem) is not None:
+                # One that has come by its own dialling is there all the same.
+                named = self._hub.nodes.get(dialler.called)
+                there: Severity | None = "note" if named and named.state == "up" else None
+                found.append(Finding(dialler.called, kept, severity=there, explains=False))
         for name, refusal in self._hub.refused_lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.

@@ -48,6 +48,8 @@ from rayfwd.system.control import Verb
 from rayfwd.system.files import replace_file
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.awaited import Awaited
+from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.link import Link
 from rayfwd.transport.linkstats import LinkStats
@@ -102,7 +104,15 @@ class WorkerRole:
         """What the hub says."""
         view = ClusterView(config.hub.network, config.ride_through)
         self._node = Node(config, self, view, makers)
-        self._link = Link(self, config.head, makers.carrier(config.head), Limits())
+        head = config.head
+        carrier: Carrier | None = makers.carrier(head) if head.ssh else None
+        self._awaited: Awaited | None = None
+        if head.dialled:
+            carrier = self._awaited = Awaited(config.link_socket, carrier)
+            # How many there are is the head's to say.
+            head = head.model_copy(update={"extra_lanes": 0})
+        assert carrier is not None, "a head that does not dial is dialled"
+        self._link = Link(self, head, carrier, Limits())
 
     @property
     def node(self) -> Node:
@@ -118,6 +128,8 @@ class WorkerRole:
         await self._node.overlay.settle()
         if arrival is not None:
             await arrival.take_over(self)
+        if self._awaited is not None:
+            await self._awaited.listen()
         await self._link.run()
 
     def leaving(self) -> None:
@@ -125,6 +137,8 @@ class WorkerRole:
 
     async def end(self) -> None:
         await self._link.close("the worker's rayfwd was stopped")
+        if self._awaited is not None:
+            self._awaited.end()
 
     def watchers(self) -> dict[str, Work]:
         return {"claim": self._watch_claim}
@@ -180,6 +194,8 @@ class WorkerRole:
                 features=self._hub_features,
                 ray_auth=view.auth.to_wire() if view.auth else None,
             ).encode()
+        if self._awaited is not None:
+            self._awaited.end()
         nodes = [node.to_wire() for node in view.nodes]
         return {"welcome": welcome, "nodes": nodes, "link": self._link.hand_over()}
 
@@ -493,11 +509,12 @@ class WorkerRole:
             kept: Severity | None = "note" if link.state == "parked" else None
             found.append(Finding(own, link.problem, severity=kept, blocks_ready=True))
         if link.state == "parked" and link.mux is not None:
-            parked = parked_problem(f"the link to {link.head.ssh}", link.mux)
+            parked = parked_problem(f"the link to {link.head.called}", link.mux)
             found.append(Finding(own, parked, blocks_ready=True))
         if not found:
             dialling = codes.LINK_STARTING.problem(
-                f"dialling {link.head.ssh}", "nothing: this is brief"
+                f"dialling {link.head.ssh}" if link.head.ssh else "waiting to be dialled",
+                "nothing: this is brief",
             )
             found.append(Finding(own, dialling, blocks_ready=True))
         return found
@@ -513,7 +530,7 @@ class WorkerRole:
         return RoleStatus(
             link=status.Link(
                 state=link.state,
-                head=link.head.ssh,
+                head=link.head.called,
                 since=link.since,
                 cuts=link.link_stats.cuts,
                 ridden_through=link.link_stats.ridden_through,

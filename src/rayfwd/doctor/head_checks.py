@@ -8,16 +8,19 @@ from collections.abc import Mapping
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import DialConfig
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import no_token, not_writable
 from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
-from rayfwd.problems import ProblemError
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
 from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
+from rayfwd.transport.carriers import carrier_for
+from rayfwd.transport.dialler import of_worker
 
 
 class HeadExamination(Examination):
@@ -32,13 +35,14 @@ class HeadExamination(Examination):
         self.nodes = await asyncio.to_thread(self._roster, own)
         self.emit(self._socket())
         self.emit(await self._sshd())
+        self.emit(await self._dial())
         self.emit(await self._ray())
         self.emit(await self.ports())
         self.emit(await self.listeners())
         self.emit(await self.network_level())
         self.emit(await self.limits())
         self.emit(skipped("clock", "each worker compares its own with this one"))
-        self.emit(skipped("names", "a head dials nobody"))
+        self.emit(skipped("names", "of those that a head dials, `dial` says it"))
         self.emit(self.proxies())
         self.emit(skipped("link", "each worker measures its own"))
 
@@ -101,6 +105,32 @@ class HeadExamination(Examination):
         if wrong:
             return warned("sshd", several(list(dict.fromkeys(wrong))), server=said)
         return passed("sshd", f"{said} answers, and its options suit", server=said)
+
+    async def _dial(self) -> Row:
+        """Log in at each worker that is dialled from here; nothing is opened there."""
+        dials = self.config.hub.dial
+        if not dials:
+            return skipped("dial", "this head dials no worker ([[hub.dial]])")
+        found = await asyncio.gather(*map(_logged_in, dials))
+        wrong = [problem for problem in found if problem is not None]
+        if wrong:
+            return failed("dial", several(wrong))
+        names = ", ".join(dial.called for dial in dials)
+        return passed("dial", f"logged in at {names}; the host keys are known")
+
+
+async def _logged_in(dial: DialConfig) -> Problem | None:
+    """Why not, where it does not come to that."""
+    # By `via = "exec"` the system's ssh would run the command, which says something to the worker.
+    carrier = carrier_for(dial.way().model_copy(update={"via": "socket"}))
+    try:
+        (await carrier.dial(asyncio.Event())).abort()
+    except ProblemError as exc:
+        problem = of_worker(exc.problem)
+        return problem.code.problem(f"{dial.called}: {problem.cause}", problem.remedy)
+    finally:
+        carrier.close()
+    return None
 
 
 def _sshd_places(options: Mapping[str, list[str]]) -> list[tuple[str, int]]:

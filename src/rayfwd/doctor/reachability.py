@@ -78,6 +78,9 @@ class WayExamination(Examination):
 
     async def way(self) -> None:
         """Dial, ask, measure; say the rows of the way, and keep those of later checks."""
+        if not self._head.ssh:
+            self._awaited()
+            return
         carrier = carrier_for(self._head)
         began = time.monotonic()
         try:
@@ -93,6 +96,18 @@ class WayExamination(Examination):
         finally:
             connection.abort()
             carrier.close()
+
+    def _awaited(self) -> None:
+        """The head dials: what there is to see here, the daemon has seen."""
+        link = None if self.status is None else self.status.link
+        if link is not None and link.state == "up":
+            self.emit(passed("ssh", "the head dials this machine, and the link stands"))
+        elif link is not None:
+            self.emit(failed("ssh", _not_dialled(self.config.link_socket)))
+        else:
+            self.emit(skipped("ssh", "the head dials this machine, once the daemon runs here"))
+        for stage in (*STAGES[1:], *self.after_hub):
+            self.emit(skipped(stage, "the head dials; its doctor's `dial` goes that way"))
 
     async def _ask(self, connection: SshConnection | OpensshConnection) -> None:
         stopped: tuple[HeadConfig, Problem] | None = None
@@ -252,6 +267,8 @@ class WayExamination(Examination):
 
     async def names(self) -> Row:
         """How soon the head's name is found."""
+        if not self._head.ssh:
+            return skipped("names", "this machine dials nobody")
         try:
             host, port, direct = await carrier_for(self._head).place()
             if not direct:
@@ -266,3 +283,11 @@ class WayExamination(Examination):
             return warned("names", problem, seconds=round(seconds, 3))
         said = f"{host} is {', '.join(addresses)}, found in {seconds:.2f} s"
         return passed("names", said, seconds=round(seconds, 3))
+
+
+def _not_dialled(path: Path) -> Problem:
+    return codes.LINK_AWAITED.problem(
+        f"the head has not dialled this worker, which waits at {path}",
+        "see that sshd runs here and lets the head's key in, that the head's file has a "
+        "[[hub.dial]] for this machine, and what `rayfwd doctor` says there",
+    )

@@ -21,7 +21,7 @@ WORKER = (
     "advertise", "advertise_self",
 )  # fmt: skip
 HEAD = (
-    "config", "daemon", "keeper", "socket", "sshd", "ray", "ports", "listeners", "network",
+    "config", "daemon", "keeper", "socket", "sshd", "dial", "ray", "ports", "listeners", "network",
     "limits", "clock", "names", "proxies", "link",
 )  # fmt: skip
 CLIENT = (

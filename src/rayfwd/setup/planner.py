@@ -52,7 +52,7 @@ def _user(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> li
 def _worker_files(
     request: SetupRequest, layout: Layout, owner: str | None, group: str | None
 ) -> list[Step]:
-    if request.role == "head" or request.by_hand:
+    if request.head is None or request.by_hand:
         return []
     steps: list[Step] = []
     if request.identity is None:

@@ -107,7 +107,7 @@ class SetupRequest:
     logins: tuple[str, ...] = ()
     """Of a head: users that workers' SSH connections arrive as, beside its own."""
     head: str | None = None
-    """Of a worker: user@host, user@host:port, or an alias."""
+    """Of a worker: user@host, user@host:port, or an alias; None: it is dialled."""
     head_command: str = ""
     """Of a worker: `rayfwd` as the head has it."""
     identity: Path | None = None

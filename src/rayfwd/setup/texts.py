@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -34,7 +35,9 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
         "state_dir": str(layout.state),
         "runtime_dir": str(layout.runtime),
     }
-    if request.role == "worker":
+    if request.role == "worker" and request.head is None:
+        config["head"] = {"dialled": True}
+    elif request.role == "worker":
         identity = request.identity or layout.identity
         config["head"] = {"ssh": request.head, "identity": str(identity)}
         if request.host_key is not None:
@@ -59,6 +62,14 @@ def authorized_line(rayfwd: str, public_key: str) -> str:
     """The line for the head's authorized_keys (sshd(8)): this key reaches the hub, nothing else."""
     command = attach_command(rayfwd).replace("\\", "\\\\").replace('"', '\\"')
     return f'restrict,command="{command}" {public_key.strip()}'
+
+
+def dial_section(request: SetupRequest, layout: Layout, host: str) -> str:
+    """For the file of a head that dials this worker."""
+    dial = {"name": request.name, "ssh": f"{request.user}@{host}", "via": "exec"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in dial.items()]
+    attach = attach_command(layout.command)
+    return "\n".join(["[[hub.dial]]", *lines, f"attach_command = {json.dumps(attach)}"])
 
 
 def known_hosts_line(host: str, port: int, public_key: str) -> str:

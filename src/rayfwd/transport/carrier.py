@@ -103,6 +103,9 @@ class Connection(Protocol):
     async def tune(self) -> None:
         """Once the lane stands: whatever has the head's side send small packets at once."""
 
+    def keep_alive(self) -> None:
+        """Find out that the far side has gone also while nothing is sent."""
+
     def close(self) -> None:
         """End it in order."""
 

@@ -60,9 +60,19 @@ REDIAL_PARKED = 1.0
 """Seconds between attempts, at most, while streams wait for a lane."""
 REDIAL_LAST = 15.0
 """Seconds between attempts, at most, otherwise."""
-REDIAL_COUNTED = {codes.SSH_AUTH_REFUSED: 30.0, codes.SSH_TURNED_AWAY: 5.0}
-"""Seconds between attempts, at least, after what servers count, and bar for: keys that were refused
-(fail2ban), connections without a login (MaxStartups, PerSourcePenalties)."""
+REDIAL_COUNTED = {
+    codes.SSH_AUTH_REFUSED: 30.0,
+    codes.SSH_TURNED_AWAY: 5.0,
+    codes.SSH_LIMITED: 35.0,
+}
+"""Seconds between attempts, at least, after what servers and firewalls count, and bar for: keys
+that were refused (fail2ban), connections without a login (MaxStartups, PerSourcePenalties), new
+connections (`ufw limit`: 6 in 30 s, and those that it drops count too)."""
+REDIAL_SPREAD = 0.3
+"""Part of that which comes on top at random: workers behind one address take turns."""
+LIMITED_AFTER, LIMITED_SECONDS = 3, 5.0
+"""Attempts that fail in a row while another lane stands, or the seconds that one goes unanswered,
+from which it is a limit that is met there."""
 CLOSE_TIMEOUT = 2.0
 """Seconds for the peer to confirm that a lane is closed."""
 DIALLING_TIMEOUT = 300.0
@@ -248,6 +258,8 @@ class LaneTask:
     up_since: float | None = None
     """Wall-clock seconds."""
     problem: Problem | None = None
+    failures: int = 0
+    """Attempts in a row that led to no lane."""
     heartbeat: Heartbeat = field(init=False)
 
     def __post_init__(self) -> None:
@@ -362,6 +374,7 @@ class Link:
             slot.heartbeat.beat(DIALLING_TIMEOUT)
             try:
                 await self._one_lane(slot)
+                slot.failures = 0
                 if asyncio.get_running_loop().time() - began > LASTED_SECONDS:
                     backoff.reset()
             except LinkRefusedError as exc:
@@ -370,14 +383,32 @@ class Link:
                 else:
                     self._set_problem(slot, exc.problem)
             except ProblemError as exc:
-                self._set_problem(slot, exc.problem)
+                slot.failures += 1
+                seconds = asyncio.get_running_loop().time() - began
+                self._set_problem(slot, self.understood(exc.problem, slot.failures, seconds))
             await self._rest(slot, backoff)
+
+    def understood(self, problem: Problem, failures: int, seconds: float) -> Problem:
+        """What cannot be had while another lane stands is not away, but limited."""
+        if self.state != "up" or problem.code not in {codes.SSH_UNREACHABLE, codes.SSH_TURNED_AWAY}:
+            return problem
+        if failures < LIMITED_AFTER and seconds < LIMITED_SECONDS:
+            return problem
+        return codes.SSH_LIMITED.problem(
+            f"a further connection is not let through, while one stands: {problem.cause}",
+            "allow this machine's address more new connections there, where something limits them "
+            "(`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or nothing: the link works "
+            "with the lanes that it has, and tries again in less than a minute",
+        )
 
     async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
         """Before the next attempt; from when streams wait, no longer than need be."""
         counted = 0.0 if slot.problem is None else REDIAL_COUNTED.get(slot.problem.code, 0.0)
+        counted *= 1 + REDIAL_SPREAD * random.random()
         urgent = self._urgent.is_set()
         seconds = max(counted, backoff.next(REDIAL_PARKED if urgent else REDIAL_LAST))
+        if slot.problem is not None and slot.problem.code is codes.LINK_AWAITED:
+            seconds = REDIAL_FIRST  # nothing was dialled
         slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
         needed = seconds if urgent else max(counted, min(seconds, REDIAL_FIRST))
         await asyncio.sleep(needed)
@@ -501,7 +532,7 @@ class Link:
         if self.mux is None:
             loop = asyncio.get_running_loop()
             self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
-            log.info("session_started", head=self.head.ssh, hub_version=welcome.version)
+            log.info("session_started", head=self.head.called, hub_version=welcome.version)
         assert self.mux is not None, "a session has just begun"
         slot.number = lane.join(self.mux, slot.lane_class)
         slot.up_since = time.time()

@@ -47,6 +47,8 @@ ALWAYS = {
     "ForwardAgent": "no",
     "ForwardX11": "no",
     "Compression": "no",
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "3",
 }
 """Of every call. At VERBOSE it says when it has logged in, and that a key was not enough."""
 

@@ -306,6 +306,9 @@ class OpensshConnection:
         if self._process is not None:
             self._process.close_stdin()
 
+    def keep_alive(self) -> None:
+        """It does by itself (ServerAliveInterval)."""
+
     def close(self) -> None:
         self.abort()
 

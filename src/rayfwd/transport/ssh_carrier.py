@@ -20,6 +20,10 @@ WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a channel before the session is asked for no more."""
 
 
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 5, 3
+"""Between two questions whether the far side is there; so many without an answer end it."""
+
+
 class SshCarrier:
     """Dials one head as its configuration says."""
 
@@ -77,6 +81,9 @@ class SshConnection:
 
     async def tune(self) -> None:
         await self._connector.send_at_once(self.ssh)
+
+    def keep_alive(self) -> None:
+        self.ssh.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
 
     def close(self) -> None:
         self.ssh.close()

@@ -55,6 +55,7 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
             remedy = "correct the SSH configuration"
             if head.ssh_config is None:
                 remedy += ", or name one of your own in head.ssh_config, which is read alone"
+            remedy += '; or set head.transport = "openssh" where the system\'s ssh reads it'
             return codes.SSH_CONFIG_INVALID.problem(str(exc), remedy)
         case FileNotFoundError() | PermissionError() if exc.filename:
             return codes.SSH_FILE_UNREADABLE.problem(

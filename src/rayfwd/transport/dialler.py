@@ -1,0 +1,296 @@
+"""The head's side of a link that the head dials: connections to one worker that accepts SSH.
+
+Each is joined to the hub's socket once the worker has said something, and is a lane like any other
+from then on: the session knows nothing of who dialled. One finds out whether there is a way, the
+others follow it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from rayfwd import codes
+from rayfwd.config import DialConfig
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.session.frames import Chunk
+from rayfwd.system.backoff import Backoff
+from rayfwd.system.logs import get_logger
+from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.link import (
+    CLOSE_TIMEOUT,
+    HANDSHAKE_TIMEOUT,
+    LASTED_SECONDS,
+    REDIAL_COUNTED,
+    REDIAL_FIRST,
+    REDIAL_LAST,
+    REDIAL_PARKED,
+    REDIAL_SPREAD,
+)
+from rayfwd.transport.sshproblems import why_no_answer
+from rayfwd.transport.writev import write
+
+log = get_logger(__name__)
+
+SAID = 4096
+"""Bytes of what comes beside the stream that are kept."""
+_WORDS = (
+    ("head.known_hosts", "known_hosts of its [[hub.dial]]"),
+    ("head.ssh_config", "ssh_config of its [[hub.dial]]"),
+    ("head.identity", "identity of its [[hub.dial]]"),
+    ("head.ssh", "ssh of its [[hub.dial]]"),
+    ("head.socket", "socket of its [[hub.dial]]"),
+    ("`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file", ""),
+    ("(hub.users)", "(it must be the daemon's)"),
+    ("its hub's socket", "the socket where its daemon waits"),
+    ("the hub closed the lane before it answered", "the connection ended before it began"),
+    ("[head]", "its [[hub.dial]]"),
+    ("the head", "the worker"),
+)
+"""What is said of a way to the head, and what of the same way to a worker."""
+
+
+def of_worker(problem: Problem) -> Problem:
+    """A problem on the way to a head as one on the way to a worker."""
+    cause, remedy = problem.cause, problem.remedy
+    for of_head, of_workers in _WORDS:
+        cause, remedy = cause.replace(of_head, of_workers), remedy.replace(of_head, of_workers)
+    return problem.code.problem(cause, remedy.removesuffix("; or ").removesuffix(", or "))
+
+
+class Dialler:
+    """Holds connections to one worker. `run` until it is cancelled."""
+
+    def __init__(
+        self,
+        dial: DialConfig,
+        carrier: Carrier,
+        hub: Path,
+        ride_through: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        """`hub`: where the hub listens. `on_change`: `problem` is another."""
+        self.called = dial.called
+        self._lanes = 1 + dial.bulk_lanes
+        self._carrier = carrier
+        self._hub = hub
+        self._ride_through = ride_through
+        self._on_change = on_change
+        self._problem: Problem | None = None
+        self._urgent = asyncio.Event()
+        """Connections stood a while ago: streams may wait."""
+        self._calm: asyncio.TimerHandle | None = None
+        self._standing = asyncio.Event()
+        self._joints: set[Joint] = set()
+        self._connections: set[Connection] = set()
+        self._closing = False
+
+    @property
+    def problem(self) -> Problem | None:
+        """What keeps every connection from standing."""
+        return None if self._standing.is_set() else self._problem
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(self._lanes):
+                group.create_task(self._hold(number), name=f"dial {self.called} {number}")
+
+    def end(self) -> None:
+        """Dial no more; what stands is the hub's to end."""
+        self._closing = True
+
+    async def drained(self) -> None:
+        """Once the connections that stood are over, which the hub has ended; soon at the latest."""
+        if self._joints:
+            await asyncio.wait([joint.lost for joint in self._joints], timeout=CLOSE_TIMEOUT)
+
+    def close(self) -> None:
+        """Dial no more, and give up what stands."""
+        self._closing = True
+        self._be_calm()
+        for connection in list(self._connections):
+            connection.abort()
+        self._carrier.close()
+
+    async def _hold(self, number: int) -> None:
+        backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
+        loop = asyncio.get_running_loop()
+        while not self._closing:
+            if number:
+                await self._standing.wait()
+            began, counted = loop.time(), 0.0
+            try:
+                await self._one(number)
+                if loop.time() - began > LASTED_SECONDS:
+                    backoff.reset()
+            except ProblemError as exc:
+                counted = REDIAL_COUNTED.get(exc.problem.code, 0.0)
+                self._met(of_worker(exc.problem))
+            rest = backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
+            await asyncio.sleep(max(rest, counted * (1 + REDIAL_SPREAD * random.random())))
+
+    async def _one(self, number: int) -> None:
+        """Dial, and stay until it is over. Raises ProblemError."""
+        connection = await self._carrier.dial(self._urgent)
+        self._connections.add(connection)
+        joint = Joint(self._hub, self._stands)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                joint.pipe = await connection.open(joint)
+            connection.keep_alive()  # until the worker has use for it, nobody says anything
+            tuning = asyncio.create_task(connection.tune(), name="tune the connection")
+            try:
+                why = await joint.lost
+            finally:
+                tuning.cancel()
+        except TimeoutError:
+            raise codes.HUB_SILENT.error(
+                f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
+                "nothing, if it comes back; else see the head's load and its sshd log",
+            ) from None
+        finally:
+            joint.end()
+            self._connections.discard(connection)
+            connection.abort()
+            self._gone(joint)
+        if not joint.stood:
+            raise ProblemError(why_no_answer(joint.said.decode(errors="replace").strip(), why))
+        if not self._closing:
+            cause = why.replace("the head", "the worker")
+            log.warning("dial_lost", worker=self.called, connection=number, cause=cause)
+
+    def _stands(self, joint: Joint) -> None:
+        """The worker has spoken."""
+        first = not self._joints
+        self._joints.add(joint)
+        self._be_calm()
+        if first:
+            log.info("worker_dialled", worker=self.called)
+            self._standing.set()
+            self._problem = None
+            self._on_change()
+
+    def _gone(self, joint: Joint) -> None:
+        self._joints.discard(joint)
+        if joint.stood and not self._joints and not self._closing:
+            self._standing.clear()
+            self._urgent.set()
+            self._calm = asyncio.get_running_loop().call_later(self._ride_through, self._be_calm)
+            self._carrier.close()  # a jump host may be what has gone, in silence
+            self._on_change()
+
+    def _be_calm(self) -> None:
+        self._urgent.clear()
+        if self._calm is not None:
+            self._calm.cancel()
+            self._calm = None
+
+    def _met(self, problem: Problem) -> None:
+        """Say it once; the same again is no news."""
+        if self._closing or problem == self._problem:
+            return
+        self._problem = problem
+        log.warning(
+            problem.code.name, worker=self.called, cause=problem.cause, remedy=problem.remedy
+        )
+        self._on_change()
+
+
+class Joint(asyncio.Protocol):
+    """Joins a pipe from a worker to a connection to the hub's socket."""
+
+    def __init__(self, hub: Path, on_stand: Callable[[Joint], None]) -> None:
+        self.pipe: Pipe | None = None
+        self.said = bytearray()
+        self.stood = False
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._hub = hub
+        self._on_stand = on_stand
+        self._transport: asyncio.Transport | None = None
+        self._connecting: asyncio.Task[object] | None = None
+        self._before = bytearray()
+        """What came before the hub was there."""
+
+    # -- as the pipe's owner -----------------------------------------------------------------
+
+    def pipe_data(self, data: bytes | memoryview) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+            return
+        self._before += data
+        if self._connecting is None and not self.lost.done():
+            self.stood = True
+            self._on_stand(self)
+            connect = asyncio.get_running_loop().create_unix_connection(
+                lambda: self, str(self._hub)
+            )
+            self._connecting = asyncio.create_task(connect, name="to the hub")
+            self._connecting.add_done_callback(self._connected)
+
+    def pipe_said(self, data: bytes) -> None:
+        self.said += data[: SAID - len(self.said)]
+
+    def pipe_writable(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def pipe_lost(self, why: str) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        self._over(why)
+
+    # -- as the hub's other end ----------------------------------------------------------------
+
+    def _connected(self, task: asyncio.Task[object]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._over(f"the hub cannot be reached: {error}")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        if self.lost.done():
+            self._transport.abort()
+            return
+        self._transport.write(bytes(self._before))
+        self._before.clear()
+        assert self.pipe is not None, "it has brought data"
+        self.pipe.carry(self._deliver, self.pipe_writable)
+
+    def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        if self._transport is not None:
+            write(self._transport, chunks)
+
+    def data_received(self, data: bytes) -> None:
+        if self.pipe is None or self.lost.done():
+            return
+        try:
+            self.pipe.write([data])
+        except OSError:
+            self._over("closed by the worker")
+            return
+        if self.pipe.paused and self._transport is not None:
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        why = str(exc or "closed by the hub")
+        if self.pipe is None or self.lost.done():
+            self._over(why)
+            return
+        # Its last word is on its way: it is over when the worker has confirmed that.
+        self.pipe.close()
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self._over, why)
+
+    def _over(self, why: str) -> None:
+        if not self.lost.done():
+            self.lost.set_result(why)
+
+    def end(self) -> None:
+        """Both ends."""
+        self._over("ended")
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._transport is not None:
+            self._transport.close()

@@ -1,0 +1,154 @@
+"""Workers that the head dials: the same links, with the other end dialling; without SSH."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from rayfwd import codes
+from rayfwd.config import ConfigError, DialConfig, parse
+from rayfwd.transport import awaited as awaited_module
+from rayfwd.transport import dialler as dialler_module
+from rayfwd.transport import link as link_module
+from rayfwd.transport.dialler import of_worker
+from rayfwd.watch import reach
+from tests.unit.cluster import echo, goodbye, serving
+from tests.unit.daemons import exposed, site
+from tests.unit.loops import log_events, of, run, until
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redial fast; there is no Ray, so none is dialled."""
+    for name, seconds in {"REDIAL_FIRST": 0.05, "REDIAL_PARKED": 0.1, "REDIAL_LAST": 0.2}.items():
+        monkeypatch.setattr(link_module, name, seconds)
+        monkeypatch.setattr(dialler_module, name, seconds)
+    monkeypatch.setattr(reach, "servers", lambda _plan: [])
+
+
+def test_both_directions_in_one_cluster(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            s.workers["w1"].dialled = True
+            there, back = s.path("w1", "head"), s.path("head", "w1")
+            across = s.path("w2", "w1")
+            await s.start()
+            w1, head = s.workers["w1"], s.head
+            await until(lambda: len(w1.worker._link.mux.lanes) == 2)  # type: ignore[union-attr]
+            async with serving(echo, exposed(head)), serving(echo, exposed(w1)):
+                for at in (there, back, across):
+                    reader, writer = await asyncio.open_connection(*at)
+                    writer.write(b"hello")
+                    assert await reader.readexactly(5) == b"hello"
+                    await goodbye(writer)
+
+    run(main)
+
+
+@pytest.mark.parametrize("restarted", ["head", "w1", "nobody"])
+def test_a_stream_outlives_a_cut_and_a_restart_of_either_end(
+    tmp_path: Path, restarted: str
+) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            s.workers["w1"].dialled = True
+            there = s.path("w1", "head")
+            await s.start()
+            async with serving(echo, exposed(s.head)):
+                reader, writer = await asyncio.open_connection(*there)
+                writer.write(b"before")
+                assert await reader.readexactly(6) == b"before"
+                if restarted == "nobody":
+                    s.head.cut()
+                else:
+                    await s.node(restarted).restart()
+                writer.write(b"after")
+                assert await asyncio.wait_for(reader.readexactly(5), 20) == b"after"
+                await goodbye(writer)
+
+    run(main)
+
+
+def test_a_worker_that_cannot_be_dialled_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awaited_module, "AWAITED_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            s.workers["w1"].dialled = True
+            with log_events() as events:
+                await s.head.start()
+                await until(lambda: bool(of(events, "hub_absent")))
+                assert of(events, "hub_absent")[0]["worker"] == "w1"
+                board = s.head.role.node.board
+                await until(lambda: any(c.subject == "w1" for c in board.conditions))
+                await s.workers["w1"].start()
+                await s.ready()
+                await until(lambda: not any(c.subject == "w1" for c in board.conditions))
+                await s.head.stop()
+                await until(lambda: bool(of(events, "link_awaited")), 20)
+
+    run(main)
+
+
+def test_others_may_not_speak_first(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            s.workers["w1"].dialled = True
+            await s.start()
+            path = s.workers["w1"].directory / "run/link.sock"
+            assert path.stat().st_mode & 0o777 == 0o600
+            reader, writer = await asyncio.open_unix_connection(str(path))
+            writer.write(b"GET / HTTP/1.0\r\n\r\n")
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await reader.readexactly(1)
+            await goodbye(writer)
+            await s.ready()
+
+    run(main)
+
+
+def test_the_file_says_who_dials() -> None:
+    worker = {"role": "worker", "name": "w1"}
+    assert parse({**worker, "head": {"dialled": True}}).head is not None
+    with pytest.raises(ConfigError, match=r"head\.ssh: must be given"):
+        parse({**worker, "head": {}})
+    with pytest.raises(ConfigError, match=r"head\.dialled: a client"):
+        parse({"role": "client", "head": {"ssh": "h", "dialled": True}})
+    dial = {"ssh": "ray@gpu-1", "identity": "/k", "via": "exec"}
+    head = parse({"role": "head", "hub": {"dial": [dial]}})
+    (found,) = head.hub.dial
+    assert found.called == "gpu-1"
+    assert found.way().via == "exec"
+    assert str(found.way().socket) == "/run/rayfwd/link.sock"
+    with pytest.raises(ConfigError, match=r"hub\.dial\[0\]\.sssh: unknown key; did you mean ssh"):
+        parse({"role": "head", "hub": {"dial": [{"ssh": "h", "sssh": "x"}]}})
+
+
+def test_what_is_said_of_a_worker_names_no_head() -> None:
+    said = codes.HUB_ABSENT.problem(
+        "nothing answers at /run/rayfwd/link.sock on the head",
+        "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
+    )
+    told = of_worker(said)
+    assert told.cause == "nothing answers at /run/rayfwd/link.sock on the worker"
+    assert "socket of its [[hub.dial]]" in told.remedy
+    assert "head" not in told.remedy
+    assert DialConfig(ssh="ray@[::1]:22").called == "::1"
+
+
+def test_two_ways_take_what_stands_first(tmp_path: Path) -> None:
+    """The worker's own dialling fails for ever: the head's is taken."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            w1 = s.workers["w1"]
+            w1.dialled = w1.dials_in_vain = True
+            with log_events() as events:
+                await s.start()
+                await until(lambda: len(of(events, "worker_dialled")) == 1)
+
+    run(main)
