@@ -19,9 +19,11 @@ from rayfwd.hub.roster import Roster
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Kind, encode, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Vouch, Welcome
+from rayfwd.session.preamble import MARKER
 from rayfwd.system.paths import SECRET
 from tests.unit.cluster import answer_to, cluster, hello_of
 from tests.unit.daemons import site
+from tests.unit.loops import run as run_in_real_time
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
 
@@ -78,6 +80,33 @@ def vouch_secret(vouch: bytes) -> str:
 def refusal(answer: Welcome | Refusal | None) -> object:
     assert isinstance(answer, Refusal)
     return answer.problem.code
+
+
+def test_it_is_who_it_is_through_attach_itself(tmp_path: Path) -> None:
+    """As sshd starts it, with pipes that it passes on."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            w1 = await c.worker("w1")
+            before = dict(w1.welcome.node) if w1.welcome is not None else {}
+            await w1.close()
+            argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.path)]
+            process = await asyncio.create_subprocess_exec(
+                *(*argv, "--node", "w1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(hello_of("w1", key="made anew".ljust(40, ".")).encode())
+            said = bytearray(await process.stdout.readuntil(MARKER))
+            assert said == MARKER
+            said.clear()
+            while (frame := first_frame(said, 1 << 20)) is None:
+                said += await process.stdout.read(65536)
+            assert dict(Welcome.decode(frame).node) == before
+            process.kill()
+            await process.wait()
+
+    run_in_real_time(main)
 
 
 def attach(tmp_path: Path, hello: bytes, *words: str) -> tuple[int, str]:
