@@ -110,6 +110,8 @@ def test_a_cluster_with_a_name_has_places_of_its_own(
     blue, _ = amounts_to(["join", "a@b", "--cluster", "blue"], monkeypatch)
     assert blue.state_dir == tmp_path / "state" / "clusters" / "blue"
     assert blue.runtime_dir == tmp_path / "run" / "clusters" / "blue"
+    assert blue.network.interface.startswith("rayfwd-")
+    assert blue.network.port > 19977
     assert blue.ray.extra_args == (f"--temp-dir=/tmp/ray-{os.geteuid()}-blue",)
     monkeypatch.setenv("RAYFWD_CLUSTER", "green")
     args = _parser().parse_args(["status", "--cluster", "red"])
@@ -144,8 +146,10 @@ def test_a_head_finds_what_is_free_and_keeps_to_it(monkeypatch: pytest.MonkeyPat
     )
     assert config.ray.extra_args == (f"--temp-dir=/tmp/ray-{os.geteuid()}-127.78.0.0",)
     monkeypatch.setattr(chosen, "free_networks", lambda: iter(["127.90.0.0/16"]))
-    again, _ = amounts_to(["head"], monkeypatch)
+    again, _ = amounts_to(["head", "--dashboard-port", "9000"], monkeypatch)
     assert again.model_dump() == config.model_dump()
+    without, _ = amounts_to(["head"], monkeypatch)
+    assert without.ray.dashboard_port == 8267, "what was said once is said each time"
 
 
 def test_two_daemons_do_not_have_one_network() -> None:

@@ -6,6 +6,7 @@ It is written down in the state directory, so that the head is the same when it 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable
@@ -13,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cli.flags import put
 from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HubConfig
@@ -34,34 +36,36 @@ RAYS_OWN = Path("/tmp/ray")
 
 
 def of_head(config: Config, given: dict[str, Any]) -> dict[str, Any]:
-    """`given` and, where it says nothing of them, keys that fit beside other clusters."""
-    kept = _read(config.state_dir / RECORD)
-    chosen = kept or _choose(config)
+    """`given` and, where it says nothing of them, keys that fit beside other clusters.
+
+    What was found is kept in the state directory, which is there. Raises ProblemError.
+    """
+    path = config.state_dir / RECORD
+    found = _read(path)
+    if found is None:
+        found = _choose(config)
+        try:
+            replace_file(path, json.dumps(found).encode() + b"\n")
+        except OSError as exc:
+            raise codes.DIRECTORY_UNUSABLE.error(
+                f"{path} cannot be written: {exc.strerror or exc}",
+                "make state_dir writable for this user and see that its disk is not full",
+            ) from exc
+    return _with(given, found)
+
+
+def beside(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """The same of a worker: `given` and, where it says nothing of them, what it has for itself."""
+    return _with(given, apart(config, config.cluster, listening()))
+
+
+def _with(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both; what is given wins."""
     data: dict[str, Any] = json.loads(json.dumps(given))
-    for key, value in chosen.items():
+    for key, value in more.items():
         if not _has(given, key):
             put(data, key, value)
     return data
-
-
-def keep(config: Config) -> None:
-    """For the next time; by the daemon's own user, whose directory it is. Raises OSError."""
-    path = config.state_dir / RECORD
-    if _read(path) is None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(path, json.dumps(_of(config)).encode() + b"\n")
-
-
-def _of(config: Config) -> dict[str, Any]:
-    hub, ray = config.hub, config.ray
-    return {
-        "hub.network": hub.network,
-        "hub.port_base": hub.port_base,
-        "ray.port": ray.port,
-        "ray.dashboard_port": ray.dashboard_port,
-        "ray.client_port": ray.client_port,
-        "ray.extra_args": list(ray.extra_args),
-    }
 
 
 def _choose(config: Config) -> dict[str, Any]:
@@ -74,16 +78,28 @@ def _choose(config: Config) -> dict[str, Any]:
         found[key] = next(p for p in count(usual) if p not in used)
         used.add(found[key])
     named = config.cluster or (network.partition("/")[0] if network != USUAL_NETWORK else None)
+    return found | apart(config, named, used)
+
+
+def apart(config: Config, named: str | None, used: Collection[int]) -> dict[str, Any]:
+    """What a node of any role has for itself beside other clusters of the machine.
+
+    `named`: what tells this cluster from the user's others; None: nothing need to.
+    """
+    found: dict[str, Any] = {}
     if (directory := temp_dir(config, named)) is not None:
         found["ray.extra_args"] = [f"--temp-dir={directory}"]
+    if named is not None:
+        digest = hashlib.sha256(named.encode()).hexdigest()
+        found["network.interface"] = f"rayfwd-{digest[:6]}"
+        found["network.port"] = next(p for p in count(config.network.port + 1) if p not in used)
     return found
 
 
 def temp_dir(config: Config, named: str | None) -> str | None:
     """A directory of its own for Ray's sessions, where the usual one may be another cluster's.
 
-    `named`: what tells this cluster from the user's others; None: nothing need to. None where Ray
-    does not run here, or the usual directory will do.
+    None where Ray does not run here, or the usual directory will do.
     """
     if not config.ray.start or (named is None and _is_mine(RAYS_OWN)):
         return None

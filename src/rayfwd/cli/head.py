@@ -39,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     first = front.configuration(data, flags, "head")
     make_directory(first.state_dir, 0o700)
     config = front.configuration(chosen.of_head(first, data), flags, "head")
-    chosen.keep(config)
     return front.hold(config, args, what_next)
 
 

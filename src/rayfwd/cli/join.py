@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rayfwd.cli import chosen, front
 from rayfwd.cli.connect import with_port
-from rayfwd.cli.flags import Flag, flags_of, put
+from rayfwd.cli.flags import Flag, flags_of
 from rayfwd.config import Config
 from rayfwd.status import Status
 
@@ -42,10 +42,7 @@ def run(args: argparse.Namespace) -> int:
     base = {"role": "worker", "head": {"ssh": ssh, "via": "auto"}}
     data = front.said(base, args, flags)
     config = front.configuration(data, flags, "join")
-    if "extra_args" not in data.get("ray", {}):
-        directory = chosen.temp_dir(config, config.cluster)
-        put(data, "ray.extra_args", [f"--temp-dir={directory}"] if directory else [])
-        config = front.configuration(data, flags, "join")
+    config = front.configuration(chosen.beside(config, data), flags, "join")
     return front.hold(config, args, what_next)
 
 
