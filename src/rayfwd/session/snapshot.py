@@ -68,7 +68,7 @@ def load(data: bytes | memoryview) -> Tree:
 
     try:
         tree = json.loads(bytes(view[start : start + length]), object_hook=put)
-    except (ValueError, TypeError, RecursionError) as exc:
+    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
         raise SnapshotError(f"it is damaged: {exc}") from exc
     if not isinstance(tree, dict):
         raise SnapshotError("it is damaged: no object")
