@@ -60,7 +60,7 @@ class Flag:
     @property
     def dest(self) -> str:
         """Where argparse puts it."""
-        return f"key:{self.key}"
+        return f"given:{self.key}"
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         names = [*filter(None, [_SHORT.get(self.key)]), self.option]

@@ -36,6 +36,8 @@ _HARMLESS_ENDINGS = frozenset(
     | {"version", "stdin", "exchange", "authentication"}
 )
 """Last words of names that speak about a secret without holding it (`RAY_AUTH_TOKEN_PATH`)."""
+_SWITCHES = frozenset({"keep", "no"})
+"""First words of names that say what to do about a secret (`--keep-token`)."""
 _PUBLIC = frozenset({"public", "pub", "host", "primary", "sort", "partition"})
 """A key with one of these words before it is no secret one."""
 _COUNTED = frozenset({"token", "tokens", "key", "keys", "secrets", "pass", "sig", "cookies"})
@@ -102,14 +104,14 @@ _SAID = re.compile(
 """`the token of gpu-1 is …`, `password for ann: …`; and `token …`."""
 _STATE_WORDS = """
 a absent accepted again allowed already an and asked at bad before blank blanked but by cached
-changed checked created damaged default deleted denied derived different disabled down empty
-enabled expected expired false file for found from generated given gone good handed here hidden if
-ignored in incorrect invalid it its kept known left like longer lost made malformed missing needed
+changed checked created damaged default deleted denied derived different disabled down empty enabled
+expected expired false file for found from generated given gone good handed here hidden if ignored
+in incorrect invalid it its kept known left like longer lost made malformed missing named needed
 neither never new no none not null of off old on one only optional or other out passed present
 printed put read refused rejected removed required reset rotated same sent set shorter shown stale
-still stored taken that the their there this to told too true turned unavailable unchanged
-undefined unknown unset unsupported up used valid value what when where which whoever whose with
-without written wrong yes yours
+still stored taken that the their there this to told too true turned unavailable unchanged undefined
+unknown unset unsupported up used valid value what when where which whoever whose with without
+written wrong yes yours
 """
 """What a secret may be called: what follows it is none."""
 _STATES = frozenset(_STATE_WORDS.split())
@@ -156,7 +158,7 @@ _PUBLIC_KEY = re.compile(r"AAAA(?:[BCE]3NzaC1|E2VjZHNh|GnNr|InNr)")
 def names_a_secret(name: str) -> bool:
     """Whether what `name` names must not be shown (`node_key`, `RAY_TOKEN`, `clientSecret`)."""
     words = [word.lower() for word in _WORD.findall(name)]
-    if not words or words[-1] in _HARMLESS_ENDINGS:
+    if not words or words[-1] in _HARMLESS_ENDINGS or words[0] in _SWITCHES:
         return False
     named = {word for word in words if word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS)}
     return bool(named) and not (named <= {"key", "keys"} and _PUBLIC.intersection(words))
