@@ -3,6 +3,11 @@
 Each asks the machine for "its" address in a way of its own: by the host's name, by a socket towards
 the internet, by the first interface that is up. None of these is the plan's. Each has a variable
 that names an interface or an address instead; a value that the user has set stays.
+
+Nothing is needed by those whom Ray itself tells the node's address: torch's TCPStore, XGBoost's
+tracker, LightGBM, JAX's coordinator and TensorFlow (TF_CONFIG). JAX's collectives between CPUs are
+gloo's without a variable: they ask for the host's own name (make_cpu_client in
+jax/_src/xla_bridge.py gives neither a name nor an interface).
 """
 
 from __future__ import annotations
@@ -10,23 +15,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 INTERFACE_VARIABLES = (
-    "GLOO_SOCKET_IFNAME",  # torch.distributed (ProcessGroupGloo.cpp)
-    "TP_SOCKET_IFNAME",  # torch.distributed.rpc (TensorPipe's uv transport)
-    "NCCL_SOCKET_IFNAME",  # NCCL and RCCL (misc/socket.cc)
-    "HCCL_SOCKET_IFNAME",  # Ascend's HCCL
-    "CCL_KVS_IFACE",  # oneCCL's key-value store
-    "FI_TCP_IFACE",  # libfabric's tcp provider, below oneCCL and MPICH
-    "HOROVOD_GLOO_IFACE",  # Horovod (gloo_controller.cc)
-    "OMPI_MCA_btl_tcp_if_include",  # Open MPI, data
-    "OMPI_MCA_oob_tcp_if_include",  # Open MPI, start-up
-    "UCX_NET_DEVICES",  # UCX: MPI, Dask, NIXL
+    "GLOO_SOCKET_IFNAME",  # torch.distributed's gloo (torch/csrc/distributed/c10d/init.cpp)
+    "TP_SOCKET_IFNAME",  # torch.distributed.rpc (torch/csrc/distributed/rpc/tensorpipe_agent.cpp)
+    "NCCL_SOCKET_IFNAME",  # NCCL (src/misc/socket.cc), RCCL: the beginning of a name
+    "HCCL_SOCKET_IFNAME",  # Ascend's HCCL: the beginning of a name
+    "CCL_KVS_IFACE",  # oneCCL's key-value store, by which its ranks meet
+    "FI_TCP_IFACE",  # libfabric's tcp provider, below oneCCL and MPICH (prov/tcp)
+    "HOROVOD_GLOO_IFACE",  # Horovod (horovod/common/utils/env_parser.cc)
+    "OMPI_MCA_btl_tcp_if_include",  # Open MPI, data (opal/mca/btl/tcp)
+    "OMPI_MCA_oob_tcp_if_include",  # Open MPI to version 4, start (orte/mca/oob/tcp)
+    "PRTE_MCA_prte_if_include",  # Open MPI from version 5 on, start: PRRTE
+    "UCX_NET_DEVICES",  # UCX: MPI, Dask, NIXL (src/uct/tcp)
 )
 ADDRESS_VARIABLES = (
-    "VLLM_HOST_IP",  # vLLM (utils/network_utils.py); also what it asks Ray's resources for
-    "SGLANG_HOST_IP",  # SGLang
+    "VLLM_HOST_IP",  # vLLM (vllm/envs.py); it asks Ray for the resource `node:` of this address
+    "SGLANG_HOST_IP",  # SGLang (get_ip in python/sglang/srt/utils)
 )
 FIXED_VARIABLES = {
-    # Two machines may both have InfiniBand and share no fabric; NCCL would choose it and hang.
+    # Two machines may both have InfiniBand and share no fabric; NCCL would choose it and hang
+    # (NCCL_PARAM(IbDisable, …) in src/transport/net_ib).
     "NCCL_IB_DISABLE": "1",
 }
 
