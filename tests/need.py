@@ -46,12 +46,17 @@ def no_ray(version: str) -> str | None:
     return f"there is no {command}: run tests/setup_envs.py {version} (see RAYFWD_RAY_ENVS)"
 
 
-def need_libraries() -> None:
-    """Skip where the environment with PyTorch cannot be had here, even if all is required."""
-    reason = setup_envs.left_out(ray_envs(), setup_envs.LIBRARIES)
-    if reason.exists():
-        pytest.skip(reason.read_text())
+def need_libraries(*modules: str) -> None:
+    """Skip where a library cannot be had for the environment that has them, even if all is
+    required; where one is missing that could be had, as `need`."""
     need(no_ray(setup_envs.LIBRARIES))
+    env = ray_envs() / f"ray-{setup_envs.LIBRARIES}"
+    for module in modules:
+        if (reason := setup_envs.missing(ray_envs(), module)) is not None:
+            pytest.skip(reason)
+        folder = module.replace(".", "/")
+        if not any(env.glob(f"lib/python3*/site-packages/{folder}")):
+            need(f"{env} has no {module}: remove it, and run tests/setup_envs.py")
 
 
 @cache
