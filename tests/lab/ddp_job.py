@@ -1,19 +1,23 @@
 """A training job over all nodes: torch DDP by gloo, one rank a node, for so many seconds.
 
-Usage: python ddp_job.py SECONDS. Run by Ray's own Python on a machine of the lab. Nothing is tried
-again: an actor that dies and a collective that fails end the job (`max_failures=0`).
+Usage: python ddp_job.py SECONDS. Run by Ray's own Python on a machine of the lab; SIGTERM ends it
+in order before that. Nothing is tried again: an actor that dies and a collective that fails end the
+job (`max_failures=0`).
 
-Prints JSON lines: `{"training": N}` once all N ranks have done a step together, and
-`{"ranks": [...]}` at the end, where each rank says its host, its address, how many steps it did and
-how many of them after the longest, the loss over all ranks, and the digest of its parameters.
+Prints JSON lines: `{"training": N}` once all N ranks have done a step together, `{"steps": [...]}`
+every second, and `{"ranks": [...]}` at the end, where each rank says its host, its address, how
+many steps it did and how many of them after the longest, the loss over all ranks, and the digest of
+its parameters.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any
 
@@ -22,7 +26,7 @@ import ray
 BEGIN = 120.0
 """Seconds in which the ranks have to meet."""
 PATIENCE = 240.0
-"""Seconds that the job may take longer than it was told to."""
+"""Seconds in which the last step is done."""
 
 
 class Rank:
@@ -64,14 +68,23 @@ class Rank:
         dist.all_reduce(said)
         return float(said[0]), bool(said[1])
 
+    def done(self) -> int:
+        """Steps so far."""
+        return self.steps
+
+    def enough(self) -> None:
+        """Said to rank 0: end with the next step."""
+        self.end = 0.0
+
     def train(self, seconds: float) -> dict[str, Any]:
         """Steps until rank 0's clock says that it is enough; all ranks do the same number."""
         import torch.distributed as dist
 
-        end, over, longest, at, loss = time.monotonic() + seconds, False, 0.0, 0, 0.0
+        self.end = time.monotonic() + seconds
+        over, longest, at, loss = False, 0.0, 0, 0.0
         while not over:
             began = time.monotonic()
-            loss, over = self.step(last=began > end)
+            loss, over = self.step(last=began > self.end)
             took = time.monotonic() - began
             if took > longest:
                 longest, at = took, self.steps
@@ -92,8 +105,11 @@ class Rank:
 
 def main(seconds: float) -> int:
     ray.init(address="auto", log_to_driver=False)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # Ray has put its own there
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    remote: Any = ray.remote(num_cpus=0.1, max_restarts=0, max_task_retries=0)(Rank)
+    once: Any = {"max_restarts": 0, "max_task_retries": 0}
+    remote: Any = ray.remote(num_cpus=0, max_concurrency=3, **once)(Rank)
     ranks = [
         remote.options(resources={f"node:{node['NodeManagerAddress']}": 0.01}).remote()
         for node in nodes
@@ -103,7 +119,15 @@ def main(seconds: float) -> int:
     ray.get(begun, timeout=BEGIN)
     print(json.dumps({"training": len(ranks)}), flush=True)
     work = [rank.train.remote(seconds) for rank in ranks]
-    print(json.dumps({"ranks": ray.get(work, timeout=seconds + PATIENCE)}), flush=True)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stop.is_set():
+        if ray.wait(work, timeout=1)[0]:
+            break  # it has failed, or its clock was faster than ours
+        steps = ray.get([rank.done.remote() for rank in ranks], timeout=PATIENCE)
+        print(json.dumps({"steps": steps}), flush=True)
+    if stop.is_set():
+        ray.get(ranks[0].enough.remote(), timeout=PATIENCE)
+    print(json.dumps({"ranks": ray.get(work, timeout=PATIENCE)}), flush=True)
     return 0
 
 

@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,16 @@ def over_rayfwd(lab: Lab, **overrides: Any) -> Iterator[Cluster]:
 
 
 @contextmanager
-def over_autossh(lab: Lab) -> Iterator[None]:
-    """The same plan by `autossh` with `-L` and `-R`, and Ray started by hand."""
+def over_autossh(
+    lab: Lab,
+    version: str = "2.60.0",
+    further: Iterable[int] = (),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[None]:
+    """The same plan by `autossh` with `-L` and `-R`, and Ray started by hand.
+
+    `further`: other ports of every machine that are forwarded, too. `env`: more for Ray.
+    """
     ports = {"gcs": 6379, "dashboard": 8265, "client": 10001}
     plans = [head_plan("head", NETWORK, 20000, 40, ports)]
     for name in ("w1", "w2"):
@@ -73,22 +81,24 @@ def over_autossh(lab: Lab) -> Iterator[None]:
     head.start_sshd(SSHD_FOR_AUTOSSH)
     for plan in plans[1:]:
         machine = lab.machine(plan.name)
-        machine.write(f"{HOME}/.ssh/config", ssh_config(plan, plans, head))
+        machine.write(f"{HOME}/.ssh/config", ssh_config(plan, plans, head, further))
         machine.popen([tool("autossh"), "-M", "0", "-N", "head"], env={"AUTOSSH_GATETIME": "0"})
     for plan in plans:
         machine = lab.machine(plan.name)
         ray = RayConfig(
-            command=str(machine.ray()),
+            command=str(machine.ray(version)),
             num_cpus=1,
             worker_ports=40,
             object_store_memory=300_000_000,
         )
         line = by_hand(plan, plans[0], ray, RIDE_THROUGH, NETWORK)
-        machine.run(["bash", "-c", line], timeout=120)
+        machine.run(["bash", "-c", line], timeout=120, env=env)
     yield
 
 
-def ssh_config(own: NodePlan, plans: list[NodePlan], head: Machine) -> str:
+def ssh_config(
+    own: NodePlan, plans: list[NodePlan], head: Machine, further: Iterable[int] = ()
+) -> str:
     """All forwards of one worker: the others' ports here, and its own on the head."""
     lines = [
         "Host head",
@@ -99,7 +109,7 @@ def ssh_config(own: NodePlan, plans: list[NodePlan], head: Machine) -> str:
         "ConnectTimeout 5",
     ]
     for plan in plans:
-        for port in plan.ports:
+        for port in (*plan.ports, *further):
             where = f"{plan.address}:{port} {plan.address}:{port}"
             lines.append(f"{'RemoteForward' if plan is own else 'LocalForward'} {where}")
     for name, listener in LISTENERS.items():

@@ -12,31 +12,27 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.lab.cluster import Cluster
-from tests.lab.loadgen import Lines
 from tests.lab.machines import Lab
-from tests.lab.process import HOME, until
+from tests.lab.process import until
+from tests.lab.training import Training
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
 SOCKET = "/run/lab/overlay.sock"
-JOB = Path(__file__).with_name("ddp_job.py")
 AGAIN = 5.0
 """Seconds after a silence in which steps go on. (docs/faults.md promises 2 where nothing else runs
 on the machine, and test_faults.py, which is alone, holds it.)"""
-
-Rank = dict[str, Any]
 
 pytestmark = [pytest.mark.lab, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    need_libraries()
+    need_libraries("torch")
     made = Cluster(module_lab, LIBRARIES, ride_through=60)
     module_lab.machine("head").start_sshd()
     for machine in map(module_lab.machine, ("head", "w1")):
@@ -54,36 +50,6 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
     made.stop()
 
 
-class Training:
-    """DDP from a driver on one machine, for so many seconds; all ranks train once it is made."""
-
-    def __init__(self, cluster: Cluster, where: str, seconds: float) -> None:
-        machine = cluster.lab.machine(where)
-        script = f"{HOME}/{JOB.name}"
-        machine.write(script, JOB.read_text())
-        argv = [str(machine.ray_python(LIBRARIES)), script, str(seconds)]
-        address = {"RAY_ADDRESS": "127.77.0.1:6379"}
-        self.lines = Lines(machine.popen(argv, env=address))
-        until(self._begun, 150, lambda: f"the training does not begin{cluster.lab.tails()}")
-
-    def _begun(self) -> bool:
-        process = self.lines.process
-        assert process.poll() is None, process.log.read_text()[-4000:]
-        return self.lines.last("training") == {"training": 3}
-
-    def finish(self, timeout: float) -> list[Rank]:
-        """What the ranks say, which have done the same steps with the same outcome."""
-        process = self.lines.process
-        assert process.wait(timeout) == 0, process.log.read_text()[-4000:]
-        last = self.lines.last("ranks")
-        assert last is not None
-        ranks: list[Rank] = last["ranks"]
-        assert {rank["host"] for rank in ranks} == {"head", "w1", "w2"}
-        for same in ("steps", "loss", "parameters"):
-            assert len({rank[same] for rank in ranks}) == 1, f"{same}: {ranks}"
-        return ranks
-
-
 def test_every_node_is_at_the_best_level(cluster: Cluster) -> None:
     for daemon in cluster.daemons:
         status = daemon.status()
@@ -94,13 +60,13 @@ def test_every_node_is_at_the_best_level(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("where", ["head", "w1"])
 def test_torch_trains_between_machines(cluster: Cluster, where: str) -> None:
-    ranks = Training(cluster, where, 2).finish(60)
+    ranks = Training(cluster.lab, where, 2).finish(60)
     assert ranks[0]["steps"] > 1
 
 
 def test_a_dropped_link_costs_no_step(cluster: Cluster) -> None:
     """Every SSH connection is killed and one machine's packets are swallowed for 8 s."""
-    training = Training(cluster, "head", 20)
+    training = Training(cluster.lab, "head", 20)
     lab = cluster.lab
     lab.reset_connections(lab.machine("head"))
     began = time.monotonic()

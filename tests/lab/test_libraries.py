@@ -1,0 +1,150 @@
+"""What people run on Ray, over three firewalled machines that have the overlay.
+
+Drivers on the head and on a worker (`library_jobs.py`); each library's result is asserted, and that
+its ranks ran on different machines. Each is run from one of the two, Ray Train with torch from
+both; with RAYFWD_EVERY_DRIVER=1 all are run from both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.cluster import Cluster
+from tests.lab.faults import strict_firewalls
+from tests.lab.loadgen import Lines
+from tests.lab.machines import Lab
+from tests.lab.process import HOME, until
+from tests.lab.training import over_rayfwd
+from tests.need import need_libraries
+from tests.setup_envs import LIBRARIES
+
+pytestmark = [pytest.mark.lab, pytest.mark.ray, pytest.mark.timeout(400)]
+
+JOBS = Path(__file__).with_name("library_jobs.py")
+MACHINES = ["head", "w1", "w2"]
+FROM = {
+    "train_torch": "head w1",
+    "xgboost": "head",
+    "collective": "w1",
+    "serve": "head",
+    "data": "w1",
+    "tune": "head",
+    "compiled_graph": "head",
+    "debugger": "w1",
+    "jax": "head",
+}
+"""The machines that each job's driver runs on."""
+NEEDS = {name: name for name in ("xgboost", "lightgbm", "jax")} | {"debugger": "debugpy"}
+
+Found = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    need_libraries("torch", "ray.train")
+    strict_firewalls(module_lab)
+    with over_rayfwd(module_lab) as cluster:
+        yield cluster
+
+
+class Drivers:
+    """A driver on a machine, when it is first asked of, which does all jobs of that machine."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._lines: dict[tuple[str, str], Lines] = {}
+
+    def start(self, where: str, names: list[str]) -> Lines:
+        """One after another: they share few processors."""
+        for lines in self._lines.values():
+            lines.process.wait(300)
+        machine = self._lab.machine(where)
+        script = f"{HOME}/{JOBS.name}"
+        machine.write(script, JOBS.read_text())
+        argv = [str(machine.ray_python(LIBRARIES)), script, *names]
+        return Lines(machine.popen(argv, env={"RAY_ADDRESS": "127.77.0.1:6379"}))
+
+    def found(self, where: str, library: str) -> Found:
+        """What a job has found, when it is over."""
+        apart = "jax" if library == "jax" else ""
+        if (lines := self._lines.get((where, apart))) is None:
+            if apart:
+                know_own_names(self._lab)
+            names = [n for n, on in CASES if on == where and (n == "jax") == bool(apart)]
+            lines = self._lines[where, apart] = self.start(where, names)
+        log = lines.process.log
+
+        def look() -> Found | None:
+            ended = lines.process.poll() is not None
+            for line in lines.all():
+                if line.get("library") == library:
+                    return line
+            assert not ended, log.read_text()[-4000:]
+            return None
+
+        found = until(look, 300, lambda: log.read_text()[-4000:])
+        assert found is not None
+        assert "error" not in found, found["error"]
+        return found
+
+
+def know_own_names(lab: Lab) -> None:
+    """Each machine's own name leads to its node's address: JAX's gloo asks for nothing else."""
+    for number, machine in enumerate(lab.machines, 1):
+        text = f"127.0.0.1 localhost\n127.77.0.{number} {machine.name}\n"
+        machine.run(["tee", "/etc/hosts"], user="root", input=text)
+
+
+def cases() -> list[tuple[str, str]]:
+    """Which library is run from where, by machine."""
+    every = os.environ.get("RAYFWD_EVERY_DRIVER") == "1"
+    return [
+        (name, where)
+        for where in ("head", "w1")
+        for name, drivers in FROM.items()
+        if every or where in drivers.split()
+    ]
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def drivers(cluster: Cluster) -> Drivers:
+    return Drivers(cluster.lab)
+
+
+def one_model(found: Found) -> bool:
+    """All three ranks have the same."""
+    return len({rank["model"] for rank in found["ranks"]}) == 1
+
+
+EXPECTED: dict[str, Callable[[Found], bool]] = {
+    "train_torch": lambda f: one_model(f) and [r["sum"] for r in f["ranks"]] == [3.0] * 3,
+    "xgboost": lambda f: one_model(f) and f["ranks"][0]["rmse"][-1] < f["ranks"][0]["rmse"][0],
+    "lightgbm": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
+    "collective": lambda f: f["sums"] == [3.0] * 3 and f["passed"] == sum(range(1000)),
+    "serve": lambda f: f["grpc"] == MACHINES,
+    "data": lambda f: (
+        f["sums"] == [sum(range(k, 3000, 7)) for k in range(7)]
+        and f["rows"] == 3000
+        and 1000 < f["in_order"] < 2000
+    ),
+    "tune": lambda f: f["best"] == 1 and f["errors"] == 0,
+    "compiled_graph": lambda f: f["numbers"] == list(range(20)),
+    "debugger": lambda f: f["places"] == ["127.77.0.1", "127.77.0.2", "127.77.0.3"],
+    "jax": lambda f: f["gathered"] == [[0.0, 1.0, 2.0]] * 3 and f["counts"] == [3] * 3,
+}
+
+
+@pytest.mark.parametrize(("library", "where"), CASES)
+def test_a_library_spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
+    need_libraries(*([NEEDS[library]] if library in NEEDS else []))
+    found = drivers.found(where, library)
+    assert sorted(found["hosts"]) == MACHINES
+    assert EXPECTED[library](found), found
