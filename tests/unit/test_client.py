@@ -459,5 +459,6 @@ class TestWords:
 def connect_parser() -> Any:
     parser = argparse.ArgumentParser()
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--cluster")
     connect.add_arguments(parser)
     return parser

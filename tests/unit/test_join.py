@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rayfwd.daemon.lifetime import Lifetime
 from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
+from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
 
 
@@ -209,6 +211,23 @@ def test_where_there_is_no_terminal_there_is_no_line() -> None:
     screen.show("waiting")
     screen.write("an event\n")
     assert out.getvalue() == "an event\n"
+
+
+def test_it_says_where_a_logout_may_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: pwd.getpwnam("nobody").pw_uid)
+    monkeypatch.setattr(front, "LINGER", tmp_path)
+    uid = os.geteuid()
+    here = parse({"role": "head", "name": "h", "runtime_dir": f"/run/user/{uid}/rayfwd"})
+    elsewhere = parse({"role": "head", "name": "h", "runtime_dir": "/var/tmp/rayfwd"})
+    with log_events() as events:
+        front._say_of_logout(elsewhere)
+        assert of(events, "linger_off") == []
+        front._say_of_logout(here)
+        (said,) = of(events, "linger_off")
+        assert "loginctl enable-linger" in said["remedy"]
+        (tmp_path / "nobody").touch()
+        front._say_of_logout(here)
+        assert len(of(events, "linger_off")) == 1
 
 
 def test_the_head_says_how_others_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:

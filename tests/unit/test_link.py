@@ -985,6 +985,39 @@ def lanes_at_the_hub(s: Site) -> list[HubConnection]:
     return [cast(HubConnection, lane.transport) for lane in mux.lanes.values()] if mux else []
 
 
+class TestAuto:
+    """`via = "auto"`, which `rayfwd join` has: the socket, else the command."""
+
+    def test_the_socket_is_enough(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="auto") as s:
+                await s.up(seconds=20)
+                assert s.sshd.commands == []
+
+        run_in_real_time(main, 60)
+
+    def test_where_it_is_no_way_the_command_is_run(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="auto", socket=tmp_path / "absent.sock") as s:
+                s.sshd.attach_to = s.head.hub.path
+                await s.up(seconds=20)
+                assert len(s.sshd.commands) == 2
+                assert await works(s)
+
+        run_in_real_time(main, 60)
+
+    def test_where_neither_is_a_way_both_are_named(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with site(tmp_path, via="auto", socket=tmp_path / "absent.sock") as s:
+                s.sshd.attach_says = b"sh: rayfwd: not found\n"
+                await until(lambda: s.link.problem is not None, 20)
+                assert s.link.problem is not None
+                assert "absent.sock" in s.link.problem.cause
+                assert "rayfwd: not found" in s.link.problem.cause
+
+        run_in_real_time(main, 60)
+
+
 class TestExec:
     def test_carries_as_a_channel_does(self, tmp_path: Path) -> None:
         async def main() -> None:

@@ -104,7 +104,8 @@ def _config(args: argparse.Namespace) -> Config:
     if args.config is None and (args.head or not config_path(args).exists()):
         if args.head is None:
             raise MistakeError(["rayfwd connect: name the head, as in ray@head.example.org"])
-        return _parsed({"role": "client", "name": _own_name()}, given)
+        named = {} if args.cluster is None else {"cluster": args.cluster}
+        return _parsed({"role": "client", "name": _own_name(), **named}, given)
     config = load_config(args)
     if config.role != "client":
         raise MistakeError(

@@ -65,8 +65,9 @@ class AfterPreamble:
         self.pipe: Pipe | None = None
         """It is aborted where the shell prints without an end."""
         self._owner = owner
-        self._instead = instead
         self._preamble = Preamble()
+        if instead is not None:  # before whatever the command has to say
+            owner.pipe_said(f"{instead.cause}; by the command:\n".encode())
 
     def pipe_data(self, data: bytes | memoryview) -> None:
         if not self._preamble.over:
@@ -89,8 +90,6 @@ class AfterPreamble:
 
     def pipe_lost(self, why: str) -> None:
         noise = self._preamble.quoted()
-        if self._instead is not None and not self._preamble.over:
-            why = f"{self._instead.cause}; and the command instead of the socket: {why}"
         self._owner.pipe_lost(f"{why}; {noise}" if noise else why)
 
 

@@ -53,6 +53,7 @@ class SshConnection:
     def __init__(self, connector: SshConnector, connection: asyncssh.SSHClientConnection) -> None:
         self.ssh = connection
         self._connector = connector
+        self._by_command = connector.by_command
 
     def by(self, head: HeadConfig) -> SshConnection:
         """The same, to open a pipe to the hub in another way."""
@@ -66,6 +67,7 @@ class SshConnection:
         except ProblemError as exc:
             if not (connector.tries_both and exc.problem.code.another_way):
                 raise
+            self._by_command = True
             return await self._open(owner, True, exc.problem)
 
     async def _open(
@@ -80,7 +82,8 @@ class SshConnection:
         return pipe
 
     async def tune(self) -> None:
-        await self._connector.send_at_once(self.ssh)
+        if not self._by_command:  # a command's channel is a session, which sends at once
+            await self._connector.send_at_once(self.ssh)
 
     def keep_alive(self) -> None:
         self.ssh.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
