@@ -46,7 +46,11 @@ class Processes:
     def start(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
             process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=BENCH.parent,
             )
         self.running.append(process)
         return process
@@ -191,7 +195,7 @@ def rayfwd(
         f"Host head\n  HostName 127.0.0.1\n  Port {via}\n"
         f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n  UserKnownHostsFile {sshd.known_hosts}\n"
     )
-    common = "start = false\ncommand = 'none'\nworker_ports = 8\n"
+    common = "start = false\ncommand = 'none'\nworker_ports = 8\n[network]\nlevel = 'listeners'\n"
     target = "w2" if workers == 2 else "head"
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     files = {
@@ -221,7 +225,14 @@ def rayfwd(
                 f"runtime_dir = '{directory}/{name}-run'\n{rest}"
             )
             daemon = processes.start(
-                [sys.executable, "-m", "rayfwd", "run", "--config", f"{directory}/{name}.toml"],
+                [
+                    sys.executable,
+                    "-m",
+                    "bench.daemon",
+                    "run",
+                    "--config",
+                    f"{directory}/{name}.toml",
+                ],
                 directory / f"{name}.log",
             )
             pids.append(daemon.pid)
@@ -265,7 +276,7 @@ def hub_alone(server: int, directory: Path) -> Iterator[tuple[Path, int]]:
     )
     try:
         daemon = processes.start(
-            [sys.executable, "-m", "rayfwd", "run", "--config", f"{directory}/head.toml"],
+            [sys.executable, "-m", "bench.daemon", "run", "--config", f"{directory}/head.toml"],
             directory / "head.log",
         )
         path = directory / "run" / "hub.sock"
