@@ -172,7 +172,7 @@ def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
     return LinkSeen(
         losses=dict(link_stats.lanes_lost),
         round_trip=min(trips, default=None),
-        said=link_stats.lane_loss,
+        last_loss=link_stats.lane_loss,
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
         confirmed_at=mean(lane.answered_at for lane in lanes) if lanes else None,
         backlog=stats is not None and stats.backlog,

@@ -247,13 +247,13 @@ def message(conditions: Iterable[Condition]) -> tuple[messages.Conditions, tuple
         )
         for c in sorted(conditions, key=lambda c: (SEVERITIES.index(c.severity), c.since))
     ]
-    told = tuple(row.cut() for row in rows[:MOST_SENT])
+    sent = tuple(row.cut() for row in rows[:MOST_SENT])
     left_out = []
-    if len(rows) > len(told):
+    if len(rows) > len(sent):
         left_out.append(f"all but the {MOST_SENT} worst")
-    if any(row != short for row, short in zip(rows, told, strict=False)):
+    if any(row != short for row, short in zip(rows, sent, strict=False)):
         left_out.append("the ends of long texts")
-    return messages.Conditions(told), tuple(left_out)
+    return messages.Conditions(sent), tuple(left_out)
 
 
 def from_message(message: messages.Conditions, seen_by: str | None) -> list[Finding]:

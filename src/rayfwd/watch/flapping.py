@@ -52,11 +52,11 @@ def flapping(
             if (life := _short_life(row, wall_time, trial, recent)) is not None
             and not (interruptions and _went_by_itself(interruptions, plans[address].name, row))
         ]
-        told = any(row.message for row in rows)
+        explained = any(row.message for row in rows)
         well = any(
             row.state == "ALIVE" and row.started and wall_time - row.started > trial for row in rows
         )
-        if lives and not well and (told or len(lives) > 1):
+        if lives and not well and (explained or len(lives) > 1):
             found[plans[address].name] = _problem(plans[address], lives, rows, recent)
     return found
 
@@ -80,7 +80,7 @@ def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: f
     times = "once" if len(lives) == 1 else f"{len(lives)} times"
     last = max(rows, key=lambda row: row.started or 0.0)
     now = "is up again" if last.state == "ALIVE" else "is gone now"
-    said = next((row.message for row in reversed(rows) if row.message), None)
+    reason = next((row.message for row in reversed(rows) if row.message), None)
     ports = f"{plan.base}-{plan.last_worker_port}"
     remedy = (
         f"see that the head reaches {plan.address} (ray.advertise of {plan.name}) on ports {ports}"
@@ -91,6 +91,6 @@ def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: f
     return codes.RAY_NODE_FLAPPING.problem(
         f"node {plan.name} ({plan.address}) joined and was given up by the head's Ray {times} in "
         f"the last {recent / 60:.0f} min, {min(lives):.0f} s after it had joined; it {now}"
-        + (f". Ray says: {said[:300]}" if said else ""),
+        + (f". Ray says: {reason[:300]}" if reason else ""),
         remedy,
     )

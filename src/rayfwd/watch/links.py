@@ -55,7 +55,7 @@ class LinkSeen:
     round_trip: float | None
     """Seconds that the last one took, on the fastest lane for short messages; None: it is not up,
     or none was measured."""
-    said: str = ""
+    last_loss: str = ""
     """Why a lane was lost last."""
     confirmed: int | None = None
     """Bytes of streams that have certainly arrived by the lanes that are there, those for bulk if
@@ -107,7 +107,7 @@ class LinkRules:
         for name, link in links.items():
             past = self._past.setdefault(name, _Past(dict(link.losses)))
             for lane, times in _flapping(past, link, now).items():
-                found.append(Finding(f"{name}/{lane}", _flaps(lane, name, times, link.said)))
+                found.append(Finding(f"{name}/{lane}", _flaps(lane, name, times, link.last_loss)))
             usual = _slow(past, link, now)
             if usual is not None and link.round_trip is not None:
                 found.append(Finding(name, _is_slow(name, link.round_trip, usual)))
@@ -180,10 +180,10 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
     return _Thin(before[0] if thin is None else thin.since, heard, rate, usual)
 
 
-def _flaps(lane: str, node: str, times: int, said: str) -> Problem:
+def _flaps(lane: str, node: str, times: int, last_loss: str) -> Problem:
     return codes.LANE_FLAPPING.problem(
         f"lane {lane} of {node}'s link was lost {times} times in the last {FLAPPING_SECONDS:.0f} s"
-        + (f"; the last time: {said}" if said else ""),
+        + (f"; the last time: {last_loss}" if last_loss else ""),
         "look for what ends SSH connections between the two: sshd's log on the head, "
         "ClientAliveInterval, a firewall or NAT that forgets connections, a network that comes and "
         "goes",

@@ -193,7 +193,7 @@ def _for_what(plan: NodePlan, bad: Iterable[int]) -> str:
         "object_manager": "no object over 100 KB is passed to or from it without it",
     }
     found = list(dict.fromkeys(needs.get(names.get(port, ""), "") for port in sorted(bad)))
-    said = [need for need in found if need]
+    lost = [need for need in found if need]
     if any(port not in names for port in bad):
-        said.append("no task runs there without them, and no result comes back")
-    return "; ".join(said).capitalize()
+        lost.append("no task runs there without them, and no result comes back")
+    return "; ".join(lost).capitalize()

@@ -76,14 +76,14 @@ def fewer_than_declared(
         none = not has and wanted.get("CPU", 1.0) > 0
         if not short and not none:
             continue
-        said = ", ".join(
+        missing = ", ".join(
             f"{r} {_number(has.get(r, 0.0))} of {_number(a)}" for r, a in short.items()
         )
         code = codes.RAY_RESOURCES_FEWER if has else codes.RAY_RESOURCES_NONE
         problem = code.problem(
             f"node {plan.name} ({plan.address}) joined "
             + ("with no resources" if not has else "with fewer resources than declared")
-            + (f": {said}" if said else ""),
+            + (f": {missing}" if missing else ""),
             f"see that ray.extra_args on {plan.name} says nothing else than ray.num_cpus, "
             "ray.num_gpus and ray.resources; a Ray that was started by hand must be ended, and "
             "rayfwd starts its own (where ray.start = false, `rayfwd plan` prints the command)",
