@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
+LISTENERS = "[network]\nlevel = 'listeners'\n"
+"""All machines are this one, whose network is left as it is."""
 
 
 def free_port() -> int:
@@ -183,11 +185,12 @@ def rayfwd(
     directory: Path,
     bulk_lanes: int = 1,
     workers: int = 1,
+    reach: str = "exec",
     carrier: str = "",
 ) -> Iterator[tuple[int, list[int]]]:
     """A head's and a worker's daemon; with two workers the server is the second one's.
 
-    `carrier`: further lines of [head].
+    `reach`: `head.via`; `exec` is what `rayfwd init` sets up. `carrier`: further lines of [head].
     """
     port = free_port()
     processes = Processes()
@@ -200,7 +203,7 @@ def rayfwd(
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     files = {
         "head": f"role = 'head'\nname = 'head'\nexpose = [{server}]\n[hub]\nport_base = 24000\n"
-        f"network = '{network}'\n[ray]\n{common}"
+        f"network = '{network}'\n{LISTENERS}[ray]\n{common}"
     }
     for number in range(1, workers + 1):
         forward = (
@@ -214,7 +217,8 @@ def rayfwd(
             + f"[head]\nssh = 'head'\nidentity = '{sshd.key}'\n"
             f"ssh_config = '{directory}/ssh_config'\nsocket = '{directory}/head-run/hub.sock'\n"
             f"bulk_lanes = {bulk_lanes}\nattach_command = '{sys.executable} -m rayfwd attach "
-            f"--socket {directory}/head-run/hub.sock'\n{carrier}\n[ray]\n{common}{forward}"
+            f"--socket {directory}/head-run/hub.sock'\nvia = '{reach}'\n{carrier}\n"
+            f"{LISTENERS}[ray]\n{common}{forward}"
         )
     try:
         pids = [sshd.process.pid]
@@ -264,14 +268,14 @@ def wait_until_up(config: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def hub_alone(server: int, directory: Path) -> Iterator[tuple[Path, int]]:
+def hub_alone(server: int, directory: Path, port_base: int = 24000) -> Iterator[tuple[Path, int]]:
     """A head's daemon without workers: the hub's socket, and the daemon's process."""
     processes = Processes()
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     (directory / "head.toml").write_text(
         f"role = 'head'\nname = 'head'\nexpose = [{server}]\n"
         f"state_dir = '{directory}/state'\nruntime_dir = '{directory}/run'\n"
-        f"[hub]\nport_base = 24000\nnetwork = '{network}'\n"
+        f"[hub]\nport_base = {port_base}\nnetwork = '{network}'\n{LISTENERS}"
         "[ray]\nstart = false\ncommand = 'none'\nworker_ports = 8\n"
     )
     try:

@@ -4,6 +4,9 @@
 to an echo server of this process at PORT, which the head is to expose. Prints `ready` when all have
 echoed; then each line read from stdin, a number of seconds, lets every stream send 200 bytes again
 whenever they came back, for that long, and prints how many did. Ends with stdin.
+
+With STREAMS 0 all workers join at once, and what is printed is `ready`, the seconds until the last
+one knew all the others, and the bytes of messages that the first one was told by then.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, first_frame
-from rayfwd.session.handshake import Hello, Welcome
+from rayfwd.session.handshake import CHANGES, Hello, Welcome
 from rayfwd.session.lane import LaneClass
+from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
@@ -26,6 +31,8 @@ from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.writev import write
 
 MESSAGE = bytes(200)
+AT_ONCE = 32
+"""Workers that dial in the same moment, so that no connection of theirs is one too many."""
 
 
 class Lane(asyncio.Protocol):
@@ -123,7 +130,29 @@ class Echo(asyncio.Protocol):
         self._transport.write(data)
 
 
-async def link(path: str, number: int) -> tuple[Mux, str]:
+class Told:
+    """What a worker is told of the others; `all_there` is set when it knows so many nodes.
+
+    `counts`: it counts the bytes, too, for which all is encoded once more.
+    """
+
+    def __init__(self, nodes: int = 0, counts: bool = False) -> None:
+        self._counts = counts
+        self.all_there = asyncio.Event()
+        self._nodes = nodes
+        self.names: set[str] = set()
+        self.bytes = 0
+
+    def __call__(self, message: Message) -> None:
+        if self._counts:
+            self.bytes += len(messages.encode(message))
+        if isinstance(message, messages.Nodes | messages.NodesChanged):
+            self.names |= {node["name"] for node in message.nodes}
+            if len(self.names) >= self._nodes:
+                self.all_there.set()
+
+
+async def link(path: str, number: int, told: Told) -> tuple[Mux, str]:
     """A worker's session with its two lanes, and the head's address."""
     loop = asyncio.get_running_loop()
     hello = Hello(
@@ -134,12 +163,13 @@ async def link(path: str, number: int) -> tuple[Mux, str]:
         lane=LaneClass.INTERACTIVE,
         version="0",
         worker_ports=8,
+        features=frozenset({CHANGES}),
     )
     _, lane = await loop.create_unix_connection(Lane, path)
     lane.write([hello.encode()])
     welcome = await lane.answer
     core = Session("worker", welcome.ride_through, Limits(), loop.time())
-    mux = Mux(core, lambda *_: None, lambda _: None, lambda _: None)
+    mux = Mux(core, lambda *_: None, told, lambda _: None)
     lane.join(mux, LaneClass.INTERACTIVE)
     _, lane = await loop.create_unix_connection(Lane, path)
     lane.write([replace(hello, resumes=True, lane=LaneClass.BULK).encode()])
@@ -148,14 +178,34 @@ async def link(path: str, number: int) -> tuple[Mux, str]:
     return mux, str(welcome.nodes[0]["address"])
 
 
+async def join_at_once(path: str, links: int) -> list[Mux]:
+    """All workers, and how long that took until each of them knew all."""
+    began, turns = time.monotonic(), asyncio.Semaphore(AT_ONCE)
+    told = [Told(links + 1, counts=not number) for number in range(links)]  # the head is a node
+
+    async def join(number: int) -> Mux:
+        async with turns:
+            return (await link(path, number, told[number]))[0]
+
+    muxes = await asyncio.gather(*map(join, range(links)))
+    for each in told:
+        await each.all_there.wait()
+    print("ready", time.monotonic() - began, told[0].bytes, flush=True)
+    return muxes
+
+
 async def main() -> None:
     path, port, links, streams = sys.argv[1], *map(int, sys.argv[2:])
     loop = asyncio.get_running_loop()
+    if not streams:
+        joined = await join_at_once(path, links)
+        await asyncio.to_thread(sys.stdin.readline)
+        os._exit(len(joined) != links)
     server = await loop.create_server(Echo, "127.0.0.1", port, backlog=1024)
     callers: list[Caller] = []
     kept: list[Mux] = []
     for number in range(links):
-        mux, head = await link(path, number)
+        mux, head = await link(path, number, Told())
         kept.append(mux)
         target = Target(head, port).encode()
         fresh = [Caller() for _ in range(streams // links)]

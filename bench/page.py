@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ UNITS = {
     "messages": "echoes/s",
     "processor, in use": "% of a core",
     "memory, in use": "MB",
+    "until all know all": "s",
+    "processor for it": "s",
+    "told to the first": "bytes a worker",
 }
 TITLES = {
     "near": "Beside each other on one machine",
@@ -53,6 +57,7 @@ TITLES = {
     "idle": "Idle: daemons of a cluster of three nodes, without Ray",
     "idle-ray": "Idle: the same with Ray on all three",
     "hub": "The hub with many workers",
+    "joins": "Workers that join in the same moment, and the hub with them at rest",
 }
 
 
@@ -82,10 +87,12 @@ def describe() -> list[str]:
     """The machine, as far as it matters."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return [
         f"{os.cpu_count()} cores, {models[0] if models else 'unknown processor'}, shared by all "
         f"parts; Linux {platform.release()}",
-        f"{_said('ssh', '-V')}; Python {platform.python_version()}",
+        f"{_said('ssh', '-V')}; Python {platform.python_version()}, "
+        f"built with{'' if optimized else 'out'} optimizations",
     ]
 
 
@@ -124,7 +131,7 @@ def plot(results: Results) -> str:
     """The ratios of rayfwd and the others to `ssh -L` as bars, in SVG."""
     ways = [way for way in results if way not in {REFERENCE, "direct"}]
     keys = list(results[REFERENCE])
-    colours = ("#999999", "#c8a24a", "#1f6f8b", "#7fb7c9")
+    colours = ("#999999", "#c8a24a", "#1f6f8b", "#4a90a4", "#7fb7c9")
     out: list[str] = []
     y = 30
     for key in keys:

@@ -77,6 +77,9 @@ class Bench:
                 sshd, via, server, d
             ),
             "rayfwd": lambda via, d: contestants.rayfwd(sshd, via, server, d),
+            "rayfwd, via socket": lambda via, d: contestants.rayfwd(
+                sshd, via, server, d, reach="socket"
+            ),
             "rayfwd, worker to worker": lambda via, d: contestants.rayfwd(
                 sshd, via, server, d, workers=2
             ),
@@ -139,7 +142,7 @@ def carriers(bench: Bench) -> Results:
     ways = {name: make for name, make in bench.ways().items() if name in names}
     for via in ("exec", "socket"):
         ways[f"rayfwd, openssh, {via}"] = lambda port, d, via=via: contestants.rayfwd(  # type: ignore[misc]
-            sshd, port, server, d, carrier=f"transport = 'openssh'\nvia = '{via}'"
+            sshd, port, server, d, reach=via, carrier="transport = 'openssh'"
         )
     return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
 
@@ -210,6 +213,30 @@ def hub(bench: Bench) -> Results:
     return results
 
 
+def joins(bench: Bench) -> Results:
+    """Many workers that join in the same moment, and the hub with them at rest."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    for links in (100, 300, 1000):
+        port = contestants.free_port()
+        with contestants.hub_alone(port, bench.place(), port_base=12000) as (path, pid):
+            before = contestants.nanoseconds(pid)
+            many = bench.python("bench.many", path, port, links, 0)
+            try:
+                assert many.stdout is not None
+                _, seconds, told = many.stdout.readline().split()
+                row = results[f"{links:,} workers"]
+                row["until all know all"].append(float(seconds))
+                row["processor for it"].append((contestants.nanoseconds(pid) - before) / 1e9)
+                row["told to the first"].append(float(told) / links)
+                time.sleep(5)
+                row["processor"].append(share(pid, 15))
+                row["memory"].append(memory(pid))
+            finally:
+                end(many)
+        print(f"{links} workers: {dict(row)}", flush=True)
+    return results
+
+
 def share(pid: int, seconds: float) -> float:
     """Percent of a core that a process takes over so many seconds."""
     before = contestants.nanoseconds(pid)
@@ -259,6 +286,7 @@ PIECES: dict[str, Callable[[Bench], Results]] = {
     "idle": idle,
     "idle-ray": idle_ray,
     "hub": hub,
+    "joins": joins,
 }
 
 

@@ -9,16 +9,20 @@ from typing import Any, cast
 
 import pytest
 
+from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.worker import changed
+from rayfwd.hub import roster as roster_module
 from rayfwd.hub.hub import MOST_SHOWN, _shown
 from rayfwd.hub.peers import HubNode
+from rayfwd.hub.roster import Roster
 from rayfwd.hub.telling import Teller
 from rayfwd.session import messages
-from rayfwd.session.frames import MAX_PAYLOAD, close_frame
-from rayfwd.session.handshake import CHANGES, Welcome
+from rayfwd.session.frames import MAX_PAYLOAD, Kind, close_frame
+from rayfwd.session.handshake import CHANGES, Refusal, Welcome
 from rayfwd.session.messages import Message
-from tests.unit.cluster import Cluster, Worker, answer_to, cluster, hello_of
+from rayfwd.system.files import replace_file
+from tests.unit.cluster import NETWORK, Cluster, Worker, answer_to, cluster, hello_of, knock
 from tests.unit.loops import run as run_in_real_time
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
@@ -185,7 +189,7 @@ class Slow:
     def __init__(self) -> None:
         self.heard: list[bytes] = []
 
-    def send_framed(self, data: bytes) -> None:
+    def tell(self, _: Message, data: bytes) -> None:
         self.heard.append(data)
         time.sleep(0.001)
 
@@ -225,3 +229,57 @@ def test_a_report_to_many_is_encoded_once_and_lets_others_have_their_turns(
 
     run_in_real_time(main)
     assert len(encoded) == 3
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How long the roster's file was, each time that it was written."""
+    sizes: list[int] = []
+
+    def noted(path: Path, data: bytes) -> None:
+        sizes.append(len(data))
+        replace_file(path, data)
+
+    monkeypatch.setattr(roster_module, "replace_file", noted)
+    return sizes
+
+
+def test_nodes_that_come_together_wait_for_the_disk_once(tmp_path: Path, writes: list[int]) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            hellos = [hello_of(f"n{i}", worker_ports=8) for i in range(20)]
+            lanes = [await knock(c.hub.path) for _ in hellos]
+            await until(lambda: len(c.hub._ungreeted) == 20)
+            for lane, hello in zip(lanes, hellos, strict=True):
+                lane.write([hello.encode()])
+            frames = [await lane.answer for lane in lanes]
+            assert all(frame is not None and frame.kind is Kind.WELCOME for frame in frames)
+            assert len({Welcome.decode(f).node["address"] for f in frames if f}) == 20
+            assert len(writes) <= 3, "in as many turns of the loop as they came in"
+            kept = Roster(tmp_path / "roster.json", c.roster.own, NETWORK, 20000)
+            assert kept.plans() == c.roster.plans()
+            for lane in lanes:
+                lane.close()
+                await lane.closed
+
+    run(main)
+
+
+def test_a_disk_that_takes_nothing_lets_none_of_them_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            monkeypatch.setattr(roster_module, "replace_file", full)
+            hellos = [hello_of(f"n{i}", worker_ports=8).encode() for i in range(3)]
+            answers = [await answer_to(c.hub.path, hello) for hello in hellos]
+            for answer in answers:
+                assert isinstance(answer, Refusal)
+                assert answer.problem.code == codes.ROSTER_UNWRITABLE
+            assert len(c.roster.plans()) == 1
+            assert not c.hub.nodes
+
+    run(main)

@@ -132,7 +132,8 @@ def test_a_worker_that_sent_its_secret_is_upgraded_and_sends_it_no_more(
             )
             await until(head.head.link_stands)
             assert isinstance(await answer_to(hub, older), Welcome)
-            before = next(plan for plan in head.role.node.view.nodes if plan.name == "w1")
+            await until(lambda: head.role.node.view.node_named("w1"))
+            before = head.role.node.view.node_named("w1")
             path = w1.directory / "state/node.key"
             path.parent.mkdir(parents=True)
             path.write_text(secret + "\n")
@@ -304,8 +305,8 @@ def test_a_refused_hello_is_said_on_both_sides(tmp_path: Path) -> None:
             health = twin.runtime.health
             await until(lambda: [c.code for c in health.waiting_for()] == [codes.NAME_TAKEN])
             assert health.state() == "waiting"
-            shown = [c.code for c in s.head.role.node.board.conditions]
-            assert codes.NAME_TAKEN in shown
+            board = s.head.role.node.board
+            await until(lambda: codes.NAME_TAKEN in [c.code for c in board.conditions])
             assert s.head.runtime.health.state() == "ready"
             await s.workers["w1"].ready()
 

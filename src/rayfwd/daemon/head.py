@@ -77,6 +77,8 @@ ROOM_SAID = 5
 
 FIND_SECONDS = 5.0
 """Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
+GATHER_SECONDS = 0.2
+"""Seconds for which changes of the hub are gathered before they are seen to."""
 
 
 class HeadRole:
@@ -93,6 +95,10 @@ class HeadRole:
         self._workers_ray: dict[str, RayOfWorker] = {}
         self._dial_back = advertise.DialBack()
         self._interruptions = Interruptions(time.time())
+        self._hub_news = False
+        """The hub has changed since it was seen to."""
+        self._gathering: asyncio.TimerHandle | None = None
+        """Until it fires, changes of the hub are gathered."""
         self._known: set[str] = set()
         """Nodes that were there once."""
         self._sent_in: dict[str, str] = {}
@@ -197,6 +203,7 @@ class HeadRole:
             dialler.end()
         await self._hub.close("the head's rayfwd was stopped")
         await self._diallers_done()
+        self._gather_no_more()
 
     def watchers(self) -> dict[str, Work]:
         return {
@@ -370,6 +377,7 @@ class HeadRole:
         hub = self._hub
         for dialler in self._diallers:
             dialler.close()
+        self._gather_no_more()
         return {"path": str(hub.path), "splices": hub.splices(), "nodes": hub.hand_over()}
 
     def _inherit_socket(self, arrival: Arrival) -> None:
@@ -410,7 +418,31 @@ class HeadRole:
         return self._node.accept(stream, opening)
 
     def hub_changed(self) -> None:
-        """A node came, went or changed."""
+        """A node came, went or changed. What follows is seen to at once, and again after a while
+        where more has changed by then: a thousand nodes may come together. None of them stays a
+        moment longer than the roster has it."""
+        self._hub_news = True
+        if self._gathering is None or self._one_is_gone():
+            self._see_to_hub()
+
+    def _one_is_gone(self) -> bool:
+        plans, nodes = self._roster.plans(), self.view.nodes
+        return plans is not nodes and not {n.name for n in nodes} <= {p.name for p in plans}
+
+    def _see_to_hub(self) -> None:
+        self._gather_no_more()
+        self._gathering = None
+        if self._hub_news:
+            self._hub_news = False
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(GATHER_SECONDS, self._see_to_hub)
+            self._hub_changed()
+
+    def _gather_no_more(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+
+    def _hub_changed(self) -> None:
         there = {self._node.config.name}
         there |= {n.plan.name for n in self._hub.nodes.values() if n.state != "down"}
         self._dial_back.keep(there)

@@ -266,6 +266,19 @@ class HubConnection(asyncio.Protocol):
             self._transport.write(Refusal(refusal).encode())
             self.close()
 
+    def hold(self) -> None:
+        """What it has said is being seen to; what it says meanwhile waits for `go_on`."""
+        self._stop_timer()
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def go_on(self) -> bool:
+        """False: it has gone meanwhile."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        self._transport.resume_reading()
+        return True
+
     def welcome(self, welcome: Welcome, peer: HubPeer, mux: Mux, hello: Hello) -> None:
         """Become a lane; bytes that followed the hello are the session's."""
         self._stop_timer()

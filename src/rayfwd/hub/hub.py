@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +62,10 @@ IN_USE_SECONDS = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
 
-GATHER_SECONDS = 0.2
-"""Seconds for which changes of the plan are gathered before the workers are told."""
+GATHER_SECONDS, GATHER_FOR_EACH = 0.2, 0.002
+"""Seconds for which changes of the plan are gathered before the workers are told, and how much
+longer for each of these: a message to a thousand nodes, and that it has come, takes a core a tenth
+of a second."""
 MOST_SHOWN = 1000
 """Plans that a WELCOME holds, or the answer to a doctor: as many as a frame has room for."""
 
@@ -140,6 +143,8 @@ class Hub:
         self._challenged: dict[HubConnection, None] = {}
         """Those that were asked to prove their keys, the oldest first."""
         self._crowded_at = -CROWDED_AGAIN
+        self._joining: list[tuple[HubConnection, Hello, Claim]] = []
+        """Whose nodes are new, and are written down in a moment."""
         self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
@@ -404,6 +409,29 @@ class Hub:
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
+        if hello.role == "client" or self._roster.knows(hello.node):
+            self._let_in(lane, hello, claim)
+            return
+        lane.hold()
+        if not self._joining:
+            asyncio.get_running_loop().call_soon(self._join)
+        self._joining.append((lane, hello, claim))
+
+    def _join(self) -> None:
+        """Nodes that are new: those that came together wait for the disk once."""
+        joining = [each for each in self._joining if each[0].go_on()]
+        self._joining = []
+        if self._closing:
+            return
+        with suppress(ProblemError), self._roster.together():  # each meets it again, and is told
+            for _, hello, claim in joining:
+                if not hello.resumes:
+                    with suppress(ProblemError):
+                        self._roster.join(hello.node, claim, hello.worker_ports, hello.advertise)
+        for each in joining:
+            self._let_in(*each)
+
+    def _let_in(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         try:
             peer = self._peer_of(hello, claim, lane)
         except ProblemError as exc:
@@ -801,7 +829,8 @@ class Hub:
         self._changed_plans[name] = None
         if self._tell_soon is None:
             loop = asyncio.get_running_loop()
-            self._tell_soon = loop.call_later(GATHER_SECONDS, self._tell_changes)
+            wait = GATHER_SECONDS + GATHER_FOR_EACH * len(self.nodes)
+            self._tell_soon = loop.call_later(wait, self._tell_changes)
 
     def _tell_changes(self) -> None:
         if self._tell_soon is not None:

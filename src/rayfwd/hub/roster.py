@@ -11,7 +11,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Collection, Iterable
+import textwrap
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,6 +204,9 @@ class Roster:
         settled = settle(records, own, network, port_base)
         self._records: dict[str, Record] = {}
         self._plans: tuple[NodePlan, ...] = ()
+        self._together = False
+        self._texts: dict[str, tuple[Record, str]] = {}
+        """Records as the file has them."""
         self._keep({r.plan.name: r for r in settled.records})
         if settled.moved:
             _log.warning(
@@ -250,7 +255,8 @@ class Roster:
         record = self._record(name, key, worker_ports, advertise, renew)
         if record != known:
             records = {**self._records, name: record}
-            self._write(records)
+            if not self._together:
+                self._write(records)
             self._keep(records)
             plan = record.plan
             _log.info(
@@ -274,6 +280,22 @@ class Roster:
             return True
         advertised = known.plan.address if known.plan.advertised else None
         return (worker_ports, advertise) != (known.plan.worker_ports, advertised)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Whoever joins meanwhile is written down at the end, all at once: a disk may take a tenth
+        of a second each time. Raises ProblemError there, and none of them has joined then."""
+        before, self._together = self._records, True
+        try:
+            yield
+        finally:
+            self._together = False
+        if self._records is not before:
+            try:
+                self._write(self._records)
+            except ProblemError:
+                self._keep(before)
+                raise
 
     def preview(
         self,
@@ -360,9 +382,15 @@ class Roster:
         self._plans = (self._own, *(r.plan for r in records.values()))
 
     def _write(self, records: dict[str, Record]) -> None:
-        data = {"schema": SCHEMA, "nodes": [r.to_wire() for r in records.values()]}
+        # A record is made text once: with a thousand of them each join would wait for all.
+        for name, record in records.items():
+            if name not in self._texts or self._texts[name][0] != record:
+                text = json.dumps(record.to_wire(), indent=1)
+                self._texts[name] = record, textwrap.indent(text, "  ")
+        nodes = ",\n".join(self._texts[name][1] for name in records)
+        text = f'{{\n "schema": {SCHEMA},\n "nodes": [\n{nodes}\n ]\n}}\n'
         try:
-            replace_file(self._path, json.dumps(data, indent=1).encode() + b"\n")
+            replace_file(self._path, text.encode())
         except OSError as exc:
             raise codes.ROSTER_UNWRITABLE.error(
                 f"the roster {self._path} cannot be written: {exc.strerror or exc}",
