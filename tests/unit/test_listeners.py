@@ -13,15 +13,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 
 from rayfwd import codes
 from rayfwd.session.session import Limits
+from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
+from rayfwd.system import descriptors
 from rayfwd.transport.connector import DIAL_TIMEOUT, LocalConnector
 from rayfwd.transport.listeners import RETRY_LAST, Listeners, listeners_for
 from rayfwd.transport.relay import SocketRelay
@@ -606,9 +608,67 @@ def test_attempts_to_dial_end_with_their_dialer() -> None:
 class FakeStream:
     """A stream that takes everything and does nothing."""
 
-    def reset(self, *_: object) -> None: ...
+    must_wait = False
+
+    def __init__(self, mux: Any = None) -> None:
+        self.mux = mux
+        self.was_reset: ResetReason | None = None
+
+    def reset(self, reason: ResetReason, _: str = "") -> None:
+        self.was_reset = reason
 
     def consumed(self, _: int) -> None: ...
+
+
+class Peer(NamedTuple):
+    """Stands for a session."""
+
+    peer: str
+
+
+def test_whoever_has_most_connections_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where descriptors are scarce, for who has less than half of that."""
+    greedy, modest = Peer("greedy"), Peer("modest")
+
+    async def body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+    async def main() -> None:
+        place = free_place()
+        connector = LocalConnector()
+
+        async def dial(mux: Peer) -> FakeStream:
+            stream = FakeStream(mux)
+            relay = connector.accept(stream, Opening(place))  # type: ignore[arg-type]
+            await until(lambda: stream.was_reset is not None or relay in connector.relays)
+            return stream
+
+        async with serving(body, place):
+            theirs = [await dial(greedy) for _ in range(6)]
+            monkeypatch.setattr(descriptors, "reserve", lambda: 0)
+            assert (await dial(greedy)).was_reset is ResetReason.TOO_MANY
+            assert [stream.was_reset for stream in theirs] == [None] * 6
+            monkeypatch.setattr(descriptors, "reserve", room_for_one(connector))
+            mine = [await dial(modest) for _ in range(2)]
+            assert [stream.was_reset for stream in mine] == [None] * 2
+            assert [stream.was_reset for stream in theirs] == [
+                *([None] * 4),
+                *([ResetReason.TOO_MANY] * 2),
+            ]
+            assert (await dial(modest)).was_reset is ResetReason.TOO_MANY, "it has half of it"
+            for relay in list(connector.relays):
+                relay.refuse()
+            await until(lambda: not connector.relays)
+            await connector.close()
+
+    run_in_real_time(main, 60)
+
+
+def room_for_one(connector: LocalConnector) -> Callable[[], int]:
+    """No number is below the reserve while six connections stand."""
+    return lambda: 0 if len(connector.relays) >= 6 else 1 << 20
 
 
 def test_few_descriptors_hold_up_new_connections_and_break_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.mux import MuxStream
+from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
@@ -23,6 +23,10 @@ DIAL_TIMEOUT = 10.0
 """Seconds for a connection on this machine: made or refused at once, unless a backlog is full."""
 
 
+Taker = tuple[Mux, str | None]
+"""Whose streams want connections: those of a session, from a node's address where that is told."""
+
+
 class LocalConnector:
     """Joins streams that other nodes open to ports of this machine. Owns its attempts."""
 
@@ -30,6 +34,7 @@ class LocalConnector:
         self.relays: set[SocketRelay] = set()
         """Those that have a connection."""
         self._tasks: dict[asyncio.Task[None], tuple[SocketRelay, Opening]] = {}
+        self._taken: dict[Taker, dict[SocketRelay, MuxStream]] = {}
 
     def accept(self, stream: MuxStream, opening: Opening) -> SocketRelay:
         """Dial a target for a stream; a failure resets it with its reason."""
@@ -55,10 +60,17 @@ class LocalConnector:
             raise exc
 
     async def _dial(self, stream: MuxStream, relay: SocketRelay, opening: Opening) -> None:
-        target = opening.target
+        target, taker = opening.target, (stream.mux, opening.source)
         try:
             async with asyncio.timeout(DIAL_TIMEOUT):
-                await _connect(relay, opening)
+                try:
+                    await _connect(relay, opening)
+                except OSError as exc:
+                    if exc.errno != errno.EMFILE or not self._make_room(taker):
+                        raise
+                    await asyncio.sleep(0)  # then the connection that was given up is closed
+                    await _connect(relay, opening)
+            self._note(taker, relay, stream)
         except ConnectionRefusedError:
             stream.reset(ResetReason.REFUSED, f"nothing listens on {target}")
         except TimeoutError:
@@ -70,6 +82,35 @@ class LocalConnector:
             stream.reset(
                 ResetReason.TOO_MANY if scarce else ResetReason.UNREACHABLE, f"{target}: {exc}"
             )
+
+    def _note(self, taker: Taker, relay: SocketRelay, stream: MuxStream) -> None:
+        """Whose a connection is, until it is lost."""
+        if relay not in self.relays:
+            return
+        mine = self._taken.setdefault(taker, {})
+        mine[relay] = stream
+
+        def lost() -> None:
+            mine.pop(relay, None)
+            if not mine:
+                self._taken.pop(taker, None)
+
+        relay.when_lost(lost)
+
+    def _make_room(self, taker: Taker) -> bool:
+        """Give up the newest connection of who has most, for who has less than half of that.
+
+        False: nobody has so much more."""
+        least = 2 * (len(self._taken.get(taker, ())) + 1)
+        greediest = max(self._taken.values(), key=len, default={})
+        if len(greediest) < least:
+            return False
+        relay, stream = greediest.popitem()
+        if not relay.over:
+            log.warning("connection_given_up", node=stream.mux.peer, held=len(greediest))
+            stream.reset(ResetReason.TOO_MANY, "descriptors are scarce, and this node has most")
+            relay.refuse()
+        return True
 
     def release(self) -> None:
         """Another process dials what is being dialled."""

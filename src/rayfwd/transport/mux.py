@@ -189,7 +189,7 @@ class Mux:
         self._accept = accept
         self._on_message = on_message
         self._on_change = on_change
-        self._peer = peer
+        self.peer = peer
         self._owners: dict[int, StreamOwner] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -554,4 +554,4 @@ class Mux:
             if message is not None:
                 self._on_message(message)
         except ValueError as exc:
-            log.warning("message_malformed", node=self._peer, cause=str(exc))
+            log.warning("message_malformed", node=self.peer, cause=str(exc))

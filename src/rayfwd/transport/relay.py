@@ -51,6 +51,11 @@ class SocketRelay(asyncio.Protocol):
         self._full = False
         self._over = False
 
+    @property
+    def over(self) -> bool:
+        """Its stream has ended, and its connection ends, too."""
+        return self._over
+
     def when_lost(self, lost: Callable[[], None]) -> None:
         """`lost` is called when it had a connection and has it no more."""
         self._lost = lost
