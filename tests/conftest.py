@@ -1,11 +1,12 @@
 """What all tests share: their order, their time limits, what they need, and that nothing is left.
 
 Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs root and its tools
-(everything below tests/lab/ has it), `systemd` boots machines (everything below tests/systemd/).
-Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all. `alone` is for a
-file that measures how long something takes: where files run side by side (`pytest -n 3`), none
-runs beside it. `runs` names commands of the documents that a test runs (`tests/commands.py`), and
-`story` is for a file whose tests need those before them (`tests/stories.py`).
+(everything below tests/lab/ and tests/hostile/ has it), `systemd` boots machines (everything below
+tests/systemd/). Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all.
+`alone` is for a file that measures how long something takes: where files run side by side
+(`pytest -n 3`), none runs beside it. `runs` names commands of the documents that a test runs
+(`tests/commands.py`), and `story` is for a file whose tests need those before them
+(`tests/stories.py`).
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
 from tests.stories import Stories
 
-ORDER = ("unit", "ray", "demo", "package", "lab", "systemd")
+ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first, and last those with many files, so that whoever
 runs files side by side has some for everybody to the end."""
 
-LIMITS = {"unit": 60, "ray": 200, "lab": 300, "systemd": 300, "demo": 300}
+LIMITS = {"unit": 60, "ray": 200, "hostile": 300, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
 
 # A shell's background job ignores Ctrl-C, and so would all that is started here and is to obey it.
@@ -61,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         where = folder(item)
         if where in {"lab", "systemd"}:
             item.add_marker(getattr(pytest.mark, where))
+        if where == "hostile":
+            item.add_marker(pytest.mark.lab)  # its machines are the lab's
         if item.get_closest_marker("timeout") is None and where in LIMITS:
             item.add_marker(pytest.mark.timeout(LIMITS[where]))
 

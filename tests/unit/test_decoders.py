@@ -2,7 +2,7 @@
 
 `tests/fixtures/corpus/` has a directory for each, with what is right, and with every input by which
 a fault was found: a file that is put there is tried as it is, and damaged. What is damaged how
-follows from a seed. RAYFWD_FUZZ is how often for each decoder; a deep run has a million.
+follows from a seed. RAYFWD_DAMAGE is how often for each decoder; a deep run has a million.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from rayfwd.session.target import Opening
 from rayfwd.status import Status
 
 CORPUS = Path(__file__).parents[1] / "fixtures" / "corpus"
-TURNS = int(os.environ.get("RAYFWD_FUZZ", "400"))
+TURNS = int(os.environ.get("RAYFWD_DAMAGE", "400"))
 """How often each decoder is given something."""
-SEED = int(os.environ.get("RAYFWD_FUZZ_SEED", "1"))
+SEED = int(os.environ.get("RAYFWD_DAMAGE_SEED", "1"))
 
 NETWORK = "127.77.0.0/16"
 HEAD = head_plan("h", NETWORK, 20000, 8, {"gcs": 6379, "dashboard": 8265, "client": 10001})
@@ -126,7 +126,7 @@ def handover(data: bytes) -> None:
 
 def kept(data: bytes) -> None:
     """The roster on the head's disk."""
-    path = Path(os.environ["RAYFWD_FUZZ_FILE"])
+    path = Path(os.environ["RAYFWD_DAMAGE_FILE"])
     path.write_bytes(data)
     with suppress(ProblemError):
         records, _ = roster.read(path)
@@ -190,7 +190,7 @@ def corpus(name: str) -> list[bytes]:
 
 @pytest.fixture(autouse=True)
 def _a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYFWD_FUZZ_FILE", str(tmp_path / "roster.json"))
+    monkeypatch.setenv("RAYFWD_DAMAGE_FILE", str(tmp_path / "roster.json"))
 
 
 @pytest.mark.parametrize("name", TARGETS)
