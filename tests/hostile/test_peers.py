@@ -31,6 +31,7 @@ ACCEPTED = 400
 """Connections that the loop may have accepted in one go, before it looks at any of them."""
 MOST_KEPT = 256 * MEGABYTE
 """What the hub keeps for one peer, at most (security.md)."""
+EMOJI = "\U0001f600"
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n\u202e"
 
 
@@ -178,6 +179,27 @@ def test_say_again_without_end(scene: Scene) -> None:
         speaker.tell({"type": "conditions", "conditions": conditions})
         keep_telling(speaker, 6, itertools.repeat({"type": "say_again"}))
         scene.daemon.status()
+
+
+def test_conditions_without_end(scene: Scene) -> None:
+    """With names of its own making, and words that become longer when they are written down."""
+
+    def bodies() -> Iterator[object]:
+        for turn in itertools.count():
+            yield {
+                "type": "conditions",
+                "conditions": [
+                    {"code": f"made_up_{turn}_{i}", "severity": "error", "subject": f"w{i}",
+                     "cause": EMOJI * 1900 + ESCAPES, "remedy": ESCAPES * 100}
+                    for i in range(20)
+                ],
+            }  # fmt: skip
+
+    with scene.attack(memory=MOST_KEPT, log=1_500_000), scene.speaker() as speaker:
+        speaker.join("inventor")
+        keep_telling(speaker, 6, bodies())
+    names = {event["event"] for event in scene.daemon.events()}
+    assert not {name for name in names if name.startswith("made_up")}
 
 
 def test_plans_without_end(scene: Scene) -> None:

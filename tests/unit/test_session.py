@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from rayfwd import codes
 from rayfwd.session.answers import ACK_DELAY
-from rayfwd.session.events import LaneDead, Parked, Resumed, SessionEnded, StreamWritable
+from rayfwd.session.events import (
+    LaneDead,
+    MessageReceived,
+    Parked,
+    Resumed,
+    SessionEnded,
+    StreamWritable,
+)
 from rayfwd.session.frames import MAX_MESSAGE, Chunk, Kind, ProtocolError, encode
 from rayfwd.session.lane import (
     DEAD_AFTER,
@@ -825,6 +832,24 @@ class TestControl:
         talk.lane(INTERACTIVE)
         talk.wait(2.0)
         assert talk.worker.messages == said
+
+    def test_what_is_not_heard_yet_is_bounded_by_the_window_and_a_message(self) -> None:
+        """Also where each message is longer than the window, so that most of it completes none."""
+        size, count = MAX_MESSAGE // 2, 12
+        talk = Talk(INTERACTIVE)
+        talk.hub.session.holds_messages = True
+        for _ in range(count):
+            talk.worker.session.send_message(b"x" * size)
+        heard = 0
+        while heard < count:
+            talk.wait(2.0)
+            waiting = talk.hub.seen(MessageReceived)[heard:]
+            kept = sum(len(event.data) for event in waiting) + talk.hub.session.memory
+            assert waiting
+            assert kept < 2 * (size + talk.limits.window)
+            heard += 1
+            talk.hub.session.message_done(waiting[0], talk.now)
+        assert talk.hub.messages == [b"x" * size] * count
 
     def test_a_message_that_is_too_long_is_refused_on_both_sides(self) -> None:
         talk = Talk(INTERACTIVE)

@@ -53,7 +53,7 @@ class MessageReceived(NamedTuple):
 
     data: bytes
     credit: int = 0
-    """Bytes of that stream to be reported as consumed when it, and those before it, are done
+    """Bytes of that stream that the peer may send anew when it, and those before it, are done
     with."""
 
 

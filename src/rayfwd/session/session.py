@@ -115,8 +115,12 @@ class Session:
         self.trace: Trace | None = None
         """Told of every frame and of every change of state, where somebody wants to know."""
         self.holds_messages = False
-        """The driver says by `consumed` when it is done with a message, so that the peer sends no
-        more of them than are heard."""
+        """The driver says by `message_done` when it is done with a message, so that the peer sends
+        no more of them than are heard."""
+        self._unheard = 0
+        """Messages that the driver has and is not done with."""
+        self._behind_unheard = 0
+        """Bytes of the next message, which came while there were some."""
         self._numbers = StreamNumbers(side, limits.streams)
         self._scheduler = Scheduler(self.lanes)
         self._answers = Answers(self.streams)
@@ -338,7 +342,8 @@ class Session:
         receive.consumed += size
         self._held -= size
         round_trip = self._scheduler.round_trip()
-        if now - receive.mark_time >= round_trip and self.memory < 2 * self.limits.session_buffer:
+        keeps_up = now - receive.mark_time >= round_trip and number != CONTROL_STREAM
+        if keeps_up and self.memory < 2 * self.limits.session_buffer:
             self._widen(receive, round_trip, now)
         self._answers.after(stream, now)
 
@@ -486,12 +491,28 @@ class Session:
         for each in found:
             if self.trace is not None:
                 self.trace(message("in", each))
-        if self.holds_messages and found:
-            events += [MessageReceived(each) for each in found[:-1]]
-            events.append(MessageReceived(found[-1], len(data)))
-        else:
+        if not self.holds_messages:
             events += map(MessageReceived, found)
             self.consumed(CONTROL_STREAM, len(data), now)
+            return
+        self._unheard += len(found)
+        if found:
+            events += [MessageReceived(each) for each in found[:-1]]
+            events.append(MessageReceived(found[-1], len(data)))
+        elif self._unheard:
+            self._behind_unheard += len(data)
+        else:  # one that is longer than the window has to go on
+            self.consumed(CONTROL_STREAM, len(data), now)
+
+    def message_done(self, event: MessageReceived, now: float) -> None:
+        """The driver has heard it: the peer may send as much more."""
+        self._unheard -= 1
+        credit = event.credit
+        if not self._unheard:
+            credit += self._behind_unheard
+            self._behind_unheard = 0
+        if credit:
+            self.consumed(CONTROL_STREAM, credit, now)
 
     def _open(self, frame: Frame, now: float, events: list[Event]) -> None:
         number = frame.stream

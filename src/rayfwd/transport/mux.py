@@ -534,8 +534,7 @@ class Mux:
         event = self._to_hear.popleft()
         self.messages += 1
         self._message(event.data)
-        if event.credit:
-            self.session.consumed(CONTROL_STREAM, event.credit, self.now())
+        self.session.message_done(event, self.now())
 
     def _over(self) -> None:
         """Nothing is told or heard any more, and nothing is held."""
