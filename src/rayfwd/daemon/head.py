@@ -664,5 +664,5 @@ class HeadRole:
             ledger=ledger_of(self._hub),
             streams=streams_of(mux for mux, _ in links),
             bytes=volume_of(links),
-            roster=roster_rows(self.view.nodes, states, self._node.listeners),
+            roster=roster_rows(self._roster.plans(), states, self._node.listeners),
         )
