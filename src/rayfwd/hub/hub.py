@@ -720,6 +720,7 @@ class Hub:
                 peer.lost = why if cut is not None and cut.seconds is None else None
                 stats = mux.stats()
                 peer.link_stats.ended(mux.now(), stats.bytes_in, stats.bytes_out)
+                peer.messages += mux.messages
                 peer.mux, peer.session = None, ""
                 left = isinstance(peer, HubNode) and peer.left
                 if isinstance(peer, HubClient):
@@ -815,7 +816,6 @@ class Hub:
 
     def _heard(self, peer: HubNode | HubClient, message: Message) -> None:
         """Clients have nothing to say."""
-        peer.messages += 1
         if isinstance(peer, HubNode):
             self._owner.message(peer.name, message)
 

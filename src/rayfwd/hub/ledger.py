@@ -157,7 +157,7 @@ def _account(peer: HubPeer) -> Account:
         memory=0 if mux is None else mux.session.memory,
         lanes=0 if mux is None else len(mux.lanes),
         streams=0 if mux is None else max(len(mux.session.streams) - 1, 0),
-        messages=peer.messages,
+        messages=peer.messages + (0 if mux is None else mux.messages),
         log_lines=lines_about(peer.label),
         roster_writes=peer.roster_writes,
         seconds=round(peer.seconds, 3),

@@ -342,8 +342,12 @@ class Session:
         receive.consumed += size
         self._held -= size
         round_trip = self._scheduler.round_trip()
-        keeps_up = now - receive.mark_time >= round_trip and number != CONTROL_STREAM
-        if keeps_up and self.memory < 2 * self.limits.session_buffer:
+        keeps_up = now - receive.mark_time >= round_trip
+        if (
+            keeps_up
+            and self.memory < 2 * self.limits.session_buffer
+            and not (number == CONTROL_STREAM and self.holds_messages)
+        ):
             self._widen(receive, round_trip, now)
         self._answers.after(stream, now)
 
