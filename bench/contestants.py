@@ -198,7 +198,7 @@ def rayfwd(
         f"Host head\n  HostName 127.0.0.1\n  Port {via}\n"
         f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n  UserKnownHostsFile {sshd.known_hosts}\n"
     )
-    common = "start = false\ncommand = 'none'\nworker_ports = 8\n[network]\nlevel = 'listeners'\n"
+    common = "start = false\ncommand = 'none'\nworker_ports = 8\n"
     target = "w2" if workers == 2 else "head"
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     files = {
