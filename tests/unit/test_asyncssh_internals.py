@@ -11,12 +11,11 @@ import pytest
 from asyncssh import encryption
 from asyncssh.crypto.cipher import GCMCipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from structlog.testing import capture_logs
 
 from rayfwd.transport import asyncssh_internals as internals
 from rayfwd.transport import fastpath
 from rayfwd.transport.fastpath import FastPath
-from tests.unit.loops import run
+from tests.unit.loops import log_events, run
 from tests.unit.test_fastpath import Made, connected
 
 MEGABYTE = 1 << 20
@@ -112,7 +111,7 @@ def test_an_attribute_that_is_not_as_known_is_found_before_anything_is_touched(
             before = real._transport.get_protocol()
             other = GONE if how == "gone" else object()
             connection, channel = seen(made, table, name, other)
-            with capture_logs() as logs:
+            with log_events() as logs:
                 path = FastPath.install(connection, channel, made[2].take, lambda: None)
                 again = FastPath.install(connection, channel, made[2].take, lambda: None)
             assert path is None
@@ -194,7 +193,7 @@ def test_a_counter_that_is_not_the_known_one_is_refused(
 
     async def main() -> None:
         async with connected() as made:
-            with capture_logs() as logs:
+            with log_events() as logs:
                 path = FastPath.install(made[0], made[1], made[2].take, lambda: None)
             assert path is None
             assert [entry["event"] for entry in logs] == ["fast_path_absent"]
@@ -223,7 +222,7 @@ def test_a_key_that_comes_to_be_otherwise_in_the_middle_is_left_to_asyncssh(
 def test_another_cipher_is_nothing_unexpected(name: str) -> None:
     async def main() -> None:
         async with connected(name) as made:
-            with capture_logs() as logs:
+            with log_events() as logs:
                 path = FastPath.install(made[0], made[1], made[2].take, lambda: None)
             assert path is None
             assert logs == []
