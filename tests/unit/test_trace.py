@@ -91,7 +91,7 @@ class TestSession:
             assert came == sent[: len(came)], "what a closed session did not hear is missing"
             assert len(sent) - len(came) <= 5
         kinds = {each.kind for each in seen["worker"] if isinstance(each, FrameTraced)}
-        handshake = {Kind.HELLO, Kind.WELCOME, Kind.REFUSE, Kind.CHALLENGE, Kind.PROOF}
+        handshake = {Kind.HELLO, Kind.WELCOME, Kind.REFUSE, Kind.CHALLENGE, Kind.PROOF, Kind.VOUCH}
         assert kinds == set(Kind) - {*handshake, Kind.CHECK}
 
     def test_no_payload_is_in_it(self) -> None:
