@@ -67,7 +67,7 @@ class Cluster:
         self.head = lab.machine("head")
         self.worker = lab.machine("worker")
         self._further = SMALL + further
-        self._level = "" if level is None else f'\n[network]\nlevel = "{level}"\n'
+        self._level = "" if level is None else f'[network]\nlevel = "{level}"\n\n'
 
     def init_head(self, *further: str) -> str:
         """The README's command on the head; what it printed."""
@@ -99,8 +99,8 @@ class Cluster:
         for machine in self.lab.machines:
             text = machine.read(self.config)
             assert text.count("[ray]\n") == 1, text
-            text = text.replace("[ray]\n", "[ray]\n" + self._further)
-            machine.host_path(self.config).write_text(text + self._level)
+            text = text.replace("[ray]\n", f"{self._level}[ray]\n{self._further}")
+            machine.host_path(self.config).write_text(text)
 
     def start(self) -> None:
         """The README's last command, on both."""
