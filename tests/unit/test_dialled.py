@@ -12,11 +12,12 @@ from rayfwd.config import ConfigError, DialConfig, parse
 from rayfwd.transport import awaited as awaited_module
 from rayfwd.transport import dialler as dialler_module
 from rayfwd.transport import link as link_module
-from rayfwd.transport.dialler import of_worker
+from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.dialler import Dialler, of_worker
 from rayfwd.watch import reach
 from tests.unit.cluster import echo, goodbye, serving
 from tests.unit.daemons import exposed, site
-from tests.unit.loops import log_events, of, run, until
+from tests.unit.loops import log_events, of, run, run_on_fake_clock, until
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +153,71 @@ def test_two_ways_take_what_stands_first(tmp_path: Path) -> None:
                 await until(lambda: len(of(events, "worker_dialled")) == 1)
 
     run(main)
+
+
+class Way:
+    """A carrier and its connections in one; what is dialled stands at once, or fails."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.fails = False
+        self.tries = 0
+        self.owners: list[PipeOwner] = []
+
+    async def dial(self, urgent: asyncio.Event) -> Way:
+        del urgent
+        self.tries += 1
+        if self.fails:
+            raise codes.SSH_UNREACHABLE.error("no answer", "see that it is up")
+        return self
+
+    async def open(self, owner: PipeOwner) -> Way:
+        self.owners.append(owner)
+        asyncio.get_running_loop().call_soon(owner.pipe_data, b"hello")
+        return self
+
+    async def tune(self) -> None: ...
+
+    def keep_alive(self) -> None: ...
+
+    def write(self, chunks: object) -> None: ...
+
+    def carry(self, deliver: object, resume: object) -> None: ...
+
+    def close(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
+
+
+def test_a_rest_ends_when_the_last_connection_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one was lost a while ago, and is dialled in vain: nobody waited for it."""
+    monkeypatch.setattr(dialler_module, "REDIAL_LAST", 15.0)
+
+    async def main() -> None:
+        way, loop = Way(), asyncio.get_running_loop()
+        hub = await asyncio.start_unix_server(swallow, tmp_path / "hub.sock")
+        dial = DialConfig(ssh="ray@w1", bulk_lanes=1)
+        dialler = Dialler(dial, way, tmp_path / "hub.sock", 120.0, lambda: None)
+        task = asyncio.create_task(dialler.run())
+        await until(lambda: len(way.owners) == 2)
+        way.fails = True
+        way.owners[0].pipe_lost("cut")
+        await until(lambda: way.tries == 12, 200)
+        way.fails = False
+        began = loop.time()
+        way.owners[1].pipe_lost("cut")
+        await until(lambda: len(way.owners) == 3, 60)
+        assert loop.time() - began < 5.0
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        dialler.close()
+        hub.close()
+
+    run_on_fake_clock(main)

@@ -380,6 +380,17 @@ def test_a_head_that_is_slow_to_let_in_is_waited_for_while_parked(tmp_path: Path
     run(main)
 
 
+async def lose_the_other_lane(s: Site) -> None:
+    """Logins are quick again; the link is back soon."""
+    s.sshd.login_takes = 0.0
+    s.sshd.cut(0)
+    await until(lambda: s.link.link_stats.cuts == 1)
+    began = asyncio.get_running_loop().time()
+    await s.up(lanes=1)
+    waited = asyncio.get_running_loop().time() - began
+    assert waited < 2 * ssh_module.URGENT_LOGIN
+
+
 def test_a_login_that_hangs_when_the_link_parks_gets_no_longer_than_a_new_one(
     tmp_path: Path,
 ) -> None:
@@ -392,13 +403,7 @@ def test_a_login_that_hangs_when_the_link_parks_gets_no_longer_than_a_new_one(
             s.sshd.cut(0)
             await until(lambda: s.sshd.tries == 3)
             await asyncio.sleep(1)  # the login has begun
-            s.sshd.login_takes = 0.0
-            s.sshd.cut(0)  # the other lane
-            await until(lambda: s.link.link_stats.cuts == 1)
-            began = asyncio.get_running_loop().time()
-            await s.up(lanes=1)
-            waited = asyncio.get_running_loop().time() - began
-            assert waited < 2 * ssh_module.URGENT_LOGIN
+            await lose_the_other_lane(s)
 
     run(main)
 
@@ -412,13 +417,7 @@ def test_a_rest_before_the_next_attempt_ends_when_the_link_parks(tmp_path: Path)
             # Attempts fail until the rest between them is long; then one begins.
             await until(lambda: s.sshd.tries == 10, 1000)
             await until(lambda: len(s.sshd.connections) == 1, 100)
-            s.sshd.login_takes = 0.0
-            s.sshd.cut(0)  # the other lane
-            await until(lambda: s.link.link_stats.cuts == 1)
-            began = asyncio.get_running_loop().time()
-            await s.up(lanes=1)
-            waited = asyncio.get_running_loop().time() - began
-            assert waited < 2 * ssh_module.URGENT_LOGIN
+            await lose_the_other_lane(s)
 
     run(main)
 

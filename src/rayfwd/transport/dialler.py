@@ -8,12 +8,10 @@ others follow it.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from rayfwd import codes
 from rayfwd.config import DialConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
@@ -24,13 +22,15 @@ from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
     HANDSHAKE_TIMEOUT,
     LASTED_SECONDS,
-    REDIAL_COUNTED,
     REDIAL_FIRST,
     REDIAL_LAST,
     REDIAL_PARKED,
-    REDIAL_SPREAD,
+    URGENT_HANDSHAKE,
+    counted_rest,
+    within_time,
 )
 from rayfwd.transport.sshproblems import why_no_answer
+from rayfwd.transport.urgency import AdaptiveTimeout, rest
 from rayfwd.transport.writev import write
 
 log = get_logger(__name__)
@@ -83,6 +83,7 @@ class Dialler:
         self._urgent = asyncio.Event()
         """Connections stood a while ago: streams may wait."""
         self._calm: asyncio.TimerHandle | None = None
+        self._channel_timeout = AdaptiveTimeout(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
         self._standing = asyncio.Event()
         self._joints: set[Joint] = set()
         self._connections: set[Connection] = set()
@@ -127,10 +128,12 @@ class Dialler:
                 if loop.time() - began > LASTED_SECONDS:
                     backoff.reset()
             except ProblemError as exc:
-                counted = REDIAL_COUNTED.get(exc.problem.code, 0.0)
+                counted = counted_rest(exc.problem.code)
                 self._met(of_worker(exc.problem))
-            rest = backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
-            await asyncio.sleep(max(rest, counted * (1 + REDIAL_SPREAD * random.random())))
+            seconds = max(
+                counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
+            )
+            await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
 
     async def _one(self, number: int) -> None:
         """Dial, and stay until it is over. Raises ProblemError."""
@@ -138,19 +141,19 @@ class Dialler:
         self._connections.add(connection)
         joint = Joint(self._hub, self._stands)
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-                joint.pipe = await connection.open(joint)
+            joint.pipe = await within_time(
+                connection.open(joint),
+                self._urgent,
+                self._channel_timeout,
+                "the head's sshd opened no channel",
+                "nothing, if it comes back; else see the head's load and its sshd log",
+            )
             connection.keep_alive()  # until the worker has use for it, nobody says anything
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
             try:
                 why = await joint.lost
             finally:
                 tuning.cancel()
-        except TimeoutError:
-            raise codes.HUB_SILENT.error(
-                f"the head's sshd opened no channel in {HANDSHAKE_TIMEOUT:.0f} s",
-                "nothing, if it comes back; else see the head's load and its sshd log",
-            ) from None
         finally:
             joint.end()
             self._connections.discard(connection)

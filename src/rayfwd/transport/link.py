@@ -20,7 +20,7 @@ from typing import Protocol, TypeVar
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import (
     MAX_PAYLOAD,
@@ -46,7 +46,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
 from rayfwd.transport.sshproblems import why_no_answer
-from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
+from rayfwd.transport.urgency import AdaptiveTimeout, rest, time_limit
 
 log = get_logger(__name__)
 Made = TypeVar("Made")
@@ -403,20 +403,14 @@ class Link:
 
     async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
         """Before the next attempt; from when streams wait, no longer than need be."""
-        counted = 0.0 if slot.problem is None else REDIAL_COUNTED.get(slot.problem.code, 0.0)
-        counted *= 1 + REDIAL_SPREAD * random.random()
-        urgent = self._urgent.is_set()
-        seconds = max(counted, backoff.next(REDIAL_PARKED if urgent else REDIAL_LAST))
+        counted = counted_rest(None if slot.problem is None else slot.problem.code)
+        seconds = max(
+            counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
+        )
         if slot.problem is not None and slot.problem.code is codes.LINK_AWAITED:
             seconds = REDIAL_FIRST  # nothing was dialled
         slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
-        needed = seconds if urgent else max(counted, min(seconds, REDIAL_FIRST))
-        await asyncio.sleep(needed)
-        if needed < seconds:
-            # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the event.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds - needed):
-                    await self._urgent.wait()
+        await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
 
     async def _hold_extra(self, group: asyncio.TaskGroup) -> None:
         """Make the extra lanes when those that stand are full."""
@@ -499,14 +493,7 @@ class Link:
         self._lost(slot, why)
 
     async def _within_time(self, step: Awaitable[Made], silence: str, remedy: str) -> Made:
-        """A step of the handshake. Raises what it raises, and HUB_SILENT."""
-        began = asyncio.get_running_loop().time()
-        try:
-            async with time_limit(self._urgent, HANDSHAKE_TIMEOUT, self._handshake_timeout):
-                return await step
-        except TimeoutError:
-            seconds = asyncio.get_running_loop().time() - began
-            raise codes.HUB_SILENT.error(f"{silence} in {seconds:.0f} s", remedy) from None
+        return await within_time(step, self._urgent, self._handshake_timeout, silence, remedy)
 
     async def _greet(self, pipe: Pipe, lane: LinkLane, hello: Hello) -> Welcome:
         try:
@@ -620,6 +607,29 @@ class Link:
                 self._standing.clear()
                 self._urgent.clear()
         self._owner.link_changed()
+
+
+async def within_time(
+    step: Awaitable[Made],
+    urgent: asyncio.Event,
+    adaptive: AdaptiveTimeout,
+    silence: str,
+    remedy: str,
+) -> Made:
+    """A step of the handshake. Raises what it raises, and HUB_SILENT."""
+    began = asyncio.get_running_loop().time()
+    try:
+        async with time_limit(urgent, HANDSHAKE_TIMEOUT, adaptive):
+            return await step
+    except TimeoutError:
+        seconds = asyncio.get_running_loop().time() - began
+        raise codes.HUB_SILENT.error(f"{silence} in {seconds:.0f} s", remedy) from None
+
+
+def counted_rest(code: Code | None) -> float:
+    """Seconds that there are to be, at least, before another attempt after this."""
+    counted = 0.0 if code is None else REDIAL_COUNTED.get(code, 0.0)
+    return counted * (1 + REDIAL_SPREAD * random.random())
 
 
 def _by_an_older_hub(refusal: Problem) -> Problem:

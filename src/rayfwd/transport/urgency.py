@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 
 class AdaptiveTimeout:
@@ -53,6 +53,19 @@ async def time_limit(
             adaptive.timed_out()
         raise
     adaptive.succeeded(loop.time() - began)
+
+
+async def rest(urgent: asyncio.Event, seconds: float, least: float) -> None:
+    """Before another attempt: so many seconds, or from when it becomes urgent no more than `least`
+    of them."""
+    if urgent.is_set():
+        await asyncio.sleep(seconds)
+        return
+    await asyncio.sleep(least)
+    # Not wait_for: up to Python 3.11 it loses a cancellation that comes with the event.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds - least)):
+            await urgent.wait()
 
 
 async def _hurry(urgent: asyncio.Event, limit: asyncio.Timeout, adaptive: AdaptiveTimeout) -> None:
