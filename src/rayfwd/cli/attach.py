@@ -190,18 +190,20 @@ def _handed_over(hub: socket.socket, begun: bytes) -> bool:
 def _is_clients(begun: bytes) -> bool:
     """Whether it begins with the HELLO of a client, or with what its doctor asks in place of one,
     whose payload is the same."""
-    frame = _whole_frame(begun)
-    if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
-        return False
-    try:
-        body = json.loads(frame.payload)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(body, dict) and body.get("role") == "client"
+    body = _said_in(begun)
+    return body is not None and body.get("role") == "client"
 
 
 def _node_of(begun: bytes) -> str | None:
     """The name that a worker's HELLO, or its doctor's, begins with; None: it is none."""
+    body = _said_in(begun)
+    if body is None or body.get("role", "worker") != "worker":
+        return None
+    return str(body.get("node", ""))
+
+
+def _said_in(begun: bytes) -> dict[str, Any] | None:
+    """What a HELLO says, or what a doctor asks in place of one; None: it is neither."""
     frame = _whole_frame(begun)
     if frame is None or frame.kind not in {Kind.HELLO, Kind.CHECK}:
         return None
@@ -209,9 +211,7 @@ def _node_of(begun: bytes) -> str | None:
         body = json.loads(frame.payload)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(body, dict) or body.get("role", "worker") != "worker":
-        return None
-    return str(body.get("node", ""))
+    return body if isinstance(body, dict) else None
 
 
 def _vouch(node: str, hub: Path) -> bytes:

@@ -133,7 +133,7 @@ class HeadRole:
                 makers.carrier(dial.way()),
                 config.hub_socket,
                 config.ride_through,
-                self._dialler_changed,
+                self.changed,
             )
             for dial in hub.dial
         ]
@@ -190,9 +190,6 @@ class HeadRole:
     async def _diallers_done(self) -> None:
         """What the hub said last is on its way."""
         await asyncio.gather(*(dialler.drained() for dialler in self._diallers))
-
-    def _dialler_changed(self) -> None:
-        self.changed()
 
     def leaving(self) -> None:
         """The workers see the hub close; their Ray waits for this one's for a while."""
@@ -443,8 +440,7 @@ class HeadRole:
             self._gathering.cancel()
 
     def _hub_changed(self) -> None:
-        there = {self._node.config.name}
-        there |= {n.plan.name for n in self._hub.nodes.values() if n.state != "down"}
+        there = {self._node.config.name} | self._here()
         self._dial_back.keep(there)
         self._known |= there
         gone = self._known - there

@@ -126,8 +126,8 @@ class Hub:
         self._teller = Teller()
         self._changed_plans: dict[str, None] = {}
         """Names of nodes that are new, have changed or are gone, which nobody was told of yet."""
-        self._told: tuple[tuple[NodePlan, ...], bytes | None] = ((), None)
-        """All plans, and what was made of them to tell."""
+        self._told: tuple[tuple[NodePlan, ...], messages.Nodes, bytes | None] | None = None
+        """All plans, the message of them, and that as it is sent."""
         self._tell_soon: asyncio.TimerHandle | None = None
         self.clients: dict[str, HubClient] = {}
         """Those that have a session, by the SHA-256 of their keys."""
@@ -861,10 +861,12 @@ class Hub:
         """What changes from now on, it is told of."""
         node.knows_all = mux
         plans = self._roster.plans()
-        if self._told[0] is not plans:
-            self._told = plans, framed(self._all_nodes())
-        if (data := self._told[1]) is not None:
-            mux.tell(self._all_nodes(), data)
+        if self._told is None or self._told[0] is not plans:
+            message = self._all_nodes()
+            self._told = plans, message, framed(message)
+        _, message, data = self._told
+        if data is not None:
+            mux.tell(message, data)
 
     def leaving(self, name: str) -> None:
         """A worker says that it stops for good."""

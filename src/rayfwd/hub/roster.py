@@ -269,17 +269,13 @@ class Roster:
 
     def check(self, name: str, claim: Claim) -> None:
         """Whether worker `name` is who it was. Raises ProblemError `name_taken`."""
-        known = self._records.get(name)
-        if known is None or not known.belongs_to(claim):
+        if not self.has(name, claim):
             raise _name_taken(name, "belongs to a node with another key")
 
     def changes(self, name: str, worker_ports: int, advertise: str | None) -> bool:
         """Whether worker `name` has another plan than it would with these."""
         known = self._records.get(name)
-        if known is None:
-            return True
-        advertised = known.plan.address if known.plan.advertised else None
-        return (worker_ports, advertise) != (known.plan.worker_ports, advertised)
+        return known is None or not _asks_for(known.plan, worker_ports, advertise)
 
     @contextmanager
     def together(self) -> Iterator[None]:
