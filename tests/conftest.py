@@ -24,6 +24,7 @@ from tests import commands
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
 from tests.stories import Stories
+from tests.times import Times
 
 ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first, and last those with many files, so that whoever
@@ -50,8 +51,9 @@ def folder(item: pytest.Item) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have stories told in order."""
+    """Have stories told in order, and files timed."""
     config.pluginmanager.register(Stories())
+    config.pluginmanager.register(Times())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,48 @@
+"""How long files took, at the end of a run: where to look when the whole takes too long.
+
+A file's time is all of its tests with their fixtures, on whichever side it ran; waiting for its
+turn (`alone`) is not in it. How busy the processors were says whether one more file at a time
+(`pytest -n`) would help.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+SHOWN = 25
+"""Files that are named, the slowest first."""
+
+
+class Times:
+    """The plugin; `tests/conftest.py` registers it."""
+
+    def __init__(self) -> None:
+        self._took: defaultdict[str, float] = defaultdict(float)
+        self._busy = _busy_seconds()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._took[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if len(self._took) < 2:
+            return
+        terminalreporter.section(f"slowest {SHOWN} files")
+        slowest = sorted(self._took, key=lambda file: self._took[file], reverse=True)
+        for file in slowest[:SHOWN]:
+            terminalreporter.write_line(f"{self._took[file]:.2f}s {file}")
+        busy = _busy_seconds() - self._busy
+        terminalreporter.write_line(
+            f"{sum(self._took.values()):.0f} s in all files; "
+            f"{os.cpu_count()} processors were busy for {busy:.0f} s"
+        )
+
+
+def _busy_seconds() -> float:
+    """Processor time that this machine has spent since its start, by anyone (proc_stat(5))."""
+    spent = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    idle = spent[3] + spent[4]
+    return (sum(spent[:8]) - idle) / os.sysconf("SC_CLK_TCK")
