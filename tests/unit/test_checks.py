@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rayfwd import codes
 from rayfwd.cluster.probe import HeldPorts
-from rayfwd.hub import doctor_answers
+from rayfwd.hub import doctor_answers, pending
 from rayfwd.hub import hub as hub_module
 from rayfwd.problems import Problem
 from rayfwd.session import checks
@@ -356,7 +356,7 @@ class TestBounds:
         run(main)
 
     def test_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub_module, "MAX_CHECKUPS", 1)
+        monkeypatch.setattr(pending, "MAX_CHECKUPS", 1)
 
         async def main() -> None:
             async with cluster(tmp_path) as c:
@@ -365,7 +365,7 @@ class TestBounds:
                     refusal = await second.begin(hello_of("w1"))
                     assert isinstance(refusal, Problem)
                     assert refusal.code == codes.CHECK_BUSY
-                await until(lambda: not c.hub._asking)
+                await until(lambda: not c.hub.pending._asking)
                 async with caller(c) as third:
                     assert isinstance(await third.begin(hello_of("w1")), CheckReply)
 
@@ -376,7 +376,7 @@ class TestBounds:
             async with cluster(tmp_path) as c, caller(c) as doctor:
                 await doctor.begin(hello_of("w1"))
                 doctor.send(checks.talk({"ask": "send", "bytes": MOST_FILLER}))
-                (lane,) = c.hub._asking
+                (lane,) = c.hub.pending._asking
                 await until(lambda: lane.paused)
                 assert lane._transport is not None
                 assert lane._transport.get_write_buffer_size() < MOST_FILLER / 16

@@ -20,7 +20,8 @@ from rayfwd import codes
 from rayfwd.daemon.handover import ACCEPT_TURNS
 from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
-from rayfwd.hub.hub import MAX_LANES, MAX_UNGREETED
+from rayfwd.hub.hub import MAX_LANES
+from rayfwd.hub.pending import MAX_UNGREETED
 from rayfwd.problems import ProblemError
 from rayfwd.session import messages
 from rayfwd.session.events import Parked, Resumed, SessionEnded
@@ -718,7 +719,7 @@ class TestHandOver:
             async with cluster(tmp_path, "w1") as c:
                 hello = replace(c.workers["w1"].hello, resumes=True)
                 lane = await knock(c.hub.path)
-                await until(lambda: c.hub._ungreeted)
+                await until(lambda: c.hub.pending._ungreeted)
                 c.hub.hand_over()
                 assert lane.transport is not None
                 lane.transport.write(hello.encode())

@@ -13,8 +13,9 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.worker import changed
 from rayfwd.hub import roster as roster_module
-from rayfwd.hub.hub import MOST_SHOWN, _shown
 from rayfwd.hub.peers import HubNode
+from rayfwd.hub.plan_news import MOST_SHOWN
+from rayfwd.hub.plan_news import shown as some_of
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.telling import Teller
 from rayfwd.session import messages
@@ -175,12 +176,12 @@ def test_what_a_worker_makes_of_changes() -> None:
 def test_no_welcome_is_longer_than_a_frame(own: int | None) -> None:
     plans = (plan("head", 1, "head"), *(plan(f"{i}".rjust(63, "n"), i) for i in range(2, 2000)))
     mine = None if own is None else plans[own]
-    shown = _shown(plans, mine)
+    shown = some_of(plans, mine)
     assert len(shown) in {MOST_SHOWN - 1, MOST_SHOWN}
     assert mine is None or shown.count(mine) == 1
     wire = tuple(node.to_wire() for node in shown)
     assert len(Welcome("0.2.0", {}, wire, "127.64.0.0/10", 120.0).encode()) < MAX_PAYLOAD
-    assert _shown(plans[:MOST_SHOWN], mine) == plans[:MOST_SHOWN]
+    assert some_of(plans[:MOST_SHOWN], mine) == plans[:MOST_SHOWN]
 
 
 class Slow:
@@ -249,7 +250,7 @@ def test_nodes_that_come_together_wait_for_the_disk_once(tmp_path: Path, writes:
         async with cluster(tmp_path) as c:
             hellos = [hello_of(f"n{i}", worker_ports=8) for i in range(20)]
             lanes = [await knock(c.hub.path) for _ in hellos]
-            await until(lambda: len(c.hub._ungreeted) == 20)
+            await until(lambda: len(c.hub.pending._ungreeted) == 20)
             for lane, hello in zip(lanes, hellos, strict=True):
                 lane.write([hello.encode()])
             frames = [await lane.answer for lane in lanes]

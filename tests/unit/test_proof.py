@@ -296,7 +296,7 @@ class TestAtTheHub:
                 lane = await knock(c.hub.path, hello_by(who).encode())
                 await challenge_of(lane)
                 assert await result(lane) == "hello_missing"
-                assert not c.hub._challenged
+                assert not c.hub.pending._challenged
 
         run(main)
 
@@ -316,7 +316,7 @@ class TestAtTheHub:
     def test_many_that_do_not_answer_keep_nobody_out(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("rayfwd.hub.hub.MAX_CHALLENGED", 8)
+        monkeypatch.setattr("rayfwd.hub.pending.MAX_CHALLENGED", 8)
 
         async def main() -> None:
             async with cluster(tmp_path) as c:

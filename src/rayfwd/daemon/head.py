@@ -33,6 +33,7 @@ from rayfwd.daemon.views import (
 )
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
+from rayfwd.hub.splices import splice, splices
 from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
@@ -375,7 +376,7 @@ class HeadRole:
         for dialler in self._diallers:
             dialler.close()
         self._gather_no_more()
-        return {"path": str(hub.path), "splices": hub.splices(), "nodes": hub.hand_over()}
+        return {"path": str(hub.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
 
     def _inherit_socket(self, arrival: Arrival) -> None:
         """The hub's, where an earlier process listened in the place that is asked for now."""
@@ -394,7 +395,7 @@ class HeadRole:
 
     def take_over_splices(self, tree: Tree) -> None:
         for each in tree["splices"]:
-            self._hub.splice(each)
+            splice(self._hub.muxes(), each)
 
     # -- as the hub's owner --------------------------------------------------------------
 

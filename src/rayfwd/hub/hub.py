@@ -7,7 +7,6 @@ import hmac
 import secrets
 import socket
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayfwd import __version__, codes
-from rayfwd.cluster.plan import NodePlan, check_name
+from rayfwd.cluster.plan import check_name
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.ledger import Ledger
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer
+from rayfwd.hub.pending import Pending
+from rayfwd.hub.plan_news import PlanNews, shown
 from rayfwd.hub.refusals import Refusals
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
 from rayfwd.hub.stream_relay import StreamRelay
 from rayfwd.hub.telling import Teller
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.session import messages
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import CHANGES, SOURCE, Hello, Vouch, Welcome
@@ -40,34 +40,17 @@ from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
 from rayfwd.system.paths import SECRET
 from rayfwd.system.users import allowed_uids, user_name
-from rayfwd.transport.mux import Mux, MuxStream, StreamOwner, framed
+from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
 
-MAX_UNGREETED = 64
-"""Connections that have not said hello, at most. One more takes the place of the oldest one of the
-user who has most of them: who is about to say hello has just come."""
-MAX_CHALLENGED = 512
-"""Connections that have said hello and not yet proved their keys, at most; likewise. A whole
-cluster may come at once, and each takes a round trip."""
-CROWDED_AGAIN = 60.0
-"""Seconds after which it is logged again that there are too many."""
 MAX_LANES = 2 * (1 + 8 + 8)
 """Lanes of a session: twice what a file allows, since lost ones count until that is noticed. Each
 frame costs time for every lane."""
-MAX_CHECKUPS = 8
-"""Connections of `rayfwd doctor`, at most; what comes on top is refused."""
 IN_USE_SECONDS = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
-
-GATHER_SECONDS, GATHER_FOR_EACH = 0.2, 0.002
-"""Seconds for which changes of the plan are gathered before the workers are told, and how much
-longer for each of these: a message to a thousand nodes, and that it has come, takes a core a tenth
-of a second."""
-MOST_SHOWN = 1000
-"""Plans that a WELCOME holds, or the answer to a doctor: as many as a frame has room for."""
 
 MAX_CLIENTS = 64
 """Clients at a time, those whose links are parked included."""
@@ -124,11 +107,7 @@ class Hub:
         self._at = {node.plan.address: node for node in self.nodes.values()}
         """The nodes by their addresses."""
         self._teller = Teller()
-        self._changed_plans: dict[str, None] = {}
-        """Names of nodes that are new, have changed or are gone, which nobody was told of yet."""
-        self._told: tuple[tuple[NodePlan, ...], messages.Nodes, bytes | None] | None = None
-        """All plans, the message of them, and that as it is sent."""
-        self._tell_soon: asyncio.TimerHandle | None = None
+        self._news = PlanNews(roster, self.nodes, self._teller)
         self.clients: dict[str, HubClient] = {}
         """Those that have a session, by the SHA-256 of their keys."""
         self._roster = roster
@@ -138,15 +117,9 @@ class Hub:
         self._ride_through = ride_through
         self._limits = limits
         self._owner = owner
-        self._ungreeted: dict[HubConnection, None] = {}
-        """The oldest first."""
-        self._challenged: dict[HubConnection, None] = {}
-        """Those that were asked to prove their keys, the oldest first."""
-        self._crowded_at = -CROWDED_AGAIN
+        self.pending = Pending()
         self._joining: list[tuple[HubConnection, Hello, Claim]] = []
         """Whose nodes are new, and are written down in a moment."""
-        self._asking: set[HubConnection] = set()
-        """Connections of `rayfwd doctor`."""
         self._server: asyncio.Server | None = None
         self._inherited: socket.socket | None = None
         self.started = False
@@ -198,7 +171,7 @@ class Hub:
         if self._grace is not None:
             self._grace.cancel()
             self._grace_is_over()
-        self._close_ungreeted()
+        self.pending.close()
         for peer in [*self.nodes.values(), *self.clients.values()]:
             if peer.mux is not None:
                 peer.mux.close(why)
@@ -252,22 +225,6 @@ class Hub:
         """Connections of listeners that came before the node did."""
         return [each for node in self.nodes.values() for each in node.waiting]
 
-    def splices(self) -> list[Tree]:
-        """Which streams are joined to which, by node and number; each pair once. One whose other
-        end is over already stands alone."""
-        muxes = self.muxes()
-        names = {mux: name for name, mux in muxes.items()}
-        found: dict[frozenset[tuple[str, int]], Tree] = {}
-        for name, mux in muxes.items():
-            for number, owner in mux.owners.items():
-                if isinstance(owner, StreamRelay):
-                    ends = [(name, number)]
-                    far = owner.other.stream if owner.other is not None else None
-                    if far is not None and far.mux in names and far.mux.has(far.number):
-                        ends.append((names[far.mux], far.number))
-                    found[frozenset(ends)] = {"ends": ends}
-        return list(found.values())
-
     def muxes(self) -> dict[str, Mux]:
         """Every session, by a name of its own."""
         return {key: peer.mux for key, peer in self._peers().items() if peer.mux is not None}
@@ -285,7 +242,7 @@ class Hub:
         if self._grace is not None:
             self._grace.cancel()
         # Their sessions are the next process's: this one would say that it knows none.
-        self._close_ungreeted()
+        self.pending.close()
         trees: list[Tree] = []
         for peer in self._peers().values():
             mux, peer.mux = peer.mux, None
@@ -316,29 +273,6 @@ class Hub:
         mux.flush()  # sets its clock
         return mux
 
-    def splice(self, tree: Tree) -> None:
-        """Join two streams of sessions that were taken over. Where one of them was not, the other
-        is left without an owner."""
-        near, far = StreamRelay(), StreamRelay()
-        near.other, far.other = far, near
-        muxes, found = self.muxes(), []
-        for splice, (name, number) in zip((near, far), tree["ends"], strict=False):
-            mux = muxes.get(name)
-            if mux is None or not mux.has(number):
-                return
-            found.append((splice, mux, number))
-        for splice, mux, number in found:
-            splice.own(mux.own(number, splice))
-        for splice in (near, far):
-            other = splice.other.stream if splice.other is not None else None
-            if other is not None and not other.must_wait:
-                splice.pass_on()
-
-    def _close_ungreeted(self) -> None:
-        """Close what is no lane, doctors' questions too."""
-        for connection in [*self._ungreeted, *self._challenged, *self._asking]:
-            connection.close()
-
     def _grace_is_over(self) -> None:
         self._grace = None
         for node in self.nodes.values():
@@ -350,7 +284,7 @@ class Hub:
 
     def came(self, lane: HubConnection) -> None:
         """A connection; it has said nothing yet."""
-        self._ungreeted[lane] = None
+        self.pending.came(lane)
         if self._closing:
             lane.close()
         elif lane.uid not in self._uids:
@@ -361,28 +295,20 @@ class Hub:
                     f'add "{name}" to hub.users in the head\'s file',
                 )
             )
-        elif len(self._ungreeted) > MAX_UNGREETED:
-            self._make_room(self._ungreeted)
+        else:
+            self.pending.bound()
 
-    def _make_room(self, waiting: Iterable[HubConnection]) -> None:
-        """Of those who are no lanes yet, close the greediest user's oldest."""
-        counts = Counter(lane.uid for lane in waiting)
-        uid, count = counts.most_common(1)[0]
-        oldest = next(lane for lane in waiting if lane.uid == uid)
-        self.went(oldest)
-        oldest.abort("it said nothing more, and others came")
-        if self._may_say_crowded():
-            log.warning("hub_crowded", user=user_name(uid), silent=count)
+    def challenged(self, lane: HubConnection) -> None:
+        """It has to prove its key."""
+        self.pending.challenged(lane)
 
     def went(self, lane: HubConnection) -> None:
-        """It was greeted or refused, or it is gone."""
-        self._ungreeted.pop(lane, None)
-        self._challenged.pop(lane, None)
-        self._asking.discard(lane)
+        """It was greeted, or it is gone."""
+        self.pending.went(lane)
 
     def refused(self, lane: HubConnection, refusal: Problem) -> None:
         """It is told so, and closed."""
-        self.went(lane)
+        self.pending.went(lane)
         self._refusals.add(lane.node, lane.uid, refusal)
 
     def refused_lately(self) -> list[tuple[str, Problem]]:
@@ -399,13 +325,6 @@ class Hub:
             if lane.peer is not None:
                 lane.peer.link_stats.lane_lost(lane.lane_class, why)
             self._owner.hub_changed()
-
-    def challenged(self, lane: HubConnection) -> None:
-        """It is not silent any more, and has to prove its key."""
-        del self._ungreeted[lane]
-        self._challenged[lane] = None
-        if len(self._challenged) > MAX_CHALLENGED:
-            self._make_room(self._challenged)
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
@@ -448,7 +367,7 @@ class Hub:
             return
         peer.uid = lane.uid
         changes = isinstance(peer, HubNode) and CHANGES in hello.features
-        own, nodes = self._shown_to(peer, changes)
+        own, nodes = self._news.shown_to(peer, changes)
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
         features = welcome.features | {CHANGES} if changes else welcome.features
         auth = self._owner.offer().ray_auth
@@ -463,7 +382,7 @@ class Hub:
         if isinstance(peer, HubNode):
             # What followed the hello may have ended the session.
             if changes and peer.mux is mux and peer.knows_all is not mux:
-                self._tell_all_nodes(peer, mux)
+                self._news.tell_all(peer, mux)
             self._serve_waiting(peer)
         self._close_a_lane()
         self._owner.hub_changed()
@@ -511,30 +430,13 @@ class Hub:
         """Where all peers together have too many: the greediest's newest."""
         peer = self.ledger.lane_to_close()
         if peer is not None and peer.mux is not None:
-            if self._may_say_crowded():
+            if self.pending.may_say_crowded():
                 lanes = len(peer.mux.lanes)
                 log.warning(
                     "hub_lanes_shed", user=user_name(peer.uid), node=peer.label, lanes=lanes
                 )
             newest = max(peer.mux.lanes)
             peer.mux.lanes[newest].transport.abort("the hub has more lanes than it may")
-
-    def _may_say_crowded(self) -> bool:
-        now = self._now()
-        if now - self._crowded_at < CROWDED_AGAIN:
-            return False
-        self._crowded_at = now
-        return True
-
-    def _shown_to(
-        self, peer: HubPeer, changes: bool
-    ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
-        """Its own plan, and what it may know of the others'. `changes`: messages tell of those."""
-        head = self._roster.own
-        if not isinstance(peer, HubNode):
-            return {}, (head.to_wire(),)
-        nodes = (head, peer.plan) if changes else _shown(self._roster.plans(), peer.plan)
-        return peer.plan.to_wire(), tuple(node.to_wire() for node in nodes)
 
     def _client(self, hello: Hello, claim: Claim, uid: int) -> HubClient:
         """The client of a hello, one that is there or a new one. Raises ProblemError."""
@@ -558,13 +460,11 @@ class Hub:
 
     def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
-        if len(self._asking) >= MAX_CHECKUPS:
-            lane.refuse(
-                codes.CHECK_BUSY.problem(f"{MAX_CHECKUPS} checks are under way", "ask again later")
-            )
+        try:
+            self.pending.asks(lane)
+        except ProblemError as exc:
+            lane.refuse(exc.problem)
             return
-        self.went(lane)
-        self._asking.add(lane)
         plan, refusal = None, None
         plans = self._roster.plans()
         try:
@@ -579,7 +479,7 @@ class Hub:
             refusal = exc.problem
         ride_through = min(self._ride_through, hello.ride_through)
         own = {} if plan is None else plan.to_wire()
-        nodes = tuple(node.to_wire() for node in _shown(plans, plan))
+        nodes = tuple(node.to_wire() for node in shown(plans, plan))
         answer = CheckReply(self._welcome(own, nodes, ride_through), time.time(), refusal)
         log.info("hub_asked", node=hello.node, uid=lane.uid, version=hello.version)
         lane.examine(answer, plan)
@@ -623,12 +523,12 @@ class Hub:
                 ports=f"{plan.base}-{plan.last_worker_port}",
             )
             self._at[plan.address] = node
-            self._plan_changed(plan.name)
+            self._news.changed(plan.name)
         elif node.plan != plan:
             del self._at[node.plan.address]
             self._at[plan.address] = node
             node.plan = plan
-            self._plan_changed(plan.name)
+            self._news.changed(plan.name)
         return node
 
     def _check_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
@@ -824,49 +724,10 @@ class Hub:
         peers = [*self.nodes.values(), *(self.clients.values() if clients else ())]
         self._teller.tell(message, peers)
 
-    def _plan_changed(self, name: str) -> None:
-        """Every worker is to know the plan of every node: soon, as many come together."""
-        self._changed_plans[name] = None
-        if self._tell_soon is None:
-            loop = asyncio.get_running_loop()
-            wait = GATHER_SECONDS + GATHER_FOR_EACH * len(self.nodes)
-            self._tell_soon = loop.call_later(wait, self._tell_changes)
-
-    def _tell_changes(self) -> None:
-        if self._tell_soon is not None:
-            self._tell_soon.cancel()
-        self._tell_soon = None
-        names, self._changed_plans = self._changed_plans, {}
-        if not names:
-            return
-        plans = {name: self._roster.plan(name) for name in names}
-        changed = tuple(plan.to_wire() for plan in plans.values() if plan is not None)
-        gone = tuple(name for name, plan in plans.items() if plan is None)
-        there = [node for node in self.nodes.values() if node.mux is not None]
-        knowing = [node for node in there if node.knows_all is node.mux]
-        self._teller.tell(messages.NodesChanged(changed, gone), knowing)
-        older = [n for n in there if n.hello is not None and CHANGES not in n.hello.features]
-        if older:
-            self._teller.tell(self._all_nodes(), older)
-
     def _tell_rest(self) -> None:
         """What nobody was told of yet."""
-        self._tell_changes()
+        self._news.tell_changes()
         self._teller.finish()
-
-    def _all_nodes(self) -> messages.Nodes:
-        return messages.Nodes(tuple(plan.to_wire() for plan in self._roster.plans()))
-
-    def _tell_all_nodes(self, node: HubNode, mux: Mux) -> None:
-        """What changes from now on, it is told of."""
-        node.knows_all = mux
-        plans = self._roster.plans()
-        if self._told is None or self._told[0] is not plans:
-            message = self._all_nodes()
-            self._told = plans, message, framed(message)
-        _, message, data = self._told
-        if data is not None:
-            mux.tell(message, data)
 
     def leaving(self, name: str) -> None:
         """A worker says that it stops for good."""
@@ -903,8 +764,8 @@ class Hub:
             node.mux.close("the node was forgotten on the head")
         if node is not None:
             del self._at[node.plan.address]
-        self._plan_changed(name)
-        self._tell_changes()
+        self._news.changed(name)
+        self._news.tell_changes()
         self._owner.hub_changed()
         return True
 
@@ -913,14 +774,6 @@ def _is_live(peer: HubPeer) -> bool:
     """It was heard a moment ago."""
     mux = peer.mux
     return mux is not None and mux.now() - mux.session.last_heard < IN_USE_SECONDS
-
-
-def _shown(plans: tuple[NodePlan, ...], own: NodePlan | None) -> tuple[NodePlan, ...]:
-    """As many of the plans as a frame has room for: the head's, and the node's own among them."""
-    if len(plans) <= MOST_SHOWN:
-        return plans
-    shown = plans[: MOST_SHOWN - 1]
-    return shown if own is None or own in shown else (*shown, own)
 
 
 def _session_unknown() -> Problem:
