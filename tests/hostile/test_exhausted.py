@@ -46,10 +46,11 @@ def test_streams_that_want_more_than_there_are(poor: Scene) -> None:
     with poor.attack(descriptors=DESCRIPTORS), poor.speaker() as speaker:
         speaker.join("greedy")
         place = target(poor.address, ECHO)
-        for number in range(1, 4 * DESCRIPTORS, 2):
-            speaker.send(Kind.OPEN, number, 0, place)
-        for _ in speaker.frames(3):
-            pass
+        with suppress(ConnectionError):  # it does not read meanwhile, and may be cut for that
+            for number in range(1, 4 * DESCRIPTORS, 2):
+                speaker.send(Kind.OPEN, number, 0, place)
+            for _ in speaker.frames(3):
+                pass
         works(poor)
     is_ready(poor)
 
