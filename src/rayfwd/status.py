@@ -140,10 +140,15 @@ class PeerAccount:
     """The worker's, or `client NAME`."""
     user: str
     """The login name that it came as last; empty: not since the daemon began."""
+    key: str = ""
+    """The SSH key that it came by (`SHA256:…`), or `--node` and the name in that key's line; empty:
+    not known."""
     memory: int
     """Bytes kept for it, or of it, that nobody has taken yet."""
     lanes: int
     """Each is a file descriptor."""
+    listeners: int = 0
+    """That stand for it on every other machine without an overlay: file descriptors, and ports."""
     streams: int
     messages: int
     """Control messages that it sent, since the daemon began; so the rest."""
@@ -165,6 +170,7 @@ class UserAccount:
     peers: int
     memory: int
     lanes: int
+    listeners: int = 0
     streams: int
 
 
@@ -178,6 +184,8 @@ class Bounds:
     """Bytes, of all of them."""
     peer_lanes: int
     lanes: int
+    listeners: int = 0
+    """That the head opens for all nodes; with an overlay it opens none."""
     peer_streams: int
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import pytest
 
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ask
-from tests.hostile.scene import ECHO, LOG, Scene
+from tests.hostile.scene import ECHO, Scene
 from tests.hostile.speaker import Kind, refusal, target
 from tests.lab.cluster import RUNTIME_DIR, STATE_DIR
 from tests.lab.machines import Lab
@@ -65,14 +66,25 @@ def test_connections_that_want_more_than_there_are(poor: Scene) -> None:
 
 
 def test_nodes_that_want_more_listeners_than_there_are(poor: Scene) -> None:
-    """New connections have none then, until somebody forgets these nodes; nothing ends."""
-    with poor.attack(descriptors=DESCRIPTORS, honest=False, log=3 * LOG), ExitStack() as held:
+    """One more is refused, as long as those stand that have come; new connections go on."""
+    with poor.attack(descriptors=DESCRIPTORS), ExitStack() as held:
         for number in range(DESCRIPTORS // 12):
             speaker = held.enter_context(poor.speaker())
-            if refusal(speaker.greet(f"many-{number}")) != "WELCOME":
+            if (answer := refusal(speaker.greet(f"many-{number}"))) != "WELCOME":
                 break
-        works(poor)
+        assert answer == "listeners_full"
+        poor.daemon.wait_status(has_all_listeners, 60)
+        assert not poor.honest.for_a_while().failed
+        ledger = poor.daemon.status()["ledger"]
+        taken = sum(user["listeners"] for user in ledger["users"])
+        assert ledger["bounds"]["listeners"] == DESCRIPTORS * 3 // 4 >= taken > 500
     is_ready(poor)
+
+
+def has_all_listeners(status: dict[str, Any]) -> bool:
+    """Of every node of the plan."""
+    rows = [row["listeners"] for row in status["roster"] if row["role"] == "worker"]
+    return all(row["open"] and not row["blocked"] for row in rows)
 
 
 def test_a_disk_that_is_full(poor: Scene) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfwd import codes
+from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon.views import ledger_of
+from rayfwd.hub import Hub
 from rayfwd.hub import ledger as ledger_module
 from rayfwd.hub.ledger import AFTERWARDS
-from rayfwd.hub.peers import PLAN_CHANGES
+from rayfwd.hub.peers import PLAN_CHANGES, HubNode
+from rayfwd.hub.room import MOMENT, who_yields
 from rayfwd.session import messages
 from rayfwd.session.events import Event
 from rayfwd.session.frames import MAX_MESSAGE, Frame, Kind, encode
-from rayfwd.session.handshake import Refusal, Welcome
+from rayfwd.session.handshake import Refusal, Vouch, Welcome
 from rayfwd.session.lane import Lane
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
+from rayfwd.system.paths import SECRET
 from rayfwd.transport.mux import (
     CONTROL_BUFFER,
     MEMORY_GRAIN,
@@ -40,6 +45,7 @@ from tests.unit.cluster import (
     answer_to,
     cluster,
     hello_of,
+    knock,
 )
 from tests.unit.loops import log_events, of, until
 from tests.unit.loops import run_on_fake_clock as run
@@ -374,3 +380,109 @@ def test_the_status_says_what_the_bounds_are(tmp_path: Path) -> None:
 
 def test_a_bound_leaves_room_below_it() -> None:
     assert 0.5 <= AFTERWARDS < 1
+
+
+def many(uid: int, key: str, *names: str, base: int = 21_000, ports: int = 20) -> list[HubNode]:
+    """Nodes that came by one key, and are up."""
+    made: list[HubNode] = []
+    for name in names:
+        plan = NodePlan(name, "worker", f"127.77.1.{len(made) + 1}", base, ports)
+        made.append(HubNode(name, uid=uid, key=key, plan=plan, joined=0.0))
+    return made
+
+
+class TestPlacesOfThePlan:
+    """Ports, and descriptors for the listeners that stand for them."""
+
+    def test_a_key_that_has_many_yields_to_one_that_has_few(self) -> None:
+        stolen = many(7, "SHA256:stolen", "s1", "s2", "s3")
+        honest = many(7, "SHA256:other", "h1")
+        assert who_yields([*stolen, *honest], (7, "SHA256:new"), 28, 1e6) is stolen[-1]
+        assert who_yields([*stolen, *honest], (7, "SHA256:stolen"), 28, 1e6) is None
+        assert who_yields(stolen, (8, ""), 28, 1e6) is stolen[-1], "another user"
+        assert who_yields(stolen[:1], (8, ""), 28, 1e6) is None, "who has no more keeps it"
+        assert who_yields(stolen[:2], (8, ""), 100, 1e6) is None, "nor for one that wants more"
+
+    def test_who_has_not_come_since_the_daemon_began_and_who_has_no_listeners_keep_theirs(
+        self,
+    ) -> None:
+        away = [node for name in "abc" for node in many(-1, "", name)]
+        direct = many(7, "", "d1", "d2", "d3")
+        for node in direct:
+            node.plan = replace(node.plan, advertised=True)
+        assert who_yields([*away, *direct], (8, ""), 28, 1e6) is None
+
+    def test_who_came_for_a_moment_yields_to_anybody(self) -> None:
+        fleeting, steady, early = many(7, "", "fleeting", "steady", "early")
+        fleeting.ended, steady.ended = 59.0, 61.0
+        early.joined, early.ended = -math.inf, 5.0
+        everybody = [steady, early, fleeting]
+        assert who_yields(everybody, (7, ""), 28, 118.0) is None
+        assert who_yields(everybody, (7, ""), 28, 119.0) is fleeting
+
+    def test_of_one_key_are_bounded_and_others_have_theirs(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            with log_events() as log:
+                async with cluster(tmp_path, "honest") as c:
+                    c.hub.ledger.most_listeners = 240  # five of these nodes
+                    vouch = vouch_of(c.hub, "SHA256:stolen")
+                    answers: list[Frame] = []
+                    for number in range(8):
+                        hello = hello_of(f"stolen-{number}").encode()
+                        lane = await knock(c.hub.path, vouch + hello)
+                        frame = await lane.answer
+                        assert frame is not None
+                        answers.append(frame)
+                    refused = [frame for frame in answers if frame.kind is Kind.REFUSE]
+                    assert len(refused) == 4
+                    assert {Refusal.decode(f).problem.code for f in refused} == {
+                        codes.LISTENERS_FULL
+                    }
+                    other = vouch_of(c.hub, "SHA256:other") + hello_of("other").encode()
+                    assert isinstance(await answer_to(c.hub.path, other), Welcome)
+                    assert set(c.hub.nodes) == {"honest", "other", *(f"stolen-{n}" for n in "012")}
+                    rows = {row.name: row for row in ledger_of(c.hub).peers}
+                    assert rows["stolen-0"].key == "SHA256:stolen"
+                    assert rows["stolen-0"].listeners == 48
+                    assert ledger_of(c.hub).users[0].listeners == 240
+                    assert await works(c, "honest")
+            (said,) = of(log, "node_yielded")
+            assert (said["node"], said["key"]) == ("stolen-3", "SHA256:stolen")
+
+        run(main)
+
+    def test_what_the_overlay_stands_for_takes_no_descriptor(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with cluster(tmp_path) as c:
+                c.hub.ledger.most_listeners = 10
+                assert isinstance(await answer_to(c.hub.path, hello_of("w1").encode()), Refusal)
+                assert c.roster.room(5) == 0
+                c.offered = replace(c.offered, listens=False)
+                assert isinstance(await answer_to(c.hub.path, hello_of("w1").encode()), Welcome)
+                assert c.roster.room(5) == 5
+
+        run(main)
+
+    def test_ports_that_are_used_up_by_names_that_came_for_a_moment_are_there_again(
+        self, tmp_path: Path
+    ) -> None:
+        async def main() -> None:
+            async with cluster(tmp_path, ride_through=5.0) as c:
+                whole = hello_of("a", worker_ports=6000).encode()
+                assert isinstance(await answer_to(c.hub.path, whole), Welcome)
+                other = hello_of("b", worker_ports=6001).encode()
+                assert isinstance(await answer_to(c.hub.path, other), Welcome)
+                honest = hello_of("honest", worker_ports=900).encode()
+                full = await answer_to(c.hub.path, honest)
+                assert isinstance(full, Refusal)
+                assert full.problem.code == codes.PLAN_FULL
+                await asyncio.sleep(5.0 + MOMENT + 1)
+                assert isinstance(await answer_to(c.hub.path, honest), Welcome)
+                assert set(c.hub.nodes) == {"b", "honest"}
+
+        run(main)
+
+
+def vouch_of(hub: Hub, key: str) -> bytes:
+    """What `rayfwd attach` says before a HELLO where sshd tells the key."""
+    return Vouch(None, hub.path.with_name(SECRET).read_text().strip(), key).encode()

@@ -671,6 +671,30 @@ def room_for_one(connector: LocalConnector) -> Callable[[], int]:
     return lambda: 0 if len(connector.relays) >= 6 else 1 << 20
 
 
+def test_listeners_leave_descriptors_to_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are wanted first are opened, and one line tells of the rest."""
+
+    async def main() -> None:
+        monkeypatch.setattr(descriptors, "for_listeners", lambda: 3)
+        places = [free_place() for _ in range(6)]
+        listeners = Listeners(lambda target, relay: relay.refuse())
+        listeners.set_wanted({place: place for place in places[:2]})
+        with log_events() as log:
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(listeners.run())
+                await until(lambda: listeners.open == 2)
+                listeners.set_wanted({place: place for place in places})
+                await until(lambda: listeners.open == 3 and len(listeners.blocked_at) == 3)
+                assert all(map(listeners.is_open, places[:3]))
+                assert {p.code for p in listeners.blocked} == {codes.DESCRIPTORS_EXHAUSTED}
+                listeners.set_wanted({place: place for place in places[3:]})
+                await until(lambda: listeners.open == 3 and not listeners.blocked_at)
+                task.cancel()
+        assert len(of(log, "descriptors_exhausted")) == 1
+
+    run(main)
+
+
 def test_few_descriptors_hold_up_new_connections_and_break_nothing(tmp_path: Path) -> None:
     """Head and worker in a process that may open 100 files; the programs are outside."""
     port = free_place().port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -140,6 +141,51 @@ def test_what_attach_says_first_is_what_the_hub_reads(tmp_path: Path) -> None:
     assert _node_of(client.encode()) is None
     assert _node_of(encode(Kind.PING, 0, 1, b"")) is None
     assert "secret" not in repr(Vouch("w1", "ab" * 32)).partition("node")[2]
+
+
+def test_attach_says_which_ssh_key_it_was_where_sshd_tells(tmp_path: Path) -> None:
+    from rayfwd.cli.attach import ssh_key  # what sshd starts
+
+    public = "AAAAC3NzaC1lZDI1NTE5AAAAIJzJoNlLhWyxaXIAOsI4xl+mCjF1hRWJ8HVkhzpt0G40"
+    file = tmp_path / "auth"
+    environ = {"SSH_USER_AUTH": str(file)}
+    assert ssh_key({}) is None
+    assert ssh_key(environ) is None, "the file is not there"
+    file.write_text(f"publickey ssh-ed25519 {public}\nkeyboard-interactive\n")
+    key = tmp_path / "key.pub"
+    key.write_text(f"ssh-ed25519 {public} w1\n")
+    shown = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, text=True, check=True)
+    assert ssh_key(environ) == shown.stdout.split()[1]
+    for broken in ("publickey ssh-ed25519 %%%\n", "publickey\n", "password\n", ""):
+        file.write_text(broken)
+        assert ssh_key(environ) is None
+
+
+def test_the_ledger_has_the_ssh_key_that_a_node_came_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through attach itself, with a line that names no node."""
+    (tmp_path / "auth").write_text("publickey ssh-ed25519 AAAA\n")
+    monkeypatch.setenv("SSH_USER_AUTH", str(tmp_path / "auth"))
+    from rayfwd.cli.attach import ssh_key
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            for name, words in (("w1", ()), ("w2", ("--node", "w2"))):
+                hello = hello_of(name).encode()
+                argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.path)]
+                process = await asyncio.create_subprocess_exec(
+                    *(*argv, *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                )
+                assert process.stdin is not None
+                process.stdin.write(hello)
+                await until(lambda name=name: name in c.hub.nodes)  # type: ignore[misc]
+                process.kill()
+                await process.wait()
+            keys = {row.name: row.key for row in c.hub.ledger.accounts()}
+            assert keys == dict.fromkeys(("w1", "w2"), ssh_key(os.environ))
+
+    run_in_real_time(main)
 
 
 # -- names are given back

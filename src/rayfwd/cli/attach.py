@@ -14,7 +14,9 @@ With --client the key is for `rayfwd connect` only: it cannot bring a node into 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             )
         if claimed is not None:
             try:
-                begun = _vouch(args.node, path) + begun
+                begun = _vouch(args.node, path, ssh_key(os.environ)) + begun
             except OSError as exc:
                 return _refuse(
                     codes.HUB_NOT_PERMITTED,
@@ -130,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
         os.write(_STDOUT, MARKER)
     if not begun:
         begun = _read_hello(hub)
+        if not args.client:
+            begun = _vouched_for_key(path, begun)
     if not _handed_over(hub, begun):
         join(hub)
     return OK
@@ -214,10 +219,33 @@ def _said_in(begun: bytes) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def _vouch(node: str, hub: Path) -> bytes:
+def _vouched_for_key(hub: Path, begun: bytes) -> bytes:
+    """With the SSH key's word before it, where sshd tells which that is and the hub believes us."""
+    key = ssh_key(os.environ)
+    if key is None or _node_of(begun) is None:
+        return begun
+    try:
+        return _vouch(None, hub, key) + begun
+    except OSError:  # a login as another user than the hub's
+        return begun
+
+
+def ssh_key(environ: Mapping[str, str]) -> str | None:
+    """The fingerprint of the key that this login came by, as `ssh-keygen -l` has it; None: sshd
+    does not tell (`ExposeAuthInfo yes` in sshd_config(5))."""
+    try:
+        lines = Path(environ["SSH_USER_AUTH"]).read_text(encoding="ascii").splitlines()
+        words = next(line.split() for line in lines if line.startswith("publickey "))
+        digest = hashlib.sha256(base64.b64decode(words[2], validate=True)).digest()
+    except (KeyError, OSError, ValueError, StopIteration, IndexError):
+        return None
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def _vouch(node: str | None, hub: Path, key: str | None = None) -> bytes:
     """What the hub is told before that. Raises OSError."""
     secret = hub.with_name(SECRET).read_text(encoding="ascii", errors="replace").strip()
-    payload = json.dumps({"node": node, "secret": secret}).encode()
+    payload = json.dumps({"node": node, "secret": secret, "key": key}).encode()
     return encode(Kind.VOUCH, 0, _PROTOCOL, payload)
 
 

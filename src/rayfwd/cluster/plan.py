@@ -89,6 +89,11 @@ class NodePlan:
         return RESERVED + self.worker_ports
 
     @property
+    def listeners(self) -> int:
+        """How many it makes necessary on every other machine."""
+        return 0 if self.advertised else self.size
+
+    @property
     def services(self) -> dict[str, int]:
         """Every named port of the node."""
         names = NODE_SERVICES + (HEAD_METRICS if self.role == "head" else ())

@@ -410,6 +410,7 @@ class HeadRole:
             client_ports=frozenset(
                 {services["dashboard"], services["client"], *self._node.config.expose}
             ),
+            listens=self._node.overlay.port is None,
         )
 
     def accept(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:

@@ -179,6 +179,11 @@ def _ledger(status: Status) -> Iterator[Metric]:
         name: CounterMetricFamily(f"rayfwd_peer_{name}", text, labels=["peer"])
         for name, text in counters.items()
     }
+    listeners = GaugeMetricFamily(
+        "rayfwd_peer_listeners",
+        "Listeners that stand for it on every other machine.",
+        labels=["peer"],
+    )
     seconds = CounterMetricFamily(
         "rayfwd_peer_cpu_seconds", "Processor time for the bytes that it sent.", labels=["peer"]
     )
@@ -186,15 +191,17 @@ def _ledger(status: Status) -> Iterator[Metric]:
     for row in ledger.peers:
         if row.name in workers:
             memory.add_metric([row.name], row.memory)
+            listeners.add_metric([row.name], row.listeners)
             counts["messages"].add_metric([row.name], row.messages)
             counts["log_lines"].add_metric([row.name], row.log_lines)
             counts["roster_writes"].add_metric([row.name], row.roster_writes)
             counts["shed_streams"].add_metric([row.name], row.shed)
             seconds.add_metric([row.name], row.seconds)
-    yield from (memory, *counts.values(), seconds)
+    yield from (memory, listeners, *counts.values(), seconds)
     of_users = {
         "memory_bytes": "Bytes kept for the peers of a user, or of them.",
         "lanes": "Lanes of a user's peers, each of which is a descriptor.",
+        "listeners": "Listeners that stand for a user's nodes on every other machine.",
         "streams": "Streams of a user's peers.",
     }
     for name, text in of_users.items():

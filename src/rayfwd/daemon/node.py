@@ -215,7 +215,8 @@ class Node:
 
     def _want_listeners(self) -> None:
         view = self.view
-        wanted: dict[Target, Target] = {}
+        forwarded = self._forwarded()
+        wanted = dict(forwarded)  # first, as there may be no descriptor for all
         others = [
             node
             for node in view.nodes
@@ -227,12 +228,17 @@ class Node:
         else:
             for node in others:
                 wanted |= listeners_for(node.address, node.ports)
+        self.listeners.set_wanted(wanted | forwarded)
+
+    def _forwarded(self) -> dict[Target, Target]:
+        """The listeners of [[forward]]."""
+        wanted: dict[Target, Target] = {}
         for forward in self.forwards():
             name, port = forward.target()
-            to = view.node_named(name)
+            to = self.view.node_named(name)
             if to is not None:
                 wanted[Target(*forward.listen_address())] = Target(to.address, port)
-        self.listeners.set_wanted(wanted)
+        return wanted
 
     def _want_overlay(self, others: Iterable[NodePlan]) -> None:
         """Every port of every other node may be dialled: what listens there is that node's to say.

@@ -120,6 +120,7 @@ def ledger_of(hub: Hub) -> status.Ledger:
             memory=ledger.most_memory,
             peer_lanes=MAX_LANES,
             lanes=ledger.most_lanes,
+            listeners=ledger.most_listeners,
             peer_streams=Limits().streams,
         ),
         users=tuple(status.UserAccount(**asdict(user)) for user in ledger.users()),

@@ -102,6 +102,8 @@ class HubConnection(asyncio.Protocol):
         """Of a connection whose bytes go by pipes: the socket at which `rayfwd attach` waits."""
         self.vouched: str | None = None
         """The node whose SSH key it came by, where that key's line names one."""
+        self.key = ""
+        """That key, or the name in its line, as the ledger has it; empty: not known."""
         self.lane_class = ""
         self.node = ""
         """What its HELLO says, as the log has it."""
@@ -142,7 +144,7 @@ class HubConnection(asyncio.Protocol):
         frame = first_frame(self._buffer, MAX_HANDSHAKE)
         if frame is None:
             return
-        if frame.kind is Kind.VOUCH and self._greeting is None and self.vouched is None:
+        if frame.kind is Kind.VOUCH and self._greeting is None and not self.key:
             self._take_vouch(Vouch.decode(frame))
         elif self._greeting is None:
             self._greeted(frame)
@@ -157,6 +159,7 @@ class HubConnection(asyncio.Protocol):
             self.refuse(codes.VOUCH_WRONG.problem(cause, remedy))
             return
         self.vouched = vouch.node
+        self.key = vouch.key or f"--node {vouch.node}"
         self._take_frame()
 
     def _greeted(self, frame: Frame) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import secrets
 import socket
 import time
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayfwd import __version__, codes
-from rayfwd.cluster.plan import check_name
+from rayfwd.cluster.plan import RESERVED, NodePlan, check_name
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.ledger import Ledger
-from rayfwd.hub.peers import HubClient, HubNode, HubPeer
+from rayfwd.hub.peers import HubClient, HubNode, HubPeer, Payer
 from rayfwd.hub.pending import Pending
 from rayfwd.hub.plan_news import PlanNews, shown
 from rayfwd.hub.refusals import Refusals
+from rayfwd.hub.room import NO_ROOM, YIELDS, YIELDS_A_SECOND, who_yields
 from rayfwd.hub.roster import KEY_MINIMUM, Roster
 from rayfwd.hub.stream_relay import StreamRelay
 from rayfwd.hub.telling import Teller
@@ -35,6 +37,7 @@ from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.system import unixsocket
+from rayfwd.system.budget import Budget
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
@@ -69,6 +72,8 @@ class HubOffer:
     """Ray's token, as a WELCOME hands it over; None: not decided yet."""
     client_ports: frozenset[int] = frozenset()
     """The head's ports that clients may reach."""
+    listens: bool = True
+    """A listener stands here for every port of a node; False: the overlay does."""
 
 
 class HubOwner(Protocol):
@@ -111,6 +116,8 @@ class Hub:
         self.clients: dict[str, HubClient] = {}
         """Those that have a session, by the SHA-256 of their keys."""
         self._roster = roster
+        roster.most_listeners = self._most_listeners
+        self._yields = Budget(YIELDS, YIELDS_A_SECOND, time.monotonic)
         self._uids = allowed_uids(users, "hub.users")
         self._shared = len(self._uids) > 1 and bool(tuple(users))
         self._network = network
@@ -365,7 +372,7 @@ class Hub:
                 )
             )
             return
-        peer.uid = lane.uid
+        peer.uid, peer.key = lane.uid, lane.key
         changes = isinstance(peer, HubNode) and CHANGES in hello.features
         own, nodes = self._news.shown_to(peer, changes)
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
@@ -410,7 +417,7 @@ class Hub:
             self._check_session(node, hello)
         elif hello.resumes:
             raise ProblemError(_session_unknown())
-        node = self._admit(hello, claim, renew)
+        node = self._admit(hello, claim, renew, (lane.uid, lane.key))
         self._start_session(node, hello)
         return node
 
@@ -500,7 +507,7 @@ class Hub:
             features=offer.features,
         )
 
-    def _admit(self, hello: Hello, claim: Claim, renew: bool) -> HubNode:
+    def _admit(self, hello: Hello, claim: Claim, renew: bool, payer: Payer) -> HubNode:
         """The node of a hello, in the roster from now on. `renew`: its key may be another than
         before. Raises ProblemError."""
         name = hello.node
@@ -513,9 +520,9 @@ class Hub:
                     "settings",
                 )
             node.roster_writes += 1
-        plan = self._roster.join(name, claim, hello.worker_ports, hello.advertise, renew)
+        plan = self._place_for(hello, claim, renew, payer)
         if node is None:
-            node = self.nodes[name] = HubNode(name, plan=plan, roster_writes=1)
+            node = self.nodes[name] = HubNode(name, plan=plan, roster_writes=1, joined=self._now())
             log.info(
                 "node_joined",
                 node=plan.name,
@@ -530,6 +537,31 @@ class Hub:
             node.plan = plan
             self._news.changed(plan.name)
         return node
+
+    def _place_for(self, hello: Hello, claim: Claim, renew: bool, payer: Payer) -> NodePlan:
+        """In the roster; where none is left, that of a node which yields. Raises ProblemError."""
+        while True:
+            try:
+                return self._roster.join(
+                    hello.node, claim, hello.worker_ports, hello.advertise, renew
+                )
+            except ProblemError as exc:
+                if exc.problem.code not in NO_ROOM:
+                    raise
+                needed, others = RESERVED + hello.worker_ports, dict(self.nodes)
+                others.pop(hello.node, None)
+                node = who_yields(others.values(), payer, needed, self._now())
+                if node is None or not self._yields.take():
+                    raise
+                self._yield(node)
+
+    def _yield(self, node: HubNode) -> None:
+        """Raises ProblemError."""
+        self._drop(node.name, "its place in the plan is needed for others")
+        log.warning("node_yielded", node=node.name, user=user_name(node.uid), key=node.key)
+
+    def _most_listeners(self) -> int | None:
+        return self.ledger.most_listeners if self._owner.offer().listens else None
 
     def _check_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
         """Whether a session of it may begin in the place of the one that it has, if it has one.
@@ -590,6 +622,8 @@ class Hub:
         )
         if isinstance(peer, HubClient):
             self.clients[peer.key_sha256] = peer
+        else:
+            peer.ended = math.inf
         peer.mux, peer.session, peer.lost = mux, session, None
         # Whoever was turned away under this name is in, or is turned away again soon.
         self._refusals.forget(peer.label)
@@ -623,6 +657,8 @@ class Hub:
                 peer.messages += mux.messages
                 peer.mux, peer.session = None, ""
                 left = isinstance(peer, HubNode) and peer.left
+                if isinstance(peer, HubNode):
+                    peer.ended = self._now()
                 if isinstance(peer, HubClient):
                     del self.clients[peer.key_sha256]
                 elif not self._closing and peer.hello is not None and peer.hello.ephemeral:
@@ -756,12 +792,12 @@ class Hub:
         log.info("node_forgotten", node=name)
         return True
 
-    def _drop(self, name: str) -> bool:
+    def _drop(self, name: str, why: str = "the node was forgotten on the head") -> bool:
         if not self._roster.forget(name):
             return False
         node = self.nodes.pop(name, None)
         if node is not None and node.mux is not None:
-            node.mux.close("the node was forgotten on the head")
+            node.mux.close(why)
         if node is not None:
             del self._at[node.plan.address]
         self._news.changed(name)

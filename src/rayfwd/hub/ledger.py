@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rayfwd.hub.peers import HubPeer
+from rayfwd.hub.peers import HubPeer, Payer
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger, lines_about
 from rayfwd.system.users import user_name
@@ -23,6 +23,9 @@ PEER_MEMORY = 1 << 28
 """Bytes that one peer may have kept, at most; from three quarters on it opens no more streams."""
 LEAST_MEMORY = 1 << 29
 """Bytes that all of them may, at least: else a quarter of the machine's memory."""
+LAST = 0.97
+"""The part of all descriptors from which on who has most lanes loses one for each that comes: what
+else there is leaves a tenth to them (`system/descriptors.py`)."""
 AFTERWARDS = 0.75
 """What is left of a bound by who has gone beyond it."""
 SHED_AGAIN = 30.0
@@ -35,9 +38,13 @@ class Account:
 
     name: str
     user: str
+    key: str
+    """The SSH key that it came by, or `--node` and the name in that key's line; empty: unknown."""
     memory: int
     lanes: int
     """Each is a descriptor."""
+    listeners: int
+    """That every other machine has for it: each is a descriptor, and a port of the plan."""
     streams: int
     messages: int
     """Control messages that it sent."""
@@ -58,6 +65,7 @@ class UserAccount:
     peers: int
     memory: int
     lanes: int
+    listeners: int
     streams: int
 
 
@@ -69,6 +77,8 @@ class Ledger:
         self.most_memory = max(LEAST_MEMORY, _machine_memory() // 4)
         self.most_lanes = max(64, descriptors.limit() // 2)
         """Lanes of all peers together: descriptors that they may take."""
+        self.most_listeners = descriptors.for_listeners()
+        """Of all nodes together on this machine: descriptors again."""
         self.memory = 0
         """Bytes of all of them, by the last that each told of."""
         self._peers = peers
@@ -93,7 +103,7 @@ class Ledger:
     def lane_to_close(self) -> HubPeer | None:
         """Whose newest lane must go, as there are too many of all; None: nobody's."""
         lanes = sum(len(peer.mux.lanes) for peer in self._peers() if peer.mux is not None)
-        if lanes <= self.most_lanes:
+        if lanes <= self.most_lanes and not descriptors.scarce(LAST):
             return None
         return self._greediest(lambda peer: 0 if peer.mux is None else len(peer.mux.lanes))
 
@@ -113,6 +123,7 @@ class Ledger:
                 peers=len(mine),
                 memory=sum(account.memory for account in mine),
                 lanes=sum(account.lanes for account in mine),
+                listeners=sum(account.listeners for account in mine),
                 streams=sum(account.streams for account in mine),
             )
             for user, mine in found.items()
@@ -120,15 +131,16 @@ class Ledger:
         return tuple(sorted(rows, key=lambda row: (-row.memory, -row.lanes, row.user)))
 
     def _greediest(self, of: Callable[[HubPeer], int] | None = None) -> HubPeer | None:
-        """Of the user who has most, the peer that has most: of memory, or of what is said."""
+        """Of the user, or the key, that has most, the peer that has most: of memory, or of what is
+        said."""
         measure = of or (lambda peer: peer.memory)
-        by_user: dict[int, list[HubPeer]] = defaultdict(list)
+        by_payer: dict[Payer, list[HubPeer]] = defaultdict(list)
         for peer in self._peers():
             if measure(peer) > 0:
-                by_user[peer.uid].append(peer)
-        if not by_user:
+                by_payer[peer.payer].append(peer)
+        if not by_payer:
             return None
-        return max(max(by_user.values(), key=lambda peers: sum(map(measure, peers))), key=measure)
+        return max(max(by_payer.values(), key=lambda peers: sum(map(measure, peers))), key=measure)
 
     def _shed(self, peer: HubPeer, most: int) -> None:
         if peer.mux is None:
@@ -154,8 +166,10 @@ def _account(peer: HubPeer) -> Account:
     return Account(
         name=peer.label,
         user=user_name(peer.uid) if peer.uid >= 0 else "",
+        key=peer.key,
         memory=0 if mux is None else mux.session.memory,
         lanes=0 if mux is None else len(mux.lanes),
+        listeners=peer.ports,
         streams=0 if mux is None else max(len(mux.session.streams) - 1, 0),
         messages=peer.messages + (0 if mux is None else mux.messages),
         log_lines=lines_about(peer.label),

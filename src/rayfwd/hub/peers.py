@@ -21,6 +21,11 @@ TELLINGS, TELLING_SECONDS = 4, 60.0
 """How often a node that was restarted is told all again at once, and then."""
 
 
+Payer = tuple[int, str]
+"""A user, or one SSH key of that user's where it is known; of who has not come since the daemon
+began, -1 and its name."""
+
+
 @dataclass(slots=True)
 class HubPeer:
     """Who is at the other end of a session, which may be up, parked or gone."""
@@ -36,6 +41,8 @@ class HubPeer:
     """Why there is no session, where it did not end in order; None: there is one, or it did."""
     uid: int = -1
     """As whom it came last; -1: not since the daemon began."""
+    key: str = ""
+    """By which SSH key, or by which node's; empty: not known."""
     memory: int = 0
     """Bytes that are kept for it, as the ledger was last told; the rest are counts for it too."""
     messages: int = 0
@@ -48,6 +55,16 @@ class HubPeer:
     def label(self) -> str:
         """What it is called in the log."""
         return self.name
+
+    @property
+    def payer(self) -> Payer:
+        """Who answers for what it costs."""
+        return (self.uid, self.key) if self.uid >= 0 else (self.uid, self.name)
+
+    @property
+    def ports(self) -> int:
+        """For how many every other machine has a listener."""
+        return 0
 
     @property
     def state(self) -> str:
@@ -76,6 +93,14 @@ class HubNode(HubPeer):
     """Connections that came before the node did, after a restart of the hub."""
     knows_all: Mux | None = None
     """The session in which it was told of all nodes, so that changes are enough."""
+    joined: float = -math.inf
+    """When its name was new, by the loop's clock; minus infinity: before the daemon began."""
+    ended: float = math.inf
+    """When its last session ended; infinity: it has one, or had none since the daemon began."""
+
+    @property
+    def ports(self) -> int:
+        return self.plan.listeners
 
 
 @dataclass(slots=True)

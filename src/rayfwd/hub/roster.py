@@ -12,7 +12,7 @@ import ipaddress
 import json
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -205,6 +205,9 @@ class Roster:
         self._records: dict[str, Record] = {}
         self._plans: tuple[NodePlan, ...] = ()
         self._together = False
+        self.most_listeners: Callable[[], int | None] = lambda: None
+        """How many all workers together may make necessary on this machine, as far as who is new
+        adds to them; None: any number."""
         self._texts: dict[str, tuple[Record, str]] = {}
         """Records as the file has them."""
         self._keep({r.plan.name: r for r in settled.records})
@@ -248,8 +251,8 @@ class Roster:
         """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
         proved. `renew`: the name may have another key from now on.
 
-        Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `join_bad` (a value that
-        no rayfwd sends), `roster_unwritable`.
+        Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `listeners_full`,
+        `join_bad` (a value that no rayfwd sends), `roster_unwritable`.
         """
         known = self._records.get(name)
         record = self._record(name, key, worker_ports, advertise, renew)
@@ -325,8 +328,22 @@ class Roster:
             plan = allocate(
                 self.plans(), name, self._network, self._port_base, worker_ports, advertise
             )
+            self._check_listeners(plan)
         seen = known.seen if known is not None else 0.0
         return Record(plan, claim.sha256, claim.key if claim.proven else None, seen)
+
+    def _check_listeners(self, plan: NodePlan) -> None:
+        """Whether there are descriptors for the listeners of a plan. Raises ProblemError."""
+        most = self.most_listeners()
+        taken = sum(r.plan.listeners for r in self._records.values() if r.plan.name != plan.name)
+        if plan.listeners and most is not None and taken + plan.listeners > most:
+            raise codes.LISTENERS_FULL.error(
+                f"the head has file descriptors for {most} listeners; the nodes of the plan take "
+                f"{taken} of them, and {plan.name} would take {plan.listeners}",
+                "on the head raise the limit (LimitNOFILE= of the service, ulimit -n), or say "
+                "`rayfwd forget --keep-token NAME` for nodes that are gone; or ask for fewer "
+                "ray.worker_ports",
+            )
 
     def note_seen(self, here: Collection[str], now: float) -> None:
         """These are here; of whom nothing is known, the time begins to count. Raises ProblemError
@@ -351,12 +368,18 @@ class Roster:
         """How many more workers have a place, `most` at the most: each as large as the largest."""
         plans = list(self.plans())
         ports = max(plan.worker_ports for plan in plans)
+        listeners = sum(r.plan.listeners for r in self._records.values())
+        most_listeners = self.most_listeners()
         for found in range(most):
             name = f"{found}?"  # no node's name
             try:
-                plans.append(allocate(plans, name, self._network, self._port_base, ports, None))
+                plan = allocate(plans, name, self._network, self._port_base, ports, None)
             except ProblemError:
                 return found
+            listeners += plan.listeners
+            if most_listeners is not None and listeners > most_listeners:
+                return found
+            plans.append(plan)
         return most
 
     def knows(self, name: str) -> bool:

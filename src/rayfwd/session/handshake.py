@@ -158,22 +158,25 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Vouch:
-    """What `rayfwd attach --node` says before the HELLO that it passes on."""
+    """What `rayfwd attach` knows of the SSH key, and says before the HELLO that it passes on."""
 
-    node: str
-    """Whose the SSH key is, by its line in authorized_keys."""
+    node: str | None
+    """Whose the key is, by its line in authorized_keys; None: that names nobody."""
     secret: str = field(repr=False)
     """64 hexadecimal digits: the hub's, which its user alone can read."""
+    key: str | None = None
+    """The key's fingerprint, as `ssh-keygen -l` has it; None: sshd does not tell."""
 
     def encode(self) -> bytes:
-        return _encode(Kind.VOUCH, {"node": self.node, "secret": self.secret})
+        return _encode(Kind.VOUCH, {"node": self.node, "secret": self.secret, "key": self.key})
 
     @classmethod
     def decode(cls, frame: Frame) -> Vouch:
         """Raises ProtocolError."""
         body = _body(frame, Kind.VOUCH)
         try:
-            return cls(_text(body, "node", 63), _digits(body, "secret", 64))
+            node = None if body.get("node") is None else _text(body, "node", 63)
+            return cls(node, _digits(body, "secret", 64), _optional_text(body, "key"))
         except (KeyError, ValueError) as exc:
             raise ProtocolError(codes.HELLO_MALFORMED, f"VOUCH: {exc!r}") from exc
 

@@ -25,6 +25,12 @@ def reserve() -> int:
     return limit() * 9 // 10
 
 
+def for_listeners() -> int:
+    """How many the listeners of other nodes' ports may take: three quarters of all, so that there
+    are some for connections whatever nodes there are."""
+    return limit() * 3 // 4
+
+
 def scarce(part: float) -> bool:
     """Whether every number below that part of the limit is taken."""
     try:

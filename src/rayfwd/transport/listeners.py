@@ -198,6 +198,8 @@ class Listeners:
             if listen in self._open:
                 continue
             try:
+                if len(self._open) >= descriptors.for_listeners():
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 self._try(listen)
             except OSError as exc:
                 failed[listen] = exc
@@ -236,8 +238,10 @@ class Listeners:
                 continue  # not any more
             problem = why_blocked(listen, target, exc, self._holders.get(listen))
             if self._blocked.get(listen) != problem:
+                said = problem in self._blocked.values()  # one for all that want a descriptor
                 self._blocked = self._blocked | {listen: problem}
-                log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+                if not said:
+                    log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
 
 
 def _bound(listen: Target) -> socket.socket:
@@ -284,7 +288,7 @@ def why_blocked(
         )
     if exc.errno in {errno.EMFILE, errno.ENFILE}:
         return codes.DESCRIPTORS_EXHAUSTED.problem(
-            f"no file descriptor is left for the listener {listen}",
+            "no file descriptor is left for further listeners",
             "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
         )
     if exc.errno in {errno.EACCES, errno.EPERM}:
