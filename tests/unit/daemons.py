@@ -189,6 +189,10 @@ class SocketConnection:
 
     def keep_alive(self) -> None: ...
 
+    @property
+    def takes_another(self) -> bool:
+        return False
+
     def close(self) -> None:
         self.abort()
 
@@ -204,7 +208,7 @@ class SocketCarrier:
         self.connections: list[SocketConnection] = []
         self._path = head.socket
 
-    def close(self) -> None:
+    def close(self, parked: bool = False) -> None:
         """Its connections share nothing."""
 
     async def dial(self, urgent: asyncio.Event) -> SocketConnection:

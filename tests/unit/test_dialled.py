@@ -14,6 +14,7 @@ from rayfwd.transport import dialler as dialler_module
 from rayfwd.transport import link as link_module
 from rayfwd.transport.carrier import PipeOwner
 from rayfwd.transport.dialler import Dialler, of_worker
+from rayfwd.transport.kept import KEPT_SECONDS
 from rayfwd.watch import reach
 from tests.unit.cluster import echo, goodbye, serving
 from tests.unit.daemons import exposed, site
@@ -161,7 +162,10 @@ class Way:
     def __init__(self) -> None:
         self.paused = False
         self.fails = False
+        self.absent = False
+        """Nobody waits behind it."""
         self.tries = 0
+        self.opened = 0
         self.owners: list[PipeOwner] = []
 
     async def dial(self, urgent: asyncio.Event) -> Way:
@@ -172,6 +176,9 @@ class Way:
         return self
 
     async def open(self, owner: PipeOwner) -> Way:
+        self.opened += 1
+        if self.absent:
+            raise codes.HUB_ABSENT.error("nothing answers", "start it")
         self.owners.append(owner)
         asyncio.get_running_loop().call_soon(owner.pipe_data, b"hello")
         return self
@@ -180,13 +187,39 @@ class Way:
 
     def keep_alive(self) -> None: ...
 
+    @property
+    def takes_another(self) -> bool:
+        return True
+
     def write(self, chunks: object) -> None: ...
 
     def carry(self, deliver: object, resume: object) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, parked: bool = False) -> None: ...
 
     def abort(self) -> None: ...
+
+
+def test_a_connection_is_kept_for_a_worker_that_does_not_run(tmp_path: Path) -> None:
+    async def main() -> None:
+        way = Way()
+        way.absent = True
+        hub = await asyncio.start_unix_server(swallow, tmp_path / "hub.sock")
+        dial = DialConfig(ssh="ray@w1", bulk_lanes=0)
+        dialler = Dialler(dial, way, tmp_path / "hub.sock", 120.0, lambda: None)
+        task = asyncio.create_task(dialler.run())
+        await until(lambda: way.opened == 20)
+        assert way.tries == 1
+        await until(lambda: way.tries == 2, 2 * KEPT_SECONDS)
+        way.absent = False
+        await until(lambda: len(way.owners) == 1)
+        assert way.tries == 2
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        dialler.close()
+        hub.close()
+
+    run_on_fake_clock(main)
 
 
 async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -36,6 +36,7 @@ from rayfwd.transport import saturation as demand_module
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.hops import find_way
+from rayfwd.transport.kept import KEPT_SECONDS
 from rayfwd.transport.link import Link, LinkRefusedError
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
@@ -877,7 +878,12 @@ def test_a_name_that_cannot_be_resolved(tmp_path: Path) -> None:
 def test_a_hub_that_is_not_there_and_then_is(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path, hub=False) as s:
-            await tries(s, log, "hub_absent")
+            await until(lambda: bool(of(log, "hub_absent")), 10)
+            await asyncio.sleep(KEPT_SECONDS - 5)
+            assert s.sshd.tries == 1, "an attempt needs no login of its own"
+            await asyncio.sleep(2 * KEPT_SECONDS)
+            assert 2 <= s.sshd.tries <= 3, "what only a new login brings is found as well"
+            assert len(of(log, "hub_absent")) == 1, "the same again is no news"
             await s.head.start()
             await s.up()
             assert await works(s)

@@ -108,12 +108,12 @@ class Awaited:
             await self._came.wait()
         return AwaitedConnection(self._waiting.popleft())
 
-    def close(self) -> None:
+    def close(self, parked: bool = False) -> None:
         """Of what was not taken it is not known whether it still stands."""
         while self._waiting:
             self._waiting.popleft().abort()
         if self._other is not None:
-            self._other.close()
+            self._other.close(parked)
 
     # -- as the owner of what waits ----------------------------------------------------------
 
@@ -143,6 +143,10 @@ class AwaitedConnection:
 
     def __init__(self, pipe: AwaitedPipe) -> None:
         self._pipe = pipe
+
+    @property
+    def takes_another(self) -> bool:
+        return False
 
     async def open(self, owner: PipeOwner) -> AwaitedPipe:
         self._pipe.take(owner)

@@ -96,6 +96,10 @@ class AfterPreamble:
 class Connection(Protocol):
     """A way to the head that stands. It is the lane's alone."""
 
+    @property
+    def takes_another(self) -> bool:
+        """It still stands, and another pipe can be opened when the first one is over."""
+
     async def open(self, owner: PipeOwner) -> Pipe:
         """A byte stream to the hub's socket. Raises ProblemError."""
 
@@ -119,5 +123,8 @@ class Carrier(Protocol):
         """`urgent`: set while streams wait for it, perhaps from some moment of it on. Raises
         ProblemError."""
 
-    def close(self) -> None:
-        """Give up what connections share (a jump host), and they with it. It may dial again."""
+    def close(self, parked: bool = False) -> None:
+        """Give up what connections share (a jump host), and they with it. It may dial again.
+
+        `parked`: the path may be at fault, and streams wait for it; see `witness.py`.
+        """

@@ -16,6 +16,7 @@ import aiohappyeyeballs
 import asyncssh
 
 from rayfwd.transport.urgency import AdaptiveTimeout
+from rayfwd.transport.witness import Witness
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""
@@ -33,6 +34,10 @@ Addresses = Sequence[tuple[int, int, int, str, Any]]
 Made = TypeVar("Made")
 
 
+class BarredError(OSError):
+    """New connections go unanswered, and old ones do not."""
+
+
 class Attempt(asyncssh.SSHClient):
     """Owned by whoever dials; AsyncSSH calls it back."""
 
@@ -42,9 +47,11 @@ class Attempt(asyncssh.SSHClient):
         jump: asyncssh.SSHClientConnection | None,
         urgent: asyncio.Event,
         login_timeout: AdaptiveTimeout,
+        witness: Witness | None = None,
     ) -> None:
         """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
         moment of it on; then the login has what `login_timeout` says."""
+        self._witness = witness or Witness()
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
@@ -112,7 +119,7 @@ class Attempt(asyncssh.SSHClient):
         found = await loop.getaddrinfo(host, port, family=self._options.family, type=stream)
         self.dialled = [f"{address[4][0]} port {port}" for address in found]
         own = None if not local else await loop.getaddrinfo(*local, type=stream)
-        return await connect(found, self._urgent, own)
+        return await connect(found, self._urgent, own, self._witness)
 
     def _stands(self, connection: Any) -> None:
         self.connected = True
@@ -199,16 +206,22 @@ async def side_by_side(found: Addresses, own: Addresses | None = None) -> socket
 
 
 async def connect(
-    found: Addresses, urgent: asyncio.Event, own: Addresses | None = None
+    found: Addresses,
+    urgent: asyncio.Event,
+    own: Addresses | None = None,
+    witness: Witness | None = None,
 ) -> socket.socket:
     """The same, and as soon as it is urgent, with a new round of attempts every half a second, for
     a path that comes back.
 
-    Raises OSError when every attempt has failed.
+    Raises OSError when every attempt has failed, and BarredError by the word of the `witness`.
     """
     attempts: set[asyncio.Task[socket.socket]] = set()
+    now = asyncio.get_running_loop().time
     try:
         while True:
+            if urgent.is_set() and witness is not None and witness.barred(now()):
+                raise BarredError("old connections are answered, and no new one is")
             if urgent.is_set() or not attempts:
                 attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
             ready, attempts = await asyncio.wait(

@@ -18,6 +18,7 @@ from rayfwd.session.frames import Chunk
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
     HANDSHAKE_TIMEOUT,
@@ -119,12 +120,13 @@ class Dialler:
     async def _hold(self, number: int) -> None:
         backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
         loop = asyncio.get_running_loop()
+        kept = Kept()
         while not self._closing:
             if number:
                 await self._standing.wait()
             began, counted = loop.time(), 0.0
             try:
-                await self._one(number)
+                await self._one(number, kept)
                 if loop.time() - began > LASTED_SECONDS:
                     backoff.reset()
             except ProblemError as exc:
@@ -135,11 +137,15 @@ class Dialler:
             )
             await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
 
-    async def _one(self, number: int) -> None:
+    async def _one(self, number: int, kept: Kept) -> None:
         """Dial, and stay until it is over. Raises ProblemError."""
-        connection = await self._carrier.dial(self._urgent)
-        self._connections.add(connection)
-        joint = Joint(self._hub, self._stands)
+        now = asyncio.get_running_loop().time
+        connection = kept.take()
+        if connection is None:
+            connection = await self._carrier.dial(self._urgent)
+            self._connections.add(connection)
+            kept.made(now())
+        joint, again = Joint(self._hub, self._stands), False
         try:
             joint.pipe = await within_time(
                 connection.open(joint),
@@ -154,13 +160,17 @@ class Dialler:
                 why = await joint.lost
             finally:
                 tuning.cancel()
+            if not joint.stood:
+                raise ProblemError(why_no_answer(joint.said.decode(errors="replace").strip(), why))
+        except ProblemError as exc:
+            again = kept.offer(connection, exc.problem, now())
+            raise
         finally:
             joint.end()
-            self._connections.discard(connection)
-            connection.abort()
+            if not again:
+                self._connections.discard(connection)
+                connection.abort()
             self._gone(joint)
-        if not joint.stood:
-            raise ProblemError(why_no_answer(joint.said.decode(errors="replace").strip(), why))
         if not self._closing:
             cause = why.replace("the head", "the worker")
             log.warning("dial_lost", worker=self.called, connection=number, cause=cause)
@@ -182,7 +192,8 @@ class Dialler:
             self._standing.clear()
             self._urgent.set()
             self._calm = asyncio.get_running_loop().call_later(self._ride_through, self._be_calm)
-            self._carrier.close()  # a jump host may be what has gone, in silence
+            # A jump host may be what has gone, in silence.
+            self._carrier.close(parked=True)
             self._on_change()
 
     def _be_calm(self) -> None:

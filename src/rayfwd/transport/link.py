@@ -42,10 +42,11 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
+from rayfwd.transport.kept import Kept
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.saturation import Saturation
-from rayfwd.transport.sshproblems import why_no_answer
+from rayfwd.transport.sshproblems import limited, why_no_answer
 from rayfwd.transport.urgency import AdaptiveTimeout, rest, time_limit
 
 log = get_logger(__name__)
@@ -68,6 +69,9 @@ REDIAL_COUNTED = {
 """Seconds between attempts, at least, after what servers and firewalls count, and bar for: keys
 that were refused (fail2ban), connections without a login (MaxStartups, PerSourcePenalties), new
 connections (`ufw limit`: 6 in 30 s, and those that it drops count too)."""
+REDIAL_UNANSWERED = 20.0
+"""The same after an attempt that had no answer at all, unless streams wait: each is four packets to
+a firewall that counts what it drops."""
 REDIAL_SPREAD = 0.3
 """Part of that which comes on top at random: workers behind one address take turns."""
 LIMITED_AFTER, LIMITED_SECONDS = 3, 5.0
@@ -260,6 +264,9 @@ class LaneTask:
     problem: Problem | None = None
     failures: int = 0
     """Attempts in a row that led to no lane."""
+    unanswered: bool = False
+    """The last attempt had no answer at all."""
+    kept: Kept = field(default_factory=Kept)
     heartbeat: Heartbeat = field(init=False)
 
     def __post_init__(self) -> None:
@@ -371,6 +378,7 @@ class Link:
                 # and servers and firewalls count connections.
                 await self._standing.wait()
             began = asyncio.get_running_loop().time()
+            slot.unanswered = False
             slot.heartbeat.beat(DIALLING_TIMEOUT)
             try:
                 await self._one_lane(slot)
@@ -385,6 +393,7 @@ class Link:
             except ProblemError as exc:
                 slot.failures += 1
                 seconds = asyncio.get_running_loop().time() - began
+                slot.unanswered = unanswered(exc.problem, seconds)
                 self._set_problem(slot, self.understood(exc.problem, slot.failures, seconds))
             await self._rest(slot, backoff)
 
@@ -392,13 +401,10 @@ class Link:
         """What cannot be had while another lane stands is not away, but limited."""
         if self.state != "up" or problem.code not in {codes.SSH_UNREACHABLE, codes.SSH_TURNED_AWAY}:
             return problem
-        if failures < LIMITED_AFTER and seconds < LIMITED_SECONDS:
+        if failures < LIMITED_AFTER and not unanswered(problem, seconds):
             return problem
-        return codes.SSH_LIMITED.problem(
-            f"a further connection is not let through, while one stands: {problem.cause}",
-            "allow this machine's address more new connections there, where something limits them "
-            "(`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or nothing: the link works "
-            "with the lanes that it has, and tries again in less than a minute",
+        return limited(
+            f"a further connection is not let through, while one stands: {problem.cause}"
         )
 
     async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
@@ -407,6 +413,8 @@ class Link:
         seconds = max(
             counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
         )
+        if slot.unanswered and not self._urgent.is_set():
+            seconds = max(seconds, spread(REDIAL_UNANSWERED))
         if slot.problem is not None and slot.problem.code is codes.LINK_AWAITED:
             seconds = REDIAL_FIRST  # nothing was dialled
         slot.heartbeat.beat(seconds + DIALLING_TIMEOUT)
@@ -454,9 +462,8 @@ class Link:
 
     async def _one_lane(self, slot: LaneTask) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""
-        connection = await self._carrier.dial(self._urgent)
-        self._connections.add(connection)
-        lane = LinkLane()
+        connection = await self._connection_for(slot)
+        lane, kept = LinkLane(), False
         try:
             pipe = await self._within_time(
                 connection.open(lane),
@@ -486,11 +493,24 @@ class Link:
         except asyncio.CancelledError:
             connection.close()
             raise
+        except ProblemError as exc:
+            kept = slot.kept.offer(connection, exc.problem, asyncio.get_running_loop().time())
+            raise
         finally:
             self._lanes.discard(lane)
-            self._connections.discard(connection)
-            connection.abort()
+            if not kept:
+                self._connections.discard(connection)
+                connection.abort()
         self._lost(slot, why)
+
+    async def _connection_for(self, slot: LaneTask) -> Connection:
+        """The one that was kept, or a new one. Raises ProblemError."""
+        connection = slot.kept.take()
+        if connection is None:
+            connection = await self._carrier.dial(self._urgent)
+            self._connections.add(connection)
+            slot.kept.made(asyncio.get_running_loop().time())
+        return connection
 
     async def _within_time(self, step: Awaitable[Made], silence: str, remedy: str) -> Made:
         return await within_time(step, self._urgent, self._handshake_timeout, silence, remedy)
@@ -587,7 +607,8 @@ class Link:
                 assert self.mux is not None, "a session that is parked is there"
                 self._standing.clear()
                 self._urgent.set()
-                self._carrier.close()  # a jump host may be what has gone, in silence
+                # A jump host may be what has gone, in silence.
+                self._carrier.close(parked=True)
                 self.link_stats.parked(self.since, self.mux.now())
                 stats = self.mux.stats()
                 log.warning("link_parked", streams=stats.streams, ride_through=stats.ride_through)
@@ -628,8 +649,17 @@ async def within_time(
 
 def counted_rest(code: Code | None) -> float:
     """Seconds that there are to be, at least, before another attempt after this."""
-    counted = 0.0 if code is None else REDIAL_COUNTED.get(code, 0.0)
-    return counted * (1 + REDIAL_SPREAD * random.random())
+    return spread(0.0 if code is None else REDIAL_COUNTED.get(code, 0.0))
+
+
+def spread(seconds: float) -> float:
+    """So many, and up to REDIAL_SPREAD of them more."""
+    return seconds * (1 + REDIAL_SPREAD * random.random())
+
+
+def unanswered(problem: Problem, seconds: float) -> bool:
+    """An attempt that took so long, and ended so, met silence."""
+    return problem.code is codes.SSH_UNREACHABLE and seconds >= LIMITED_SECONDS
 
 
 def _by_an_older_hub(refusal: Problem) -> Problem:

@@ -102,7 +102,7 @@ class OpensshCarrier:
             log.warning("login_slow", hop=self._head.ssh, seconds=round(seconds, 1))
         self._slow = seconds >= SLOW_LOGIN
 
-    def close(self) -> None:
+    def close(self, parked: bool = False) -> None:
         """Its connections share nothing of ours."""
 
 
@@ -244,6 +244,11 @@ class OpensshConnection:
             return self
         self._aside = OpensshConnection(head, self.hops)
         return self._aside
+
+    @property
+    def takes_another(self) -> bool:
+        """The process ends with its one pipe."""
+        return False
 
     async def open(self, owner: PipeOwner) -> OpensshPipe:
         """Raises ProblemError."""

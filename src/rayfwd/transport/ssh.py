@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakSet
 
 import asyncssh
 
@@ -21,6 +22,7 @@ from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.sshproblems import explain, explain_files, host_key_problem, look_at_socket
 from rayfwd.transport.urgency import AdaptiveTimeout
+from rayfwd.transport.witness import Witness
 
 log = get_logger(__name__)
 
@@ -62,6 +64,9 @@ class SshConnector:
         self._jumping = asyncio.Lock()
         self.stopped_at: Hop | None = None
         """Where the last attempt failed."""
+        self._direct: WeakSet[asyncssh.SSHClientConnection] = WeakSet()
+        """Those that were dialled from here."""
+        self._witness = Witness()
         self._slow: set[str] = set()
         """Hops whose logins were said to be slow."""
 
@@ -77,17 +82,26 @@ class SshConnector:
         `dial.py` and URGENT_LOGIN.
         """
         urgent = urgent or asyncio.Event()
+        if not urgent.is_set():
+            self._witness.drop()
         hops = await self._hops()
         jump = await self._jump(hops[:-1], urgent)
         try:
             return await self._log_in(hops[-1], jump, urgent)
         except ProblemError as exc:
-            if exc.problem.code in {codes.SSH_UNREACHABLE, codes.SSH_LOST}:
+            if jump is not None and exc.problem.code in {codes.SSH_UNREACHABLE, codes.SSH_LOST}:
                 self.close()  # it may be the jump host that is gone, in silence
             raise
 
-    def close(self) -> None:
-        """Give up the connections to jump hosts; what goes through them ends."""
+    def close(self, parked: bool = False) -> None:
+        """Give up the connections to jump hosts; what goes through them ends. `parked`: what was
+        dialled from here and stands is listened to, while it is dialled again."""
+        self._witness.drop()
+        if parked:
+            for connection in self._direct:
+                sock = connection.get_extra_info("socket")
+                if sock is not None and not connection.is_closed():
+                    self._witness.hold(sock)
         while self._jumps:
             self._jumps.pop().abort()
 
@@ -165,7 +179,11 @@ class SshConnector:
                 tunnel=None if hop.direct_command else cast(Any, attempt),
             )
 
-        return await self._attempt(hop, jump, urgent, connect)
+        made = await self._attempt(hop, jump, urgent, connect)
+        if hop.direct:
+            self._witness.drop()
+            self._direct.add(made)
+        return made
 
     async def _attempt(
         self,
@@ -175,7 +193,7 @@ class SshConnector:
         connecting: Callable[[Attempt], Awaitable[Made]],
     ) -> Made:
         """Raises ProblemError."""
-        attempt = Attempt(hop.options, jump, urgent, self._login_timeout)
+        attempt = Attempt(hop.options, jump, urgent, self._login_timeout, self._witness)
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:

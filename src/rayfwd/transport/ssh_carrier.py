@@ -43,8 +43,8 @@ class SshCarrier:
         """As the connector has it. Raises ProblemError."""
         return await self._connector.place()
 
-    def close(self) -> None:
-        self._connector.close()
+    def close(self, parked: bool = False) -> None:
+        self._connector.close(parked)
 
 
 class SshConnection:
@@ -58,6 +58,10 @@ class SshConnection:
     def by(self, head: HeadConfig) -> SshConnection:
         """The same, to open a pipe to the hub in another way."""
         return SshConnection(SshConnector(head), self.ssh)
+
+    @property
+    def takes_another(self) -> bool:
+        return not self.ssh.is_closed()
 
     async def open(self, owner: PipeOwner) -> SshPipe:
         """Raises ProblemError."""

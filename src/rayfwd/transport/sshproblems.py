@@ -14,7 +14,7 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.system import unixsocket
-from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt
+from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
 
@@ -167,6 +167,8 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return no_answer(hop, dialled)
         case ConnectionRefusedError():
             return not_listening(hop, dialled)
+        case BarredError():
+            return barred(str(exc), hop, dialled)
         case OSError():
             return no_way(str(exc.strerror or exc), hop, dialled)
         case _:
@@ -219,6 +221,22 @@ def not_listening(hop: Server, dialled: str) -> Problem:
     return codes.SSH_UNREACHABLE.problem(
         f"nothing listens on the SSH port of {hop.called}{dialled}",
         f"see that sshd runs on {_its(hop)} and that the port is right",
+    )
+
+
+def barred(why: str, hop: Server, dialled: str) -> Problem:
+    """The path is alive, and takes no new connection."""
+    return limited(f"{hop.called} lets no new connection through{dialled}: {why}", hop)
+
+
+def limited(cause: str, hop: Server | None = None) -> Problem:
+    """Something counts new connections there."""
+    where = "there" if hop is None else _where(hop)
+    return codes.SSH_LIMITED.problem(
+        cause,
+        f"allow this machine's address more new connections {where}, where something limits them "
+        "(`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or nothing: it is tried again "
+        "in less than a minute, since some limits count what they drop",
     )
 
 
