@@ -157,6 +157,8 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
             worker.set_link_up(False)
             await asyncio.sleep(1.5)
             assert state(worker) == "up"
+            if version == "2.60.0":
+                await joins_another_start(worker)
             await worker.stop()
             await head.stop()
             assert (state(head), state(worker)) == ("off", "off")
@@ -165,6 +167,8 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     assert others() == {bystander.pid}
     bystander.kill()
     bystander.wait()
+    again = [e["reason"] for e in events(logs, "ray_restarting")]
+    assert again == (["the head's Ray was started anew"] if version == "2.60.0" else [])
     assert not events(logs, "ray_exited")
     # A head's agent that sees its raylet go tells the GCS (report_raylet_error_logs), and while
     # it waits, in C++, for one that has gone as well, it hears no signal.
@@ -173,6 +177,19 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     assert sum(e["killed"] for e in events(logs, "ray_stopped")) == len(killed)
     assert any("Ray runtime started" in e["line"] for e in events(logs, "ray_output"))
     assert not [e for e in events(logs, "ray_output") if "\x1b" in e["line"]]
+
+
+async def joins_another_start(worker: RaySupervisor) -> None:
+    """Its Ray is started again once the head's is another than it had joined, and not before."""
+    worker.set_link_up(True)
+    ray = worker.now.pid
+    for start in ("first", None, "first"):
+        worker.set_head_start(start)
+        await asyncio.sleep(1.5)
+        assert (worker.now.pid, state(worker)) == (ray, "up")
+    worker.set_head_start("second")
+    await until(lambda: worker.now.pid not in (ray, None), "a new Ray")
+    await up(worker)
 
 
 def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
@@ -199,11 +216,14 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
             assert (head.now.pid, head.now.adopted, head.now.restarts) == (ray, True, 0)
             assert head.now.versions is not None
             assert head.now.versions.ray == "2.60.0"
+            start = head.own_start
         # The daemon's end, in whatever way, is not Ray's.
         assert procfs.look_up(ray)
         async with supervised(config, HEAD) as head:
             await up(head)
             assert head.now.pid == ray
+            assert head.own_start == start
+            starts = [start]
 
             # `ray start --block` takes an end by SIGTERM for graceful and goes on blocking.
             os.kill(named("raylet"), signal.SIGTERM)
@@ -215,6 +235,7 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
             second = head.now.pid
             assert (second != ray, head.now.adopted, head.now.restarts) == (True, False, 1)
             assert events(logs, "ray_started")[-1]["pid"] == second
+            starts.append(head.own_start)
 
             os.kill(named("gcs_server"), signal.SIGKILL)
             await until(lambda: head.now.state == "failed", "failed after SIGKILL")
@@ -222,6 +243,8 @@ def test_a_life_of_a_head(tmp_path: Path, logs: Logs) -> None:
             assert "gcs_server" in head.now.problem.cause
             await up(head)
             third = head.now.pid
+            starts.append(head.own_start)
+            assert len({*starts, None}) == 4, "a text for each start"
 
             head.set_plan(HEAD, HEAD, None, 121.0)
             await until(lambda: head.now.pid not in (third, None), "a new Ray")

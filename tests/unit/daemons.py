@@ -55,6 +55,7 @@ class FakeRay(RaySupervisor):
     broken = False
     ended = ""
     by_hand = False
+    starts = 1
     auth: RayAuth | None = None
     """What Ray was last to be started with."""
 
@@ -83,6 +84,15 @@ class FakeRay(RaySupervisor):
             await self._wake.wait()
             if self.broken:
                 raise ValueError("a fault of Ray's supervisor")
+
+    @property
+    def own_start(self) -> str:
+        return str(self.starts)
+
+    @property
+    def head_start(self) -> str | None:
+        """Which start of the head's Ray it was told of last."""
+        return self._head_start
 
     def become(self, state: Any, **fields: Any) -> None:
         self.now = replace(self.now, state=state, **fields)

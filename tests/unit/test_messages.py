@@ -26,7 +26,7 @@ EXAMPLES: list[Message] = [
     messages.NodesChanged(({"name": "w2"},), ("w1",)),
     messages.HeadVersions("2.60.0", "3.11.7"),
     messages.HeadVersions(None, None),
-    messages.HeadRay("up"),
+    messages.HeadRay("up", "0123456789abcdef"),
     messages.Cluster({"nodes": []}),
     messages.Conditions((TOLD, TOLD)),
     messages.Conditions(()),
@@ -73,7 +73,7 @@ def test_the_token_is_in_no_repr() -> None:
 
 def bad_bodies() -> Iterator[tuple[str, dict[str, Any]]]:
     """Of each type: fields that are not there, and fields that are something else."""
-    optional = {"head_versions", "ray"}, {"ray_auth": {"token"}}
+    optional = {"head_versions", "ray"}, {"ray_auth": {"token"}, "head_ray": {"start"}}
     for example in EXAMPLES:
         body = example.to_wire()
         for key in body.keys() - {"type"}:

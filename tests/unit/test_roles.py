@@ -259,6 +259,27 @@ def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
     run(main)
 
 
+def test_the_heads_ray_is_started_anew(tmp_path: Path) -> None:
+    """Workers hear which start of it is up; a restart of the daemon is none."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            w1 = s.workers["w1"]
+            await until(lambda: w1.ray.head_start == "1")
+            s.head.ray.become("failed")
+            s.head.ray.starts = 2
+            s.head.ray.become("starting")
+            await until(lambda: not w1.ray.may_start)
+            assert w1.ray.head_start == "1", "that one is not up"
+            s.head.ray.become("up")
+            await until(lambda: w1.ray.head_start == "2")
+            await w1.restart()
+            await until(lambda: w1.ray.head_start == "2")
+
+    run(main)
+
+
 def test_a_reload_opens_what_the_file_now_has(tmp_path: Path) -> None:
     async def main() -> None:
         async with started(tmp_path, "w1") as s:

@@ -105,7 +105,7 @@ class HeadRole:
         self._sent_in: dict[str, str] = {}
         """The session in which a worker was last sent how Ray is, and all conditions."""
         self._sent_versions: tuple[str | None, str | None] = (None, None)
-        self._sent_state = ""
+        self._sent_ray: messages.HeadRay | None = None
         self._cuts = Cuts()
         self._settling = asyncio.Lock()
         """Held while Ray's token is decided, or another takes its place."""
@@ -499,9 +499,9 @@ class HeadRole:
         if self._versions() != self._sent_versions:
             self._sent_versions = ray, python = self._versions()
             self._hub.tell_all(messages.HeadVersions(ray, python))
-        if self._node.ray.now.state != self._sent_state:
-            self._sent_state = self._node.ray.now.state
-            self._hub.tell_all(self._head_ray_message())
+        if (message := self._head_ray_message()) != self._sent_ray:
+            self._sent_ray = message
+            self._hub.tell_all(message)
         self._node.changed()
 
     def board_changed(self) -> None:
@@ -533,9 +533,9 @@ class HeadRole:
                     if conditions is not None:
                         node.mux.send_message(conditions)
 
-    def _head_ray_message(self) -> Message:
+    def _head_ray_message(self) -> messages.HeadRay:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
-        return messages.HeadRay(self._node.ray.now.state)
+        return messages.HeadRay(self._node.ray.now.state, self._node.ray.own_start)
 
     # -- what the workers say ------------------------------------------------------------
 

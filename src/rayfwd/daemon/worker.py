@@ -319,6 +319,8 @@ class WorkerRole:
 
     def _hear_head_ray(self, message: messages.HeadRay) -> None:
         self._head_ray = message.phase
+        if message.phase == "up":
+            self._node.ray.set_head_start(message.start)
         self._let_ray_start()
         self.changed()
 

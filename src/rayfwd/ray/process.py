@@ -10,6 +10,7 @@ end, whoever its parent is by now, and nothing else is.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -83,6 +84,8 @@ class Record:
     ready: bool = False
     offset: int = 0
     """Bytes of the output that the log has."""
+    joined: str | None = None
+    """Of a worker: which start of the head's Ray it joined; None: not known."""
 
     @classmethod
     def from_wire(cls, data: Any) -> Record:
@@ -100,6 +103,7 @@ class Record:
                 start=int(data["start"]),
                 ready=bool(data["ready"]),
                 offset=int(data["offset"]),
+                joined=None if data.get("joined") is None else str(data["joined"]),
             )
         except (KeyError, TypeError) as exc:
             raise ValueError(f"not a record of Ray: {exc!r}") from exc
@@ -135,6 +139,7 @@ class RayProcess:
         versions: Versions,
         command: str,
         launcher: Launcher,
+        joined: str | None = None,
     ) -> RayProcess:
         """Start `argv`. Raises OSError where that, or writing the record, fails, and what
         `launcher` raises.
@@ -150,6 +155,7 @@ class RayProcess:
             command=command,
             drain=_seconds(env.get(DRAIN_VARIABLE)),
             boot=_boot_id(),
+            joined=joined,
         )
         # First the token: should we be killed right after the start, it finds what was started.
         _write(state_dir / RECORD, record)
@@ -186,6 +192,11 @@ class RayProcess:
     def pid(self) -> int:
         return self.record.pid
 
+    @property
+    def start(self) -> str:
+        """Which start of Ray this is: the same in every daemon that watches it."""
+        return hashlib.sha256(self.record.token.encode()).hexdigest()[:16]
+
     def alive(self) -> bool:
         """Whether `ray start` runs. Learns its exit code once it does not."""
         if self.record.pid == 0 or self._ended:
@@ -211,6 +222,12 @@ class RayProcess:
     def mark_ready(self) -> None:
         if not self.record.ready:
             self.record = replace(self.record, ready=True)
+            self._save()
+
+    def mark_joined(self, start: str) -> None:
+        """Of a worker: it belongs to this start of the head's Ray."""
+        if self.record.joined != start:
+            self.record = replace(self.record, joined=start)
             self._save()
 
     def read_output(self, everything: bool = False) -> list[str]:

@@ -73,6 +73,12 @@ LEFT_FOR_THE_LINK = 1.5
 TASKS_PART = 0.5
 """Of Ray's seconds, those that its tasks have to end where `stop_timeout` bounds a stop."""
 
+REJOIN_SECONDS = 5.0
+"""Seconds that Ray may take to end where the Ray that it belongs to is gone, its tasks with it."""
+
+REDIS_VARIABLE = "RAY_REDIS_ADDRESS"
+"""Where it is set, the GCS keeps its tables in a Redis, and raylets outlive it."""
+
 SHOWN_LINES = 6
 
 _EXITED = re.compile(r" -- (\w+) \[exit code=-?\d+\]$")
@@ -135,6 +141,8 @@ class RaySupervisor:
         self._on_change = on_change
         self._wanted: _Wanted | None = None
         self._link_up = True
+        self._head_start: str | None = None
+        """Which start of the head's Ray there is to join; None: not known."""
         self._stopping = False
         self._wake = asyncio.Event()
         self.heartbeat = Heartbeat("ray")
@@ -195,6 +203,22 @@ class RaySupervisor:
         if up != self._link_up:
             self._link_up = up
             self._wake.set()
+
+    def set_head_start(self, start: str | None) -> None:
+        """Of a worker: which start of the head's Ray is up. Ours is started again where it belongs
+        to an earlier one, whose nodes the new one does not know; None: not known."""
+        if start != self._head_start:
+            self._head_start = start
+            self._wake.set()
+
+    @property
+    def own_start(self) -> str | None:
+        """Which start of Ray this is, for the workers of a head. None: not known, or its nodes are
+        kept in a Redis, from where the next start has them."""
+        env = {**os.environ, **self._config.ray.env}
+        if self._process is None or env.get(REDIS_VARIABLE):
+            return None
+        return self._process.start
 
     async def run(self) -> None:
         """Until cancelled or stopped. Ray goes on when this is cancelled."""
@@ -329,6 +353,7 @@ class RaySupervisor:
                 versions=install.versions,
                 command=command,
                 launcher=self._launcher,
+                joined=self._head_start,
             )
         except ProblemError as exc:
             if exc.problem.code == codes.KEEPER_SILENT:  # it may have been started all the same
@@ -369,6 +394,10 @@ class RaySupervisor:
                 _log.info("ray_restarting", reason="the plan or the configuration changed")
                 await self._end("changed")
                 return
+            if up_at is not None and self._belongs_to_another(process):
+                _log.info("ray_restarting", reason="the head's Ray was started anew")
+                await self._end("head", within=REJOIN_SECONDS)
+                return
             running = process.alive()
             if up_at is None and running:
                 await asyncio.to_thread(process.find_daemons)
@@ -392,6 +421,15 @@ class RaySupervisor:
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
         await self._end("dead", drain=False)
         raise ProblemError(problem)
+
+    def _belongs_to_another(self, process: RayProcess) -> bool:
+        """Whether it joined an earlier start of the head's Ray. Its raylet would find that out by
+        itself, half a minute or more later (`docs/faults.md`)."""
+        if self._head_start is None:
+            return False
+        if process.record.joined is None:
+            process.mark_joined(self._head_start)
+        return process.record.joined != self._head_start
 
     async def _is_up(self, process: RayProcess, wanted: _Wanted) -> bool:
         if not process.said_started or "raylet" not in process.daemons:

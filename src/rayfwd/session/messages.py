@@ -109,13 +109,15 @@ class HeadRay:
     SENDER: ClassVar[Sender] = "hub"
 
     phase: str
+    start: str | None = None
+    """Another text for each start of it; None: not known, or Ray remembers its nodes by itself."""
 
     def to_wire(self) -> dict[str, Any]:
-        return {"type": self.TYPE, "phase": self.phase}
+        return {"type": self.TYPE, "phase": self.phase, "start": self.start}
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> HeadRay:
-        return cls(_text(data, "phase"))
+        return cls(_text(data, "phase"), _text_or_none(data, "start"))
 
 
 @dataclass(frozen=True, slots=True)

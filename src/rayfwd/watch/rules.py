@@ -139,8 +139,8 @@ def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Findin
                 f"Ray is up on {plan.name} ({plan.address}), and the head's node table "
                 "does not have it: it belongs to an earlier run of the head's Ray, or does not "
                 "reach the GCS",
-                f"nothing, if it passes: Ray's raylet on {plan.name} ends by itself and rayfwd "
-                f"starts it again; else look at raylet.out on {plan.name}",
+                f"nothing, if it passes: rayfwd on {plan.name} starts it again; else look at "
+                f"raylet.out on {plan.name}",
             ),
         )
         for plan in up
