@@ -33,6 +33,7 @@ if [ "$for" = tests ]; then
     need fish fish "the look at its completion"
     need faketime faketime "a clock that is wrong, in the lab"
     need ps procps "the lab's look at processes"
+    need chromium chromium "the look at the page in the browser"
     need systemd-nspawn systemd-container "the machines that are booted (tests/systemd)"
     need debootstrap debootstrap "their Debian"
 fi

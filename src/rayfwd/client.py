@@ -1,4 +1,5 @@
-"""A client: a machine that is no node, with the head's dashboard and Ray Client on its loopback.
+"""A client: a machine that is no node, with the head's dashboard, Ray Client and page on its
+loopback.
 
 Owns the listening sockets, the link and the file of Ray's token; `Client.run` begins and ends them.
 Nothing here needs Linux, root, or an address in 127/8 but 127.0.0.1.
@@ -53,6 +54,8 @@ log = get_logger(__name__)
 LOOPBACK = "127.0.0.1"
 USUAL_PORTS = {"dashboard": 8265, "client": 10001}
 """Where a client listens unless told otherwise, by the head's name for what is behind it."""
+USUAL_PAGE = 9480
+"""The same for the head's page in the browser, where it has one."""
 MOST_NEAR_PORTS = 100
 """How many ports from the usual one on are tried where it is taken."""
 
@@ -60,6 +63,9 @@ RETRY_FIRST, RETRY_LAST = 1.0, 15.0
 """Seconds between attempts before the link has stood for the first time."""
 RIDE_THROUGH_MOST = 86400.0
 """Seconds: says that the head decides."""
+
+PAGE = "page"
+"""The head's name for its page, which only a head that serves one has."""
 
 Via = Literal["socket", "exec"]
 
@@ -69,7 +75,7 @@ class Place:
     """Where this machine listens, and for what."""
 
     what: str
-    """`dashboard` or `client`, else a port of the head, in digits."""
+    """`dashboard`, `client` or `page`, else a port of the head, in digits."""
     port: int
     wanted: int
     """Which port it would have been."""
@@ -212,6 +218,7 @@ class Client:
 
     async def _open(self) -> None:
         """What connects is taken from now on, and whoever started us is told where."""
+        self._listen_for_page()
         self._admission.open()
         if (problem := self._admission.problem) is not None:
             self._emit(f"{problem.code}: {problem}")
@@ -224,6 +231,19 @@ class Client:
             self._emit(line)
         with closing(Notifier()) as notifier:
             notifier.send("READY=1")
+
+    def _listen_for_page(self) -> None:
+        """Where the head has one, and only there."""
+        assert self._plan is not None, "the plan has come"
+        given = next((own for own in self._listening if own[0].what == PAGE), None)
+        if PAGE not in self._plan.head_services and given is not None:
+            self._listening.remove(given)
+            given[1].close()
+            self._emit("the head serves no page in the browser (page.listen there)")
+        elif PAGE in self._plan.head_services and given is None:
+            with suppress(ProblemError):  # every port is taken; the rest is worth more
+                sock = _listen_near(USUAL_PAGE)
+                self._listening.append((Place(PAGE, sock.getsockname()[1], USUAL_PAGE), sock))
 
     def _relay_for(self, place: Place, dialled: Target) -> SocketRelay:
         return SocketRelay(self._relays, lambda relay: self._route(place, relay))
@@ -311,7 +331,11 @@ def _understood(problem: Problem, head: HeadConfig) -> Problem:
 
 def listen_all(config: Config) -> list[tuple[Place, socket.socket]]:
     """The sockets of everything that is to be held here. Raises ProblemError."""
-    given = {"dashboard": config.client.dashboard_port, "client": config.client.client_port}
+    given = {
+        "dashboard": config.client.dashboard_port,
+        "client": config.client.client_port,
+        PAGE: config.client.page_port,
+    }
     found: list[tuple[Place, socket.socket]] = []
     try:
         # What was asked for exactly goes first: the others make room for it.
@@ -358,7 +382,7 @@ def _listen(address: str, port: int) -> socket.socket:
             f"{address}:{port} cannot be listened on: "
             + ("something else does" if taken else str(exc.strerror)),
             f"end what listens there (`ss -ltnp sport = :{port}`), or choose another port: "
-            "--dashboard-port, --client-port, --forward"
+            "--dashboard-port, --client-port, --page-port, --forward"
             if taken
             else "choose a port from 1024 on, and an address that this machine has",
         ) from exc
@@ -374,7 +398,7 @@ def addresses(
 ) -> list[str]:
     """What to tell whoever wants to use it."""
     by_what = {place.what: place for place in places}
-    dashboard, client = (f"{by_what[what]}" for what in USUAL_PORTS)
+    dashboard, client = (str(by_what[what]) for what in USUAL_PORTS)
     versions = f" (Ray {welcome.ray}, Python {welcome.python})" if welcome.ray else ""
     lines = [
         f"connected to {head}{versions}",
@@ -382,6 +406,8 @@ def addresses(
         f"  dashboard    http://{dashboard}",
         f"  Ray Client   ray://{client}",
     ]
+    if PAGE in by_what:
+        lines.append(f"  page         http://{by_what[PAGE]}/ (the cluster's links)")
     lines += [f"  forward      {p} is head:{p.what}" for p in places if p.what.isdigit()]
     lines += [
         f"  port {place.wanted} is in use on this machine: {place.port} is used instead"

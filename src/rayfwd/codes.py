@@ -100,6 +100,7 @@ PEER_CHECK_ABSENT = Code("peer_check_absent", "warning")
 DISK_NEARLY_FULL = Code("disk_nearly_full", "warning")
 SHARED_MEMORY_SMALL = Code("shared_memory_small", "warning")
 METRICS_BLOCKED = Code("metrics_blocked")
+PAGE_BLOCKED = Code("page_blocked", "warning")
 FORWARD_TARGET_UNKNOWN = Code("forward_target_unknown", "note")
 
 # -- the overlay -------------------------------------------------------------

@@ -48,6 +48,9 @@ from rayfwd.system.redact import names_a_secret
 
 DEFAULT_PATH = DEFAULT_CONFIG
 
+PAGE_PORT, PAGE_PORTS = 9480, 20
+"""The first port that is tried for the page, and how many are."""
+
 Whole = Annotated[int, Field(strict=True)]
 """A whole number, not a string that looks like one."""
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -365,6 +368,24 @@ class MetricsConfig(_Section):
     """where Prometheus asks: a loopback port, or a socket's path; default: nowhere"""
 
 
+def _page_listen(value: str) -> str:
+    if value in {"auto", "off"}:
+        return value
+    try:
+        return _loopback_listen(value)
+    except ValueError:
+        raise ValueError(
+            'must be "auto", "off" or a port on an IPv4 loopback address, as in 127.0.0.1:9480'
+        ) from None
+
+
+class PageConfig(_Section):
+    """The page in the browser; docs/page.md says who may see it. Of a node."""
+
+    listen: Annotated[str, AfterValidator(_page_listen)] = "auto"
+    """a loopback port; "auto": on a head 127.0.0.1:9480, or the next free one; "off": nowhere"""
+
+
 class CanaryConfig(_Section):
     """A tiny task on each node, and 1 MB there and back; docs/canary.md says what it costs."""
 
@@ -383,6 +404,8 @@ class ClientConfig(_Section):
     """where the head's dashboard is here; default: 8265, or the next free port"""
     client_port: Port | None = Field(default=None, examples=[10001])
     """where Ray Client is here; default: 10001, or the next free port"""
+    page_port: Port | None = Field(default=None, examples=[9480])
+    """where the head's page in the browser is here; default: 9480, or the next free port"""
 
 
 class ForwardConfig(_Section):
@@ -440,6 +463,7 @@ class Config(_Section):
     network: NetworkConfig = NetworkConfig()
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
+    page: PageConfig = PageConfig()
     canary: CanaryConfig = CanaryConfig()
     client: ClientConfig = ClientConfig()
     forward: tuple[ForwardConfig, ...] | None = None
@@ -502,12 +526,18 @@ class Config(_Section):
         for key, own in (
             ("client.dashboard_port", self.client.dashboard_port),
             ("client.client_port", self.client.client_port),
+            ("client.page_port", self.client.page_port),
         ):
             if own is not None and (place := f"127.0.0.1:{own}") in seen:
                 yield f"{key} = {own}: must differ from {seen[place]}"
             seen.setdefault(f"127.0.0.1:{own}", key)
-        if (listen := self.metrics.listen) in seen:
-            yield f'metrics.listen = "{listen}": must differ from {seen[listen]}'
+        for key, listen in (
+            ("metrics.listen", self.metrics.listen),
+            ("page.listen", self.page.listen),
+        ):
+            if listen in seen:
+                yield f'{key} = "{listen}": must differ from {seen[listen]}'
+            seen.setdefault(listen, key)
 
     @property
     def path(self) -> Path:
@@ -523,6 +553,19 @@ class Config(_Section):
     def link_socket(self) -> Path:
         """Of a worker that is dialled: where it waits."""
         return self.runtime_dir / "link.sock"
+
+    @property
+    def page_places(self) -> tuple[str, ...]:
+        """Where the page may be served, the first that is free; none: it is not."""
+        if self.page.listen != "auto":
+            return () if self.page.listen == "off" else (self.page.listen,)
+        if self.role != "head":
+            return ()
+        others = {forward.listen for forward in self.forwards} | {self.metrics.listen}
+        ray = {self.ray.port, self.ray.dashboard_port, self.ray.client_port, *self.expose}
+        near = range(PAGE_PORT, PAGE_PORT + PAGE_PORTS)
+        places = (f"127.0.0.1:{port}" for port in near if port not in ray)
+        return tuple(place for place in places if place not in others)
 
     @property
     def control_socket(self) -> Path:
@@ -584,6 +627,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "network": NetworkConfig,
     "ray": RayConfig,
     "metrics": MetricsConfig,
+    "page": PageConfig,
     "canary": CanaryConfig,
     "client": ClientConfig,
     "forward": ForwardConfig,
@@ -625,6 +669,7 @@ _OF_OTHERS: Mapping[object, Mapping[str, str]] = {
         "network": "a node",
         "ray": "a node",
         "metrics": "a node",
+        "page": "a node",
         "canary": "a node",
     },
 }

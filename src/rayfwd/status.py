@@ -220,6 +220,23 @@ class RefusedUser:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedPort:
+    """A port that was dialled over rayfwd and refused."""
+
+    by: str
+    """The node or client that dialled it; this node's own name: a program here."""
+    of: str
+    """The node that refused it."""
+    reason: str
+    """`refused` (nothing listens), `unreachable`, `not_in_plan` or `node_away`."""
+    cause: str
+    """Names the port, in the words of the node that refused it."""
+    times: int
+    """Since the daemon began; so `last`."""
+    last: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Listeners(ListenerCount):
     """The listeners that stand for other nodes' ports."""
 
@@ -318,6 +335,10 @@ class Status:
     canary: Round | None
     """The last canary that this node sent; None: none yet."""
     roster: tuple[RosterRow, ...]
+    refused: tuple[RefusedPort, ...] = ()
+    """The last fifty, the newest first."""
+    page: str | None = None
+    """The URL of the page in the browser; None: it is not served."""
 
     def to_wire(self) -> dict[str, Any]:
         """The answer to `rayfwd status`."""

@@ -39,6 +39,7 @@ FOUND_AT_RUN_TIME = {
     "metrics.listen",
     "client.dashboard_port",
     "client.client_port",
+    "client.page_port",
 }
 REQUIRED = {"role", "head.ssh", "hub.dial.ssh"}
 
@@ -65,7 +66,7 @@ def worker_variant(text: str) -> str:
 def client_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "client"')
     everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
-    nodes = without(everything, "hub", "hub.dial", "network", "ray", "metrics", "canary")
+    nodes = without(everything, "hub", "hub.dial", "network", "ray", "metrics", "page", "canary")
     return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 

@@ -23,7 +23,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayfwd import codes
-from rayfwd.daemon import metrics
+from rayfwd.daemon import httpserver, metrics
 from rayfwd.daemon.metrics import MetricsServer, families, registry
 from rayfwd.status import Status
 from rayfwd.transport.linkstats import LinkStats
@@ -284,12 +284,12 @@ def test_those_who_say_nothing_are_few() -> None:
         await exchange(port, GET)
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
         ended = 0
-        for reader, _ in idle[metrics.CONNECTIONS :]:
+        for reader, _ in idle[httpserver.CONNECTIONS :]:
             try:
                 ended += await reader.read() == b""
             except ConnectionResetError:
                 ended += 1
-        assert ended == 40 - metrics.CONNECTIONS
+        assert ended == 40 - httpserver.CONNECTIONS
         for _, writer in idle:
             writer.close()
 
@@ -297,7 +297,7 @@ def test_those_who_say_nothing_are_few() -> None:
 
 
 def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "RETRY_LAST", 0.05)
+    monkeypatch.setattr(httpserver, "RETRY_LAST", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 

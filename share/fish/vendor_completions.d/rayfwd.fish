@@ -51,7 +51,7 @@ function _shtab_rayfwd_using
 end
 
 set -g _shtab_rayfwd_commands init run join head connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --peer --port --port-base --ray --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -i -p
+set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --ray --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -166,6 +166,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using connect' -l via -xka "socket exec" -d
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'the hub'"'"'s socket there (default: /run/rayfwd/hub.sock)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l dashboard-port -x -d 'where the dashboard is to be on 127.0.0.1 (default: 8265, or the next free one)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l client-port -x -d 'where Ray Client is to be on 127.0.0.1 (default: 10001, or the next free one)'
+complete -c rayfwd -n '_shtab_rayfwd_using connect' -l page-port -x -d 'where the head'"'"'s page in the browser is to be on 127.0.0.1'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l forward -x -d 'a further port of the head, as in 8000=head:8000; the head'"'"'s file has it in expose'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -s v -l verbose -d 'log what happens on standard error'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a reload -d 'Have the running daemon read its file again (`systemctl reload rayfwd`).'

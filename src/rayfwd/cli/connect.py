@@ -29,6 +29,7 @@ _OPTIONS = {
     "head.socket": "--socket",
     "client.dashboard_port": "--dashboard-port",
     "client.client_port": "--client-port",
+    "client.page_port": "--page-port",
     "forward": "--forward",
 }
 """Which option gives a key of the configuration."""
@@ -66,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         type=int,
         help="where Ray Client is to be on 127.0.0.1 (default: 10001, or the next free one)",
+    )
+    parser.add_argument(
+        "--page-port",
+        metavar="PORT",
+        type=int,
+        help="where the head's page in the browser is to be on 127.0.0.1\n"
+        "(default: 9480, or the next free one)",
     )
     parser.add_argument(
         "--forward",
@@ -139,7 +147,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "socket": args.socket,
         "via": args.via,
     }
-    ports = {"dashboard_port": args.dashboard_port, "client_port": args.client_port}
+    ports = {
+        "dashboard_port": args.dashboard_port,
+        "client_port": args.client_port,
+        "page_port": args.page_port,
+    }
     given = {
         "head": {key: value for key, value in head.items() if value is not None},
         "client": {key: value for key, value in ports.items() if value is not None},

@@ -115,6 +115,7 @@ class Screen:
             ("streams", self._streams()),
             ("listeners", self._listeners()),
             ("network", self._network()),
+            ("page", self._page()),
             ("cluster", self._cluster()),
         ):
             for index, line in enumerate(lines):
@@ -202,6 +203,9 @@ class Screen:
         if network.interface is not None:
             line.append(f" by {escaped(network.interface)}")
         return [line.append(f": {escaped(network.why)}" if network.why else "")]
+
+    def _page(self) -> list[RenderableType]:
+        return [] if self.status.page is None else [Text(escaped(self.status.page))]
 
     def _cluster(self) -> list[RenderableType]:
         cluster = self.status.cluster

@@ -18,12 +18,14 @@ from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.cuts import Cuts
 from rayfwd.daemon.forgotten import KEPT, NAMED, OFF, TURNED, Forgotten
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
     ledger_of,
+    link_now,
     link_seen,
     parked_problem,
     roster_rows,
@@ -411,6 +413,7 @@ class HeadRole:
                 {services["dashboard"], services["client"], *self._node.config.expose}
             ),
             listens=self._node.overlay.port is None,
+            page=self._node.page,
         )
 
     def accept(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
@@ -651,6 +654,10 @@ class HeadRole:
     def link_stats(self) -> Mapping[str, LinkStats]:
         return {name: node.link_stats for name, node in self._hub.nodes.items()}
 
+    def links_now(self) -> Mapping[str, LinkNow]:
+        nodes = self._hub.nodes.items()
+        return {name: link_now(node.mux, node.link_stats) for name, node in nodes}
+
     def status(self) -> RoleStatus:
         nodes = list(self._hub.nodes.values())
         links = [(node.mux, node.link_stats) for node in nodes]
@@ -663,4 +670,5 @@ class HeadRole:
             streams=streams_of(mux for mux, _ in links),
             bytes=volume_of(links),
             roster=roster_rows(self._roster.plans(), states, self._node.listeners),
+            refused=self._hub.refused_ports.last(),
         )

@@ -9,6 +9,7 @@ import os
 import time
 
 from rayfwd import __version__, codes, status
+from rayfwd.daemon import page
 from rayfwd.daemon.node import LISTENERS, RAY
 from rayfwd.daemon.role import Role
 from rayfwd.status import Status
@@ -92,6 +93,18 @@ class Health:
             cluster=role.cluster,
             canary=node.canary.last,
             roster=part.roster,
+            refused=tuple(
+                status.RefusedPort(
+                    by=refused.by or node.config.name,
+                    of=refused.of or node.config.name,
+                    reason=refused.reason.name.lower(),
+                    cause=refused.text,
+                    times=refused.times,
+                    last=round(refused.last, 1),
+                )
+                for refused in part.refused
+            ),
+            page=None if node.page is None else page.url(str(node.page)),
         )
 
     def _ray(self) -> status.Ray:

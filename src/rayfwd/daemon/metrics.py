@@ -1,18 +1,13 @@
 """Metrics for Prometheus: made of what the daemon knows when they are asked for, and served.
 
 `families` turns a status and the links' link_stats into metric families; nothing
-is counted on the way of a byte. `MetricsServer` answers HTTP on loopback or on a Unix socket, on
-the daemon's own loop. docs/metrics.md lists every metric.
+is counted on the way of a byte. docs/metrics.md lists every metric.
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -26,11 +21,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from rayfwd import codes
-from rayfwd.config import split_host_port
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.daemon.httpserver import Answer, HttpServer, Request
+from rayfwd.problems import Problem
 from rayfwd.status import Link, Status, Streams, Volume, Worker
-from rayfwd.system import unixsocket
-from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
 from rayfwd.watch.canary_round import Round
@@ -52,13 +45,6 @@ LANE_CLASSES = ("interactive", "bulk")
 LANE_STATES = ("up", "sidelined")
 RAY_STATES = ("off", "waiting", "starting", "up", "by_hand", "failed", "stopping")
 STAGES = ("task", "to", "from")
-
-REQUEST_LIMIT = 16384
-"""Bytes of a request's head."""
-REQUEST_SECONDS = 10.0
-CONNECTIONS = 16
-RETRY_FIRST, RETRY_LAST = 1.0, 15.0
-"""Seconds until a port that is taken is tried again."""
 
 
 # -- what is told ----------------------------------------------------------------------------------
@@ -331,165 +317,33 @@ def registry(look: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
 # -- how it is served ------------------------------------------------------------------------------
 
 
-class MetricsService:
-    """Has the metrics served where the file says so, also after it has changed."""
-
-    def __init__(
-        self,
-        listen: str | None,
-        look: Callable[[], Iterable[Metric]],
-        on_change: Callable[[], None],
-    ) -> None:
-        """`listen`: as `MetricsServer` has it; None: nowhere."""
-        self._listen = listen
-        self._look = look
-        self._on_change = on_change
-        self._server: MetricsServer | None = None
-        self._moved = asyncio.Event()
-
-    @property
-    def problem(self) -> Problem | None:
-        """What keeps the metrics from being asked for."""
-        return self._server.problem if self._server is not None else None
-
-    def move(self, listen: str | None) -> None:
-        """Serve them there from now on."""
-        if listen != self._listen:
-            self._listen = listen
-            self._moved.set()
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        while True:
-            self._moved.clear()
-            moved = asyncio.create_task(_set(self._moved), name="metrics moved")
-            tasks = [moved]
-            self._server = None
-            if self._listen is not None:
-                self._server = MetricsServer(self._listen, self._look, self._on_change)
-                tasks.append(asyncio.create_task(self._server.run(), name="metrics server"))
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            self._on_change()
-
-
-async def _set(event: asyncio.Event) -> None:
-    await event.wait()
-
-
-class MetricsServer:
-    """Answers `GET /metrics`. One task, `run`, owns it; a port that is taken is tried again."""
+class MetricsServer(HttpServer):
+    """Answers `GET /metrics`."""
 
     def __init__(
         self, listen: str, look: Callable[[], Iterable[Metric]], on_change: Callable[[], None]
     ) -> None:
         """`listen` is `host:port` on loopback or a socket's absolute path."""
-        self.listen = listen
-        self.problem: Problem | None = None
-        """Why it does not listen."""
+        super().__init__([listen], on_change)
         self._registry = registry(look)
-        self._on_change = on_change
-        self._connections: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> None:
-        """Until cancelled."""
-        backoff = Backoff(RETRY_FIRST, RETRY_LAST)
-        while True:
-            try:
-                server, path = await self._start()
-            except ProblemError as exc:
-                if exc.problem != self.problem:
-                    log.error(
-                        exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy
-                    )
-                self._set_problem(exc.problem)
-                await asyncio.sleep(backoff.next())
-                continue
-            self._set_problem(None)
-            log.info("metrics_listening", listen=self.listen)
-            try:
-                await asyncio.Event().wait()
-            finally:
-                server.close()
-                for task in self._connections:
-                    task.cancel()
-                await asyncio.gather(*self._connections, return_exceptions=True)
-                if path is not None:
-                    path.unlink(missing_ok=True)
+    def blocked(self, listen: str, why: str) -> Problem:
+        port = listen.rpartition(":")[2]
+        return codes.METRICS_BLOCKED.problem(
+            f"metrics.listen = {listen} cannot be opened: {why}",
+            f"end what listens on it (see `ss -ltnp sport = :{port}`), or set another port",
+        )
 
-    def _set_problem(self, problem: Problem | None) -> None:
-        if problem != self.problem:
-            self.problem = problem
-            self._on_change()
+    def listening(self, listen: str) -> None:
+        log.info("metrics_listening", listen=listen)
 
-    async def _start(self) -> tuple[asyncio.Server, Path | None]:
-        """Listen. Raises ProblemError."""
-        if self.listen.startswith("/"):
-            path = Path(self.listen)
-            listener = unixsocket.bind(path, 0o600)
-            server = await asyncio.start_unix_server(
-                self._connected, sock=listener, limit=REQUEST_LIMIT
-            )
-            return server, path
-        host, port = split_host_port(self.listen)
-        try:
-            server = await asyncio.start_server(
-                self._connected, host, port, limit=REQUEST_LIMIT, family=socket.AF_INET
-            )
-        except OSError as exc:
-            raise codes.METRICS_BLOCKED.error(
-                f"metrics.listen = {self.listen} cannot be opened: "
-                f"{os.strerror(exc.errno) if exc.errno else exc}",
-                f"end what listens on it (see `ss -ltnp sport = :{port}`), or set another port",
-            ) from exc
-        return server, None
-
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= CONNECTIONS:
-            writer.transport.abort()
-            return
-        task = asyncio.create_task(self._serve(reader, writer), name="metrics-connection")
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(REQUEST_SECONDS):
-                answer = self._answer(await reader.readuntil(b"\r\n\r\n"))
-                writer.write(answer)
-                await writer.drain()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            writer.transport.abort()  # no request, or nobody who reads the answer
-        finally:
-            writer.close()
-
-    def _answer(self, request: bytes) -> bytes:
-        first, *lines = request.decode("latin-1").split("\r\n")
-        words = first.split(" ")
-        method, target = (words[0], words[1]) if len(words) == 3 else ("", "")
-        if method not in {"GET", "HEAD"}:
-            return _response("405 Method Not Allowed", "text/plain", b"GET it\n", False)
-        if target.partition("?")[0] != "/metrics":
-            return _response("404 Not Found", "text/plain", b"/metrics is here\n", method == "HEAD")
-        accept = next((x[7:].strip() for x in lines if x[:7].lower() == "accept:"), "")
-        encode, kind = choose_encoder(accept)
+    def answer(self, request: Request) -> Answer:
+        if request.path != "/metrics":
+            return Answer("404 Not Found", "text/plain", b"/metrics is here\n")
+        encode, kind = choose_encoder(request.header("accept") or "")
         try:
             body = encode(self._registry)
         except Exception:  # a fault in a metric must not end what the metrics are about
             log.error("metrics_fault", exc_info=True)
-            return _response("500 Internal Server Error", "text/plain", b"see the log\n", False)
-        return _response("200 OK", kind, body, method == "HEAD")
-
-
-def _response(status: str, kind: str, body: bytes, head_only: bool) -> bytes:
-    head = (
-        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-        "Connection: close\r\n\r\n"
-    )
-    return head.encode() + (b"" if head_only else body)
+            return Answer("500 Internal Server Error", "text/plain", b"see the log\n")
+        return Answer("200 OK", kind, body)

@@ -146,6 +146,8 @@ class Node:
         self.overlay = Overlay(config.network, config.runtime_dir, self._may_dial, owner.changed)
         self._ways = Ways(self.listeners, self._redirects)
         self.connector = LocalConnector()
+        self.page: Target | None = None
+        """Where the page in the browser is served; the runtime sets it."""
         self.claim = makers.claim()
         """Of the plan's network; the role takes it, before anything listens in it."""
         self.ray = makers.ray(config, view.network, owner.changed, before_start=owner.before_start)
@@ -279,6 +281,8 @@ class Node:
         """A stream to this machine: dial the port if the plan or `expose` has it, or if a program
         of Ray's user listens there now."""
         own, target = self.view.own, opening.target
+        if target == self.page:  # a client's: the hub lets no node dial 127.0.0.1
+            return self.connector.accept(stream, opening)
         if own is not None and target.address == own.address:
             if target.port in own.ports or self._open_ports.has(target):
                 return self.connector.accept(stream, opening)

@@ -21,6 +21,7 @@ LIVE = frozenset(
         "listeners.users",
         "ray.status_interval",
         "metrics.listen",
+        "page.listen",
         "canary.enabled",
         "canary.interval",
         "canary.timeout",

@@ -8,12 +8,14 @@ from typing import Protocol
 
 from rayfwd.config import Config
 from rayfwd.daemon.handover import Arrival, Holder
+from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.node import Node, Work
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.status import Client, Ledger, Link, RosterRow, Streams, Volume, Worker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.refused import Refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,8 @@ class RoleStatus:
     streams: Streams
     bytes: Volume
     roster: tuple[RosterRow, ...]
+    refused: Iterable[Refusal] = ()
+    """The newest first."""
 
 
 class Role(Holder, Protocol):
@@ -66,6 +70,9 @@ class Role(Holder, Protocol):
 
     def status(self) -> RoleStatus:
         """The role's part of the status."""
+
+    def links_now(self) -> Mapping[str, LinkNow]:
+        """How the role's links are at the moment, by the peer's name."""
 
     def link_stats(self) -> Mapping[str, LinkStats]:
         """What the role's links have been through, by the peer's name in the metrics."""

@@ -9,23 +9,27 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from prometheus_client.core import Metric
 
 from rayfwd import codes
-from rayfwd.config import ConfigError, load
+from rayfwd.config import Config, ConfigError, load, split_host_port
 from rayfwd.daemon import handover, reload, restart_job
 from rayfwd.daemon.canary_verb import CanaryVerb
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.health import Health
+from rayfwd.daemon.history import History
+from rayfwd.daemon.httpserver import Served
 from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
-from rayfwd.daemon.metrics import MetricsService, families
+from rayfwd.daemon.metrics import MetricsServer, families
+from rayfwd.daemon.page import PageServer
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.trace_verb import TraceVerb
 from rayfwd.daemon.watching import watch
 from rayfwd.problems import ProblemError
+from rayfwd.session.target import Target
 from rayfwd.system import logs
 from rayfwd.system.control import ControlServer
 from rayfwd.system.fdpass import Packed
@@ -68,9 +72,14 @@ class Runtime:
         self._notified = ""
         self._canary_verb = CanaryVerb(self._node.canary)
         self._watchdog = Watchdog(self._late, lambda: self.health.ready_said, notifier)
-        self._metrics = MetricsService(
-            self._node.config.metrics.listen, self._families, self._metrics_changed
+        config = self._node.config
+        self._metrics = Served(
+            _metrics_places(config),
+            lambda places: MetricsServer(places[0], self._families, self._metrics_changed),
+            self._metrics_changed,
         )
+        self._history = History(role.links_now, lambda: self._page.at is not None)
+        self._page = Served(config.page_places, self._page_server, self._page_changed)
 
     # -- life ----------------------------------------------------------------------------
 
@@ -121,9 +130,10 @@ class Runtime:
             _task(self._notify(), "notify"),
             _task(self._lifetime.run(lambda: self.health.ready_said, self._over), "lifetime"),
             _task(self._metrics.run(), "metrics"),
+            _task(self._page.run(), "page"),
             _task(self._watchdog.run(), "watchdog"),
         ]
-        watchers = node.watchers() | role.watchers()
+        watchers = node.watchers() | role.watchers() | {"history": self._history.run}
         # A fault of one of these ends no stream: it is logged, and the watcher is started again.
         looking = [_task(watch(name, work), name) for name, work in watchers.items()]
         left = False
@@ -235,7 +245,8 @@ class Runtime:
         if new.changed:
             logs.setup(new.config.log)
             tracing.follow(new.config.log.level)
-            self._metrics.move(new.config.metrics.listen)
+            self._metrics.move(_metrics_places(new.config))
+            self._page.move(new.config.page_places)
         return {"changed": list(new.changed), "kept": list(new.kept)}
 
     # -- seeing it -----------------------------------------------------------------------
@@ -248,6 +259,17 @@ class Runtime:
         name, problem = self._node.config.name, self._metrics.problem
         self._node.board.put_all("metrics", [Finding(name, problem)] if problem else [], quiet=True)
         self._node.news.set()
+
+    def _page_server(self, places: Sequence[str]) -> PageServer:
+        admission = self._node.listeners.admission
+        return PageServer(places, self._page_changed, self.health.now, self._history, admission)
+
+    def _page_changed(self) -> None:
+        node, problem, at = self._node, self._page.problem, self._page.at
+        node.page = None if at is None else Target(*split_host_port(at))
+        found = [Finding(node.config.name, problem)] if problem else []
+        node.board.put_all("page", found, quiet=True)
+        node.news.set()
 
     async def _status_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         return self.health.now().to_wire()
@@ -277,6 +299,10 @@ class Runtime:
                 self._front.shown(summary)
             self._node.news.clear()
             await self._node.news.wait()
+
+
+def _metrics_places(config: Config) -> list[str]:
+    return [] if config.metrics.listen is None else [config.metrics.listen]
 
 
 def _task(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

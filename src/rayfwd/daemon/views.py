@@ -10,6 +10,7 @@ from statistics import mean
 from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
+from rayfwd.daemon.history import LinkNow
 from rayfwd.hub import Hub, HubClient, HubNode
 from rayfwd.hub.hub import MAX_LANES
 from rayfwd.hub.ledger import PEER_MEMORY
@@ -157,6 +158,15 @@ def declared_resources(config: Config) -> dict[str, float]:
     if ray.num_gpus is not None:
         declared["GPU"] = float(ray.num_gpus)
     return declared
+
+
+def link_now(mux: Mux | None, link_stats: LinkStats) -> LinkNow:
+    """A link as its history has it."""
+    stats = None if mux is None else mux.stats()
+    trips = [lane.rtt for lane in stats.lanes if lane.rtt is not None] if stats else []
+    present = (0, 0) if stats is None else (stats.bytes_in, stats.bytes_out)
+    received, sent = link_stats.bytes_moved(*present)
+    return LinkNow(min(trips, default=None), received, sent)
 
 
 def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:

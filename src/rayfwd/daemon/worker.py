@@ -16,6 +16,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.metrics import HEAD
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -23,6 +24,7 @@ from rayfwd.daemon.views import (
     declared_resources,
     lanes_of,
     last_cut,
+    link_now,
     link_seen,
     parked_problem,
     roster_rows,
@@ -527,6 +529,9 @@ class WorkerRole:
     def link_stats(self) -> Mapping[str, LinkStats]:
         return {HEAD: self._link.link_stats}
 
+    def links_now(self) -> Mapping[str, LinkNow]:
+        return {HEAD: link_now(self._link.mux, self._link.link_stats)}
+
     def status(self) -> RoleStatus:
         link, node = self._link, self._node
         return RoleStatus(
@@ -543,6 +548,7 @@ class WorkerRole:
             streams=streams_of([link.mux]),
             bytes=volume_of([(link.mux, link.link_stats)]),
             roster=roster_rows(node.view.nodes, None, node.listeners),
+            refused=self._link.refused.last(),
         )
 
 

@@ -53,7 +53,8 @@ class ClientExamination(WayExamination):
         for forward in self.config.forwards:
             yield forward.listen_address()[1]
         own = self.config.client
-        yield from (port for port in (own.dashboard_port, own.client_port) if port is not None)
+        ports = (own.dashboard_port, own.client_port, own.page_port)
+        yield from (port for port in ports if port is not None)
 
     def hello(self) -> Hello:
         return hello_of(self.config, self.identity.public)

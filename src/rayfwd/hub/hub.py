@@ -44,6 +44,7 @@ from rayfwd.system.passing import Listening
 from rayfwd.system.paths import SECRET
 from rayfwd.system.users import allowed_uids, user_name
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
@@ -74,6 +75,8 @@ class HubOffer:
     """The head's ports that clients may reach."""
     listens: bool = True
     """A listener stands here for every port of a node; False: the overlay does."""
+    page: Target | None = None
+    """Where the head's page in the browser is, which clients may see; None: nowhere."""
 
 
 class HubOwner(Protocol):
@@ -136,6 +139,8 @@ class Hub:
         self._closing = False
         self._secret = secrets.token_hex(32)
         self._refusals = Refusals(self._refusals_changed)
+        self.refused_ports = RefusedStreams()
+        """Ports that were dialled in vain, of all sessions."""
         self.ledger = Ledger(lambda: [*self.nodes.values(), *self.clients.values()], self._now)
 
     @staticmethod
@@ -374,7 +379,8 @@ class Hub:
             return
         peer.uid, peer.key = lane.uid, lane.key
         changes = isinstance(peer, HubNode) and CHANGES in hello.features
-        own, nodes = self._news.shown_to(peer, changes)
+        page = self._owner.offer().page
+        own, nodes = self._news.shown_to(peer, changes, {} if page is None else {"page": page.port})
         welcome = self._welcome(own, nodes, peer.mux.stats().ride_through)
         features = welcome.features | {CHANGES} if changes else welcome.features
         auth = self._owner.offer().ray_auth
@@ -619,6 +625,7 @@ class Hub:
             lambda event: self._changed(peer, mux, event),
             peer.label,
             lambda by: self.ledger.changed(peer, by),
+            self.refused_ports,
         )
         if isinstance(peer, HubClient):
             self.clients[peer.key_sha256] = peer
@@ -682,6 +689,8 @@ class Hub:
         elif self._grace is not None:
             node.waiting.append((target, relay))
         else:
+            away = f"{target}: {node.plan.name} is away"
+            self.refused_ports.note("", node.label, ResetReason.NODE_AWAY, away)
             relay.refuse()
 
     def _serve_waiting(self, node: HubNode) -> None:
@@ -706,7 +715,10 @@ class Hub:
             return None
         to_head = target.address == self._roster.own.address
         if isinstance(source, HubClient):
-            allowed = self._owner.offer().client_ports
+            offer = self._owner.offer()
+            if to_head and offer.page is not None and target.port == offer.page.port:
+                return self._owner.accept(stream, Opening(offer.page))
+            allowed = offer.client_ports
             if not (to_head and target.port in allowed):
                 ports = ", ".join(map(str, sorted(allowed)))
                 stream.reset(
@@ -725,7 +737,8 @@ class Hub:
                 stream.reset(ResetReason.TOO_MANY, f"too many bytes of {peer.label} wait already")
                 return None
         if node.mux is None or node.mux.ended:
-            stream.reset(ResetReason.NODE_AWAY, f"node {node.plan.name} is away")
+            away = f"{target}: {node.plan.name} is away"
+            stream.reset(ResetReason.NODE_AWAY, away, node.label)
             return None
         if not node.mux.has_room():
             stream.reset(ResetReason.TOO_MANY, f"node {node.plan.name} has no stream to spare")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rayfwd.cluster.plan import NodePlan
@@ -73,13 +74,14 @@ class PlanNews:
             mux.tell(message, data)
 
     def shown_to(
-        self, peer: HubPeer, changes: bool
+        self, peer: HubPeer, changes: bool, for_clients: Mapping[str, int]
     ) -> tuple[dict[str, Any], tuple[dict[str, Any], ...]]:
         """Its own plan, and what a WELCOME tells it of the others'. `changes`: messages tell of
-        those."""
+        those. `for_clients`: services of the head that are no port of its plan."""
         head = self._roster.own
         if not isinstance(peer, HubNode):
-            return {}, (head.to_wire(),)
+            services = {**head.head_services, **for_clients}
+            return {}, (replace(head, head_services=services).to_wire(),)
         nodes = (head, peer.plan) if changes else shown(self._roster.plans(), peer.plan)
         return peer.plan.to_wire(), tuple(node.to_wire() for node in nodes)
 

@@ -49,7 +49,8 @@ class StreamRelay:
         other, self.other = self.other, None
         if other is not None and other.stream is not None:
             other.other = None
-            other.stream.reset(reason, text)
+            of = "" if self.stream is None else self.stream.mux.peer
+            other.stream.reset(reason, text, of)
 
     def stream_finished(self) -> None:
         pass  # the other end finishes by itself: both directions ended there too

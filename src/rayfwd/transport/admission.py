@@ -77,6 +77,11 @@ class Admission:
             )
             log.warning(problem.code.name, cause=problem.cause, remedy=problem.remedy)
 
+    @property
+    def asks_kernel(self) -> bool:
+        """Whether it knows whose a connection is; else all are let through."""
+        return self._diag is not None
+
     def close(self) -> None:
         """Nothing comes after this."""
         diag, self._diag = self._diag, None

@@ -45,6 +45,7 @@ from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.saturation import Saturation
 from rayfwd.transport.sshproblems import limited, why_no_answer
 from rayfwd.transport.urgency import AdaptiveTimeout, rest, time_limit
@@ -287,6 +288,7 @@ class Link:
         self.head = head
         self.mux: Mux | None = None
         self.link_stats = LinkStats()
+        self.refused = RefusedStreams()
         self.since = time.time()
         """Wall-clock seconds of the last change between up, parked and down."""
         self.slots = [LaneTask("interactive", LaneClass.INTERACTIVE)]
@@ -551,7 +553,14 @@ class Link:
 
     def _begin(self, core: Session) -> Mux:
         owner = self._owner
-        self.mux = Mux(core, owner.accept_stream, owner.message, self._changed, "head")
+        self.mux = Mux(
+            core,
+            owner.accept_stream,
+            owner.message,
+            self._changed,
+            "head",
+            refused=self.refused,
+        )
         self._established.set()
         self.since = time.time()
         self.link_stats.began()

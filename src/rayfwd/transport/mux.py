@@ -41,6 +41,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.readpacing import pace
+from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.tracing import tracing
 
 log = get_logger(__name__)
@@ -138,8 +139,9 @@ class MuxStream:
         self._mux.session.end(self.number)
         self._mux.flush()
 
-    def reset(self, reason: ResetReason, text: str = "") -> None:
-        """Give the stream up; the owner hears no more of it."""
+    def reset(self, reason: ResetReason, text: str = "", of: str = "") -> None:
+        """Give the stream up; the owner hears no more of it. `of`: the node that refused it."""
+        self._mux.refused.note(self._mux.peer, of, reason, text)
         self._mux.drop_owner(self.number)
         self._mux.session.reset(self.number, reason, text)
         self._mux.flush()
@@ -178,13 +180,15 @@ class Mux:
         on_change: Callable[[Parked | Resumed | SessionEnded], None],
         peer: str = "",
         on_memory: Callable[[int], None] | None = None,
+        refused: RefusedStreams | None = None,
     ) -> None:
         """`accept` takes a stream that the peer opened, or resets it and returns None.
         `on_message` raises ValueError where what a message says is none; `peer` is who is at the
         other end, for the log and for whoever traces it. With `on_memory` the peer is not trusted:
         that is told by how many bytes what is held for it has changed, and so many of its messages
-        are heard in a while."""
+        are heard in a while. `refused` is told of ports that were dialled in vain."""
         self.session = session
+        self.refused = refused or RefusedStreams()
         self.lanes: dict[int, MuxLane] = {}
         self._accept = accept
         self._on_message = on_message

@@ -44,6 +44,8 @@ class SocketRelay(asyncio.Protocol):
         """What the transport may not have passed on yet: asyncio says how much it is, not what."""
         self._written_size = 0
         self._stream: MuxStream | None = None
+        self._dials: Mux | None = None
+        """It has dialled, by this session."""
         self._early: list[Chunk] = []
         self._early_end = False
         self._owed = 0
@@ -127,6 +129,7 @@ class SocketRelay(asyncio.Protocol):
         if mux is None or not mux.has_room():
             self.refuse()
         else:
+            self._dials = mux
             self.attach(mux.open(to.encode(), self))
 
     def attach(self, stream: MuxStream) -> None:
@@ -186,6 +189,8 @@ class SocketRelay(asyncio.Protocol):
             self._transport.close()
 
     def stream_lost(self, reason: ResetReason, text: str) -> None:
+        if self._dials is not None:
+            self._dials.refused.note("", self._dials.peer, reason, text)
         self.refuse()
 
     def refuse(self) -> None:

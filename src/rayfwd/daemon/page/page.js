@@ -1,0 +1,363 @@
+// The page: asks the daemon for data.json every few seconds and shows it.
+// Names and causes come from other machines. They reach the document as text only.
+"use strict";
+
+const PAUSE = 3000; // milliseconds between two questions
+const PATIENCE = 10000; // milliseconds for an answer
+const SVG = "http://www.w3.org/2000/svg";
+
+const STATES = {
+  ready: "good", up: "good", starting: "warn", waiting: "warn", parked: "warn", sidelined: "warn",
+  stopping: "warn", down: "bad", failed: "bad", error: "bad", warning: "warn",
+};
+
+const byId = (id) => document.getElementById(id);
+const quality = (state) => STATES[state] || "quiet";
+
+let boot = "";
+let taken = 0;
+let series = new Map(); // of each link: {rtt_ms, in, out}, arrays that end now
+let shown = new Map(); // what each part was last made of
+let heard = null; // when the daemon last answered
+
+// -- making elements -----------------------------------------------------------------------------
+
+function element(name, attributes = {}, ...children) {
+  return filled(document.createElement(name), attributes, children);
+}
+
+function drawn(name, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, name), attributes, children);
+}
+
+function filled(made, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, String(value));
+  for (const child of children) made.append(child); // a string becomes a text node
+  return made;
+}
+
+// Replace a part where it has changed, so that focus and selection stay where it has not.
+function show(id, data, make) {
+  const key = JSON.stringify(data);
+  if (shown.get(id) === key) return;
+  shown.set(id, key);
+  const part = byId(id);
+  const focused = part.contains(document.activeElement) ? document.activeElement.id : "";
+  part.replaceChildren(...make());
+  if (focused) byId(focused)?.focus();
+}
+
+// -- words and numbers ---------------------------------------------------------------------------
+
+function age(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+  return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+}
+
+function size(bytes) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let index = 0;
+  while (bytes >= 1000 && index < units.length - 1) { bytes /= 1000; index += 1; }
+  return `${index && bytes < 10 ? bytes.toFixed(1) : Math.round(bytes)} ${units[index]}`;
+}
+
+const trip = (ms) => (ms === null ? "–" : `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`);
+const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString();
+const times = (count) => (count === 1 ? "once" : `${count} times`);
+
+function lastCut(cut, now) {
+  if (cut === null) return "";
+  if (cut.seconds === null) return `began ${age(now - cut.began)} ago, and lasts`;
+  const how = cut.ridden_through ? "ridden through" : "given up";
+  return `last ${age(now - cut.began)} ago, for ${cut.seconds.toFixed(1)} s, ${how}`;
+}
+
+// -- the parts -----------------------------------------------------------------------------------
+
+function head(data) {
+  document.title = `${data.state}: ${data.name}, rayfwd`;
+  byId("who").textContent = `rayfwd on ${data.name}${data.name === data.role ? "" : `, a ${data.role}`}`;
+  const state = byId("state");
+  state.textContent = data.state;
+  state.className = `badge ${quality(data.state)}`;
+  const summary = byId("summary");
+  if (summary.textContent !== data.summary) summary.textContent = data.summary;
+  byId("asof").textContent =
+    `As of ${clock(data.now)}; asked again every ${PAUSE / 1000} s. ` +
+    `rayfwd ${data.version}, up for ${age(data.uptime)}.`;
+}
+
+function conditions(data) {
+  const key = data.conditions.map((each) => [each, Math.floor((data.now - each.since) / 10)]);
+  show("conditions", key, () => {
+    if (!data.conditions.length) return [element("p", { class: "good" }, "Nothing is wrong.")];
+    return data.conditions.map((each) => condition(each, data));
+  });
+}
+
+function condition(each, data) {
+  const root = data.conditions.find((other) => other.id === each.explained_by);
+  const parts = [
+    element("h3", {},
+      element("span", { class: `badge ${quality(each.severity)}` }, each.severity), " ",
+      element("span", { class: "code" }, each.code), ` ${each.subject}`,
+      element("span", { class: "quiet" }, ` for ${age(data.now - each.since)}`)),
+    element("p", {}, each.cause),
+    element("p", {}, element("strong", {}, "Do: "), each.remedy),
+  ];
+  if (root) parts.push(element("p", { class: "quiet" }, `It follows from ${root.code} ${root.subject}.`));
+  return element("article", { class: `condition ${each.severity}${root ? " symptom" : ""}` }, ...parts);
+}
+
+const BOX = { width: 230, height: 50, gap: 14, left: 20, reach: 300, top: 12 };
+
+// The hub at the left, everybody who has a link to it at the right, a line for each link.
+function picture(data) {
+  const links = new Map(data.links.map((link) => [link.key, link]));
+  const hub = data.machines.find((machine) => machine.role === "head");
+  if (!hub) {
+    show("picture", [], () => [element("p", {}, "This node has not been given a plan yet.")]);
+    return;
+  }
+  const others = data.machines.filter((machine) => machine !== hub);
+  const rows = others.map((machine) => [machine, links.get(machine.link) || null]);
+  const shownNow = rows.map(([machine, link]) =>
+    [machine, link && [link.state, Math.round(link.rtt_ms), rates(link)]]);
+  show("picture", [hub, shownNow], () => [drawing(hub, rows)]);
+}
+
+function drawing(hub, rows) {
+  const step = BOX.height + BOX.gap;
+  const height = Math.max(1, rows.length) * step + 2 * BOX.top;
+  const right = BOX.left + BOX.width + BOX.reach;
+  const width = right + BOX.width + 20;
+  const middle = height / 2;
+  const lines = [];
+  const boxes = [box(hub, null, BOX.left, middle - BOX.height / 2)];
+  rows.forEach(([machine, link], index) => {
+    const y = BOX.top + index * step + BOX.height / 2 + BOX.gap / 2;
+    boxes.push(box(machine, link, right, y - BOX.height / 2));
+    if (!link) return;
+    const from = BOX.left + BOX.width;
+    const bend = from + BOX.reach * 0.3;
+    lines.push(
+      drawn("path", {
+        class: `wire ${link.state}`,
+        d: `M${from} ${middle} C${bend} ${middle} ${from + 20} ${y} ${from + BOX.reach * 0.42} ${y} H${right}`,
+      }),
+      drawn("text", { x: right - 10, y: y - 7, "text-anchor": "end" },
+        link.state === "up" ? `${trip(link.rtt_ms)}  ${rates(link)}` : link.state),
+      drawn("text", { x: right - 10, y: y + 17, "text-anchor": "end", class: "quiet" },
+        link.cuts ? `cut ${times(link.cuts)}${link.ridden_through ? `, ridden through ${times(link.ridden_through)}` : ""}` : ""));
+  });
+  const states = rows.map(([machine, link]) => `${machine.name}: ${link ? link.state : "no link known here"}`);
+  return drawn("svg",
+    { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-labelledby": "pic-title pic-desc" },
+    drawn("title", { id: "pic-title" }, "The machines and their links to the head"),
+    drawn("desc", { id: "pic-desc" }, `The head is ${hub.name}. ${states.join("; ")}.`),
+    ...lines, ...boxes);
+}
+
+function box(machine, link, x, y) {
+  const parts = [machine.role === "client" ? "client, no node" : machine.role, machine.address];
+  if (machine.direct) parts.push("direct");
+  const ray = machine.left ? "left" : machine.ray ? `Ray ${machine.ray.replace("_", " ")}` : "";
+  const state = link ? link.state : machine.own ? "up" : "";
+  const made = drawn("g", {},
+    drawn("title", {}, `${machine.name}, ${parts.filter(Boolean).join(", ")}${ray ? `, ${ray}` : ""}`),
+    drawn("rect", { class: "box", x, y, width: BOX.width, height: BOX.height, rx: 6 }),
+    drawn("circle", { class: `dot ${quality(state)}`, cx: x + 16, cy: y + 17, r: 5 }),
+    drawn("text", { class: "name", x: x + 28, y: y + 22 }, short(machine.name, ray ? 14 : 22)),
+    drawn("text", { class: "quiet", x: x + 28, y: y + 40 }, parts.filter(Boolean).join(", ")),
+    drawn("text", { class: "quiet", x: x + BOX.width - 10, y: y + 21, "text-anchor": "end" }, ray));
+  if (!link) return made;
+  return drawn("a", { href: `#${rowId(link)}`, id: `box-${rowId(link)}` }, made);
+}
+
+const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+const rowId = (link) => `link-${link.key.replace(" ", "~")}`;
+
+function rates(link) {
+  const past = series.get(link.key);
+  if (!past || !past.in.length) return "";
+  return `↓ ${size(past.in.at(-1))}/s  ↑ ${size(past.out.at(-1))}/s`;
+}
+
+function links(data) {
+  const key = data.links.map((link) => [link, Math.floor(data.now / 10)]);
+  show("links", [key, taken], () => {
+    if (data.links.length) return data.links.map((link) => row(link, data.now));
+    return [element("tr", {}, element("td", { colspan: 7 }, "No machine has joined yet. On each: rayfwd join"))];
+  });
+}
+
+function row(link, now) {
+  const past = series.get(link.key);
+  const lanes = link.lanes.length === 1 ? "1 lane" : `${link.lanes.length} lanes`;
+  const held = link.streams.parked ? `${link.streams.open}, ${link.streams.parked} held` : `${link.streams.open}`;
+  const name = link.key.startsWith("client ") ? `${link.peer} (client)` : link.peer;
+  return element("tr", { id: rowId(link) },
+    element("th", { scope: "row" }, name),
+    element("td", { class: quality(link.state) }, `${link.state}, ${lanes}`),
+    element("td", {}, trip(link.rtt_ms)),
+    element("td", {}, past ? chart([past.rtt_ms], trip, `Round-trip time to ${name}`) : "–"),
+    element("td", {}, `${size(link.bytes.in)}, ${size(link.bytes.out)}`),
+    element("td", {}, past
+      ? chart([past.in, past.out], (value) => `${size(value)}/s`, `Traffic with ${name}, in and out`)
+      : "–"),
+    element("td", {}, held),
+    element("td", { class: "words" }, ...cuts(link, now)));
+}
+
+function cuts(link, now) {
+  if (!link.cuts) return ["never"];
+  const last = element("span", { class: "quiet" }, lastCut(link.last_cut, now));
+  return [`${link.cuts}, ${link.ridden_through} ridden through`, last];
+}
+
+const HOUR = 360; // samples
+const CHART = { width: 180, height: 44, top: 4, bottom: 40, left: 2, right: 110 };
+
+// Lines over the last hour; a gap where nothing was measured. Its highest value stands beside it.
+function chart(lists, words, what) {
+  const measured = lists.flat().filter((value) => value !== null);
+  const most = Math.max(...measured, 0);
+  const title = measured.length
+    ? `${what}, last hour: highest ${words(most)}, now ${lists.map((list) => words(list.at(-1) ?? null)).join(" and ")}`
+    : `${what}: nothing measured yet`;
+  const made = drawn("svg",
+    { class: "chart", viewBox: `0 0 ${CHART.width} ${CHART.height}`, role: "img", "aria-label": title },
+    drawn("title", {}, title),
+    drawn("path", { class: "axis", d: `M${CHART.left} ${CHART.bottom}H${CHART.right}` }),
+    ...lists.map((list, index) => drawn("path", { class: index ? "two" : "one", d: line(list, most) })));
+  if (measured.length) {
+    made.append(drawn("text", { class: "quiet", x: CHART.right + 4, y: 14 }, words(most)));
+  }
+  return made;
+}
+
+function line(list, most) {
+  const across = (CHART.right - CHART.left) / (HOUR - 1);
+  let d = "";
+  let pen = "M";
+  list.forEach((value, index) => {
+    if (value === null) { pen = "M"; return; }
+    const x = CHART.right - (list.length - 1 - index) * across;
+    const y = CHART.bottom - (most ? value / most : 0) * (CHART.bottom - CHART.top);
+    d += `${pen}${x.toFixed(1)} ${y.toFixed(1)}`;
+    pen = "L";
+  });
+  return d;
+}
+
+const REASONS = {
+  refused: "nothing listens there", unreachable: "it did not answer",
+  not_in_plan: "not served", node_away: "the node is away",
+};
+const KERNEL = {
+  refused_user: "a user who may not dial", refused_port: "a port that is not served",
+  refused_node: "no such node", guarded_in: "from another machine, past rayfwd",
+};
+
+function refused(data) {
+  const { ports, users, kernel } = data.refused;
+  show("refused", [ports, users, kernel], () => {
+    const parts = [];
+    if (ports.length) {
+      parts.push(table("Ports that were dialled in vain", ["Dialled by", "On", "Why", "In its words", "Times", "Last"],
+        ports.map((each) => [each.by, each.of, REASONS[each.reason] || each.reason, each.cause, each.times, clock(each.last)])));
+    }
+    if (users.length) {
+      parts.push(table("Users of this machine whose connections were reset", ["User", "Connections"],
+        users.map((each) => [each.user, each.connections])));
+    }
+    const packets = Object.entries(kernel).filter(([, count]) => count);
+    if (packets.length) {
+      parts.push(table("Packets that the kernel refused", ["Why", "Packets"],
+        packets.map(([why, count]) => [KERNEL[why] || why, count])));
+    }
+    return parts.length ? parts : [element("p", {}, "Nothing was refused.")];
+  });
+}
+
+function table(caption, columns, rows) {
+  return element("div", { class: "scroll" }, element("table", {},
+    element("caption", { class: "quiet" }, caption),
+    element("thead", {}, element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)))),
+    element("tbody", {}, ...rows.map((cells) =>
+      element("tr", {}, ...cells.map((cell) => element("td", { class: "words" }, String(cell))))))));
+}
+
+// -- asking --------------------------------------------------------------------------------------
+
+function remember(history) {
+  const fresh = history.taken - taken;
+  const before = series;
+  series = new Map();
+  for (const [peer, lists] of Object.entries(history.links)) {
+    const old = before.get(peer);
+    const joined = {};
+    for (const [name, list] of Object.entries(lists)) {
+      joined[name] = (old && fresh < history.length ? old[name].concat(list) : list).slice(-history.length);
+    }
+    series.set(peer, joined);
+  }
+  taken = history.taken;
+}
+
+async function ask() {
+  const answer = await fetch(`data.json?since=${taken}`, {
+    cache: "no-store", credentials: "omit", signal: AbortSignal.timeout(PATIENCE),
+  });
+  if (!answer.ok) throw new Error(`the daemon answered ${answer.status}`);
+  const data = await answer.json();
+  if (data.boot !== boot) {
+    const first = taken === 0;
+    boot = data.boot;
+    taken = 0;
+    series = new Map();
+    if (!first) return ask(); // another run of the daemon: its history from the beginning
+  }
+  return data;
+}
+
+let asking = false;
+
+async function turn() {
+  if (document.hidden || asking) return;
+  asking = true;
+  try {
+    const data = await ask();
+    heard = Date.now();
+    byId("stale").hidden = true;
+    remember(data.history);
+    head(data);
+    conditions(data);
+    picture(data);
+    links(data);
+    refused(data);
+    document.documentElement.dataset.turn = String(Number(document.documentElement.dataset.turn || 0) + 1);
+  } catch (error) {
+    const since = heard === null ? "" : ` What is shown is as of ${new Date(heard).toLocaleTimeString()}.`;
+    const stale = byId("stale");
+    const text = `The daemon does not answer; asking on.${since}`;
+    if (stale.hidden || stale.textContent !== text) stale.textContent = text;
+    stale.hidden = false;
+    console.warn(error);
+  } finally {
+    asking = false;
+  }
+}
+
+async function work() {
+  for (;;) {
+    await turn();
+    await new Promise((done) => setTimeout(done, PAUSE));
+  }
+}
+
+document.addEventListener("visibilitychange", turn);
+work();
