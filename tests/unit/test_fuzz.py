@@ -2,7 +2,7 @@
 and nothing else, in memory and time that its input pays for.
 
 What was found once is kept, in tests/fuzz/corpus/TARGET, and tried first; hypothesis makes more of
-it by changing it. RAYFWD_FUZZ=deep tries far more (docs/developing.md).
+it by changing it. RAYFWD_FUZZ=deep, or a number, tries far more (docs/developing.md).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ from rayfwd.status import Status
 from rayfwd.watch import conditions
 
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus"
-EXAMPLES = {"ci": 40, "deep": 20_000}[os.environ.get("RAYFWD_FUZZ", "ci")]
+PROFILE = os.environ.get("RAYFWD_FUZZ", "ci")
+EXAMPLES = {"ci": 40, "deep": 3_000}.get(PROFILE) or int(PROFILE)
 """Inputs of each target."""
 MEMORY_FACTOR, MEMORY_ROOM = 100, 8 << 20
 """Bytes of memory that an input may take: for each of its own, and besides. A number of JSON's that

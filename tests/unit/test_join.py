@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pwd
@@ -176,8 +177,51 @@ def test_two_daemons_do_not_have_one_network() -> None:
     later = MachineClaim()
     assert later.take("127.118.0.0/16")
     assert later.problem is None
-    assert network_lock.holder_of("127.118.0.0/16") is None, "it is this process"
+    assert later.take("127.118.0.0/16"), "as it has it"
+    (held,) = network_lock.holders_of("127.118.0.0/16")
+    assert held.uid == os.geteuid()
     later.close()
+    assert network_lock.holders_of("127.118.0.0/16") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+@pytest.mark.parametrize("name", ["127.117.0.0-16-0", "127.117.0.0-17-4242", "127.117.0.0-16-x"])
+def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
+    """Who has made the name that would be ours, or another: the kernel says whose it is."""
+    program = (
+        "import os, socket, sys; os.setgid(4242); os.setuid(4242); "
+        "s = socket.socket(socket.AF_UNIX); "
+        f"s.bind('\\0rayfwd-network-{name}'); s.listen(0); print('held', flush=True); "
+        "[socket.socket(socket.AF_UNIX).connect(s.getsockname()) for _ in range(1)]; "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as stranger:
+        assert stranger.stdin is not None
+        assert stranger.stdout is not None
+        stranger.stdout.readline()
+        first, second = MachineClaim(), MachineClaim()
+        with log_events() as log:
+            assert first.take("127.117.0.0/16")
+        assert first.problem is None
+        assert f"pid {stranger.pid}" in of(log, "network_shared")[0]["who"]
+        assert not second.take("127.117.0.0/16"), "it is still held against our own"
+        assert "127.117.0.0/16" not in list(free_networks())
+        first.close()
+        assert list(free_networks())[-1] == "127.117.0.0/16", "others come first"
+        stranger.stdin.close()
+
+
+def test_names_that_are_none_hold_nothing() -> None:
+    with contextlib.ExitStack() as held:
+        for name in ("999.0.0.0-16-0", "127.117.0.1-16-0", "127.117.0.0-99-0", "", "\udcff"):
+            sock = held.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(b"\0rayfwd-network-" + os.fsencode(name))
+            sock.listen()
+        assert network_lock.holders_of("0.0.0.0/0") == []
 
 
 # -- the terminal

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.problems import Problem
+from rayfwd.system import network_lock
 from rayfwd.system.logs import get_logger
-from rayfwd.system.network_lock import NetworkLock, holder_of
+from rayfwd.system.network_lock import Holder, NetworkLock, holders_of, overlapping
 
 log = get_logger(__name__)
 
 NETWORKS = tuple(ipaddress.IPv4Network(f"127.{second}.0.0/16") for second in range(77, 120))
 """In the order in which a head without a file takes them."""
+MOST_NAMED = 3
+"""Other users' programs that are named, of those that say they have the network."""
 
 
 class NetworkClaim(Protocol):
@@ -42,14 +45,16 @@ class MachineClaim:
         if self._lock is not None and self._lock.network == network:
             return True
         self.close()
-        if (holder := holder_of(network)) is None:
+        holders = holders_of(network)
+        if not holders or not holders[0].counts:
             with suppress(OSError):  # somebody was faster
                 self._lock, self.problem = NetworkLock(network), None
+                self._name_others(network, holders)
                 return True
-        who = "another rayfwd" if holder is None else f"another rayfwd ({holder})"
+        who = f"another rayfwd ({holders[0]})" if holders else "another rayfwd"
         problem = codes.NETWORK_IN_USE.problem(
             f"{network}, this cluster's network, is another cluster's on this machine: {who} has "
-            f"{network if holder is None else holder.network}",
+            f"{holders[0].network if holders else network}",
             f'set hub.network on the head of one of them, as in "{_another()}", and its '
             "hub.port_base and ray.port, dashboard_port and client_port to ports that the other "
             "has not; `rayfwd head` finds all of them by itself",
@@ -59,6 +64,12 @@ class MachineClaim:
             log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
         return False
 
+    def _name_others(self, network: str, holders: Sequence[Holder]) -> None:
+        """Other users say that they have it, which anybody may: where it is so, the ports that both
+        want are taken, and each says whose they are."""
+        for holder in holders[:MOST_NAMED]:
+            log.warning("network_shared", network=network, theirs=holder.network, who=str(holder))
+
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -66,8 +77,15 @@ class MachineClaim:
 
 
 def free_networks() -> Iterator[str]:
-    """Those that nobody holds, the usual one first."""
-    return (str(network) for network in NETWORKS if holder_of(str(network)) is None)
+    """Those that nobody holds, the usual one first; then those that only others say they do."""
+    shared, everybody = [], network_lock.holders()
+    for network in map(str, NETWORKS):
+        holders = overlapping(network, everybody)
+        if not holders:
+            yield network
+        elif not holders[0].counts:
+            shared.append(network)
+    yield from shared
 
 
 def _another() -> str:

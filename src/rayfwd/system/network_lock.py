@@ -3,23 +3,30 @@
 Two clusters with one network on one machine would take each other's Ray for their own. So each
 daemon holds a name of its network: an abstract Unix socket, which lives in the network namespace
 (what is one machine to Ray), is seen by every user, and is gone with its process however that ends.
+
+Any user can make such a name, so it is worth what the kernel says of its maker: root's and this
+user's count.
 """
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
+import re
+import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
-from rayfwd.system.ownership import peer_credentials
+from rayfwd.system import sockdiag
+from rayfwd.system.sockdiag import SockDiag, UnixListener
 from rayfwd.system.users import user_name
 
 _PREFIX = "rayfwd-network-"
-_SOCKETS = Path("/proc/self/net/unix")
-ASK_SECONDS = 1.0
+_NAME = re.compile(rb"\0rayfwd-network-([0-9.]{7,15})-([0-9]{1,2})-.{1,64}", re.DOTALL)
+_ROOT = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,69 +34,78 @@ class Holder:
     """Who has a network."""
 
     network: str
-    pid: int
-    """0: not known, or of another process namespace."""
     uid: int | None
+    """None: the kernel does not tell."""
+    inode: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether nobody but a rayfwd of root's or of this user's can say so."""
+        return self.uid in (_ROOT, os.geteuid())
 
     def __str__(self) -> str:
         who = "another user" if self.uid is None else f"user {user_name(self.uid)}"
-        return f"{who}, pid {self.pid}" if self.pid else who
+        program = sockdiag.programs([self.inode]).get(self.inode)
+        return who if program is None else f"{who}, pid {program.pid}"
 
 
 class NetworkLock:
     """A network that is this process's until `close`."""
 
     def __init__(self, network: str) -> None:
-        """Raises OSError where somebody has it."""
+        """Raises OSError where a process of this user's has just taken it."""
         self.network = network
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.bind(_name(network))
-            self._socket.listen(8)
+            self._bind()
+            self._socket.listen(1)
         except OSError:
             self._socket.close()
             raise
+
+    def _bind(self) -> None:
+        name = f"\0{_PREFIX}{self.network.replace('/', '-')}-{os.geteuid()}"
+        try:
+            self._socket.bind(name)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or any(h.counts for h in holders_of(self.network)):
+                raise
+            # Another user has made the name that would be ours.
+            self._socket.bind(f"{name}-{secrets.token_hex(8)}")
 
     def close(self) -> None:
         self._socket.close()
 
 
-def holder_of(network: str) -> Holder | None:
-    """The first who has a network that overlaps this one, this process apart."""
+def holders_of(network: str) -> list[Holder]:
+    """Who has a network that overlaps this one, those that count first."""
+    return overlapping(network, holders())
+
+
+def overlapping(network: str, among: Iterable[Holder]) -> list[Holder]:
+    """Those of them who have a network that overlaps this one, those that count first."""
     wanted = ipaddress.IPv4Network(network)
-    for held in _held():
-        if held.overlaps(wanted) and (found := _ask(str(held))) is not None:
-            return found
-    return None
+    found = [holder for holder in among if ipaddress.IPv4Network(holder.network).overlaps(wanted)]
+    return sorted(found, key=lambda holder: not holder.counts)
 
 
-def _held() -> Iterator[ipaddress.IPv4Network]:
+def holders() -> list[Holder]:
+    """Of every network; nobody where the kernel cannot be asked, who would say whose it is."""
     try:
-        lines = _SOCKETS.read_text(errors="replace").splitlines()
+        with closing(SockDiag()) as diag:
+            found = map(_holder, diag.unix_listeners())
+            return [holder for holder in found if holder is not None]
     except OSError:
-        return
-    for line in lines:
-        _, at, name = line.rpartition(f"@{_PREFIX}")
-        if at:
-            try:
-                yield ipaddress.IPv4Network(name.replace("-", "/"))
-            except ValueError:
-                continue
+        return []
 
 
-def _ask(network: str) -> Holder | None:
-    """None: it is this process, or gone."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(ASK_SECONDS)
-        try:
-            probe.connect(_name(network))
-        except ConnectionRefusedError:
-            return None
-        except OSError:
-            return Holder(network, 0, None)
-        pid, uid = peer_credentials(probe)[:2]
-    return None if pid == os.getpid() else Holder(network, pid, uid)
-
-
-def _name(network: str) -> str:
-    return "\0" + _PREFIX + network.replace("/", "-")
+def _holder(sock: UnixListener) -> Holder | None:
+    """None: it is for something else."""
+    said = _NAME.fullmatch(sock.name)
+    if said is None:
+        return None
+    try:
+        network = ipaddress.IPv4Network(f"{said[1].decode()}/{said[2].decode()}")
+    except ValueError:
+        return None
+    return Holder(str(network), sock.uid, sock.inode)

@@ -1,5 +1,5 @@
-"""The kernel's word on this machine's TCP sockets (sock_diag(7)): who has the other end of a
-connection, and who listens where. It takes no privilege.
+"""The kernel's word on this machine's sockets (sock_diag(7)): who has the other end of a TCP
+connection, and who listens where, on Unix sockets too. It takes no privilege.
 
 Sockets are those of this network namespace. Uids are as this process's user namespace has them: one
 that it does not have is the overflow uid (65534).
@@ -34,6 +34,16 @@ _ANY_COOKIE = b"\xff" * 8
 _MESSAGE = struct.Struct("=BBBB48sIIIII")
 """inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode"""
 
+# linux/unix_diag.h
+_UNIX_REQUEST = struct.Struct("=BBxxIII8s")
+"""unix_diag_req: family, protocol, states, inode, what to show, cookie"""
+_UNIX_MESSAGE = struct.Struct("=BBBxI8s")
+"""unix_diag_msg: family, type, state, inode, cookie; attributes follow"""
+_ATTRIBUTE = struct.Struct("=HH")
+"""rtattr: length with this header, type; each begins at a multiple of four"""
+_SHOW_NAME, _SHOW_UID = 0x1, 0x40
+_UNIX_NAME, _UNIX_UID = 0, 7
+
 _MOST = 1 << 16
 """Bytes of one message of a dump; the kernel fits them to what is asked for."""
 
@@ -58,6 +68,16 @@ class ListeningSocket(NamedTuple):
         """Whether it keeps others from listening there. `::` does unless it is for IPv6 only, which
         the kernel does not tell here."""
         return self.port == at[1] and self.address in {at[0], f"::ffff:{at[0]}", "0.0.0.0", "::"}
+
+
+class UnixListener(NamedTuple):
+    """A Unix socket that listens."""
+
+    name: bytes
+    """Its path; of an abstract one it begins with a zero byte."""
+    uid: int | None
+    """Who has made it; None: a kernel before 5.3 does not tell."""
+    inode: int
 
 
 class SockDiag:
@@ -115,10 +135,27 @@ class SockDiag:
                 found.append(ListeningSocket(text, port, uid, inode))
         return found
 
+    def unix_listeners(self) -> list[UnixListener]:
+        """Every Unix socket that listens and has a name. Raises OSError."""
+        family, show = socket.AF_UNIX, _SHOW_NAME | _SHOW_UID
+        request = _UNIX_REQUEST.pack(family, 0, 1 << _TCP_LISTEN, 0, show, _ANY_COOKIE)
+        found = []
+        for message in self._asked(request, _NLM_F_DUMP):
+            _, _, state, inode, _ = _UNIX_MESSAGE.unpack_from(message)
+            about = dict(_attributes(message, _UNIX_MESSAGE.size))
+            if state == _TCP_LISTEN and _UNIX_NAME in about:
+                uid = about.get(_UNIX_UID)
+                number = None if uid is None else struct.unpack_from("=I", uid)[0]
+                found.append(UnixListener(about[_UNIX_NAME], number, inode))
+        return found
+
     def _ask(self, family: int, states: int, about: bytes, flags: int) -> Iterator[bytes]:
-        """The answers; none where there is no such socket. Raises OSError."""
+        """Of TCP sockets: the answers; none where there is no such socket. Raises OSError."""
+        return self._asked(_REQUEST.pack(family, socket.IPPROTO_TCP, 0, states) + about, flags)
+
+    def _asked(self, request: bytes, flags: int) -> Iterator[bytes]:
+        """Raises OSError."""
         self._sequence += 1
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, states) + about
         length = _NLMSGHDR.size + len(request)
         header = (length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | flags, self._sequence, 0)
         self._sock.send(_NLMSGHDR.pack(*header) + request)
@@ -145,6 +182,14 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         length, kind, _, sequence, _ = _NLMSGHDR.unpack_from(data, at)
         yield kind, sequence, data[at + _NLMSGHDR.size : at + length]
         at += max((length + 3) & ~3, _NLMSGHDR.size)
+
+
+def _attributes(data: bytes, at: int) -> Iterator[tuple[int, bytes]]:
+    """Type and value of each."""
+    while at + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        yield kind, data[at + _ATTRIBUTE.size : at + length]
+        at += max((length + 3) & ~3, _ATTRIBUTE.size)
 
 
 def _packed(address: str) -> bytes:
