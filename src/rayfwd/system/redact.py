@@ -23,7 +23,9 @@ _SECRET_WORDS = frozenset(
     {"token", "tokens", "secret", "secrets", "key", "keys", "password", "passwords", "passwd"}
     | {"passphrase", "passphrases", "passcode", "pass", "pw", "pwd", "pswd", "psk", "apikey"}
     | {"credential", "credentials", "creds", "cookie", "cookies", "jwt", "bearer", "otp", "totp"}
-    | {"signature", "sig", "sas", "sessionid", "csrf", "xsrf"}
+    | {"signature", "sig", "sas", "sessionid", "csrf", "xsrf", "sid", "sessid", "jsessionid"}
+    | {"phpsessid", "mfa", "passwort", "kennwort", "dbpass", "userpass", "mysqlpass", "pgpass"}
+    | {"rootpass", "adminpass", "smtppass", "mailpass", "ftppass"}
 )
 _SECRET_ENDINGS = (
     *("password", "passwd", "passphrase", "token", "secret", "pwd", "apikey", "accesskey"),
@@ -36,6 +38,9 @@ _HARMLESS_ENDINGS = frozenset(
     | {"version", "stdin", "exchange", "authentication"}
 )
 """Last words of names that speak about a secret without holding it (`RAY_AUTH_TOKEN_PATH`)."""
+_WEAK = frozenset({"auth", "code", "hmac", "tok"})
+"""Last words of names that hold a secret, or what everybody may know: only what nobody would write
+in a sentence is taken for one."""
 _SWITCHES = frozenset({"keep", "no"})
 """First words of names that say what to do about a secret (`--keep-token`)."""
 _PUBLIC = frozenset({"public", "pub", "host", "primary", "sort", "partition"})
@@ -45,10 +50,17 @@ _COUNTED = frozenset({"token", "tokens", "key", "keys", "secrets", "pass", "sig"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _FLAG = re.compile(r"--?[A-Za-z][\w.-]*")
 
-_SEPARATOR = r"[ \t]{0,8}(?::=|=>|[:=]|%3[dD]|\\u003[dD]|&#61;)[ \t]{0,8}"
+_COLOUR = r"(?:\x1b|\\x1b|\\u001b)\[[0-9;]{0,12}m"
+"""Of a terminal."""
+_GAP = rf"(?:[ \t]|{_COLOUR}){{0,8}}"
+_SEPARATOR = rf"{_GAP}(?::=|=>|->|[:=\uff1a]|%3[dD]|%3[aA]|\\uff1a|\\u003[dD]|&#61;)(?:%20)?{_GAP}"
+_BEHIND_A_COLOUR = r"(?<=\[[0-9]m)|(?<=\[[0-9]{2}m)|(?<=;[0-9]m)|(?<=;[0-9]{2}m)|(?<=\[m)"
 _NAMED = re.compile(
-    r"\b(?:key|name)=\\*[\"'](?P<attribute>[\w.-]{1,80})\\*[\"']\s{1,4}value="
-    rf"|(?<![\w.-])(?P<name>-{{0,2}}[A-Za-z_][\w.-]*)(?:\\*[\"']?\]?){_SEPARATOR}"
+    # One of a list of names and values, in XML, YAML, JSON and as Python shows it.
+    r"\b(?:[kK]ey|[nN]ame)\\*[\"']?[ \t]{0,4}[:=][ \t]{0,4}\\*[\"']?(?P<attribute>[\w.-]{1,80})"
+    r"\\*[\"']?\s{0,4}[,;]?\s{0,40}\\*[\"']?[vV]alue\\*[\"']?[ \t]{0,4}[:=][ \t]{0,4}"
+    rf"|(?:(?<![\w.-])|{_BEHIND_A_COLOUR})(?P<name>-{{0,2}}[A-Za-z_][\w.-]*)"
+    rf"(?:\\*[\"']?\]?|&quot;){_SEPARATOR}"
     # One of a pair: ('cookie', '…'), ['--token', '…'].
     r"|(?P<quote>\\*[\"'])(?P<first>-{0,2}[A-Za-z][\w-]{1,80})(?P=quote)\s{0,4},\s{0,4}(?=\\*[\"']|b[\"'])"
     r"|(?<!\S)(?P<flag>--?[A-Za-z][\w-]*)[ \t]{1,8}(?![\s-])"
@@ -59,11 +71,15 @@ _NAMED = re.compile(
 _VALUE = re.compile(
     # What the system says of a file (`node.key: [Errno 13] …`) is none.
     r"(?!\[Errno [0-9])(?:"
+    # What is given to a call (`SecretStr('…')`) is the value.
+    r"(?:[A-Za-z_][\w.]{0,60}\((?=\\*[\"']))?(?:"
+    r"[bBrRuUfF]{0,2}(?P<triple>(?:\\*\"){3}|(?:\\*'){3})(?P<text>(?s:.{0,4000}?))(?=(?P=triple)|\Z)"
     # In quotes, which may not be closed; where they are escaped, up to one escaped as often.
-    r"[bBrRuUfF]{0,2}(?P<slashes>\\+)(?P<mark>[\"'])(?P<escaped>.*?)"
+    r"|[bBrRuUfF]{0,2}(?P<slashes>\\+)(?P<mark>[\"'])(?P<escaped>.*?)"
     r"(?=(?<!\\)(?P=slashes)(?P=mark)|$)"
     r"|[bBrRuUfF]{0,2}\"(?P<double>(?:[^\"\\\n]|\\.)*)"
-    r"|[bBrRuUfF]{0,2}'(?P<single>(?:[^'\\\n]|\\.)*)"
+    r"|[bBrRuUfF]{0,2}'(?P<single>(?:[^'\\\n]|\\.)*))"
+    r"|<(?P<angled>[^\s<>]{6,200})>"
     r"|(?P<several>[\[({][^\])}]*[\])}]?)"
     # Commas and their like are of the value unless something new begins behind them.
     r"|(?P<bare>(?:[^\s,;&\"'<]|[,;&](?!\s|$|[\"'{]|amp;|-{0,2}[\w.-]{1,60}=))+))",
@@ -85,20 +101,32 @@ _BASIC = re.compile(
     re.IGNORECASE,
 )
 _USERINFO = re.compile(
-    r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^\s/:@\"']*:(?P<value>[^\s/\"']+)(?=@)", re.IGNORECASE
+    r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://(?:[^\s/:@\"']*:(?P<value>[^\s/\"']+)"
+    r"|(?P<user>[^\s/:@\"']{12,}))(?=@)",
+    re.IGNORECASE,
 )
-"""A password in a URL: proxies are given so."""
+"""A password in a URL: proxies are given so. Where there is a user only, that may be a token."""
+_AT_A_HOST = re.compile(r"(?<![\w./:@-])[\w.-]{1,60}:(?P<value>[^\s:@/\"']{8,})(?=@[\w.-])")
+"""`ann:…@host`."""
 _LOGIN = re.compile(
-    r"(?<!\S)(?:-u|--user|--proxy-user)[= \t]\s{0,4}[\"']?[^\s:\"']{1,80}:(?P<user>[^\s\"']+)"
+    r"(?<!\S)(?:-u|--user|--proxy-user)(?:[= \t]\s{0,4})?[\"']?[^\s:\"']{1,80}:(?P<user>[^\s\"']+)"
+    r"|\b(?:wandb|vault|hf|huggingface-cli|comet|neptune)[ \t]+(?:auth[ \t]+)?login[ \t]+"
+    r"(?:--relogin[ \t]+)?(?P<cli>[A-Za-z0-9][\w.-]{11,})"
+    r"|--from-literal[= ][^\s=]{1,80}=(?P<literal>\S+)"
     r"|\b(?:sshpass|mysql|mysqldump|mariadb|docker login)\b[^\n]{0,120}?\s-p\s?(?P<p>[^\s-]\S*)"
     r"|\blogin[ \t]+\S{1,80}\s{1,8}password[ \t]+(?P<netrc>\S+)"
 )
 
-_NOUN = r"(?:token|password|passwd|passphrase|passcode|secret|credentials?|(?P<key>\bkey))"
+_NOUN = (
+    r"(?:token|password|passwd|passphrase|passcode|passwort|kennwort|secret|credentials?|\bjwt"
+    r"|(?P<key>(?:\b|_|api|access|auth)key))"
+)
 _SAID = re.compile(
-    rf"(?P<noun>{_NOUN})[ \t]+(?:(?:of|for|to|from|on)[ \t]+(?:the[ \t]+)?[\w.@-]{{1,60}}[ \t]*)?"
-    r"(?::|=|\b(?:is|was|are|equals|became|set[ \t]+to)\b)[ \t]+(?:now[ \t]+)?"
-    rf"|(?P<alone>{_NOUN.replace('key>', 'alone_key>')})[ \t]+",
+    rf"(?P<noun>{_NOUN})[ \t]+(?:(?:of|for|to|from|on)[ \t]+(?:the[ \t]+)?(?:key[ \t]+)?"
+    r"[\w.@/'\"~-]{1,200}[ \t]*)?(?:(?:provided|given|supplied|received|used|sent)[ \t]*)?"
+    r"(?::|=|\b(?:is|was|are|equals|became|set[ \t]+to)\b:?)[ \t]+(?:now[ \t]+)?"
+    rf"|(?P<alone>{_NOUN.replace('key>', 'alone_key>')})"
+    r"(?:[ \t]+(?:(?:->|\|)[ \t]{0,4})?[(<\[]?|[ \t]{0,4}\n[ \t]{0,40})",
     re.IGNORECASE,
 )
 """`the token of gpu-1 is …`, `password for ann: …`; and `token …`."""
@@ -116,7 +144,7 @@ written wrong yes yours
 """What a secret may be called: what follows it is none."""
 _STATES = frozenset(_STATE_WORDS.split())
 
-_KEY_BEGINS = re.compile(r"----[- ] ?BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-?----")
+_KEY_BEGINS = re.compile(r"(?:----[- ] ?)?BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-?----")
 _KEY_ENDS = re.compile(r"----[- ] ?END [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,10}-?----")
 _KEY_LINE = re.compile(r"[>\s]*[A-Za-z0-9+/=]{1,100}\s*")
 _PUTTY_KEY = re.compile(r"^Private-(?:Lines|MAC):[^\n]*(?:\n[A-Za-z0-9+/=]+$)*", re.MULTILINE)
@@ -132,6 +160,8 @@ _SHAPES = re.compile(
     r"|AIza[\w-]{20,}|ya29\.[\w.-]+|GOCSPX-[\w-]+|1//0[\w-]{20,}"  # Google
     r"|npm_\w{16,}|pypi-[\w-]{16,}|do[opr]_v1_\w{16,}|dckr_pat_[\w-]{8,}|dapi[0-9a-f]{16,}"
     r"|hv[sbr]\.[\w.-]{8,}|tskey-[\w-]{8,}|shp[a-z]{2}_\w{16,}|lsv2_\w{8,}"
+    r"|ntn_\w{12,}|lin_api_\w{12,}|SK[0-9a-f]{32}|s\.[A-Za-z0-9]{24}(?!\w)"
+    r"|[\w-]{14}\.atlasv1\.[\w-]+|discord(?:app)?\.com/api/webhooks/\S+"
     r"|SG\.[\w-]{8,}\.[\w-]{8,}|AGE-SECRET-KEY-1\w{8,}|PMAK-\w{16,}|ATATT\w{16,}"
     r"|\$(?:1|2[abxy]|5|6|7|y|gy|apr1|argon2(?:id?|d))\$[^\s:\"',]{8,}"  # crypt(5)
     r")"
@@ -162,6 +192,12 @@ def names_a_secret(name: str) -> bool:
         return False
     named = {word for word in words if word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS)}
     return bool(named) and not (named <= {"key", "keys"} and _PUBLIC.intersection(words))
+
+
+def _may_name(name: str) -> bool:
+    """Whether what `name` names is a secret if it looks like one."""
+    words = _WORD.findall(name)
+    return bool(words) and words[-1].lower() in _WEAK
 
 
 def is_secret_flag(word: str) -> bool:
@@ -221,7 +257,7 @@ def _named(text: str) -> Iterator[_Span]:
         # What is in a tag may have names of its own.
         position = match.end("tag") if match["tag"] else match.end()
         name = next(match[group] for group in _NAMES if match[group])
-        if names_a_secret(name):
+        if names_a_secret(name) or _may_name(name):
             start, end = _value(text, match, name)
             if end > start:
                 yield start, end
@@ -242,13 +278,19 @@ def _value(text: str, match: re.Match[str], name: str) -> _Span:
     found = _VALUE.match(text, start)
     if found is None or found.lastgroup is None:
         return start, start
-    begin, end = found.span(found.lastgroup if found.lastgroup != "mark" else "escaped")
+    begin, end = found.span(_group(found))
     value = text[begin:end]
-    if _is_no_value(value, name):
+    if _is_no_value(value, name) or not (names_a_secret(name) or _is_made_up(value)):
         return begin, begin
     if found["bare"] and match["name"] and _has_the_line(text, match, name):
         return begin, _end_of_line(text, begin)
     return begin, _end_of_quoted(text, end) if found["double"] or found["single"] else end
+
+
+def _group(found: re.Match[str]) -> str:
+    """Of `_VALUE`: which of them is the value."""
+    group = str(found.lastgroup)
+    return {"mark": "escaped", "triple": "text"}.get(group, group)
 
 
 def _is_no_value(value: str, name: str) -> bool:
@@ -317,7 +359,17 @@ def _open_quote(text: str, start: int) -> str:
 
 
 def _urls(text: str) -> Iterator[_Span]:
-    yield from (match.span("value") for match in _USERINFO.finditer(text))
+    for match in _USERINFO.finditer(text):
+        if match["value"]:
+            yield match.span("value")
+            user = match.start() + match[0].index("://") + 3
+            if _is_made_up(name := text[user : match.start("value") - 1]) and len(name) >= 12:
+                yield user, user + len(name)
+        elif _is_made_up(match["user"]):
+            yield match.span("user")
+    for match in _AT_A_HOST.finditer(text):
+        if _is_made_up(match["value"]):
+            yield match.span("value")
 
 
 def _logins(text: str) -> Iterator[_Span]:
@@ -352,7 +404,7 @@ def _told(text: str) -> Iterator[_Span]:
         found = _VALUE.match(text, start)
         if found is None or found.lastgroup in (None, "several"):
             continue
-        group = "escaped" if found.lastgroup == "mark" else str(found.lastgroup)
+        group = _group(found)
         begin, end = found.span(group)
         value = text[begin:end]
         quoted = group != "bare"
@@ -367,7 +419,7 @@ def _is_told(match: re.Match[str], value: str, quoted: bool) -> bool:
     if not said or _is_no_value(said, "token") or said.startswith(("/", "~/", "[redacted")):
         return False
     if match["key"] or match["alone_key"]:
-        return _is_made_up(said) and len(said) >= SHORTEST_KEY
+        return _is_made_up(said) and "=" not in said and len(said) >= SHORTEST_KEY
     if match["alone"]:
         return quoted or (_is_made_up(said) and "=" not in said)
     return quoted or _is_made_up(said) or not said.istitle()
@@ -461,7 +513,8 @@ def _is_random(word: str) -> bool:
 _BETWEEN = re.compile(r"(?<=[A-Za-z0-9])[^A-Za-z0-9]+(?=[A-Za-z0-9])")
 _NAME_MARKS = (
     *("token", "secret", "key", "pass", "pw", "cred", "cookie", "jwt", "bearer", "otp", "psk"),
-    *("pswd", "sig", "sas", "sessionid", "csrf", "xsrf"),
+    *("pswd", "sig", "sas", "sessionid", "csrf", "xsrf", "sid", "sessid", "mfa", "wort"),
+    *("auth", "code", "hmac", "tok"),
 )
 _SHAPE_MARKS = (
     *(
@@ -504,6 +557,12 @@ _SHAPE_MARKS = (
         "lsv2_",
         "sg.",
         "age-secret",
+        "ntn_",
+        "lin_api_",
+        "atlasv1.",
+        "api/webhooks",
+        "s.",
+        "sk",
     ),
     *("pmak-", "atatt", "$"),
 )
@@ -511,8 +570,8 @@ _NETS = (
     (_key_blocks, ("private",)),
     (_named, _NAME_MARKS),
     (_headers, ("authorization", "cookie")),
-    (_urls, ("://",)),
-    (_logins, ("-u", "user", "login", "sshpass", "mysql", "mariadb")),
+    (_urls, ("@",)),
+    (_logins, ("-u", "user", "login", "sshpass", "mysql", "mariadb", "--from-literal")),
     (_schemes, ("bearer", "basic", "auth")),
     (_told, _NAME_MARKS),
     (_shapes, _SHAPE_MARKS),
