@@ -246,6 +246,14 @@ SETUP_COMMAND_FAILED = Code("setup_command_failed", counted=False)
 SETUP_FAILED = Code("setup_failed", counted=False)
 UNINSTALL_FAILED = Code("uninstall_failed", counted=False)
 
+# Of `rayfwd add` and `rayfwd remove`.
+ADD_BLOCKED = Code("add_blocked", counted=False)
+ADD_FAILED = Code("add_failed", counted=False)
+ADD_NO_PACKAGES = Code("add_no_packages", counted=False)
+ADD_NO_PYTHON = Code("add_no_python", counted=False)
+ADD_NO_WAY = Code("add_no_way", counted=False)
+ADD_NOT_READY = Code("add_not_ready", counted=False)
+
 ALL: Mapping[str, Code] = {
     code.name: code for code in list(globals().values()) if isinstance(code, Code)
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -252,3 +253,79 @@ CONTAINER = (
     *("setpriv", "--reuid=ray", "--regid=ray", "--init-groups", "--"),
     *("env", f"--chdir={HOME}"),
 )
+
+
+# -- `rayfwd add` ----------------------------------------------------------------------------------
+
+SETS = ["--set", "ray.num_cpus=1", "--set", "ray.worker_ports=40"]
+SETS += ["--set", "ray.object_store_memory=100000000"]
+
+
+@pytest.mark.runs("rayfwd add *", "rayfwd add -f hosts.txt", "rayfwd add")
+def test_two_machines_are_added_from_the_head(machines: Lab, nodes: dict[str, InFront]) -> None:
+    """They have neither rayfwd nor a package index; one dials the head, the other is dialled."""
+    head, w1, w2 = nodes["head"], machines.machine("w1"), machines.machine("w2")
+    for machine in (w1, w2):
+        machine.authorize(head.machine.public_key)
+        machine.firewall([22])
+        machine.start_sshd()
+    head.machine.know(*(f"{m.address} {m.host_key}" for m in (w1, w2)))
+    hosts = (
+        f"ray@{w1.address} --via worker  # as it is\nray@{w2.address}:22 --name two --via head\n"
+    )
+    head.machine.write(f"{HOME}/hosts.txt", hosts)
+    began = time.monotonic()
+    ran = said_on(head, "add", "-f", "hosts.txt", *SETS)
+    print(f"two machines added in {time.monotonic() - began:.1f} s")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster"
+    assert len(task(w2)) == 3
+    line = head.machine.host_path(f"{HOME}/.ssh/authorized_keys").read_text().splitlines()[-1]
+    assert re.match(r'restrict,command="\S+ attach --socket \S+ --node w1" ssh-ed25519 ', line)
+
+
+def test_added_again_nothing_changes(nodes: dict[str, InFront]) -> None:
+    head = nodes["head"]
+    before = {w["name"]: w["since"] for w in head.status()["workers"] if not w["left"]}
+    ran = said_on(head, "add", "-f", "hosts.txt", *SETS)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster; 2 unchanged"
+    assert {w["name"]: w["since"] for w in head.status()["workers"] if not w["left"]} == before
+
+
+@pytest.mark.runs("rayfwd remove *", "rayfwd remove --gone *", "rayfwd remove")
+def test_what_was_added_is_removed(machines: Lab, nodes: dict[str, InFront]) -> None:
+    head, w1, w2 = nodes["head"], machines.machine("w1"), machines.machine("w2")
+    ran = said_on(head, "remove", "w1", f"ray@{w2.address}:22")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert [row["name"] for row in head.status()["roster"]] == ["head"]
+    for machine in (w1, w2):
+        left = machine.run(["find", HOME, "-name", "*rayfwd*"]).stdout
+        assert not left.splitlines()
+        assert "attach" not in machine.host_path(f"{HOME}/.ssh/authorized_keys").read_text()
+    keys = head.machine.host_path(f"{HOME}/.ssh/authorized_keys").read_text()
+    assert "rayfwd-add" not in keys
+    assert w1.public_key in keys
+    again = said_on(head, "remove", "--gone", "w1")
+    assert "add_blocked: w1 was not added from here" in again.stdout
+
+
+def test_what_keeps_a_machine_out_is_said_of_each(machines: Lab, nodes: dict[str, InFront]) -> None:
+    """A wrong host key, no Python, nobody there: together, each with what to do."""
+    head, w1, w2 = nodes["head"], machines.machine("w1"), machines.machine("w2")
+    head.machine.know(f"{w1.address} {w2.host_key}", f"{w2.address} {w2.host_key}")
+    interpreter = os.path.realpath("/usr/bin/python3")
+    w2.run(["mount", "--bind", "/dev/null", interpreter], user="root")
+    ran = said_on(head, "add", *(f"ray@{a}" for a in (w1.address, w2.address, "198.51.100.99")))
+    assert ran.returncode == 1
+    assert f"{w1.address}  FAILED    at `log in`: host_key_mismatch: " in ran.stdout
+    assert "w2  FAILED    at `install`: add_no_python: there is no Python 3.11" in ran.stdout
+    assert "198.51.100.99  FAILED    at `log in`: ssh_unreachable: " in ran.stdout
+    assert ran.stdout.splitlines()[-1].startswith("0 of 3 in the cluster; 3 failed: ")
+
+
+def said_on(head: InFront, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [str(head.machine.lab.rayfwd), *words]
+    ran = head.machine.run(argv, timeout=300, check=False)
+    print(ran.stdout, ran.stderr)
+    return ran

@@ -230,7 +230,7 @@ def test_answers_that_are_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_answer_in_pieces() -> None:
     seen: list[Any] = []
-    answers = asuser._Answers(seen.append)
+    answers = asuser.Answers(seen.append)
     for byte in json.dumps({"emit": [1, 2]}).encode() + b'\n{"result": null}\n':
         answers.feed(bytes([byte]))
     assert (seen, answers.returned, answers.result) == ([[1, 2]], True, None)

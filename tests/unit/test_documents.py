@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/operations.md",
     "docs/security.md",
     "docs/join.md",
+    "docs/add.md",
     "docs/limits.md",
     "docs/doctor.md",
     "docs/developing.md",

@@ -21,7 +21,7 @@ from rayfwd.config import load, parse
 from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.ray import token
-from rayfwd.setup import texts, units
+from rayfwd.setup import places, texts, units
 from rayfwd.setup.apply import Outcome, apply, take_away
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.planner import plan
@@ -233,7 +233,7 @@ def test_which_pages_are_to_be_linked(
     (tmp_path / "closed").mkdir()
     closed = str(tmp_path / "closed")
     monkeypatch.setattr(os, "access", lambda path, _: str(path) != closed)
-    found = init._pages(tmp_path / prefix, tmp_path / man)
+    found = places._pages(tmp_path / prefix, tmp_path / man)
     assert found == (tmp_path / "opt" / "share" / "man" if linked else None)
 
 

@@ -50,8 +50,8 @@ function _shtab_rayfwd_using
   test "$_shtab_rayfwd_cmdpath" = "$argv"
 end
 
-set -g _shtab_rayfwd_commands init run join head connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --ray --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -i -p
+set -g _shtab_rayfwd_commands init run join head add remove connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
+set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --file --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --jobs --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --prefix --ray --ray-command --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -f -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -156,6 +156,31 @@ complete -c rayfwd -n '_shtab_rayfwd_using head' -l client-port -x -d 'a head'"'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l auth -xka "auto token off" -d 'Ray'"'"'s token (Ray 2.52 on); "auto": enable it only for Ray versions whose tools pick the token up without extra settings (2.61 on)'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l status-interval -x -d 'seconds between two looks at `ray status`, which takes about one of CPU'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l set -x -d 'any other key, with a value as in the file: --set canary.enabled=true'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a add -d 'On the head: bring machines into the cluster over SSH, each in one go, many at once.'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l cluster -x -d 'the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -s f -l file -xka "(__fish_complete_path (commandline -ct))" -d 'machines, one a line: USER@HOST[:PORT], with --name, --via, --ray, --ray-command, --identity, --known-hosts, --fingerprint, --prefix or --head of its own; # for a comment'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l name -x -d 'the node'"'"'s name (default: the machine'"'"'s)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l via -xka "auto worker head" -d 'who dials: the worker, or the head (default: the worker, where it can)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l head -x -d 'how the machine reaches this head (default: found out)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l ray -d 'have the head'"'"'s Ray, with its Python, there'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l ray-command -xka "(__fish_complete_path (commandline -ct))" -d 'the `ray` there (default: looked for)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -s i -l identity -xka "(__fish_complete_path (commandline -ct))" -d 'the SSH key to use'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -s F -l ssh-config -xka "(__fish_complete_path (commandline -ct))" -d 'as `ssh -F`'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l known-hosts -xka "(__fish_complete_path (commandline -ct))" -d 'the only file that may have the machine'"'"'s host key'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l fingerprint -x -d 'of the machine'"'"'s host key, which is then written to the known hosts'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l prefix -xka "(__fish_complete_path (commandline -ct))" -d 'where rayfwd goes there (default: /opt/rayfwd of root, else ~/.local/share/rayfwd)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l jobs -x -d 'so many at once (default: 8)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l wait-for -x -d 'how long one may take from its start until it is in (default: 180)'
+complete -c rayfwd -n '_shtab_rayfwd_using add' -l set -x -d 'any other key, with a value as in the file: --set canary.enabled=true'
+complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a remove -d 'On the head: take machines out again that `rayfwd add` has brought in.'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -s h -l help -d 'show this help message and exit'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -l cluster -x -d 'the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -s f -l file -xka "(__fish_complete_path (commandline -ct))" -d 'the machines of a file, as `add` takes it'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -l gone -d 'the machine is no more: forget it here, and do not look for it'
+complete -c rayfwd -n '_shtab_rayfwd_using remove' -l jobs -x -d 'so many at once (default: 8)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a connect -d 'Hold the head'"'"'s dashboard, job submission and Ray Client on this machine, which is no node.'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

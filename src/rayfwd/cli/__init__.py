@@ -68,6 +68,14 @@ VERBS = {
         "be the head of a cluster on this machine, without a file",
         {OK: "ended in order", FAULT: "it could not begin", NOT_READY: "not ready by --wait-for"},
     ),
+    "add": Verb(
+        "on the head: bring machines into the cluster over SSH",
+        {OK: "all are in the cluster", FAULT: "one is not, or no head runs here"},
+    ),
+    "remove": Verb(
+        "on the head: take machines out again that `add` has brought in",
+        {OK: "all are removed", FAULT: "one is not, or no head runs here"},
+    ),
     "connect": Verb(
         "hold the head's dashboard and Ray Client on a machine that is no node",
         {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},

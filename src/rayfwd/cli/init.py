@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import pwd
-import shutil
 import socket
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import asyncssh
@@ -28,19 +26,16 @@ from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import apply
 from rayfwd.setup.manifest import Manifest
+from rayfwd.setup.places import find_places
 from rayfwd.setup.planner import plan
 from rayfwd.setup.request import (
     GROUP,
-    MAN_PAGES,
     Layout,
     SetupRequest,
-    system_layout,
-    user_layout,
 )
 from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
 from rayfwd.system.asuser import Account, account_named, account_of, own_account
-from rayfwd.system.paths import belongs_to_root
 from rayfwd.system.users import NOBODY, named, who_else_logs_in
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
@@ -170,37 +165,6 @@ def _check_flags(args: argparse.Namespace) -> None:
         wrong.append(f"--user {args.user}: needs root; without it the service is your own")
     if wrong:
         raise MistakeError([f"rayfwd init {args.role}: {line}" for line in wrong])
-
-
-def find_places(config: Path | None) -> Layout:
-    """Of the machine's service for root, of their own for others."""
-    given = Path(sys.argv[0])
-    own = Path(sys.prefix) / "bin" / "rayfwd"
-    if given.name == "rayfwd" and (found := shutil.which(str(given))):
-        own = Path(found).absolute()
-    config = config.absolute() if config is not None else None
-    home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
-    if os.geteuid() == 0:
-        layout = system_layout(str(own), sys.executable, config)
-        overlay = all(belongs_to_root(Path(path)) for path in (own, sys.executable, sys.prefix))
-        layout = replace(layout, overlay=overlay)
-    else:
-        layout = user_layout(home, os.geteuid(), str(own), sys.executable, config)
-    if layout.system and not layout.man.is_dir():
-        return layout  # where it is absent, man does not look there
-    return replace(layout, pages=_pages(Path(sys.prefix), layout.man))
-
-
-def _pages(prefix: Path, man: Path) -> Path | None:
-    """The man pages of this environment, where they are to be linked to.
-
-    None: it has none, or they are there already, or nothing can be put there.
-    """
-    pages = prefix / "share" / "man"
-    if not (pages / MAN_PAGES[0]).exists() or prefix in {Path("/usr"), *man.parents}:
-        return None
-    there = next(path for path in (man, *man.parents) if path.exists())
-    return pages if os.access(there, os.W_OK | os.X_OK) else None
 
 
 def _config_before(path: Path, role: str) -> Config | None:

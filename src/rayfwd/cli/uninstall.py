@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 
 from rayfwd.cli import OK
-from rayfwd.cli.init import find_places
 from rayfwd.setup.apply import take_away
 from rayfwd.setup.manifest import Manifest
+from rayfwd.setup.places import find_places
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.cuts import Cuts
+from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.forgotten import KEPT, NAMED, OFF, TURNED, Forgotten
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.history import LinkNow
@@ -53,7 +54,6 @@ from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.dialler import Dialler
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
@@ -130,16 +130,7 @@ class HeadRole:
             ride_through=config.ride_through,
             limits=Limits(),
         )
-        self._diallers = [
-            Dialler(
-                dial,
-                makers.carrier(dial.way()),
-                config.hub_socket,
-                config.ride_through,
-                self.changed,
-            )
-            for dial in hub.dial
-        ]
+        self._dialling = Dialling(config, lambda dial: makers.carrier(dial.way()), self.changed)
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
@@ -181,28 +172,19 @@ class HeadRole:
         self._tell_ray()
         self.changed()
         async with asyncio.TaskGroup() as group:
-            dialling = [
-                group.create_task(dialler.run(), name=f"dial {dialler.called}")
-                for dialler in self._diallers
-            ]
+            dialling = group.create_task(self._dialling.run(), name="dialling")
             await self._hub.wait_closed()
-            await self._diallers_done()
-            for task in dialling:
-                task.cancel()
-
-    async def _diallers_done(self) -> None:
-        """What the hub said last is on its way."""
-        await asyncio.gather(*(dialler.drained() for dialler in self._diallers))
+            await self._dialling.drained()
+            dialling.cancel()
 
     def leaving(self) -> None:
         """The workers see the hub close; their Ray waits for this one's for a while."""
 
     async def end(self) -> None:
         await self._dial_back.close()
-        for dialler in self._diallers:
-            dialler.end()
+        self._dialling.end()
         await self._hub.close("the head's rayfwd was stopped")
-        await self._diallers_done()
+        await self._dialling.drained()
         self._gather_no_more()
 
     def watchers(self) -> dict[str, Work]:
@@ -255,7 +237,11 @@ class HeadRole:
         self._cluster_watch.take_config(config.ray)
 
     def verbs(self) -> Mapping[str, Verb]:
-        return {"forget": self._forget_verb}
+        return {
+            "forget": self._forget_verb,
+            "dial": self._dialling.dial_verb,
+            "undial": self._dialling.undial_verb,
+        }
 
     async def _forget_verb(self, args: dict[str, Any]) -> dict[str, Any]:
         """`forgotten`: what came of it; None: there is no such worker. Raises ProblemError, with
@@ -375,8 +361,7 @@ class HeadRole:
 
     def hand_over(self) -> Tree:
         hub = self._hub
-        for dialler in self._diallers:
-            dialler.close()
+        self._dialling.close()
         self._gather_no_more()
         return {"path": str(hub.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
 
@@ -632,12 +617,11 @@ class HeadRole:
                         ),
                     )
                 )
-        for dialler in self._diallers:
-            if (kept := dialler.problem) is not None:
-                # One that has come by its own dialling is there all the same.
-                named = self._hub.nodes.get(dialler.called)
-                there: Severity | None = "note" if named and named.state == "up" else None
-                found.append(Finding(dialler.called, kept, severity=there, explains=False))
+        for called, kept in self._dialling.problems():
+            # One that has come by its own dialling is there all the same.
+            named = self._hub.nodes.get(called)
+            there: Severity | None = "note" if named and named.state == "up" else None
+            found.append(Finding(called, kept, severity=there, explains=False))
         for name, refusal in self._hub.refused_lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.

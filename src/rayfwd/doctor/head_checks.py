@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import DialConfig
+from rayfwd.daemon.dialling import all_dials
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
@@ -108,7 +109,10 @@ class HeadExamination(Examination):
 
     async def _dial(self) -> Row:
         """Log in at each worker that is dialled from here; nothing is opened there."""
-        dials = self.config.hub.dial
+        try:
+            dials = all_dials(self.config)
+        except ProblemError as exc:
+            return failed("dial", exc.problem)
         if not dials:
             return skipped("dial", "this head dials no worker ([[hub.dial]])")
         found = await asyncio.gather(*map(_logged_in, dials))

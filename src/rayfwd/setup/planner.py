@@ -38,7 +38,7 @@ def _system(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> 
 
 
 def _user(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> list[Step]:
-    missing = [layout.state, layout.config.parent, layout.units]
+    missing = [layout.state, layout.config.parent, *([layout.units] if units else [])]
     steps: list[Step] = [
         Directory(path, None, None, 0o700) for path in _with_parents(missing, request.home)
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["head", "worker"]
 
@@ -116,5 +117,9 @@ class SetupRequest:
     """The configuration that is there is somebody else's: what it needs is theirs to see to."""
     auth: str | None = None
     """Of a head: `ray.auth`; None: the default."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the configuration, as a file has them."""
+    made_by: str = "rayfwd init"
+    """The command, for the head of the file."""
     host_key: str | None = None
     """Of a worker: the line for our file of known hosts; None: the user's own files have it."""

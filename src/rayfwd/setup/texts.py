@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tomli_w
@@ -49,7 +49,10 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     config["ray"] = {"command": request.ray}
     if request.auth is not None:
         config["ray"]["auth"] = request.auth
-    first = "# Made by `rayfwd init`. `rayfwd check` says what it amounts to.\n"
+    for key, value in request.more.items():
+        both = isinstance(value, Mapping) and isinstance(config.get(key), dict)
+        config[key] = {**config[key], **value} if both else value
+    first = f"# Made by `{request.made_by}`. `rayfwd check` says what it amounts to.\n"
     return first + tomli_w.dumps(config)
 
 

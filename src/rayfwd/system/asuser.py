@@ -233,7 +233,7 @@ def call(
     alone = "-P" if account.is_own else "-I"
     argv = [sys.executable, alone, "-m", "rayfwd.system.asuser", name]
     asked = {"arguments": dict(arguments), "emit": emit is not None}
-    answers = _Answers(emit)
+    answers = Answers(emit)
     try:
         done = run(
             account,
@@ -259,7 +259,7 @@ def _not_executable(account: Account, cause: str) -> ProblemError:
     )
 
 
-class _Answers:
+class Answers:
     """A called child's standard output: a line of JSON for each thing emitted, then the result."""
 
     def __init__(self, emit: Callable[[Any], None] | None) -> None:

@@ -1,0 +1,193 @@
+"""On the head: bring machines into the cluster over SSH, each in one go, many at once.
+
+Each is looked at, gets rayfwd (and with --ray the head's Ray) over the same SSH connection, its
+files and keys, and its daemon is started: the machine's service for root where systemd runs, a
+service of the user's, else in the background with a log. The machine dials the head, or the head
+the machine, whichever works. Said again, it does what is not done yet and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rayfwd.cli import FAULT, OK, MistakeError
+from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
+from rayfwd.cli.flags import add_set, given_by
+from rayfwd.config import Config, ConfigError, parse
+from rayfwd.setup.remote import adding, hosts
+from rayfwd.setup.remote.adding import Adding, Outcome
+from rayfwd.setup.remote.here import Head
+from rayfwd.setup.remote.hosts import VIAS, Host, HostsError
+from rayfwd.setup.remote.shipment import pack
+from rayfwd.system.logs import escaped
+
+JOBS = 8
+WAIT_FOR = 180.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "machines",
+        metavar="USER@HOST[:PORT]",
+        nargs="*",
+        help="how ssh reaches the machine, or an alias of ~/.ssh/config",
+    )
+    parser.add_argument(
+        "-f",
+        "--file",
+        metavar="FILE",
+        type=Path,
+        help="machines, one a line: USER@HOST[:PORT], with --name, --via, --ray, --ray-command, "
+        "--identity, --known-hosts, --fingerprint, --prefix or --head of its own; # for a comment",
+    )
+    parser.add_argument("--name", help="the node's name (default: the machine's)")
+    parser.add_argument(
+        "--via",
+        choices=VIAS,
+        default="auto",
+        help="who dials: the worker, or the head (default: the worker, where it can)",
+    )
+    parser.add_argument(
+        "--head",
+        metavar="USER@HOST[:PORT]",
+        help="how the machine reaches this head (default: found out)",
+    )
+    parser.add_argument(
+        "--ray", action="store_true", help="have the head's Ray, with its Python, there"
+    )
+    parser.add_argument(
+        "--ray-command", metavar="PATH", help="the `ray` there (default: looked for)"
+    )
+    parser.add_argument("-i", "--identity", metavar="FILE", type=Path, help="the SSH key to use")
+    parser.add_argument("-F", "--ssh-config", metavar="FILE", type=Path, help="as `ssh -F`")
+    parser.add_argument(
+        "--known-hosts",
+        metavar="FILE",
+        type=Path,
+        help="the only file that may have the machine's host key",
+    )
+    parser.add_argument(
+        "--fingerprint",
+        metavar="SHA256:…",
+        help="of the machine's host key, which is then written to the known hosts",
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="PATH",
+        help="where rayfwd goes there (default: /opt/rayfwd of root, else ~/.local/share/rayfwd)",
+    )
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=JOBS, help=f"so many at once (default: {JOBS})"
+    )
+    parser.add_argument(
+        "--wait-for",
+        metavar="SECONDS",
+        type=float,
+        default=WAIT_FOR,
+        help=f"how long one may take from its start until it is in (default: {WAIT_FOR:g})",
+    )
+    add_set(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    wanted = _hosts(args)
+    config = load_as_owner(args)
+    quiet_logs()
+    outcomes = asyncio.run(_add(config, wanted, args))
+    return summary(outcomes, "in the cluster")
+
+
+def _hosts(args: argparse.Namespace) -> list[Host]:
+    """Raises MistakeError."""
+    if not args.machines and args.file is None:
+        raise MistakeError(["rayfwd add: USER@HOST, or -f with a file of them, must be given"])
+    more = given_by(args, [])
+    usual = Host(
+        ssh="",
+        via=args.via,
+        ray=args.ray,
+        ray_command=args.ray_command,
+        identity=_absolute(args.identity),
+        known_hosts=_absolute(args.known_hosts),
+        ssh_config=_absolute(args.ssh_config),
+        fingerprint=args.fingerprint,
+        prefix=args.prefix,
+        head=args.head,
+        more=more,
+    )
+    wrong: list[str] = []
+    try:
+        parse(
+            {"role": "worker", "name": "a", **more, "head": {"ssh": "head", **more.get("head", {})}}
+        )
+        named = [replace(usual, ssh=ssh, name=args.name) for ssh in args.machines]
+        found = [hosts.checked(host) for host in named]
+        if args.file is not None:
+            found += hosts.read(args.file, usual)
+        wrong += hosts.twice(found)
+    except ConfigError as exc:
+        wrong += [f"--set: {line}" for line in exc.problems]
+    except HostsError as exc:
+        wrong += exc.lines
+    except ValueError as exc:
+        wrong.append(str(exc))
+    if args.jobs < 1:
+        wrong.append(f"--jobs {args.jobs}: must be at least 1")
+    if wrong:
+        raise MistakeError([f"rayfwd add: {line}" for line in wrong])
+    return found
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+async def _add(config: Config, wanted: Sequence[Host], args: argparse.Namespace) -> list[Outcome]:
+    """Raises ProblemError where this is no head that runs."""
+    head = await Head.find(config, control_socket(config))
+    with tempfile.TemporaryDirectory(prefix="rayfwd-add-") as folder:
+        shipment = await asyncio.to_thread(pack, Path(folder))
+        shared = Adding(head, shipment, Path(folder), args.wait_for, report)
+        places = asyncio.Semaphore(args.jobs)
+
+        async def one(host: Host) -> Outcome:
+            async with places:
+                outcome = await adding.add(shared, host)
+            tell_end(outcome, "in the cluster")
+            return outcome
+
+        return list(await asyncio.gather(*map(one, wanted)))
+
+
+def report(called: str, step: str, came: str) -> None:
+    """A step that is done."""
+    print(f"{escaped(called)}  {step:<9} {escaped(came)}", flush=True)
+
+
+def tell_end(outcome: Outcome, well: str) -> None:
+    """Of one machine."""
+    if outcome.problem is None:
+        report(outcome.called, "done", f"{well}, {outcome.seconds:.1f} s")
+        return
+    problem = outcome.problem.problem
+    report(outcome.called, "FAILED", f"at `{outcome.at}`: {problem.code}: {problem.cause}")
+    report(outcome.called, "", f"to do: {problem.remedy}")
+
+
+def summary(outcomes: Sequence[Outcome], well: str) -> int:
+    """One line for all, and the exit code."""
+    failed = [outcome.called for outcome in outcomes if outcome.problem is not None]
+    same = [o for o in outcomes if o.problem is None and not o.changed]
+    good = len(outcomes) - len(failed)
+    words = [f"{good} of {len(outcomes)} {well}"]
+    if same:
+        words.append(f"{len(same)} unchanged")
+    if failed:
+        words.append(f"{len(failed)} failed: {', '.join(failed)}")
+    print(escaped("; ".join(words)))
+    return FAULT if failed else OK

@@ -1,0 +1,359 @@
+"""One machine is brought in: every step in order, said as it is done, and safe to repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rayfwd import codes
+from rayfwd.config import DialConfig
+from rayfwd.problems import ProblemError
+from rayfwd.ray.install import Versions
+from rayfwd.setup.remote import hosts, install, keys, sight, there
+from rayfwd.setup.remote.here import Head, Way
+from rayfwd.setup.remote.hosts import Host
+from rayfwd.setup.remote.shipment import Shipment, pack_ray
+from rayfwd.setup.remote.sight import Sight
+from rayfwd.setup.remote.ssh import Failed, Machine
+
+LOOK_SECONDS = 90.0
+START_SECONDS = 180.0
+POLL_SECONDS = 0.5
+ASK_SECONDS = 15.0
+"""Between two looks at what its own rayfwd says: what does not pass by itself ends the wait."""
+
+Report = Callable[[str, str, str], None]
+"""Takes the machine, the step and what came of it."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one machine."""
+
+    called: str
+    name: str = ""
+    changed: bool = False
+    seconds: float = 0.0
+    problem: ProblemError | None = None
+    at: str = ""
+    """The step at which it failed."""
+
+
+@dataclass(slots=True)
+class Adding:
+    """What all machines of one command share."""
+
+    head: Head
+    shipment: Shipment
+    folder: Path
+    """For what is packed."""
+    wait_for: float
+    """Seconds until a machine must be ready."""
+    report: Report
+    names: dict[str, str] = field(default_factory=dict)
+    """Who has a name in this command."""
+    _ray: asyncio.Task[list[Path]] | None = None
+
+    async def rays(self) -> list[Path]:
+        """Wheels of the head's Ray, packed once. Raises ProblemError."""
+        assert self.head.ray is not None, "it was asked for"
+        if self._ray is None:
+            packing = pack_ray(self.head.ray.python, self.folder / "ray")
+            self._ray = asyncio.create_task(packing, name="pack Ray")
+        return await asyncio.shield(self._ray)
+
+
+async def add(all_: Adding, host: Host) -> Outcome:
+    """Never raises but for faults of ours: what went wrong is in the outcome."""
+    outcome = Outcome(called=host.name or host.ssh)
+    began = time.monotonic()
+    one = _One(all_, host, outcome)
+    try:
+        await one.run()
+    except ProblemError as exc:
+        outcome.problem = exc
+    except Failed as exc:
+        outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", "say the same again")
+    finally:
+        one.close()
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+class _One:
+    """One machine, on its way in."""
+
+    def __init__(self, all_: Adding, host: Host, outcome: Outcome) -> None:
+        self._all = all_
+        self._head = all_.head
+        self._host = host
+        self._outcome = outcome
+        self._machine: Machine | None = None
+
+    def close(self) -> None:
+        if self._machine is not None:
+            self._machine.close()
+
+    def _at(self, step: str) -> None:
+        self._outcome.at = step
+
+    def _say(self, came: str, changed: bool = False) -> None:
+        self._outcome.changed |= changed
+        self._all.report(self._outcome.called, self._outcome.at, came)
+
+    async def run(self) -> None:
+        """Raises ProblemError, Failed."""
+        self._at("log in")
+        self._machine = machine = await Machine.connect(self._host)
+        self._at("look")
+        seen = await look(machine, self._host.prefix, self._rays())
+        self._say(seen.lines())
+        name = self._name(seen)
+        self._remember(name, seen, None)
+        self._at("install")
+        new = await install.rayfwd(machine, seen, self._all.shipment)
+        self._say(f"rayfwd in {seen.prefix}" + ("" if new else ", as it is here"), new)
+        if self._host.ray:
+            await self._install_ray(machine, seen)
+        python = f"{seen.prefix}/bin/python"
+        ray, ways = await self._look_further(machine, seen, python, name)
+        await self._set_up(machine, seen, python, name, ray, ways, new)
+        await self._wait(machine, seen, python, name)
+
+    def _rays(self) -> list[str]:
+        """Where Ray may be there: as was said, else where the head has it."""
+        if self._host.ray_command is not None:
+            return [self._host.ray_command]
+        return [] if self._head.ray is None else [self._head.ray.command]
+
+    def _name(self, seen: Sight) -> str:
+        """The node's. Raises ProblemError where another machine has it."""
+        known = self._head.added()
+        before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
+        try:
+            name = self._host.name or (before[0] if before else hosts.node_name(seen.host))
+        except ValueError as exc:
+            raise codes.ADD_BLOCKED.error(
+                f"{seen.host!r}, the name of {self._host.ssh}, {exc}", "give one with --name"
+            ) from None
+        if before and name not in before:
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} is {before[0]} here, and would be {name}",
+                f"`rayfwd remove {before[0]}` first, or leave --name out",
+            )
+        other = known.get(name, {}).get("ssh", self._host.ssh)
+        first = self._all.names.setdefault(name, self._host.ssh)
+        for taken in (other, first):
+            if taken != self._host.ssh:
+                raise codes.ADD_BLOCKED.error(
+                    f"{self._host.ssh} would be {name}, and {taken} is",
+                    "give it another name with --name, or `rayfwd remove` the other",
+                )
+        if name in (self._head.config.name, "head"):
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} would be {name}, as the head is", "give one with --name"
+            )
+        self._outcome.name = self._outcome.called = name
+        return name
+
+    async def _install_ray(self, machine: Machine, seen: Sight) -> None:
+        self._at("Ray")
+        if self._head.ray is None:
+            raise codes.ADD_BLOCKED.error(
+                "the head starts no Ray itself (ray.start = false)", "leave --ray out"
+            )
+        wanted = self._head.ray.versions
+        ours: list[Path] = []
+        have = {"ray": wanted.ray, "python": ".".join(wanted.python.split(".")[:2])}
+        if seen.made_ray != have and seen.machine == self._all.shipment.machine:
+            with suppress(ProblemError):  # the index may have it
+                ours = await self._all.rays()
+        new = await install.ray(machine, seen, self._all.shipment, wanted, ours)
+        place = install.ray_prefix(seen)
+        self._say(f"Ray {wanted.ray} in {place}" + ("" if new else ", as it is here"), new)
+
+    async def _look_further(
+        self, machine: Machine, seen: Sight, python: str, name: str
+    ) -> tuple[str, list[tuple[Way, str]]]:
+        """Its Ray, and each way to the head with why it is none. Raises ProblemError."""
+        self._at("look")
+        rays = list(seen.rays)
+        if self._host.ray_command is not None:
+            rays = [self._host.ray_command]
+        if self._host.ray:
+            rays = [f"{install.ray_prefix(seen)}/bin/ray"]
+        ways = []
+        # What the head came to dial stays so, as its daemon would have to start anew.
+        if self._host.via == "worker" or (
+            self._host.via == "auto" and self._way_before(name) != "head"
+        ):
+            ways = await self._head.ways(self._host, seen.head_as)
+        asked = {"rays": rays, "ways": [{"ssh": w.ssh, "key": w.key} for w in ways]}
+        found = await machine.call(python, there.look, asked, LOOK_SECONDS)
+        ray = self._checked_ray(found)
+        return ray, list(zip(ways, found["ways"], strict=True))
+
+    def _checked_ray(self, found: dict[str, Any]) -> str:
+        """Raises ProblemError where its Ray is none, or not as the head's."""
+        told = f"{self._outcome.called}: "
+        remedy = "say --ray, which installs the head's, or name it with --ray-command"
+        if found["ray"] is None:
+            wrong = found["ray_problem"]
+            cause = wrong["cause"] if wrong else "no Ray is found there"
+            code = codes.named(wrong["code"]) if wrong else codes.RAY_NOT_FOUND
+            raise code.error(told + cause, remedy)
+        if self._head.ray is not None:
+            check_same(Versions(*found["versions"]), self._head.ray.versions, told, remedy)
+        return str(found["ray"])
+
+    async def _set_up(
+        self,
+        machine: Machine,
+        seen: Sight,
+        python: str,
+        name: str,
+        ray: str,
+        ways: list[tuple[Way, str]],
+        new: bool,
+    ) -> None:
+        """Its files, the keys, and its daemon. Raises ProblemError."""
+        way = next((w for w, why in ways if not why), None)
+        why = "; ".join(why for _, why in ways if why) or "the head's sshd does not answer here"
+        if way is not None:
+            self._at("set up")
+            made = await self._prepare(machine, seen, python, name, ray, way)
+            self._at("way")
+            new |= self._head.let_in(name, made["key"] or "")
+            try:
+                asked = {"head": way.ssh, "identity": made["identity"], "user": made["user"]}
+                asked["known_hosts"] = made["known_hosts"]
+                await machine.call(python, there.check_way, asked, LOOK_SECONDS)
+                await self._head.undial(name)
+                self._say(f"it dials {way.ssh}")
+            except ProblemError as exc:
+                why, way = exc.problem.cause, None
+        if way is None:
+            self._at("way")
+            if self._host.via == "worker":
+                raise codes.ADD_NO_WAY.error(
+                    f"{self._outcome.called} cannot log in on the head: {why}",
+                    "name the head as that machine reaches it with --head USER@HOST[:PORT], or "
+                    "leave --via worker out: then the head dials",
+                )
+            self._at("set up")
+            made = await self._prepare(machine, seen, python, name, ray, None)
+            await self._dial(machine, seen, python, name, made)
+            self._at("way")
+            reason = "" if not ways else f", as it does not reach the head: {why}"
+            self._say(f"the head dials it{reason}")
+        self._remember(name, seen, "head" if way is None else "worker")
+        self._at("start")
+        asked = {"service": seen.systemd, "anew": new or bool(made["changed"])}
+        came = await machine.call(python, there.start, asked, START_SECONDS)
+        self._say(f"{came['came']}: {came['how']}", came["came"] != "runs")
+
+    def _remember(self, name: str, seen: Sight, way: str | None) -> None:
+        """For another `add`, and for `remove`. `way`: None, as before. Raises ProblemError."""
+        entry: dict[str, Any] = {"ssh": self._host.ssh, "way": way or self._way_before(name)}
+        entry |= {"prefix": seen.prefix, "service": seen.systemd}
+        for key in ("identity", "known_hosts", "ssh_config"):
+            if (path := getattr(self._host, key)) is not None:
+                entry[key] = str(path)
+        self._head.remember(name, entry)
+
+    def _way_before(self, name: str) -> str | None:
+        return self._head.added().get(name, {}).get("way")
+
+    async def _prepare(
+        self, machine: Machine, seen: Sight, python: str, name: str, ray: str, way: Way | None
+    ) -> dict[str, Any]:
+        asked = {
+            "name": name,
+            "ray": ray,
+            "service": seen.systemd,
+            "head": None if way is None else way.ssh,
+            "host_key": None if way is None else way.known_host,
+            "attach": self._head.attach_words(name)[0],
+            "more": dict(self._host.more),
+        }
+        made: dict[str, Any] = await machine.call(python, there.prepare, asked, START_SECONDS)
+        for thing in made["kept"]:
+            self._say(f"{thing} was left as it is: it was edited")
+        changed = made["changed"]
+        came = f"{len(changed)} files and directories are new" if changed else "all is there"
+        self._say(f"{came}; its file is {made['config']}", bool(changed))
+        return made
+
+    async def _dial(
+        self, machine: Machine, seen: Sight, python: str, name: str, made: dict[str, Any]
+    ) -> None:
+        """Have the head dial it. Raises ProblemError."""
+        self._head.shut_out(name)
+        path, public = self._head.dial_key()
+        words = [made["command"], "attach", "--socket", made["socket"]]
+        line = keys.forced_line(words, public, f"head-of-{name}")
+        asked = {"line": line, "name": f"head-of-{name}"}
+        await machine.call(python, there.authorize, asked)
+        given: dict[str, Any] = {"name": name, "ssh": self._host.ssh, "via": "exec"}
+        given |= {"identity": str(path), "attach_command": f"{words[0]} attach"}
+        for key in ("known_hosts", "ssh_config"):
+            if (named := getattr(self._host, key)) is not None:
+                given[key] = str(named)
+        await self._head.dial(DialConfig.model_validate(given))
+
+    async def _wait(self, machine: Machine, seen: Sight, python: str, name: str) -> None:
+        """Until it is in the cluster. Raises ProblemError."""
+        self._at("join")
+        began = asked = time.monotonic()
+        while not await self._head.is_ready(name):
+            now = time.monotonic()
+            late = now - began > self._all.wait_for
+            if late or now - asked > ASK_SECONDS:
+                asked = now
+                of = {"service": seen.systemd}
+                how = await machine.call(python, there.how_it_is, of)
+                if late or any(codes.named(code).lasting for code, _, _ in how["conditions"]):
+                    raise not_ready(name, now - began, how)
+            await asyncio.sleep(POLL_SECONDS)
+        self._say("in the cluster, with its Ray")
+
+
+async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sight:
+    """Raises ProblemError."""
+    try:
+        output = await machine.sh(sight.script(prefix, list(rays)), seconds=LOOK_SECONDS)
+        return sight.read(output.decode(errors="replace"))
+    except (Failed, ValueError) as exc:
+        raise codes.ADD_FAILED.error(
+            f"{machine.host.ssh} cannot be looked at: {exc}", "it must be Linux, with `sh`"
+        ) from None
+
+
+def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None:
+    """Raises ProblemError: Ray refuses other versions than the head's."""
+    if there_.ray != here.ray:
+        raise codes.RAY_VERSION_DIFFERS.error(
+            f"{told}its Ray is {there_.ray}, and the head's {here.ray}", remedy
+        )
+    if there_.python.split(".")[:2] != here.python.split(".")[:2]:
+        raise codes.PYTHON_VERSION_DIFFERS.error(
+            f"{told}its Ray's Python is {there_.python}, and that of the head's {here.python}",
+            remedy,
+        )
+
+
+def not_ready(name: str, seconds: float, how: dict[str, Any]) -> ProblemError:
+    """With what its own rayfwd says of it."""
+    cause = f"{name} is not in the cluster after {seconds:.0f} s: {how['summary']}"
+    remedy = "see `rayfwd status` and `rayfwd doctor` there"
+    if how["conditions"]:
+        code, said, remedy = how["conditions"][0]
+        cause += f"; {code}: {said}"
+    elif how["log"]:
+        cause += f"; its log ends with: {how['log'][-300:].strip()}"
+    return codes.ADD_NOT_READY.error(cause, remedy)

@@ -1,0 +1,253 @@
+"""Installs rayfwd on a machine, and Ray where that is asked for: by uv, or by venv and pip.
+
+rayfwd's own wheel goes over the SSH connection. What it needs goes the same way where this
+machine's fits there (the same Python, processor and C library), and comes from the machine's
+package index where it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfwd import codes
+from rayfwd.problems import ProblemError
+from rayfwd.ray.install import Versions
+from rayfwd.setup.remote.shipment import Shipment
+from rayfwd.setup.remote.sight import MARKER, OLDEST_PYTHON, Sight
+from rayfwd.setup.remote.ssh import Failed, Machine
+
+INSTALL_SECONDS = 900.0
+"""For what may come from a package index."""
+ROOM = 250 << 20
+"""Bytes that rayfwd with what it needs takes, and then some."""
+ROOM_FOR_RAY = 2 << 30
+
+_SCRIPT = r"""
+set -e
+umask 022
+cd @INCOMING@
+fresh=
+finish() { [ -n "$done" ] || [ -z "$fresh" ] || rm -rf @TARGET@; rm -rf @INCOMING@; }
+done=
+trap finish EXIT
+trap 'exit 1' HUP INT TERM
+[ -x @TARGET@/bin/python ] || { fresh=1; rm -rf @TARGET@; mkdir -p "$(dirname @TARGET@)"; }
+pip_wheel=$(ls pip-*.whl 2>/dev/null | head -n 1) || :
+uv=@UV@
+if [ -z "$uv" ] && [ -n "@BRING_UV@" ]; then
+  if [ -f uv ]; then chmod 755 uv; uv=./uv
+  else
+    @OLD_PYTHON@ "$PWD/$pip_wheel/pip" install --quiet --target uv-from-index uv >&2
+    uv=./uv-from-index/bin/uv
+  fi
+fi
+if [ -n "$uv" ]; then
+  [ -z "$fresh" ] || "$uv" venv --quiet --python @PYTHON@ @TARGET@ >&2
+  put() { "$uv" pip install --quiet --compile-bytecode --python @TARGET@/bin/python "$@" >&2; }
+  anew() { put --reinstall-package rayfwd --no-deps "$@"; }
+else
+  [ -z "$fresh" ] || @PYTHON@ -m venv --without-pip @TARGET@ >&2
+  if [ -n "$pip_wheel" ]; then pip="$PWD/$pip_wheel/pip"
+  else @TARGET@/bin/python -m ensurepip >/dev/null; pip="-m pip"; fi
+  put() { @TARGET@/bin/python $pip install --quiet --disable-pip-version-check --no-input \
+            --no-warn-script-location "$@" >&2; }
+  anew() { put --force-reinstall --no-deps "$@"; }
+fi
+@PUT@
+[ -n "$fresh" ] || [ -z "@OWN@" ] || anew --no-index @OWN@
+printf '%s\n' @MADE@ >@TARGET@/@MARKER@
+done=1
+cd /
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """By what it is installed."""
+
+    uv: str = ""
+    """The command there."""
+    bring_uv: bool = False
+    """It is not there, and is brought or fetched."""
+    old_python: str = "false"
+    """By which it is fetched, where it is not brought."""
+    python: str = ""
+    """An interpreter there, or for uv a version."""
+
+
+def choose(sight: Sight, shipment: Shipment, wanted: tuple[int, ...] | None) -> Tool:
+    """`wanted`: the Python to have, as (3, 11); None: any that runs rayfwd. Raises ProblemError."""
+    exact = [p for p in sight.pythons if p.key == wanted] if wanted else []
+    found = exact[0] if exact else (None if wanted else sight.python)
+    version = ".".join(map(str, wanted or shipment.python))
+    python = found.path if found is not None else version
+    if sight.uv is not None:
+        return Tool(uv=sight.uv, python=python)
+    if found is not None:
+        return Tool(python=python)
+    if shipment.uv is not None and shipment.machine == sight.machine:
+        return Tool(bring_uv=True, python=python)
+    if sight.any_python is not None and sight.index != "no" and shipment.pip is not None:
+        return Tool(bring_uv=True, old_python=sight.any_python, python=python)
+    least = f"Python {version}" if wanted else "Python 3.11 or newer"
+    has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
+    raise codes.ADD_NO_PYTHON.error(
+        f"there is no {least} there (it has {has}), and no uv that could get one",
+        "install it there, as in `apt-get install python3`, or uv "
+        "(https://docs.astral.sh/uv/), which brings its own; or have uv on the head",
+    )
+
+
+def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
+    """Why what is compiled here is not for that machine; empty: it is."""
+    if not shipment.needs:
+        return shipment.why
+    if sight.machine != shipment.machine:
+        return f"its processor is {sight.machine}, and the head's {shipment.machine}"
+    if (shipment.libc == "glibc") == ("musl" in sight.libc.lower()):
+        return f"its C library is {sight.libc or 'unknown'}, and the head's {shipment.libc}"
+    key = next((p.key for p in sight.pythons if p.path == tool.python), None)
+    if key is None:
+        key = tuple(int(part) for part in tool.python.split("."))
+    if key != shipment.python:
+        there, here = (".".join(map(str, k)) for k in (key, shipment.python))
+        return f"its Python is {there}, and that of the head's rayfwd is {here}"
+    return ""
+
+
+async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment) -> bool:
+    """Have this rayfwd there; whether something was done. Raises ProblemError."""
+    target, made = sight.prefix, {"wheel": shipment.digest}
+    if sight.made == made:
+        return False
+    _check_place(sight, target, sight.there and sight.made is None, ROOM)
+    tool = choose(sight, shipment, None)
+    why = fits(sight, shipment, tool)
+    files = [shipment.own, *([] if why else shipment.needs), *_tools(shipment, tool)]
+    own = shlex.quote(f"./{shipment.own.name}")
+    ours, index = f"put --no-index --find-links . {own}", f"put {own}"
+    put = index if why else f"{ours} || {index}"
+    try:
+        await _install(machine, target, tool, files, put, own, made)
+    except Failed as exc:
+        raise _no_packages(machine, sight, f"{exc}", why) from None
+    return True
+
+
+async def ray(
+    machine: Machine, sight: Sight, shipment: Shipment, versions: Versions, ours: Sequence[Path]
+) -> bool:
+    """Have the head's Ray there, in a directory beside rayfwd's; whether something was done.
+
+    `ours`: wheels of the head's, which are tried first where no index is reached. Raises
+    ProblemError.
+    """
+    wanted = tuple(int(part) for part in versions.python.split(".")[:2])
+    target = ray_prefix(sight)
+    made = {"ray": versions.ray, "python": ".".join(map(str, wanted))}
+    if sight.made_ray == made:
+        return False
+    _check_place(sight, target, False, ROOM_FOR_RAY)
+    tool = choose(sight, shipment, wanted)
+    requirement = shlex.quote(f"ray[default]=={versions.ray}")
+    here = sight.machine == shipment.machine and bool(ours)
+    ways = [f"put {requirement}"]
+    if here:
+        ways.insert(
+            len(ways) if sight.index == "yes" else 0,
+            f"put --no-index --find-links . {requirement}",
+        )
+    files = [*(ours if here else ()), *_tools(shipment, tool)]
+    try:
+        await _install(machine, target, tool, files, " || ".join(ways), "", made)
+    except Failed as exc:
+        raise _no_packages(machine, sight, f"Ray {versions.ray}: {exc}", "") from None
+    return True
+
+
+def ray_prefix(sight: Sight) -> str:
+    return f"{sight.prefix}-ray"
+
+
+def _check_place(sight: Sight, target: str, strange: bool, room: int) -> None:
+    if strange:
+        raise codes.ADD_BLOCKED.error(
+            f"{target} is there, and was not made by `rayfwd add`",
+            "move it away there, or name another place with --prefix",
+        )
+    if 0 < sight.free < room:
+        raise codes.ADD_BLOCKED.error(
+            f"{sight.free / 1e6:.0f} MB are free where {target} goes, and {room / 1e6:.0f} are "
+            "wanted",
+            "make room there, or name another place with --prefix",
+        )
+
+
+def _tools(shipment: Shipment, tool: Tool) -> list[Path]:
+    brought = [shipment.uv] if tool.bring_uv and tool.old_python == "false" else []
+    return [path for path in (shipment.pip, *brought) if path is not None]
+
+
+async def _install(
+    machine: Machine,
+    target: str,
+    tool: Tool,
+    files: Sequence[Path],
+    put: str,
+    own: str,
+    made: dict[str, str],
+) -> None:
+    """Raises Failed, ProblemError."""
+    incoming = f"{target}.incoming"
+    python = tool.python if tool.python.startswith("/") else None
+    await machine.send(files, incoming, python)
+    words = {
+        "@INCOMING@": shlex.quote(incoming),
+        "@TARGET@": shlex.quote(target),
+        "@UV@": shlex.quote(tool.uv),
+        "@BRING_UV@": "yes" if tool.bring_uv else "",
+        "@OLD_PYTHON@": shlex.quote(tool.old_python),
+        "@PYTHON@": shlex.quote(tool.python),
+        "@PUT@": put,
+        "@OWN@": own,
+        "@MADE@": shlex.quote(json.dumps(made)),
+        "@MARKER@": MARKER,
+    }
+    script = _SCRIPT
+    for word, text in words.items():
+        script = script.replace(word, text)
+    await machine.sh(script, seconds=INSTALL_SECONDS)
+
+
+def _no_packages(machine: Machine, sight: Sight, said: str, why: str) -> ProblemError:
+    cause = f"installing on {machine.host.ssh} failed: {said}"
+    if why:
+        cause += f" (the head's own packages were not sent: {why})"
+    remedy = "mend what it says there, and say the same again"
+    if "ensurepip" in said or "venv" in said:
+        remedy = (
+            "install there what makes environments, as in `apt-get install python3-venv`, or uv"
+        )
+    elif why and sight.index == "no":
+        least = ".".join(map(str, OLDEST_PYTHON))
+        remedy = (
+            "give it a package index (pip's index-url there), or the Python of the head's rayfwd "
+            f"({least} at least): then all goes over SSH"
+        )
+    return codes.ADD_NO_PACKAGES.error(cause, remedy)
+
+
+async def remove(machine: Machine, sight: Sight) -> list[str]:
+    """Take away the directories that we have made; which. Raises Failed, ProblemError."""
+    gone = [
+        place
+        for place, made in ((sight.prefix, sight.made), (ray_prefix(sight), sight.made_ray))
+        if made is not None
+    ]
+    if gone:
+        await machine.sh(f"rm -rf {shlex.join(gone)}", seconds=INSTALL_SECONDS)
+    return gone

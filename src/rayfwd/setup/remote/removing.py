@@ -1,0 +1,95 @@
+"""One machine is taken out: what `add` has done, undone, last first."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rayfwd import codes
+from rayfwd.problems import ProblemError
+from rayfwd.setup.remote import install, there
+from rayfwd.setup.remote.adding import Outcome, Report, look
+from rayfwd.setup.remote.here import Head
+from rayfwd.setup.remote.hosts import Host
+from rayfwd.setup.remote.ssh import Failed, Machine
+
+STOP_SECONDS = there.STOP_SECONDS + 60.0
+
+
+def known(head: Head, text: str) -> tuple[str, dict[str, Any]]:
+    """The machine that is meant, by its node's name or by how it was reached.
+
+    Raises ProblemError where none such was added.
+    """
+    added = head.added()
+    for name, entry in added.items():
+        if text in (name, entry.get("ssh")):
+            return name, entry
+    names = ", ".join(added) or "none"
+    raise codes.ADD_BLOCKED.error(
+        f"{text} was not added from here (added were: {names})",
+        "of a machine that came by itself: stop its rayfwd there, and here `rayfwd forget "
+        "--keep-token NAME`",
+    )
+
+
+async def remove(head: Head, text: str, gone: bool, report: Report) -> Outcome:
+    """`gone`: the machine is no more, and only what the head has of it is taken away."""
+    outcome = Outcome(called=text)
+    began = time.monotonic()
+    try:
+        outcome.at = "find"
+        name, entry = known(head, text)
+        outcome.name = outcome.called = name
+        if not gone:
+            await _there(head, name, entry, outcome, report)
+        await _here(head, name, outcome, report)
+    except ProblemError as exc:
+        outcome.problem = exc
+    except Failed as exc:
+        outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", "say the same again")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+async def _there(
+    head: Head, name: str, entry: dict[str, Any], outcome: Outcome, report: Report
+) -> None:
+    """On the machine. Raises ProblemError, Failed."""
+    outcome.at = "log in"
+    paths = {
+        key: Path(entry[key]) for key in ("identity", "known_hosts", "ssh_config") if key in entry
+    }
+    machine = await Machine.connect(Host(ssh=entry["ssh"], **paths))  # type: ignore[arg-type]
+    try:
+        outcome.at = "look"
+        seen = await look(machine, entry.get("prefix"), ())
+        if seen.made is not None:
+            outcome.at = "stop"
+            asked = {"service": bool(entry.get("service")), "name": f"head-of-{name}"}
+            python = f"{seen.prefix}/bin/python"
+            told = await machine.call(python, there.take_away, asked, STOP_SECONDS)
+            for line in told["steps"]:
+                report(name, "stop", line)
+        outcome.at = "uninstall"
+        for place in await install.remove(machine, seen):
+            report(name, "uninstall", f"removed {place}")
+    finally:
+        machine.close()
+
+
+async def _here(head: Head, name: str, outcome: Outcome, report: Report) -> None:
+    """On the head. Raises ProblemError."""
+    outcome.at = "forget"
+    undialled = await head.undial(name)
+    keyless = head.shut_out(name)
+    forgotten = await head.forget(name)
+    head.remember(name, None)
+    outcome.changed = True
+    words = [
+        "it is dialled no more" if undialled else "",
+        "its key lets nobody in" if keyless else "",
+        "its name, address and ports are free" if forgotten else "",
+    ]
+    report(name, "forget", ", ".join(filter(None, words)) or "the head had nothing of it")

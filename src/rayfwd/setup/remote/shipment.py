@@ -1,0 +1,123 @@
+"""What the head sends: wheels of its own rayfwd, of what that needs, and of its Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rayfwd import __version__, codes
+from rayfwd.setup import units
+from rayfwd.setup.remote import wheels
+from rayfwd.system.files import digest
+
+_PACKAGE = Path(__file__).parents[2]
+_CHECKOUT = _PACKAGE.parents[1]
+_OWN = "rayfwd"
+_PACK_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """Files for machines; what is compiled in them is for machines like this one."""
+
+    own: Path
+    """rayfwd's wheel."""
+    needs: tuple[Path, ...]
+    """Wheels of what rayfwd needs; empty: they cannot be made here, and `why` says why."""
+    why: str
+    pip: Path | None
+    uv: Path | None
+    digest: str
+    """Of `own`: the same where nothing has changed."""
+    python: tuple[int, ...] = sys.version_info[:2]
+    machine: str = platform.machine()
+    libc: str = platform.libc_ver()[0]
+
+
+def pack(folder: Path) -> Shipment:
+    """All but Ray. Raises ProblemError where rayfwd's own files cannot be read."""
+    try:
+        own = own_wheel(folder)
+    except (OSError, metadata.PackageNotFoundError) as exc:
+        raise codes.ADD_FAILED.error(
+            f"no wheel can be made of the rayfwd that runs here: {exc}",
+            "install rayfwd here from a wheel, as any user who may read it",
+        ) from None
+    needs, why = [], ""
+    try:
+        for distribution in wheels.closure([_OWN]):
+            if wheels.name_of(distribution.metadata["Name"]) != _OWN:
+                needs.append(wheels.make(distribution, folder))
+    except (wheels.WheelError, OSError) as exc:
+        needs, why = [], str(exc)
+    uv = shutil.which("uv")
+    return Shipment(
+        own=own,
+        needs=tuple(needs),
+        why=why,
+        pip=wheels.of_installer(folder),
+        uv=None if uv is None else Path(uv),
+        digest=digest(own.read_bytes()),
+    )
+
+
+def own_wheel(folder: Path) -> Path:
+    """Of the rayfwd that runs, however it was installed. Raises OSError."""
+    version = __version__
+    info = f"{_OWN}-{version}.dist-info"
+    members = wheels.members_below(_PACKAGE, _OWN)
+    if (_CHECKOUT / "pyproject.toml").exists() and f"{_OWN}/conditions.md" not in members:
+        members[f"{_OWN}/conditions.md"] = (_CHECKOUT / "docs" / "conditions.md").read_bytes()
+    for name, text in units.shipped().items():
+        members[f"{_OWN}/setup/units/{name}"] = text.encode()
+    members |= _shared(f"{_OWN}-{version}.data/data/share")
+    found = metadata.distribution(_OWN)
+    for name in ("METADATA", "entry_points.txt"):
+        members[f"{info}/{name}"] = (found.read_text(name) or "").encode()
+    members[f"{info}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: rayfwd\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    return wheels.write(folder, _OWN, version, info, "py3-none-any", members)
+
+
+def _shared(prefix: str) -> dict[str, bytes]:
+    """Man pages and completions."""
+    if (_CHECKOUT / "share" / "man").is_dir():
+        return wheels.members_below(_CHECKOUT / "share", prefix)
+    found = {}
+    for part in ("man/man1/rayfwd.1", "man/man5/rayfwd.toml.5"):
+        path = Path(sys.prefix) / "share" / part
+        if path.is_file():
+            found[f"{prefix}/{part}"] = path.read_bytes()
+    return found
+
+
+async def pack_ray(python: str, folder: Path) -> list[Path]:
+    """Wheels of the Ray of that Python, and of what it needs. Raises ProblemError."""
+    await asyncio.to_thread(folder.mkdir, exist_ok=True)
+    script = str(Path(wheels.__file__))
+    process = await asyncio.create_subprocess_exec(
+        *(python, "-I", script, str(folder), "ray[default]"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(_PACK_SECONDS):
+            out, errors = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        out, errors = b"", b"not done in time"
+    if process.returncode != 0:
+        raise codes.ADD_NO_PACKAGES.error(
+            f"no wheels can be made of the head's Ray: {errors.decode(errors='replace').strip()}",
+            "install the same Ray there by hand, and name it with --ray-command",
+        )
+    return [folder / name for name in json.loads(out)]

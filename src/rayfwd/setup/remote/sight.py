@@ -1,0 +1,203 @@
+"""What a machine is, looked at by its shell alone: it may have no Python yet (pure but for names).
+
+`SCRIPT` prints a line each, a key and its value; `read` makes a `Sight` of them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+OLDEST_PYTHON = (3, 11)
+"""That rayfwd runs with."""
+
+MARKER = "rayfwd-add.json"
+"""In a directory that we have made: what is in it."""
+
+_SCRIPT = r"""
+say() { printf '%s %s\n' "$1" "$2"; }
+reach() {
+  for tool in curl wget; do
+    command -v $tool >/dev/null 2>&1 && break
+  done
+  case $tool in
+    curl) curl -sI -m 3 -o /dev/null https://pypi.org/simple/ && echo yes || echo no;;
+    wget) wget -q --spider -T 3 -t 1 https://pypi.org/simple/ 2>/dev/null && echo yes || echo no;;
+  esac
+}
+net=unknown
+(command -v curl || command -v wget) >/dev/null 2>&1 && net=$(reach)
+say system "$( (. /etc/os-release 2>/dev/null && echo "$PRETTY_NAME") || uname -s)"
+say machine "$(uname -m)"
+say kernel "$(uname -s)"
+say uid "$(id -u)"
+say user "$(id -un 2>/dev/null || id -u)"
+say home "$HOME"
+say host "$(uname -n)"
+say from "${SSH_CONNECTION%% *}"
+say cpus "$( (nproc || getconf _NPROCESSORS_ONLN) 2>/dev/null | head -n 1)"
+say gpus "$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l)"
+say index "$net"
+say libc "$( (getconf GNU_LIBC_VERSION || ldd --version 2>&1 | head -n 1) 2>/dev/null)"
+PREFIX=@PREFIX@
+[ -n "$PREFIX" ] || { if [ "$(id -u)" = 0 ]; then PREFIX=/opt/rayfwd
+                      else PREFIX=$HOME/.local/share/rayfwd; fi; }
+say prefix "$PREFIX"
+[ -e "$PREFIX" ] && say there yes
+[ -f "$PREFIX/@MARKER@" ] && say made "$(tr '\n' ' ' <"$PREFIX/@MARKER@")"
+[ -f "$PREFIX-ray/@MARKER@" ] && say made-ray "$(tr '\n' ' ' <"$PREFIX-ray/@MARKER@")"
+above=$PREFIX
+while [ ! -d "$above" ]; do above=$(dirname "$above"); done
+say free "$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $4 }')"
+[ -d /run/systemd/system ] && say systemd system
+[ -d /run/systemd/system ] && [ "$(id -u)" != 0 ] &&
+  systemctl --user show-environment >/dev/null 2>&1 && say systemd user
+for uv in "$(command -v uv 2>/dev/null)" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
+  [ -n "$uv" ] && [ -x "$uv" ] && say uv "$uv" && break
+done
+for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
+  at=$(command -v $python 2>/dev/null) || continue
+  say python "$at $("$at" -c 'import platform; print(platform.python_version())' 2>/dev/null)"
+done
+for ray in @RAYS@ "$(command -v ray 2>/dev/null)" "$PREFIX-ray/bin/ray" \
+    "$HOME/.venv/bin/ray" "$HOME/venv/bin/ray" "$HOME/.local/bin/ray" \
+    /opt/conda/bin/ray /opt/venv/bin/ray /usr/local/bin/ray; do
+  [ -n "$ray" ] && [ -x "$ray" ] && say ray "$ray"
+done
+exit 0
+"""
+
+
+def script(prefix: str | None, rays: Sequence[str]) -> str:
+    """What the machine's shell is to run. `rays`: where Ray may be, the likeliest first."""
+    text = _SCRIPT.replace("@PREFIX@", shlex.quote(prefix or "")).replace("@MARKER@", MARKER)
+    return text.replace("@RAYS@", " ".join(map(shlex.quote, rays)))
+
+
+@dataclass(frozen=True, slots=True)
+class Python:
+    """An interpreter there."""
+
+    path: str
+    version: str
+    """Full: `3.11.2`."""
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What was seen; text that the machine has said, and so nothing to trust."""
+
+    system: str
+    machine: str
+    """As `uname -m` has it."""
+    root: bool
+    """It is root who logs in."""
+    user: str
+    home: str
+    host: str
+    """Its own name."""
+    head_as: str
+    """The address that our connection comes from, as seen there; empty: not told."""
+    cpus: int
+    gpus: int
+    free: int
+    """Bytes on the disk where rayfwd goes."""
+    libc: str
+    index: str
+    """Whether it reaches pypi.org: `yes`, `no`, `unknown`."""
+    prefix: str
+    there: bool
+    """Something is in the place of our directory."""
+    made: dict[str, Any] | None = None
+    """What the marker in our directory says; None: there is none."""
+    made_ray: dict[str, Any] | None = None
+    systemd: bool = False
+    """A service can be made: the machine's for root, else the user's."""
+    booted: bool = False
+    """systemd runs there."""
+    uv: str | None = None
+    pythons: tuple[Python, ...] = ()
+    rays: tuple[str, ...] = field(default=())
+
+    @property
+    def python(self) -> Python | None:
+        """One that runs rayfwd."""
+        return next((p for p in self.pythons if p.key >= OLDEST_PYTHON), None)
+
+    @property
+    def any_python(self) -> str | None:
+        return next((p.path for p in self.pythons if p.version), None)
+
+    def lines(self) -> str:
+        """In words."""
+        python = self.python or next(iter(self.pythons), None)
+        words = [
+            self.system,
+            f"{self.cpus} CPUs",
+            f"{self.gpus} GPUs",
+            f"Python {python.version}" if python else "no Python",
+            f"{self.free / 1e9:.1f} GB free",
+            {"yes": "reaches pypi.org", "no": "does not reach pypi.org"}.get(self.index, ""),
+            "systemd" if self.systemd else "no service manager",
+        ]
+        return ", ".join(filter(None, words))
+
+
+def read(output: str) -> Sight:
+    """Of what the script has printed. Raises ValueError where that is no machine's."""
+    single: dict[str, str] = {}
+    several: dict[str, list[str]] = {"systemd": [], "python": [], "ray": []}
+    for line in output.splitlines():
+        key, _, value = line.partition(" ")
+        if key in several:
+            several[key].append(value.strip())
+        else:
+            single.setdefault(key, value.strip())
+    if single.get("kernel") != "Linux" or not single.get("prefix", "").startswith("/"):
+        raise ValueError(f"it is {single.get('kernel') or 'no machine with a POSIX shell'}")
+    root = single.get("uid") == "0"
+    pairs = [value.partition(" ") for value in several["python"]]
+    pythons = [Python(path, version) for path, _, version in pairs]
+    return Sight(
+        system=single.get("system", ""),
+        machine=single.get("machine", ""),
+        root=root,
+        user=single.get("user", ""),
+        home=single.get("home", ""),
+        host=single.get("host", ""),
+        head_as=single.get("from", ""),
+        cpus=_number(single.get("cpus")),
+        gpus=_number(single.get("gpus")),
+        free=_number(single.get("free")) * 1024,
+        libc=single.get("libc", ""),
+        index=single.get("index", "unknown"),
+        prefix=single["prefix"],
+        there="there" in single,
+        made=_object(single.get("made")),
+        made_ray=_object(single.get("made-ray")),
+        systemd=("system" if root else "user") in several["systemd"],
+        booted=bool(several["systemd"]),
+        uv=single.get("uv"),
+        pythons=tuple(pythons),
+        rays=tuple(dict.fromkeys(several["ray"])),
+    )
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text and text.isdecimal() else 0
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    try:
+        data = json.loads(text or "")
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None

@@ -1,0 +1,206 @@
+"""A machine over SSH: its shell, files sent to it, and functions of the rayfwd that it has.
+
+Everything is a command of the login user's, given what it needs on standard input. What a login
+shell prints before is passed over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shlex
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from rayfwd import codes
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.setup import texts
+from rayfwd.setup.remote.hosts import Host
+from rayfwd.system.asuser import Answers, ChildError
+from rayfwd.system.files import write_new
+from rayfwd.transport.ssh import SshConnector
+
+BEGINS = "rayfwd-begins"
+"""The line after which the output is a command's own."""
+COMMAND_SECONDS = 60.0
+KEEPALIVE_SECONDS = 15
+QUOTED = 400
+"""Characters of what a command has said that are quoted."""
+
+_WORDS = (
+    ("head.known_hosts", "--known-hosts"),
+    ("head.ssh_config", "--ssh-config"),
+    ("head.identity", "--identity"),
+    ("head.ssh", "the machine's name"),
+    (
+        "`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file",
+        "`rayfwd add --fingerprint SHA256:…`",
+    ),
+    ("[head]", "the SSH configuration"),
+)
+"""What is said of a way to a head, and what of one to a machine."""
+
+
+def of_machine(problem: Problem, host: str) -> Problem:
+    """A problem on the way to a head as one on the way to this machine."""
+    texts_ = []
+    for text in (problem.cause, problem.remedy):
+        for old, new in (*_WORDS, ("the head", host)):
+            text = text.replace(old, new)  # noqa: PLW2901
+        texts_.append(text)
+    return problem.code.problem(*texts_)
+
+
+class Failed(Exception):  # noqa: N818
+    """A command ended with another code than 0, or not in time; holds what it said last."""
+
+
+class Machine:
+    """Connected. `close` it."""
+
+    def __init__(self, host: Host, connector: SshConnector) -> None:
+        self.host = host
+        self._connector = connector
+        self._connection: asyncssh.SSHClientConnection | None = None
+
+    @classmethod
+    async def connect(cls, host: Host) -> Machine:
+        """Log in; the host key is checked, strictly. Raises ProblemError."""
+        machine = cls(host, SshConnector(host.way()))
+        try:
+            if host.fingerprint is not None:
+                await machine._learn_host_key(host.fingerprint)
+            machine._connection = await machine._connector.connect()
+        except ProblemError as exc:
+            machine._connector.close()
+            raise ProblemError(of_machine(exc.problem, host.ssh)) from None
+        machine._connection.set_keepalive(KEEPALIVE_SECONDS, 3)
+        return machine
+
+    async def _learn_host_key(self, fingerprint: str) -> None:
+        """Write the host key down, where it is the one that was told. Raises ProblemError."""
+        shown = await self._connector.host_key()
+        wanted = fingerprint if fingerprint.startswith("SHA256:") else f"SHA256:{fingerprint}"
+        if wanted.rstrip("=") != shown.fingerprint.rstrip("="):
+            raise codes.HOST_KEY_MISMATCH.error(
+                f"{shown.host} shows the host key {shown.fingerprint}, and --fingerprint is "
+                f"{wanted}",
+                "find out on that machine itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
+                "ed25519_key.pub`, which is right; if neither, somebody is in between",
+            )
+        if not shown.known:
+            _append(
+                self.host.known_hosts, texts.known_hosts_line(shown.host, shown.port, shown.key)
+            )
+
+    async def sh(self, script: str, data: bytes = b"", seconds: float = COMMAND_SECONDS) -> bytes:
+        """What a script of the POSIX shell has printed. Raises Failed, ProblemError."""
+        return (await self._run(script, data, seconds))[0]
+
+    async def _run(
+        self, script: str, data: bytes, seconds: float, may_fail: bool = False
+    ) -> tuple[bytes, str]:
+        assert self._connection is not None, "connected"
+        line = "sh -c " + shlex.quote(f"echo {BEGINS}\n{script}")
+        # Of no data AsyncSSH would tell no end.
+        given: dict[str, Any] = {"input": data} if data else {"stdin": asyncssh.DEVNULL}
+        try:
+            ran = await self._connection.run(line, encoding=None, timeout=seconds, **given)
+        except (asyncssh.TimeoutError, TimeoutError):
+            raise Failed(f"not done in {seconds:.0f} s") from None
+        except (asyncssh.Error, OSError) as exc:
+            raise codes.SSH_LOST.error(
+                f"the SSH connection to {self.host.ssh} ended: {exc}", "say the same again"
+            ) from None
+        out, errors = bytes(ran.stdout or b""), bytes(ran.stderr or b"")  # type: ignore[arg-type]
+        _, begins, own = out.partition(f"{BEGINS}\n".encode())
+        said = errors.decode(errors="replace").strip()
+        if not begins:
+            raise Failed(said[-QUOTED:] or "its login shell runs no `sh`")
+        if ran.exit_status != 0 and not may_fail:
+            last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
+            raise Failed(last[-QUOTED:])
+        return own, said
+
+    async def send(self, files: Iterable[Path], folder: str, python: str | None) -> None:
+        """Put files into a new directory there. Raises Failed, ProblemError."""
+        data = await asyncio.to_thread(_archive, list(files))
+        unpack = "tar xf -"
+        if python is not None:
+            code = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|')"
+            unpack = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
+        place = shlex.quote(folder)
+        script = f"umask 077; rm -rf {place}; mkdir -p {place} && cd {place} && {unpack}"
+        await self.sh(script, data, seconds=600.0)
+
+    async def call(
+        self,
+        python: str,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        seconds: float = COMMAND_SECONDS,
+    ) -> Any:
+        """What a function of ours returns there, in the rayfwd of that Python.
+
+        Raises ProblemError: what it raised, or that it cannot be run.
+        """
+        name = f"{function.__module__}:{function.__qualname__}"
+        line = f"exec {shlex.quote(python)} -I -m rayfwd.system.asuser {shlex.quote(name)}"
+        asked = json.dumps({"arguments": dict(arguments), "emit": False}).encode()
+        answers = Answers(None)
+        try:
+            out, said = await self._run(line, asked, seconds, may_fail=True)
+            answers.feed(out)
+        except (Failed, ChildError) as exc:
+            raise self._not_executable(python, str(exc)) from None
+        if answers.problem is not None:
+            raise ProblemError(answers.problem)
+        if not answers.returned:
+            raise self._not_executable(python, said[-QUOTED:] or "no output")
+        return answers.result
+
+    def _not_executable(self, python: str, cause: str) -> ProblemError:
+        return codes.RAYFWD_NOT_EXECUTABLE.error(
+            f"{self.host.ssh}: {python} does not run rayfwd: {cause}",
+            "`rayfwd remove` and `rayfwd add` install it anew",
+        )
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connector.close()
+
+
+def _archive(files: list[Path]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in files:
+            archive.add(path, arcname=path.name, filter=_nobodys)
+    return buffer.getvalue()
+
+
+def _nobodys(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    entry.mode = 0o600
+    return entry
+
+
+def _append(named: Path | None, line: str) -> None:
+    """One more line of known hosts. Raises ProblemError."""
+    path = named or Path("~/.ssh/known_hosts").expanduser()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        before = path.read_bytes() if path.exists() else b""
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
+        write_new(path, before + line.encode(), 0o600, replace=True)
+    except OSError as exc:
+        raise codes.SETUP_FAILED.error(
+            f"{path}: {exc.strerror or exc}", "make it writable, or name another by --known-hosts"
+        ) from None

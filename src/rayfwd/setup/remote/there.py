@@ -1,0 +1,380 @@
+"""What rayfwd does on a machine that is brought in, said from the head over SSH.
+
+Every function is called there by name (`Machine.call`), takes and returns what JSON has, and raises
+ProblemError with what is wrong on that machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rayfwd import codes
+from rayfwd.cluster.plan import check_name
+from rayfwd.config import ConfigError, HeadConfig, load
+from rayfwd.problems import ProblemError
+from rayfwd.ray import install
+from rayfwd.setup import apply as applying
+from rayfwd.setup import planner, units
+from rayfwd.setup.manifest import Manifest
+from rayfwd.setup.places import find_places, own_command
+from rayfwd.setup.remote import keys
+from rayfwd.setup.request import GROUP, Layout, SetupRequest
+from rayfwd.setup.steps import Directory, Link, Step, command, public_key
+from rayfwd.status import Status
+from rayfwd.system import asuser
+from rayfwd.system.asuser import account_of, own_account
+from rayfwd.system.control import ask
+from rayfwd.system.paths import CONTROL_SOCKET, default_runtime_dir
+from rayfwd.transport.ssh import SshConnector
+
+REACH_SECONDS = 20.0
+LOOK_SECONDS = 60.0
+"""For Ray's Python to say which it is."""
+STOP_SECONDS = 90.0
+"""Longer than a stop takes unless its file says otherwise: 30 s for Ray's tasks, and 20."""
+LOG = "rayfwd.log"
+"""Of a daemon that no service manager has, in its state directory."""
+LOG_KEPT = 2000
+"""Characters of its end that are told."""
+
+
+# -- looking -------------------------------------------------------------------------------
+
+
+async def look(rays: list[str], ways: list[dict[str, str]]) -> dict[str, Any]:
+    """Which Ray is here, of these commands the first that works, and which of these ways lead to
+    the head: each has `ssh`, and the `key` that the head's sshd must show."""
+    found: dict[str, Any] = {"ray": None, "versions": None, "ray_problem": None}
+    for asked in rays:
+        try:
+            found |= await asyncio.to_thread(_ray_of_its_owner, asked)
+        except ProblemError as exc:
+            found["ray_problem"] = found["ray_problem"] or exc.problem.to_wire()
+            continue
+        break
+    found["ways"] = await asyncio.gather(*(_shows(way["ssh"], way["key"]) for way in ways))
+    return found
+
+
+def _ray_of_its_owner(command: str) -> dict[str, Any]:
+    """Looked at by whose it is, where we are root. Raises ProblemError."""
+    account = own_account()
+    if account.uid == 0:
+        with suppress(OSError, KeyError):
+            account = account_of(pwd.getpwuid(os.stat(command).st_uid))
+    found: dict[str, Any] = asuser.call(
+        account, find_ray, {"command": command}, timeout=LOOK_SECONDS
+    )
+    return found
+
+
+async def find_ray(command: str) -> dict[str, Any]:
+    """Raises ProblemError."""
+    ray = await install.find(command, os.environ)
+    return {"ray": ray.command, "versions": [ray.versions.ray, ray.versions.python]}
+
+
+async def _shows(ssh: str, key: str) -> str:
+    """Why this is no way to the machine that has this host key; empty: it is one."""
+    connector = SshConnector(HeadConfig(ssh=ssh, ssh_config=Path(os.devnull)))
+    try:
+        async with asyncio.timeout(REACH_SECONDS):
+            shown = await connector.host_key()
+    except ProblemError as exc:
+        return f"{ssh}: {exc.problem.cause}"
+    except TimeoutError:
+        return f"{ssh}: no answer within {REACH_SECONDS:.0f} s"
+    finally:
+        connector.close()
+    return "" if shown.key == key else f"{ssh}: another machine answers there"
+
+
+# -- setting up ----------------------------------------------------------------------------
+
+
+def layout_of(service: bool) -> Layout:
+    """Where things go here. `service`: a service manager has the daemon."""
+    layout = find_places(None)
+    if service or not layout.system:
+        runtime = layout.runtime if service else default_runtime_dir(os.environ)
+        return replace(layout, runtime=runtime)
+    # As root, where no systemd runs: root's own, as in a container.
+    return replace(layout, system=False, secrets=layout.state, runtime=default_runtime_dir({}))
+
+
+def prepare(
+    name: str,
+    ray: str,
+    service: bool,
+    head: str | None,
+    host_key: str | None,
+    attach: str,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Write what the daemon needs, where it is not there. `head`: None, the head dials.
+
+    `host_key`: the head's, as a line of known hosts. `attach`: what is run on the head where its
+    line in authorized_keys does not say.
+    """
+    layout = layout_of(service)
+    user, home, is_new = _person(layout, ray)
+    request = SetupRequest(
+        role="worker",
+        name=check_name(name),
+        user=user,
+        home=home,
+        user_is_new=is_new,
+        ray=ray,
+        head=head,
+        head_command=attach,
+        host_key=host_key,
+        more=more,
+        made_by="rayfwd add",
+    )
+    manifest = Manifest(layout.manifest)
+    _check_free(layout, manifest, name)
+    steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link(layout)]
+    said: list[list[str]] = []
+    outcome = applying.apply(
+        steps, manifest, layout, False, lambda came, thing: said.append([came, thing])
+    )
+    return {
+        "steps": said,
+        "changed": [thing for thing in outcome.changed if thing != f"{layout.identity}"],
+        "kept": list(outcome.kept),
+        "key": public_key(layout.identity) if head is not None else None,
+        "identity": str(layout.identity),
+        "known_hosts": str(layout.known_hosts),
+        "socket": str(layout.runtime / "link.sock"),
+        "command": layout.command,
+        "user": user,
+        "config": str(layout.config),
+    }
+
+
+def _person(layout: Layout, ray: str) -> tuple[str, Path, bool]:
+    """Who runs it, below which directory things are made for it, and whether we make that user."""
+    owner = Path(ray).stat().st_uid
+    if not layout.system:
+        own = own_account()
+        if own.uid == 0 and owner != 0:
+            raise codes.ADD_BLOCKED.error(
+                f"{ray} is user id {owner}'s, and root runs nothing of others",
+                "log in as that user, or say --ray, which installs one of root's",
+            )
+        return own.name, Path("/") if own.uid == 0 else own.home, False
+    try:
+        found = pwd.getpwuid(owner) if owner != 0 else pwd.getpwnam(GROUP)
+    except KeyError:
+        return GROUP, Path("/var/lib/rayfwd"), True
+    home = Path(found.pw_dir)
+    return found.pw_name, home, home == Path("/var/lib/rayfwd")
+
+
+def _link(layout: Layout) -> list[Step]:
+    """`rayfwd` where a shell finds it."""
+    own = own_command()
+    folder = Path("/usr/local/bin")
+    if os.geteuid() != 0:
+        folder = own_account().home / ".local" / "bin"
+    made = [path for path in (folder.parent, folder) if not path.exists()]
+    directories = [Directory(path, None, None, 0o755) for path in made]
+    return [*directories, Link(folder / "rayfwd", own)]
+
+
+def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
+    """Raises ProblemError where another rayfwd has this machine."""
+    if not layout.config.exists() or manifest.of(str(layout.config)) is not None:
+        return
+    try:
+        other = load(layout.config)
+        what = f"a {other.role} named {other.name}"
+    except ConfigError:
+        what = "another rayfwd's"
+    raise codes.ADD_BLOCKED.error(
+        f"{layout.config} is there, {what}, and was not made by `rayfwd add`",
+        "for another cluster beside it: `rayfwd join --cluster NAME` there; else remove it",
+    )
+
+
+def authorize(line: str, name: str) -> bool:
+    """Let the head's key in; whether the line is new."""
+    return keys.authorize(own_account().home, line, name)
+
+
+def check_way(head: str, identity: str, known_hosts: str, user: str) -> None:
+    """Log in on the head as the daemon will. Raises ProblemError."""
+    account = own_account() if user == own_account().name else asuser.account_named(user)
+    asked = {"head": head, "identity": identity, "known_hosts": known_hosts}
+    asuser.call(account, log_in, asked, timeout=2 * REACH_SECONDS)
+
+
+async def log_in(head: str, identity: str, known_hosts: str) -> None:
+    """Raises ProblemError."""
+    way = HeadConfig(ssh=head, identity=Path(identity), known_hosts=Path(known_hosts))
+    connector = SshConnector(way)
+    try:
+        (await connector.connect()).abort()
+    finally:
+        connector.close()
+
+
+# -- running -------------------------------------------------------------------------------
+
+
+def start(service: bool, anew: bool) -> dict[str, Any]:
+    """Have the daemon run; `anew`: with what is new. What came of it, and how it stays."""
+    layout = layout_of(service)
+    if not service:
+        return _start_in_background(layout, anew)
+    words = applying.manager(layout)
+    linger = "" if layout.system else _linger()
+    active = subprocess.run(
+        [*words, "is-active", "--quiet", "rayfwd"], check=False, timeout=STOP_SECONDS
+    )
+    verb = ["enable", "--now", "--no-block"]
+    if active.returncode == 0:
+        verb = ["restart", "--no-block"] if anew else ["enable"]
+    command([*words, *verb, "rayfwd"])
+    came = "runs" if active.returncode == 0 and not anew else "started"
+    kind = "the machine's service" if layout.system else "a service of this user's"
+    return {"came": came, "how": kind + linger}
+
+
+def _linger() -> str:
+    """Have the user's service outlive a logout; what is to be said of it."""
+    user = own_account().name
+    try:
+        asked = subprocess.run(
+            ["loginctl", "enable-linger"],
+            check=False,
+            capture_output=True,
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+        )
+        if asked.returncode == 0:
+            return ", lingers"
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    return f"; it ends at logout until root says `loginctl enable-linger {user}` there"
+
+
+def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
+    log = layout.state / LOG
+    how = f"in the background, its log is {log}"
+    if (pid := _pid(layout)) is not None:
+        if not anew:
+            return {"came": "runs", "how": how}
+        _end(pid)
+    layout.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = [layout.command, "run", "--config", str(layout.config)]
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "ab") as out:
+        child = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            cwd="/",
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + REACH_SECONDS
+    while _pid(layout) is None and time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise codes.ADD_FAILED.error(
+                f"`{' '.join(words)}` has ended at once: {_end_of(log).strip()[-300:]}",
+                f"see {log} there",
+            )
+        time.sleep(0.05)
+    return {"came": "started", "how": how}
+
+
+def _status(layout: Layout) -> Status | None:
+    with suppress(ProblemError):
+        return Status.from_answer(ask(layout.runtime / CONTROL_SOCKET, "status"))
+    return None
+
+
+def _pid(layout: Layout) -> int | None:
+    """Of the daemon that runs from our file; None: none does."""
+    status = _status(layout)
+    return None if status is None else status.pid
+
+
+def _end(pid: int) -> None:
+    """End the daemon in order. Raises ProblemError where it does not."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if _is_zombie(pid):
+            return
+        time.sleep(0.05)
+    raise codes.ADD_FAILED.error(
+        f"the daemon (process {pid}) has not ended within {STOP_SECONDS:.0f} s",
+        "see its log there, and say the same again",
+    )
+
+
+def _is_zombie(pid: int) -> bool:
+    """Where nobody reaps, as in a container without an init."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return False
+
+
+def how_it_is(service: bool) -> dict[str, Any]:
+    """For a report of what keeps it from being ready."""
+    layout = layout_of(service)
+    status = _status(layout)
+    if status is None:
+        log = "" if service else _end_of(layout.state / LOG)
+        return {"summary": "its rayfwd does not answer", "conditions": [], "log": log}
+    wrong = [
+        [c.code.name, c.problem.cause, c.problem.remedy]
+        for c in status.conditions
+        if c.severity != "note"
+    ]
+    return {"summary": status.summary, "conditions": wrong, "log": ""}
+
+
+def _end_of(log: Path) -> str:
+    with suppress(OSError):
+        return log.read_text(errors="replace")[-LOG_KEPT:]
+    return ""
+
+
+# -- leaving -------------------------------------------------------------------------------
+
+
+def take_away(service: bool, name: str) -> dict[str, Any]:
+    """Drain and stop the daemon, and undo what `prepare` and `authorize` have done."""
+    layout = layout_of(service)
+    said: list[str] = []
+    if not service and (pid := _pid(layout)) is not None:
+        _end(pid)
+        said.append(f"its daemon, process {pid}, has ended")
+    manifest = Manifest(layout.manifest)
+    if manifest.entries:
+        undone: list[str] = []
+        applying.take_away(
+            manifest, layout, False, True, lambda came, thing: undone.append(f"{came} {thing}")
+        )
+        said += [line for line in undone if line.startswith(("done", "kept", "left"))]
+        said.append(f"{sum(line.startswith('removed') for line in undone)} things are removed")
+    if keys.take_back(own_account().home, name):
+        said.append("the head's key lets nobody in")
+    return {"steps": said}

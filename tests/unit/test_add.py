@@ -1,0 +1,501 @@
+"""`rayfwd add` and `remove`: what is decided, what is sent, and what is said; the machines' part by
+a real SSH server that runs what it is told in a home of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import csv
+import hashlib
+import os
+import sys
+import zipfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import asyncssh
+import pytest
+
+from rayfwd import codes
+from rayfwd.cli.add import summary
+from rayfwd.cluster.plan import check_name
+from rayfwd.config import DialConfig
+from rayfwd.daemon.dialling import Dialling
+from rayfwd.daemon.head import HeadRole
+from rayfwd.problems import ProblemError
+from rayfwd.ray.install import Versions
+from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, there, wheels
+from rayfwd.setup.remote.adding import Outcome
+from rayfwd.setup.remote.hosts import Host, HostsError
+from rayfwd.setup.remote.shipment import Shipment
+from rayfwd.setup.remote.sight import Python, Sight
+from rayfwd.setup.remote.ssh import Failed, Machine
+from tests.commands import main
+from tests.unit.daemons import Site, site
+from tests.unit.loops import run, until
+
+USUAL = Host(ssh="", ray=True, via="worker")
+
+SEEN = Sight(
+    system="Debian",
+    machine="x86_64",
+    root=False,
+    user="ray",
+    home="/home/ray",
+    host="gpu-1",
+    head_as="198.51.100.1",
+    cpus=4,
+    gpus=0,
+    free=20 << 30,
+    libc="glibc 2.36",
+    index="no",
+    prefix="/home/ray/.local/share/rayfwd",
+    there=False,
+    pythons=(Python("/usr/bin/python3", "3.11.2"),),
+)
+SENT = Shipment(
+    own=Path("rayfwd-1-py3-none-any.whl"),
+    needs=(Path("asyncssh-2-py3-none-any.whl"),),
+    why="",
+    pip=Path("pip-24-py3-none-any.whl"),
+    uv=None,
+    digest="d",
+    python=(3, 11),
+    machine="x86_64",
+    libc="glibc",
+)
+
+
+# -- which machines -------------------------------------------------------------------------------
+
+
+def test_a_hosts_file(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text(
+        "# ours\n\nray@gpu-1\nroot@203.0.113.7:41022 --name rented-7 --via head  # theirs\n"
+    )
+    one, two = hosts.read(path, USUAL)
+    assert (one.ssh, one.via, one.ray, one.name) == ("ray@gpu-1", "worker", True, None)
+    assert (two.ssh, two.via, two.ray, two.name) == (
+        "root@203.0.113.7:41022",
+        "head",
+        True,
+        "rented-7",
+    )
+    assert two.way().ssh_target() == ("root", "203.0.113.7", 41022)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("ray@", "hosts.txt:1: ray@: must be user@host"),
+        ("ray@gpu-1:0", "must be user@host"),
+        ("ray@gpu-1 --via sideways", "hosts.txt:1: argument --via: invalid choice"),
+        ("ray@gpu-1 ray@gpu-2", "unrecognized arguments: ray@gpu-2"),
+        ("ray@gpu-1 --name head", "another name on a worker"),
+        ("ray@gpu-1 --name 'a b'", "must be 1 to 63 letters"),
+        ("ray@gpu-1 --prefix ../x", "must be an absolute path"),
+        ("ray@gpu-1 'x", "No closing quotation"),
+        ("# nobody", "there is no machine in it"),
+    ],
+)
+def test_what_is_wrong_in_it_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text(f"{line}\n")
+    with pytest.raises(HostsError) as told:
+        hosts.read(path, USUAL)
+    assert said in told.value.lines[0]
+
+
+def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text("ray@gpu-1\n")
+    for words, said in (
+        (["add"], "USER@HOST, or -f with a file of them, must be given"),
+        (["add", "ray@gpu-1", "-f", str(path)], "ray@gpu-1: is there twice"),
+        (["add", "ray@gpu-1", "--set", "ray.num_cpu=1"], "did you mean num_cpus"),
+        (["add", "ray@gpu-1", "--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["add", "-f", str(tmp_path / "none")], "none: No such file or directory"),
+        (["remove"], "NAME, or -f with a file, must be given"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ("gpu-1.example.org", "gpu-1"),
+        ("-C.0ffee-", "C"),
+        ("Ubuntu 22", "Ubuntu-22"),
+        ("x_y", "x_y"),
+    ],
+)
+def test_a_name_from_the_machines_own(own: str, name: str) -> None:
+    assert check_name(hosts.node_name(own)) == name
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+def by_shell(script: str, **env: str) -> str:
+    async def main_() -> str:
+        child = await asyncio.create_subprocess_exec(
+            *("sh", "-c", script), env=env, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await child.communicate()
+        assert child.returncode == 0
+        return out.decode()
+
+    return asyncio.run(main_())
+
+
+def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
+    prefix, ray = tmp_path / "it's here", tmp_path / "ray"
+    ray.touch(mode=0o755)
+    prefix.mkdir()
+    (prefix / sight.MARKER).write_text('{"wheel": "x"}\n')
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    path = f"{tools}:/usr/bin:/bin"
+    for name in ("curl", "wget"):  # no network is asked
+        (tools / name).write_text("#!/bin/sh\nexit 1\n")
+        (tools / name).chmod(0o755)
+    (tools / "python3.13").write_text("#!/bin/sh\necho 3.13.1\n")
+    (tools / "python3.13").chmod(0o755)
+    words = sight.script(str(prefix), [str(ray)])
+    env = {"PATH": path, "HOME": str(tmp_path), "SSH_CONNECTION": "198.51.100.1 5 198.51.100.2 22"}
+    seen = sight.read(by_shell(words, **env))
+    assert (seen.prefix, seen.made, seen.there) == (str(prefix), {"wheel": "x"}, True)
+    assert (seen.root, seen.head_as, seen.index) == (os.geteuid() == 0, "198.51.100.1", "no")
+    assert seen.rays[0] == str(ray)
+    assert seen.pythons[0] == Python(str(tools / "python3.13"), "3.13.1")
+    assert seen.python == seen.pythons[0]
+    assert seen.free > 0
+    assert seen.cpus > 0
+    assert "does not reach pypi.org" in seen.lines()
+
+
+def test_what_is_no_linux_is_told() -> None:
+    for output in ("", "kernel Darwin\nprefix /x\n", "kernel Linux\nprefix x\n"):
+        with pytest.raises(ValueError):
+            sight.read(output)
+    assert sight.read("kernel Linux\nprefix /x\nmade {]\nfree many\n").made is None
+
+
+# -- by what it is installed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sent", "wanted", "tool"),
+    [
+        ({}, {}, None, install.Tool(python="/usr/bin/python3")),
+        ({"uv": "/u"}, {}, None, install.Tool(uv="/u", python="/usr/bin/python3")),
+        ({"uv": "/u", "pythons": ()}, {}, None, install.Tool(uv="/u", python="3.11")),
+        ({"uv": "/u"}, {}, (3, 12), install.Tool(uv="/u", python="3.12")),
+        ({"pythons": ()}, {"uv": Path("/b")}, None, install.Tool(bring_uv=True, python="3.11")),
+        (
+            {"pythons": (Python("/p", "3.10.1"),), "index": "yes"},
+            {},
+            None,
+            install.Tool(bring_uv=True, old_python="/p", python="3.11"),
+        ),
+    ],
+)
+def test_the_tool(changes: dict, sent: dict, wanted: tuple | None, tool: install.Tool) -> None:  # type: ignore[type-arg]
+    assert install.choose(replace(SEEN, **changes), replace(SENT, **sent), wanted) == tool
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "said"),
+    [
+        ({"pythons": ()}, None, "no Python 3.11 or newer there (it has none)"),
+        ({"pythons": (Python("/p", "3.10.1"),)}, None, "(it has 3.10.1)"),
+        ({}, (3, 12), "no Python 3.12 there (it has 3.11.2)"),
+        ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
+    ],
+)
+def test_no_tool(changes: dict, wanted: tuple | None, said: str) -> None:  # type: ignore[type-arg]
+    sent = replace(SENT, uv=Path("/uv")) if "machine" in changes else SENT
+    with pytest.raises(ProblemError) as told:
+        install.choose(replace(SEEN, **changes), sent, wanted)
+    assert told.value.problem.code is codes.ADD_NO_PYTHON
+    assert said in told.value.problem.cause
+
+
+@pytest.mark.parametrize(
+    ("changes", "sent", "why"),
+    [
+        ({}, {}, ""),
+        ({"machine": "aarch64"}, {}, "its processor is aarch64"),
+        ({"libc": "musl libc"}, {}, "its C library is musl libc"),
+        ({"pythons": (Python("/p", "3.12.1"),)}, {}, "its Python is 3.12"),
+        ({}, {"needs": (), "why": "x was not installed from a wheel"}, "x was not"),
+    ],
+)
+def test_whether_our_own_packages_fit(changes: dict, sent: dict, why: str) -> None:  # type: ignore[type-arg]
+    seen, have = replace(SEEN, **changes), replace(SENT, **sent)
+    found = install.fits(seen, have, install.choose(seen, have, None))
+    assert found.startswith(why) if why else not found
+
+
+def test_another_ray_than_the_heads_is_refused() -> None:
+    head = Versions("2.60.0", "3.11.7")
+    adding.check_same(Versions("2.60.0", "3.11.2"), head, "w1: ", "")
+    for other, code in (
+        (Versions("2.59.0", "3.11.7"), codes.RAY_VERSION_DIFFERS),
+        (Versions("2.60.0", "3.12.7"), codes.PYTHON_VERSION_DIFFERS),
+    ):
+        with pytest.raises(ProblemError) as told:
+            adding.check_same(other, head, "w1: ", "say --ray")
+        assert told.value.problem.code is code
+
+
+# -- what is sent ---------------------------------------------------------------------------------
+
+
+def test_the_wheel_of_the_rayfwd_that_runs(tmp_path: Path) -> None:
+    """Whole, by its own record, and the same again."""
+    (tmp_path / "again").mkdir()
+    path = shipment.own_wheel(tmp_path)
+    assert path.read_bytes() == shipment.own_wheel(tmp_path / "again").read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        info = next(name.split("/")[0] for name in names if name.endswith("/METADATA"))
+        rows = list(csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()))
+        for name, digest, size in rows[:-1]:
+            data = archive.read(name)
+            found = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            assert (digest, int(size)) == (f"sha256={found}", len(data))
+    assert sorted(names) == sorted(row[0] for row in rows)
+    for wanted in ("cli/add.py", "setup/units/rayfwd.service", "conditions.md", "py.typed"):
+        assert f"rayfwd/{wanted}" in names
+    assert f"{info}/entry_points.txt" in names
+    assert any(name.endswith(".data/data/share/man/man1/rayfwd.1") for name in names)
+
+
+def test_what_rayfwd_needs_and_what_that_needs() -> None:
+    found = {wheels.name_of(d.metadata["Name"]) for d in wheels.closure(["rayfwd"])}
+    assert {"asyncssh", "cryptography", "cffi", "pydantic", "pydantic-core", "rich"} <= found
+    assert "pytest" not in found, "of the extra dev"
+    assert "pytest" in {d.metadata["Name"] for d in wheels.closure(["rayfwd"], ["dev"])}
+    with pytest.raises(wheels.WheelError):
+        wheels.closure(["there-is-no-such"])
+
+
+def test_a_wheel_says_for_which_pythons_it_is(tmp_path: Path) -> None:
+    own = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    made = wheels.make(metadata.distribution("pydantic-core"), tmp_path)
+    assert f"-{own}-{own}-" in made.name
+    assert made.name.endswith(".whl")
+    made = wheels.make(metadata.distribution("structlog"), tmp_path)
+    assert made.name.endswith("-py3-none-any.whl")
+    with pytest.raises(wheels.WheelError, match="not installed from a wheel"):
+        wheels.make(metadata.Distribution.at(tmp_path / "x-1.dist-info"), tmp_path)
+
+
+# -- keys -----------------------------------------------------------------------------------------
+
+
+def public() -> str:
+    return asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode().strip()
+
+
+def test_a_line_of_ours_among_others(tmp_path: Path) -> None:
+    path = tmp_path / ".ssh" / "authorized_keys"
+    assert not keys.take_back(tmp_path, "w1")
+    first, second = (keys.forced_line(["a b", "--node", "w1"], public(), "w1") for _ in "ab")
+    assert first.startswith("restrict,command=\"'a b' --node w1\" ssh-ed25519 ")
+    assert keys.authorize(tmp_path, first, "w1")
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    path.write_bytes(b"# caf\xe9 rayfwd-add w10\nssh-ed25519 AAAA w1\n" + path.read_bytes())
+    assert not keys.authorize(tmp_path, first, "w1")
+    assert keys.authorize(tmp_path, second, "w1")
+    assert path.read_text(errors="replace").count("rayfwd-add w1\n") == 1
+    assert keys.take_back(tmp_path, "w1")
+    assert path.read_bytes() == b"# caf\xe9 rayfwd-add w10\nssh-ed25519 AAAA w1\n"
+
+
+@pytest.mark.parametrize(
+    "told", ["", "no key", 'command="x" ssh-ed25519 AAAA', "ssh-ed25519 AAAA\nssh-rsa BBBB"]
+)
+def test_what_a_machine_tells_is_a_key_or_nothing(told: str) -> None:
+    with pytest.raises((ValueError, asyncssh.Error)):
+        keys.public_part(told)
+
+
+def test_of_a_key_only_the_key_is_taken() -> None:
+    key = public()
+    assert keys.public_part(f"{key} a comment") == key
+
+
+# -- over SSH -------------------------------------------------------------------------------------
+
+
+class Remote:
+    """An SSH server that runs commands, with a noisy login shell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "home"
+        self.home.mkdir()
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        self.host_key = asyncssh.generate_private_key("ssh-ed25519")
+        self.user_key = key.convert_to_public()
+        key.write_private_key(folder / "id")
+        self.host = Host(ssh="", identity=folder / "id", known_hosts=folder / "known_hosts")
+
+    def know(self, key: asyncssh.SSHKey | None = None) -> None:
+        _, _, port = self.host.way().ssh_target()
+        line = (key or self.host_key).export_public_key().decode()
+        assert self.host.known_hosts is not None
+        self.host.known_hosts.write_text(f"[127.0.0.1]:{port} {line}")
+
+
+@asynccontextmanager
+async def remote(folder: Path) -> AsyncIterator[Remote]:
+    it = Remote(folder)
+
+    class Server(asyncssh.SSHServer):
+        def public_key_auth_supported(self) -> bool:
+            return True
+
+        def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+            return key == it.user_key
+
+    async def serve(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        child = await asyncio.create_subprocess_shell(
+            f"echo Welcome; {process.command}",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={"HOME": str(it.home), "PATH": os.environ["PATH"]},
+        )
+        out, errors = await child.communicate(await process.stdin.read())
+        process.stdout.write(out)
+        process.stderr.write(errors)
+        process.exit(child.returncode or 0)
+
+    acceptor = await asyncssh.listen(
+        "127.0.0.1",
+        0,
+        server_factory=Server,
+        server_host_keys=[it.host_key],
+        process_factory=serve,
+        encoding=None,
+    )
+    it.host = replace(it.host, ssh=f"ray@127.0.0.1:{acceptor.get_port()}")
+    it.know()
+    try:
+        yield it
+    finally:
+        acceptor.close()
+        await acceptor.wait_closed()
+
+
+def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
+    tmp_path: Path,
+) -> None:
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            machine = await Machine.connect(it.host)
+            try:
+                assert await machine.sh("cat; echo '$x'", b"in\n") == b"in\n$x\n"
+                with pytest.raises(Failed, match="not this"):
+                    await machine.sh("echo 'not this' >&2; exit 3")
+                with pytest.raises(Failed, match="not done in"):
+                    await machine.sh("sleep 1", seconds=0.2)
+                (tmp_path / "a.whl").write_bytes(b"\0" * 70000)
+                for python in (sys.executable, None):
+                    folder = f"{it.home}/in coming"
+                    await machine.send([tmp_path / "a.whl"], folder, python)
+                    assert (it.home / "in coming" / "a.whl").stat().st_size == 70000
+                asked = {"rays": [], "ways": [{"ssh": it.host.ssh, "key": "other"}]}
+                found = await machine.call(sys.executable, there.look, asked)
+                assert found["ray"] is None
+                assert found["ways"] == [f"{it.host.ssh}: another machine answers there"]
+                with pytest.raises(ProblemError) as told:
+                    await machine.call("/bin/false", there.look, {})
+                assert told.value.problem.code is codes.RAYFWD_NOT_EXECUTABLE
+            finally:
+                machine.close()
+
+    run(main_)
+
+
+def test_a_machines_host_key_is_checked_and_its_fingerprint_writes_it_down(tmp_path: Path) -> None:
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            known = it.host.known_hosts
+            assert known is not None
+            it.know(asyncssh.generate_private_key("ssh-ed25519"))
+            with pytest.raises(ProblemError) as told:
+                await Machine.connect(it.host)
+            assert told.value.problem.code is codes.HOST_KEY_MISMATCH
+            assert "the head" not in str(told.value.problem)
+            known.write_text("")
+            with pytest.raises(ProblemError) as told:
+                await Machine.connect(replace(it.host, fingerprint="SHA256:other"))
+            assert told.value.problem.code is codes.HOST_KEY_MISMATCH
+            assert not known.read_text()
+            fingerprint = it.host_key.get_fingerprint()
+            (await Machine.connect(replace(it.host, fingerprint=fingerprint))).close()
+            assert len(known.read_text().splitlines()) == 1
+            (await Machine.connect(it.host)).close()
+
+    run(main_)
+
+
+# -- on the head ----------------------------------------------------------------------------------
+
+
+def the_dialling(s: Site) -> Dialling:
+    role = s.head.role
+    assert isinstance(role, HeadRole)
+    return role._dialling
+
+
+def test_a_worker_is_dialled_from_now_on_and_after_a_restart(tmp_path: Path) -> None:
+    async def main_() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.head.start()
+            dialling = the_dialling(s)
+            dial = {"name": "w2", "ssh": "ray@192.0.2.1", "via": "exec"}
+            assert (await dialling.dial_verb({"dial": dial}))["new"] is True
+            assert (await dialling.dial_verb({"dial": dial}))["new"] is False
+            for wrong in (None, {"ssh": "ray@"}, {"ssh": "h", "x": 1}):
+                with pytest.raises(ProblemError) as told:
+                    await dialling.dial_verb({"dial": wrong})
+                assert told.value.problem.code is codes.CONTROL_BAD_REQUEST
+            board = s.head.role.node.board
+            await until(lambda: any(c.subject == "w2" for c in board.conditions))
+            await s.head.restart()
+            dialling = the_dialling(s)
+            assert dialling._added == {"w2": DialConfig.model_validate(dial)}
+            assert await dialling.undial_verb({"name": "w3"}) == {"undialled": None}
+            assert await dialling.undial_verb({"name": "w2"}) == {"undialled": "w2"}
+            board = s.head.role.node.board
+            await until(lambda: not any(c.subject == "w2" for c in board.conditions))
+            assert not dialling._added
+
+    run(main_)
+
+
+def test_a_wait_that_ended_says_what_the_machine_says() -> None:
+    how = {"summary": "waiting", "conditions": [["ray_not_found", "no ray", "get it"]], "log": ""}
+    problem = adding.not_ready("w1", 3.0, how).problem
+    assert problem.code is codes.ADD_NOT_READY
+    assert problem.cause.endswith("after 3 s: waiting; ray_not_found: no ray")
+    assert problem.remedy == "get it"
+    how = {"summary": "silent", "conditions": [], "log": "Traceback"}
+    assert "Traceback" in adding.not_ready("w1", 3.0, how).problem.cause
+
+
+def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    bad = codes.ADD_FAILED.error("x", "y")
+    outcomes = [Outcome("a", changed=True), Outcome("b"), Outcome("c\x1b", problem=bad)]
+    assert summary(outcomes, "in") == 1
+    assert capsys.readouterr().out == "2 of 3 in; 1 unchanged; 1 failed: c\\x1b\n"
+    assert summary(outcomes[:2], "in") == 0
