@@ -96,6 +96,7 @@ LINK_STARTING = Code("link_starting", "note", caused_by=_LINK, untold=True)
 LISTENER_BLOCKED = Code("listener_blocked")
 DESCRIPTORS_LOW = Code("descriptors_low", "warning")
 DESCRIPTORS_EXHAUSTED = Code("descriptors_exhausted", caused_by=(DESCRIPTORS_LOW,))
+OPEN_PORT_TAKEN = Code("open_port_taken", "note")
 PEER_CHECK_ABSENT = Code("peer_check_absent", "warning")
 DISK_NEARLY_FULL = Code("disk_nearly_full", "warning")
 SHARED_MEMORY_SMALL = Code("shared_memory_small", "warning")
@@ -109,6 +110,9 @@ OVERLAY_IMPOSSIBLE = Code("overlay_impossible", "warning")
 OVERLAY_FAILED = Code("overlay_failed")
 OVERLAY_REFUSED = Code("overlay_refused")
 OVERLAY_KEEPER_ABSENT = Code("overlay_keeper_absent")
+NETWORK_NEEDS_OVERLAY = Code("network_needs_overlay")
+OVERLAY_GONE = Code("overlay_gone", "warning")
+OVERLAY_BLOCKED = Code("overlay_blocked")
 
 # -- Ray on a node -----------------------------------------------------------
 

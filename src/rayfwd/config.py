@@ -30,11 +30,14 @@ from pydantic import (
 )
 
 from rayfwd.cluster.plan import (
+    LOOPBACK,
     PORT_CEILING,
+    PRIVATE_NETWORKS,
     NodePlan,
     check_name,
     default_worker_ports,
     head_plan,
+    in_loopback,
     may_be_advertised,
 )
 from rayfwd.system import capacity
@@ -236,13 +239,17 @@ class DialConfig(_Section):
         return HeadConfig.model_validate({**own, "socket": self.socket, "extra_lanes": 0})
 
 
-def _loopback_network(value: str) -> str:
+def _plan_network(value: str) -> str:
     try:
         network = ipaddress.IPv4Network(value)
     except ValueError:
         network = ipaddress.IPv4Network("0.0.0.0/0")
-    if not network.subnet_of(ipaddress.IPv4Network("127.0.0.0/8")) or network.prefixlen > 29:
-        raise ValueError("must be a network inside 127.0.0.0/8, /29 or larger, as in 127.77.0.0/16")
+    allowed = (LOOPBACK, *PRIVATE_NETWORKS)
+    if not any(map(network.subnet_of, allowed)) or not 8 <= network.prefixlen <= 29:
+        raise ValueError(
+            "must be a network inside 127.0.0.0/8, /29 or larger, as in 127.77.0.0/16; where every "
+            "node has the overlay it may be a private one, as in 10.77.0.0/16"
+        )
     if ipaddress.IPv4Address("127.0.0.1") in network:
         raise ValueError("must not contain 127.0.0.1, which Ray replaces by another address")
     return value
@@ -253,8 +260,8 @@ class HubConfig(_Section):
 
     socket: LocalPath | None = Field(default=None, examples=["/run/rayfwd/hub.sock"])
     """where they arrive; default: hub.sock in runtime_dir"""
-    network: Annotated[str, AfterValidator(_loopback_network)] = "127.77.0.0/16"
-    """the nodes' addresses, inside 127.0.0.0/8, used by nothing else there"""
+    network: Annotated[str, AfterValidator(_plan_network)] = "127.77.0.0/16"
+    """the nodes' addresses, inside 127.0.0.0/8, used by nothing else there; docs/overlay.md"""
     port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)
     """the nodes' ports lie from here to 32767"""
     forget_after: Number = Field(default=2592000.0, ge=60.0, le=1e9)
@@ -498,6 +505,11 @@ class Config(_Section):
             mistakes.append("head.ssh: must be given")
         if self.head is not None and self.head.dialled and self.role == "client":
             mistakes.append("head.dialled: a client dials the head itself")
+        if self.network.level == "listeners" and not in_loopback(self.hub.network):
+            mistakes.append(
+                f'hub.network = "{self.hub.network}": outside of 127.0.0.0/8 it needs the overlay, '
+                'and network.level is "listeners"'
+            )
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
         if mistakes:

@@ -247,6 +247,18 @@ class Listeners(ListenerCount):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortCount:
+    """Connections to a port besides the plan's."""
+
+    node: str
+    """The node that has the port; of those that were refused here, the node that asked."""
+    port: int
+    """0: all beyond 200 ports together."""
+    connections: int
+    """Since the daemon began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Network:
     """How programs on this node reach the others."""
 
@@ -259,6 +271,15 @@ class Network:
     refused: Mapping[str, int]
     """Packets of connections that the kernel refused, by reason: `refused_user` (who may not dial),
     `refused_port`, `refused_node` (no such node), `guarded_in` (from another machine)."""
+    open: tuple[int, ...] | None = None
+    """Ports of this node that others may dial besides the plan's; None: not known."""
+    dialled: tuple[PortCount, ...] = ()
+    """Ports of other nodes that the plan does not have and that were dialled here, the most first;
+    so the next two."""
+    refused_there: tuple[PortCount, ...] = ()
+    """Those that were refused."""
+    refused_here: tuple[PortCount, ...] = ()
+    """Ports of this node that others have dialled, and that were refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,6 +314,8 @@ class RosterRow:
     ports: str
     """First and last of its block: `20000-20077`."""
     advertised: bool
+    level: str = "listeners"
+    """How programs there reach others, as of `Network`."""
     state: str | None
     """Of its link, as of `Worker`; None on a worker, which does not know."""
     listeners: ListenerCount

@@ -125,3 +125,111 @@ def test_one_port_of_origin_leads_to_several_nodes(cluster: Cluster) -> None:
     python = str(w1.machine.ray_python(LIBRARIES))
     said = w1.machine.run([python, "-c", SAME_PORT, *places]).stdout.split()
     assert said == ["open"] * 3, places
+
+
+DIAL = """
+import socket, sys, time
+began = time.monotonic()
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+    print("connected", time.monotonic() - began)
+except OSError as exc:
+    print(type(exc).__name__, time.monotonic() - began)
+"""
+
+
+def dialled(cluster: Cluster, where: str, address: str, port: int) -> tuple[str, float]:
+    """What a program of Ray's user there gets, and after how long."""
+    machine = cluster.lab.machine(where)
+    argv = [str(machine.ray_python(LIBRARIES)), "-c", DIAL, address, str(port)]
+    said, seconds = machine.run(argv, timeout=60).stdout.split()
+    return said, float(seconds)
+
+
+def test_what_nobody_serves_is_refused_and_told_on_both_sides(cluster: Cluster) -> None:
+    head, w1 = cluster.head, cluster.worker("w1")
+    address = w1.status()["node"]["address"]
+    said, seconds = dialled(cluster, "head", address, 45678)
+    assert said == "ConnectionRefusedError"
+    assert seconds < 3, "a second, in which it could have opened"
+    assert dialled(cluster, "head", "127.77.99.99", 45678)[0] == "OSError", "no such node"
+    for daemon, side, other in ((head, "there", "w1"), (w1, "here", "head")):
+        told = daemon.wait_event("dial_refused", 30, {"side": side, "port": 45678})
+        assert (told["node"], told["count"]) == (other, 1)
+        row = {"node": other, "port": 45678, "connections": 1}
+        assert row in daemon.status()["network"][f"refused_{side}"]
+
+
+SCAN = """
+import asyncio, sys
+
+async def look(port):
+    try:
+        async with asyncio.timeout(5):
+            _, writer = await asyncio.open_connection(sys.argv[1], port)
+    except (OSError, TimeoutError):
+        return
+    writer.transport.abort()
+    print(port, flush=True)
+
+async def main():
+    ports = iter(range(1, 65536))
+
+    async def look_on():
+        for port in ports:
+            await look(port)
+
+    await asyncio.gather(*(look_on() for _ in range(400)))
+
+asyncio.run(main())
+"""
+STORE = """
+import socket, time
+with socket.create_server(("", 0)) as server:
+    print("listening", server.getsockname()[1], flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_scan_from_another_machine_finds_sshd_alone(cluster: Cluster) -> None:
+    """Without a firewall: neither Ray nor what its programs have opened shows."""
+    head, outside = cluster.lab.machine("head"), cluster.lab.machine("w2")
+    store = head.popen([str(head.ray_python(LIBRARIES)), "-c", STORE])
+    until(lambda: "listening" in store.log.read_text(), 30, store.log.read_text)
+    port = int(store.log.read_text().split()[1])
+    cluster.head.wait_status(lambda s: port in s["network"]["open"], 20)
+    assert dialled(cluster, "w2", "127.77.0.1", port)[0] == "connected"
+    head.nft("table inet firewall\ndelete table inet firewall\n")
+    try:
+        argv = [str(outside.ray_python(LIBRARIES)), "-c", SCAN, head.address]
+        found = outside.run(argv, timeout=240).stdout.split()
+    finally:
+        head.firewall([22])
+        store.signal(signal.SIGKILL)
+        store.wait(20)
+    assert found == ["22"]
+
+
+def test_another_table_in_the_way_is_seen(cluster: Cluster) -> None:
+    w1 = cluster.worker("w1")
+    w1.machine.nft(
+        "table inet other { chain out { type filter hook output priority 10; policy accept;\n"
+        "oifname lo tcp dport 19977 reject with tcp reset\n}\n}\n"
+    )
+    w1.wait_status(lambda s: "overlay_blocked" in [c["code"] for c in s["conditions"]], 40)
+    w1.machine.nft("delete table inet other\n")
+    w1.wait_status(lambda s: s["state"] == "ready" and not s["conditions"], 60)
+
+
+def test_rules_that_another_program_removes_are_there_at_once(cluster: Cluster) -> None:
+    """As a firewall does that is loaded anew."""
+    machine = cluster.lab.machine("w1")
+    machine.nft("delete table inet rayfwd0\n")
+
+    def there() -> bool:
+        return "rayfwd0" in machine.network_command("nft", "list", "tables")
+
+    began = time.monotonic()
+    until(there, 5, lambda: "the table is not there")
+    assert time.monotonic() - began < 5, "before the daemon looks"
+    assert dialled(cluster, "w1", "127.77.0.1", 6379)[0] == "connected"

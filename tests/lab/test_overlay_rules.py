@@ -46,6 +46,7 @@ sock = socket.socket()
 sock.settimeout(3)
 if len(sys.argv) > 3:
     sock.bind((sys.argv[3], 0))
+print("dialling", flush=True)
 try:
     sock.connect((sys.argv[1], int(sys.argv[2])))
     print(sock.recv(100).decode() or "reset")
@@ -95,7 +96,7 @@ class Overlay:
         argv = [self.python, "-c", DIAL, address, str(port), *([source] if source else [])]
         if user == "nobody":
             argv, user = ["setpriv", "--reuid=65534", "--clear-groups", *argv], "root"
-        return self.machine.run(argv, user=user).stdout.strip()
+        return self.machine.run(argv, user=user).stdout.removeprefix("dialling").strip()
 
     def left(self) -> tuple[bool, bool]:
         """Whether interface and table are there."""
@@ -125,6 +126,20 @@ def test_connect_fails_as_on_a_lan(overlay: Overlay) -> None:
     """Refused where nothing listens; unreachable where there is no such node."""
     assert overlay.dial(OTHER, 22) == "ConnectionRefusedError 111"
     assert overlay.dial(UNKNOWN, 20005) == "OSError 113"
+
+
+def test_a_port_that_opens_a_moment_later_is_not_refused(overlay: Overlay) -> None:
+    """What is not known to be open is held until the kernel tries again, a second later."""
+    dialling = overlay.machine.popen([overlay.python, "-c", DIAL, OTHER, "45000"])
+    until(lambda: "dialling" in dialling.log.read_text(), 20, dialling.log.read_text)
+    wire = {**RULES.to_wire(), "open_ports": {OTHER: [[45000, 45000]]}}
+    assert overlay.ask("update", wire) == {}
+    assert dialling.wait(20) == 0
+    assert dialling.log.read_text().split()[-1] == f"{OTHER}:45000"
+    assert overlay.ask("update", RULES.to_wire()) == {}
+    before = overlay.ask("found")["refused"]["refused_port"]
+    assert overlay.dial(OTHER, 45000) == "ConnectionRefusedError 111", "and one that does not is"
+    assert overlay.ask("found")["refused"]["refused_port"] == before + 1
 
 
 def test_another_user_is_refused(overlay: Overlay) -> None:

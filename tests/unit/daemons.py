@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from rayfwd import codes
@@ -36,6 +37,7 @@ from rayfwd.system import fdpass
 from rayfwd.system.control import ask
 from rayfwd.system.fdpass import Packed
 from rayfwd.system.notify import Notifier
+from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport.carrier import PipeOwner
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.writev import write
@@ -110,8 +112,15 @@ def beside(index: int) -> type[Listeners]:
     """The listeners of the node with this number, at other addresses than the nodes' own."""
 
     class Beside(Listeners):
-        def set_wanted(self, listeners: Mapping[Target, Target]) -> None:
-            super().set_wanted({_moved(at, index): to for at, to in listeners.items()})
+        def set_wanted(
+            self,
+            listeners: Mapping[Target, Target],
+            passing: Mapping[Target, Target] = MappingProxyType({}),
+        ) -> None:
+            super().set_wanted(
+                {_moved(at, index): to for at, to in listeners.items()},
+                {_moved(at, index): to for at, to in passing.items()},
+            )
 
         def place_of(self, target: Target) -> Target:
             return _moved(target, index)
@@ -245,6 +254,8 @@ class Daemon:
         """A worker: the head dials it, and it dials nobody."""
         self.dials_in_vain = False
         """It dials as well, where nobody answers."""
+        self.listening: list[ListeningSocket] = []
+        """What programs listen on, as it seems: the machine's own sockets are no node's."""
         self.carrier: SocketCarrier | None = None
         self._site = site
         self._index = index
@@ -358,7 +369,9 @@ class Daemon:
             await runtime.run(signals=False)
 
     def _makers(self) -> Makers:
-        return Makers(FakeRay, beside(self._index), self._make_carrier, NoClaim)
+        return Makers(
+            FakeRay, beside(self._index), self._make_carrier, NoClaim, lambda _: self.listening
+        )
 
     def _make_carrier(self, head: HeadConfig) -> SocketCarrier:
         self.carrier = SocketCarrier(head)

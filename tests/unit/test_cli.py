@@ -280,7 +280,9 @@ def test_plan_of_a_head_from_the_roster(head_file: Path, tmp_path: Path, capsys:
     text = capsys.readouterr().out
     rows = [line.split() for line in text.splitlines()[1:3]]
     assert rows[0][:4] == ["h", "head", "127.77.0.1", "20000-20077"]
-    assert rows[1] == ["w1", "worker", "127.77.0.2", "20078-20177"]
+    assert rows[1] == ["w1", "worker", "127.77.0.2", "20078-20177", "listeners"]
+    assert "178 of 12768 ports from 20000 on are taken" in text
+    assert "has its Ray restarted once" in text
     assert "/none/ray start --head --port=6379" in text
     assert "--node-ip-address=127.77.0.1" in text
     assert (tmp_path / "roster.json").stat().st_mtime_ns == before

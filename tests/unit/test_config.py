@@ -156,17 +156,26 @@ MISTAKES = {
         ["hub.port_base = 32768: must be less than 32768"],
     ),
     "network elsewhere": (
-        HEAD + '[hub]\nnetwork = "10.0.0.0/8"',
+        HEAD + '[hub]\nnetwork = "11.0.0.0/16"',
         [
-            'hub.network = "10.0.0.0/8": must be a network inside 127.0.0.0/8, /29 or larger, as '
-            "in 127.77.0.0/16"
+            'hub.network = "11.0.0.0/16": must be a network inside 127.0.0.0/8, /29 or larger, as '
+            "in 127.77.0.0/16; where every node has the overlay it may be a private one, as in "
+            "10.77.0.0/16"
+        ],
+    ),
+    "network that needs the overlay": (
+        HEAD + '[hub]\nnetwork = "10.77.0.0/16"\n[network]\nlevel = "listeners"',
+        [
+            'hub.network = "10.77.0.0/16": outside of 127.0.0.0/8 it needs the overlay, and '
+            'network.level is "listeners"'
         ],
     ),
     "network too small": (
         HEAD + '[hub]\nnetwork = "127.77.0.0/30"',
         [
             'hub.network = "127.77.0.0/30": must be a network inside 127.0.0.0/8, /29 or larger, '
-            "as in 127.77.0.0/16"
+            "as in 127.77.0.0/16; where every node has the overlay it may be a private one, as in "
+            "10.77.0.0/16"
         ],
     ),
     "network with 127.0.0.1": (

@@ -20,7 +20,7 @@ from rayfwd.hub.roster import Roster
 from rayfwd.hub.telling import Teller
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Kind, close_frame
-from rayfwd.session.handshake import CHANGES, Refusal, Welcome
+from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.system.files import replace_file
 from tests.unit.cluster import NETWORK, Cluster, Worker, answer_to, cluster, hello_of, knock
@@ -101,6 +101,25 @@ def test_joins_at_once_are_told_of_together(tmp_path: Path) -> None:
             assert isinstance(told, messages.NodesChanged)
             assert [n["name"] for n in told.nodes] == names
             assert told.gone == ()
+
+    run(main)
+
+
+def test_workers_that_say_they_have_the_overlay_are_given_the_same_ports(tmp_path: Path) -> None:
+    """Together or one after the other; one at the level `listeners` is given ports of its own."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            overlay = FEATURES | {OVERLAY}
+            together = [c.worker(name, worker_ports=8, features=overlay) for name in ("w1", "w2")]
+            await asyncio.gather(*together)
+            await c.worker("w3", worker_ports=8, features=overlay)
+            await join(c, "w4")
+            plans = [c.hub.nodes[name].plan for name in ("w1", "w2", "w3", "w4")]
+            assert [plan.level for plan in plans] == ["overlay"] * 3 + ["listeners"]
+            assert len({plan.base for plan in plans[:3]}) == 1
+            assert set(plans[3].ports).isdisjoint(plans[0].ports)
+            assert len({plan.address for plan in plans}) == 4
 
     run(main)
 

@@ -35,6 +35,9 @@ EXAMPLES: list[Message] = [
     messages.Ray("up", "2.60.0", None),
     messages.DialBack(7, (20046, 20047), "0123456789abcdef" * 2),
     messages.DialledBack(7, {20046: "answered", 20047: "refused"}),
+    messages.OpenPorts(False, (29500, 41000), ()),
+    messages.OpenPortsOf({"w1": messages.OpenPorts(False, (29500,), (41000,)), "w2": None}),
+    messages.DialRefused("w1", 41000, 3),
     messages.SayAgain(),
     messages.Leaving(),
 ]
@@ -97,6 +100,8 @@ def _is_one(kind: str, body: Mapping[str, Any]) -> bool:
     """What is said of its contents is known elsewhere."""
     if kind == "dial_back: ":
         return body.get("ports") == [5]
+    if kind == "open_ports: ":
+        return body.get("anew") is True or [5] in (body.get("opened"), body.get("closed"))
     return kind == "cluster: " and isinstance(body.get("report"), dict)
 
 
@@ -142,6 +147,7 @@ WORDS = {
     "str": "text",
     "str | None": "text or null",
     "int": "number",
+    "bool": "true or false",
     "tuple": "list",
     "Mapping": "object",
 }

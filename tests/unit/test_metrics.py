@@ -66,6 +66,8 @@ def status_of(path: Path) -> Status:
 
 def exposition(path: Path) -> str:
     status = status_of(path)
+    refused = {"refused_user": 2, "refused_port": 3}  # as with an overlay
+    status = replace(status, network=replace(status.network, refused=refused))
     if status.workers is not None:
         status = replace(status, canary=CANARY)
         link_stats = {worker.name: past() for worker in status.workers or ()}

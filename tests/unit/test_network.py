@@ -13,9 +13,14 @@ from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
 from rayfwd.config import NetworkConfig
 from rayfwd.network import manager
+from rayfwd.network.announced import Announced, PortNews, applied, change_of
 from rayfwd.network.manager import Overlay
+from rayfwd.network.open_ports import OpenPortsWatch
 from rayfwd.network.overlay_client import KEEPER
 from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
+from rayfwd.session.frames import MAX_MESSAGE
+from rayfwd.session.messages import MOST_OPEN_PORTS, OpenPorts, OpenPortsOf, encode
+from rayfwd.system.sockdiag import ListeningSocket
 
 RULES = Rules(
     interface="rayfwd0",
@@ -49,13 +54,15 @@ def test_an_update_leaves_chains_alone() -> None:
     text = update(RULES)
     assert "chain" not in text
     assert text.startswith("flush set inet rayfwd0 nodes\n")
-    assert "add element inet rayfwd0 open { 127.77.0.2 . 20000-20010, 127.77.0.2 . 41000 }" in text
+    opened = "127.77.0.0 . 19977, 127.77.0.2 . 20000-20010, 127.77.0.2 . 41000"
+    assert f"add element inet rayfwd0 open {{ {opened} }}" in text
 
 
 def test_without_ports() -> None:
-    """nft takes no empty list of elements."""
+    """nft takes no empty list of elements; the daemon's own probe is there always."""
     bare = replace(RULES, open_ports={}, guarded=())
-    assert "add element" not in ruleset(bare)
+    added = [line for line in ruleset(bare).splitlines() if "add element" in line]
+    assert added == ["add element inet rayfwd0 open { 127.77.0.0 . 19977 }"]
     assert removal("rayfwd0").splitlines()[-1] == "delete table inet rayfwd0"
 
 
@@ -86,6 +93,91 @@ def test_without_an_interface() -> None:
     assert told["VLLM_HOST_IP"] == "127.77.0.2"
 
 
+def test_changes_lead_from_one_to_the_other() -> None:
+    before, after = frozenset({29500, 41000}), frozenset({41000, 41001})
+    change = change_of(before, after)
+    assert change == OpenPorts(False, (41001,), (29500,))
+    assert applied(before, change) == after
+    anew = change_of(None, after)
+    assert anew == OpenPorts(True, (41000, 41001), ())
+    assert applied(before, anew) == applied(None, anew) == after
+    assert change_of(before, None) is None
+    assert applied(None, change) is None, "what it had before was never heard"
+
+
+def test_a_node_cannot_say_more_than_is_kept() -> None:
+    announced = Announced()
+    first = OpenPorts(True, tuple(range(1024, 1024 + MOST_OPEN_PORTS)), ())
+    assert announced.hear("w1", first)
+    assert announced.hear("w1", OpenPorts(False, (60000,), ()))
+    assert announced.ports("w1") is None
+    assert len(announced.last("w1")) == MOST_OPEN_PORTS
+
+
+def test_the_head_tells_what_has_changed_and_newcomers_all() -> None:
+    news = PortNews()
+    assert news.put("w1", frozenset({29500}))
+    assert not news.put("w2", None)
+    assert list(news.news()) == [OpenPortsOf({"w1": OpenPorts(True, (29500,), ())})]
+    assert not news.put("w1", frozenset({29500}))
+    assert list(news.news()) == []
+    news.put("w1", frozenset({29501}))
+    assert list(news.news()) == [OpenPortsOf({"w1": OpenPorts(False, (29501,), (29500,))})]
+    assert list(news.whole()) == [OpenPortsOf({"w1": OpenPorts(True, (29501,), ())})]
+    news.put("w2", frozenset())
+    assert list(news.news()) == [OpenPortsOf({"w2": OpenPorts(True, (), ())})]
+    (whole,) = news.whole()
+    assert whole.nodes["w2"] == OpenPorts(True, (), ()), "that nothing is open is known, too"
+    news.put("w2", None)
+    assert list(news.news()) == [OpenPortsOf({"w2": None})]
+    assert news.keep({"w2"}), "its link is not up"
+    assert list(news.news()) == [OpenPortsOf({"w1": None})]
+    assert list(news.whole()) == []
+
+
+def test_much_news_takes_several_messages() -> None:
+    news = PortNews()
+    for number in range(60):
+        news.put(f"w{number}", frozenset(range(2000, 2000 + MOST_OPEN_PORTS)))
+    messages = list(news.news())
+    assert len(messages) == 4
+    assert max(len(encode(message)) for message in messages) < MAX_MESSAGE
+    assert len({name for message in messages for name in message.nodes}) == 60
+
+
+def test_which_ports_are_told() -> None:
+    """On the node's address or on all, of Ray's user; but root's, Ray's own and denied ones not."""
+    own, uid = "127.77.0.2", 1000
+    sockets = [
+        ListeningSocket(own, 29500, uid, 1),
+        ListeningSocket("0.0.0.0", 29501, uid, 2),
+        ListeningSocket("::", 29502, uid, 3),
+        ListeningSocket("127.0.0.1", 29503, uid, 4),
+        ListeningSocket("127.77.0.3", 29504, uid, 5),
+        ListeningSocket("0.0.0.0", 29505, 0, 6),
+        ListeningSocket("0.0.0.0", 22, uid, 7),
+        ListeningSocket("0.0.0.0", 20046, uid, 8),
+        ListeningSocket("127.0.0.1", 8000, 0, 9),
+    ]
+    found: list[frozenset[int] | None] = []
+
+    async def main() -> None:
+        watch = OpenPortsWatch(
+            lambda _: sockets,
+            uid,
+            lambda: {20046},
+            lambda: (8000, 8001),
+            lambda: found.append(watch.ports),
+        )
+        watch.look()
+        watch.address = own
+        watch.look()
+        watch.look()
+
+    asyncio.run(main())
+    assert found == [frozenset({29500, 29501, 29502, 8000})]
+
+
 IMPOSSIBLE = codes.OVERLAY_IMPOSSIBLE.problem("there is no right to", "ask for it")
 
 
@@ -94,7 +186,7 @@ def settled(
 ) -> Overlay:
     """An overlay that knows its level."""
     config = NetworkConfig(level=level)
-    overlay = Overlay(config, directory, frozenset, lambda: None, env)
+    overlay = Overlay(config, directory, frozenset, lambda: None, lambda *_: None, env)
     asyncio.run(overlay.settle())
     return overlay
 

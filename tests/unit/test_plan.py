@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from rayfwd.cluster.plan import (
     PORT_CEILING,
     RESERVED,
+    Level,
     NodePlan,
     allocate,
+    bound,
     check_name,
     default_worker_ports,
     fits,
@@ -192,11 +195,16 @@ def test_a_plan_that_is_none_is_refused(change: dict[str, object]) -> None:
         NodePlan.from_wire({**head().to_wire(), **change})
 
 
-@pytest.mark.parametrize("missing", list(head().to_wire()))
+@pytest.mark.parametrize("missing", [key for key in head().to_wire() if key != "level"])
 def test_a_plan_with_a_part_missing_is_refused(missing: str) -> None:
     wire = {k: v for k, v in head().to_wire().items() if k != missing}
     with pytest.raises(ValueError, match="not a node's plan"):
         NodePlan.from_wire(wire)
+
+
+def test_a_plan_of_an_older_version_has_no_level() -> None:
+    wire = {k: v for k, v in head().to_wire().items() if k != "level"}
+    assert NodePlan.from_wire(wire).level == "listeners"
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-a", "a-", "a\n", "ü", "a" * 64, "a/b"])
@@ -208,3 +216,43 @@ def test_names_refused(name: str) -> None:
 def test_worker_ports_are_more_than_the_cpus() -> None:
     assert [default_worker_ports(c) for c in (0, 1, 128)] == [64, 67, 448]
     assert RESERVED == 8
+
+
+def joined(levels: Sequence[Level], cpus: int = 8) -> list[NodePlan]:
+    """A head, and a worker of each of these levels."""
+    plans = [head_plan("head", NETWORK, 20000, default_worker_ports(cpus), SERVICES)]
+    for number, level in enumerate(levels):
+        ports = default_worker_ports(cpus)
+        name = f"w{number}"
+        plans.append(allocate(plans, name, NETWORK, 20000, ports, None, level))
+    return plans
+
+
+def test_workers_with_the_overlay_may_have_the_same_ports() -> None:
+    """300 nodes of 192 CPUs are 197,000 ports, and the range has 12,768."""
+    plans = joined(["overlay"] * 300, cpus=192)
+    assert len({plan.address for plan in plans}) == 301
+    assert len({plan.base for plan in plans if plan.role == "worker"}) == 1
+    assert set(plans[0].ports).isdisjoint(plans[1].ports), "the head's are its own"
+    assert "no range bounds" in bound(plans, 20000)
+
+
+def test_a_worker_with_listeners_has_ports_of_its_own() -> None:
+    plans = joined(["overlay", "listeners", "overlay", "listeners"])
+    own = {plan.name: set(plan.ports) for plan in plans}
+    assert own["w0"] == own["w2"]
+    for name in ("w1", "w3"):
+        assert all(own[name].isdisjoint(ports) for other, ports in own.items() if other != name)
+    said = bound(plans, 20000)
+    assert "(w1, w3)" in said
+    assert f"{4 * 96} of 12768" in said, "the two that share theirs count once"
+
+
+def test_a_change_of_level_moves_that_node_at_most() -> None:
+    plans = joined(["overlay", "overlay"])
+    ports = default_worker_ports(8)
+    fell = allocate(plans, "w1", NETWORK, 20000, ports, None, "listeners")
+    assert fell.address == plans[2].address
+    assert all(set(fell.ports).isdisjoint(plan.ports) for plan in plans[:2])
+    rose = allocate([*plans[:2], fell], "w1", NETWORK, 20000, ports, None, "overlay")
+    assert rose.base == fell.base, "it stays where it is"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -29,8 +30,10 @@ from rayfwd.session.handshake import Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
+from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
+from rayfwd.watch.conditions import Condition
 from tests.unit.cluster import answer_to, echo, goodbye, hello_of, serving
 from tests.unit.daemons import (
     VERSIONS,
@@ -41,6 +44,7 @@ from tests.unit.daemons import (
     SocketConnection,
     SocketPipe,
     exposed,
+    free_port,
     site,
     started,
 )
@@ -150,6 +154,73 @@ def test_a_worker_that_sent_its_secret_is_upgraded_and_sends_it_no_more(
             await w1.start()
             await w1.ready()
             assert w1.role.node.view.own == before
+
+
+def test_ports_that_open_on_a_node_are_reached_on_the_others(tmp_path: Path) -> None:
+    """While a program listens there, and no longer; one that is taken here is named."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            w1, head, w2 = s.workers["w1"], s.head, s.workers["w2"]
+            own = w1.role.node.view.own
+            assert own is not None
+            at = Target(own.address, free_port())
+            opened = ListeningSocket(*at, os.geteuid(), 1)
+
+            def reached() -> list[bool]:
+                return [
+                    daemon.role.node.listeners.is_open(daemon.listens_for(at))
+                    for daemon in (head, w2)
+                ]
+
+            async with serving(echo, at):
+                w1.listening.append(opened)
+                await until(lambda: all(reached()))
+                for daemon in (head, w2):
+                    assert await talk(daemon.listens_for(at)) == b"hello"
+                w1.listening.clear()
+                await until(lambda: not any(reached()))
+                with socket.socket() as squatter:
+                    squatter.bind(head.listens_for(at))
+                    squatter.listen()
+                    w1.listening.append(opened)
+                    board = head.role.node.board
+
+                    def named() -> list[Condition]:
+                        return [c for c in board.conditions if c.code is codes.OPEN_PORT_TAKEN]
+
+                    await until(named)
+                    (taken,) = named()
+                    assert str(at.port) in taken.problem.cause
+                    assert head.runtime.health.state() == "ready"
+
+    run(main)
+
+
+def test_what_is_open_on_a_node_is_known_after_a_restart(tmp_path: Path) -> None:
+    """Of either side: each says again what the other has forgotten. Of a node that is away nobody
+    knows."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            w1, head, w2 = s.workers["w1"], s.head, s.workers["w2"]
+            await s.start()
+            own = w1.role.node.view.own
+            assert own is not None
+            port = free_port()
+            w1.listening.append(ListeningSocket(own.address, port, os.geteuid(), 1))
+
+            def known(daemon: Daemon) -> bool:
+                return daemon.role.node.announced.ports("w1") == frozenset({port})
+
+            await until(lambda: known(head) and known(w2))
+            for daemon in (w1, head, w2):
+                await daemon.restart()
+                await s.ready()
+                await until(lambda: known(head) and known(w2))
+            await w1.stop()
+            await until(lambda: w2.role.node.announced.ports("w1") is None)
 
     run(main)
 

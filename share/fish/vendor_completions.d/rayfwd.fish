@@ -135,7 +135,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using head' -l expose -x -d 'further ports 
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l log-level -xka "debug info warning error" -d 'from which severity on events are written'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l log-format -xka "auto text json" -d '"text": key=value; "auto": text on a terminal, fields in systemd'"'"'s journal, JSON elsewhere'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'where they arrive; default: hub.sock in runtime_dir'
-complete -c rayfwd -n '_shtab_rayfwd_using head' -l network -x -d 'the nodes'"'"' addresses, inside 127.0.0.0/8, used by nothing else there'
+complete -c rayfwd -n '_shtab_rayfwd_using head' -l network -x -d 'the nodes'"'"' addresses, inside 127.0.0.0/8, used by nothing else there; docs/overlay.md'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l port-base -x -d 'the nodes'"'"' ports lie from here to 32767'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l forget-after -x -d 'seconds after which a worker that is away loses its name, address and ports (30 days)'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l users -x -d 'login names that SSH connections arrive as, beside root and the daemon'"'"'s own'

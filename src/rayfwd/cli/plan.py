@@ -12,7 +12,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK
 from rayfwd.cli.common import control_socket, load_as_owner, own_head_plan, quiet_logs, table
-from rayfwd.cluster.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan, bound
 from rayfwd.config import Config
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"Plan of the cluster ({plan.source}):")
     for line in table([_row(node) for node in plan.nodes], "  "):
         print(line)
+    print(f"Ports: {bound(plan.nodes, config.hub.port_base)}.")
+    print("A node whose level (docs/overlay.md) becomes another has its Ray restarted once.")
     print()
     print("\n".join(_command(config, plan)))
     return OK
@@ -93,12 +95,13 @@ def _from_wire(data: Any, config: Config, source: str) -> Plan:
     return Plan(NodePlan.from_wire(own), NodePlan.from_wire(head), plans, network, ride, source)
 
 
-def _row(node: NodePlan) -> tuple[str, str, str, str, str]:
+def _row(node: NodePlan) -> tuple[str, str, str, str, str, str]:
     return (
         node.name,
         node.role,
         node.address + (" (direct)" if node.advertised else ""),
         f"{node.base}-{node.last_worker_port}",
+        node.level if node.role == "worker" else "",  # the head's bounds nothing
         ", ".join(f"{name} {port}" for name, port in node.head_services.items()),
     )
 

@@ -15,12 +15,24 @@ from rich.table import Table
 from rich.text import Text
 
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.status import Cut, Link, ListenerCount, RosterRow, Status, Volume, Worker
+from rayfwd.status import (
+    Cut,
+    Link,
+    ListenerCount,
+    PortCount,
+    RosterRow,
+    Status,
+    Volume,
+    Worker,
+)
 from rayfwd.system.logs import escaped
 from rayfwd.watch.conditions import Condition
 
 MOST_SYMPTOMS = 5
 """Symptoms that are named below their root."""
+
+MOST_PORTS = 5
+"""Ports of a kind that are named."""
 
 WIDE_COLUMNS = 110
 """Columns from which on tables have what is nice to know, too."""
@@ -202,7 +214,17 @@ class Screen:
         line = Text(escaped(network.level))
         if network.interface is not None:
             line.append(f" by {escaped(network.interface)}")
-        return [line.append(f": {escaped(network.why)}" if network.why else "")]
+        lines: list[RenderableType] = [line.append(f": {escaped(network.why)}" * bool(network.why))]
+        for rows, words in (
+            (network.dialled, "dialled besides the plan's"),
+            (network.refused_there, "dialled and refused"),
+            (network.refused_here, "refused to others"),
+        ):
+            if rows:
+                shown = ", ".join(_place(row) for row in rows[:MOST_PORTS])
+                more = f" and {len(rows) - MOST_PORTS} more" * (len(rows) > MOST_PORTS)
+                lines.append(Text(f"{words}: {shown}{more}"))
+        return lines
 
     def _page(self) -> list[RenderableType]:
         return [] if self.status.page is None else [Text(escaped(self.status.page))]
@@ -406,6 +428,10 @@ def _listeners_of(listeners: ListenerCount) -> Text:
     if listeners.blocked:
         text.append(f", {listeners.blocked} blocked", _STYLES["error"])
     return text
+
+
+def _place(row: PortCount) -> str:
+    return f"{escaped(row.node)}:{row.port or '(others)'} ({row.connections})"
 
 
 def _volume(volume: Volume) -> tuple[Text, Text]:

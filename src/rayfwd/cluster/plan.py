@@ -2,15 +2,16 @@
 
 Ray's gRPC servers bind the wildcard address, so on one machine a port belongs either to Ray or to
 a listener, never to both. Hence every node has a contiguous block of ports of its own, and on every
-*other* machine rayfwd opens listeners for it. Blocks lie below 32768, where Linux' ephemeral ports
-begin (``net.ipv4.ip_local_port_range``), so that no outgoing connection can take one.
+*other* machine rayfwd opens listeners for it. A worker with the overlay has no listeners for the
+others: all such workers may have the same block. Blocks lie below 32768, where Linux' ephemeral
+ports begin (``net.ipv4.ip_local_port_range``), so that no outgoing connection can take one.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ PORT_CEILING = 32768
 """First port that no block may reach: Linux takes ephemeral ports from here on."""
 
 Role = Literal["head", "worker"]
+Level = Literal["overlay", "listeners"]
+"""How programs on a node reach the others: by the kernel's rules, or by listeners."""
 
 NODE_SERVICES = (
     "node_manager",
@@ -42,6 +45,19 @@ def may_be_advertised(address: ipaddress.IPv4Address) -> bool:
     """Whether a machine can be reached by others at it: no loopback, no group, nothing reserved."""
     wrong = address.is_loopback or address.is_multicast or address.is_reserved
     return not (wrong or address.is_link_local or address in _THIS_NETWORK)
+
+
+LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
+"""All of it is every Linux machine's own."""
+PRIVATE_NETWORKS = tuple(
+    map(ipaddress.IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"))
+)
+"""Where a plan's network may lie besides, if every node has the overlay (RFC 1918, RFC 6598)."""
+
+
+def in_loopback(network: str) -> bool:
+    """Whether every machine has the network's addresses by itself."""
+    return ipaddress.IPv4Network(network).subnet_of(LOOPBACK)
 
 
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
@@ -83,6 +99,8 @@ class NodePlan:
     """Others reach `address` directly: there are no listeners for this node."""
     head_services: Mapping[str, int] = field(default_factory=dict)
     """Of a head: the ports of `gcs`, `dashboard` and `client`."""
+    level: Level = "listeners"
+    """As the node said when it joined last."""
 
     @property
     def size(self) -> int:
@@ -123,6 +141,7 @@ class NodePlan:
             "worker_ports": self.worker_ports,
             "advertised": self.advertised,
             "head_services": dict(self.head_services),
+            "level": self.level,
         }
 
     @classmethod
@@ -137,6 +156,7 @@ class NodePlan:
                 worker_ports=int(data["worker_ports"]),
                 advertised=bool(data["advertised"]),
                 head_services={str(k): int(v) for k, v in dict(data["head_services"]).items()},
+                level="overlay" if data.get("level") == "overlay" else "listeners",
             )
         except (KeyError, TypeError, OverflowError) as exc:
             raise ValueError(f"not a node's plan: {exc!r}") from exc
@@ -168,6 +188,7 @@ def allocate(
     port_base: int,
     worker_ports: int,
     advertise: str | None,
+    level: Level = "listeners",
 ) -> NodePlan:
     """A plan for worker `name` beside the plans that exist.
 
@@ -193,12 +214,34 @@ def allocate(
     if (
         mine is not None
         and mine.worker_ports == worker_ports
-        and _block_fits(mine, others, port_base)
+        and _block_fits(replace(mine, level=level), others, port_base)
     ):
         base = mine.base
     else:
-        base = _first_fit(port_base, RESERVED + worker_ports, others, _singles(others))
-    return NodePlan(name, "worker", address, base, worker_ports, advertise is not None)
+        apart = _apart(level, others)
+        base = _first_fit(port_base, RESERVED + worker_ports, apart, _singles(apart))
+    plan = NodePlan(name, "worker", address, base, worker_ports, advertise is not None)
+    return replace(plan, level=level)
+
+
+def _apart(level: Level, others: Iterable[NodePlan]) -> list[NodePlan]:
+    """Those of the others whose ports a worker of this level may not have: where one of the two has
+    listeners. The head's are its own in any case, so that its level moves nobody."""
+    return [n for n in others if n.role == "head" or not level == n.level == "overlay"]
+
+
+def bound(nodes: Sequence[NodePlan], port_base: int) -> str:
+    """What bounds the number of nodes, in a sentence."""
+    workers = [node for node in nodes if node.role == "worker"]
+    apart = [node.name for node in workers if node.level != "overlay"]
+    if not apart:
+        return "every worker has the overlay, so they may have the same ports: no range bounds them"
+    taken = {port for n in nodes for port in range(n.base, n.base + n.size)}
+    names = ", ".join(apart[:3]) + f" and {len(apart) - 3} more" * (len(apart) > 3)
+    return (
+        f"{len(taken)} of {PORT_CEILING - port_base} ports from {port_base} on are taken: those of "
+        f"a worker at the level listeners are no other node's ({names})"
+    )
 
 
 def fits(node: NodePlan, others: Iterable[NodePlan], network: str, port_base: int) -> bool:
@@ -219,7 +262,7 @@ def _address_fits(node: NodePlan, others: Iterable[NodePlan], network: str) -> b
 
 
 def _block_fits(node: NodePlan, others: Iterable[NodePlan], port_base: int) -> bool:
-    beside = tuple(others)
+    beside = _apart(node.level, others)
     end = node.base + node.size
     return (
         port_base <= node.base
@@ -260,7 +303,8 @@ def _first_fit(base: int, size: int, nodes: Iterable[NodePlan], singles: Iterabl
     if start + size > PORT_CEILING:
         raise codes.PLAN_FULL.error(
             f"no {size} ports in a row are left between {base} and {PORT_CEILING}",
-            "lower hub.port_base or ray.worker_ports, or drop nodes that are gone with "
-            "`rayfwd forget --keep-token NAME` on the head",
+            "lower hub.port_base or ray.worker_ports, drop nodes that are gone with "
+            "`rayfwd forget --keep-token NAME` on the head, or have the overlay on all workers, "
+            "which share their ports then (docs/overlay.md)",
         )
     return start

@@ -37,6 +37,7 @@ from rayfwd.daemon.views import (
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
+from rayfwd.network.announced import PortNews
 from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
@@ -69,6 +70,8 @@ from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
 
+PORTS_GATHERED = 0.005
+"""Seconds in which news of open ports are gathered into one message."""
 NAMES_INTERVAL = 60.0
 """Seconds between two looks at whose names are to be given back."""
 SEEN_INTERVAL = 3600.0
@@ -108,14 +111,23 @@ class HeadRole:
         """The session in which a worker was last sent how Ray is, and all conditions."""
         self._sent_versions: tuple[str | None, str | None] = (None, None)
         self._sent_ray: messages.HeadRay | None = None
+        self._reached: set[str] = set()
+        """The nodes whose links were up when that was looked at last."""
+        self._ports_of: dict[str, str] = {}
+        """The session in which a worker has said which ports are open."""
         self._cuts = Cuts()
         self._settling = asyncio.Lock()
         """Held while Ray's token is decided, or another takes its place."""
+        self._port_news = PortNews()
+        self._ports_due: asyncio.TimerHandle | None = None
+        """When the workers are told of ports that have opened and closed."""
         self._handlers = (
             messages.Handlers[[str]]()
             .on(messages.Ray, self._hear_ray)
             .on(messages.Conditions, self._hear_conditions)
             .on(messages.DialBack, self._hear_dial_back)
+            .on(messages.OpenPorts, self._hear_open_ports)
+            .on(messages.DialRefused, self._hear_dial_refused)
             .on(messages.SayAgain, self._hear_say_again)
             .on(messages.Leaving, self._hear_leaving)
         )
@@ -157,6 +169,11 @@ class HeadRole:
         if not claim.take(config.hub.network) and claim.problem is not None:
             raise ProblemError(claim.problem)
         await self._node.overlay.settle()
+        if (problem := self._node.network_problem()) is not None:
+            raise ProblemError(problem)
+        self._roster.set_own_level(self._node.overlay.level)
+        self._own = self._roster.own
+        self._node.set_view(replace(self.view, own=self._own, nodes=self._roster.plans()))
         if arrival is not None:
             self._inherit_socket(arrival)
             await arrival.take_over(self)
@@ -181,6 +198,8 @@ class HeadRole:
         """The workers see the hub close; their Ray waits for this one's for a while."""
 
     async def end(self) -> None:
+        if self._ports_due is not None:
+            self._ports_due.cancel()
         await self._dial_back.close()
         self._dialling.end()
         await self._hub.close("the head's rayfwd was stopped")
@@ -438,6 +457,7 @@ class HeadRole:
             self._node.exchange.drop(name)
         self._node.board.drop(gone, but=(LINK,))
         self._look_for_interruptions()
+        self._settle_ports()
         if (plans := self._roster.plans()) is self.view.nodes:
             self.changed()
         else:
@@ -518,8 +538,68 @@ class HeadRole:
                 self._sent_in[node.plan.name] = node.session
                 if node.mux is not None:
                     node.mux.send_message(self._head_ray_message())
+                    for ports in self._port_news.whole():
+                        node.mux.send_message(ports)
                     if conditions is not None:
                         node.mux.send_message(conditions)
+
+    # -- which ports are open -----------------------------------------------------------
+
+    def _hear_open_ports(self, message: messages.OpenPorts, node: str) -> None:
+        """Ports have opened and closed on a worker."""
+        if self._node.announced.hear(node, message):
+            self._settle_ports()
+            self._node.ports_changed_elsewhere()
+
+    def open_ports_changed(self) -> None:
+        self._settle_ports()
+
+    def dial_refused(self, node: str, port: int, count: int) -> None:
+        self._tell_refused(node, messages.DialRefused(self._own.name, port, count))
+
+    def _hear_dial_refused(self, message: messages.DialRefused, node: str) -> None:
+        """A worker has refused to its programs what they dialled of another node."""
+        if message.node == self._own.name:
+            self._node.hear_refused(node, message.port, message.count)
+        else:
+            self._tell_refused(message.node, replace(message, node=node))
+
+    def _tell_refused(self, name: str, message: messages.DialRefused) -> None:
+        node = self._hub.nodes.get(name)
+        if node is not None and node.mux is not None:
+            node.mux.send_message(message)
+
+    def reaches(self, name: str) -> bool:
+        node = self._hub.nodes.get(name)
+        return node is not None and node.state == "up"
+
+    def _settle_ports(self) -> None:
+        """What is known of each node, for the workers. Of one whose link is not up nothing is: its
+        ports may open unseen."""
+        news, there = self._port_news, {self._own.name}
+        due = news.put(self._own.name, self._node.open_ports)
+        for name, node in self._hub.nodes.items():
+            if node.session != self._ports_of.get(name, ""):
+                self._ports_of[name] = node.session
+                self._node.announced.hear(name, None)  # a new session has said nothing yet
+            if node.state == "up":
+                there.add(name)
+                due |= news.put(name, self._node.announced.ports(name))
+        if news.keep(there) or due:
+            self._tell_ports_soon()
+        if there != self._reached:
+            self._reached = there
+            self._node.reach_others()
+
+    def _tell_ports_soon(self) -> None:
+        if self._ports_due is None:
+            loop = asyncio.get_running_loop()
+            self._ports_due = loop.call_later(PORTS_GATHERED, self._tell_ports)
+
+    def _tell_ports(self) -> None:
+        self._ports_due = None
+        for message in self._port_news.news():
+            self._hub.tell_all(message)
 
     def _head_ray_message(self) -> messages.HeadRay:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""

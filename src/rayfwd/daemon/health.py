@@ -7,13 +7,25 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 
 from rayfwd import __version__, codes, status
 from rayfwd.daemon import page
 from rayfwd.daemon.node import LISTENERS, RAY
 from rayfwd.daemon.role import Role
+from rayfwd.network.dials import Place
 from rayfwd.status import Status
 from rayfwd.watch.conditions import Condition, worst
+
+MOST_PORTS_SHOWN = 20
+"""Ports that were dialled or refused, in the status."""
+
+
+def _counted(places: Counter[Place]) -> tuple[status.PortCount, ...]:
+    return tuple(
+        status.PortCount(node=node, port=port, connections=count)
+        for (node, port), count in places.most_common(MOST_PORTS_SHOWN)
+    )
 
 
 class Health:
@@ -88,6 +100,10 @@ class Health:
                 why=node.overlay.why,
                 interface=node.overlay.interface,
                 refused=node.overlay.refused,
+                open=None if node.open_ports is None else tuple(sorted(node.open_ports)),
+                dialled=_counted(node.dials.made),
+                refused_there=_counted(node.dials.refused["there"]),
+                refused_here=_counted(node.dials.refused["here"]),
             ),
             ray=self._ray(),
             cluster=role.cluster,

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from rayfwd import codes
 from rayfwd.daemon.httpserver import Answer, HttpServer, Request
 from rayfwd.problems import Problem
-from rayfwd.status import Link, Status, Streams, Volume, Worker
+from rayfwd.status import Link, Network, Status, Streams, Volume, Worker
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
 from rayfwd.watch.canary_round import Round
@@ -41,6 +41,7 @@ CODES = 100
 
 NODE_STATES = ("starting", "waiting", "ready", "stopping")
 LINK_STATES = ("up", "parked", "down")
+LEVELS = ("overlay", "listeners")
 LANE_CLASSES = ("interactive", "bulk")
 LANE_STATES = ("up", "sidelined")
 RAY_STATES = ("off", "waiting", "starting", "up", "by_hand", "failed", "stopping")
@@ -57,6 +58,7 @@ def families(status: Status, link_stats: Mapping[str, LinkStats], now: float) ->
     yield from _links(status, link_stats, now)
     yield from _ledger(status)
     yield from _listeners(status)
+    yield from _network(status.network)
     yield from _ray(status)
     yield from _cluster(status)
     yield _conditions(status.conditions)
@@ -212,6 +214,33 @@ def _listeners(status: Status) -> Iterator[Metric]:
     )
     refused.add_metric([], sum(row.connections for row in status.listeners.refused))
     yield from (is_open, blocked, refused)
+
+
+def _network(network: Network) -> Iterator[Metric]:
+    level = GaugeMetricFamily(
+        "rayfwd_network_level", "Whether the node has this level.", labels=["level"]
+    )
+    for one in LEVELS:
+        level.add_metric([one], float(one == network.level))
+    packets = CounterMetricFamily(
+        "rayfwd_network_refused_packets", "First packets that the kernel refused.", labels=["why"]
+    )
+    for why, count in network.refused.items():
+        packets.add_metric([why], count)
+    refused = CounterMetricFamily(
+        "rayfwd_refused_dials",
+        "Connections between nodes that were refused, as nobody serves the port.",
+        labels=["side"],
+    )
+    for side, rows in (("there", network.refused_there), ("here", network.refused_here)):
+        refused.add_metric([side], sum(row.connections for row in rows))
+    yield from (level, packets, refused)
+    if network.open is not None:
+        yield GaugeMetricFamily(
+            "rayfwd_open_ports",
+            "Ports besides the plan's that other nodes may dial.",
+            value=len(network.open),
+        )
 
 
 def _ray(status: Status) -> Iterator[Metric]:

@@ -16,15 +16,16 @@ from typing import Any, Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
-from rayfwd.cluster.plan import NodePlan
+from rayfwd.cluster.plan import NodePlan, in_loopback
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
+from rayfwd.network.announced import Announced
+from rayfwd.network.dials import Dials
 from rayfwd.network.manager import Overlay, Wanted
-from rayfwd.network.open_ports import OpenPorts
-from rayfwd.network.overlay_keeper import LOWEST_PORT
-from rayfwd.network.ruleset import port_ranges
+from rayfwd.network.open_ports import Listening, OpenPorts, OpenPortsWatch, listening
+from rayfwd.network.ruleset import LOWEST_PORT, PortRange, port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.commandline import no_proxy
@@ -61,6 +62,12 @@ MOST_LISTENERS = 20
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
 
+EVERY_PORT = port_ranges(range(LOWEST_PORT, 65536))
+NOT_OPEN = "no program of Ray's user listens on that port there"
+"""Why the kernel here has refused a connection to another node."""
+MOST_OPEN_RANGES = 16_000
+"""Ranges of open ports of all nodes, for the kernel: of nodes beyond that every port is."""
+
 RAY, LISTENERS = "ray", "listeners"
 """The watchers of this node's Ray and of its listeners."""
 
@@ -80,6 +87,15 @@ class NodeOwner(Protocol):
 
     def changed(self) -> None:
         """Something that status or readiness depend on has changed."""
+
+    def open_ports_changed(self) -> None:
+        """Programs of Ray's user listen on other ports of this machine than before."""
+
+    def dial_refused(self, node: str, port: int, count: int) -> None:
+        """Connections to another node's port were refused here, and that node is to hear of it."""
+
+    def reaches(self, name: str) -> bool:
+        """Whether that node's word arrives here now, as far as is known here."""
 
     def board_changed(self) -> None:
         """What is wrong has changed."""
@@ -127,6 +143,7 @@ class Makers:
     ] = Listeners
     carrier: Callable[[HeadConfig], Carrier] = carrier_for
     claim: Callable[[], NetworkClaim] = MachineClaim
+    listening: Listening = listening
 
 
 class Node:
@@ -142,8 +159,16 @@ class Node:
         self._owner = owner
         name = config.name
         uids = listener_uids(config)
-        self.listeners = makers.listeners(owner.route, owner.changed, Admission(uids))
-        self.overlay = Overlay(config.network, config.runtime_dir, self._may_dial, owner.changed)
+        self.dials = Dials()
+        """Ports besides the plan's that were dialled, and those that were refused."""
+        self.listeners = makers.listeners(self._route, owner.changed, Admission(uids))
+        self.overlay = Overlay(
+            config.network,
+            config.runtime_dir,
+            self._may_dial,
+            owner.changed,
+            self._refused_by_kernel,
+        )
         self._ways = Ways(self.listeners, self._redirects)
         self.connector = LocalConnector()
         self.page: Target | None = None
@@ -154,7 +179,16 @@ class Node:
         self.board = Board(owner.board_changed, name, _later)
         self.exchange = ConditionExchange(name, self.board, config.role == "head")
         self.canary = Canary(config.canary, config.ray, name, self.board, self)
-        self._open_ports = OpenPorts(os.geteuid(), config.network.deny)
+        self.announced = Announced()
+        """What other nodes say to be open."""
+        self._may_be_dialled = OpenPorts(os.geteuid(), config.network.deny)
+        self._open_ports = OpenPortsWatch(
+            makers.listening,
+            os.geteuid(),
+            self._untold_ports,
+            lambda: self.config.expose,
+            self._open_ports_changed,
+        )
         self._reach = Reach(name, owner.peers, self.board, self.way)
         self._links = LinkWatch(self.board, owner.links_seen)
         self._machine = MachineWatch(
@@ -184,6 +218,7 @@ class Node:
             "token": self._watch_token,
             "links": self._links.run,
             "machine": self._machine.run,
+            "open_ports": self._open_ports.run,
         }
 
     def loops(self) -> Iterable[Heartbeat]:
@@ -212,13 +247,51 @@ class Node:
     def set_view(self, view: ClusterView) -> None:
         """Know the cluster so from now on, and open the listeners that it asks for."""
         self.view = view
-        self._want_listeners()
+        self._open_ports.address = None if view.own is None else view.own.address
+        self.reach_others()
         self._owner.changed()
+
+    def network_problem(self) -> Problem | None:
+        """What is wrong where the network needs the overlay, and this node has none."""
+        network, overlay = self.view.network, self.overlay
+        if overlay.level == "overlay" or not overlay.settled or in_loopback(network):
+            return None
+        return codes.NETWORK_NEEDS_OVERLAY.problem(
+            f"the plan's network {network} is outside of 127.0.0.0/8, and this node does not have "
+            f"the overlay: {overlay.why}",
+            "give this node the overlay (docs/overlay.md), or set hub.network on the head to a "
+            "network inside 127.0.0.0/8",
+        )
+
+    def reach_others(self) -> None:
+        """The plan, or what is open on other nodes, may have changed."""
+        self._want_listeners()
+
+    def ports_changed_elsewhere(self) -> None:
+        """What is open on other nodes has changed."""
+        self._open_ports.stir()
+        self.reach_others()
+
+    @property
+    def open_ports(self) -> frozenset[int] | None:
+        """Ports of this machine that others may dial besides the plan's; None: not known."""
+        return self._open_ports.ports
+
+    def _untold_ports(self) -> frozenset[int]:
+        """Those that others know from the plan, and those that are for nobody."""
+        own = self.view.own
+        return frozenset({*self.config.network.deny, *(own.ports if own is not None else ())})
+
+    def _open_ports_changed(self) -> None:
+        if self.overlay.port is not None and self.view.nodes:
+            self._want_listeners()  # what is guarded has changed
+        self._owner.open_ports_changed()
 
     def _want_listeners(self) -> None:
         view = self.view
         forwarded = self._forwarded()
         wanted = dict(forwarded)  # first, as there may be no descriptor for all
+        passing: dict[Target, Target] = {}
         others = [
             node
             for node in view.nodes
@@ -227,10 +300,11 @@ class Node:
         if self.overlay.port is not None:
             wanted[Target("127.0.0.1", self.overlay.port)] = REDIRECTED
             self._want_overlay(others)
-        else:
+        elif in_loopback(view.network):
             for node in others:
                 wanted |= listeners_for(node.address, node.ports)
-        self.listeners.set_wanted(wanted | forwarded)
+                passing |= listeners_for(node.address, self._passing_ports(node))
+        self.listeners.set_wanted(wanted | forwarded, passing)
 
     def _forwarded(self) -> dict[Target, Target]:
         """The listeners of [[forward]]."""
@@ -242,21 +316,46 @@ class Node:
                 wanted[Target(*forward.listen_address())] = Target(to.address, port)
         return wanted
 
+    def _passing_ports(self, node: NodePlan) -> frozenset[int]:
+        """What programs of another node have opened, but for our own Ray's ports: that listens on
+        the wildcard."""
+        own = self.view.own
+        return self.announced.last(node.name).difference(own.ports if own is not None else ())
+
     def _want_overlay(self, others: Iterable[NodePlan]) -> None:
-        """Every port of every other node may be dialled: what listens there is that node's to say.
-        So nothing is refused that has begun to listen a moment ago."""
-        own, guard = self.view.own, self.config.network.guard
+        own = self.view.own
         if own is None:
             return
-        every = port_ranges(range(LOWEST_PORT, 65536))
         self.overlay.want(
             Wanted(
                 network=self.view.network,
                 own=own.address,
-                open_ports={node.address: every for node in others},
-                guarded=port_ranges(own.ports) if guard and not own.advertised else (),
+                open_ports=self._open_on(others),
+                guarded=self._guarded(own),
             )
         )
+
+    def _open_on(self, others: Iterable[NodePlan]) -> dict[str, tuple[PortRange, ...]]:
+        """What may be dialled of each node, by address: the plan's ports, and what it has opened.
+        Of a node that has not said so, or that is away, every port: its connections are held."""
+        left = MOST_OPEN_RANGES
+        found: dict[str, tuple[PortRange, ...]] = {}
+        for node in others:
+            ports = self.announced.ports(node.name) if self._owner.reaches(node.name) else None
+            ranges = EVERY_PORT if ports is None else port_ranges({*node.ports, *ports})
+            if len(ranges) > left:
+                ranges = EVERY_PORT
+            left -= len(ranges)
+            found[node.address] = ranges
+        return found
+
+    def _guarded(self, own: NodePlan) -> tuple[PortRange, ...]:
+        """Ports of this machine that only loopback reaches: of Ray, and of programs of its user. As
+        root's may be anybody's, of those Ray's alone."""
+        if not self.config.network.guard or own.advertised:
+            return ()
+        ours = self.open_ports if os.geteuid() else None
+        return port_ranges({*own.ports, *(ours or ())})
 
     def _redirects(self) -> bool:
         port = self.overlay.port
@@ -268,6 +367,37 @@ class Node:
 
     def _may_dial(self) -> frozenset[int]:
         return listener_uids(self.config) | {0, os.geteuid()}
+
+    # -- connections ---------------------------------------------------------------------
+
+    def _route(self, target: Target, relay: SocketRelay) -> None:
+        """A connection that came to a listener: ports that the plan does not have are counted."""
+        if self.overlay.is_probe(target.address):
+            relay.refuse()
+            return
+        node = self._node_at(target.address)
+        if node is not None and target.port not in node.ports:
+            self.dials.dialled(node.name, target.port)
+            relay.when_not_in_plan(lambda why: self._refused_there(*target, why))
+        self._owner.route(target, relay)
+
+    def _refused_by_kernel(self, address: str, port: int, count: int) -> None:
+        self._refused_there(address, port, NOT_OPEN, count)
+        node = self._node_at(address)
+        if node is not None:
+            self._owner.dial_refused(node.name, port, count)
+
+    def hear_refused(self, node: str, port: int, count: int) -> None:
+        """Another node has refused to its programs what they dialled of this one."""
+        cause = f"programs of {node} have dialled it, and no program of Ray's user listens there"
+        self.dials.refuse("here", node, port, cause, count)
+
+    def _refused_there(self, address: str, port: int, cause: str, count: int = 1) -> None:
+        node = self._node_at(address)
+        self.dials.refuse("there", address if node is None else node.name, port, cause, count)
+
+    def _node_at(self, address: str) -> NodePlan | None:
+        return next((node for node in self.view.nodes if node.address == address), None)
 
     def forwards(self) -> tuple[ForwardConfig, ...]:
         """The further listeners; by default a worker's leads to the head's dashboard."""
@@ -284,15 +414,18 @@ class Node:
         if target == self.page:  # a client's: the hub lets no node dial 127.0.0.1
             return self.connector.accept(stream, opening)
         if own is not None and target.address == own.address:
-            if target.port in own.ports or self._open_ports.has(target):
+            if target.port in own.ports or self._may_be_dialled.has(target):
                 return self.connector.accept(stream, opening)
             if target.port in self.config.expose:
                 return self.connector.accept(stream, Opening(Target("127.0.0.1", target.port)))
-        stream.reset(
-            ResetReason.NOT_IN_PLAN,
+        cause = (
             f"{target} is no port that {self.config.name} serves: Ray's ports, expose, or one on "
-            "which a program of Ray's user listens",
+            "which a program of Ray's user listens"
         )
+        asker = self._node_at(opening.source or "")
+        name = (opening.source or "(unknown)") if asker is None else asker.name
+        self.dials.refuse("here", name, target.port, cause)
+        stream.reset(ResetReason.NOT_IN_PLAN, cause)
         return None
 
     # -- what is wrong -------------------------------------------------------------------
@@ -313,6 +446,9 @@ class Node:
         board.put_all("forwards", self._unknown_forwards())
         problem = self.overlay.problem
         board.put_all("overlay", [Finding(name, problem)] if problem else [], quiet=True)
+        problem = self.network_problem() if self.view.own is not None else None
+        needs = [Finding(name, problem, blocks_ready=True)] if problem else []
+        board.put_all("network", needs)
 
     def _ray_findings(self) -> list[Finding]:
         """What keeps Ray from running. Of one that waits for the link, the link says why."""

@@ -141,6 +141,7 @@ def roster_rows(
             address=plan.address,
             ports=f"{plan.base}-{plan.last_worker_port}",
             advertised=plan.advertised,
+            level=plan.level,
             state=None if states is None else states.get(plan.name, "down"),
             listeners=status.ListenerCount(open=is_open, blocked=blocked),
         )

@@ -31,6 +31,7 @@ from rayfwd.daemon.views import (
     streams_of,
     volume_of,
 )
+from rayfwd.network.announced import change_of
 from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
@@ -39,7 +40,16 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, ProtocolError, first_frame
-from rayfwd.session.handshake import CHANGES, PROOF, SOURCE, Challenge, Hello, Proof, Welcome
+from rayfwd.session.handshake import (
+    CHANGES,
+    OVERLAY,
+    PROOF,
+    SOURCE,
+    Challenge,
+    Hello,
+    Proof,
+    Welcome,
+)
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -85,6 +95,8 @@ class WorkerRole:
         self._kept_plan = b""
         self._cluster: ClusterReport | None = None
         self._sent_ray: messages.Ray | None = None
+        self._sent_ports: frozenset[int] | None = None
+        """Open ports of this node that the head knows of; None: it was told nothing."""
         self._head_ray: str | None = None
         """State of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
@@ -101,6 +113,8 @@ class WorkerRole:
             .on(messages.Conditions, self._hear_conditions)
             .on(messages.Cluster, self._hear_cluster)
             .on(messages.DialledBack, self._advertise.answered)
+            .on(messages.OpenPortsOf, self._hear_open_ports)
+            .on(messages.DialRefused, self._hear_dial_refused)
             .on(messages.SayAgain, self._hear_say_again)
         )
         """What the hub says."""
@@ -223,8 +237,11 @@ class WorkerRole:
 
     def hello(self) -> Hello:
         config, versions = self._node.config, self._node.ray.now.versions
+        hello = hello_of(config, self._identity.public)
+        if self._node.overlay.level == "overlay":
+            hello = replace(hello, features=hello.features | {OVERLAY})
         return replace(
-            hello_of(config, self._identity.public),
+            hello,
             ray=versions.ray if versions else None,
             python=versions.python if versions else None,
             resources=declared_resources(config),
@@ -337,9 +354,18 @@ class WorkerRole:
         self._cluster = ClusterReport.from_wire(message.report)
         self.changed()
 
+    def _hear_open_ports(self, message: messages.OpenPortsOf) -> None:
+        """Ports have opened and closed on other nodes."""
+        news = [self._node.announced.hear(name, said) for name, said in message.nodes.items()]
+        if any(news):
+            self._node.ports_changed_elsewhere()
+
+    def _hear_dial_refused(self, message: messages.DialRefused) -> None:
+        self._node.hear_refused(message.node, message.port, message.count)
+
     def _hear_say_again(self, _: messages.SayAgain) -> None:
         """The head was restarted, and has kept the session."""
-        self._sent_ray = None
+        self._sent_ray = self._sent_ports = None
         self._node.exchange.begin_again()
         self.changed()
         self._tell_conditions()
@@ -354,11 +380,14 @@ class WorkerRole:
 
     def link_changed(self) -> None:
         if self._link.mux is None:
-            self._sent_ray = None  # a new session knows nothing of it
+            self._sent_ray = self._sent_ports = None  # a new session knows nothing of it
+            self._node.announced.forget()
             self._head_ray = None
             self._node.exchange.begin_again()
             self._node.exchange.drop(HEAD)
         self._let_ray_start()
+        if self._node.view.nodes:
+            self._node.reach_others()
         self.changed()
         self._tell_conditions()
 
@@ -398,6 +427,8 @@ class WorkerRole:
                 raise ProblemError(problem)
 
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
+        if (problem := self._node.network_problem()) is not None:
+            raise ProblemError(problem)
         await self._node.overlay.made()
         await self._check_token()
         if own.advertised and self._node.config.ray.advertise_check:
@@ -452,7 +483,27 @@ class WorkerRole:
     def changed(self) -> None:
         self._let_ray_start()
         self._tell_head_of_ray()
+        self._tell_open_ports()
         self._node.changed()
+
+    def open_ports_changed(self) -> None:
+        self._tell_open_ports()
+
+    def dial_refused(self, node: str, port: int, count: int) -> None:
+        self._send(messages.DialRefused(node, port, count))
+
+    def reaches(self, name: str) -> bool:
+        return self.link_stands()
+
+    def _tell_open_ports(self) -> None:
+        """The head hears what has opened and closed here since it was last told."""
+        mux, ports = self._link.mux, self._node.open_ports
+        if mux is None or mux.ended or ports is None or ports == self._sent_ports:
+            return
+        change = change_of(self._sent_ports, ports)
+        assert change is not None, "it is known what is open"
+        self._sent_ports = ports
+        mux.send_message(change)
 
     def _tell_head_of_ray(self) -> None:
         """How our Ray is, for the head's status."""

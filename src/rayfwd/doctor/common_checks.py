@@ -38,6 +38,8 @@ OVERLAY_CODES = frozenset(
         codes.OVERLAY_FAILED,
         codes.OVERLAY_REFUSED,
         codes.OVERLAY_KEEPER_ABSENT,
+        codes.OVERLAY_GONE,
+        codes.OVERLAY_BLOCKED,
     }
 )
 OVERLAY_SOCKET = Path("/run/rayfwd-net/overlay.sock")

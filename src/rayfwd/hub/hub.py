@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayfwd import __version__, codes
-from rayfwd.cluster.plan import RESERVED, NodePlan, check_name
+from rayfwd.cluster.plan import RESERVED, Level, NodePlan, check_name
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.ledger import Ledger
 from rayfwd.hub.peers import HubClient, HubNode, HubPeer, Payer
@@ -29,7 +29,7 @@ from rayfwd.hub.telling import Teller
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import CHANGES, SOURCE, Hello, Vouch, Welcome
+from rayfwd.session.handshake import CHANGES, OVERLAY, SOURCE, Hello, Vouch, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import Claim
 from rayfwd.session.session import Limits, Session
@@ -358,7 +358,7 @@ class Hub:
             for _, hello, claim in joining:
                 if not hello.resumes:
                     with suppress(ProblemError):
-                        self._roster.join(hello.node, claim, hello.worker_ports, hello.advertise)
+                        self._roster.join(hello.node, claim, *_asked(hello))
         for each in joining:
             self._let_in(*each)
 
@@ -518,10 +518,10 @@ class Hub:
         before. Raises ProblemError."""
         name = hello.node
         node = self.nodes.get(name)
-        if node is not None and self._roster.changes(name, hello.worker_ports, hello.advertise):
+        if node is not None and self._roster.changes(name, *_asked(hello)):
             if not node.changes.take():
                 raise codes.PLAN_CHANGES.error(
-                    f"{node.label} asks for another address or other ports again and again",
+                    f"{node.label} asks for another address, ports or level again and again",
                     "nothing: it is let in soon; see why rayfwd is restarted there with other "
                     "settings",
                 )
@@ -548,9 +548,7 @@ class Hub:
         """In the roster; where none is left, that of a node which yields. Raises ProblemError."""
         while True:
             try:
-                return self._roster.join(
-                    hello.node, claim, hello.worker_ports, hello.advertise, renew
-                )
+                return self._roster.join(hello.node, claim, *_asked(hello), renew=renew)
             except ProblemError as exc:
                 if exc.problem.code not in NO_ROOM:
                     raise
@@ -823,6 +821,13 @@ def _is_live(peer: HubPeer) -> bool:
     """It was heard a moment ago."""
     mux = peer.mux
     return mux is not None and mux.now() - mux.session.last_heard < IN_USE_SECONDS
+
+
+def _asked(hello: Hello) -> tuple[int, str | None, Level]:
+    """What a node asks of the plan: so many worker ports, an address, and by its level ports of its
+    own or not."""
+    level: Level = "overlay" if OVERLAY in hello.features else "listeners"
+    return hello.worker_ports, hello.advertise, level
 
 
 def _session_unknown() -> Problem:

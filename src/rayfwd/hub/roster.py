@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
-from rayfwd.cluster.plan import NodePlan, allocate, check_name, fits, may_be_advertised
+from rayfwd.cluster.plan import Level, NodePlan, allocate, check_name, fits, may_be_advertised
 from rayfwd.problems import ProblemError
 from rayfwd.session.proof import Claim
 from rayfwd.system.files import read_regular, replace_file, write_new
@@ -166,7 +166,7 @@ def settle(records: Iterable[Record], own: NodePlan, network: str, port_base: in
         try:
             # `old` goes in too, so that the half of it that still fits is kept.
             plan = allocate(
-                [*others, old], old.name, network, port_base, old.worker_ports, advertise
+                [*others, old], old.name, network, port_base, old.worker_ports, advertise, old.level
             )
         except ProblemError:
             dropped.append(old.name)
@@ -246,6 +246,7 @@ class Roster:
         key: str | Claim,
         worker_ports: int,
         advertise: str | None,
+        level: Level = "listeners",
         renew: bool = False,
     ) -> NodePlan:
         """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
@@ -255,7 +256,7 @@ class Roster:
         `join_bad` (a value that no rayfwd sends), `roster_unwritable`.
         """
         known = self._records.get(name)
-        record = self._record(name, key, worker_ports, advertise, renew)
+        record = self._record(name, key, worker_ports, advertise, level, renew)
         if record != known:
             records = {**self._records, name: record}
             if not self._together:
@@ -275,10 +276,12 @@ class Roster:
         if not self.has(name, claim):
             raise _name_taken(name, "belongs to a node with another key")
 
-    def changes(self, name: str, worker_ports: int, advertise: str | None) -> bool:
+    def changes(
+        self, name: str, worker_ports: int, advertise: str | None, level: Level = "listeners"
+    ) -> bool:
         """Whether worker `name` has another plan than it would with these."""
         known = self._records.get(name)
-        return known is None or not _asks_for(known.plan, worker_ports, advertise)
+        return known is None or not _asks_for(known.plan, worker_ports, advertise, level)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -304,8 +307,11 @@ class Roster:
         advertise: str | None,
         renew: bool = False,
     ) -> NodePlan:
-        """What `join` would give, changing nothing. Raises ProblemError as that does."""
-        return self._record(name, key, worker_ports, advertise, renew).plan
+        """What `join` would give at the level that the node has, changing nothing. Raises
+        ProblemError as that does."""
+        known = self.plan(name)
+        level: Level = "listeners" if known is None else known.level
+        return self._record(name, key, worker_ports, advertise, level, renew).plan
 
     def has(self, name: str, claim: Claim) -> bool:
         """Whether worker `name` has that key."""
@@ -313,7 +319,13 @@ class Roster:
         return known is not None and known.belongs_to(claim)
 
     def _record(
-        self, name: str, key: str | Claim, worker_ports: int, advertise: str | None, renew: bool
+        self,
+        name: str,
+        key: str | Claim,
+        worker_ports: int,
+        advertise: str | None,
+        level: Level,
+        renew: bool,
     ) -> Record:
         claim = key if isinstance(key, Claim) else Claim(key)
         _check_request(name, claim.key, worker_ports, advertise)
@@ -322,11 +334,11 @@ class Roster:
             raise _name_taken(name, "is the head's")
         if known is not None and not (renew or known.belongs_to(claim)):
             raise _name_taken(name, "belongs to a node with another key")
-        if known is not None and _asks_for(known.plan, worker_ports, advertise):
+        if known is not None and _asks_for(known.plan, worker_ports, advertise, level):
             plan = known.plan  # it fits beside all others, as they were made to
         else:
             plan = allocate(
-                self.plans(), name, self._network, self._port_base, worker_ports, advertise
+                self.plans(), name, self._network, self._port_base, worker_ports, advertise, level
             )
             self._check_listeners(plan)
         seen = known.seen if known is not None else 0.0
@@ -365,15 +377,18 @@ class Roster:
         return [n for n, r in self._records.items() if r.seen and now - r.seen > seconds]
 
     def room(self, most: int) -> int:
-        """How many more workers have a place, `most` at the most: each as large as the largest."""
+        """How many more workers have a place, `most` at the most: each as large as the largest, and
+        with listeners unless none has them."""
         plans = list(self.plans())
         ports = max(plan.worker_ports for plan in plans)
         listeners = sum(r.plan.listeners for r in self._records.values())
         most_listeners = self.most_listeners()
+        overlay = bool(self._records) and all(plan.level == "overlay" for plan in plans[1:])
+        level: Level = "overlay" if overlay else "listeners"
         for found in range(most):
             name = f"{found}?"  # no node's name
             try:
-                plan = allocate(plans, name, self._network, self._port_base, ports, None)
+                plan = allocate(plans, name, self._network, self._port_base, ports, None, level)
             except ProblemError:
                 return found
             listeners += plan.listeners
@@ -395,6 +410,12 @@ class Roster:
         self._keep(records)
         _log.info("roster_forgot", node=name)
         return True
+
+    def set_own_level(self, level: Level) -> None:
+        """The head's, once it is known."""
+        if level != self._own.level:
+            self._own = replace(self._own, level=level)
+            self._keep(self._records)
 
     def _keep(self, records: dict[str, Record]) -> None:
         self._records = records
@@ -430,10 +451,9 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _asks_for(plan: NodePlan, worker_ports: int, advertise: str | None) -> bool:
-    return plan.worker_ports == worker_ports and (
-        plan.address == advertise if plan.advertised else advertise is None
-    )
+def _asks_for(plan: NodePlan, worker_ports: int, advertise: str | None, level: Level) -> bool:
+    same = plan.worker_ports == worker_ports and plan.level == level
+    return same and (plan.address == advertise if plan.advertised else advertise is None)
 
 
 def _name_taken(name: str, why: str) -> ProblemError:

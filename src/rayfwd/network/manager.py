@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rayfwd import codes
+from rayfwd.cluster.plan import Level
 from rayfwd.config import NetworkConfig
 from rayfwd.network import overlay
 from rayfwd.network.overlay_client import KEEPER, SOCKET, Child, OverlayClient, possible
@@ -24,13 +26,15 @@ from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
 
-Level = Literal["overlay", "listeners"]
-
 LOOK_INTERVAL = 10.0
 """Seconds between looks whether interface and rules are still there."""
+PROBE_TIMEOUT = 5.0
+"""Seconds for a connection that the rules bring to this process: it takes a millisecond."""
 GATHER_SECONDS = 0.05
 """Seconds in which changes of the plan are gathered into one."""
 
+_PARTS = {"interface": "the interface", "address": "the address", "table": "the table of nftables"}
+"""What `found` tells of, in words."""
 _TRIAL = ("127.77.0.0/16", "127.77.255.254")
 """Network and address with which it is tried whether interface and rules can be made."""
 _CHILD_ENDED = (
@@ -58,20 +62,26 @@ class Overlay:
         runtime_dir: Path,
         uids: Callable[[], frozenset[int]],
         on_change: Callable[[], None],
+        on_refused: Callable[[str, int, int], None],
         env: Mapping[str, str] = os.environ,
     ) -> None:
-        """`uids`: who may dial. `on_change` is called when level or problem have changed."""
+        """`uids`: who may dial. `on_change` is called when level or problem have changed,
+        `on_refused` with address and port where the kernel has refused so many connections."""
         self.level: Level = "listeners"
         self.problem: Problem | None = None
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
         self.why = f'network.level = "{config.level}"'
         """Why the level is what it is."""
+        self.settled = False
+        """It is known which level this machine allows."""
         self.refused: dict[str, int] = {}
         """Packets of connections that were refused by the kernel, by reason."""
         self._config = config
         self._runtime_dir = runtime_dir
         self._uids = uids
         self._on_change = on_change
+        self._on_refused = on_refused
+        self._refused_at: dict[tuple[str, int], int] = {}
         self._env = env
         self._client: OverlayClient | None = None
         self._child: Child | None = None
@@ -101,16 +111,16 @@ class Overlay:
 
     async def settle(self) -> None:
         """Find out which level this machine allows."""
-        if self._config.level == "listeners":
-            return
-        try:
-            await self._reach_keeper()
-        except ProblemError as exc:
-            self._fall_back(exc.problem)
-            return
-        self.level = "overlay"
-        self.why = "this machine allows it"
-        log.info("network_level", level=self.level, cause=self.why)
+        if self._config.level != "listeners":
+            try:
+                await self._reach_keeper()
+            except ProblemError as exc:
+                self._fall_back(exc.problem)
+            else:
+                self.level = "overlay"
+                self.why = "this machine allows it"
+                log.info("network_level", level=self.level, cause=self.why)
+        self.settled = True
 
     async def _reach_keeper(self) -> None:
         """Raises ProblemError where no overlay can be had."""
@@ -193,8 +203,11 @@ class Overlay:
                 await client.up(rules)
             elif self._made != rules:
                 await client.update(rules)
+            elif (gone := await self._look(client, rules)) is not None:
+                self._set_problem(gone)  # until the next look finds everything there
+                return
             else:
-                await self._look(client, rules)
+                await self._probe(rules)
         except ProblemError as exc:
             self._made = None
             self._up.clear()
@@ -216,18 +229,48 @@ class Overlay:
         else:
             self._changed.set()
 
-    async def _look(self, client: OverlayClient, rules: Rules) -> None:
-        """See that it still stands; what is gone is made anew, and said. Raises ProblemError."""
+    async def _look(self, client: OverlayClient, rules: Rules) -> Problem | None:
+        """See that it still stands; what is gone is made anew, and told. Raises ProblemError."""
         found = await client.found()
         self.refused = {str(k): int(v) for k, v in dict(found.get("refused", {})).items()}
+        self._tell_refused(found.get("refused_at", ()))
         gone = [part for part in ("interface", "address", "table") if not found.get(part)]
-        if gone:
-            log.warning(
-                "overlay_gone",
-                cause=f"{', '.join(gone)} of the overlay were removed by another program",
-                remedy="see which program resets the firewall or the network; it is made again",
-            )
-            await client.up(rules)
+        if not gone:
+            return None
+        await client.up(rules)
+        return codes.OVERLAY_GONE.problem(
+            f"{_PARTS[gone[0]]} of the overlay was removed by another program, and is made again",
+            "see which program resets the firewall or the network (`nft monitor`, `ip monitor`)",
+        )
+
+    def _tell_refused(self, rows: Iterable[tuple[str, int, int]]) -> None:
+        """What the kernel has refused since the last look. Counts of the table begin anew with it,
+        and when a port was not dialled for a while."""
+        before, self._refused_at = self._refused_at, {(a, p): count for a, p, count in rows}
+        for at, count in self._refused_at.items():
+            known = before.get(at, 0)
+            if more := count - known if count >= known else count:
+                self._on_refused(*at, more)
+
+    async def _probe(self, rules: Rules) -> None:
+        """See that what is dialled to other nodes comes here. Raises ProblemError."""
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                reader, writer = await asyncio.open_connection(rules.probe, rules.port)
+                with suppress(ConnectionResetError):
+                    await reader.read()  # until `is_probe` has been asked
+                writer.transport.abort()
+        except (OSError, TimeoutError) as exc:
+            raise codes.OVERLAY_BLOCKED.error(
+                "the overlay's rules stand, and what is dialled to another node does not come to "
+                f"rayfwd: {str(exc) or 'no answer'}",
+                "see `nft list ruleset` for another table that drops or redirects what this "
+                f"machine sends to {rules.network} or takes on 127.0.0.1:{rules.port}",
+            ) from exc
+
+    def is_probe(self, address: str) -> bool:
+        """Whether a connection that came here is our own, and goes nowhere."""
+        return self._made is not None and address == self._made.probe
 
     def _rules(self, wanted: Wanted) -> Rules:
         return Rules(

@@ -10,12 +10,14 @@ import ipaddress
 import json
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rayfwd import codes
+from rayfwd.cluster.plan import in_loopback
 from rayfwd.network import ruleset
 from rayfwd.network.ruleset import Rules
 from rayfwd.problems import ProblemError
@@ -24,9 +26,46 @@ COMMAND_TIMEOUT = 20.0
 """Seconds for `ip` or `nft`; they take some milliseconds."""
 _PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 """Where the commands of the system are; never the caller's PATH."""
-LOOPBACK = ipaddress.IPv4Network("127.0.0.0/8")
+# linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
+_NETLINK_NETFILTER = 12
+_GROUP_NFTABLES = 1 << 6
+_TABLE_DELETED = 10 << 8 | 2
+_NLMSGHDR = struct.Struct("=IHHII")
+"""length, type, flags, sequence number, port id"""
 CAP_NET_ADMIN = 12
 """Its bit in /proc/self/status (capabilities(7))."""
+
+
+class TableEvents:
+    """Hears from the kernel that tables of nftables were deleted, ours or others'."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the kernel does not tell."""
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        self._sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
+        self._sock.bind((0, _GROUP_NFTABLES))
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def deleted(self) -> bool:
+        """Whether one was since this was asked last; True too where events were missed."""
+        found = False
+        while True:
+            try:
+                data = self._sock.recv(1 << 16)
+            except BlockingIOError:
+                return found
+            except OSError:  # ENOBUFS
+                return True
+            at = 0
+            while at + _NLMSGHDR.size <= len(data):
+                length, kind, *_ = _NLMSGHDR.unpack_from(data, at)
+                found |= kind == _TABLE_DELETED
+                at += max((length + 3) & ~3, _NLMSGHDR.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +77,9 @@ class Found:
     table: bool
     refused: dict[str, int]
     """Packets by the counters of the table."""
+    refused_at: tuple[tuple[str, int, int], ...] = ()
+    """Addresses and ports of other nodes that were refused in the last ten minutes, and how often
+    since each is there."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -45,6 +87,7 @@ class Found:
             "address": self.address,
             "table": self.table,
             "refused": dict(self.refused),
+            "refused_at": [list(row) for row in self.refused_at],
         }
 
 
@@ -80,6 +123,7 @@ def check_tools() -> None:
 
 def up(wanted: Rules) -> None:
     """Make everything, or bring it up to date. Raises ProblemError `overlay_failed`."""
+    check_unused(wanted)
     try:
         _make_interface(wanted)
         _run(["nft", "-f", "-"], ruleset.ruleset(wanted))
@@ -119,17 +163,34 @@ def found(wanted: Rules) -> Found:
         rows = []
     addresses = {a.get("local") for row in rows for a in row.get("addr_info", ())}
     try:
-        listing = json.loads(_run(["nft", "-j", "list", "table", "inet", wanted.interface]))
+        # Terse: the sets of open ports may be long.
+        listing = json.loads(_run(["nft", "-j", "-t", "list", "table", "inet", wanted.interface]))
         counters = [row["counter"] for row in listing["nftables"] if "counter" in row]
-        chains = {row["chain"]["name"] for row in listing["nftables"] if "chain" in row}
+        chains = {row["rule"]["chain"] for row in listing["nftables"] if "rule" in row}
     except (OSError, ValueError, KeyError):
         counters, chains = [], set()
     return Found(
         interface=any("UP" in row.get("flags", ()) for row in rows),
         address=wanted.own in addresses,
-        table=chains >= {"dial", "refuse", "guard"},
+        table=chains >= {"dial", "refuse", "refused", "unknown", "guard"},
         refused={row["name"]: int(row["packets"]) for row in counters},
+        refused_at=_refused_at(wanted.interface) if counters else (),
     )
+
+
+def _refused_at(interface: str) -> tuple[tuple[str, int, int], ...]:
+    """The elements of the set, with their counters; none where they cannot be read."""
+    try:
+        listing = json.loads(_run(["nft", "-j", "list", "set", "inet", interface, "refused_at"]))
+        (found,) = [row["set"] for row in listing["nftables"] if "set" in row]
+        elements = [row["elem"] for row in found.get("elem", ())]
+        return tuple(
+            (str(address), int(port), int(element["counter"]["packets"]))
+            for element in elements
+            for address, port in [element["val"]["concat"]]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _make_interface(wanted: Rules) -> None:
@@ -145,11 +206,32 @@ def _make_interface(wanted: Rules) -> None:
     _run(["ip", "addr", "flush", "dev", interface])
     _run(["ip", "addr", "add", f"{wanted.own}/32", "dev", interface])
     _run(["ip", "link", "set", "dev", interface, "up"])
+    if not in_loopback(wanted.network):
+        # As in 127/8, every address is this machine's own: a program may bind any of them. The
+        # route goes with the interface.
+        _run(["ip", "route", "replace", "local", wanted.network, "dev", interface])
+
+
+def check_unused(wanted: Rules) -> None:
+    """Raises ProblemError `overlay_refused` where the machine has a way to a part of the network:
+    what it sends there would not arrive any more."""
+    if in_loopback(wanted.network):
+        return
     network = ipaddress.IPv4Network(wanted.network)
-    if not network.subnet_of(LOOPBACK):
-        # As in 127/8, every address is this machine's own: a program may bind any of them.
-        route = ["local", str(network), "dev", "lo", "src", wanted.own]
-        _run(["ip", "route", "replace", *route])
+    try:
+        rows = json.loads(_run(["ip", "-j", "-4", "route", "show", "table", "all"]))
+    except (OSError, ValueError) as exc:
+        raise _failed(f"the routes cannot be read: {exc}") from exc
+    for row in rows:
+        to = str(row.get("dst", "default"))
+        if to == "default" or row.get("dev") == wanted.interface:
+            continue
+        if ipaddress.IPv4Network(to, strict=False).overlaps(network):
+            raise codes.OVERLAY_REFUSED.error(
+                f"the plan's network {network} is in use on this machine: it has a route to {to} "
+                f"by {row.get('dev', 'another way')}",
+                "set hub.network on the head to a network that no machine has a way to",
+            )
 
 
 def _has_interface(name: str) -> bool:

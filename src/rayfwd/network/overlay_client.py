@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
+from rayfwd.cluster.plan import PRIVATE_NETWORKS
 from rayfwd.network import overlay
 from rayfwd.network.ruleset import Rules
 from rayfwd.problems import Problem, ProblemError
@@ -83,6 +84,8 @@ class Child:
         socket = runtime_dir / SOCKET
         argv = [sys.executable, "-I", "-m", "rayfwd", "overlay", str(socket), "--until-eof"]
         argv += ["--interface", interface]
+        # It has no more rights than this process: the hub's word is checked for what is in use.
+        argv += [f"--network={network}" for network in PRIVATE_NETWORKS]
         reading, writing = os.pipe()
         try:
             process = subprocess.Popen(argv, stdin=reading, start_new_session=True)

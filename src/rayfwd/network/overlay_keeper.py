@@ -17,14 +17,15 @@ import asyncio
 import ipaddress
 import os
 import signal
+import socket
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
-from rayfwd.network.ruleset import Rules
+from rayfwd.network.ruleset import LOWEST_PORT, Rules
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ControlServer
 from rayfwd.system.logs import get_logger
@@ -37,8 +38,6 @@ NETWORKS = (ipaddress.IPv4Network("127.64.0.0/10"),)
 
 127.0.0.0/10 is left out: name servers and databases listen there.
 """
-LOWEST_PORT = 1024
-"""Ports below it are root's services': the overlay neither leads to one nor guards one."""
 
 _log = get_logger(__name__)
 
@@ -68,6 +67,25 @@ class OverlayKeeper:
     async def run(self) -> None:
         """Raises ProblemError where it cannot listen, or where an overlay cannot be had."""
         await asyncio.to_thread(overlay.check_tools)
+        with closing(self._claim()):
+            await self._serve()
+
+    def _claim(self) -> socket.socket:
+        """As a child: nobody else's child makes this interface here. The name is of this network
+        namespace, and free when the process has ended. Raises ProblemError."""
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if self._until_eof:
+            try:
+                claim.bind(f"\0rayfwd-overlay-{self._interface}")
+            except OSError as exc:
+                claim.close()
+                raise codes.OVERLAY_IMPOSSIBLE.error(
+                    f"another rayfwd on this machine makes {self._interface}",
+                    "set network.interface and network.port to others in the file of one of them",
+                ) from exc
+        return claim
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -81,14 +99,49 @@ class OverlayKeeper:
         }
         server = ControlServer(self._socket, verbs, request_limit=REQUEST_LIMIT, owner=self._owner)
         await server.start()
+        watch = asyncio.create_task(self._watch_tables(), name="tables")
         try:
             _log.info("overlay_keeper_listening", socket=str(self._socket))
             self._notifier.send("READY=1", "STATUS=no overlay")
             await self._stop.wait()
             self._notifier.send("STOPPING=1")
         finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
             await server.close()
             await asyncio.to_thread(overlay.down, self._interface)
+
+    async def _watch_tables(self) -> None:
+        """Make the rules anew as soon as another program removes them (`nft flush ruleset`): until
+        then, what is dialled to another node would go to whoever has that port here."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            events = overlay.TableEvents()
+        except OSError as exc:
+            _log.warning("overlay_unwatched", cause=str(exc))
+            return
+        loop.add_reader(events, changed.set)
+        try:
+            while True:
+                await changed.wait()
+                changed.clear()
+                if events.deleted():
+                    await self._restore()
+        finally:
+            loop.remove_reader(events)
+            events.close()
+
+    async def _restore(self) -> None:
+        async with self._turn:
+            rules = self._rules
+            if rules is None or (await asyncio.to_thread(overlay.found, rules)).table:
+                return  # removed, or replaced, by ourselves
+            try:
+                await asyncio.to_thread(overlay.up, rules)
+            except ProblemError as exc:
+                _log.warning("overlay_not_restored", cause=exc.problem.cause)
+                return
+        _log.warning("overlay_restored", interface=rules.interface)
 
     def _came_on_stdin(self) -> None:
         with suppress(BlockingIOError):

@@ -3,7 +3,9 @@
 A TCP connection to another node's address is redirected to one port of the daemon, which asks the
 kernel for the original destination (SO_ORIGINAL_DST). Who may dial, and which ports are open, is
 decided here, so that `connect()` fails as it would on a LAN: a port on which nothing listens is
-refused, a node that is unknown is unreachable. What comes to Ray's ports from other interfaces than
+refused, a node that is unknown is unreachable. A port may have opened a moment ago: so the first
+packet to one that is not known to be open is dropped, and when the kernel sends it again, a second
+later, the connection is refused or taken. What comes to Ray's ports from other interfaces than
 loopback is dropped.
 
 The table is replaced as a whole, in one transaction; the sets are updated in another.
@@ -18,9 +20,14 @@ from typing import Any
 
 PortRange = tuple[int, int]
 """First and last port."""
+LOWEST_PORT = 1024
+"""Ports below it are root's services, and nobody's to dial."""
 
 MOST_RANGES = 20_000
 """Ranges of open ports of all nodes together, at most."""
+HOLD_SECONDS = 3
+"""For how long it is remembered that a first packet was dropped: the kernel sends the second one
+after 1 s (TCP_TIMEOUT_INIT)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,11 @@ class Rules:
                 raise ValueError(f"ports {first} to {last} are out of range")
         if any(not 0 <= uid < 1 << 32 for uid in self.uids):
             raise ValueError("a user id is out of range")
+
+    @property
+    def probe(self) -> str:
+        """An address that is no node's: what the daemon dials there must come back to it."""
+        return str(ipaddress.IPv4Network(self.network).network_address)
 
     def to_wire(self) -> dict[str, Any]:
         """As a JSON object, for the privileged process."""
@@ -132,6 +144,13 @@ table inet {rules.interface} {{
     set nodes {{ type ipv4_addr; }}
     set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
     set guarded {{ type inet_service; flags interval; auto-merge; }}
+    set held {{
+        type ipv4_addr . inet_service . inet_service; size 65535; flags dynamic, timeout;
+        timeout {HOLD_SECONDS}s;
+    }}
+    set refused_at {{
+        type ipv4_addr . inet_service; size 1024; flags dynamic, timeout; timeout 10m;
+    }}
     counter refused_user {{ }}
     counter refused_port {{ }}
     counter refused_node {{ }}
@@ -146,9 +165,15 @@ table inet {rules.interface} {{
     }}
     chain refused {{
         meta skuid != {{ {uids} }} counter name refused_user meta l4proto tcp reject with tcp reset
-        ip daddr @nodes counter name refused_port meta l4proto tcp reject with tcp reset
+        ip daddr @nodes meta l4proto tcp jump unknown
         ip daddr @nodes reject
         counter name refused_node reject with icmp type host-unreachable
+    }}
+    chain unknown {{
+        tcp dport >= {LOWEST_PORT} ip daddr . tcp dport . tcp sport != @held \
+            add @held {{ ip daddr . tcp dport . tcp sport }} drop
+        counter name refused_port update @refused_at {{ ip daddr . tcp dport counter }} \
+            reject with tcp reset
     }}
     chain guard {{
         type filter hook input priority -10; policy accept;
@@ -173,7 +198,7 @@ def removal(interface: str) -> str:
 
 
 def _elements(rules: Rules) -> str:
-    opened = [
+    opened = [f"{rules.probe} . {rules.port}"] + [
         f"{address} . {_span(ports)}" for address, of in rules.open_ports.items() for ports in of
     ]
     sets = {

@@ -187,7 +187,7 @@ def digest(
         mode="json", exclude={"status_interval", "advertise", "advertise_check", "auth"}
     )
     parts = {
-        "own": own.to_wire(),
+        "own": {k: v for k, v in own.to_wire().items() if k != "level"},  # `interface` says it
         "head": [head.address, dict(head.head_services)],
         "ray": told,
         "timeouts": timeouts(ride_through),

@@ -24,6 +24,8 @@ Role = Literal["worker", "client"]
 """A client is no node: it has no address, no ports and no name that is kept."""
 SOURCE = "source"
 """A feature of a node: it understands an OPEN that says whose it is."""
+OVERLAY = "overlay"
+"""A feature of a node: it has the overlay, and opens no listeners for other nodes' ports."""
 PROOF = "proof"
 """A feature of a node: its `key` is a public key, and it answers a CHALLENGE."""
 CHANGES = "changes"

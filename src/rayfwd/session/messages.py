@@ -29,6 +29,10 @@ MOST_SENT: Final = 50
 """Conditions that a message tells of."""
 MOST_PORTS: Final = 200
 """Ports that a node may ask to be dialled."""
+MOST_OPEN_PORTS: Final = 2000
+"""Ports of one node that others are told of."""
+MOST_PORTS_TOLD: Final = 40_000
+"""Ports and nodes in one message about several: 300 kB."""
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _MAX_ID = 1 << 53
@@ -301,6 +305,78 @@ class DialledBack:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenPorts:
+    """Ports besides the plan's on which programs of Ray's user have begun and ceased to listen on
+    the node that says it. `anew`: what it said before holds no more."""
+
+    TYPE: ClassVar = "open_ports"
+    SENDER: ClassVar[Sender] = "worker"
+
+    anew: bool
+    opened: tuple[int, ...]
+    closed: tuple[int, ...]
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "type": self.TYPE,
+            "anew": self.anew,
+            "opened": list(self.opened),
+            "closed": list(self.closed),
+        }
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> OpenPorts:
+        anew = _there(data, "anew")
+        if not isinstance(anew, bool):
+            raise ValueError("anew must be true or false")
+        return cls(anew, _open_ports(data, "opened"), _open_ports(data, "closed"))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPortsOf:
+    """The same of several nodes, by name; None: nobody knows what is open there."""
+
+    TYPE: ClassVar = "open_ports_of"
+    SENDER: ClassVar[Sender] = "hub"
+
+    nodes: Mapping[str, OpenPorts | None]
+
+    def to_wire(self) -> dict[str, Any]:
+        nodes = {name: change and change.to_wire() for name, change in self.nodes.items()}
+        return {"type": self.TYPE, "nodes": nodes}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> OpenPortsOf:
+        return cls({name: cls._change(said) for name, said in _object(data, "nodes").items()})
+
+    @staticmethod
+    def _change(said: Any) -> OpenPorts | None:
+        if said is not None and not isinstance(said, dict):
+            raise ValueError("what is said of a node must be an object or null")
+        return None if said is None else OpenPorts.from_wire(said)
+
+
+@dataclass(frozen=True, slots=True)
+class DialRefused:
+    """Connections to a port of another node were refused where they were dialled. Of a worker
+    `node` has the port; of the hub it has dialled the port of the node that is told."""
+
+    TYPE: ClassVar = "dial_refused"
+    SENDER: ClassVar[Sender] = "both"
+
+    node: str
+    port: int
+    count: int
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"type": self.TYPE, "node": self.node, "port": self.port, "count": self.count}
+
+    @classmethod
+    def from_wire(cls, data: Mapping[str, Any]) -> DialRefused:
+        return cls(_text(data, "node"), _number(data, "port", 65535), _number(data, "count"))
+
+
+@dataclass(frozen=True, slots=True)
 class SayAgain:
     """Whoever says it was restarted, and knows no more what it had been told."""
 
@@ -341,6 +417,9 @@ Message = (
     | Ray
     | DialBack
     | DialledBack
+    | OpenPorts
+    | OpenPortsOf
+    | DialRefused
     | SayAgain
     | Leaving
 )
@@ -358,6 +437,9 @@ TYPES: Final[Mapping[str, type[Message]]] = {
         Ray,
         DialBack,
         DialledBack,
+        OpenPorts,
+        OpenPortsOf,
+        DialRefused,
         SayAgain,
         Leaving,
     )
@@ -462,10 +544,23 @@ def _text_or_none(data: Mapping[str, Any], key: str) -> str | None:
 
 
 def _id(data: Mapping[str, Any]) -> int:
-    value = _there(data, "id")
-    if type(value) is not int or not 0 < value < _MAX_ID:
-        raise ValueError("id must be a number from 1 to 2^53 - 1")
+    return _number(data, "id")
+
+
+def _number(data: Mapping[str, Any], key: str, most: int = _MAX_ID - 1) -> int:
+    value = _there(data, key)
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{key} must be a number from 1 to {most}")
     return value
+
+
+def _open_ports(data: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = _there(data, key)
+    if not isinstance(value, list) or len(value) > MOST_OPEN_PORTS:
+        raise ValueError(f"{key} must be at most {MOST_OPEN_PORTS} ports")
+    if not all(type(port) is int and 0 < port < 65536 for port in value):
+        raise ValueError(f"{key}: a port is none")
+    return tuple(value)
 
 
 def _object(data: Mapping[str, Any], key: str) -> dict[str, Any]:

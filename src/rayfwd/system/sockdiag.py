@@ -34,13 +34,21 @@ _ANY_COOKIE = b"\xff" * 8
 _MESSAGE = struct.Struct("=BBBB48sIIIII")
 """inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode"""
 
+_BYTECODE = 1
+"""The attribute of a request that has a filter (INET_DIAG_REQ_BYTECODE)."""
+_OP = struct.Struct("=BBH")
+"""inet_diag_bc_op: code, how far to go if so, how far if not; behind the end: not this socket"""
+_HOST = struct.Struct("=BBxxi4s")
+"""inet_diag_hostcond: family, length of the prefix, port (-1: any), address"""
+_BC_JMP, _BC_S_COND = 1, 7
+
 # linux/unix_diag.h
 _UNIX_REQUEST = struct.Struct("=BBxxIII8s")
 """unix_diag_req: family, protocol, states, inode, what to show, cookie"""
 _UNIX_MESSAGE = struct.Struct("=BBBxI8s")
 """unix_diag_msg: family, type, state, inode, cookie; attributes follow"""
 _ATTRIBUTE = struct.Struct("=HH")
-"""rtattr: length with this header, type; each begins at a multiple of four"""
+"""nlattr, rtattr: length with this header, type; each begins at a multiple of four"""
 _SHOW_NAME, _SHOW_UID = 0x1, 0x40
 _UNIX_NAME, _UNIX_UID = 0, 7
 
@@ -122,12 +130,15 @@ class SockDiag:
             return state, Owner(uid, inode) if inode else None
         return 0, None
 
-    def listening(self) -> list[ListeningSocket]:
-        """Every TCP socket that listens. Raises OSError."""
+    def listening(self, at: str | None = None) -> list[ListeningSocket]:
+        """Every TCP socket that listens; `at`: of IPv4, those on this address or on all. The kernel
+        leaves out the others, which may be thousands. Raises OSError."""
         found = []
         for family in (socket.AF_INET, socket.AF_INET6):
-            nothing = _ID.pack(0, 0, b"", b"", b"", _ANY_COOKIE)
-            for message in self._ask(family, 1 << _TCP_LISTEN, nothing, _NLM_F_DUMP):
+            about = _ID.pack(0, 0, b"", b"", b"", _ANY_COOKIE)
+            if at is not None and family == socket.AF_INET:
+                about += _on_either(at, "0.0.0.0")
+            for message in self._ask(family, 1 << _TCP_LISTEN, about, _NLM_F_DUMP):
                 _, _, _, _, about, *_, uid, inode = _MESSAGE.unpack_from(message)
                 port, _, address, *_ = _ID.unpack(about)
                 size = 4 if family == socket.AF_INET else 16
@@ -190,6 +201,23 @@ def _attributes(data: bytes, at: int) -> Iterator[tuple[int, bytes]]:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         yield kind, data[at + _ATTRIBUTE.size : at + length]
         at += max((length + 3) & ~3, _ATTRIBUTE.size)
+
+
+def _on_either(one: str, other: str) -> bytes:
+    """A request's filter: sockets on one of these addresses."""
+    size = _OP.size + _HOST.size
+    conditions = [
+        # Past the jump where it is not so; else by the jump, past the other condition.
+        _OP.pack(_BC_S_COND, size, size + _OP.size) + _host(one),
+        _OP.pack(_BC_JMP, _OP.size, _OP.size + size),
+        _OP.pack(_BC_S_COND, size, size + 4) + _host(other),
+    ]
+    code = b"".join(conditions)
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(code), _BYTECODE) + code
+
+
+def _host(address: str) -> bytes:
+    return _HOST.pack(socket.AF_INET, 32, -1, _packed(address))
 
 
 def _packed(address: str) -> bytes:

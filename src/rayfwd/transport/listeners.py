@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 
 from rayfwd import codes
 from rayfwd.problems import Problem
@@ -64,6 +65,8 @@ class Listeners:
         self._route = route
         self._on_change = on_change
         self._wanted: dict[Target, Target] = {}
+        self._passing: frozenset[Target] = frozenset()
+        """Those of them that stand for a port on which another node's program listens for now."""
         self._open: dict[Target, socket.socket] = {}
         self._blocked: dict[Target, Problem] = {}
         self._holders: dict[Address, Holder] = {}
@@ -106,10 +109,12 @@ class Listeners:
         return tuple(self._blocked.values())
 
     def for_a_node(self, listen: Target) -> bool:
-        """Whether the listener there is the one for a node's own port, or for all of them, and no
-        further one."""
+        """Whether the listener there is the one for a port of a node's Ray, or for all of them, and
+        no further one."""
         target = self._wanted.get(listen)
-        return target is not None and (target == REDIRECTED or self.place_of(target) == listen)
+        if target is None or listen in self._passing:
+            return False
+        return target == REDIRECTED or self.place_of(target) == listen
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """How many listeners are open and how many blocked, by the address that they stand for."""
@@ -122,11 +127,22 @@ class Listeners:
             )
         return out
 
-    def set_wanted(self, listeners: Mapping[Target, Target]) -> None:
-        """Which listeners there are to be: where each listens, and what it stands for."""
+    def set_wanted(
+        self,
+        listeners: Mapping[Target, Target],
+        passing: Mapping[Target, Target] = MappingProxyType({}),
+    ) -> None:
+        """Which listeners there are to be: where each listens, and what it stands for.
+
+        `passing` are further ones: nothing depends on them, and programs of this user that share
+        their ports (SO_REUSEPORT) may listen on the wildcard.
+        """
         self._wanted_known = True
-        if self._wanted != listeners:
-            self._wanted = dict(listeners)
+        self._passing = frozenset(passing.keys() - listeners.keys())
+        # The others first, as there may be no descriptor for all.
+        wanted = {**listeners, **{at: passing[at] for at in passing if at in self._passing}}
+        if self._wanted != wanted:
+            self._wanted = wanted
             self._changed.set()
 
     async def run(self) -> None:
@@ -136,11 +152,11 @@ class Listeners:
         try:
             while True:
                 self._changed.clear()
-                before = (set(self._open), self._blocked)
+                before, kept = (set(self._open), self._blocked), self._lasting()
                 await self._reconcile()
                 after = (set(self._open), self._blocked)
-                if before[0] != after[0] and self._wanted_known:
-                    self.keep(self._open.values())
+                if kept != (lasting := self._lasting()) and self._wanted_known:
+                    self.keep(lasting.values())
                 if before != after and self._on_change is not None:
                     self._on_change()
                 try:
@@ -156,6 +172,10 @@ class Listeners:
             while self._inherited:
                 self._inherited.popitem()[1].close()
             self.admission.close()
+
+    def _lasting(self) -> dict[Target, socket.socket]:
+        """Those that are open and stand for what the plan and the file name."""
+        return {at: sock for at, sock in self._open.items() if at not in self._passing}
 
     def stop_accepting(self) -> dict[Target, socket.socket]:
         """For the next process: the sockets, which go on listening. None is opened any more."""
@@ -215,7 +235,8 @@ class Listeners:
 
     def _try(self, listen: Target) -> None:
         """Open a listener. Raises OSError."""
-        sock = self._inherited.pop(listen, None) or _bound(listen)
+        passing = listen in self._passing
+        sock = self._inherited.pop(listen, None) or _bound(listen, shared=passing)
         try:
             redirected = self._wanted[listen] == REDIRECTED
             self._acceptor.add(sock, lambda to: self._relay_of(listen, to), redirected)
@@ -236,21 +257,28 @@ class Listeners:
         for listen, exc in failed.items():
             if (target := self._wanted.get(listen)) is None:
                 continue  # not any more
-            problem = why_blocked(listen, target, exc, self._holders.get(listen))
+            holder = self._holders.get(listen)
+            if listen in self._passing and exc.errno == errno.EADDRINUSE:
+                problem, say = why_taken(listen, holder), log.warning
+            else:
+                problem, say = why_blocked(listen, target, exc, holder), log.error
             if self._blocked.get(listen) != problem:
                 said = problem in self._blocked.values()  # one for all that want a descriptor
                 self._blocked = self._blocked | {listen: problem}
                 if not said:
-                    log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+                    say(problem.code.name, cause=problem.cause, remedy=problem.remedy)
 
 
-def _bound(listen: Target) -> socket.socket:
-    """A socket there. Raises OSError; EMFILE also where only the reserve is left."""
+def _bound(listen: Target, shared: bool = False) -> socket.socket:
+    """A socket there; `shared`: with others of this user that share it, too. Raises OSError; EMFILE
+    also where only the reserve is left."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         if sock.fileno() >= descriptors.reserve():
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(listen)
     except OSError:
         sock.close()
@@ -299,6 +327,17 @@ def why_blocked(
     return codes.LISTENER_BLOCKED.problem(
         f"{listen} cannot be opened: {exc.strerror}",
         "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
+    )
+
+
+def why_taken(listen: Target, holder: Holder | None = None) -> Problem:
+    """Why a port that has opened on another node is not reached from here."""
+    return codes.OPEN_PORT_TAKEN.problem(
+        f"a program on the node {listen.address} listens on port {listen.port}, which is in use on "
+        f"this machine{said_of(holder)}: it is not reached from here",
+        "let one of the two programs use another port, or this node have the overlay "
+        "(docs/overlay.md), where nodes do not share ports; network.deny on that node says that it "
+        "is for nobody",
     )
 
 

@@ -37,6 +37,7 @@ class SocketRelay(asyncio.Protocol):
         self._among = among
         self._connected = connected
         self._lost: Callable[[], None] | None = None
+        self._not_in_plan: Callable[[str], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._reading: Reading | None = None
         """Of the transport; it outlives it."""
@@ -57,6 +58,10 @@ class SocketRelay(asyncio.Protocol):
     def over(self) -> bool:
         """Its stream has ended, and its connection ends, too."""
         return self._over
+
+    def when_not_in_plan(self, refused: Callable[[str], None]) -> None:
+        """`refused` is called, with the far side's words, when that serves no such port."""
+        self._not_in_plan = refused
 
     def when_lost(self, lost: Callable[[], None]) -> None:
         """`lost` is called when it had a connection and has it no more."""
@@ -191,6 +196,8 @@ class SocketRelay(asyncio.Protocol):
     def stream_lost(self, reason: ResetReason, text: str) -> None:
         if self._dials is not None:
             self._dials.refused.note("", self._dials.peer, reason, text)
+        if reason is ResetReason.NOT_IN_PLAN and self._not_in_plan is not None:
+            self._not_in_plan(text)
         self.refuse()
 
     def refuse(self) -> None:

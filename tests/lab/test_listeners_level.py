@@ -1,0 +1,169 @@
+"""Three firewalled machines at the level `listeners`: ports that programs open by themselves.
+
+No right to change the network is needed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.cluster import Cluster
+from tests.lab.machines import Lab, Machine
+from tests.lab.process import Process, until
+from tests.need import need_libraries
+from tests.setup_envs import LIBRARIES
+
+DENIED = 29599
+
+pytestmark = [pytest.mark.lab, pytest.mark.ray]
+
+SERVE = """
+import socket, sys
+server = socket.create_server((sys.argv[1], int(sys.argv[2])))
+print("listening", server.getsockname()[1], flush=True)
+while True:
+    sock, peer = server.accept()
+    with sock:
+        sock.sendall(peer[0].encode())
+"""
+
+STORE = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+where, port, who = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+store = TCPStore(where, port, is_master=who == "master", timeout=timedelta(seconds=120))
+if who == "master":
+    store.set("said", "hello")
+    store.wait([f"heard by {guest}" for guest in sys.argv[4:]])
+else:
+    print("heard", store.get("said").decode(), flush=True)
+    store.set(f"heard by {who}", "yes")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(module_lab: Lab) -> Iterator[Cluster]:
+    need_libraries()
+    network = {"level": "listeners", "deny": [DENIED]}
+    made = Cluster(module_lab, LIBRARIES, network=network, ride_through=60)
+    made.start(["head"])
+    made.head.wait_event("hub_listening")
+    for name in ("w1", "w2"):  # in this order they are given their addresses
+        made.start_node(name)
+        made.worker(name).wait_event("plan_received", 60)
+    made.wait_ready(240)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def w1(cluster: Cluster) -> Machine:
+    return cluster.lab.machine("w1")
+
+
+def python(cluster: Cluster, machine: Machine, script: str, *args: object) -> Process:
+    """A program of Ray's user there, with Ray's Python."""
+    argv = [str(machine.ray_python(LIBRARIES)), "-c", script, *map(str, args)]
+    return machine.popen(argv)
+
+
+def listening(process: Process) -> int:
+    """The port of a program that has begun to listen."""
+    until(lambda: "listening" in process.log.read_text(), 60, process.log.read_text)
+    return int(process.log.read_text().split()[1])
+
+
+def end(process: Process) -> None:
+    process.signal(signal.SIGKILL)
+    process.wait(20)
+
+
+DIAL = """
+import socket, sys, time
+began = time.monotonic()
+while True:
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), 5) as sock:
+            print(sock.recv(99).decode(), time.monotonic() - began)
+            break
+    except ConnectionRefusedError:
+        if time.monotonic() - began > float(sys.argv[3]):
+            print("refused", 0)
+            break
+        time.sleep(0.05)
+"""
+
+
+def dialled(cluster: Cluster, where: str, port: int, patience: float) -> tuple[str, float]:
+    """What a program on that machine gets from the port of w1, and after how long."""
+    machine = cluster.lab.machine(where)
+    argv = [str(machine.ray_python(LIBRARIES)), "-c", DIAL, "127.77.0.2", str(port), str(patience)]
+    said, seconds = machine.run(argv, timeout=60).stdout.split()
+    return said, float(seconds)
+
+
+def test_a_port_that_opens_is_reached_within_a_second_or_two(cluster: Cluster, w1: Machine) -> None:
+    assert cluster.worker("w1").status()["node"]["address"] == "127.77.0.2"
+    server = python(cluster, w1, SERVE, "127.77.0.2", 0)
+    port = listening(server)
+    said, seconds = dialled(cluster, "head", port, 10)
+    assert said == "127.77.0.1", "from the address of the node that dials"
+    assert seconds < 2
+    assert dialled(cluster, "w2", port, 10)[0] == "127.77.0.3"
+    end(server)
+    w2 = cluster.lab.machine("w2")
+
+    def there() -> str:
+        return w2.network_command("ss", "-Hltn", f"sport = :{port}").strip()
+
+    until(lambda: not there(), 20, there)
+    assert dialled(cluster, "w2", port, 0)[0] == "refused"
+
+
+def test_what_is_for_nobody_is_not_reached(cluster: Cluster, w1: Machine) -> None:
+    """What listens on 127.0.0.1 alone, and a port that the node's file denies."""
+    servers = [python(cluster, w1, SERVE, "127.0.0.1", 0), python(cluster, w1, SERVE, "", DENIED)]
+    ports = [listening(server) for server in servers]
+    last = python(cluster, w1, SERVE, "", 0)
+    # When this one is known on the others, those would be.
+    assert dialled(cluster, "head", listening(last), 10)[0] == "127.77.0.1"
+    for port in ports:
+        assert dialled(cluster, "head", port, 0)[0] == "refused"
+    for server in (*servers, last):
+        end(server)
+
+
+def test_a_store_of_torchs_on_a_port_of_its_choice(cluster: Cluster, w1: Machine) -> None:
+    guests = ("head", "w2")
+    master = python(cluster, w1, STORE, "127.77.0.2", 29500, "master", *guests)
+    others = [
+        python(cluster, cluster.lab.machine(name), STORE, "127.77.0.2", 29500, name)
+        for name in guests
+    ]
+    for other in others:
+        assert other.wait(150) == 0, other.log.read_text()
+        assert "heard hello" in other.log.read_text()
+    assert master.wait(30) == 0, master.log.read_text()
+
+
+def test_a_port_that_is_taken_is_named(cluster: Cluster, w1: Machine) -> None:
+    """The node stays ready, and the listener opens when the port is free."""
+    head = cluster.head
+    taken = python(cluster, head.machine, SERVE, "127.77.0.2", 29700)
+    listening(taken)
+    server = python(cluster, w1, SERVE, "", 29700)
+    listening(server)
+    status = head.wait_status(lambda s: s["conditions"], 20)
+    (condition,) = status["conditions"]
+    assert (condition["code"], condition["severity"]) == ("open_port_taken", "note")
+    assert "29700" in condition["cause"]
+    assert "by user ray" in condition["cause"]
+    assert status["state"] == "ready"
+    end(taken)
+    head.wait_status(lambda s: not s["conditions"], 30)
+    assert dialled(cluster, "head", 29700, 10)[0] == "127.77.0.1"
+    end(server)
