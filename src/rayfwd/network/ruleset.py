@@ -4,9 +4,9 @@ A TCP connection to another node's address is redirected to one port of the daem
 kernel for the original destination (SO_ORIGINAL_DST). Who may dial, and which ports are open, is
 decided here, so that `connect()` fails as it would on a LAN: a port on which nothing listens is
 refused, a node that is unknown is unreachable. A port may have opened a moment ago: so the first
-packet to one that is not known to be open is dropped, and when the kernel sends it again, a second
-later, the connection is refused or taken. What comes to Ray's ports from other interfaces than
-loopback is dropped.
+two packets to one that is not known to be open are dropped, and the third, which the kernel sends
+two or three seconds after the first, decides: refused or taken. What comes to Ray's ports from
+other interfaces than loopback is dropped.
 
 The table is replaced as a whole, in one transaction; the sets are updated in another.
 """
@@ -25,9 +25,11 @@ LOWEST_PORT = 1024
 
 MOST_RANGES = 20_000
 """Ranges of open ports of all nodes together, at most."""
-HOLD_SECONDS = 3
-"""For how long it is remembered that a first packet was dropped: the kernel sends the second one
-after 1 s (TCP_TIMEOUT_INIT)."""
+HOLD_SECONDS = 5
+"""For how long it is remembered that a packet was dropped: the kernel sends the second one 1 s
+after the first (TCP_TIMEOUT_INIT), and the third after 3 s, from Linux 6.5 on after 2 s
+(tcp_syn_linear_timeouts). Two are dropped, because what has opened on another node is told here by
+way of the head, and on busy machines that may take longer than a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,12 @@ def port_ranges(ports: Iterable[int]) -> tuple[PortRange, ...]:
     return tuple(out)
 
 
+_CONNECTION = "ip daddr . tcp dport . tcp sport"
+_HELD = f"""\
+type ipv4_addr . inet_service . inet_service; size 65535; flags dynamic, timeout; \
+timeout {HOLD_SECONDS}s;"""
+
+
 def ruleset(rules: Rules) -> str:
     """Text that replaces the whole table, whether it was there or not."""
     uids = ", ".join(map(str, sorted(rules.uids)))
@@ -144,10 +152,8 @@ table inet {rules.interface} {{
     set nodes {{ type ipv4_addr; }}
     set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
     set guarded {{ type inet_service; flags interval; auto-merge; }}
-    set held {{
-        type ipv4_addr . inet_service . inet_service; size 65535; flags dynamic, timeout;
-        timeout {HOLD_SECONDS}s;
-    }}
+    set held {{ {_HELD} }}
+    set held_again {{ {_HELD} }}
     set refused_at {{
         type ipv4_addr . inet_service; size 1024; flags dynamic, timeout; timeout 10m;
     }}
@@ -170,8 +176,9 @@ table inet {rules.interface} {{
         counter name refused_node reject with icmp type host-unreachable
     }}
     chain unknown {{
-        tcp dport >= {LOWEST_PORT} ip daddr . tcp dport . tcp sport != @held \
-            add @held {{ ip daddr . tcp dport . tcp sport }} drop
+        tcp dport >= {LOWEST_PORT} {_CONNECTION} != @held add @held {{ {_CONNECTION} }} drop
+        tcp dport >= {LOWEST_PORT} {_CONNECTION} != @held_again \
+            add @held_again {{ {_CONNECTION} }} drop
         counter name refused_port update @refused_at {{ ip daddr . tcp dport counter }} \
             reject with tcp reset
     }}
