@@ -24,7 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rayfwd import codes
 from rayfwd.daemon import httpserver, metrics
-from rayfwd.daemon.metrics import MetricsServer, families, registry
+from rayfwd.daemon.httpserver import HttpServer
+from rayfwd.daemon.metrics import MetricsService, families, registry
 from rayfwd.status import Status
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.watch.canary_round import NodeResult, Round, StageResult
@@ -181,12 +182,12 @@ def test_labels_are_bounded() -> None:
 
 
 def serving(
-    listen: str, body: Callable[[MetricsServer], Awaitable[None]], look: Any = None
-) -> MetricsServer:
+    listen: str, body: Callable[[HttpServer], Awaitable[None]], look: Any = None
+) -> HttpServer:
     """Run `body` beside a server."""
 
-    async def run() -> MetricsServer:
-        server = MetricsServer(listen, look or (lambda: ()), changed.set)
+    async def run() -> HttpServer:
+        server = HttpServer(MetricsService(look or (lambda: ())), [listen], changed.set)
         task = asyncio.create_task(server.run())
         await asyncio.sleep(0)
         try:
@@ -231,7 +232,7 @@ GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 def test_what_is_answered() -> None:
     port = free_port()
 
-    async def body(server: MetricsServer) -> None:
+    async def body(server: HttpServer) -> None:
         head, _, text = (await exchange(port, GET)).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"Content-Type: text/plain; version=0.0.4" in head
@@ -261,7 +262,7 @@ def test_a_fault_in_a_metric_ends_nothing() -> None:
     def fault() -> Any:
         raise KeyError("x")
 
-    async def body(server: MetricsServer) -> None:
+    async def body(server: HttpServer) -> None:
         for _ in range(2):
             assert (await exchange(port, GET))[9:12] == b"500"
 
@@ -271,7 +272,7 @@ def test_a_fault_in_a_metric_ends_nothing() -> None:
 def test_a_unix_socket_is_for_this_user_alone(place: Path) -> None:  # noqa: F811
     path = place / "metrics.sock"
 
-    async def body(server: MetricsServer) -> None:
+    async def body(server: HttpServer) -> None:
         assert (await exchange(str(path), GET))[9:12] == b"200"
         assert path.stat().st_mode & 0o777 == 0o600
 
@@ -282,7 +283,7 @@ def test_a_unix_socket_is_for_this_user_alone(place: Path) -> None:  # noqa: F81
 def test_those_who_say_nothing_are_few() -> None:
     port = free_port()
 
-    async def body(server: MetricsServer) -> None:
+    async def body(server: HttpServer) -> None:
         await exchange(port, GET)
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
         ended = 0
@@ -303,7 +304,7 @@ def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.Monkey
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 
-        async def body(server: MetricsServer) -> None:
+        async def body(server: HttpServer) -> None:
             def said() -> list[str]:
                 return [] if server.problem is None else [str(server.problem)]
 
@@ -322,7 +323,7 @@ def test_a_path_that_is_no_socket_is_left_alone(place: Path) -> None:  # noqa: F
     path = place / "file"
     path.write_text("mine")
 
-    async def body(server: MetricsServer) -> None:
+    async def body(server: HttpServer) -> None:
         while server.problem is None:
             await asyncio.sleep(0.01)
         assert server.problem.code == codes.SOCKET_NOT_POSSIBLE

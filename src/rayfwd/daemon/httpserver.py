@@ -1,7 +1,7 @@
 """A small HTTP server on loopback or a Unix socket, on the daemon's own loop: metrics and page.
 
-It knows GET and HEAD, one request a connection, and keeps nobody for long. What is answered is a
-subclass's; `Served` has one where the file says so, also after it has changed.
+It knows GET and HEAD, one request a connection, and keeps nobody for long. Who is let in, and what
+is answered, a `Service` says; `Served` has it where the file says so, also after it has changed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from asyncio.trsock import TransportSocket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rayfwd.config import split_host_port
 from rayfwd.problems import Problem, ProblemError
@@ -69,12 +70,34 @@ class Answer:
         return head if head_only else head + self.body
 
 
+class Service(Protocol):
+    """What a server is for."""
+
+    def blocked(self, listen: str, why: str) -> Problem:
+        """That it cannot listen; `listen` is the first of the places."""
+
+    def listening(self, listen: str) -> None:
+        """It does."""
+
+    def admits(self, connection: TransportSocket) -> bool:
+        """Whether it is taken; else it is reset before a byte of it is read."""
+
+    def gone(self, connection: TransportSocket) -> None:
+        """One that was taken is over."""
+
+    def answer(self, request: Request) -> Answer:
+        """Never raises."""
+
+
 class HttpServer:
     """One task, `run`, owns it; where every place is taken they are tried again."""
 
-    def __init__(self, places: Sequence[str], on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, service: Service, places: Sequence[str], on_change: Callable[[], None]
+    ) -> None:
         """`places`: each `host:port` on loopback or a socket's absolute path; the first that is
         free is taken. `on_change` is called when `problem` or `at` has changed."""
+        self._service = service
         self.problem: Problem | None = None
         """Why it does not listen."""
         self.at: str | None = None
@@ -82,27 +105,6 @@ class HttpServer:
         self._places = places
         self._on_change = on_change
         self._connections: set[asyncio.Task[None]] = set()
-
-    # -- what a subclass says --------------------------------------------------------------------
-
-    def blocked(self, listen: str, why: str) -> Problem:
-        """That it cannot listen; `listen` is the first of the places."""
-        raise NotImplementedError
-
-    def listening(self, listen: str) -> None:
-        """It does."""
-
-    def admits(self, connection: TransportSocket) -> bool:
-        """Whether it is taken; else it is reset before a byte of it is read."""
-        return True
-
-    def gone(self, connection: TransportSocket) -> None:
-        """One that was taken is over."""
-
-    def answer(self, request: Request) -> Answer:
-        raise NotImplementedError
-
-    # -- at work ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -133,7 +135,7 @@ class HttpServer:
     def _set(self, problem: Problem | None, at: str | None) -> None:
         before, self.problem, self.at = self.problem, problem, at
         if problem is None and at is not None:
-            self.listening(at)
+            self._service.listening(at)
         if problem != before or at is not None:
             self._on_change()
 
@@ -158,14 +160,14 @@ class HttpServer:
                 continue
             self.at = place
             return server, None
-        raise ProblemError(self.blocked(self._places[0] if self._places else "", why))
+        raise ProblemError(self._service.blocked(self._places[0] if self._places else "", why))
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection: TransportSocket = writer.get_extra_info("socket")
         if len(self._connections) >= CONNECTIONS:
             writer.transport.abort()
             return
-        if not self.admits(connection):
+        if not self._service.admits(connection):
             cut(writer.transport)
             return
         task = asyncio.create_task(self._serve(reader, writer), name="http-connection")
@@ -174,7 +176,7 @@ class HttpServer:
 
     def _done(self, task: asyncio.Task[None], connection: TransportSocket) -> None:
         self._connections.discard(task)
-        self.gone(connection)
+        self._service.gone(connection)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -196,21 +198,18 @@ class HttpServer:
         path, _, query = target.partition("?")
         pairs = (line.partition(":") for line in lines if line)
         headers = tuple((name.strip().lower(), value.strip()) for name, _, value in pairs)
-        return self.answer(Request(path, query, headers)).encode(method == "HEAD")
+        return self._service.answer(Request(path, query, headers)).encode(method == "HEAD")
 
 
 class Served:
     """Has a server where the file says so, also after it has changed."""
 
     def __init__(
-        self,
-        places: Sequence[str],
-        make: Callable[[Sequence[str]], HttpServer],
-        on_change: Callable[[], None],
+        self, service: Service, places: Sequence[str], on_change: Callable[[], None]
     ) -> None:
         """`places`: as `HttpServer` has them; none: it is not served."""
         self._places = tuple(places)
-        self._make = make
+        self._service = service
         self._on_change = on_change
         self._server: HttpServer | None = None
         self._moved = asyncio.Event()
@@ -239,7 +238,7 @@ class Served:
             tasks = [moved]
             self._server = None
             if self._places:
-                self._server = self._make(self._places)
+                self._server = HttpServer(self._service, self._places, self._on_change)
                 tasks.append(asyncio.create_task(self._server.run(), name="http server"))
             try:
                 done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -6,6 +6,7 @@ is counted on the way of a byte. docs/metrics.md lists every metric.
 
 from __future__ import annotations
 
+from asyncio.trsock import TransportSocket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -21,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from rayfwd import codes
-from rayfwd.daemon.httpserver import Answer, HttpServer, Request
+from rayfwd.daemon.httpserver import Answer, Request
 from rayfwd.problems import Problem
 from rayfwd.status import Link, Network, Status, Streams, Volume, Worker
 from rayfwd.system.logs import get_logger
@@ -346,14 +347,10 @@ def registry(look: Callable[[], Iterable[Metric]]) -> CollectorRegistry:
 # -- how it is served ------------------------------------------------------------------------------
 
 
-class MetricsServer(HttpServer):
+class MetricsService:
     """Answers `GET /metrics`."""
 
-    def __init__(
-        self, listen: str, look: Callable[[], Iterable[Metric]], on_change: Callable[[], None]
-    ) -> None:
-        """`listen` is `host:port` on loopback or a socket's absolute path."""
-        super().__init__([listen], on_change)
+    def __init__(self, look: Callable[[], Iterable[Metric]]) -> None:
         self._registry = registry(look)
 
     def blocked(self, listen: str, why: str) -> Problem:
@@ -365,6 +362,11 @@ class MetricsServer(HttpServer):
 
     def listening(self, listen: str) -> None:
         log.info("metrics_listening", listen=listen)
+
+    def admits(self, connection: TransportSocket) -> bool:
+        return True
+
+    def gone(self, connection: TransportSocket) -> None: ...
 
     def answer(self, request: Request) -> Answer:
         if request.path != "/metrics":

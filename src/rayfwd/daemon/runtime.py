@@ -9,7 +9,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -23,8 +23,8 @@ from rayfwd.daemon.health import Health
 from rayfwd.daemon.history import History
 from rayfwd.daemon.httpserver import Served
 from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
-from rayfwd.daemon.metrics import MetricsServer, families
-from rayfwd.daemon.page import PageServer
+from rayfwd.daemon.metrics import MetricsService, families
+from rayfwd.daemon.page import PageService
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.trace_verb import TraceVerb
 from rayfwd.daemon.watching import watch
@@ -73,13 +73,11 @@ class Runtime:
         self._canary_verb = CanaryVerb(self._node.canary)
         self._watchdog = Watchdog(self._late, lambda: self.health.ready_said, notifier)
         config = self._node.config
-        self._metrics = Served(
-            _metrics_places(config),
-            lambda places: MetricsServer(places[0], self._families, self._metrics_changed),
-            self._metrics_changed,
-        )
+        metrics = MetricsService(self._families)
+        self._metrics = Served(metrics, _metrics_places(config), self._metrics_changed)
         self._history = History(role.links_now, lambda: self._page.at is not None)
-        self._page = Served(config.page_places, self._page_server, self._page_changed)
+        page = PageService(self.health.now, self._history, self._node.listeners.admission)
+        self._page = Served(page, config.page_places, self._page_changed)
 
     # -- life ----------------------------------------------------------------------------
 
@@ -259,10 +257,6 @@ class Runtime:
         name, problem = self._node.config.name, self._metrics.problem
         self._node.board.put_all("metrics", [Finding(name, problem)] if problem else [], quiet=True)
         self._node.news.set()
-
-    def _page_server(self, places: Sequence[str]) -> PageServer:
-        admission = self._node.listeners.admission
-        return PageServer(places, self._page_changed, self.health.now, self._history, admission)
 
     def _page_changed(self) -> None:
         node, problem, at = self._node, self._page.problem, self._page.at

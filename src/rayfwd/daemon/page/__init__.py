@@ -11,7 +11,7 @@ import re
 import socket
 import time
 from asyncio.trsock import TransportSocket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from secrets import token_hex
@@ -20,7 +20,7 @@ from urllib.parse import parse_qs
 
 from rayfwd import codes
 from rayfwd.daemon.history import History
-from rayfwd.daemon.httpserver import Answer, HttpServer, Request
+from rayfwd.daemon.httpserver import Answer, Request
 from rayfwd.daemon.page.view import page_data
 from rayfwd.problems import Problem
 from rayfwd.status import Status
@@ -59,19 +59,11 @@ def url(place: str) -> str:
     return f"http://{place}/"
 
 
-class PageServer(HttpServer):
+class PageService:
     """Answers with the page. Fails closed: where the kernel does not say whose a connection is,
     none is taken."""
 
-    def __init__(
-        self,
-        places: Sequence[str],
-        on_change: Callable[[], None],
-        look: Callable[[], Status],
-        history: History,
-        admission: Admission,
-    ) -> None:
-        super().__init__(places, on_change)
+    def __init__(self, look: Callable[[], Status], history: History, admission: Admission) -> None:
         self._look = look
         self._history = history
         self._admission = admission
