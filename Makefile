@@ -2,6 +2,7 @@
 # make test    everything: format, lint, types, layers, tests
 # make bench   rayfwd beside ssh -L and others; writes docs/benchmarks.md
 # make manual  writes config.example.toml, the man pages and the completions anew
+# make recording  the demo to docs/demo.svg, for README
 # make site    the documents as a site, in build/site
 # make fast    unit tests only;  make lint, make types, make checks: what they say;  make clean
 #
@@ -30,7 +31,7 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench manual site checks lint types fast packages demo-packages ray-envs roots show-pytest clean
+.PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots show-pytest clean
 .DEFAULT_GOAL := test
 
 test: packages checks ray-envs roots
@@ -59,6 +60,11 @@ fast: $(VENV)/.installed
 
 manual: $(VENV)/.installed
 	$(BIN)/python -m tools.manual
+
+# Of a real run of the demo; writes docs/demo.svg.
+recording: $(VENV)/.installed
+	$(BIN)/python tests/setup_envs.py $(DEMO_RAY)
+	$(BIN)/python -m tools.recording "$${RAYFWD_RAY_ENVS:-.cache/ray-envs}/ray-$(DEMO_RAY)/bin/ray"
 
 site: $(VENV)/.installed
 	$(BIN)/python -m tools.site

@@ -62,6 +62,8 @@ def test_to_its_end(box: Box, uid: int | None) -> None:
         "every result came, once, and was what it should be",
         "head: ended in",
         "none failed, none was tried again.",
+        "The training did not notice:",
+        "Next, on your own machines: run `rayfwd head`",
     ):
         assert expected in said, said
 

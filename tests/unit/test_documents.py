@@ -61,6 +61,7 @@ NOT_RUN = {
     "ray stop": "would end every Ray of this machine",
     "ray start*": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
     "ray status": "run by rayfwd itself",
+    "make recording": "a run of the demo, which tests/demo has",
     "ray job submit": "Ray's own",
     ".venv/bin/python -m pytest *": "what runs this",
 }

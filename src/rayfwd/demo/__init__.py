@@ -25,6 +25,12 @@ from rayfwd.system.logs import escaped
 
 TAIL = 15
 """Lines of each log that are shown after a failure."""
+NEXT = (
+    "\nNext, on your own machines: run `rayfwd head` on one that accepts SSH; it prints the "
+    "command for the others.",
+    "With root and systemd: `rayfwd init head`, then `rayfwd init worker`. README.md has both.",
+)
+"""How to go on from here."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -81,6 +87,8 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
     teller.plain("\nWhat happened:")
     for line in story.last_words():
         teller.plain(f"  - {line}")
+    for line in NEXT:
+        teller.plain(line)
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The job of the demo, run with Ray's own Python as a driver on the head.
+"""The job of the demo, run with Ray's own Python as a driver on the head: a training on both
+machines, and steady work beside it.
 
 Usage: python job.py WORKER_ADDRESS STOP_FILE. Prints one JSON object a line: `nodes`, `object`,
 `actor`, `working`, `progress` every half second, `finished`. It works until STOP_FILE exists, then
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import socket
 import sys
 import time
@@ -29,6 +31,11 @@ LONG = 4.0
 """Seconds that a task takes."""
 CALL = 0.1
 """Seconds that an actor's call or an exchange of objects takes, beside its work."""
+
+ROWS = 500
+"""Rows that each machine trains on."""
+RATE = 0.2
+"""How far a step of the training goes."""
 
 NO_SECOND_TRY = {"max_retries": 0}
 
@@ -70,6 +77,45 @@ class Tally:
         return self._calls, os.getpid()
 
 
+class Rank:
+    """One half of a data-parallel training: a line through the rows of this machine."""
+
+    def __init__(self, number: int) -> None:
+        """The rows follow from the number, so that the same training can be done elsewhere."""
+        rows = random.Random(number)
+        self._rows = [
+            (x := rows.gauss(0, 1), 3.0 * x - 1.0 + rows.gauss(0, 0.1)) for _ in range(ROWS)
+        ]
+
+    def gradient(self, weights: tuple[float, float]) -> tuple[float, float, float]:
+        """Of this machine's rows; the last is their loss."""
+        slope, offset = weights
+        errors = [(slope * x + offset - y, x) for x, y in self._rows]
+        loss = sum(e * e for e, _ in errors) / ROWS
+        return 2 * sum(e * x for e, x in errors) / ROWS, 2 * sum(e for e, _ in errors) / ROWS, loss
+
+    def step(
+        self, weights: tuple[float, float], other: tuple[float, float, float]
+    ) -> tuple[float, float, float]:
+        """The weights after a step by both gradients, and the loss before it."""
+        own = self.gradient(weights)
+        slope, offset, loss = ((a + b) / 2 for a, b in zip(own, other, strict=True))
+        return weights[0] - RATE * slope, weights[1] - RATE * offset, loss
+
+
+START = (0.0, 0.0)
+
+
+def trained_alone(steps: int) -> tuple[float, float, float]:
+    """The same training in this process."""
+    near, far = Rank(1), Rank(2)
+    weights, loss = START, 0.0
+    for _ in range(steps):
+        slope, offset, loss = far.step(weights, near.gradient(weights))
+        weights = slope, offset
+    return (*weights, loss)
+
+
 def say(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
@@ -77,13 +123,16 @@ def say(event: str, **fields: Any) -> None:
 class Work:
     """The steady work: of every kind one thing in flight, its result checked, then the next."""
 
-    def __init__(self, places: dict[str, Any], tally: Any) -> None:
-        self.done = {"head": 0, "worker": 0, "actor": 0, "exchange": 0}
+    def __init__(self, places: dict[str, Any], tally: Any, ranks: tuple[Any, Any]) -> None:
+        """`ranks` of the training: on the head, and on the worker."""
+        self.done = {"head": 0, "worker": 0, "actor": 0, "exchange": 0, "training": 0}
         self.failed: list[str] = []
         self.calls = 0
         self.actor_pids: set[int] = set()
         self._number = 0
         self._tally = tally
+        self._near, self._far = ranks
+        self.weights, self.losses = START, list[float]()
         self._flying: dict[Any, tuple[Callable[[], Any], Callable[[Any], str | None], str]] = {}
         function = ray.remote(**NO_SECOND_TRY)(work)
         self._work = {
@@ -100,6 +149,7 @@ class Work:
         self._task("worker", self._long, LONG)
         self._call()
         self._swap()
+        self._train()
 
     def step(self, more: bool) -> None:
         """Wait for one result or a moment, check it, and begin the next of its kind."""
@@ -147,6 +197,26 @@ class Work:
             return None if count == expected else f"call {expected} was its call {count}"
 
         self._fly(self._tally.add.remote(), self._call, check, "actor")
+
+    def _train(self) -> None:
+        """A step: each machine's gradient, brought together on the worker."""
+
+        def check(result: Any) -> str | None:
+            slope, offset, loss = result
+            self.weights = slope, offset
+            self.losses.append(loss)
+            return None
+
+        ref = self._far.step.remote(self.weights, self._near.gradient.remote(self.weights))
+        self._fly(ref, self._train, check, "training")
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """How the training went, and whether it is the one of a single process."""
+        steps = len(self.losses)
+        alone = trained_alone(steps)
+        same = (*self.weights, self.losses[-1]) == alone
+        return {"steps": steps, "first": self.losses[0], "last": self.losses[-1], "same": same}
 
     def _swap(self) -> None:
         data = os.urandom(MEDIUM)
@@ -200,7 +270,12 @@ def main() -> int:
 
     once = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
     tally = ray.remote(Tally).options(scheduling_strategy=places["worker"], **once).remote()
-    steady = Work(places, tally)
+    rank = ray.remote(Rank)
+    ranks = [
+        rank.options(scheduling_strategy=places[place], **once).remote(number)
+        for number, place in enumerate(("head", "worker"), 1)
+    ]
+    steady = Work(places, tally, (ranks[0], ranks[1]))
     steady.begin()
     last = 0.0
     while not stop_file.exists() and not steady.failed:
@@ -214,6 +289,7 @@ def main() -> int:
         "finished",
         done=steady.done,
         failed=steady.failed,
+        training=None if steady.failed else steady.training,
         actor_processes=len(steady.actor_pids),
         bytes=2 * BIG + 2 * MEDIUM * steady.done["exchange"],
     )

@@ -107,7 +107,7 @@ class Story:
     def last_words(self) -> list[str]:
         """What happened, in plain words."""
         out, done = self._outcome, self._outcome.finished["done"]
-        tasks = done["head"] + done["worker"]
+        tasks, training = done["head"] + done["worker"], self._outcome.finished["training"]
         first = [
             f"{o['bytes'] / 1e6:.0f} MB {o['way']} in {o['seconds']:.1f} s" for o in out.objects
         ]
@@ -121,6 +121,9 @@ class Story:
             f"The job lost nothing: {tasks} tasks ({done['worker']} on the worker), "
             f"{done['exchange']} exchanges of objects and {done['actor']} calls of one actor; "
             "none failed, none was tried again.",
+            f"The training did not notice: {training['steps']} steps on both machines, the loss "
+            f"from {training['first']:.2f} to {training['last']:.4f}, and the weights are, bit for "
+            "bit, those of the same training in one process.",
         ]
 
     @property
@@ -227,7 +230,9 @@ class Story:
             if not seen["same"]:
                 raise StepFailedError(f"{text}, but other bytes arrived")
             self._tell.say(f"{text}, SHA-256 compared")
-        self._tell.say("now steady work: tasks on each node, an actor, objects both ways")
+        self._tell.say(
+            "now a training on both machines, and beside it tasks, an actor, objects both ways"
+        )
         await self._wait_job(lambda: self._job.all_above({}, WARM_TASKS), "steady work")
         self._tell.say(f"so far: {self._job}")
 
@@ -252,11 +257,12 @@ class Story:
         at_cut = dict(self._job.done)
         await self._pass(cut_at + CUT_SECONDS)
         now = dict(self._job.done)
-        came = sum(now[kind] - at_cut[kind] for kind in ("worker", "actor", "exchange"))
+        came = sum(now[kind] - at_cut[kind] for kind in ("worker", "actor", "exchange", "training"))
         if came or now["head"] == at_cut["head"]:
             raise StepFailedError(f"the cut is none: {at_cut} became {now} while the link was down")
         self._tell.say(
-            f"meanwhile: {now['head'] - at_cut['head']} tasks done on the head, 0 on the worker"
+            f"meanwhile: {now['head'] - at_cut['head']} tasks done on the head, 0 on the worker; "
+            f"the training waits at step {now['training']}"
         )
         self._ssh.refusing = False
         self._tell.title("The link may come back")
@@ -290,6 +296,8 @@ class Story:
         finished = self._outcome.finished = self._job.finished
         if finished["failed"] or finished["actor_processes"] != 1:
             raise StepFailedError(f"the job lost something: {finished}")
+        if not finished["training"]["same"]:
+            raise StepFailedError(f"the training is another one: {finished['training']}")
         for daemon in self._daemons:
             restarts = (await daemon.status()).ray.restarts
             if restarts:
@@ -419,5 +427,6 @@ class Job:
             return "nothing is done yet"
         return (
             f"{self.done['head']} tasks on the head, {self.done['worker']} on the worker, "
-            f"{self.done['actor']} calls, {self.done['exchange']} exchanges done"
+            f"{self.done['actor']} calls, {self.done['exchange']} exchanges done; "
+            f"training: step {self.done['training']}"
         )
