@@ -2,7 +2,7 @@
 
 A file's time is all of its tests with their fixtures, on whichever side it ran; waiting for its
 turn (`alone`) is not in it. How busy the processors were says whether one more file at a time
-(`pytest -n`) would help.
+(`pytest -n`) would help, and when each side had nothing left to do, whether the order would.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ class Times:
     def __init__(self) -> None:
         self._took: defaultdict[str, float] = defaultdict(float)
         self._busy = _busy_seconds()
+        self._ended: dict[str, float] = {}
+        """When each side's last test was over."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._took[report.nodeid.partition("::")[0]] += report.duration
+        self._ended[getattr(report, "worker_id", "master")] = report.stop
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if len(self._took) < 2:
@@ -39,6 +42,9 @@ class Times:
             f"{sum(self._took.values()):.0f} s in all files; "
             f"{os.cpu_count()} processors were busy for {busy:.0f} s"
         )
+        end = max(self._ended.values())
+        idle = ", ".join(f"{side} {end - at:.0f} s" for side, at in sorted(self._ended.items()))
+        terminalreporter.write_line(f"idle at the end: {idle}")
 
 
 def _busy_seconds() -> float:
