@@ -288,9 +288,9 @@ class RayConfig(_Section):
     command: Command = "ray"
     """the ray of your own environment: a name on PATH, or a path"""
     start: YesNo = True
-    """false: only hold the forwards; `rayfwd plan` shows the command to run by hand"""
+    """false: rayfwd only holds the forwards; `rayfwd plan` shows the command to run by hand"""
     num_cpus: Whole | None = Field(default=None, ge=0, examples=[8])
-    """default: what Ray finds, which is the control group's part, and no more than the affinity"""
+    """default: what Ray counts, which is the control group's share, within the affinity"""
     num_gpus: Whole | None = Field(default=None, ge=0, examples=[1])
     """default: what Ray finds"""
     resources: dict[str, Annotated[Number, Field(ge=0)]] = {}
@@ -304,7 +304,7 @@ class RayConfig(_Section):
     object_store_memory: Whole | None = Field(default=None, ge=78643200, examples=[1000000000])
     """bytes; default: what Ray chooses (its own minimum is 75 MiB)"""
     worker_ports: Whole | None = Field(default=None, ge=8, le=10000, examples=[88])
-    """ports for worker processes and drivers; default: 64, and 3 for every CPU"""
+    """ports for worker processes and drivers; default: 64 plus 3 for each CPU"""
     port: Port = 6379
     """a head's: Ray's own port (GCS)"""
     dashboard_port: Port = 8265
@@ -314,14 +314,14 @@ class RayConfig(_Section):
     advertise: Annotated[str, AfterValidator(_reachable_address)] | None = Field(
         default=None, examples=["203.0.113.7"]
     )
-    """a worker's that others reach directly: its address; default: all goes through the link"""
+    """the address of a worker that others reach directly; default: everything uses the link"""
     advertise_check: YesNo = True
-    """false: start Ray even where the head cannot reach the address in `advertise`"""
+    """false: start Ray even if the head cannot reach the address in `advertise`"""
     auth: Literal["auto", "token", "off"] = "auto"
     """Ray's token (Ray 2.52 on); "auto": enable it only for Ray versions whose tools
     pick the token up without extra settings (2.61 on)"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
-    """seconds between two looks at `ray status`, which takes about one of CPU"""
+    """seconds between two runs of `ray status`, each of which takes about 1 s of CPU"""
 
 
 class ListenersConfig(_Section):
@@ -372,7 +372,7 @@ class MetricsConfig(_Section):
     listen: Annotated[str, AfterValidator(_metrics_listen)] | None = Field(
         default=None, examples=["127.0.0.1:9477"]
     )
-    """where Prometheus asks: a loopback port, or a socket's path; default: nowhere"""
+    """where Prometheus asks: a loopback port, or a socket's path; default: off"""
 
 
 def _page_listen(value: str) -> str:
@@ -397,11 +397,11 @@ class CanaryConfig(_Section):
     """A tiny task on each node, and 1 MB there and back; docs/canary.md says what it costs."""
 
     enabled: YesNo = False
-    """true: sent every so often; `rayfwd canary` sends one in either case"""
+    """true: send one every `interval` seconds; `rayfwd canary` sends one in either case"""
     interval: Number = Field(default=300.0, ge=10.0, le=86400.0)
     """seconds between two"""
     timeout: Number = Field(default=60.0, ge=5.0, le=600.0)
-    """seconds a node may take; half of it for the task, a quarter for each way of the object"""
+    """seconds for each node: half for the task, a quarter for each way of the object"""
 
 
 class ClientConfig(_Section):
@@ -450,19 +450,19 @@ class Config(_Section):
     state_dir: LocalPath = Field(
         default_factory=lambda: default_state_dir(os.environ), examples=["/var/lib/rayfwd"]
     )
-    """what is kept; default: systemd's, /var/lib/rayfwd for root, else ~/.local/state/rayfwd"""
+    """for state; default: systemd's, /var/lib/rayfwd for root, else ~/.local/state/rayfwd"""
     runtime_dir: LocalPath = Field(
         default_factory=lambda: default_runtime_dir(os.environ), examples=["/run/rayfwd"]
     )
-    """sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
+    """for sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
     ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
-    """seconds a link may be down before its streams are given up; Ray's own time-outs follow it"""
+    """seconds that a link may be down before its streams are lost; sets Ray's own time-outs, too"""
     ephemeral: YesNo = False
-    """a worker's name, address and ports are given back as soon as it leaves"""
+    """true: the head frees a worker's name, address and ports as soon as it leaves"""
     stop_timeout: Number | None = Field(default=None, ge=3.0, le=86400.0, examples=[8.0])
-    """seconds that a stop may take; default: as long as Ray's tasks have to end (30), and 20"""
+    """seconds that a stop may take; default: the 30 that Ray's tasks have, and 20"""
     expose: tuple[Port, ...] = ()
-    """further ports of this machine, on 127.0.0.1, that others' [[forward]] may reach"""
+    """ports of this machine, on 127.0.0.1, that [[forward]] of other nodes may reach"""
     log: LogConfig = LogConfig()
     head: HeadConfig | None = None
     hub: HubConfig = HubConfig()

@@ -97,9 +97,10 @@ def test_from_nothing_to_a_task_on_a_second_machine(
     began = time.monotonic()
     head = nodes["head"] = InFront(machines.machine("head"), ["head"])
     head.wait_ready()
-    told, _ = head.said()
+    told, _, page = head.said()
+    assert page == "To see the links in a browser: http://127.0.0.1:9480/"
     what, join = told.split(": ", 1)
-    assert what == "To add a machine, say there"
+    assert what == "To add a machine, run there"
 
     argv = shlex.split(join)
     argv[2] = f"ray@{machines.machine('head').address}"  # it knows no name of the lab's

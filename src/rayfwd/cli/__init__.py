@@ -57,7 +57,7 @@ class Verb:
 VERBS = {
     "init": Verb("set this machine up as a head or as a worker"),
     "run": Verb(
-        "run the daemon in front (what the service does)",
+        "run the daemon in the foreground (what the service runs)",
         {OK: "ended in order, by SIGTERM or Ctrl-C", FAULT: "it could not begin, or had a fault"},
     ),
     "join": Verb(
@@ -77,13 +77,13 @@ VERBS = {
         {OK: "all are removed", FAULT: "one is not, or no head runs here"},
     ),
     "connect": Verb(
-        "hold the head's dashboard and Ray Client on a machine that is no node",
+        "hold the head's dashboard, Ray Client and page on a machine that is no node",
         {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},
     ),
-    "reload": Verb("have the running daemon read its file again"),
-    "check": Verb("validate the configuration file and say what it amounts to"),
+    "reload": Verb("make the running daemon read its file again"),
+    "check": Verb("validate the configuration file and show the resulting settings"),
     "doctor": Verb(
-        "look for what would keep this machine from working",
+        "check what could keep this machine from working",
         {OK: "all passes", FAULT: "something fails", WARNED: "there are warnings"},
     ),
     "plan": Verb(
@@ -91,34 +91,34 @@ VERBS = {
         {FAULT: "there is no plan yet: the head has not been reached"},
     ),
     "status": Verb(
-        "ask the running daemon how it is",
+        "show the state of the running daemon, problems first",
         {OK: "ready", FAULT: "no daemon answers", NOT_READY: "it runs, and is not ready"},
     ),
     "canary": Verb(
-        "send a tiny task and 1 MB to every node and back, and say how it went",
+        "send a tiny task and 1 MB to every node and back, and report the result",
         {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
     ),
     "trace": Verb(
-        "show what goes over the running daemon's lanes for some seconds, a line a frame"
+        "show for some seconds what passes over the daemon's lanes, a line for each frame"
     ),
     "explain": Verb(
-        "say what a code of the log or of the status means, and what to do",
+        "explain a code of the log or of the status, and what to do about it",
         {FAULT: "there is no such code"},
     ),
     "attach": Verb(
         "join standard input and output to the hub (a forced command for sshd)",
         {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
     ),
-    "keeper": Verb("keep Ray for the daemon (what the service rayfwd-ray does)"),
-    "env": Verb("print what a shell must export so that a driver finds the cluster"),
-    "exec": Verb("run a command with what `rayfwd env` prints"),
-    "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net does)"),
+    "keeper": Verb("run Ray for the daemon (what the service rayfwd-ray runs)"),
+    "env": Verb("print the environment with which a driver finds the cluster"),
+    "exec": Verb("run a command in the environment that `rayfwd env` prints"),
+    "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net runs)"),
     "forget": Verb(
-        "on the head: drop a worker, free its name, address and ports, and turn Ray's token over",
+        "on the head: drop a worker, free its name, address and ports, and replace Ray's token",
         {FAULT: "there is no such worker, or Ray's token is named by a variable"},
     ),
-    "uninstall": Verb("take away what init has made"),
-    "demo": Verb("show it at work on this machine alone"),
+    "uninstall": Verb("remove what init has created"),
+    "demo": Verb("show rayfwd at work on this machine alone"),
 }
 """By name; the verb's module has the same."""
 

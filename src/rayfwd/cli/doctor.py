@@ -41,14 +41,16 @@ READ_TIMEOUT = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print all as JSON (docs/doctor.md)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON (docs/doctor.md)"
+    )
     parser.add_argument(
         "--report",
         nargs="?",
         type=Path,
         const=Path(),
         metavar="PATH",
-        help="write a file for whoever is to help (0600, secrets blanked):\n"
+        help="write a file for a helper (0600, secrets blanked):\n"
         "this, the configuration, versions, status, the machine",
     )
     parser.add_argument(

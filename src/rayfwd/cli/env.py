@@ -18,7 +18,7 @@ from rayfwd.system.control import ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as a JSON object")
+    parser.add_argument("--json", action="store_true", help="print it as a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

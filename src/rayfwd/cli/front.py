@@ -54,7 +54,7 @@ def add_arguments(
         "--wait-for",
         metavar="SECONDS",
         type=_duration,
-        help="give up, with exit code 3, where it is not ready by then (default: never)",
+        help="give up with exit code 3 if the node is not ready by then (default: never)",
     )
     parser.add_argument(
         "--stop-after",

@@ -51,7 +51,7 @@ def what_next(config: Config, status: Status) -> list[str]:
     own = status.node
     dashboard = "" if own is None else f"http://{own.address}:{own.services['dashboard']}"
     return [
-        f"To add a machine, say there: rayfwd join {user}@{own_address()}{where}",
+        f"To add a machine, run there: rayfwd join {user}@{own_address()}{where}",
         f"To work here (dashboard {dashboard}): "
         + front.spoken(config, "exec -- python your_job.py"),
         *([] if status.page is None else [f"To see the links in a browser: {status.page}"]),

@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="a dialled worker's: the head's public key, for the line that is printed",
     )
-    parser.add_argument("--ray", metavar="PATH", help="the `ray` command (default: looked for)")
+    parser.add_argument(
+        "--ray", metavar="PATH", help="the `ray` command (default: rayfwd looks for it)"
+    )
     parser.add_argument("--name", help="this node's name (default: the host's)")
     parser.add_argument(
         "--user",
@@ -85,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHA256:…",
         help="a worker's: of the head's host key; no question is asked",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say each step, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show each step, and change nothing")
 
 
 def run(args: argparse.Namespace) -> int:

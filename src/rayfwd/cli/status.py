@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=WATCH_INTERVAL,
         default=None,
         metavar="SECONDS",
-        help=f"ask again every so often (default: {WATCH_INTERVAL:g} s), until Ctrl-C",
+        help=f"ask again after so many seconds (default: {WATCH_INTERVAL:g} s), until Ctrl-C",
     )
 
 

@@ -16,9 +16,9 @@ from rayfwd.setup.places import find_places
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--purge", action="store_true", help="edited files and the state directory as well"
+        "--purge", action="store_true", help="remove edited files and the state directory as well"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say each step, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show each step, and change nothing")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,46 @@
+"""What a newcomer asks of each page, and the sentence of the page that answers.
+
+Whoever rewrites a page keeps its answers, or gives better ones in answers.toml: an answer is one
+sentence, with its subject, that can be read by itself.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[2]
+
+MOST_WORDS = 45
+"""An answer that is longer answers more than one question."""
+
+ANSWERS: dict[str, dict[str, str]] = tomllib.loads(
+    (CHECKOUT / "tests" / "fixtures" / "answers.toml").read_text()
+)
+"""By page: the question, and its answer."""
+
+
+def plain(text: str) -> str:
+    """A page as it is read: without line breaks, links' targets, stars, bullets and rulers."""
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)", "", text)
+    text = re.sub(r"(?m)^\s*(?:[-|>]|\d+\.) ", "", text)
+    return " ".join(text.split())
+
+
+def test_every_page_has_five_questions() -> None:
+    pages = ["README.md", *(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))]
+    assert sorted(ANSWERS) == sorted(pages)
+    assert {len(questions) for questions in ANSWERS.values()} == {5}
+
+
+@pytest.mark.parametrize(
+    ("page", "question"), [(page, question) for page in ANSWERS for question in ANSWERS[page]]
+)
+def test_a_sentence_of_the_page_answers(page: str, question: str) -> None:
+    answer = ANSWERS[page][question]
+    assert answer in plain((CHECKOUT / page).read_text()), f"{page}: {question}"
+    assert len(answer.split()) <= MOST_WORDS
