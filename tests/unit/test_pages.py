@@ -22,7 +22,7 @@ PAGES = sorted(
     ["README.md", *(path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob("docs/*.md"))]
 )
 
-FOLDERS = ("src", "tests", "tools", "docs", "examples", "bench", "share", "systemd", ".ci")
+FOLDERS = ("src/rayfwd", "tests", "tools", "docs", "examples", "bench", "share", "systemd", ".ci")
 
 ELLIPSIS = ("…", "...")
 """A command that has one is an outline."""
