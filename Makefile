@@ -92,13 +92,13 @@ roots: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml | packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --use-pep517 --editable '.[dev]'
+	RAYFWD_COMPILE=0 $(BIN)/python -m pip install --quiet --use-pep517 --editable '.[dev]'
 	@touch $(VENV)/.usable $@
 
 $(VENV)/.usable: pyproject.toml | demo-packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --use-pep517 --editable .
+	RAYFWD_COMPILE=0 $(BIN)/python -m pip install --quiet --use-pep517 --editable .
 	@touch $@
 
 clean:

@@ -7,10 +7,11 @@ import os
 import platform
 import statistics
 import subprocess
-import sysconfig
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from rayfwd.system import build
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -87,12 +88,10 @@ def describe() -> list[str]:
     """The machine, as far as it matters."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return [
         f"{os.cpu_count()} cores, {models[0] if models else 'unknown processor'}, shared by all "
         f"parts; Linux {platform.release()}",
-        f"{_said('ssh', '-V')}; Python {platform.python_version()}, "
-        f"built with{'' if optimized else 'out'} optimizations",
+        f"{_said('ssh', '-V')}; Python {build.python()}; rayfwd {build.code()}",
     ]
 
 

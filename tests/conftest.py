@@ -3,7 +3,8 @@
 Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs root and its tools
 (everything below tests/lab/ and tests/hostile/ has it), `systemd` boots machines (everything below
 tests/systemd/). Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all.
-`alone` is for a file that measures how long something takes: where files run side by side
+`interpreted` is for a test that replaces what is compiled in a wheel: a compiled rayfwd does not
+run it. `alone` is for a file that measures how long something takes: where files run side by side
 (`pytest -n 3`), none runs beside it. `runs` names commands of the documents that a test runs
 (`tests/commands.py`), and `story` is for a file whose tests need those before them
 (`tests/stories.py`).
@@ -20,6 +21,7 @@ from collections.abc import Generator, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from rayfwd.system import build
 from tests import commands
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
@@ -56,8 +58,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Times())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests in order, and give them their markers."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the tests in order, give them their markers, and leave out those that cannot be run here.
+
+    What is compiled takes nothing in the place of its own parts: so it is faster.
+    """
+    if build.code() == build.COMPILED:
+        not_run = [item for item in items if item.get_closest_marker("interpreted") is not None]
+        config.hook.pytest_deselected(items=not_run)
+        items[:] = [item for item in items if item not in not_run]
     place = {name: index for index, name in enumerate(ORDER)}
     items.sort(key=lambda item: place.get(folder(item), len(ORDER)))
     for item in items:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def need_libraries(*modules: str) -> None:
         folder = module.replace(".", "/")
         if not any(env.glob(f"lib/python3*/site-packages/{folder}")):
             need(f"{env} has no {module}: remove it, and run tests/setup_envs.py")
+
+
+def no_compiler() -> str | None:
+    """Why this Python cannot have the compiled wheel here; None: it can."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if not os.path.isabs(tool(compiler)):
+        return f"the compiled wheel needs a compiler, {compiler} (Debian package gcc)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"the compiled wheel needs {header} (python3-dev)"
 
 
 @cache

@@ -23,6 +23,12 @@ fi
 need ip iproute2 "the network namespaces of the lab and the demo"
 need unshare util-linux "the lab and the demo"
 if [ "$for" = tests ]; then
+    need cc gcc "the compiled wheel"
+    if ! "$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/dev/null; then
+        missing="$missing python3-dev"
+        echo "missing: Python.h (Debian package python3-dev), for the compiled wheel"
+    fi
     need nft nftables "the firewalls of the lab"
     need conntrack conntrack "a firewall that forgets, in the lab"
     need sshd openssh-server "the lab's SSH servers"

@@ -329,6 +329,10 @@ class Status:
     schema: int = SCHEMA
     version: str
     """rayfwd's."""
+    code: str | None = None
+    """`compiled` or `pure Python`; None: a daemon of an earlier version, which does not say."""
+    python: str | None = None
+    """Which Python runs the daemon, and whether it was built with optimizations."""
     role: str
     """`head` or `worker`."""
     name: str

@@ -1,4 +1,8 @@
-"""rayfwd as a user installs it: a wheel of this checkout, in an environment of its own."""
+"""rayfwd as a user installs it: a wheel of this checkout, in an environment of its own.
+
+With RAYFWD_COMPILE=1 it is compiled as for a user with a compiler, else pure Python as for one
+without: what is edited is run some seconds later.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+from tests import setup_wheel
 from tests.need import CHECKOUT
 
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
@@ -16,7 +22,7 @@ _installed: Path | None = None
 
 
 def install(folder: Path) -> Path:
-    """Build the wheel and install it below `folder`; what `current` answers from then on.
+    """Install the wheel below `folder`; what `current` answers from then on.
 
     Its dependencies come from the package index that pip is set up for, or from pip's cache.
     """
@@ -24,7 +30,8 @@ def install(folder: Path) -> Path:
     env = folder / "rayfwd"
     old = os.umask(0o022)  # the machines' ordinary user is to run it
     try:
-        built = wheel(folder / "wheels")
+        compiled = os.environ.get("RAYFWD_COMPILE") == "1"
+        built = setup_wheel.make() if compiled else wheel(folder / "wheels")
         _run([sys.executable, "-m", "venv", str(env)])
         _run([str(env / "bin" / "python"), *PIP, "install", str(built)])
     finally:
@@ -34,10 +41,10 @@ def install(folder: Path) -> Path:
 
 
 def wheel(folder: Path) -> Path:
-    """Build the wheel of this checkout into `folder`, which has no other."""
+    """Build the wheel of this checkout into `folder`, which has no other: pure Python, for any."""
     isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
     build = ["wheel", "--no-deps", *isolation, f"--wheel-dir={folder}", str(CHECKOUT)]
-    _run([sys.executable, *PIP, *build])
+    _run([sys.executable, *PIP, *build], {"RAYFWD_COMPILE": "0"})
     (built,) = folder.glob("rayfwd-*.whl")
     return built
 
@@ -48,8 +55,9 @@ def current() -> Path | None:
     return Path(given) if given else _installed
 
 
-def _run(argv: list[str]) -> None:
-    ran = subprocess.run(argv, cwd="/", capture_output=True, text=True, timeout=600)
+def _run(argv: list[str], env: Mapping[str, str] | None = None) -> None:
+    whole = {**os.environ, **(env or {})}
+    ran = subprocess.run(argv, cwd="/", env=whole, capture_output=True, text=True, timeout=600)
     if ran.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: {ran.stdout[-4000:]}\n{ran.stderr[-4000:]}")
 

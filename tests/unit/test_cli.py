@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from rayfwd.daemon.resources import lock
 from rayfwd.hub.roster import Roster
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
+from rayfwd.session import session
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.control import ControlServer
@@ -117,13 +119,27 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--version"])
-    assert ended.value.code == 0
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"rayfwd {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["status", "--loud"], ["forget"]])
+@pytest.mark.runs("rayfwd --version --verbose")
+def test_version_with_what_it_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version", "--verbose"]) == 0
+    said = capsys.readouterr().out
+    assert main(["--verbose", "--version"]) == 0
+    assert capsys.readouterr().out == said
+    version, code, python = said.splitlines()
+    assert version == f"rayfwd {__version__}"
+    pure = str(session.__file__).endswith(".py")
+    assert code == f"code: {'pure Python' if pure else 'compiled'}"
+    assert python.startswith(f"Python: {platform.python_version()}, built with")
+    assert python.endswith(f"optimizations ({sys.executable})")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["fly"], ["status", "--loud"], ["forget"], ["--verbose"], ["--verbose", "status"]]
+)
 def test_a_wrong_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(words)

@@ -89,6 +89,7 @@ def is_lost(owner: Owner) -> bool:
     return any(told.startswith("lost: TOO_MANY") for told in owner.told)
 
 
+@pytest.mark.interpreted
 class TestMemory:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:

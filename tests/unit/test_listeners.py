@@ -577,6 +577,7 @@ def test_a_target_is_six_bytes(data: bytes) -> None:
     assert len(place.encode()) == 6
 
 
+@pytest.mark.interpreted
 def test_attempts_to_dial_end_with_their_dialer() -> None:
     """An address that never answers: a listener whose queue is full."""
 
@@ -626,6 +627,7 @@ class Peer(NamedTuple):
     peer: str
 
 
+@pytest.mark.interpreted
 def test_whoever_has_most_connections_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where descriptors are scarce, for who has less than half of that."""
     greedy, modest = Peer("greedy"), Peer("modest")

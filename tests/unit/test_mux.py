@@ -227,6 +227,7 @@ def test_everything_moves_by_itself_through_slow_transports() -> None:
     run(main)
 
 
+@pytest.mark.interpreted
 def test_a_message_is_short_unless_it_answers_a_long_transfer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

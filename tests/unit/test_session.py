@@ -949,6 +949,7 @@ class TestBrokenPeers:
         assert again.snapshot() == numbers.snapshot()
         again.check_invariants()
 
+    @pytest.mark.interpreted
     def test_what_is_owed_does_not_fill_the_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of streams that were given up before they came, each of which is answered once."""
         monkeypatch.setattr("rayfwd.session.answers.MOST_GONE", 50)
@@ -961,6 +962,7 @@ class TestBrokenPeers:
         assert answers.put(out, 100) == 100
         assert len(answers.gone) == 45
 
+    @pytest.mark.interpreted
     def test_streams_opened_without_end_do_not_fill_the_memory(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

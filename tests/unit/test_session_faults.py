@@ -126,6 +126,7 @@ SESSION_SNAPSHOT = Session.snapshot
 SEND_ACKNOWLEDGE, ENQUEUE = SendSide.acknowledge, Scheduler.enqueue
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [

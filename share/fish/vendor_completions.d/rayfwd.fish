@@ -57,7 +57,8 @@ complete -c rayfwd -e
 complete -c rayfwd -f
 
 complete -c rayfwd -n _shtab_rayfwd_using -s h -l help -d 'show this help message and exit'
-complete -c rayfwd -n _shtab_rayfwd_using -l version -d 'show program'"'"'s version number and exit'
+complete -c rayfwd -n _shtab_rayfwd_using -l version -d 'say which rayfwd this is'
+complete -c rayfwd -n _shtab_rayfwd_using -l verbose -d 'with --version: also whether it is compiled, and by which Python it runs'
 complete -c rayfwd -n _shtab_rayfwd_using -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n _shtab_rayfwd_using -l cluster -x -d 'the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a init -d 'Set this machine up: user, configuration, SSH key, the head'"'"'s host key, and the service.'

@@ -165,14 +165,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_epilog(EXIT_CODES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"rayfwd {__version__}")
+    parser.add_argument("--version", action="store_true", help="say which rayfwd this is")
+    more = "with --version: also whether it is compiled, and by which Python it runs"
+    parser.add_argument("--verbose", dest="built", action="store_true", help=more)
     what = "the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)"
     parser.add_argument("--config", metavar="PATH", type=Path, default=None, help=what)
     which = "the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)"
     parser.add_argument("--cluster", metavar="NAME", type=_cluster, default=None, help=which)
-    verbs = parser.add_subparsers(
-        dest="verb", metavar="VERB", required=True, parser_class=_VerbParser
-    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_VerbParser)
     for name, verb in VERBS.items():
         sub = verbs.add_parser(
             name,
@@ -211,7 +211,9 @@ def full_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is documented in `rayfwd --help`."""
     try:
-        args = _parser().parse_args(argv)
+        args = _parsed(argv)
+        if args.version:
+            return _say_version(args.built)
         if args.cluster is None and (named := os.environ.get("RAYFWD_CLUSTER")):
             args.cluster = _of_environment(named)
         code: int = args.module.run(args)
@@ -227,6 +229,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     return code
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.built and not args.version:
+        parser.error("--verbose goes with --version")
+    if args.verb is None and not args.version:
+        parser.error("the following arguments are required: VERB")
+    return args
+
+
+def _say_version(built: bool) -> int:
+    print(f"rayfwd {__version__}")
+    if built:
+        from rayfwd.system import build  # noqa: PLC0415  # what most calls do not need
+
+        print(*build.lines(), sep="\n")
+    return OK
 
 
 def _of_environment(cluster: str) -> str:

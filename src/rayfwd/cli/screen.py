@@ -82,7 +82,8 @@ class Screen:
         if status.node is not None:
             who += f" at {escaped(status.node.address)}"
         parts = [who, f"up {duration(status.uptime)}"]
-        parts += [f"rayfwd {escaped(status.version)}", f"pid {status.pid}"]
+        code = "" if status.code is None else f" ({escaped(status.code)})"
+        parts += [f"rayfwd {escaped(status.version)}{code}", f"pid {status.pid}"]
         return _joined("  ", [_state(status.state, status.state.upper()), Text(", ".join(parts))])
 
     def _conditions(self) -> Iterable[RenderableType]:

@@ -15,6 +15,7 @@ from rayfwd.daemon.node import LISTENERS, RAY
 from rayfwd.daemon.role import Role
 from rayfwd.network.dials import Place
 from rayfwd.status import Status
+from rayfwd.system import build
 from rayfwd.watch.conditions import Condition, worst
 
 MOST_PORTS_SHOWN = 20
@@ -72,6 +73,8 @@ class Health:
         part = role.status()
         return Status(
             version=__version__,
+            code=build.code(),
+            python=build.python(),
             role=node.config.role,
             name=node.config.name,
             pid=os.getpid(),

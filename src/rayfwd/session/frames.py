@@ -14,7 +14,7 @@ All integers are big-endian. What `offset` means depends on the kind, see `Kind`
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from enum import IntEnum
 from typing import Final, NamedTuple, cast
 
@@ -232,7 +232,7 @@ class FrameDecoder:
 def _compact(view: memoryview) -> Chunk:
     """The bytes of a view, which may be kept for long: a copy where the view is a small part of
     what it keeps in memory."""
-    return view if len(view) * MEMORY_PER_BYTE >= len(cast(bytes, view.obj)) else bytes(view)
+    return view if len(view) * MEMORY_PER_BYTE >= len(cast(Sized, view.obj)) else bytes(view)
 
 
 def close_frame(why: str) -> bytes:

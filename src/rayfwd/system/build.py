@@ -1,0 +1,40 @@
+"""What this rayfwd is, and by which Python it runs: both decide how much it takes for a message."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+import sysconfig
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+
+_ONE_OF_THEM = "rayfwd.session.session"
+"""All hot modules are compiled, or none: `tools/compiled.py`."""
+
+COMPILED, PURE = "compiled", "pure Python"
+
+
+@cache
+def code() -> str:
+    """Whether the modules that every message passes are `compiled` or `pure Python`."""
+    spec = importlib.util.find_spec(_ONE_OF_THEM)
+    origin = spec.origin if spec is not None else None
+    return COMPILED if origin and origin.endswith(tuple(EXTENSION_SUFFIXES)) else PURE
+
+
+@cache
+def python() -> str:
+    """Which Python this is: `3.11.7, built with optimizations`, or `without`.
+
+    CPython's own build has none unless it is asked for them; a distribution's has.
+    """
+    asked = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
+    name = platform.python_implementation()
+    brand = "" if name == "CPython" else f"{name} "
+    return f"{brand}{platform.python_version()}, built with{'' if asked else 'out'} optimizations"
+
+
+def lines() -> list[str]:
+    """Both for people, with where this Python is."""
+    return [f"code: {code()}", f"Python: {python()} ({sys.executable})"]
