@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.system.files import read_regular, replace_file, write_new
+from rayfwd.system.files import MOST_READ, read_regular, replace_file, write_new
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -26,7 +26,9 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     (tmp_path / "link").symlink_to(tmp_path / "a")
     os.mkfifo(tmp_path / "fifo")
-    for name in ("link", "fifo", "."):
+    with (tmp_path / "hole").open("wb") as hole:
+        hole.truncate(MOST_READ + 1)
+    for name in ("link", "fifo", ".", "hole"):
         with pytest.raises(OSError):
             read_regular(tmp_path / name)
     with pytest.raises(FileNotFoundError):

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from rayfwd.network.open_ports import OpenPorts
+from rayfwd.session.target import Target
 from rayfwd.system import sockdiag
 from rayfwd.system.sockdiag import ListeningSocket, Owner, SockDiag
 from tests.unit.cluster import free_place
@@ -197,3 +199,28 @@ class TestWhereItCannotBeAsked:
         diag._sock.close()
         with pytest.raises(OSError):
             diag.listening()
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_port_is_open_where_a_program_of_the_user_takes_the_connection(
+    family: socket.AddressFamily,
+) -> None:
+    at = Target(*free_place())
+    ports = OpenPorts(os.geteuid(), ())
+    with socket.socket(family) as listener:
+        assert not ports.has(at)
+        listener.bind(("", at.port))  # all addresses; of IPv6 as gRPC does
+        assert not ports.has(at), "it does not listen yet"
+        listener.listen()
+        assert ports.has(at)
+        assert not OpenPorts(os.geteuid(), [at.port]).has(at)
+        assert not OpenPorts(OTHER, ()).has(at)
+
+
+@needs_root
+def test_a_port_is_not_open_where_another_user_would_take_the_connection() -> None:
+    """Who listens on the address itself comes before who listens on all."""
+    at = Target(*free_place())
+    with child(LISTEN, *at, uid=NOBODY) as other:
+        other.says()
+        assert not OpenPorts(os.geteuid(), ()).has(at)

@@ -78,11 +78,16 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+MOST_READ = 64 << 20
+"""Bytes of a file that is read whole: no state of ours has a tenth of it, and one with a hole may
+have any size."""
+
+
 def read_regular(path: Path, most: int = 0) -> bytes:
     """What is in the file, or in the last `most` bytes of it.
 
-    Of a link, a FIFO or a device, nothing: so nobody who may write into its directory has us read
-    another file, or wait. Raises OSError.
+    Of a link, a FIFO, a device or a file without end, nothing: so nobody who may write into its
+    directory has us read another file, wait, or use up memory. Raises OSError.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(path, flags), "rb") as file:
@@ -92,7 +97,9 @@ def read_regular(path: Path, most: int = 0) -> bytes:
         if most:
             file.seek(max(0, found.st_size - most))
             return file.read(most)
-        return file.read()
+        if found.st_size > MOST_READ or len(data := file.read(MOST_READ + 1)) > MOST_READ:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return data
 
 
 def digest(data: bytes) -> str:
