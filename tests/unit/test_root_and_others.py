@@ -197,6 +197,25 @@ def test_a_configuration_of_theirs(open_dir: Path, verb: str) -> None:
         check_unharmed(trap, say(trap, WORDS[verb][0], path))
 
 
+@pytest.mark.parametrize("verb", ["check", "plan"])
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_what_a_configuration_says_writes_on_no_terminal(
+    tmp_path: Path, verb: str, role: str
+) -> None:
+    """Whoever runs it may be another than who has written it."""
+    config = tmp_path / "theirs.toml"
+    evil = "\\u001b]0;owned\\u0007\\u009b2J\\u202e"
+    head = f'[head]\nssh = "ann{evil}@127.0.0.1:1"\n' if role == "worker" else ""
+    config.write_text(
+        f'role = "{role}"\nname = "h"\nstate_dir = "{tmp_path}/s{evil}"\n'
+        f'runtime_dir = "{tmp_path}/r{evil}"\n{head}'
+        f'[ray]\nstart = false\ncommand = "/x{evil}"\nenv = {{A = "{evil}"}}\n'
+    )
+    said = say(Trap(tmp_path, config, tmp_path / "roots" / "secret"), [verb])
+    assert "state" in said or "Plan" in said or "known after" in said
+    assert [line for line in said.splitlines() if not line.isprintable()] == []
+
+
 SPAWNERS = {
     "system/asuser.py": "becomes the user first",
     "ray/install.py": "root runs only what is root's (`check_roots`)",

@@ -14,6 +14,7 @@ from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor.settings import warnings
 from rayfwd.problems import ProblemError
 from rayfwd.ray import install
+from rayfwd.system.logs import escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +25,12 @@ def run(args: argparse.Namespace) -> int:
     config = load_as_owner(args)
     quiet_logs()
     own = own_head_plan(config) if config.role == "head" else None
-    print(f"{config.path}: valid")
+    print(escaped(f"{config.path}: valid"))
     ray, version = _ray(config)
     for line in table(list(_amounts_to(config, own, ray)), "  "):
-        print(line)
+        print(escaped(line))
     for warning in warnings(config, version):
-        print(f"  warning: {warning}")
+        print(escaped(f"  warning: {warning}"))
     return OK
 
 

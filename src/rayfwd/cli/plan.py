@@ -19,6 +19,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install, token
 from rayfwd.system.control import ask
 from rayfwd.system.files import read_regular
+from rayfwd.system.logs import escaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
         print("The hub gives a worker its address and ports: they are known after the first")
         print("`rayfwd run` on this machine that reaches the head.")
         return FAULT
-    print(f"Plan of the cluster ({plan.source}):")
+    print(escaped(f"Plan of the cluster ({plan.source}):"))
     for line in table([_row(node) for node in plan.nodes], "  "):
-        print(line)
+        print(escaped(line))
     print(f"Ports: {bound(plan.nodes, config.hub.port_base)}.")
     print("A node whose level (docs/overlay.md) becomes another has its Ray restarted once.")
     print()
-    print("\n".join(_command(config, plan)))
+    print("\n".join(map(escaped, _command(config, plan))))
     return OK
 
 

@@ -11,6 +11,7 @@ import argparse
 from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import control_socket, load_as_owner
 from rayfwd.system.control import ask
+from rayfwd.system.logs import escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     if mistakes := answer.get("mistakes"):
         raise MistakeError([str(line) for line in mistakes])
     for key in answer["changed"]:
-        print(f"  changed   {key}")
+        print(f"  changed   {escaped(key)}")
     for key in answer["kept"]:
-        print(f"  kept      {key}: needs a restart")
+        print(f"  kept      {escaped(key)}: needs a restart")
     if not answer["changed"] and not answer["kept"]:
         print("Nothing has changed.")
     return OK
