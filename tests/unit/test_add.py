@@ -30,7 +30,7 @@ from rayfwd.ray.install import Versions
 from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, there, wheels
 from rayfwd.setup.remote.adding import Outcome
 from rayfwd.setup.remote.hosts import Host, HostsError
-from rayfwd.setup.remote.shipment import Shipment
+from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import Python, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
 from tests.commands import main
@@ -58,9 +58,7 @@ SEEN = Sight(
 )
 SENT = Shipment(
     own=Path("rayfwd-1-py3-none-any.whl"),
-    needs=(Path("asyncssh-2-py3-none-any.whl"),),
-    why="",
-    pip=Path("pip-24-py3-none-any.whl"),
+    needs=lambda: Needs((), "", None),
     uv=None,
     digest="d",
     python=(3, 11),
@@ -206,7 +204,7 @@ def test_what_is_no_linux_is_told() -> None:
     ],
 )
 def test_the_tool(changes: dict, sent: dict, wanted: tuple | None, tool: install.Tool) -> None:  # type: ignore[type-arg]
-    assert install.choose(replace(SEEN, **changes), replace(SENT, **sent), wanted) == tool
+    assert install.choose(replace(SEEN, **changes), replace(SENT, **sent), True, wanted) == tool
 
 
 @pytest.mark.parametrize(
@@ -221,24 +219,23 @@ def test_the_tool(changes: dict, sent: dict, wanted: tuple | None, tool: install
 def test_no_tool(changes: dict, wanted: tuple | None, said: str) -> None:  # type: ignore[type-arg]
     sent = replace(SENT, uv=Path("/uv")) if "machine" in changes else SENT
     with pytest.raises(ProblemError) as told:
-        install.choose(replace(SEEN, **changes), sent, wanted)
+        install.choose(replace(SEEN, **changes), sent, True, wanted)
     assert told.value.problem.code is codes.ADD_NO_PYTHON
     assert said in told.value.problem.cause
 
 
 @pytest.mark.parametrize(
-    ("changes", "sent", "why"),
+    ("changes", "why"),
     [
-        ({}, {}, ""),
-        ({"machine": "aarch64"}, {}, "its processor is aarch64"),
-        ({"libc": "musl libc"}, {}, "its C library is musl libc"),
-        ({"pythons": (Python("/p", "3.12.1"),)}, {}, "its Python is 3.12"),
-        ({}, {"needs": (), "why": "x was not installed from a wheel"}, "x was not"),
+        ({}, ""),
+        ({"machine": "aarch64"}, "its processor is aarch64"),
+        ({"libc": "musl libc"}, "its C library is musl libc"),
+        ({"pythons": (Python("/p", "3.12.1"),)}, "its Python is 3.12"),
     ],
 )
-def test_whether_our_own_packages_fit(changes: dict, sent: dict, why: str) -> None:  # type: ignore[type-arg]
-    seen, have = replace(SEEN, **changes), replace(SENT, **sent)
-    found = install.fits(seen, have, install.choose(seen, have, None))
+def test_whether_our_own_packages_fit(changes: dict, why: str) -> None:  # type: ignore[type-arg]
+    seen = replace(SEEN, **changes)
+    found = install.fits(seen, SENT, install.choose(seen, SENT, True, None))
     assert found.startswith(why) if why else not found
 
 

@@ -7,6 +7,7 @@ package index where it does not.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shlex
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import Versions
-from rayfwd.setup.remote.shipment import Shipment
+from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import MARKER, OLDEST_PYTHON, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
 
@@ -79,7 +80,7 @@ class Tool:
     """An interpreter there, or for uv a version."""
 
 
-def choose(sight: Sight, shipment: Shipment, wanted: tuple[int, ...] | None) -> Tool:
+def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: tuple[int, ...] | None) -> Tool:
     """`wanted`: the Python to have, as (3, 11); None: any that runs rayfwd. Raises ProblemError."""
     exact = [p for p in sight.pythons if p.key == wanted] if wanted else []
     found = exact[0] if exact else (None if wanted else sight.python)
@@ -91,7 +92,7 @@ def choose(sight: Sight, shipment: Shipment, wanted: tuple[int, ...] | None) -> 
         return Tool(python=python)
     if shipment.uv is not None and shipment.machine == sight.machine:
         return Tool(bring_uv=True, python=python)
-    if sight.any_python is not None and sight.index != "no" and shipment.pip is not None:
+    if sight.any_python is not None and sight.index != "no" and has_pip:
         return Tool(bring_uv=True, old_python=sight.any_python, python=python)
     least = f"Python {version}" if wanted else "Python 3.11 or newer"
     has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
@@ -104,8 +105,6 @@ def choose(sight: Sight, shipment: Shipment, wanted: tuple[int, ...] | None) -> 
 
 def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
     """Why what is compiled here is not for that machine; empty: it is."""
-    if not shipment.needs:
-        return shipment.why
     if sight.machine != shipment.machine:
         return f"its processor is {sight.machine}, and the head's {shipment.machine}"
     if (shipment.libc == "glibc") == ("musl" in sight.libc.lower()):
@@ -125,9 +124,10 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment) -> bool:
     if sight.made == made:
         return False
     _check_place(sight, target, sight.there and sight.made is None, ROOM)
-    tool = choose(sight, shipment, None)
-    why = fits(sight, shipment, tool)
-    files = [shipment.own, *([] if why else shipment.needs), *_tools(shipment, tool)]
+    needs = await asyncio.to_thread(shipment.needs)
+    tool = choose(sight, shipment, needs.pip is not None, None)
+    why = needs.why or fits(sight, shipment, tool)
+    files = [shipment.own, *([] if why else needs.wheels), *_tools(shipment, needs, tool)]
     own = shlex.quote(f"./{shipment.own.name}")
     ours, index = f"put --no-index --find-links . {own}", f"put {own}"
     put = index if why else f"{ours} || {index}"
@@ -152,7 +152,8 @@ async def ray(
     if sight.made_ray == made:
         return False
     _check_place(sight, target, False, ROOM_FOR_RAY)
-    tool = choose(sight, shipment, wanted)
+    needs = await asyncio.to_thread(shipment.needs)
+    tool = choose(sight, shipment, needs.pip is not None, wanted)
     requirement = shlex.quote(f"ray[default]=={versions.ray}")
     here = sight.machine == shipment.machine and bool(ours)
     ways = [f"put {requirement}"]
@@ -161,7 +162,7 @@ async def ray(
             len(ways) if sight.index == "yes" else 0,
             f"put --no-index --find-links . {requirement}",
         )
-    files = [*(ours if here else ()), *_tools(shipment, tool)]
+    files = [*(ours if here else ()), *_tools(shipment, needs, tool)]
     try:
         await _install(machine, target, tool, files, " || ".join(ways), "", made)
     except Failed as exc:
@@ -187,9 +188,9 @@ def _check_place(sight: Sight, target: str, strange: bool, room: int) -> None:
         )
 
 
-def _tools(shipment: Shipment, tool: Tool) -> list[Path]:
+def _tools(shipment: Shipment, needs: Needs, tool: Tool) -> list[Path]:
     brought = [shipment.uv] if tool.bring_uv and tool.old_python == "false" else []
-    return [path for path in (shipment.pip, *brought) if path is not None]
+    return [path for path in (needs.pip, *brought) if path is not None]
 
 
 async def _install(

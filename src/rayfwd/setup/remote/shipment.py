@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import platform
 import shutil
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,15 +26,23 @@ _PACK_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """What is sent beside rayfwd's own wheel."""
+
+    wheels: tuple[Path, ...]
+    """Of what rayfwd needs; empty: they cannot be made here, and `why` says why."""
+    why: str
+    pip: Path | None
+
+
+@dataclass(frozen=True, slots=True)
 class Shipment:
     """Files for machines; what is compiled in them is for machines like this one."""
 
     own: Path
     """rayfwd's wheel."""
-    needs: tuple[Path, ...]
-    """Wheels of what rayfwd needs; empty: they cannot be made here, and `why` says why."""
-    why: str
-    pip: Path | None
+    needs: Callable[[], Needs]
+    """Made at the first call: a machine that has it all needs none."""
     uv: Path | None
     digest: str
     """Of `own`: the same where nothing has changed."""
@@ -49,22 +60,34 @@ def pack(folder: Path) -> Shipment:
             f"no wheel can be made of the rayfwd that runs here: {exc}",
             "install rayfwd here from a wheel, as any user who may read it",
         ) from None
-    needs, why = [], ""
-    try:
-        for distribution in wheels.closure([_OWN]):
-            if wheels.name_of(distribution.metadata["Name"]) != _OWN:
-                needs.append(wheels.make(distribution, folder))
-    except (wheels.WheelError, OSError) as exc:
-        needs, why = [], str(exc)
     uv = shutil.which("uv")
+    lock = threading.Lock()
+
+    @functools.cache
+    def once() -> Needs:
+        return _needs(folder)
+
+    def needs() -> Needs:
+        with lock:
+            return once()
+
     return Shipment(
         own=own,
-        needs=tuple(needs),
-        why=why,
-        pip=wheels.of_installer(folder),
+        needs=needs,
         uv=None if uv is None else Path(uv),
         digest=digest(own.read_bytes()),
     )
+
+
+def _needs(folder: Path) -> Needs:
+    made, why = [], ""
+    try:
+        for distribution in wheels.closure([_OWN]):
+            if wheels.name_of(distribution.metadata["Name"]) != _OWN:
+                made.append(wheels.make(distribution, folder))
+    except (wheels.WheelError, OSError) as exc:
+        made, why = [], str(exc)
+    return Needs(tuple(made), why, wheels.of_installer(folder))
 
 
 def own_wheel(folder: Path) -> Path:
