@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import pwd
 import socket
@@ -26,6 +27,8 @@ from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
 from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
+from tests.unit.test_ownership import OTHER
+from tests.unit.test_root_and_others import a_python, runs
 
 
 @pytest.fixture(autouse=True)
@@ -140,19 +143,56 @@ def test_a_daemon_without_a_file_is_found_by_the_others(
 
 
 def test_a_head_finds_what_is_free_and_keeps_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "free_networks", lambda: iter(["127.78.0.0/16"]))
-    monkeypatch.setattr(chosen, "listening", lambda: {6379, 8265, 8266, 20001})
+    monkeypatch.setattr(chosen, "reserve", lambda: "127.78.0.0/16")
+    monkeypatch.setattr(chosen, "listening", lambda: {6379, 8265, 8266, 24001})
     config, _ = amounts_to(["head", "--dashboard-port", "9000"], monkeypatch)
-    assert (config.hub.network, config.hub.port_base) == ("127.78.0.0/16", 24000)
+    assert (config.hub.network, config.hub.port_base) == ("127.78.0.0/16", 28000)
     assert (config.ray.port, config.ray.dashboard_port, config.ray.client_port) == (
-        *(6380, 9000, 10001),
+        *(6380, 9000, 10002),
     )
     assert config.ray.extra_args == (f"--temp-dir=/tmp/ray-{os.geteuid()}-127.78.0.0",)
-    monkeypatch.setattr(chosen, "free_networks", lambda: iter(["127.90.0.0/16"]))
+    monkeypatch.setattr(chosen, "reserve", lambda: "127.90.0.0/16")
     again, _ = amounts_to(["head", "--dashboard-port", "9000"], monkeypatch)
     assert again.model_dump() == config.model_dump()
     without, _ = amounts_to(["head"], monkeypatch)
-    assert without.ray.dashboard_port == 8267, "what was said once is said each time"
+    assert without.ray.dashboard_port == 8309, "what was said once is said each time"
+
+
+def test_heads_that_are_started_together_have_networks_and_ports_of_their_own(
+    tmp_path: Path,
+) -> None:
+    """Before Ray of any listens; as root of two users, as two jobs of Slurm on one node."""
+    program = (
+        "import json, os, sys, time; from pathlib import Path; from rayfwd.cli import chosen; "
+        "from rayfwd.config import parse; "
+        "print('ready', flush=True); sys.stdin.readline(); "
+        "print(json.dumps(chosen._choose(parse({'role': 'head'}))), flush=True); sys.stdin.read()"
+    )
+    with contextlib.ExitStack() as stack:
+        python = a_python()
+        others = os.geteuid() == 0 and runs(OTHER, [*python, "-c", "import rayfwd.cli.status"])
+        heads = []
+        for number in range(4):
+            uid = OTHER if others and number % 2 else None
+            head = subprocess.Popen(
+                [*python, "-c", program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={"PATH": os.defpath, "HOME": str(tmp_path)},
+                user=uid,
+                extra_groups=None if uid is None else [],
+            )
+            heads.append(stack.enter_context(head))
+        pipes = [(head.stdin, head.stdout) for head in heads if head.stdin and head.stdout]
+        for _, out in pipes:
+            assert out.readline() == "ready\n"
+        for asked, _ in pipes:
+            asked.write("go\n")
+            asked.flush()
+        found = [json.loads(out.readline()) for _, out in pipes]
+    for key in ("hub.network", "hub.port_base", "ray.port", "ray.dashboard_port"):
+        assert len({each[key] for each in found}) == 4, (key, found)
 
 
 def test_two_daemons_do_not_have_one_network() -> None:

@@ -122,7 +122,7 @@ def say(trap: Trap, words: list[str], config: Path | None = None) -> str:
     words = [word.replace("state/", f"{trap.top}/state/") for word in words]
     words = [f"{trap.secret.parent}/report" if word == "R" else word for word in words]
     (trap.secret.parent / "report").unlink(missing_ok=True)
-    argv = [*_python(), "-m", "rayfwd", "--config", str(config or trap.config), *words]
+    argv = [*a_python(), "-m", "rayfwd", "--config", str(config or trap.config), *words]
     ran = subprocess.run(
         argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOUND, text=True, check=False
     )
@@ -131,17 +131,17 @@ def say(trap: Trap, words: list[str], config: Path | None = None) -> str:
 
 
 @functools.cache
-def _python() -> list[str]:
+def a_python() -> list[str]:
     """One that the other user may run as well, where there is one, so that the verb goes on."""
     packages = sysconfig.get_path("purelib")
     system = "/usr/bin/python3"
-    if _runs(OTHER, [sys.executable, "-c", "import rayfwd.cli.status"]):
+    if runs(OTHER, [sys.executable, "-c", "import rayfwd.cli.status"]):
         return [sys.executable]
     argv = ["env", f"PYTHONPATH={ROOT / 'src'}:{packages}", system]
-    return argv if _runs(OTHER, [*argv, "-c", "import rayfwd.cli.status"]) else [sys.executable]
+    return argv if runs(OTHER, [*argv, "-c", "import rayfwd.cli.status"]) else [sys.executable]
 
 
-def _runs(uid: int, argv: list[str]) -> bool:
+def runs(uid: int, argv: list[str]) -> bool:
     try:
         ran = subprocess.run(
             argv, user=uid, group=uid, extra_groups=[], capture_output=True, check=False

@@ -18,14 +18,15 @@ from rayfwd import codes
 from rayfwd.cli.flags import put
 from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HubConfig
-from rayfwd.daemon.claim import free_networks
+from rayfwd.daemon.claim import NETWORKS, reserve
 from rayfwd.ray.procfs import listening
 from rayfwd.system.files import read_regular, replace_file
 
 RECORD = "chosen.json"
 
 PORT_BASES = (20000, 24000, 28000, 16000, 12000)
-"""Where the nodes' ports may begin; the first where nothing listens in `ROOM` ports."""
+"""Where the nodes' ports may begin: from the network's own on, the first where nothing listens in
+`ROOM` ports."""
 ROOM = 4000
 SINGLE_PORTS = {"ray.port": 6379, "ray.dashboard_port": 8265, "ray.client_port": 10001}
 
@@ -69,16 +70,25 @@ def _with(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choose(config: Config) -> dict[str, Any]:
+    """The network first, which is held from then on. The ports follow from it: of two heads that
+    are started together neither listens yet where the other looks."""
     taken = listening()
-    network = next(free_networks(), USUAL_NETWORK)
-    base = next((b for b in PORT_BASES if _is_free(b, taken)), PORT_BASES[0])
+    network = reserve() or USUAL_NETWORK
+    number = _number(network)
+    bases = [PORT_BASES[(number + k) % len(PORT_BASES)] for k in range(len(PORT_BASES))]
+    base = next((b for b in bases if _is_free(b, taken)), bases[0])
     found: dict[str, Any] = {"hub.network": network, "hub.port_base": base}
     used = set(taken)
     for key, usual in SINGLE_PORTS.items():
-        found[key] = next(p for p in count(usual) if p not in used)
+        found[key] = next(p for p in count(usual + number, len(NETWORKS)) if p not in used)
         used.add(found[key])
     named = config.cluster or (network.partition("/")[0] if network != USUAL_NETWORK else None)
     return found | apart(config, named, used)
+
+
+def _number(network: str) -> int:
+    """Its place among those that heads without a file take."""
+    return [str(each) for each in NETWORKS].index(network)
 
 
 def apart(config: Config, named: str | None, used: Collection[int]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class MachineClaim:
         if self._lock is not None and self._lock.network == network:
             return True
         self.close()
+        if (held := _Reserved.taken(network)) is not None:
+            self._lock, self.problem = held, None
+            return True
         holders = holders_of(network)
         if not holders or not holders[0].counts:
             with suppress(OSError):  # somebody was faster
@@ -86,6 +89,41 @@ def free_networks() -> Iterator[str]:
         elif not holders[0].counts:
             shared.append(network)
     yield from shared
+
+
+class _Reserved:
+    """What this process holds until its claim takes it."""
+
+    lock: NetworkLock | None = None
+
+    @classmethod
+    def taken(cls, network: str) -> NetworkLock | None:
+        lock, cls.lock = cls.lock, None
+        if lock is not None and lock.network != network:
+            lock.close()
+            return None
+        return lock
+
+
+def reserve() -> str | None:
+    """A network that nobody has, held from now on for this process's claim; None: there is none.
+
+    Of several who look in one moment each has another: whoever sees somebody else's name beside
+    its own goes on to the next network.
+    """
+    for network in free_networks():
+        shared = bool(holders_of(network))
+        try:
+            lock = NetworkLock(network)
+        except OSError:
+            continue
+        if not shared and len(holders_of(network)) > 1:
+            lock.close()
+            continue
+        _Reserved.taken("")
+        _Reserved.lock = lock
+        return network
+    return None
 
 
 def _another() -> str:
