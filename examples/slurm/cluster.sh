@@ -41,6 +41,7 @@ code=0
     until rayfwd status > /dev/null 2>&1; do sleep 1; done
     exec rayfwd exec -- "$@"' driver "$@" || code=$?
 
-kill -TERM "${nodes[@]}" 2> /dev/null || true
+# The steps are told, which leave in order; an srun that is told kills its step at once.
+scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "${nodes[@]}" 2> /dev/null || true
 wait || true
 exit "$code"

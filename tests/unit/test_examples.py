@@ -34,7 +34,9 @@ RECORDER = """#!/bin/bash
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'n1\\nn2\\n' ;;
-    "rayfwd head"|"rayfwd join") trap 'echo "ended $1 $*" >> "$CALLS"; exit 0' TERM
+    scancel*) kill -TERM $(cat "$CALLS.pids") ;;
+    "rayfwd head"|"rayfwd join") echo $$ >> "$CALLS.pids"
+        trap 'echo "ended $1 $*" >> "$CALLS"; exit 0' TERM
         while :; do sleep 0.1; done ;;
     "rayfwd status") test -e "$CALLS.up" || { touch "$CALLS.up"; exit 3; } ;;
     "rayfwd exec") exit 7 ;;
@@ -44,8 +46,8 @@ esac
 
 
 def test_the_jobs_script_starts_a_head_and_workers_and_ends_them(tmp_path: Path) -> None:
-    """srun, scontrol and rayfwd are stood in for: which commands there are, and the exit code."""
-    for name in ("srun", "scontrol", "rayfwd"):
+    """Slurm's commands and rayfwd are stood in for: which commands there are, and the exit code."""
+    for name in ("srun", "scontrol", "scancel", "rayfwd"):
         (tmp_path / name).write_text(RECORDER)
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
@@ -70,6 +72,7 @@ def test_the_jobs_script_starts_a_head_and_workers_and_ends_them(tmp_path: Path)
     hub = f"{tmp_path}/rayfwd-42/run/clusters/job-42/hub.sock"
     assert f"join ann@n1 --name n2 --socket {hub} --ephemeral --num-cpus 4" in rayfwd
     assert "exec -- python train.py" in rayfwd
+    assert "scancel --signal=TERM 42" in said
     assert {line.split()[1] for line in said if line.startswith("ended")} == {"head", "join"}
     for line in rayfwd:
         _parser().parse_args(line.split())

@@ -200,6 +200,8 @@ class _One:
 
     def _checked_ray(self, found: dict[str, Any]) -> str:
         """Raises ProblemError where its Ray is none, or not as the head's."""
+        if dict(self._host.more.get("ray", {})).get("start") is False:
+            return str(found["ray"] or "ray")
         told = f"{self._outcome.called}: "
         remedy = "say --ray, which installs the head's, or name it with --ray-command"
         if found["ray"] is None:

@@ -163,7 +163,8 @@ def prepare(
 
 def _person(layout: Layout, ray: str) -> tuple[str, Path, bool]:
     """Who runs it, below which directory things are made for it, and whether we make that user."""
-    owner = Path(ray).stat().st_uid
+    # Where Ray is not started here, it may be no path.
+    owner = Path(ray).stat().st_uid if ray.startswith("/") else os.geteuid()
     if not layout.system:
         own = own_account()
         if own.uid == 0 and owner != 0:
