@@ -83,7 +83,10 @@ def test_the_unit_tests_hold_of_it(compiled: dict[str, str]) -> None:
 )
 def test_without_a_compiler_it_is_pure_python(env: dict[str, str], tmp_path: Path) -> None:
     """None at all, one that compiles nothing, one that is not wanted."""
-    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."], env)
+    run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."],
+        {"RAYFWD_COMPILE": "auto"} | env,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
