@@ -160,6 +160,51 @@ def test_what_nobody_serves_is_refused_and_told_on_both_sides(cluster: Cluster) 
         assert row in daemon.status()["network"][f"refused_{side}"]
 
 
+LATE = """
+import signal, socket
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+with socket.socket() as server:
+    server.bind(("", 0))
+    print("bound", server.getsockname()[1], flush=True)
+    signal.sigwait([signal.SIGUSR1])
+    server.listen()
+    sock, _ = server.accept()
+    sock.sendall(sock.recv(4))
+"""
+TRYING = """
+import socket, sys, time
+while True:
+    try:
+        sock = socket.create_connection((sys.argv[1], int(sys.argv[2])), 60)
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.2)
+sock.sendall(b"rank")
+print("answered" if sock.recv(4) == b"rank" else "closed")
+"""
+
+
+def test_who_dials_before_a_program_listens_is_not_reset(cluster: Cluster) -> None:
+    """As LightGBM's ranks dial each other: what is refused is tried again, what is taken and then
+    reset ends the training."""
+    w1, head = cluster.worker("w1"), cluster.lab.machine("head")
+    late = w1.machine.popen([str(w1.machine.ray_python(LIBRARIES)), "-c", LATE])
+    until(lambda: "bound" in late.log.read_text(), 30, late.log.read_text)
+    port = late.log.read_text().split()[1]
+    address = w1.status()["node"]["address"]
+    trying = head.popen([str(head.ray_python(LIBRARIES)), "-c", TRYING, address, port])
+
+    def dropped() -> bool:
+        held = head.network_command("nft", "list", "set", "inet", "rayfwd0", "held")
+        return f"{address} . {port} . " in held
+
+    until(dropped, 30, trying.log.read_text)
+    late.signal(signal.SIGUSR1)
+    assert trying.wait(60) == 0, trying.log.read_text()
+    assert trying.log.read_text().split() == ["answered"]
+    assert late.wait(20) == 0
+
+
 SCAN = """
 import asyncio, sys
 

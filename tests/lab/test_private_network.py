@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab
 from tests.lab.process import until
 
 NETWORK = "10.77.0.0/16"
+CHECKS = ("small_tasks", "large_results", "actors", "worker_to_worker")
 SERVE = """
 import socket
 with socket.create_server(("10.77.0.2", 0)) as server:
@@ -46,8 +48,9 @@ def test_ray_works_there(cluster: Cluster) -> None:
         assert (status["node"]["address"], status["conditions"]) == (address, [])
         route = daemon.machine.network_command("ip", "route", "show", "table", "local", NETWORK)
         assert "dev rayfwd0" in route, "every address is this machine's"
-    (line, *_) = cluster.driver("w1", ["--nodes", "2"], env={"RAY_ADDRESS": "10.77.0.1:6379"})
-    assert line, "a driver's checks"
+    argv = ["--nodes", "2", "--checks", ",".join(CHECKS)]
+    lines = cluster.driver("w1", argv, env={"RAY_ADDRESS": "10.77.0.1:6379"})
+    verify(lines, "w1", ["10.77.0.1", "10.77.0.2"], CHECKS)
 
 
 def test_a_program_is_dialled_from_the_address_of_the_node_that_dials(cluster: Cluster) -> None:
