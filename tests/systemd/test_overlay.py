@@ -117,12 +117,12 @@ def test_a_restart_of_the_daemon_leaves_it_as_it_is(auto: Cluster, port: int) ->
     wait_dialled(auto.head, port)
 
 
-def test_a_firewall_that_is_loaded_anew_takes_it_away_for_some_seconds(
+def test_a_firewall_that_is_loaded_anew_takes_it_away_for_a_moment(
     auto: Cluster, port: int
 ) -> None:
     """Debian's nftables.conf begins with `flush ruleset`."""
     auto.head.systemctl("restart", "nftables")
-    until(lambda: auto.head.events("overlay_gone"), 30, lambda: "it is seen")
+    until(lambda: auto.head.events("overlay_restored", unit=UNIT), 30, lambda: "it is seen")
     wait_dialled(auto.head, port)
 
 
