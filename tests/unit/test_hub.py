@@ -20,13 +20,13 @@ from rayfwd import codes
 from rayfwd.daemon.handover import ACCEPT_TURNS
 from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
-from rayfwd.hub.hub import MAX_LANES
 from rayfwd.hub.pending import MAX_UNGREETED
 from rayfwd.problems import ProblemError
 from rayfwd.session import messages
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
+from rayfwd.session.session import MOST_LANES
 from rayfwd.session.target import Target
 from rayfwd.system.users import allowed_uids
 from tests.unit.cluster import (
@@ -246,10 +246,10 @@ class TestRefusals:
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
                 hello = replace(hello_of("w1"), session=c.hub.nodes["w1"].session, resumes=True)
-                more = [await knock(c.hub.path, hello.encode()) for _ in range(MAX_LANES)]
+                more = [await knock(c.hub.path, hello.encode()) for _ in range(MOST_LANES)]
                 frames = [await lane.answer for lane in more]
                 answers = [frame.kind for frame in frames if frame is not None]
-                assert answers.count(Kind.WELCOME) == MAX_LANES - 2, "it had two"
+                assert answers.count(Kind.WELCOME) == MOST_LANES - 2, "it had two"
                 assert answers.count(Kind.REFUSE) == 2
                 assert await works(c, "w1")
                 for lane in more:

@@ -21,7 +21,7 @@ from rayfwd.hub import Hub
 from rayfwd.hub import ledger as ledger_module
 from rayfwd.hub.ledger import AFTERWARDS
 from rayfwd.hub.peers import PLAN_CHANGES, HubNode
-from rayfwd.hub.room import MOMENT, who_yields
+from rayfwd.hub.room import MOMENT, SETTLED, who_yields
 from rayfwd.session import messages
 from rayfwd.session.events import Event
 from rayfwd.session.frames import MAX_MESSAGE, Frame, Kind, encode
@@ -398,11 +398,12 @@ class TestPlacesOfThePlan:
     def test_a_key_that_has_many_yields_to_one_that_has_few(self) -> None:
         stolen = many(7, "SHA256:stolen", "s1", "s2", "s3")
         honest = many(7, "SHA256:other", "h1")
-        assert who_yields([*stolen, *honest], (7, "SHA256:new"), 28, 1e6) is stolen[-1]
-        assert who_yields([*stolen, *honest], (7, "SHA256:stolen"), 28, 1e6) is None
-        assert who_yields(stolen, (8, ""), 28, 1e6) is stolen[-1], "another user"
-        assert who_yields(stolen[:1], (8, ""), 28, 1e6) is None, "who has no more keeps it"
-        assert who_yields(stolen[:2], (8, ""), 100, 1e6) is None, "nor for one that wants more"
+        assert who_yields([*stolen, *honest], (7, "SHA256:new"), 28, 1e3) is stolen[-1]
+        assert who_yields([*stolen, *honest], (7, "SHA256:stolen"), 28, 1e3) is None
+        assert who_yields(stolen, (8, ""), 28, 1e3) is stolen[-1], "another user"
+        assert who_yields(stolen[:1], (8, ""), 28, 1e3) is None, "who has no more keeps it"
+        assert who_yields(stolen[:2], (8, ""), 100, 1e3) is None, "nor for one that wants more"
+        assert who_yields(stolen, (8, ""), 28, SETTLED) is None, "nor who is no new one any more"
 
     def test_who_has_not_come_since_the_daemon_began_and_who_has_no_listeners_keep_theirs(
         self,
@@ -411,7 +412,7 @@ class TestPlacesOfThePlan:
         direct = many(7, "", "d1", "d2", "d3")
         for node in direct:
             node.plan = replace(node.plan, advertised=True)
-        assert who_yields([*away, *direct], (8, ""), 28, 1e6) is None
+        assert who_yields([*away, *direct], (8, ""), 28, 1e3) is None
 
     def test_who_came_for_a_moment_yields_to_anybody(self) -> None:
         fleeting, steady, early = many(7, "", "fleeting", "steady", "early")

@@ -33,7 +33,7 @@ from rayfwd.session.lane import (
     LaneClass,
 )
 from rayfwd.session.numbers import StreamNumbers
-from rayfwd.session.session import Limits, Session
+from rayfwd.session.session import MOST_LANES, Limits, Session
 from rayfwd.session.states import (
     SESSION_TRANSITIONS,
     STREAM_TRANSITIONS,
@@ -808,6 +808,14 @@ class TestParking:
         talk = Talk(INTERACTIVE, ride_through=10.0)
         talk.cut()
         assert talk.worker.session.deadline(talk.now + 3) == talk.now + 10.0
+
+    def test_a_session_takes_so_many_lanes(self) -> None:
+        """Each frame costs time for every lane."""
+        talk = Talk(*[BULK] * MOST_LANES)
+        with pytest.raises(ValueError, match="lanes at most"):
+            talk.worker.session.lane_up(BULK, talk.now)
+        talk.worker.session.lane_down(1, talk.now)
+        talk.worker.session.lane_up(BULK, talk.now)
 
     def test_an_ended_session_takes_no_lane_and_no_stream(self) -> None:
         talk = Talk(INTERACTIVE)

@@ -12,11 +12,10 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.history import LinkNow
 from rayfwd.hub import Hub, HubClient, HubNode
-from rayfwd.hub.hub import MAX_LANES
 from rayfwd.hub.ledger import PEER_MEMORY
 from rayfwd.problems import Problem
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.session import Limits
+from rayfwd.session.session import MOST_LANES, Limits
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux
@@ -119,7 +118,7 @@ def ledger_of(hub: Hub) -> status.Ledger:
         bounds=status.Bounds(
             peer_memory=PEER_MEMORY,
             memory=ledger.most_memory,
-            peer_lanes=MAX_LANES,
+            peer_lanes=MOST_LANES,
             lanes=ledger.most_lanes,
             listeners=ledger.most_listeners,
             peer_streams=Limits().streams,

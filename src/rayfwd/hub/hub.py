@@ -32,7 +32,7 @@ from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import CHANGES, OVERLAY, SOURCE, Hello, Vouch, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import Claim
-from rayfwd.session.session import Limits, Session
+from rayfwd.session.session import MOST_LANES, Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
@@ -49,9 +49,6 @@ from rayfwd.transport.relay import SocketRelay
 
 log = get_logger(__name__)
 
-MAX_LANES = 2 * (1 + 8 + 8)
-"""Lanes of a session: twice what a file allows, since lost ones count until that is noticed. Each
-frame costs time for every lane."""
 IN_USE_SECONDS = 4.0
 """Seconds since a session was heard within which another of the same node is a clone of it, not a
 restart: the old lanes of a restarted worker close at once, or fall silent."""
@@ -369,10 +366,10 @@ class Hub:
             lane.refuse(exc.problem)
             return
         assert peer.mux is not None, "it has a session"
-        if len(peer.mux.lanes) >= MAX_LANES:
+        if len(peer.mux.lanes) >= MOST_LANES:
             lane.refuse(
                 codes.LANES_FULL.problem(
-                    f"the session of {peer.label} has {MAX_LANES} lanes, which is all that it may",
+                    f"the session of {peer.label} has {MOST_LANES} lanes, which is all that it may",
                     "nothing, if it comes by itself; else lower head.bulk_lanes and extra_lanes",
                 )
             )

@@ -2,8 +2,8 @@
 
 Places are what a stolen key, or one of the SSH users, can use up by names without number: ports of
 the plan, and descriptors for the listeners that stand for them on every other machine. Who was here
-before keeps its place. It yields only if it came for a moment and has gone, or is the newest of a
-user, or a key, that has more places than the one who comes would have with this one.
+before keeps its place. It yields only if it came for a moment and has gone, or is new itself, and
+the newest of a user, or a key, that has more places than the one who comes would have with it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ YIELDS, YIELDS_A_SECOND = 16, 1.0
 """Nodes that yield at once, and then: each is written to the disk and told to everybody."""
 MOMENT = 60.0
 """Seconds: who was here for less since its name was new, and has been away for as long, yields."""
+SETTLED = 3600.0
+"""Seconds after which a name is no new one any more, and keeps its place whoever comes."""
 
 
 def who_yields(nodes: Iterable[HubNode], payer: Payer, needed: int, now: float) -> HubNode | None:
@@ -29,14 +31,16 @@ def who_yields(nodes: Iterable[HubNode], payer: Payer, needed: int, now: float) 
     """
     listening = [node for node in nodes if node.ports]
     gone = next((node for node in listening if _was_here_for_a_moment(node, now)), None)
-    return gone or _newest_of_the_greediest(listening, payer, needed)
+    return gone or _newest_of_the_greediest(listening, payer, needed, now)
 
 
 def _was_here_for_a_moment(node: HubNode, now: float) -> bool:
     return node.ended - node.joined < MOMENT and now - node.ended >= MOMENT
 
 
-def _newest_of_the_greediest(nodes: Iterable[HubNode], payer: Payer, needed: int) -> HubNode | None:
+def _newest_of_the_greediest(
+    nodes: Iterable[HubNode], payer: Payer, needed: int, now: float
+) -> HubNode | None:
     places: dict[Payer, list[HubNode]] = defaultdict(list)
     for node in nodes:
         places[node.payer].append(node)
@@ -45,7 +49,8 @@ def _newest_of_the_greediest(nodes: Iterable[HubNode], payer: Payer, needed: int
         return None
     greediest = max(places.values(), key=_ports)
     newest = greediest[-1]
-    return newest if _ports(greediest) - newest.ports >= mine + needed else None
+    has_more = _ports(greediest) - newest.ports >= mine + needed
+    return newest if has_more and now - newest.joined < SETTLED else None
 
 
 def _ports(nodes: Iterable[HubNode]) -> int:

@@ -81,6 +81,11 @@ SHORT_KINDS: Final = frozenset({Kind.OPEN, Kind.ACK, Kind.GONE, Kind.RESET})
 """Frames that go by the interactive lane while the sender trusts it."""
 
 
+MOST_LANES: Final = 2 * (1 + 8 + 8)
+"""Of a session at once: twice what a file allows, since lost ones count until that is noticed. Each
+frame costs time for every lane."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bounds on memory; all in bytes, but for `streams`. Both sides must agree on `window`."""
@@ -194,6 +199,8 @@ class Session:
         """A lane has been welcomed. Returns its number and what follows."""
         if self.ended:
             raise ValueError("a lane for a session that has ended")
+        if len(self.lanes) >= MOST_LANES:
+            raise ValueError(f"a session has {MOST_LANES} lanes at most")
         number = self._next_lane
         self._next_lane += 1
         self.lanes[number] = Lane(number, lane_class, now)
