@@ -25,6 +25,7 @@ from rayfwd.daemon.lifetime import Lifetime
 from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
+from rayfwd.system.sockdiag import SockDiag, UnixListener
 from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.test_ownership import OTHER
@@ -253,6 +254,21 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
         first.close()
         assert list(free_networks())[-1] == "127.117.0.0/16", "others come first"
         stranger.stdin.close()
+
+
+def test_a_network_is_held_where_the_kernel_has_no_module_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(_: SockDiag) -> list[UnixListener]:
+        raise OSError("no unix_diag")
+
+    monkeypatch.setattr(SockDiag, "unix_listeners", absent)
+    first, second = MachineClaim(), MachineClaim()
+    assert first.take("127.116.0.0/16")
+    assert not second.take("127.116.0.0/17")
+    first.close()
+    assert second.take("127.116.0.0/17")
+    second.close()
 
 
 def test_names_that_are_none_hold_nothing() -> None:

@@ -17,16 +17,22 @@ import re
 import secrets
 import socket
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from rayfwd.system import sockdiag
+from rayfwd.system.ownership import peer_credentials
 from rayfwd.system.sockdiag import SockDiag, UnixListener
 from rayfwd.system.users import user_name
 
 _PREFIX = "rayfwd-network-"
 _NAME = re.compile(rb"\0rayfwd-network-([0-9.]{7,15})-([0-9]{1,2})-.{1,64}", re.DOTALL)
+_SOCKETS = Path("/proc/self/net/unix")
 _ROOT = 0
+BACKLOG = 1024
+"""Of who asks whose it is by connecting, where the kernel does not say it otherwise: nobody is ever
+taken in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ class NetworkLock:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._bind()
-            self._socket.listen(1)
+            self._socket.listen(BACKLOG)
         except OSError:
             self._socket.close()
             raise
@@ -90,13 +96,37 @@ def overlapping(network: str, among: Iterable[Holder]) -> list[Holder]:
 
 
 def holders() -> list[Holder]:
-    """Of every network; nobody where the kernel cannot be asked, who would say whose it is."""
+    """Of every network."""
     try:
         with closing(SockDiag()) as diag:
-            found = map(_holder, diag.unix_listeners())
-            return [holder for holder in found if holder is not None]
-    except OSError:
-        return []
+            listening = diag.unix_listeners()
+    except OSError:  # a kernel without the module, or a sandbox
+        listening = _listed()
+    found = (_holder(sock) for sock in listening)
+    return [holder for holder in found if holder is not None]
+
+
+def _listed() -> list[UnixListener]:
+    """The abstract sockets of our name, as far as /proc tells."""
+    found = []
+    with suppress(OSError):
+        for line in _SOCKETS.read_bytes().splitlines():
+            head, at, name = line.partition(b" @" + _PREFIX.encode())
+            if at:
+                inode = int(head.split()[-1])
+                found.append(UnixListener(b"\0" + _PREFIX.encode() + name, None, inode))
+    return found
+
+
+def _maker_of(name: bytes) -> int | None:
+    """Who listens there, as whoever connects is told; None: it takes nobody in, or is gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(name)
+        except OSError:
+            return None
+        return peer_credentials(probe)[1]
 
 
 def _holder(sock: UnixListener) -> Holder | None:
@@ -108,4 +138,5 @@ def _holder(sock: UnixListener) -> Holder | None:
         network = ipaddress.IPv4Network(f"{said[1].decode()}/{said[2].decode()}")
     except ValueError:
         return None
-    return Holder(str(network), sock.uid, sock.inode)
+    uid = _maker_of(sock.name) if sock.uid is None else sock.uid
+    return Holder(str(network), uid, sock.inode)
