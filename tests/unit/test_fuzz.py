@@ -45,6 +45,7 @@ from rayfwd.session.handshake import (
     Hello,
     Proof,
     Refusal,
+    Vouch,
     Welcome,
 )
 from rayfwd.session.lane import LaneClass
@@ -148,6 +149,7 @@ TARGETS = {
     "control": Fuzzed(lambda data: MessageDecoder().feed(data), (ProtocolError,)),
     "message": Fuzzed(_message, (ValueError,)),
     "hello": Fuzzed(_of(Kind.HELLO, Hello.decode), (ProtocolError,)),
+    "vouch": Fuzzed(_of(Kind.VOUCH, Vouch.decode), (ProtocolError,)),
     "welcome": Fuzzed(_of(Kind.WELCOME, Welcome.decode), (ProtocolError,)),
     "refusal": Fuzzed(_of(Kind.REFUSE, Refusal.decode), (ProtocolError,)),
     "challenge": Fuzzed(_of(Kind.CHALLENGE, Challenge.decode), (ProtocolError,)),
