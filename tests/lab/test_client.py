@@ -104,7 +104,16 @@ def test_it_tells_what_to_use(connected: Connected, laptop: Machine) -> None:
 
 def test_it_listens_on_one_address(connected: Connected, laptop: Machine) -> None:
     listening = laptop.network_command("ss", "-Hltn").splitlines()
-    assert {line.split()[3] for line in listening} == {"127.0.0.1:8265", "127.0.0.1:10001"}
+    ports = (8265, 10001, 9480)
+    assert {line.split()[3] for line in listening} == {f"127.0.0.1:{port}" for port in ports}
+
+
+def test_the_heads_page(connected: Connected, laptop: Machine) -> None:
+    """The one in the browser that shows the links; this client is on it."""
+    assert "  page         http://127.0.0.1:9480/ " in connected.said()
+    for path, expected in (("", "<title>rayfwd</title>"), ("data.json", '"peer":"w2"')):
+        argv = [str(laptop.ray_python()), "-c", PAGE, f"http://127.0.0.1:9480/{path}"]
+        assert expected in laptop.run(argv).stdout
 
 
 def test_the_dashboards_page(connected: Connected, laptop: Machine) -> None:
