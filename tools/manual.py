@@ -128,7 +128,7 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 # -- the example -----------------------------------------------------------------------------------
 
-_ABSENT = {"hub", "hub.dial", "client", "forward"}
+_ABSENT = {"hub", "hub.dial", "hub.meet", "client", "forward"}
 """Sections that the example, a worker's file, shows without having them."""
 
 

@@ -22,6 +22,7 @@ SSH_UNREACHABLE = Code("ssh_unreachable", group=Group.LINK_FAULT, stage="ssh")
 SSH_TURNED_AWAY = Code("ssh_turned_away", group=Group.LINK_FAULT, stage="ssh")
 SSH_LOGIN_TIMEOUT = Code("ssh_login_timeout", group=Group.LINK_FAULT, stage="auth")
 JUMP_REFUSED = Code("jump_refused", group=Group.LINK_FAULT, stage="ssh", lasting=True)
+MEETING_REFUSED = Code("meeting_refused", group=Group.LINK_FAULT, lasting=True)
 SSH_SECOND_FACTOR = Code("ssh_second_factor", group=Group.LINK_FAULT, stage="auth", lasting=True)
 SSH_AUTH_REFUSED = Code("ssh_auth_refused", group=Group.LINK_FAULT, stage="auth", lasting=True)
 SSH_KEY_UNUSABLE = Code(

@@ -147,6 +147,12 @@ def _check_ssh(value: str) -> str:
     return value
 
 
+def _meet_socket(value: str) -> str:
+    if not value.strip() or value.endswith("/") or len(value.encode()) > 100:
+        raise ValueError("must be a path of at most 100 bytes; one without / is in the home there")
+    return value
+
+
 def _remote_path(value: Path) -> Path:
     if not value.is_absolute():
         raise ValueError("must be an absolute path (on the head)")
@@ -171,6 +177,13 @@ class HeadConfig(_Section):
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     dialled: YesNo = False
     """of a worker; true: the head dials it ([[hub.dial]] there), and ssh may be left out"""
+    meet: Annotated[str, AfterValidator(_check_ssh)] = Field(
+        default="", examples=["ray@meet.example.org"]
+    )
+    """a third host where the head waits ([[hub.meet]] there); default: none, the head is dialled;
+    ssh is then whom to be at the head, and the name of its host key; docs/ways.md"""
+    meet_socket: Annotated[str, AfterValidator(_meet_socket)] = "rayfwd-head.sock"
+    """where it waits on that host: socket of its [[hub.meet]]"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
     """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
@@ -239,6 +252,37 @@ class DialConfig(_Section):
         return HeadConfig.model_validate({**own, "socket": self.socket, "extra_lanes": 0})
 
 
+class MeetConfig(_Section):
+    """Of a head: a third host where workers find the way to its sshd, where neither can log in to
+    the other. The worker's file has meet in [head]; docs/ways.md."""
+
+    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@meet.example.org"])
+    """user@host, user@host:port, or an alias of ~/.ssh/config"""
+    socket: Annotated[str, AfterValidator(_meet_socket)] = "rayfwd-head.sock"
+    """what its sshd makes for this head: a path, or a name in the home directory there"""
+    sshd: Annotated[str, AfterValidator(_loopback_listen)] = "127.0.0.1:22"
+    """this head's own sshd, where they log in"""
+    identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
+    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
+    known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
+    """the only file that may have that host's key; default: those that ssh would read"""
+    ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
+    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+
+    @property
+    def called(self) -> str:
+        """The host, in a sentence."""
+        return _ssh_target(self.ssh)[1]
+
+    def sshd_address(self) -> tuple[str, int]:
+        return split_host_port(self.sshd)
+
+    def way(self) -> HeadConfig:
+        """The same, as a way by SSH is described."""
+        own = self.model_dump(exclude={"socket", "sshd"}, exclude_unset=True)
+        return HeadConfig.model_validate({**own, "extra_lanes": 0})
+
+
 def _plan_network(value: str) -> str:
     try:
         network = ipaddress.IPv4Network(value)
@@ -270,6 +314,8 @@ class HubConfig(_Section):
     """login names that SSH connections arrive as, beside root and the daemon's own"""
     dial: tuple[DialConfig, ...] = ()
     """workers that are dialled from here, each a [[hub.dial]]"""
+    meet: tuple[MeetConfig, ...] = ()
+    """hosts where workers find the way here, each a [[hub.meet]]"""
 
 
 def _reachable_address(value: str) -> str:
@@ -510,6 +556,10 @@ class Config(_Section):
                 f'hub.network = "{self.hub.network}": outside of 127.0.0.0/8 it needs the overlay, '
                 'and network.level is "listeners"'
             )
+        if self.head is not None and self.head.meet and self.head.transport == "openssh":
+            mistakes.append(
+                'head.meet: not with transport = "openssh", whose `ssh -W` leads to no socket'
+            )
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
         if mistakes:
@@ -629,7 +679,7 @@ class Config(_Section):
         return ()
 
 
-INNER: dict[str, type[BaseModel]] = {"hub.dial": DialConfig}
+INNER: dict[str, type[BaseModel]] = {"hub.dial": DialConfig, "hub.meet": MeetConfig}
 """Lists of sections within a section."""
 SECTIONS: dict[str, type[BaseModel]] = {
     "log": LogConfig,

@@ -121,11 +121,13 @@ def test_a_good_head(cluster: Cluster) -> None:
     found = doctor(cluster, "head")
     assert found.of("fail") == []
     assert found.results("socket", "sshd", "ray", "ports", "limits") == ["pass"] * 5
-    assert found.of("skip") == ["keeper", "dial", "clock", "names", "link"], "Ray is its own child"
+    assert found.of("skip") == ["keeper", "dial", "meet", "clock", "names", "link"], (
+        "Ray is its own child"
+    )
     other = {"state_dir": f"{HOME}/other", "runtime_dir": f"{HOME}/other"}
     found = doctor(cluster, "head", **other, hub__port_base=25000)
     assert found.of("fail") + found.of("warn") == [], found.rows
-    assert found.of("skip") == ["daemon", "keeper", "dial", "clock", "names", "link"]
+    assert found.of("skip") == ["daemon", "keeper", "dial", "meet", "clock", "names", "link"]
     assert found.code == 0
 
 

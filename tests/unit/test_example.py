@@ -31,6 +31,10 @@ FOUND_AT_RUN_TIME = {
     "hub.dial.identity",
     "hub.dial.known_hosts",
     "hub.dial.ssh_config",
+    "head.meet",
+    "hub.meet.identity",
+    "hub.meet.known_hosts",
+    "hub.meet.ssh_config",
     "ray.num_cpus",
     "ray.num_gpus",
     "ray.object_store_memory",
@@ -41,7 +45,7 @@ FOUND_AT_RUN_TIME = {
     "client.client_port",
     "client.page_port",
 }
-REQUIRED = {"role", "head.ssh", "hub.dial.ssh"}
+REQUIRED = {"role", "head.ssh", "hub.dial.ssh", "hub.meet.ssh"}
 
 
 def uncommented(text: str) -> str:
@@ -60,13 +64,14 @@ def head_variant(text: str) -> str:
 
 
 def worker_variant(text: str) -> str:
-    return without(uncommented(text), "hub", "hub.dial", "client")
+    return without(uncommented(text), "hub", "hub.dial", "hub.meet", "client")
 
 
 def client_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "client"')
     everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
-    nodes = without(everything, "hub", "hub.dial", "network", "ray", "metrics", "page", "canary")
+    hub = ("hub", "hub.dial", "hub.meet")
+    nodes = without(everything, *hub, "network", "ray", "metrics", "page", "canary")
     return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 

@@ -567,3 +567,22 @@ def test_a_worker_that_is_dialled_has_no_key_and_is_told_both_lines() -> None:
     head = parse({"role": "head", "name": "h", **section})
     assert head.hub.dial[0].called == request.name
     assert head.hub.dial[0].via == "exec"
+
+
+def test_a_meeting_place_is_in_both_files_and_its_line_lets_sockets_only() -> None:
+    layout = user_layout(
+        Path("/home/ann"), 1000, "/opt/rayfwd/bin/rayfwd", "/usr/bin/python3", None
+    )
+    at_head = tomllib.loads(texts.config_text(replace(head(), meet="ray@meet"), layout))
+    assert at_head["hub"] == {"meet": [{"ssh": "ray@meet"}]}
+    there = replace(worker(), meet="ray@meet", host_key=None)
+    config = tomllib.loads(texts.config_text(there, layout))
+    assert config["head"]["meet"] == "ray@meet"
+    assert "known_hosts" not in config["head"]
+    assert parse(config).head is not None, "as it is written"
+    assert texts.forwarding_line("ssh-ed25519 AAAA x\n") == (
+        "restrict,port-forwarding ssh-ed25519 AAAA x"
+    )
+    said = texts.worker_command(replace(head(), meet="ray@meet"), layout, "h", ["SHA256:x"])
+    assert "--meet ray@meet" in said
+    assert "--fingerprint" not in said, "nobody can look at the head's key from there"

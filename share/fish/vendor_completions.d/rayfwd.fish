@@ -51,7 +51,7 @@ function _shtab_rayfwd_using
 end
 
 set -g _shtab_rayfwd_commands init run join head add remove connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --file --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --jobs --known-hosts --labels --log --log-format --log-level --login --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --prefix --ray --ray-command --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -f -i -p
+set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --file --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --jobs --known-hosts --labels --log --log-format --log-level --login --meet --meet-socket --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --prefix --ray --ray-command --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -f -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -68,6 +68,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using init' -l cluster -x -d 'the cluster o
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l head -x -d 'a worker'"'"'s: how ssh reaches the head'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l dialled -d 'a worker'"'"'s: the head dials it, and nothing is dialled from here'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l head-key -x -d 'a dialled worker'"'"'s: the head'"'"'s public key, for the line that is printed'
+complete -c rayfwd -n '_shtab_rayfwd_using init' -l meet -x -d 'a third host that the head and the workers log in to, where'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l ray -xka "(__fish_complete_path (commandline -ct))" -d 'the `ray` command (default: rayfwd looks for it)'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l name -x -d 'this node'"'"'s name (default: the host'"'"'s)'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l user -x -d 'who runs rayfwd and Ray (root only; default: the user that'
@@ -98,6 +99,8 @@ complete -c rayfwd -n '_shtab_rayfwd_using join' -l expose -x -d 'ports of this 
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l log-level -xka "debug info warning error" -d 'from which severity on events are written'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l log-format -xka "auto text json" -d '"text": key=value; "auto": text on a terminal, fields in systemd'"'"'s journal, JSON elsewhere'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l dialled -d 'of a worker; true: the head dials it ([[hub.dial]] there), and ssh may be left out'
+complete -c rayfwd -n '_shtab_rayfwd_using join' -l meet -x -d 'a third host where the head waits ([[hub.meet]] there); default: none, the head is dialled; ssh is then whom to be at the head, and the name of its host key; docs/ways.md'
+complete -c rayfwd -n '_shtab_rayfwd_using join' -l meet-socket -x -d 'where it waits on that host: socket of its [[hub.meet]]'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -s i -l identity -xka "(__fish_complete_path (commandline -ct))" -d 'the private key, for jump hosts as well; default: the agent, and the SSH configuration'"'"'s'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l known-hosts -xka "(__fish_complete_path (commandline -ct))" -d 'the only file that may have the head'"'"'s host key; default: those that ssh would read'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -s F -l ssh-config -xka "(__fish_complete_path (commandline -ct))" -d 'read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config'
@@ -141,6 +144,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using head' -l port-base -x -d 'the nodes'"
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l forget-after -x -d 'seconds after which a worker that is away loses its name, address and ports (30 days)'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l users -x -d 'login names that SSH connections arrive as, beside root and the daemon'"'"'s own'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l dial -x -d 'workers that are dialled from here, each a [[hub.dial]]'
+complete -c rayfwd -n '_shtab_rayfwd_using head' -l meet -x -d 'hosts where workers find the way here, each a [[hub.meet]]'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l ray -x -d 'the ray of your own environment: a name on PATH, or a path'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l no-start -d 'false: rayfwd only holds the forwards; `rayfwd plan` shows the command to run by hand'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l num-cpus -x -d 'default: what Ray counts, which is the control group'"'"'s share, within the affinity'

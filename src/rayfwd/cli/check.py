@@ -45,6 +45,8 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
             yield "waits", f"at {config.link_socket} for what the head dials"
     for dial in config.hub.dial:
         yield "dials", f"{dial.called}: {_dials(dial.way())}"
+    for meet in config.hub.meet:
+        yield "meets", f"at {meet.ssh}: the socket {meet.socket} there leads to {meet.sshd} here"
     if own is not None:
         allowed = ", ".join(("root", "the daemon's own user", *config.hub.users))
         yield "hub", f"listens on {config.hub_socket}; may connect: {allowed}"
@@ -75,7 +77,8 @@ def _dials(head: HeadConfig) -> str:
         way = f"running `{head.attach_command}` there"
     else:
         way = f"to the socket {head.socket} there"
-    return f"{shown}, {lanes} SSH connection{'s' * (lanes > 1)}{more}, {way}"
+    met = f" by the meeting place {head.meet}" if head.meet else ""
+    return f"{shown}{met}, {lanes} SSH connection{'s' * (lanes > 1)}{more}, {way}"
 
 
 def _ray(config: Config) -> tuple[str, str | None]:

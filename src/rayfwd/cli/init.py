@@ -19,7 +19,7 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.cli import OK, MistakeError, doctor
 from rayfwd.cluster.plan import check_name
-from rayfwd.config import Config, ConfigError, load, parse
+from rayfwd.config import Config, ConfigError, HeadConfig, load, parse
 from rayfwd.doctor.rows import worst
 from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-key",
         metavar="KEY",
         help="a dialled worker's: the head's public key, for the line that is printed",
+    )
+    parser.add_argument(
+        "--meet",
+        metavar="USER@HOST",
+        help="a third host that the head and the workers log in to, where\n"
+        "neither accepts SSH from the other; said on both",
     )
     parser.add_argument(
         "--ray", metavar="PATH", help="the `ray` command (default: rayfwd looks for it)"
@@ -129,11 +135,23 @@ def run(args: argparse.Namespace) -> int:
     failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
         _print_for_workers(request, layout)
+        if request.meet is not None:
+            _print_meeting(
+                request.meet, f"(the public key of {request.user}: ~/.ssh/id_ed25519.pub)"
+            )
     elif request.head is None:
         _print_dialled(request, layout, args.head_key or "(the head's public key)")
     elif not by_hand:
         own = seen.public_key if request.identity else public_key(layout.identity)
         _print_for_head(request, seen.login, own or "(the key that is to be made)")
+        if request.meet is not None:
+            _print_meeting(request.meet, own or "(the same key)")
+            host = HeadConfig(ssh=request.head or "").ssh_target()[1]
+            print(
+                f"\nIn ~{request.user}/.ssh/known_hosts here, with the head's "
+                "/etc/ssh/ssh_host_ed25519_key.pub:\n"
+            )
+            print(f"    {host} ssh-ed25519 AAAA…")
     if not layout.system:
         print("\nFor a service that starts at boot and stays after logging out, once:\n")
         print(f"    loginctl enable-linger {request.user}")
@@ -203,14 +221,20 @@ def _request(
     try:
         check_name(name)
         if head is not None:
-            parse({"role": "worker", "name": name, "head": {"ssh": head}})
+            way = {"ssh": head} | ({"meet": args.meet} if args.meet else {})
+            parse({"role": "worker", "name": name, "head": way})
+        elif args.role == "head" and args.meet:
+            parse({"role": "head", "name": name, "hub": {"meet": [{"ssh": args.meet}]}})
     except ConfigError as exc:
         raise MistakeError([f"rayfwd init: {line}" for line in exc.problems]) from None
     except ValueError as exc:
         raise MistakeError([f"rayfwd init: --name {name}: {exc}"]) from None
     host_key = _host_key_before(layout)
     moved = before is not None and before.head is not None and (before.head.ssh or None) != head
-    fetch = head is not None and not by_hand and bool(not host_key or args.fingerprint or moved)
+    meet = args.meet or _meet_before(before)
+    wanted = not host_key or args.fingerprint or moved
+    # At a meeting place the head may not wait yet.
+    fetch = head is not None and meet is None and not by_hand and bool(wanted)
     identity = args.identity.absolute() if args.identity is not None else None
     if before is not None and before.head is not None and identity is None:
         kept = before.head.identity
@@ -241,9 +265,18 @@ def _request(
         identity=identity,
         by_hand=by_hand,
         auth=_auth(args.role, before, seen, person.name),
+        meet=meet,
         host_key=host_key,
     )
     return request, seen
+
+
+def _meet_before(before: Config | None) -> str | None:
+    if before is None:
+        return None
+    if before.head is not None:
+        return before.head.meet or None
+    return next((meet.ssh for meet in before.hub.meet), None)
 
 
 def _auth(role: str, before: Config | None, seen: Survey, user: str) -> str | None:
@@ -393,6 +426,15 @@ def _print_dialled(request: SetupRequest, layout: Layout, key: str) -> None:
     )
     section = texts.dial_section(request, layout, socket.gethostname())
     print(textwrap.indent(section, "    "))
+
+
+def _print_meeting(meet: str, key: str) -> None:
+    """What the third host is to have, and what this machine of it."""
+    user, host, port = HeadConfig(ssh=meet).ssh_target()
+    print(f"\nOn {host}, as a line of {f'~{user}' if user else '~'}/.ssh/authorized_keys:\n")
+    print(f"    {texts.forwarding_line(key)}")
+    print(f"\nThe host key of {host} in known_hosts here, once it is compared with its owner:\n")
+    print(f"    ssh-keyscan -p {port or 22} {host} >> ~/.ssh/known_hosts")
 
 
 def _print_for_head(request: SetupRequest, login: str, key: str) -> None:

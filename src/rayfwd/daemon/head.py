@@ -57,6 +57,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
+from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
@@ -143,6 +144,7 @@ class HeadRole:
             limits=Limits(),
         )
         self._dialling = Dialling(config, lambda dial: makers.carrier(dial.way()), self.changed)
+        self._meetings = [Meeting(meet, config.ride_through, self.changed) for meet in hub.meet]
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
@@ -189,10 +191,17 @@ class HeadRole:
         self._tell_ray()
         self.changed()
         async with asyncio.TaskGroup() as group:
-            dialling = group.create_task(self._dialling.run(), name="dialling")
+            dialling = [group.create_task(self._dialling.run(), name="dialling")]
+            dialling += [
+                group.create_task(meeting.run(), name=f"meet at {meeting.called}")
+                for meeting in self._meetings
+            ]
             await self._hub.wait_closed()
             await self._dialling.drained()
-            dialling.cancel()
+            for meeting in self._meetings:
+                meeting.close()  # what workers were told last has gone that way
+            for task in dialling:
+                task.cancel()
 
     def leaving(self) -> None:
         """The workers see the hub close; their Ray waits for this one's for a while."""
@@ -381,6 +390,8 @@ class HeadRole:
     def hand_over(self) -> Tree:
         hub = self._hub
         self._dialling.close()
+        for meeting in self._meetings:
+            meeting.close()
         self._gather_no_more()
         return {"path": str(hub.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
 
@@ -702,6 +713,11 @@ class HeadRole:
             named = self._hub.nodes.get(called)
             there: Severity | None = "note" if named and named.state == "up" else None
             found.append(Finding(called, kept, severity=there, explains=False))
+        found += [
+            Finding(meeting.called, problem, explains=False)
+            for meeting in self._meetings
+            if (problem := meeting.problem) is not None
+        ]
         for name, refusal in self._hub.refused_lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.config import DialConfig
+from rayfwd.config import DialConfig, MeetConfig
 from rayfwd.daemon.dialling import all_dials
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Examination, is_address, several
@@ -22,6 +22,8 @@ from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.dialler import of_worker
+from rayfwd.transport.meeting import of_meeting
+from rayfwd.transport.ssh import SshConnector
 
 
 class HeadExamination(Examination):
@@ -37,6 +39,7 @@ class HeadExamination(Examination):
         self.emit(self._socket())
         self.emit(await self._sshd())
         self.emit(await self._dial())
+        self.emit(await self._meet())
         self.emit(await self._ray())
         self.emit(await self.ports())
         self.emit(await self.listeners())
@@ -121,6 +124,42 @@ class HeadExamination(Examination):
             return failed("dial", several(wrong))
         names = ", ".join(dial.called for dial in dials)
         return passed("dial", f"logged in at {names}; the host keys are known")
+
+    async def _meet(self) -> Row:
+        """Log in at each meeting place."""
+        places = self.config.hub.meet
+        if not places:
+            return skipped("meet", "this head waits at no meeting place ([[hub.meet]])")
+        found = await asyncio.gather(*map(_came_to, places))
+        wrong = [problem for problem in found if problem is not None]
+        if wrong:
+            return failed("meet", several(wrong))
+        names = ", ".join(meet.called for meet in places)
+        return passed("meet", f"logged in at {names}; this head's own sshd answers")
+
+
+async def _came_to(meet: MeetConfig) -> Problem | None:
+    """Why not, where it does not come to that; and whether this head's own sshd is where it says.
+    What the daemon holds there is left alone."""
+    connector = SshConnector(meet.way())
+    try:
+        (await connector.connect()).abort()
+    except ProblemError as exc:
+        problem = of_meeting(exc.problem)
+        return problem.code.problem(f"{meet.called}: {problem.cause}", problem.remedy)
+    finally:
+        connector.close()
+    try:
+        _, writer = await asyncio.open_connection(*meet.sshd_address())
+        writer.close()
+    except OSError as exc:
+        host, port = meet.sshd_address()
+        return codes.MEETING_REFUSED.problem(
+            f"{meet.called}: this head's own sshd does not answer at {host} port {port}: "
+            f"{exc.strerror or exc}",
+            "start sshd here (it may listen on 127.0.0.1 alone), or set sshd of the [[hub.meet]]",
+        )
+    return None
 
 
 async def _logged_in(dial: DialConfig) -> Problem | None:

@@ -21,8 +21,8 @@ WORKER = (
     "advertise", "advertise_self",
 )  # fmt: skip
 HEAD = (
-    "config", "daemon", "keeper", "socket", "sshd", "dial", "ray", "ports", "listeners", "network",
-    "limits", "clock", "names", "proxies", "link",
+    "config", "daemon", "keeper", "socket", "sshd", "dial", "meet", "ray", "ports", "listeners",
+    "network", "limits", "clock", "names", "proxies", "link",
 )  # fmt: skip
 CLIENT = (
     "config", "listen", "ssh", "host_key", "auth", "channel", "hub", "names", "proxies", "link",

@@ -117,6 +117,8 @@ class SetupRequest:
     """The configuration that is there is somebody else's: what it needs is theirs to see to."""
     auth: str | None = None
     """Of a head: `ray.auth`; None: the default."""
+    meet: str | None = None
+    """A third host that both log in to, where neither accepts SSH from the other."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the configuration, as a file has them."""
     made_by: str = "rayfwd init"

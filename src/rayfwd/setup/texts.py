@@ -40,12 +40,17 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     elif request.role == "worker":
         identity = request.identity or layout.identity
         config["head"] = {"ssh": request.head, "identity": str(identity)}
+        if request.meet is not None:
+            config["head"]["meet"] = request.meet
         if request.host_key is not None:
             config["head"]["known_hosts"] = str(layout.known_hosts)
         attach = attach_command(request.head_command)
         config["head"] |= {"via": "exec", "attach_command": attach}
-    elif request.logins:
-        config["hub"] = {"users": list(request.logins)}
+    else:
+        hub: dict[str, Any] = {"users": list(request.logins)} if request.logins else {}
+        if request.meet is not None:
+            hub["meet"] = [{"ssh": request.meet}]
+        config |= {"hub": hub} if hub else {}
     config["ray"] = {"command": request.ray}
     if request.auth is not None:
         config["ray"]["auth"] = request.auth
@@ -73,6 +78,11 @@ def dial_section(request: SetupRequest, layout: Layout, host: str) -> str:
     lines = [f"{key} = {json.dumps(value)}" for key, value in dial.items()]
     attach = attach_command(layout.command)
     return "\n".join(["[[hub.dial]]", *lines, f"attach_command = {json.dumps(attach)}"])
+
+
+def forwarding_line(public_key: str) -> str:
+    """The line for a meeting place's authorized_keys: this key makes and finds sockets there."""
+    return f"restrict,port-forwarding {public_key.strip()}"
 
 
 def known_hosts_line(host: str, port: int, public_key: str) -> str:
@@ -150,6 +160,7 @@ def worker_command(
     login = request.logins[0] if request.logins else request.user
     words = ["rayfwd", "init", "worker", "--head", f"{login}@{host}"]
     words += ["--head-rayfwd", layout.command]
-    if fingerprints:
+    words += ["--meet", request.meet] if request.meet is not None else []
+    if fingerprints and request.meet is None:
         words += ["--fingerprint", fingerprints[0]]
     return shlex.join([*words, "--ray", request.ray])

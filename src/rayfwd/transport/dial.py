@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
+from rayfwd.transport.places import place_of
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.witness import Witness
 
@@ -26,6 +27,10 @@ BESIDE = 0.5
 """Seconds between TCP attempts beside each other: at another address of the name, or, while streams
 wait for a lane, at the same. The kernel repeats a SYN that got lost after 1, 3 and 7 seconds only;
 a new attempt finds a path that has come back sooner."""
+FIRST_WORDS, PATIENT = 2.0, 4
+"""Seconds for what a server says first through a meeting place, while streams wait: the socket
+there may still lead to a connection of the head's that is dead. One attempt in so many has the
+usual time, for ways that are that slow."""
 WORDS = 1024
 """Bytes of what a server says first that are kept."""
 
@@ -48,10 +53,16 @@ class Attempt(asyncssh.SSHClient):
         urgent: asyncio.Event,
         login_timeout: AdaptiveTimeout,
         witness: Witness | None = None,
+        meet: str | None = None,
+        patient: bool = False,
     ) -> None:
         """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
         moment of it on; then the login has what `login_timeout` says."""
         self._witness = witness or Witness()
+        self._patient = patient or meet is None
+        self._listening: asyncio.Task[None] | None = None
+        self._meet = meet
+        """The socket on the jump host that leads to the server, in place of its address."""
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
@@ -87,11 +98,13 @@ class Attempt(asyncssh.SSHClient):
             async with asyncio.timeout(CONNECT_TIMEOUT) as self._deadline:
                 made = await connecting()
         except TimeoutError:
-            if self._urgent.is_set() and self.connected:
+            if self._urgent.is_set() and self.connected and (self.is_ssh or self._patient):
                 self._login_timeout.timed_out()
             raise
         finally:
             hurrying.cancel()
+            if self._listening is not None:
+                self._listening.cancel()
         self.seconds = asyncio.get_running_loop().time() - self._stood_at
         self._login_timeout.succeeded(self.seconds)
         return made
@@ -100,6 +113,12 @@ class Attempt(asyncssh.SSHClient):
 
     async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> Any:
         """The TCP connection that AsyncSSH is to use."""
+        if self.jump is not None and self._meet is not None:
+            made = await self._at_meeting(self.jump, self._meet, factory)
+            self._stands(made[1])
+            if not self._patient:
+                self._listening = asyncio.create_task(self._first_words(), name="first words")
+            return made
         if self.jump is not None:
             self.dialled = [f"{host} port {port}"]
             made = await self.jump.create_connection(factory, host, port)
@@ -111,6 +130,13 @@ class Attempt(asyncssh.SSHClient):
         first = _FirstWords(connection, self)
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: first, sock=sock)
         return transport, connection
+
+    async def _at_meeting(
+        self, jump: asyncssh.SSHClientConnection, socket: str, factory: Callable[[], Any]
+    ) -> Any:
+        path = await place_of(jump, socket)
+        self.dialled = [path]
+        return await jump.create_unix_connection(factory, path, encoding=None)
 
     async def _connect(self, host: str, port: int) -> socket.socket:
         loop = asyncio.get_running_loop()
@@ -136,6 +162,12 @@ class Attempt(asyncssh.SSHClient):
             now = asyncio.get_running_loop().time()
             self.login = min(self.login, now + self._login_timeout.seconds - self._stood_at)
             self._allow(self._stood_at + self.login)
+
+    async def _first_words(self) -> None:
+        await self._urgent.wait()
+        await asyncio.sleep(FIRST_WORDS)
+        if not self.is_ssh:
+            self._allow(asyncio.get_running_loop().time())
 
     def _allow(self, until: float) -> None:
         assert self._deadline is not None, "it is being awaited"

@@ -18,6 +18,7 @@ from rayfwd.session.frames import Chunk
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.held import Held, said_of
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
@@ -38,31 +39,14 @@ log = get_logger(__name__)
 
 SAID = 4096
 """Bytes of what comes beside the stream that are kept."""
-_WORDS = (
-    ("head.known_hosts", "known_hosts of its [[hub.dial]]"),
-    ("head.ssh_config", "ssh_config of its [[hub.dial]]"),
-    ("head.identity", "identity of its [[hub.dial]]"),
-    ("head.ssh", "ssh of its [[hub.dial]]"),
-    ("head.socket", "socket of its [[hub.dial]]"),
-    ("`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file", ""),
-    ("(hub.users)", "(it must be the daemon's)"),
-    ("its hub's socket", "the socket where its daemon waits"),
-    ("the hub closed the lane before it answered", "the connection ended before it began"),
-    ("[head]", "its [[hub.dial]]"),
-    ("the head", "the worker"),
-)
-"""What is said of a way to the head, and what of the same way to a worker."""
 
 
 def of_worker(problem: Problem) -> Problem:
     """A problem on the way to a head as one on the way to a worker."""
-    cause, remedy = problem.cause, problem.remedy
-    for of_head, of_workers in _WORDS:
-        cause, remedy = cause.replace(of_head, of_workers), remedy.replace(of_head, of_workers)
-    return problem.code.problem(cause, remedy.removesuffix("; or ").removesuffix(", or "))
+    return said_of(problem, "the worker", "[[hub.dial]]")
 
 
-class Dialler:
+class Dialler(Held):
     """Holds connections to one worker. `run` until it is cancelled."""
 
     def __init__(
@@ -74,26 +58,13 @@ class Dialler:
         on_change: Callable[[], None],
     ) -> None:
         """`hub`: where the hub listens. `on_change`: `problem` is another."""
-        self.called = dial.called
+        super().__init__(dial.called, ride_through, on_change)
         self._lanes = 1 + dial.bulk_lanes
         self._carrier = carrier
         self._hub = hub
-        self._ride_through = ride_through
-        self._on_change = on_change
-        self._problem: Problem | None = None
-        self._urgent = asyncio.Event()
-        """Connections stood a while ago: streams may wait."""
-        self._calm: asyncio.TimerHandle | None = None
         self._channel_timeout = AdaptiveTimeout(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
-        self._standing = asyncio.Event()
         self._joints: set[Joint] = set()
         self._connections: set[Connection] = set()
-        self._closing = False
-
-    @property
-    def problem(self) -> Problem | None:
-        """What keeps every connection from standing."""
-        return None if self._standing.is_set() else self._problem
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -131,7 +102,7 @@ class Dialler:
                     backoff.reset()
             except ProblemError as exc:
                 counted = counted_rest(exc.problem.code)
-                self._met(of_worker(exc.problem))
+                self._met(of_worker(exc.problem), worker=self.called)
             seconds = max(
                 counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
             )
@@ -177,40 +148,15 @@ class Dialler:
 
     def _stands(self, joint: Joint) -> None:
         """The worker has spoken."""
-        first = not self._joints
         self._joints.add(joint)
-        self._be_calm()
-        if first:
+        if self._now_stands():
             log.info("worker_dialled", worker=self.called)
-            self._standing.set()
-            self._problem = None
-            self._on_change()
 
     def _gone(self, joint: Joint) -> None:
         self._joints.discard(joint)
-        if joint.stood and not self._joints and not self._closing:
-            self._standing.clear()
-            self._urgent.set()
-            self._calm = asyncio.get_running_loop().call_later(self._ride_through, self._be_calm)
+        if joint.stood and not self._joints and self._now_gone():
             # A jump host may be what has gone, in silence.
             self._carrier.close(parked=True)
-            self._on_change()
-
-    def _be_calm(self) -> None:
-        self._urgent.clear()
-        if self._calm is not None:
-            self._calm.cancel()
-            self._calm = None
-
-    def _met(self, problem: Problem) -> None:
-        """Say it once; the same again is no news."""
-        if self._closing or problem == self._problem:
-            return
-        self._problem = problem
-        log.warning(
-            problem.code.name, worker=self.called, cause=problem.cause, remedy=problem.remedy
-        )
-        self._on_change()
 
 
 class Joint(asyncio.Protocol):

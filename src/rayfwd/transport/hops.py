@@ -48,6 +48,10 @@ class Hop:
     is_head: bool
     first: bool
     """No jump host is before it."""
+    meet: str | None = None
+    """The socket of a meeting place where it waits: the hop before is that host."""
+    meets: bool = False
+    """It is such a host."""
 
     @property
     def direct(self) -> bool:
@@ -67,7 +71,9 @@ class Hop:
     @property
     def called(self) -> str:
         """In a sentence."""
-        return self.written if self.is_head else f"the jump host {self.written}"
+        if self.is_head:
+            return self.written
+        return f"the {'meeting place' if self.meets else 'jump host'} {self.written}"
 
 
 def find_way(head: HeadConfig) -> list[Hop]:
@@ -75,7 +81,12 @@ def find_way(head: HeadConfig) -> list[Hop]:
 
     Raises ProblemError, and AsyncSSH's and the system's errors.
     """
-    return _way(head, head.ssh, True, ())
+    way = _way(head, head.ssh, True, ())
+    if not head.meet:
+        return way
+    *before, host = _way(head, head.meet, False, ())
+    at_head = replace(way[-1], first=False, meet=head.meet_socket)
+    return [*before, replace(host, meets=True), at_head]
 
 
 def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) -> list[Hop]:
@@ -131,7 +142,7 @@ def _options(head: HeadConfig, written: str, is_head: bool) -> asyncssh.SSHClien
     if head.identity is not None and not is_head:
         changes["client_keys"] = _keys_for_jump(options, head.identity)
         changes["ignore_encrypted"] = True
-    if isinstance(options.config.get("ProxyJump"), str):
+    if isinstance(options.config.get("ProxyJump"), str) or (is_head and head.meet):
         changes["proxy_command"] = None
     if changes:
         options = asyncssh.SSHClientConnectionOptions(options=options, **changes)

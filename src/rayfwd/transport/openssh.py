@@ -71,6 +71,10 @@ class OpensshHop:
     options: tuple[str, ...] = ()
     """Of the command line, for this one."""
 
+    meet: str | None = None
+    """No hop waits at a meeting place by this way."""
+    meets: bool = False
+
     @property
     def direct(self) -> bool:
         return self.first and not self.command

@@ -18,7 +18,7 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, Attempt, Made
+from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.sshproblems import explain, explain_files, host_key_problem, look_at_socket
 from rayfwd.transport.urgency import AdaptiveTimeout
@@ -67,6 +67,7 @@ class SshConnector:
         self._direct: WeakSet[asyncssh.SSHClientConnection] = WeakSet()
         """Those that were dialled from here."""
         self._witness = Witness()
+        self._tries = 0
         self._slow: set[str] = set()
         """Hops whose logins were said to be slow."""
 
@@ -89,7 +90,9 @@ class SshConnector:
         try:
             return await self._log_in(hops[-1], jump, urgent)
         except ProblemError as exc:
-            if jump is not None and exc.problem.code in {codes.SSH_UNREACHABLE, codes.SSH_LOST}:
+            said_no = isinstance(exc.__cause__, asyncssh.ChannelOpenError)
+            gone = exc.problem.code in {codes.SSH_UNREACHABLE, codes.SSH_LOST} and not said_no
+            if jump is not None and gone:
                 self.close()  # it may be the jump host that is gone, in silence
             raise
 
@@ -163,7 +166,10 @@ class SshConnector:
                 self.close()
             for hop in hops[len(self._jumps) :]:
                 before = self._jumps[-1] if self._jumps else None
-                self._jumps.append(await self._log_in(hop, before, urgent))
+                made = await self._log_in(hop, before, urgent)
+                self._jumps.append(made)
+                if hop.meets:
+                    await self.send_at_once(made)
             return self._jumps[-1] if self._jumps else None
 
     async def _log_in(
@@ -193,7 +199,16 @@ class SshConnector:
         connecting: Callable[[Attempt], Awaitable[Made]],
     ) -> Made:
         """Raises ProblemError."""
-        attempt = Attempt(hop.options, jump, urgent, self._login_timeout, self._witness)
+        self._tries += 1
+        attempt = Attempt(
+            hop.options,
+            jump,
+            urgent,
+            self._login_timeout,
+            self._witness,
+            hop.meet,
+            patient=self._tries % PATIENT == 0,
+        )
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:

@@ -34,6 +34,10 @@ class Server(Protocol):
     def direct(self) -> bool: ...
     @property
     def called(self) -> str: ...
+    @property
+    def meet(self) -> str | None: ...
+    @property
+    def meets(self) -> bool: ...
 
 
 TABLE_LIMIT = 1 << 21
@@ -148,6 +152,8 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
     dialled = f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
     match exc:
         case asyncssh.ChannelOpenError():
+            if hop.meet is not None:
+                return nobody_waits(exc, hop)
             if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                 return jump_forbids(exc.reason, hop)
             return jump_cannot(exc.reason, hop)
@@ -260,6 +266,18 @@ def turned_away(words: str, hop: Server, dialled: str) -> Problem:
     )
 
 
+def nobody_waits(exc: asyncssh.ChannelOpenError, hop: Server) -> Problem:
+    """The meeting place opens no way to the head. Its sshd does not say why."""
+    return codes.JUMP_REFUSED.problem(
+        f"the meeting place before {hop.called} leads to nobody at its socket {hop.meet}: its sshd "
+        f"says: {exc.reason}",
+        "see `rayfwd status` on the head: its [[hub.meet]] must stand, at that socket and by a "
+        "login of the same user there (the socket is that user's alone); and that sshd there "
+        "allows it: AllowStreamLocalForwarding, AllowTcpForwarding, and `restrict,port-forwarding` "
+        "before this machine's key in authorized_keys",
+    )
+
+
 def jump_forbids(why: str, hop: Server) -> Problem:
     """The jump host may not connect to `hop`."""
     target = f"{hop.known.host} port {hop.known.port}"
@@ -283,7 +301,7 @@ def jump_cannot(why: str, hop: Server) -> Problem:
 def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Problem:
     """What is wrong with the host key that the hop showed, and was not taken."""
     known = hop.known
-    what = "head" if hop.is_head else "jump host"
+    what = "head" if hop.is_head else "meeting place" if hop.meets else "jump host"
     called = known.host if hop.is_head else f"{hop.called} ({known.host} port {known.port})"
     if revoked:
         files = ", ".join(str(file.path) for file in known.files)

@@ -1,0 +1,88 @@
+"""What the head holds to another machine: a failure said once, and a hurry while it is missed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from rayfwd.problems import Problem
+from rayfwd.system.logs import get_logger
+
+log = get_logger(__name__)
+
+_OF_WORKER = (
+    ("`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file", ""),
+    ("(hub.users)", "(it must be the daemon's)"),
+    ("its hub's socket", "the socket where its daemon waits"),
+    ("the hub closed the lane before it answered", "the connection ended before it began"),
+)
+_KEYS = ("known_hosts", "ssh_config", "identity", "ssh", "socket")
+
+
+def said_of(problem: Problem, machine: str, section: str) -> Problem:
+    """A problem on the way to a head, as one on the way to this `machine`, which a list of sections
+    of the head's file describes."""
+    pairs = [(f"head.{key}", f"{key} of its {section}") for key in _KEYS]
+    pairs += [*_OF_WORKER, ("[head]", f"its {section}"), ("the head", machine)]
+    cause, remedy = problem.cause, problem.remedy
+    for of_head, of_other in pairs:
+        cause, remedy = cause.replace(of_head, of_other), remedy.replace(of_head, of_other)
+    return problem.code.problem(cause, remedy.removesuffix("; or ").removesuffix(", or "))
+
+
+class Held:
+    """Of one machine."""
+
+    def __init__(self, called: str, ride_through: float, on_change: Callable[[], None]) -> None:
+        """`on_change`: `problem` is another."""
+        self.called = called
+        self._ride_through = ride_through
+        self._on_change = on_change
+        self._problem: Problem | None = None
+        self._urgent = asyncio.Event()
+        """It stood a while ago: streams may wait."""
+        self._calm: asyncio.TimerHandle | None = None
+        self._standing = asyncio.Event()
+        self._closing = False
+
+    @property
+    def problem(self) -> Problem | None:
+        """What keeps it from standing."""
+        return None if self._standing.is_set() else self._problem
+
+    def _now_stands(self) -> bool:
+        """Whether that is news."""
+        self._be_calm()
+        if self._standing.is_set():
+            return False
+        self._standing.set()
+        self._problem = None
+        self._on_change()
+        return True
+
+    def _now_gone(self) -> bool:
+        """Whether it stood, and is missed."""
+        if not self._standing.is_set() or self._closing:
+            return False
+        self._standing.clear()
+        self._urgent.set()
+        self._calm = asyncio.get_running_loop().call_later(self._ride_through, self._be_calm)
+        self._on_change()
+        return True
+
+    def _be_calm(self) -> None:
+        self._urgent.clear()
+        if self._calm is not None:
+            self._calm.cancel()
+            self._calm = None
+
+    def _met(self, problem: Problem, **fields: str) -> None:
+        """Say it once; the same again is no news. `fields`: of the log."""
+        if self._closing or problem == self._problem:
+            return
+        self._problem = problem
+        self._say(problem, **fields)
+        self._on_change()
+
+    def _say(self, problem: Problem, **fields: str) -> None:
+        log.warning(problem.code.name, cause=problem.cause, remedy=problem.remedy, **fields)
