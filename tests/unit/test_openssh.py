@@ -98,14 +98,14 @@ DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
             IN + "channel 0: open failed: administratively prohibited: open failed\n"
             "stdio forwarding failed",
             codes.JUMP_REFUSED,
-            "the jump host before ray@the-head may not connect to the-head port 22",
+            "may not connect to the-head port 22 for ray@the-head",
         ),
         (
             BEHIND,
             IN + "channel 0: open failed: connect failed: Connection refused\n"
             "stdio forwarding failed",
             codes.SSH_UNREACHABLE,
-            "cannot connect to the-head port 22: Connection refused",
+            "cannot connect to the-head port 22 for ray@the-head: Connection refused",
         ),
     ],
 )

@@ -284,7 +284,7 @@ def test_a_head_that_is_down_behind_its_jump_host_is_named(home: Path, tmp_path:
             head, port = jumping(home, at), at["head"].port
             await at["head"].stop()
             problem = await fails(head, codes.SSH_UNREACHABLE)
-            assert problem.cause.startswith("the jump host before head cannot connect to")
+            assert problem.cause.startswith("the jump host bastion cannot connect to")
             assert f"127.0.0.1 port {port}" in problem.cause
 
     run(main)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import aiohappyeyeballs
@@ -55,10 +56,13 @@ class Attempt(asyncssh.SSHClient):
         witness: Witness | None = None,
         meet: str | None = None,
         patient: bool = False,
+        agent: str = "",
     ) -> None:
         """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
         moment of it on; then the login has what `login_timeout` says."""
         self._witness = witness or Witness()
+        self._agent_path = agent
+        self._agent: asyncssh.SSHAgentClient | None = None
         self._patient = patient or meet is None
         self._listening: asyncio.Task[None] | None = None
         self._meet = meet
@@ -105,6 +109,8 @@ class Attempt(asyncssh.SSHClient):
             hurrying.cancel()
             if self._listening is not None:
                 self._listening.cancel()
+            if self._agent is not None:
+                self._agent.close()
         self.seconds = asyncio.get_running_loop().time() - self._stood_at
         self._login_timeout.succeeded(self.seconds)
         return made
@@ -180,9 +186,16 @@ class Attempt(asyncssh.SSHClient):
         if not self.connected:
             self._stands(conn)  # a command of the SSH configuration (ProxyCommand) dials by itself
 
-    def public_key_auth_requested(self) -> None:
-        """There is no further key."""
+    async def public_key_auth_requested(self) -> Any:
+        """There is no further key, but for the agent's once."""
+        path, self._agent_path = self._agent_path, ""
+        if path:
+            with suppress(OSError, ValueError):
+                self._agent = await asyncssh.connect_agent(path)
+                if keys := list(await self._agent.get_keys()):
+                    return keys
         self._keys_refused = True
+        return None
 
     def kbdint_auth_requested(self) -> None:
         """Asked for a code, with keys left to try: one was accepted, or this would not be next."""

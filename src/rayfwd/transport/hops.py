@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Hop:
     is_head: bool
     first: bool
     """No jump host is before it."""
+    agent: str = ""
+    """The socket of an agent, whose other keys are offered after those that are named, as by
+    `ssh`: servers end a login that offers many (MaxAuthTries)."""
+    before: str = ""
+    """The hop before, as the configuration names it."""
     meet: str | None = None
     """The socket of a meeting place where it waits: the hop before is that host."""
     meets: bool = False
@@ -82,20 +88,20 @@ def find_way(head: HeadConfig) -> list[Hop]:
     Raises ProblemError, and AsyncSSH's and the system's errors.
     """
     way = _way(head, head.ssh, True, ())
-    if not head.meet:
-        return way
-    *before, host = _way(head, head.meet, False, ())
-    at_head = replace(way[-1], first=False, meet=head.meet_socket)
-    return [*before, replace(host, meets=True), at_head]
+    if head.meet:
+        *before, host = _way(head, head.meet, False, ())
+        at_head = replace(way[-1], first=False, meet=head.meet_socket)
+        way = [*before, replace(host, meets=True), at_head]
+    return [way[0], *(replace(hop, before=last.written) for last, hop in pairwise(way))]
 
 
 def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) -> list[Hop]:
     if written in after or len(after) > JUMPS:
         raise ProblemError(jumps_in_a_circle((*after, written)))
-    options = _options(head, written, is_head)
+    options, agent = _options(head, written, is_head)
     jumps = options.config.get("ProxyJump")
     known = _known_hosts(head, options, is_head)
-    hop = Hop(written, options, known, is_head, first=not isinstance(jumps, str))
+    hop = Hop(written, options, known, is_head, not isinstance(jumps, str), agent)
     if not isinstance(jumps, str):
         return [hop]
     first, *others = [jump.strip().removeprefix("ssh://") for jump in jumps.split(",")]
@@ -117,7 +123,10 @@ def jumps_in_a_circle(names: Sequence[str]) -> Problem:
     )
 
 
-def _options(head: HeadConfig, written: str, is_head: bool) -> asyncssh.SSHClientConnectionOptions:
+def _options(
+    head: HeadConfig, written: str, is_head: bool
+) -> tuple[asyncssh.SSHClientConnectionOptions, str]:
+    """And the agent whose keys come after those that are named."""
     user, host, port = head.model_copy(update={"ssh": written}).ssh_target()
     given: dict[str, Any] = {"host": host, "config": _config_files(head)}
     if user is not None:
@@ -144,9 +153,21 @@ def _options(head: HeadConfig, written: str, is_head: bool) -> asyncssh.SSHClien
         changes["ignore_encrypted"] = True
     if isinstance(options.config.get("ProxyJump"), str) or (is_head and head.meet):
         changes["proxy_command"] = None
+    agent = _agent_after(options)
+    if head.identity is not None:
+        agent = "" if is_head else options.agent_path or ""
+    if head.identity is not None or agent:
+        changes["agent_path"] = None
     if changes:
         options = asyncssh.SSHClientConnectionOptions(options=options, **changes)
-    return options
+    return options, agent
+
+
+def _agent_after(options: asyncssh.SSHClientConnectionOptions) -> str:
+    """The agent, where keys are named that come before its own."""
+    if not options.config.get("IdentityFile") or options.agent_identities:
+        return ""
+    return options.agent_path or ""
 
 
 def _config_files(head: HeadConfig) -> list[str]:

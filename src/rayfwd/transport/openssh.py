@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from rayfwd import codes
@@ -71,6 +72,8 @@ class OpensshHop:
     options: tuple[str, ...] = ()
     """Of the command line, for this one."""
 
+    before: str = ""
+    """The hop before, as the configuration names it."""
     meet: str | None = None
     """No hop waits at a meeting place by this way."""
     meets: bool = False
@@ -100,7 +103,8 @@ def find_way(head: HeadConfig) -> list[OpensshHop]:
         )
     for name in ("identity", "ssh_config", "known_hosts"):
         _check_readable(head, name)
-    return _way(head, head.ssh, True, ())
+    way = _way(head, head.ssh, True, ())
+    return [way[0], *(replace(hop, before=last.written) for last, hop in pairwise(way))]
 
 
 def _check_readable(head: HeadConfig, name: str) -> None:

@@ -208,6 +208,7 @@ class SshConnector:
             self._witness,
             hop.meet,
             patient=self._tries % PATIENT == 0,
+            agent=hop.agent,
         )
         try:
             made = await attempt.log_in(lambda: connecting(attempt))

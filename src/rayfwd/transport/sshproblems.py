@@ -35,6 +35,8 @@ class Server(Protocol):
     @property
     def called(self) -> str: ...
     @property
+    def before(self) -> str: ...
+    @property
     def meet(self) -> str | None: ...
     @property
     def meets(self) -> bool: ...
@@ -269,8 +271,8 @@ def turned_away(words: str, hop: Server, dialled: str) -> Problem:
 def nobody_waits(exc: asyncssh.ChannelOpenError, hop: Server) -> Problem:
     """The meeting place opens no way to the head. Its sshd does not say why."""
     return codes.JUMP_REFUSED.problem(
-        f"the meeting place before {hop.called} leads to nobody at its socket {hop.meet}: its sshd "
-        f"says: {exc.reason}",
+        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}: its sshd says: "
+        f"{exc.reason}",
         "see `rayfwd status` on the head: its [[hub.meet]] must stand, at that socket and by a "
         "login of the same user there (the socket is that user's alone); and that sshd there "
         "allows it: AllowStreamLocalForwarding, AllowTcpForwarding, and `restrict,port-forwarding` "
@@ -282,7 +284,8 @@ def jump_forbids(why: str, hop: Server) -> Problem:
     """The jump host may not connect to `hop`."""
     target = f"{hop.known.host} port {hop.known.port}"
     return codes.JUMP_REFUSED.problem(
-        f"the jump host before {hop.called} may not connect to {target}: its sshd says: {why}",
+        f"the jump host {hop.before} may not connect to {target} for {hop.called}: its sshd says: "
+        f"{why}",
         "allow it there: AllowTcpForwarding, DisableForwarding and PermitOpen in sshd_config, "
         "`restrict`, `no-port-forwarding` and `permitopen` in authorized_keys",
     )
@@ -292,7 +295,7 @@ def jump_cannot(why: str, hop: Server) -> Problem:
     """The jump host has tried to connect to `hop`."""
     target = f"{hop.known.host} port {hop.known.port}"
     return codes.SSH_UNREACHABLE.problem(
-        f"the jump host before {hop.called} cannot connect to {target}: {why}",
+        f"the jump host {hop.before} cannot connect to {target} for {hop.called}: {why}",
         "see that the name and the port are right as the jump host sees them, that sshd runs "
         "there, and that firewalls between the two let SSH through",
     )
@@ -381,7 +384,8 @@ async def look_at_socket(
             f"the head's sshd could not open {path}: {reason}",
             "see that rayfwd runs on the head, that this is its hub's socket, that this user "
             "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding, "
-            "AllowTcpForwarding, PermitOpen)",
+            'AllowTcpForwarding, PermitOpen); or set via = "exec" in [head], where the key is '
+            "restricted in authorized_keys (`restrict`, as in the line that `rayfwd init` prints)",
         )
     mode = seen.permissions or 0
     if own not in {0, seen.uid} and not mode & 0o002:
