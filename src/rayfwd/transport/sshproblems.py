@@ -210,6 +210,13 @@ def login_slow(seconds: float, hop: Server, dialled: str) -> Problem:
 
 def says_nothing(hop: Server, dialled: str) -> Problem:
     """A connection, and then silence."""
+    if hop.meet is not None:
+        return codes.SSH_UNREACHABLE.problem(
+            f"the meeting place {hop.before} takes the connection to {hop.called}{dialled}, and "
+            "nothing is said by the head",
+            "nothing, if it comes back: the head makes its connection there anew; else see "
+            "`rayfwd status` on the head",
+        )
     return codes.SSH_UNREACHABLE.problem(
         f"{hop.called} takes the connection{dialled} and says nothing",
         f"see that it is sshd that listens there, and how {_its(hop)} is (load, memory, disk)",
