@@ -27,8 +27,8 @@ endif
 
 # The fast ones first, so that a plain mistake is seen in seconds.
 OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py))))
-# Three files at a time, each whole on one side: a test of the lab waits as much as it computes.
-SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
+# Four files at a time, each whole on one side: a test of the lab waits as much as it computes.
+SIDE_BY_SIDE = -n 4 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
 .PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots show-pytest clean

@@ -5,7 +5,7 @@ Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs
 tests/systemd/). Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all.
 `interpreted` is for a test that replaces what is compiled in a wheel: a compiled rayfwd does not
 run it. `alone` is for a file that measures how long something takes: where files run side by side
-(`pytest -n 3`), none runs beside it. `runs` names commands of the documents that a test runs
+(`pytest -n 4`), none runs beside it. `runs` names commands of the documents that a test runs
 (`tests/commands.py`), and `story` is for a file whose tests need those before them
 (`tests/stories.py`).
 """
