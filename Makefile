@@ -21,6 +21,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
+# The lab runs what a user with a compiler gets.
+export RAYFWD_COMPILE ?= 1
 ifdef CI
 export PIP_PROGRESS_BAR := off
 endif
@@ -31,10 +33,10 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 4 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots show-pytest clean
+.PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots wheel show-pytest clean
 .DEFAULT_GOAL := test
 
-test: packages checks ray-envs roots
+test: packages checks wheel ray-envs roots
 	$(PYTEST)
 
 demo: $(VENV)/.usable
@@ -88,6 +90,9 @@ ray-envs: $(VENV)/.installed
 roots: $(VENV)/.installed
 	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_roots.py; \
 	else echo "not root: the machines that are booted are not made"; fi
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m tests.setup_wheel
 
 $(VENV)/.installed: pyproject.toml | packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }

@@ -50,7 +50,12 @@ def test_test_is_everything() -> None:
     done = dry("test")
     assert dry("checks").strip() in done
     assert parts_tested(done) == set(PARTS)
-    for made in ("tests/setup_packages.sh", "tests/setup_envs.py", "tests/setup_roots.py"):
+    for made in (
+        "tests/setup_packages.sh",
+        "tests/setup_envs.py",
+        "tests/setup_roots.py",
+        "tests.setup_wheel",
+    ):
         assert made in done
 
 
