@@ -32,6 +32,7 @@ UNITS = {
     "round trip, p99": "µs",
     "beside bulk up, p99": "µs",
     "beside bulk down, p99": "µs",
+    "a new connection and one round trip": "µs",
     "far, up": "MB/s",
     "far, down": "MB/s",
     "call, p50": "µs",
@@ -54,6 +55,7 @@ TITLES = {
     "near": "Beside each other on one machine",
     "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
     "far": "One bulk stream, 50 ms there and back",
+    "levels": "The overlay beside the listeners, between two machines of the lab",
     "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",
     "idle": "Idle: daemons of a cluster of three nodes, without Ray",
     "idle-ray": "Idle: the same with Ray on all three",
@@ -135,7 +137,7 @@ def plot(results: Results) -> str:
     y = 30
     for key in keys:
         out.append(f'<text x="8" y="{y + 34}">{key}</text>')
-        for way, colour in zip(ways, colours, strict=True):
+        for way, colour in zip(ways, colours, strict=False):
             times = ratio(results, way, key)
             if times is not None:
                 width = min(times, 4.0) * 110
@@ -147,7 +149,7 @@ def plot(results: Results) -> str:
         y += 14
     out.append(f'<line x1="280" x2="280" y1="24" y2="{y - 8}" stroke="#c00"/>')
     out.append('<text x="252" y="18" fill="#c00">ssh -L = 1</text>')
-    for way, colour in zip(ways, colours, strict=True):
+    for way, colour in zip(ways, colours, strict=False):
         out.append(f'<rect x="170" y="{y}" width="13" height="13" fill="{colour}"/>')
         out.append(f'<text x="190" y="{y + 11}">{way}</text>')
         y += 18

@@ -1,11 +1,13 @@
 """The two ends of a measurement: a server with an echo, a sink and a source, and their clients.
 
-The server runs in a process of its own (`python -m bench.peers PORT`), as a program would.
+The server runs in a process of its own (`python -m bench.peers serve ADDRESS PORT`), as a program
+would; `measure ADDRESS PORT BYTES SECONDS` is a client on another machine that prints its figures.
 A connection begins with one byte that says what it is: e(cho), s(ink) or g(ive).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import statistics
@@ -16,10 +18,13 @@ import time
 
 CHUNK = 1 << 20
 
+address = "127.0.0.1"
+"""Where the server is dialled: `measure` has another."""
 
-def serve(port: int) -> None:
-    """Serve for ever on 127.0.0.1."""
-    with socket.create_server(("127.0.0.1", port), backlog=512) as listener:
+
+def serve(address: str, port: int) -> None:
+    """Serve for ever."""
+    with socket.create_server((address, port), backlog=512) as listener:
         print("listening", flush=True)
         while True:
             connection, _ = listener.accept()
@@ -61,7 +66,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def _connect(port: int) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", port), timeout=120)
+    connection = socket.create_connection((address, port), timeout=120)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
 
@@ -143,5 +148,31 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def measure(port: int, size: int, seconds: float) -> dict[str, float]:
+    """Streams and round trips; MB/s and microseconds."""
+    upload(port, 16 * CHUNK)  # windows open, caches warm
+    up, down = upload(port, size), download(port, size)
+    idle = round_trips(port, seconds)
+    began = time.perf_counter()
+    for _ in range(100):
+        round_trips(port, seconds, most=1)
+    return {
+        "worker to head": size / 1e6 / up,
+        "head to worker": size / 1e6 / down,
+        "round trip, p50": median(idle) * 1e6,
+        "round trip, p99": percentile(idle, 0.99) * 1e6,
+        "a new connection and one round trip": (time.perf_counter() - began) * 1e4,
+    }
+
+
+def main() -> None:
+    global address
+    what, address, port, *rest = sys.argv[1:]
+    if what == "serve":
+        serve(address, int(port))
+    else:
+        print(json.dumps(measure(int(port), int(rest[0]), float(rest[1]))))
+
+
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    main()

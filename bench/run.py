@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import contestants, page, peers, rays
+from bench import contestants, levels, page, peers, rays
 from bench.page import GCM, REFERENCE, Results
 from tests.lab.machines import Lab
 
@@ -42,7 +42,7 @@ class Bench:
         self.directory, self.rounds = directory, rounds
         self.size, self.seconds = megabytes * MB, seconds
         self.server = contestants.free_port()
-        self._serving = self.python("bench.peers", self.server)
+        self._serving = self.python("bench.peers", "serve", "127.0.0.1", self.server)
         self.sshd = contestants.Sshd(directory)
         contestants.wait_for_port(self.server)
         self._places = 0
@@ -250,6 +250,20 @@ def memory(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def levels_beside(bench: Bench) -> Results:
+    """The same port of another node by the overlay and by a listener."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    rays.install(bench.directory.parent)
+    for number in range(bench.rounds):
+        for level in ("listeners", "overlay"):
+            with Lab(bench.place()) as lab, levels.at_level(lab, level):
+                figures = levels.measure(lab, bench.size, bench.seconds)
+            for key, value in figures.items():
+                results[level][key].append(value)
+            print(f"round {number + 1}, {level}: {figures}", flush=True)
+    return results
+
+
 def ray(bench: Bench) -> Results:
     """Ray's own calls and objects, over `ssh -L`/`-R` and over rayfwd."""
     results: Results = defaultdict(lambda: defaultdict(list))
@@ -282,6 +296,7 @@ PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
     "openssh": carriers,
     "far": far,
+    "levels": levels_beside,
     "ray": ray,
     "idle": idle,
     "idle-ray": idle_ray,
