@@ -193,7 +193,7 @@ def test_what_is_no_linux_is_told() -> None:
         ({}, {}, None, install.Tool(python="/usr/bin/python3")),
         ({"uv": "/u"}, {}, None, install.Tool(uv="/u", python="/usr/bin/python3")),
         ({"uv": "/u", "pythons": ()}, {}, None, install.Tool(uv="/u", python="3.11")),
-        ({"uv": "/u"}, {}, (3, 12), install.Tool(uv="/u", python="3.12")),
+        ({"uv": "/u"}, {}, "3.12.4", install.Tool(uv="/u", python="3.12.4")),
         ({"pythons": ()}, {"uv": Path("/b")}, None, install.Tool(bring_uv=True, python="3.11")),
         (
             {"pythons": (Python("/p", "3.10.1"),), "index": "yes"},
@@ -203,7 +203,7 @@ def test_what_is_no_linux_is_told() -> None:
         ),
     ],
 )
-def test_the_tool(changes: dict, sent: dict, wanted: tuple | None, tool: install.Tool) -> None:  # type: ignore[type-arg]
+def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.Tool) -> None:  # type: ignore[type-arg]
     assert install.choose(replace(SEEN, **changes), replace(SENT, **sent), True, wanted) == tool
 
 
@@ -212,11 +212,11 @@ def test_the_tool(changes: dict, sent: dict, wanted: tuple | None, tool: install
     [
         ({"pythons": ()}, None, "no Python 3.11 or newer there (it has none)"),
         ({"pythons": (Python("/p", "3.10.1"),)}, None, "(it has 3.10.1)"),
-        ({}, (3, 12), "no Python 3.12 there (it has 3.11.2)"),
+        ({}, "3.11.7", "no Python 3.11.7 there (it has 3.11.2)"),
         ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
     ],
 )
-def test_no_tool(changes: dict, wanted: tuple | None, said: str) -> None:  # type: ignore[type-arg]
+def test_no_tool(changes: dict, wanted: str | None, said: str) -> None:  # type: ignore[type-arg]
     sent = replace(SENT, uv=Path("/uv")) if "machine" in changes else SENT
     with pytest.raises(ProblemError) as told:
         install.choose(replace(SEEN, **changes), sent, True, wanted)
@@ -241,10 +241,10 @@ def test_whether_our_own_packages_fit(changes: dict, why: str) -> None:  # type:
 
 def test_another_ray_than_the_heads_is_refused() -> None:
     head = Versions("2.60.0", "3.11.7")
-    adding.check_same(Versions("2.60.0", "3.11.2"), head, "w1: ", "")
+    adding.check_same(Versions("2.60.0", "3.11.7"), head, "w1: ", "")
     for other, code in (
         (Versions("2.59.0", "3.11.7"), codes.RAY_VERSION_DIFFERS),
-        (Versions("2.60.0", "3.12.7"), codes.PYTHON_VERSION_DIFFERS),
+        (Versions("2.60.0", "3.11.2"), codes.PYTHON_VERSION_DIFFERS),
     ):
         with pytest.raises(ProblemError) as told:
             adding.check_same(other, head, "w1: ", "say --ray")

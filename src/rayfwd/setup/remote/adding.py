@@ -169,8 +169,10 @@ class _One:
             )
         wanted = self._head.ray.versions
         ours: list[Path] = []
-        have = {"ray": wanted.ray, "python": ".".join(wanted.python.split(".")[:2])}
-        if seen.made_ray != have and seen.machine == self._all.shipment.machine:
+        if (
+            seen.made_ray != install.ray_marker(wanted)
+            and seen.machine == self._all.shipment.machine
+        ):
             with suppress(ProblemError):  # the index may have it
                 ours = await self._all.rays()
         new = await install.ray(machine, seen, self._all.shipment, wanted, ours)
@@ -342,7 +344,7 @@ def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None
         raise codes.RAY_VERSION_DIFFERS.error(
             f"{told}its Ray is {there_.ray}, and the head's {here.ray}", remedy
         )
-    if there_.python.split(".")[:2] != here.python.split(".")[:2]:
+    if there_.python != here.python:
         raise codes.PYTHON_VERSION_DIFFERS.error(
             f"{told}its Ray's Python is {there_.python}, and that of the head's {here.python}",
             remedy,

@@ -80,11 +80,12 @@ class Tool:
     """An interpreter there, or for uv a version."""
 
 
-def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: tuple[int, ...] | None) -> Tool:
-    """`wanted`: the Python to have, as (3, 11); None: any that runs rayfwd. Raises ProblemError."""
-    exact = [p for p in sight.pythons if p.key == wanted] if wanted else []
-    found = exact[0] if exact else (None if wanted else sight.python)
-    version = ".".join(map(str, wanted or shipment.python))
+def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) -> Tool:
+    """`wanted`: the Python to have, to the last number, as Ray's nodes must have the same; None:
+    any that runs rayfwd. Raises ProblemError."""
+    exact = next((p for p in sight.pythons if p.version == wanted), None)
+    found = exact if wanted else sight.python
+    version = wanted or ".".join(map(str, shipment.python))
     python = found.path if found is not None else version
     if sight.uv is not None:
         return Tool(uv=sight.uv, python=python)
@@ -111,7 +112,7 @@ def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
         return f"its C library is {sight.libc or 'unknown'}, and the head's {shipment.libc}"
     key = next((p.key for p in sight.pythons if p.path == tool.python), None)
     if key is None:
-        key = tuple(int(part) for part in tool.python.split("."))
+        key = tuple(int(part) for part in tool.python.split(".")[:2])
     if key != shipment.python:
         there, here = (".".join(map(str, k)) for k in (key, shipment.python))
         return f"its Python is {there}, and that of the head's rayfwd is {here}"
@@ -146,14 +147,12 @@ async def ray(
     `ours`: wheels of the head's, which are tried first where no index is reached. Raises
     ProblemError.
     """
-    wanted = tuple(int(part) for part in versions.python.split(".")[:2])
-    target = ray_prefix(sight)
-    made = {"ray": versions.ray, "python": ".".join(map(str, wanted))}
+    target, made = ray_prefix(sight), ray_marker(versions)
     if sight.made_ray == made:
         return False
     _check_place(sight, target, False, ROOM_FOR_RAY)
     needs = await asyncio.to_thread(shipment.needs)
-    tool = choose(sight, shipment, needs.pip is not None, wanted)
+    tool = choose(sight, shipment, needs.pip is not None, versions.python)
     requirement = shlex.quote(f"ray[default]=={versions.ray}")
     here = sight.machine == shipment.machine and bool(ours)
     ways = [f"put {requirement}"]
@@ -168,6 +167,11 @@ async def ray(
     except Failed as exc:
         raise _no_packages(machine, sight, f"Ray {versions.ray}: {exc}", "") from None
     return True
+
+
+def ray_marker(versions: Versions) -> dict[str, str]:
+    """What says that this Ray is there."""
+    return {"ray": versions.ray, "python": versions.python}
 
 
 def ray_prefix(sight: Sight) -> str:
