@@ -71,6 +71,10 @@ def commands(name: str) -> list[str]:
 )
 def test_a_command_is_understood(name: str, command: str) -> None:
     words = [word for word in shlex.split(command)[1:] if word not in {"|", ">"}]
+    if words[0].startswith("-"):  # of rayfwd itself
+        known = {option for action in _parser()._actions for option in action.option_strings}
+        assert set(words) <= known, f"{name}: rayfwd has not all of {words}"
+        return
     assert words[0] in VERBS, f"{name}: rayfwd has no verb {words[0]}"
     if len(words) > 1:  # else the verb is only spoken of
         _parser().parse_args(words)
