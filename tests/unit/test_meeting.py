@@ -71,7 +71,7 @@ class Site:
         return str(caught.value.problem.code.name) + ": " + caught.value.problem.cause
 
     def held(self) -> bool:
-        return self.meeting._standing.is_set()
+        return self.meeting.stands
 
 
 @asynccontextmanager

@@ -50,6 +50,10 @@ class Held:
         """What keeps it from standing."""
         return None if self._standing.is_set() else self._problem
 
+    @property
+    def stands(self) -> bool:
+        return self._standing.is_set()
+
     def _now_stands(self) -> bool:
         """Whether that is news."""
         self._be_calm()
