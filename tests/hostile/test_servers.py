@@ -65,10 +65,10 @@ UNESCAPED = ("\x1b", "\x07", "\x9b")
 
 
 @contextmanager
-def dialling(scene: Scene, port: int) -> Iterator[Daemon]:
+def dialling(scene: Scene, port: int, transport: str = "asyncssh") -> Iterator[Daemon]:
     """A worker whose head is at that port of its own machine."""
     head = scene.cluster.configs["w2"]["head"]
-    head |= {"ssh": f"ray@127.0.0.1:{port}", "known_hosts": f"{HOME}/known"}
+    head |= {"transport": transport, "ssh": f"ray@127.0.0.1:{port}", "known_hosts": f"{HOME}/known"}
     name = "127.0.0.1" if port == 22 else f"[127.0.0.1]:{port}"
     scene.w2.write(f"{HOME}/known", f"{name} {scene.head.host_key}\n")
     daemon = scene.cluster.start_node("w2")
@@ -96,12 +96,15 @@ def shown(scene: Scene, *words: str) -> str:
     return ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_false_server(scene: Scene, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "transport"),
+    [*((mode, "asyncssh") for mode in MODES), ("disconnect", "openssh"), ("lines", "openssh")],
+)
+def test_a_false_server(scene: Scene, mode: str, transport: str) -> None:
     server = scene.start_as(scene.w2, 65534, SERVER, mode, PORT)
     until(lambda: "listening" in server.log.read_text(), 20, scene.lab.tails)
     try:
-        with dialling(scene, PORT) as daemon:
+        with dialling(scene, PORT, transport) as daemon:
             daemon.wait_status(lambda s: True, 30)
             with scene.attack(on=daemon, memory=48 * MEGABYTE, log=60_000):
                 code = complaint(daemon, mode)
