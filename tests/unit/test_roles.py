@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import shutil
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from rayfwd import codes
-from rayfwd.config import LogConfig
+from rayfwd.config import LogConfig, load
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
+from rayfwd.daemon.worker import WorkerRole
 from rayfwd.hub.peers import TELLINGS
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray import token
@@ -26,7 +28,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE, Chunk
-from rayfwd.session.handshake import Refusal, Welcome
+from rayfwd.session.handshake import CHANGES, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
@@ -34,7 +36,8 @@ from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
 from rayfwd.watch.conditions import Condition
-from tests.unit.cluster import answer_to, echo, goodbye, hello_of, serving
+from tests.unit import daemons
+from tests.unit.cluster import NETWORK, answer_to, echo, goodbye, hello_of, serving
 from tests.unit.daemons import (
     VERSIONS,
     Daemon,
@@ -795,5 +798,43 @@ def test_two_daemons_do_not_share_a_state_directory(tmp_path: Path) -> None:
                 await other.start()
             assert caught.value.problem.code == codes.ALREADY_RUNNING
             s.head = was
+
+    run(main)
+
+
+def test_what_is_told_before_the_first_welcome_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is not known until then: beside another cluster the usual one is that one's."""
+    asked: list[str] = []
+
+    class Claim(daemons.NoClaim):
+        def take(self, network: str) -> bool:
+            asked.append(network)
+            return network != "127.77.0.0/16"
+
+    monkeypatch.setattr(daemons, "NoClaim", Claim)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            await s.ready()
+            await until(lambda: len(s.head.role.node.view.nodes) == 3)
+            plans = {plan.name: plan.to_wire() for plan in s.head.role.node.view.nodes}
+            w1 = s.workers["w1"]
+            await w1.stop()
+            shutil.rmtree(w1.directory / "state")
+            asked.clear()
+            config = load(w1.file)
+            config.state_dir.mkdir(parents=True)
+            role = WorkerRole(config, w1._makers())
+            role._hear_changes(messages.NodesChanged((plans["w2"],), ()))
+            assert asked == []
+            assert [node.name for node in role.node.view.nodes] == []
+            known = (plans["head"], plans["w1"])
+            welcome = Welcome("0", plans["w1"], known, NETWORK, 9.0, features=frozenset({CHANGES}))
+            role.welcomed(welcome)
+            assert asked == [NETWORK]
+            assert {node.name for node in role.node.view.nodes} == {"head", "w1", "w2"}
 
     run(main)

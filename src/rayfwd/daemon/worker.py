@@ -269,7 +269,8 @@ class WorkerRole:
             return
         view = self._node.view
         if CHANGES in welcome.features:
-            nodes = changed(view.nodes, nodes, ())  # all are told of in a moment
+            # All are told of in a moment, or were just before.
+            nodes = changed(self._told_nodes or view.nodes, nodes, ())
         versions, auth = view.head_versions, view.auth
         if welcome.ray is not None and welcome.python is not None:
             versions = Versions(welcome.ray, welcome.python)
@@ -290,10 +291,10 @@ class WorkerRole:
 
     def _set_view(self, view: ClusterView) -> None:
         """Where the network is another cluster's on this machine: without the nodes, so that
-        nothing listens in it."""
+        nothing listens in it. So it is before the first WELCOME, which says what the network is."""
         if view.nodes:
             self._told_nodes = view.nodes
-            if not self._node.claim.take(view.network):
+            if view.own is None or not self._node.claim.take(view.network):
                 view = replace(view, nodes=())
         if view.own is not None and view.nodes:
             self._node.ray.set_plan(

@@ -54,7 +54,8 @@ above=$PREFIX
 while [ ! -d "$above" ]; do above=$(dirname "$above"); done
 say free "$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $4 }')"
 [ -d /run/systemd/system ] && say systemd system
-[ -d /run/systemd/system ] && [ "$(id -u)" != 0 ] &&
+# A user's manager that does not linger ends with our own connection.
+[ -d /run/systemd/system ] && [ "$(id -u)" != 0 ] && [ -e "/var/lib/systemd/linger/$(id -un)" ] &&
   systemctl --user show-environment >/dev/null 2>&1 && say systemd user
 for uv in "$(command -v uv 2>/dev/null)" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
   [ -n "$uv" ] && [ -x "$uv" ] && say uv "$uv" && break

@@ -105,7 +105,8 @@ def layout_of(service: bool) -> Layout:
     """Where things go here. `service`: a service manager has the daemon."""
     layout = find_places(None)
     if service or not layout.system:
-        runtime = layout.runtime if service else default_runtime_dir(os.environ)
+        # What is below /run/user goes at logout.
+        runtime = layout.runtime if service else layout.state / "run"
         return replace(layout, runtime=runtime)
     # As root, where no systemd runs: root's own, as in a container.
     return replace(layout, system=False, secrets=layout.state, runtime=default_runtime_dir({}))
@@ -238,7 +239,6 @@ def start(service: bool, anew: bool) -> dict[str, Any]:
     if not service:
         return _start_in_background(layout, anew)
     words = applying.manager(layout)
-    linger = "" if layout.system else _linger()
     active = subprocess.run(
         [*words, "is-active", "--quiet", "rayfwd"], check=False, timeout=STOP_SECONDS
     )
@@ -247,26 +247,8 @@ def start(service: bool, anew: bool) -> dict[str, Any]:
         verb = ["restart", "--no-block"] if anew else ["enable"]
     command([*words, *verb, "rayfwd"])
     came = "runs" if active.returncode == 0 and not anew else "started"
-    kind = "the machine's service" if layout.system else "a service of this user's"
-    return {"came": came, "how": kind + linger}
-
-
-def _linger() -> str:
-    """Have the user's service outlive a logout; what is to be said of it."""
-    user = own_account().name
-    try:
-        asked = subprocess.run(
-            ["loginctl", "enable-linger"],
-            check=False,
-            capture_output=True,
-            timeout=20,
-            stdin=subprocess.DEVNULL,
-        )
-        if asked.returncode == 0:
-            return ", lingers"
-    except (OSError, subprocess.TimeoutExpired):
-        pass
-    return f"; it ends at logout until root says `loginctl enable-linger {user}` there"
+    kind = "the machine's service" if layout.system else "a service of this user's, who lingers"
+    return {"came": came, "how": kind}
 
 
 def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
