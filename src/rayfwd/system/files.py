@@ -81,6 +81,8 @@ def _sync(directory: Path) -> None:
 MOST_READ = 64 << 20
 """Bytes of a file that is read whole: no state of ours has a tenth of it, and one with a hole may
 have any size."""
+PIECE = 64 << 10
+"""Bytes that are read at once: a buffer as large as the most would be made for every file."""
 
 
 def read_regular(path: Path, most: int = 0) -> bytes:
@@ -97,9 +99,12 @@ def read_regular(path: Path, most: int = 0) -> bytes:
         if most:
             file.seek(max(0, found.st_size - most))
             return file.read(most)
-        if found.st_size > MOST_READ or len(data := file.read(MOST_READ + 1)) > MOST_READ:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        return data
+        data = bytearray()
+        while found.st_size <= MOST_READ >= len(data):
+            if not (more := file.read(PIECE)):
+                return bytes(data)
+            data += more
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
 
 def digest(data: bytes) -> str:

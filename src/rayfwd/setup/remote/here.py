@@ -140,7 +140,7 @@ class Head:
             line = keys.forced_line(self.attach_words(name), key, name)
         except (ValueError, asyncssh.Error):
             raise codes.ADD_FAILED.error(
-                f"{name} told no SSH key: {key[:60]!r}", "say the same again"
+                f"what {name} told is no SSH key, but {key[:60]!r}", "say the same again"
             ) from None
         return keys.authorize(self._home, line, name)
 
