@@ -39,11 +39,17 @@ def wait_for_port(port: int, seconds: float = 20.0) -> None:
         time.sleep(0.05)
 
 
+def environment(compiled: Path | None) -> dict[str, str]:
+    """Of a process of ours, which runs the compiled rayfwd that is unpacked there, or as it is."""
+    return dict(os.environ) if compiled is None else {**os.environ, "PYTHONPATH": str(compiled)}
+
+
 class Processes:
     """The processes of a contestant, ended by their ids."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: Path | None = None) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
+        self._env = environment(compiled)
 
     def start(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
@@ -53,6 +59,7 @@ class Processes:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=BENCH.parent,
+                env=self._env,
             )
         self.running.append(process)
         return process
@@ -118,6 +125,7 @@ class Sshd:
                 "-h", str(directory / "host"), "-p", str(self.port),
                 "-o", "ListenAddress=127.0.0.1", "-o", f"AuthorizedKeysFile={authorized}",
                 "-o", "StrictModes=no", "-o", "PidFile=none",
+                "-o", "SetEnv=SHLVL=2",  # root's own startup files are no part of it
             ],
             directory / "sshd.log",
         )  # fmt: skip
@@ -187,13 +195,15 @@ def rayfwd(
     workers: int = 1,
     reach: str = "exec",
     carrier: str = "",
+    compiled: Path | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """A head's and a worker's daemon; with two workers the server is the second one's.
 
     `reach`: `head.via`; `exec` is what `rayfwd init` sets up. `carrier`: further lines of [head].
+    `compiled`: where the compiled rayfwd is unpacked that the daemons run.
     """
     port = free_port()
-    processes = Processes()
+    processes = Processes(compiled)
     (directory / "ssh_config").write_text(
         f"Host head\n  HostName 127.0.0.1\n  Port {via}\n"
         f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n  UserKnownHostsFile {sshd.known_hosts}\n"
@@ -268,9 +278,11 @@ def wait_until_up(config: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def hub_alone(server: int, directory: Path, port_base: int = 24000) -> Iterator[tuple[Path, int]]:
+def hub_alone(
+    server: int, directory: Path, port_base: int = 24000, compiled: Path | None = None
+) -> Iterator[tuple[Path, int]]:
     """A head's daemon without workers: the hub's socket, and the daemon's process."""
-    processes = Processes()
+    processes = Processes(compiled)
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     (directory / "head.toml").write_text(
         f"role = 'head'\nname = 'head'\nexpose = [{server}]\n"

@@ -45,6 +45,7 @@ UNITS = {
     "processor": "% of a core",
     "memory": "MB",
     "messages": "echoes/s",
+    "processor for a message": "µs",
     "processor, in use": "% of a core",
     "memory, in use": "MB",
     "until all know all": "s",
@@ -54,6 +55,8 @@ UNITS = {
 TITLES = {
     "near": "Beside each other on one machine",
     "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
+    "compiled": "Interpreted and compiled, beside each other",
+    "compiled-hub": "The messages of a hub with 50 workers and 1,000 streams",
     "far": "One bulk stream, 50 ms there and back",
     "levels": "The overlay beside the listeners, between two machines of the lab",
     "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import contestants, levels, page, peers, rays
 from bench.page import GCM, REFERENCE, Results
+from tests import setup_wheel
 from tests.lab.machines import Lab
 
 MB = 1 << 20
@@ -51,14 +53,24 @@ class Bench:
         self.sshd.close()
         end(self._serving)
 
-    def python(self, module: str, *args: object) -> subprocess.Popen[str]:
+    def python(
+        self, module: str, *args: object, compiled: Path | None = None
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", module, *map(str, args)],
             cwd=page.ROOT,
+            env=contestants.environment(compiled),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def unpacked(self) -> Path:
+        """The compiled rayfwd."""
+        folder = self.directory / "compiled"
+        with zipfile.ZipFile(setup_wheel.make()) as wheel:
+            wheel.extractall(folder)
+        return folder
 
     def place(self) -> Path:
         """A directory for one contestant of one round."""
@@ -147,6 +159,40 @@ def carriers(bench: Bench) -> Results:
     return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
 
 
+def compiled(bench: Bench) -> Results:
+    """Interpreted and compiled, in turns: streams and round trips, and the messages of a hub."""
+    unpacked = bench.unpacked()
+    sshd, server = bench.sshd, bench.server
+    names = (REFERENCE, "rayfwd")
+    ways = {name: make for name, make in bench.ways().items() if name in names}
+    ways["rayfwd, compiled"] = lambda via, d: contestants.rayfwd(
+        sshd, via, server, d, compiled=unpacked
+    )
+    return bench.each(ways, sshd.port, lambda port, pids: _looked_near(bench, port, pids))
+
+
+def compiled_hub(bench: Bench) -> Results:
+    """The messages of a hub with 50 workers, interpreted and compiled, in turns.
+
+    The workers are compiled both times, so that they are quicker than the hub.
+    """
+    unpacked = bench.unpacked()
+    results: Results = defaultdict(lambda: defaultdict(list))
+    for _ in range(bench.rounds):
+        for name, code in (("interpreted", None), ("compiled", unpacked)):
+            port = contestants.free_port()
+            with contestants.hub_alone(port, bench.place(), compiled=code) as (path, pid):
+                many = bench.python("bench.many", path, port, 50, 1000, compiled=unpacked)
+                try:
+                    assert many.stdout is not None
+                    assert many.stdout.readline() == "ready\n", name
+                    _in_use(results[name], many, pid)
+                finally:
+                    end(many)
+            print(f"{name}: {dict(results[name])}", flush=True)
+    return results
+
+
 def far(bench: Bench) -> Results:
     """One bulk stream where a round trip takes 50 ms."""
 
@@ -194,23 +240,32 @@ def hub(bench: Bench) -> Results:
         with contestants.hub_alone(port, bench.place()) as (path, pid):
             many = bench.python("bench.many", path, port, links, links * 20)
             try:
-                assert many.stdin is not None
                 assert many.stdout is not None
                 assert many.stdout.readline() == "ready\n", name
                 time.sleep(5)
                 row = results[name]
                 row["processor"].append(share(pid, 15))
                 row["memory"].append(memory(pid))
-                before = contestants.nanoseconds(pid)
-                many.stdin.write("5\n")
-                many.stdin.flush()
-                row["messages"].append(int(many.stdout.readline()) / 5)
-                row["processor, in use"].append((contestants.nanoseconds(pid) - before) / 5e7)
-                row["memory, in use"].append(memory(pid))
+                _in_use(row, many, pid)
             finally:
                 end(many)
         print(f"{name}: {dict(results[name])}", flush=True)
     return results
+
+
+def _in_use(row: dict[str, list[float]], many: subprocess.Popen[str], pid: int) -> None:
+    """Five seconds of every stream in use, at the hub's process `pid`."""
+    assert many.stdin is not None
+    assert many.stdout is not None
+    before = contestants.nanoseconds(pid)
+    many.stdin.write("5\n")
+    many.stdin.flush()
+    echoes = int(many.stdout.readline())
+    spent = contestants.nanoseconds(pid) - before
+    row["messages"].append(echoes / 5)
+    row["processor for a message"].append(spent / 1e3 / echoes)
+    row["processor, in use"].append(spent / 5e7)
+    row["memory, in use"].append(memory(pid))
 
 
 def joins(bench: Bench) -> Results:
@@ -295,6 +350,8 @@ def idle_ray(bench: Bench) -> Results:
 PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
     "openssh": carriers,
+    "compiled": compiled,
+    "compiled-hub": compiled_hub,
     "far": far,
     "levels": levels_beside,
     "ray": ray,
