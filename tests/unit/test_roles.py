@@ -17,6 +17,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import LogConfig, load
+from rayfwd.daemon import head as head_module
 from rayfwd.daemon import watching
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.daemon.worker import WorkerRole
@@ -224,6 +225,35 @@ def test_what_is_open_on_a_node_is_known_after_a_restart(tmp_path: Path) -> None
                 await until(lambda: known(head) and known(w2))
             await w1.stop()
             await until(lambda: w2.role.node.announced.ports("w1") is None)
+
+    run(main)
+
+
+def test_what_a_new_session_says_first_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the head sees to the session itself later: such news are gathered."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            w1, head = s.workers["w1"], s.head
+            await s.start()
+            own = w1.role.node.view.own
+            assert own is not None
+            port = free_port()
+            w1.listening.append(ListeningSocket(own.address, port, os.geteuid(), 1))
+            announced = head.role.node.announced
+            await until(lambda: announced.ports("w1") == frozenset({port}))
+            await w1.stop()
+            await until(lambda: announced.ports("w1") is None)
+            monkeypatch.setattr(head_module, "GATHER_SECONDS", 3.0)
+            head.head.hub_changed()
+            await asyncio.sleep(0.3)  # the next is three seconds after this one
+            await w1.start()
+            await until(lambda: announced.ports("w1") == frozenset({port}))
+            monkeypatch.undo()
+            await asyncio.sleep(3.5)
+            assert announced.ports("w1") == frozenset({port})
 
     run(main)
 

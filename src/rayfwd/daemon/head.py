@@ -558,6 +558,7 @@ class HeadRole:
 
     def _hear_open_ports(self, message: messages.OpenPorts, node: str) -> None:
         """Ports have opened and closed on a worker."""
+        self._begin_ports(node)
         if self._node.announced.hear(node, message):
             self._settle_ports()
             self._node.ports_changed_elsewhere()
@@ -590,9 +591,7 @@ class HeadRole:
         news, there = self._port_news, {self._own.name}
         due = news.put(self._own.name, self._node.open_ports)
         for name, node in self._hub.nodes.items():
-            if node.session != self._ports_of.get(name, ""):
-                self._ports_of[name] = node.session
-                self._node.announced.hear(name, None)  # a new session has said nothing yet
+            self._begin_ports(name)
             if node.state == "up":
                 there.add(name)
                 due |= news.put(name, self._node.announced.ports(name))
@@ -601,6 +600,14 @@ class HeadRole:
         if there != self._reached:
             self._reached = there
             self._node.reach_others()
+
+    def _begin_ports(self, name: str) -> None:
+        """Nothing is known of a new session before it says something: its first words may come
+        sooner than word of itself, which is gathered."""
+        node = self._hub.nodes.get(name)
+        if node is not None and node.session != self._ports_of.get(name, ""):
+            self._ports_of[name] = node.session
+            self._node.announced.hear(name, None)
 
     def _tell_ports_soon(self) -> None:
         if self._ports_due is None:
