@@ -7,7 +7,8 @@ tests/systemd/). Without them a test is skipped with a reason, or fails where RA
 run it. `alone` is for a file that measures how long something takes: where files run side by side
 (`pytest -n 4`), none runs beside it. `runs` names commands of the documents that a test runs
 (`tests/commands.py`), and `story` is for a file whose tests need those before them
-(`tests/stories.py`).
+(`tests/stories.py`). `thorough` is for what other tests show as well, another way, and takes long:
+it is run where RAYFWD_THOROUGH=1.
 """
 
 from __future__ import annotations
@@ -59,14 +60,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the tests in order, give them their markers, and leave out those that cannot be run here.
+    """Put the tests in order, give them their markers, and leave out those that are not to be run.
 
     What is compiled takes nothing in the place of its own parts: so it is faster.
     """
-    if build.code() == build.COMPILED:
-        not_run = [item for item in items if item.get_closest_marker("interpreted") is not None]
-        config.hook.pytest_deselected(items=not_run)
-        items[:] = [item for item in items if item not in not_run]
+    left_out = {"interpreted"} if build.code() == build.COMPILED else set()
+    if os.environ.get("RAYFWD_THOROUGH") != "1":
+        left_out.add("thorough")
+    not_run = [item for item in items if any(m.name in left_out for m in item.iter_markers())]
+    config.hook.pytest_deselected(items=not_run)
+    items[:] = [item for item in items if item not in not_run]
     place = {name: index for index, name in enumerate(ORDER)}
     items.sort(key=lambda item: place.get(folder(item), len(ORDER)))
     for item in items:

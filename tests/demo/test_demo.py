@@ -44,7 +44,13 @@ def test_the_box_sees_what_is_left(box: Box) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("uid", [None, NOBODY], ids=["as ourselves", "as nobody"])
+@pytest.mark.parametrize(
+    "uid",
+    [
+        pytest.param(None, id="as ourselves"),
+        pytest.param(NOBODY, id="as nobody", marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.runs("rayfwd demo")
 def test_to_its_end(box: Box, uid: int | None) -> None:
     need("another user can only be had by root" if uid and os.geteuid() != 0 else None)

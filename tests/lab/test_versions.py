@@ -17,7 +17,9 @@ VERSIONS = ("2.9.3", "2.40.0")
 pytestmark = pytest.mark.ray(*VERSIONS)
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
+@pytest.fixture(
+    scope="module", params=["2.9.3", pytest.param("2.40.0", marks=pytest.mark.thorough)]
+)
 def cluster(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:

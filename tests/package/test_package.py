@@ -73,7 +73,7 @@ def test_the_wheel_has_what_is_not_python(built: dict[str, Path]) -> None:
     assert not [name for name in names if name.startswith(("tests/", "tools/", "bench/"))]
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.thorough)])
 def test_it_is_installed_and_runs(built: dict[str, Path], kind: str, tmp_path: Path) -> None:
     env = tmp_path / "env"
     run(sys.executable, "-m", "venv", env, cwd=tmp_path)
