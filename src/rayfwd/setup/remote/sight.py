@@ -1,6 +1,6 @@
 """What a machine is, looked at by its shell alone: it may have no Python yet (pure but for names).
 
-`SCRIPT` prints a line each, a key and its value; `read` makes a `Sight` of them.
+`script` prints a line each, a key and its value; `read` makes a `Sight` of them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
+
+_INDEX = {"yes": "reaches a package index", "no": "does not reach a package index"}
 
 OLDEST_PYTHON = (3, 11)
 """That rayfwd runs with."""
@@ -25,12 +28,13 @@ reach() {
     command -v $tool >/dev/null 2>&1 && break
   done
   case $tool in
-    curl) curl -sI -m 3 -o /dev/null https://pypi.org/simple/ && echo yes || echo no;;
-    wget) wget -q --spider -T 3 -t 1 https://pypi.org/simple/ 2>/dev/null && echo yes || echo no;;
+    curl) curl -sI -m 3 -o /dev/null "$index" && echo yes || echo no;;
+    wget) wget -q --spider -T 3 -t 1 "$index" 2>/dev/null && echo yes || echo no;;
   esac
 }
 net=unknown
-(command -v curl || command -v wget) >/dev/null 2>&1 && net=$(reach)
+index=${PIP_INDEX_URL:-@INDEX@}
+[ -n "$index" ] && (command -v curl || command -v wget) >/dev/null 2>&1 && net=$(reach)
 say system "$( (. /etc/os-release 2>/dev/null && echo "$PRETTY_NAME") || uname -s)"
 say machine "$(uname -m)"
 say kernel "$(uname -s)"
@@ -76,7 +80,18 @@ exit 0
 def script(prefix: str | None, rays: Sequence[str]) -> str:
     """What the machine's shell is to run. `rays`: where Ray may be, the likeliest first."""
     text = _SCRIPT.replace("@PREFIX@", shlex.quote(prefix or "")).replace("@MARKER@", MARKER)
+    text = text.replace("@INDEX@", _usual_index())
     return text.replace("@RAYS@", " ".join(map(shlex.quote, rays)))
+
+
+def _usual_index() -> str:
+    """Where pip looks unless it is told otherwise, as the pip of this environment has it; empty:
+    there is none, or it does not say."""
+    try:
+        where = str(import_module("pip._internal.models.index").PyPI.simple_url)
+    except (ImportError, AttributeError):
+        return ""
+    return where if re.fullmatch(r"https://[\w./-]+", where) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +128,7 @@ class Sight:
     """Bytes on the disk where rayfwd goes."""
     libc: str
     index: str
-    """Whether it reaches pypi.org: `yes`, `no`, `unknown`."""
+    """Whether it reaches its package index: `yes`, `no`, `unknown`."""
     prefix: str
     there: bool
     """Something is in the place of our directory."""
@@ -146,7 +161,7 @@ class Sight:
             f"{self.gpus} GPUs",
             f"Python {python.version}" if python else "no Python",
             f"{self.free / 1e9:.1f} GB free",
-            {"yes": "reaches pypi.org", "no": "does not reach pypi.org"}.get(self.index, ""),
+            _INDEX.get(self.index, ""),
             "systemd" if self.systemd else "no service manager",
         ]
         return ", ".join(filter(None, words))
