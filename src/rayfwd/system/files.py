@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -83,6 +84,17 @@ MOST_READ = 64 << 20
 have any size."""
 PIECE = 64 << 10
 """Bytes that are read at once: a buffer as large as the most would be made for every file."""
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """For one process at a time, as long as all of them ask here. Raises OSError."""
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def read_regular(path: Path, most: int = 0) -> bytes:

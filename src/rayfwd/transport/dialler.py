@@ -15,7 +15,6 @@ from typing import cast
 from rayfwd.config import DialConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
-from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
 from rayfwd.transport.held import Held, said_of
@@ -23,16 +22,11 @@ from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
     HANDSHAKE_TIMEOUT,
-    LASTED_SECONDS,
-    REDIAL_FIRST,
-    REDIAL_LAST,
-    REDIAL_PARKED,
     URGENT_HANDSHAKE,
-    counted_rest,
     within_time,
 )
 from rayfwd.transport.sshproblems import why_no_answer
-from rayfwd.transport.urgency import AdaptiveTimeout, rest
+from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.writev import write
 
 log = get_logger(__name__)
@@ -89,24 +83,12 @@ class Dialler(Held):
         self._carrier.close()
 
     async def _hold(self, number: int) -> None:
-        backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
-        loop = asyncio.get_running_loop()
         kept = Kept()
-        while not self._closing:
-            if number:
-                await self._standing.wait()
-            began, counted = loop.time(), 0.0
-            try:
-                await self._one(number, kept)
-                if loop.time() - began > LASTED_SECONDS:
-                    backoff.reset()
-            except ProblemError as exc:
-                counted = counted_rest(exc.problem.code)
-                self._met(of_worker(exc.problem), worker=self.called)
-            seconds = max(
-                counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
-            )
-            await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
+        await self._redial(
+            lambda: self._one(number, kept),
+            lambda problem: self._met(of_worker(problem), worker=self.called),
+            follows=number > 0,
+        )
 
     async def _one(self, number: int, kept: Kept) -> None:
         """Dial, and stay until it is over. Raises ProblemError."""

@@ -1,12 +1,21 @@
-"""What the head holds to another machine: a failure said once, and a hurry while it is missed."""
+"""What the head holds to another machine: redialled, a failure said once, a hurry when missed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
-from rayfwd.problems import Problem
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
+from rayfwd.transport.link import (
+    LASTED_SECONDS,
+    REDIAL_FIRST,
+    REDIAL_LAST,
+    REDIAL_PARKED,
+    counted_rest,
+)
+from rayfwd.transport.urgency import rest
 
 log = get_logger(__name__)
 
@@ -53,6 +62,32 @@ class Held:
     @property
     def stands(self) -> bool:
         return self._standing.is_set()
+
+    async def _redial(
+        self,
+        one: Callable[[], Awaitable[None]],
+        met: Callable[[Problem], None],
+        follows: bool = False,
+    ) -> None:
+        """Make one connection after the other. `one` returns when one that stood is over. What it
+        raises, a ProblemError, `met` hears of. `follows`: only while another one stands."""
+        backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
+        loop = asyncio.get_running_loop()
+        while not self._closing:
+            if follows:
+                await self._standing.wait()
+            began, counted = loop.time(), 0.0
+            try:
+                await one()
+                if loop.time() - began > LASTED_SECONDS:
+                    backoff.reset()
+            except ProblemError as exc:
+                counted = counted_rest(exc.problem.code)
+                met(exc.problem)
+            seconds = max(
+                counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
+            )
+            await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
 
     def _now_stands(self) -> bool:
         """Whether that is news."""

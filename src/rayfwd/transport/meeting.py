@@ -16,22 +16,16 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import MeetConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.held import Held, said_of
 from rayfwd.transport.link import (
     HANDSHAKE_TIMEOUT,
-    LASTED_SECONDS,
-    REDIAL_FIRST,
-    REDIAL_LAST,
-    REDIAL_PARKED,
     URGENT_HANDSHAKE,
-    counted_rest,
     within_time,
 )
 from rayfwd.transport.places import place_of
 from rayfwd.transport.ssh import CHANNEL_WINDOW, SshConnector
-from rayfwd.transport.urgency import AdaptiveTimeout, rest
+from rayfwd.transport.urgency import AdaptiveTimeout
 
 log = get_logger(__name__)
 
@@ -67,21 +61,9 @@ class Meeting(Held):
         return super().problem or self._no_sshd
 
     async def run(self) -> None:
-        backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
-        loop = asyncio.get_running_loop()
-        while not self._closing:
-            began, counted = loop.time(), 0.0
-            try:
-                await self._one()
-                if loop.time() - began > LASTED_SECONDS:
-                    backoff.reset()
-            except ProblemError as exc:
-                counted = counted_rest(exc.problem.code)
-                self._met(of_meeting(exc.problem), place=self.called)
-            seconds = max(
-                counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
-            )
-            await rest(self._urgent, seconds, max(counted, min(seconds, REDIAL_FIRST)))
+        await self._redial(
+            self._one, lambda problem: self._met(of_meeting(problem), place=self.called)
+        )
 
     def close(self) -> None:
         """Dial no more, and give up what stands."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import ipaddress
 import json
 import os
@@ -28,7 +27,7 @@ from rayfwd.setup.steps import Key
 from rayfwd.status import Status
 from rayfwd.system.asuser import own_account
 from rayfwd.system.control import ask
-from rayfwd.system.files import read_regular, replace_file
+from rayfwd.system.files import locked, read_regular, replace_file
 from rayfwd.transport.ssh import SshConnector
 
 RECORD = "added.json"
@@ -173,15 +172,11 @@ class Head:
         """None: no more. Raises ProblemError."""
         path = self.config.state_dir / RECORD
         try:
-            lock = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(path.parent):
                 data = {k: v for k, v in self.added().items() if k != name}
                 if entry is not None:
                     data[name] = entry
                 replace_file(path, json.dumps(data, indent=1).encode() + b"\n")
-            finally:
-                os.close(lock)
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",

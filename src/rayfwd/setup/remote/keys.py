@@ -6,8 +6,6 @@ Other lines are left as they are, byte by byte.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from pathlib import Path
 import asyncssh
 
 from rayfwd import codes
-from rayfwd.system.files import write_new
+from rayfwd.system.files import locked, write_new
 
 MARK = "rayfwd-add"
 """Before the name, at the end of a line."""
@@ -68,12 +66,8 @@ def _opened(home: Path) -> Iterator[Path]:
     folder = home / ".ssh"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder):
             yield (folder / "authorized_keys").resolve()
-        finally:
-            os.close(lock)
     except OSError as exc:
         raise codes.SETUP_FAILED.error(
             f"{folder / 'authorized_keys'}: {exc.strerror or exc}",
