@@ -215,8 +215,8 @@ class RaySupervisor:
     def own_start(self) -> str | None:
         """Which start of Ray this is, for the workers of a head. None: not known, or its nodes are
         kept in a Redis, from where the next start has them."""
-        env = {**os.environ, **self._config.ray.env}
-        if self._process is None or env.get(REDIS_VARIABLE):
+        redis = self._config.ray.env.get(REDIS_VARIABLE, os.environ.get(REDIS_VARIABLE))
+        if self._process is None or redis:
             return None
         return self._process.start
 
