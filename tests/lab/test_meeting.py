@@ -51,6 +51,9 @@ def test_ray_works_by_it(cluster: Cluster) -> None:
     assert len(listening.splitlines()) == 2, "sshd's are the only ports there"
 
 
+@pytest.mark.runs(
+    "rayfwd init head --meet * --ray *", "rayfwd init worker --head * --meet * --ray *"
+)
 def test_init_prints_what_goes_where(cluster: Cluster) -> None:
     lab, third = cluster.lab, cluster.lab.machine("w2")
     for name, role in (("head", ["head"]), ("w1", ["worker", "--head", "ray@the-head"])):
