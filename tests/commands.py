@@ -72,8 +72,16 @@ def is_run(command: str, ran: Iterable[Sequence[str]]) -> bool:
 
 def matches(command: str, named: str) -> bool:
     """Whether a document's command is the one that a test names: word by word, `*` is any word."""
-    words, patterns = command.split(), named.split()
+    words, patterns = _words(command), _words(named)
     return len(words) == len(patterns) and all(map(fnmatchcase, words, patterns))
+
+
+def _words(command: str) -> list[str]:
+    """As a shell takes them; a command with half a quotation, by its spaces."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
 
 
 def _in_order(wanted: Sequence[str], words: Sequence[str]) -> bool:

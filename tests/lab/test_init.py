@@ -119,6 +119,7 @@ def test_the_line_is_exact(line: str) -> None:
     "rayfwd init worker",
     "rayfwd run",
     "rayfwd status",
+    "rayfwd status --json",
 )
 def test_the_link_stands_with_that_key_alone(lab: Lab, linked: None) -> None:
     said = lab.machine("head").run([str(lab.rayfwd), "status", "--json"], check=False).stdout

@@ -255,12 +255,13 @@ def test_nothing_is_left_when_it_ends(overlay: Overlay) -> None:
     assert overlay.left() == (False, False)
 
 
+@pytest.mark.runs("rayfwd overlay --remove *")
 def test_a_killed_keepers_overlay_is_removed_by_the_next_command(overlay: Overlay) -> None:
     keeper = overlay.start()
     assert overlay.ask("up", RULES.to_wire()) == {}
     keeper.signal(signal.SIGKILL)
     keeper.wait(20)
     assert overlay.left() == (True, True)
-    argv = [overlay.rayfwd, "overlay", SOCKET, "--remove"]
+    argv = [overlay.rayfwd, "overlay", "--remove", SOCKET]
     overlay.machine.run(argv, user="root")
     assert overlay.left() == (False, False)

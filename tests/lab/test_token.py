@@ -186,7 +186,7 @@ def blocks_after_a_break_in() -> list[str]:
     return [re.sub(r"(?m)^    ", "", block) for block in found]
 
 
-@pytest.mark.runs("rayfwd forget *")
+@pytest.mark.runs("sed -i * ~/.ssh/authorized_keys", "pkill -u * sshd", "rayfwd forget *")
 def test_after_a_break_in(cluster: Cluster) -> None:
     """Whoever has had w2 (its key, its token, a connection that stands) has nothing any more."""
     head, w1, w2 = cluster.lab.machines

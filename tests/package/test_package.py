@@ -94,6 +94,7 @@ def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
     run(*pip, RAY, built["wheel"], cwd=tmp_path)
 
 
+@pytest.mark.runs("uv tool install *")
 def test_uv_installs_it(built: dict[str, Path], tmp_path: Path) -> None:
     """With its own resolver; what it needs was fetched as pip is set up to."""
     env, wheels = tmp_path / "env", tmp_path / "wheels"

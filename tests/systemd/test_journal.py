@@ -114,6 +114,35 @@ def test_the_documents_ways_to_read_it(worker: Machine) -> None:
     assert "plan_received" not in said("-p", "warning")
 
 
+@pytest.mark.runs(
+    "journalctl -u rayfwd EVENT=lane_lost NODE=*",
+    "journalctl -u rayfwd-ray",
+    "journalctl -u rayfwd-net",
+    "systemctl status rayfwd-ray",
+    "systemctl start rayfwd-ray",
+    "systemctl start rayfwd",
+    "systemctl reload ssh",
+    "systemctl enable --now ssh",
+)
+def test_the_units_that_remedies_name(stages: Stages, worker: Machine) -> None:
+    """Each is there under that name. What runs goes on: to start it again changes nothing."""
+    head = stages.cluster.head
+    lost = ["journalctl", "--no-pager", "-u", "rayfwd", "EVENT=lane_lost", "NODE=worker"]
+    assert "lane_lost" in head.run(lost).stdout
+    for unit in ("rayfwd-ray", "rayfwd-net"):
+        said = worker.run(["journalctl", "--no-pager", "-u", unit]).stdout
+        assert f"{unit}.service" in said
+    assert "Active: active" in worker.systemctl("status", "rayfwd-ray")
+    before = {unit: worker.show(unit)["InvocationID"] for unit in ("rayfwd", "rayfwd-ray")}
+    for unit in before:
+        worker.systemctl("start", unit)
+    assert {unit: worker.show(unit)["InvocationID"] for unit in before} == before
+    head.systemctl("reload", "ssh")
+    head.systemctl("enable", "--now", "ssh")
+    assert head.show("ssh")["ActiveState"] == "active"
+    assert worker.show()["ActiveState"] == "active"
+
+
 def test_what_ray_writes_is_tamed(worker: Machine) -> None:
     """Colours, a line of 300 kB, and more lines than anybody reads."""
     line = {name: f"{name}-marker" for name in ("coloured", "long", "many")}

@@ -58,6 +58,7 @@ def nodes(head: Machine) -> list[str]:
 @pytest.mark.runs(
     "systemctl disable --now rayfwd",
     "rayfwd init head",
+    "install -D -m 0600 roster.json /var/lib/rayfwd/roster.json",
     "rayfwd init worker --head * --fingerprint *",
     "systemctl restart rayfwd",
     "systemctl enable --now --no-block rayfwd",
@@ -67,7 +68,7 @@ def test_the_head_moves(moved: Cluster, head: Machine, heir: Machine, worker: Ma
     head.systemctl("disable", "--now", "rayfwd")
     heir.run(["rayfwd", "init", "head", "--ray", RAY])
     heir.write("/root/roster.json", head.read(ROSTER))
-    heir.run(["install", "-D", "-m", "0600", "/root/roster.json", ROSTER])
+    heir.run(["sh", "-c", f"cd /root && install -D -m 0600 roster.json {ROSTER}"])
     heir.run(["install", "-d", "-m", "0700", "/home/ray/.ssh"], user="ray")
     heir.write(KEYS, head.read(KEYS), "ray", 0o600)
     start(heir)

@@ -134,6 +134,7 @@ def test_killed_it_leaves_nothing_and_is_there_again(auto: Cluster, port: int) -
     wait_dialled(auto.head, port)
 
 
+@pytest.mark.runs("systemctl stop rayfwd-net", "systemctl start rayfwd-net")
 def test_stopped_it_leaves_nothing(auto: Cluster, port: int) -> None:
     """The daemon says so, and goes on with it as soon as it is started."""
     head = auto.head

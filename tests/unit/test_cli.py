@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -481,7 +482,7 @@ def test_forget_without_a_daemon(head_file: Path, tmp_path: Path, capsys: Any) -
     assert "no worker named w1" in capsys.readouterr().out
 
 
-@pytest.mark.runs("rayfwd forget *")
+@pytest.mark.runs("rayfwd forget *", "rayfwd forget")
 def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path, capsys: Any) -> None:
     Roster(tmp_path / "roster.json", HEAD, NETWORK, 20000).join("w1", KEY, 92, None)
     told = Forgotten(node="w1", token="turned", restarted=("h", "w2"), away=("w3",)).to_wire()
@@ -586,7 +587,7 @@ def read_all(end: socket.socket) -> bytes:
     return bytes(out)
 
 
-@pytest.mark.runs("rayfwd attach")
+@pytest.mark.runs("rayfwd attach", "rayfwd attach --socket *")
 def test_attach_carries_bytes_both_ways_at_once(tmp_path: Path) -> None:
     up, down = os.urandom(5_000_000), os.urandom(7_000_000)
     with attached(tmp_path / "hub.sock") as (process, end):
@@ -813,19 +814,20 @@ TOLD = {
 }
 
 
-@pytest.mark.runs("rayfwd env")
+@pytest.mark.runs("rayfwd env", "eval *")
 def test_env_is_for_a_shell(tmp_path: Path) -> None:
     """What the shell has stays, but for hosts without a proxy, which come together."""
     file = write(tmp_path, 'role = "head"\n')
     mine = {**os.environ, "GLOO_SOCKET_IFNAME": "eth7", "NO_PROXY": "intranet,localhost"}
     for name in ("RAY_ADDRESS", "VLLM_HOST_IP"):
         mine.pop(name, None)
+    program = shlex.join([sys.executable, "-m", "rayfwd"])
+    shell = f'rayfwd() {{ {program} "$@" --config {shlex.quote(str(file))}; }}\n'
+    shell += 'eval "$(rayfwd env)"\n'
+    shell += 'printf "%s|" "$RAY_ADDRESS" "$GLOO_SOCKET_IFNAME" "$NO_PROXY" "$VLLM_HOST_IP"'
     with daemon(tmp_path, environment=TOLD):
-        said = rayfwd("env", "--config", file, env=mine)
-    assert said.returncode == 0, said.stderr
-    shell = f'{said.stdout}\nprintf \'%s|\' "$RAY_ADDRESS" "$GLOO_SOCKET_IFNAME" '
-    shell += '"$NO_PROXY" "$VLLM_HOST_IP"'
-    ran = subprocess.run(["sh", "-c", shell], env=mine, capture_output=True, text=True)
+        ran = subprocess.run(["sh", "-c", shell], env=mine, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("|")[:4] == [
         "127.77.0.1:6379",
         "eth7",

@@ -75,6 +75,16 @@ def test_site_is_built_from_the_documents() -> None:
     assert "-m tools.site" in dry("site")
 
 
+@pytest.mark.runs("make bench")
+def test_bench_measures_in_this_checkout() -> None:
+    assert "-m bench.run" in dry("bench")
+
+
+@pytest.mark.runs("make recording")
+def test_recording_is_of_the_demo() -> None:
+    assert re.search(r"-m tools.recording \S+/ray-[\d.]+/bin/ray", dry("recording"))
+
+
 @pytest.mark.runs("make clean")
 def test_clean_removes_what_was_made_here_and_nothing_else() -> None:
     removed = {word for line in dry("clean").splitlines() for word in line.split()[2:]}

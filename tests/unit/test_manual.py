@@ -108,7 +108,7 @@ def test_zsh_takes_it_for_the_commands_completion() -> None:
     assert told_by("zsh", "-f", "-c", look) == "_rayfwd\n"
 
 
-@pytest.mark.runs("rayfwd explain *")
+@pytest.mark.runs("rayfwd explain *", "rayfwd explain")
 def test_explain_shows_the_section(capsys: Any) -> None:
     assert main(["explain", "ray_died"]) == 0
     said = capsys.readouterr().out
