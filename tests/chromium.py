@@ -148,7 +148,7 @@ async def browser() -> AsyncIterator[Browser]:
             "--no-proxy-server",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, MAP evil.test 127.0.0.1",
             "--lang=en",
-            env={**os.environ, "HOME": home, "TZ": "UTC", "LC_ALL": "C.UTF-8"},
+            env={**os.environ, "HOME": home, "TMPDIR": home, "TZ": "UTC", "LC_ALL": "C.UTF-8"},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,

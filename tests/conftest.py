@@ -30,8 +30,19 @@ from tests.stories import Stories
 from tests.times import Times
 
 ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
-"""Directories below tests/: the quick ones first, and last those with many files, so that whoever
-runs files side by side has some for everybody to the end."""
+"""Directories below tests/: the quick ones first."""
+
+LONG = (
+    *("lab/test_problems", "lab/test_libraries", "lab/test_stop_and_restart", "lab/test_token"),
+    *("lab/test_losses", "lab/test_overlay", "lab/test_advertise_checks", "lab/test_versions"),
+    *("systemd/test_boot", "lab/test_ways", "systemd/test_service", "lab/test_conditions_link"),
+    *("package/test_compiled", "ray/test_ray", "lab/test_cluster", "lab/test_doctor"),
+    *("lab/test_join", "lab/test_canary", "lab/test_conditions_ray", "demo/test_demo"),
+    *("systemd/test_trixie", "hostile/test_peers", "package/test_package", "lab/test_dialled"),
+)
+"""The files that take longest, the longest first (tests/times.py says which): they come right
+after `unit`, and those that are `alone` last of all, so that whoever runs files side by side has
+short ones for everybody at the end, and waits for the others once."""
 
 LIMITS = {"unit": 60, "ray": 200, "hostile": 300, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
@@ -53,6 +64,18 @@ def folder(item: pytest.Item) -> str:
         return ""
 
 
+def turn_of(item: pytest.Item) -> tuple[bool, int, int]:
+    """Where in the order a test's file has its place."""
+    where = folder(item)
+    alone = item.get_closest_marker("alone") is not None
+    if where == "unit":
+        return alone, 0, 0
+    file = f"{where}/{item.path.stem}"
+    if file in LONG:
+        return alone, 1, LONG.index(file)
+    return alone, 2, ORDER.index(where) if where in ORDER else len(ORDER)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Have stories told in order, and files timed."""
     config.pluginmanager.register(Stories())
@@ -70,8 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     not_run = [item for item in items if any(m.name in left_out for m in item.iter_markers())]
     config.hook.pytest_deselected(items=not_run)
     items[:] = [item for item in items if item not in not_run]
-    place = {name: index for index, name in enumerate(ORDER)}
-    items.sort(key=lambda item: place.get(folder(item), len(ORDER)))
+    items.sort(key=turn_of)
     for item in items:
         where = folder(item)
         if where in {"lab", "systemd"}:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ask
-from tests.lab.process import HOME, Process, tail
+from tests.lab.process import HOME, Process, rest, tail
 
 if TYPE_CHECKING:
     from tests.lab.machines import Machine
@@ -31,24 +31,23 @@ class Daemon:
         self.machine = machine
         self.process = process
         self.log = process.log
+        self._read = 0
+        """Bytes of the log that were read."""
+        self._events: list[Event] = []
 
     def events(self, name: str | None = None) -> list[Event]:
         """Everything it has logged, or the events of one name, in order.
 
         Lines that are not JSON (a traceback) are events named `not_json`. `_index` is the line.
         """
-        found = []
-        text = self.log.read_text(errors="replace")
-        for index, line in enumerate(text[: text.rfind("\n") + 1].splitlines()):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                event = {"event": "not_json", "line": line}
-            if name in {None, event.get("event")}:
-                found.append({**event, "_index": index})
-        return found
+        with self.log.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        self._read += len(new)
+        for line in new.decode(errors="replace").splitlines():
+            self._events.append({**_event_of(line), "_index": len(self._events)})
+        return [event for event in self._events if name in {None, event.get("event")}]
 
     def wait_event(
         self, name: str, timeout: float = 60, where: Where = None, after: Event | None = None
@@ -107,7 +106,7 @@ class Daemon:
     def _until(
         self, look: Callable[[], Event | None], timeout: float, what: Callable[[], str]
     ) -> Event:
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
         while True:
             ended = self.process.poll()  # before the look: what it wrote last is seen
             if (found := look()) is not None:
@@ -116,9 +115,9 @@ class Daemon:
             if ended is not None:
                 tails = self.machine.lab.tails()
                 raise AssertionError(f"{where}: rayfwd has ended, exit code {ended}{tails}")
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + timeout:
                 raise AssertionError(f"{where}: not in {timeout:g} s{self.machine.lab.tails()}")
-            time.sleep(0.1)
+            rest(began)
 
     def stop(self, timeout: float = 90) -> int:
         """End it as a service manager does, with SIGTERM; its exit code."""
@@ -135,6 +134,14 @@ class Daemon:
 
     def tail(self) -> str:
         return tail(self.log)
+
+
+def _event_of(line: str) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) else {"event": "not_json", "line": line}
 
 
 def _matches(event: Event, where: Where) -> bool:

@@ -229,9 +229,15 @@ def tail(log: Path, characters: int = 6000) -> str:
 
 def until(look: Callable[[], T], timeout: float, what: Callable[[], str]) -> T:
     """The first true thing that `look` returns. Raises AssertionError with `what`."""
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while not (found := look()):
-        if time.monotonic() > deadline:
+        if time.monotonic() > began + timeout:
             raise AssertionError(f"not within {timeout:g} s: {what()}")
-        time.sleep(0.1)
+        rest(began)
     return found
+
+
+def rest(began: float) -> None:
+    """Between two looks at something that is waited for since `began`: a look costs the machines
+    processor time, and after a long wait a moment more is none."""
+    time.sleep(min(0.5, 0.05 + (time.monotonic() - began) / 20))
