@@ -28,8 +28,6 @@ LAST = 0.97
 else there is leaves a tenth to them (`system/descriptors.py`)."""
 AFTERWARDS = 0.75
 """What is left of a bound by who has gone beyond it."""
-SHED_AGAIN = 30.0
-"""Seconds after which it is logged again that a peer gave up streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,9 +146,7 @@ class Ledger:
         before = peer.memory
         given_up = peer.mux.shed(most)
         peer.shed += given_up
-        now = self._clock()
-        if given_up and now - peer.shed_said >= SHED_AGAIN:
-            peer.shed_said = now
+        if given_up and peer.shed_logged.due(self._clock()):
             log.warning(
                 "streams_shed",
                 node=peer.label,

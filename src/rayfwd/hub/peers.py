@@ -10,6 +10,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.session.handshake import Hello
 from rayfwd.session.target import Target
 from rayfwd.system.budget import Budget
+from rayfwd.system.seldom import Seldom
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.mux import Mux
 from rayfwd.transport.relay import SocketRelay
@@ -19,6 +20,9 @@ PLAN_CHANGES, PLAN_CHANGE_SECONDS = 4, 30.0
 
 TELLINGS, TELLING_SECONDS = 4, 60.0
 """How often a node that was restarted is told all again at once, and then."""
+
+SHED_AGAIN = 30.0
+"""Seconds after which it is logged again that a peer gave up streams."""
 
 
 Payer = tuple[int, str]
@@ -49,7 +53,7 @@ class HubPeer:
     roster_writes: int = 0
     seconds: float = 0.0
     shed: int = 0
-    shed_said: float = -math.inf
+    shed_logged: Seldom = field(default_factory=lambda: Seldom(SHED_AGAIN))
 
     @property
     def label(self) -> str:

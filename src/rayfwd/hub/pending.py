@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from rayfwd import codes
 from rayfwd.hub.connection import HubConnection
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 from rayfwd.system.users import user_name
 
 log = get_logger(__name__)
@@ -38,7 +39,7 @@ class Pending:
         """Those that were asked to prove their keys, the oldest first."""
         self._asking: set[HubConnection] = set()
         """Connections of `rayfwd doctor`."""
-        self._crowded_at = -CROWDED_AGAIN
+        self._crowded_logged = Seldom(CROWDED_AGAIN)
 
     def __len__(self) -> int:
         return len(self._ungreeted) + len(self._challenged) + len(self._asking)
@@ -79,11 +80,7 @@ class Pending:
 
     def may_say_crowded(self) -> bool:
         """Whether it is time to log again that there are too many, which is then done."""
-        now = asyncio.get_running_loop().time()
-        if now - self._crowded_at < CROWDED_AGAIN:
-            return False
-        self._crowded_at = now
-        return True
+        return self._crowded_logged.due(asyncio.get_running_loop().time())
 
     def _make_room(self, waiting: Iterable[HubConnection]) -> None:
         """Close the oldest of the user who has most of them."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from rayfwd.problems import Code, Problem
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 
 log = get_logger(__name__)
 
@@ -24,8 +25,7 @@ class Refusals:
     def __init__(self, on_change: Callable[[], None]) -> None:
         """`on_change` is called when `lately` has become another."""
         self._on_change = on_change
-        self._said: dict[tuple[str, int, Code], float] = {}
-        """When one was last said, by node, uid and code."""
+        self._logged = Seldom(REPEAT_SECONDS, MOST_LOGGED)
         self._lately: dict[tuple[str, Code], tuple[Problem, float]] = {}
         """The last ones by node and code, and when they were."""
 
@@ -38,10 +38,7 @@ class Refusals:
             asyncio.get_running_loop().call_later(LASTING_SECONDS + 0.1, self._expire)
             if first:
                 self._on_change()
-        key = (node, uid, refusal.code)
-        self._said = {k: t for k, t in self._said.items() if now - t < REPEAT_SECONDS}
-        if key not in self._said and len(self._said) < MOST_LOGGED:
-            self._said[key] = now
+        if self._logged.due(now, (node, uid, refusal.code)):
             log.warning(
                 "lane_refused", node=node, uid=uid, code=refusal.code.name, cause=refusal.cause
             )

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Literal
 
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 
 log = get_logger(__name__)
 
@@ -42,7 +43,7 @@ class Dials:
         self.made: Counter[Place] = Counter()
         """Connections to ports of other nodes that are not in the plan."""
         self.refused: dict[Side, Counter[Place]] = {"there": Counter(), "here": Counter()}
-        self._told: dict[tuple[Side, Place], float] = {}
+        self._refusal_logged = Seldom(TOLD_AGAIN, MOST_PLACES)
 
     def dialled(self, node: str, port: int) -> None:
         """A program here dials a port that is not in the plan."""
@@ -52,11 +53,8 @@ class Dials:
         """So many connections were refused."""
         place = (node, port)
         _count(self.refused[side], place, count)
-        now = asyncio.get_running_loop().time()
-        self._told = {key: at for key, at in self._told.items() if now - at < TOLD_AGAIN}
-        if (side, place) in self._told or len(self._told) >= MOST_PLACES:
+        if not self._refusal_logged.due(asyncio.get_running_loop().time(), (side, place)):
             return
-        self._told[side, place] = now
         log.warning(
             "dial_refused",
             side=side,

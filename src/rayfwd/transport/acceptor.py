@@ -12,6 +12,7 @@ from rayfwd.problems import Problem
 from rayfwd.session.target import Target
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 from rayfwd.system.tcp import original_destination, reset_on_close
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.relay import SocketRelay
@@ -50,7 +51,7 @@ class Acceptor:
         """Those of the listening ones to which the kernel redirects connections."""
         self._beginning: set[asyncio.Task[None]] = set()
         self._look: asyncio.TimerHandle | None = None
-        self._logged_at = -LOG_INTERVAL
+        self._held_up_logged = Seldom(LOG_INTERVAL)
         self._log_end = False
 
     def add(self, sock: socket.socket, make_relay: MakeRelay, redirected: bool = False) -> None:
@@ -126,10 +127,9 @@ class Acceptor:
             f"when {100 * SPARE_PART:.0f} % are enough",
         )
         loop = asyncio.get_running_loop()
-        if loop.time() - self._logged_at >= LOG_INTERVAL:
-            self._logged_at = loop.time()
+        if self._held_up_logged.due(loop.time()):
             self._log_end = True
-            log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+            log.error(problem.code.event, cause=problem.cause, remedy=problem.remedy)
         for sock in self._listening:
             loop.remove_reader(sock)
         self._look = loop.call_later(CHECK_INTERVAL, self._go_on)

@@ -16,6 +16,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.system import sockdiag
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 from rayfwd.system.sockdiag import Address, SockDiag
 from rayfwd.system.users import user_name
 
@@ -54,7 +55,7 @@ class Admission:
         self._diag: SockDiag | None = None
         self._open: Counter[int] = Counter()
         """Connections of other users than our own."""
-        self._logged_at: dict[str, float] = {}
+        self._refusal_logged = Seldom(LOG_INTERVAL, MOST_USERS + 1)
         self._own = os.geteuid()
         self._uids: frozenset[int] = frozenset()
         self.take_uids(uids)
@@ -75,7 +76,7 @@ class Admission:
                 "unit, or the container's seccomp profile) and load tcp_diag; until then only "
                 "Ray's token keeps others out",
             )
-            log.warning(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+            log.warning(problem.code.event, cause=problem.cause, remedy=problem.remedy)
 
     @property
     def asks_kernel(self) -> bool:
@@ -138,10 +139,8 @@ class Admission:
         if user not in self.refused and len(self.refused) >= MOST_USERS:
             user = OTHERS
         self.refused[user] += 1
-        now = self._clock()
-        if not remedy or now - self._logged_at.get(user, -LOG_INTERVAL) < LOG_INTERVAL:
+        if not remedy or not self._refusal_logged.due(self._clock(), user):
             return
-        self._logged_at[user] = now
         listen = ":".join(map(str, connection.getsockname()))
         count = self.refused[user]
         log.warning("connection_refused", user=user, listen=listen, count=count, remedy=remedy)

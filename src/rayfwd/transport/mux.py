@@ -40,6 +40,7 @@ from rayfwd.session.stats import SessionStats
 from rayfwd.session.stream import ResetReason
 from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
+from rayfwd.system.seldom import Seldom
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.tracing import tracing
@@ -198,7 +199,7 @@ class Mux:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
-        self._full_logged_at = -FULL_LOGGED_INTERVAL
+        self._full_logged = Seldom(FULL_LOGGED_INTERVAL)
         self._to_tell: dict[str, Message] = {}
         """Messages that wait until the peer has taken others, by type: what a message says is how
         something is now, so that the last one is all that matters."""
@@ -274,9 +275,7 @@ class Mux:
             return False
         if not self.session.full:
             return True
-        now = self.now()
-        if now - self._full_logged_at >= FULL_LOGGED_INTERVAL:
-            self._full_logged_at = now
+        if self._full_logged.due(self.now()):
             log.warning("session_full", streams=self.session.limits.streams)
         return False
 
