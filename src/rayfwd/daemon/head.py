@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -17,8 +16,8 @@ from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.cuts import Cuts
 from rayfwd.daemon.dialling import Dialling
-from rayfwd.daemon.forgotten import KEPT, NAMED, OFF, TURNED, Forgotten
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.head_token import HeadToken
 from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -39,11 +38,9 @@ from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
 from rayfwd.network.announced import PortNews
 from rayfwd.problems import Problem, ProblemError, Severity
-from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
@@ -117,8 +114,6 @@ class HeadRole:
         self._ports_of: dict[str, str] = {}
         """The session in which a worker has said which ports are open."""
         self._cuts = Cuts()
-        self._settling = asyncio.Lock()
-        """Held while Ray's token is decided, or another takes its place."""
         self._port_news = PortNews()
         self._ports_due: asyncio.TimerHandle | None = None
         """When the workers are told of ports that have opened and closed."""
@@ -142,6 +137,13 @@ class HeadRole:
             network=hub.network,
             ride_through=config.ride_through,
             limits=Limits(),
+        )
+        self._token = HeadToken(
+            node,
+            self._hub,
+            self._roster,
+            self._tell_ray,
+            lambda worker: self._state_of_ray(worker) == "by_hand",
         )
         self._dialling = Dialling(config, lambda dial: makers.carrier(dial.way()), self.changed)
         self._meetings = [Meeting(meet, config.ride_through, self.changed) for meet in hub.meet]
@@ -184,9 +186,8 @@ class HeadRole:
             # Where Ray cannot be found now, or not soon, the start of Ray decides.
             async with asyncio.timeout(FIND_SECONDS):
                 install = await find(config.ray.command, os.environ)
-                await self._settle_auth(install.versions.ray)
-        if self.view.auth is None:
-            self._set_auth(token.kept_auth(config.state_dir) or RayAuth("off"))
+                await self._token.settle(install.versions.ray)
+        self._token.settle_without_ray()
         await self._hub.start()
         self._tell_ray()
         self.changed()
@@ -266,64 +267,10 @@ class HeadRole:
 
     def verbs(self) -> Mapping[str, Verb]:
         return {
-            "forget": self._forget_verb,
+            "forget": self._token.forget_verb,
             "dial": self._dialling.dial_verb,
             "undial": self._dialling.undial_verb,
         }
-
-    async def _forget_verb(self, args: dict[str, Any]) -> dict[str, Any]:
-        """`forgotten`: what came of it; None: there is no such worker. Raises ProblemError, with
-        nothing changed."""
-        name = str(args.get("name", ""))
-        async with self._settling:
-            if not self._roster.knows(name):
-                return {"forgotten": None}
-            forgotten = self._forget(name, keep_token=args.get("keep_token") is True)
-        return {"forgotten": forgotten.to_wire()}
-
-    def _forget(self, name: str, keep_token: bool) -> Forgotten:
-        """In one go: whoever is forgotten hears nothing of the new token."""
-        config, auth = self._node.config, self.view.auth
-        variable = token.named_by({**os.environ, **config.ray.env})
-        if auth is None or auth.mode == "off":
-            self._hub.forget(name)
-            return Forgotten(node=name, token=OFF)
-        if keep_token or variable is not None:
-            self._hub.forget(name)
-            return Forgotten(node=name, token=KEPT if keep_token else NAMED, variable=variable)
-        turned = token.turn_over(config.home_environment(os.environ), config.state_dir)
-        self._hub.forget(name)
-        return self._turn_over(name, turned)
-
-    def _turn_over(self, name: str, auth: RayAuth) -> Forgotten:
-        """Restart Ray everywhere with another token: first here, so that a worker's, which comes
-        back in a moment, waits until the head's knows the token, too."""
-        self._node.set_view(replace(self.view, auth=auth))
-        self._tell_ray()
-        self._tell_auth(auth)
-        forgotten = self._restarts(name)
-        log.warning(
-            "ray_token_turned",
-            forgotten=name,
-            restarted=forgotten.restarted,
-            away=forgotten.away,
-            by_hand=forgotten.by_hand,
-        )
-        return forgotten
-
-    def _restarts(self, name: str) -> Forgotten:
-        """Whose Ray a new token restarts."""
-        own, nodes = self._node.config.name, self._hub.nodes.values()
-        there = [node.plan.name for node in nodes if node.state == "up"]
-        by_hand = {worker for worker in there if self._state_of_ray(worker) == "by_hand"}
-        by_hand |= {own} if self._node.ray.by_hand else set()
-        return Forgotten(
-            node=name,
-            token=TURNED,
-            restarted=tuple(n for n in (own, *there) if n not in by_hand),
-            away=tuple(node.plan.name for node in nodes if node.state != "up"),
-            by_hand=tuple(n for n in (own, *there) if n in by_hand),
-        )
 
     # -- Ray -----------------------------------------------------------------------------
 
@@ -338,30 +285,8 @@ class HeadRole:
             interface=self._node.overlay.interface,
         )
 
-    async def _settle_auth(self, version: str) -> None:
-        """Decide whether Ray asks for a token. Raises ProblemError."""
-        config = self._node.config
-        here = config.home_environment(os.environ)
-        env = {**here, **config.ray.env}
-        async with self._settling:
-            auth = await asyncio.to_thread(
-                token.decide, config.ray.auth, version, env, config.state_dir
-            )
-            await asyncio.to_thread(token.provide, auth, here, config.state_dir)
-            self._set_auth(auth)
-
-    def _set_auth(self, auth: RayAuth) -> None:
-        if auth != self.view.auth:
-            self._node.set_view(replace(self.view, auth=auth))
-            self._tell_auth(auth)
-            log.info("ray_auth_settled", mode=auth.mode)
-
-    def _tell_auth(self, auth: RayAuth) -> None:
-        """Whoever is away is told by WELCOME, or when its session is resumed."""
-        self._hub.tell_all(messages.Auth(auth.mode, auth.token or None), clients=True)
-
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
-        await self._settle_auth(install.versions.ray)
+        await self._token.settle(install.versions.ray)
         self._tell_ray()
         await self._node.overlay.made()
 
