@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -19,6 +19,9 @@ not. A note: it passes by itself, or is as somebody wanted it."""
 
 Stage = Literal["ssh", "host_key", "auth", "channel", "hub"]
 """How far a machine got on its way to the hub."""
+
+EventName = NewType("EventName", str)
+"""That of an event of the log which is named by a code; the others are in `system/eventlog.py`."""
 
 
 class Group(Enum):
@@ -79,9 +82,9 @@ class Code:
     """False: it is another version's, or made up by whoever said it."""
 
     @property
-    def event(self) -> str:
+    def event(self) -> EventName:
         """Under which it is logged. Names of events are few: what another says is none of them."""
-        return self.name if self.known else "condition"
+        return EventName(self.name if self.known else "condition")
 
     def problem(self, cause: str, remedy: str) -> Problem:
         """One of this name; `cause` and `remedy` as those of `Problem`."""

@@ -35,7 +35,7 @@ def run(config: Config, lifetime: Lifetime | None = None, front: Front | None = 
         runtime = asyncio.run(_run(config, lifetime or Lifetime(), front or Nobody()))
     except ProblemError as exc:
         problem = exc.problem
-        log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+        log.error(problem.code.event, cause=problem.cause, remedy=problem.remedy)
         Notifier().send(f"STATUS=cannot begin: {problem.cause}")
         return 1
     if runtime.again:

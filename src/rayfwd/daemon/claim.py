@@ -64,7 +64,7 @@ class MachineClaim:
         )
         if problem != self.problem:
             self.problem = problem
-            log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+            log.error(problem.code.event, cause=problem.cause, remedy=problem.remedy)
         return False
 
     def _name_others(self, network: str, holders: Sequence[Holder]) -> None:

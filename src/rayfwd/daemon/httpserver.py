@@ -115,7 +115,7 @@ class HttpServer:
             except ProblemError as exc:
                 if exc.problem != self.problem:
                     log.error(
-                        exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy
+                        exc.problem.code.event, cause=exc.problem.cause, remedy=exc.problem.remedy
                     )
                 self._set(exc.problem, None)
                 await asyncio.sleep(backoff.next())

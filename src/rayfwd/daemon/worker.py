@@ -408,7 +408,9 @@ class WorkerRole:
             try:
                 token.keep(auth, config.state_dir)
             except ProblemError as exc:
-                log.error(exc.problem.code.name, cause=exc.problem.cause, remedy=exc.problem.remedy)
+                log.error(
+                    exc.problem.code.event, cause=exc.problem.cause, remedy=exc.problem.remedy
+                )
             token.provide(auth, config.home_environment(os.environ), config.state_dir, before)
         return auth
 

@@ -287,7 +287,7 @@ class Overlay:
         if problem != self.problem:
             self.problem = problem
             if problem is not None:
-                log.error(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+                log.error(problem.code.event, cause=problem.cause, remedy=problem.remedy)
             self._on_change()
 
     # -- the end -------------------------------------------------------------------------

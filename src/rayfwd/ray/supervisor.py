@@ -495,7 +495,7 @@ class RaySupervisor:
         if logged != self._last_logged:
             self._last_logged = logged
             _log.error(
-                problem.code.name,
+                problem.code.event,
                 cause=problem.cause,
                 remedy=problem.remedy,
                 retry_in_seconds=delay,

@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, cast
 
 import structlog
-from structlog.typing import FilteringBoundLogger, WrappedLogger
+from structlog.typing import WrappedLogger
 
 from rayfwd.system import journal
+from rayfwd.system.eventlog import EventLog
 from rayfwd.system.redact import REDACTED, is_secret_flag, names_a_secret, redact_text
 
 __all__ = [
     "VALUE_LIMIT",
-    "FilteringBoundLogger",
     "escaped",
     "get_logger",
     "lines_about",
@@ -128,9 +128,9 @@ def setup(
     logging.captureWarnings(True)
 
 
-def get_logger(name: str) -> FilteringBoundLogger:
+def get_logger(name: str) -> EventLog:
     """A logger whose events carry `logger=name`; may be made before `setup`."""
-    return cast(FilteringBoundLogger, structlog.get_logger(name))
+    return cast(EventLog, structlog.get_logger(name))
 
 
 class _LineLogger:
@@ -204,7 +204,7 @@ class _Bridge(logging.Handler):
             if record.exc_info and record.exc_info[0] is not None:
                 fields["exc_info"] = record.exc_info
             level = _filtering_level(record.levelno)
-            get_logger(record.name).log(level, "library_message", **fields)
+            structlog.get_logger(record.name).log(level, "library_message", **fields)
         except Exception:  # as logging's own handlers do: a bad record must not stop the caller
             self.handleError(record)
 

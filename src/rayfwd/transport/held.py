@@ -124,4 +124,4 @@ class Held:
         self._on_change()
 
     def _say(self, problem: Problem, **fields: str) -> None:
-        log.warning(problem.code.name, cause=problem.cause, remedy=problem.remedy, **fields)
+        log.warning(problem.code.event, cause=problem.cause, remedy=problem.remedy, **fields)

@@ -588,7 +588,7 @@ class Link:
             return False
         if refused.session != self._session:
             return True  # another lane was told so before, and has begun anew already
-        log.warning(problem.code.name, cause=problem.cause)
+        log.warning(problem.code.event, cause=problem.cause)
         self._session = ""
         if self.mux is not None:
             self.mux.close(problem.cause)

@@ -258,15 +258,16 @@ class Listeners:
             if (target := self._wanted.get(listen)) is None:
                 continue  # not any more
             holder = self._holders.get(listen)
-            if listen in self._passing and exc.errno == errno.EADDRINUSE:
-                problem, say = why_taken(listen, holder), log.warning
+            if passes := listen in self._passing and exc.errno == errno.EADDRINUSE:
+                problem = why_taken(listen, holder)
             else:
-                problem, say = why_blocked(listen, target, exc, holder), log.error
+                problem = why_blocked(listen, target, exc, holder)
             if self._blocked.get(listen) != problem:
                 said = problem in self._blocked.values()  # one for all that want a descriptor
                 self._blocked = self._blocked | {listen: problem}
                 if not said:
-                    say(problem.code.name, cause=problem.cause, remedy=problem.remedy)
+                    say = log.warning if passes else log.error
+                    say(problem.code.event, cause=problem.cause, remedy=problem.remedy)
 
 
 def _bound(listen: Target, shared: bool = False) -> socket.socket:
