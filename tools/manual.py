@@ -136,8 +136,8 @@ def example() -> str:
     """config.example.toml."""
     lines = [
         "# rayfwd's configuration, every key with its default.",
-        "# A key that is commented out shows what holds when it is left out; `rayfwd check` says",
-        "# what a file amounts to. A key that does not exist here is a mistake, and is refused.",
+        "# A key that is commented out shows its default. `rayfwd check` shows what a file results",
+        "# in. An unknown key is a mistake, and the file is refused.",
         "",
         *_example_of(Config, False),
     ]
@@ -192,9 +192,10 @@ def page_of_file() -> str:
     lines += [
         ".SH DESCRIPTION",
         roff(
-            "A TOML file: what a machine is to its Ray cluster. It is ~/.config/rayfwd.toml where "
-            "a user has one, else /etc/rayfwd.toml, or what --config names. `rayfwd check` says "
-            "what it amounts to. A key that does not exist is a mistake, as is another role's."
+            "A TOML file that says which part a machine has in its Ray cluster. It is the file that "
+            "--config names, else ~/.config/rayfwd.toml if the user has one, else "
+            "/etc/rayfwd.toml. `rayfwd check` shows what it results in. An unknown key is a "
+            "mistake, and so is a key of another role."
         ),
         ".SH KEYS OF THE FILE",
         *_page_of(Config),

@@ -297,8 +297,8 @@ class Client:
             held = f"{self._welcome.ride_through:g} s"
             words = {
                 "up": "the link is back" if before[0] == "parked" else "connected again",
-                "parked": f"the link is down; what is open is held for {held}",
-                "down": "what was open is lost; dialling on",
+                "parked": f"the link is down; open connections are held for {held}",
+                "down": "the open connections are lost; dialling again",
             }
             self._emit(f"{clock}  {words[state]}")
         if problem is not None and code not in {codes.LANE_LOST, before[1]}:
@@ -323,7 +323,7 @@ def _understood(problem: Problem, head: HeadConfig) -> Problem:
     """What a hub that knows no clients says to one, in words."""
     if problem.code == codes.HELLO_MALFORMED:
         return codes.HUB_TOO_OLD.problem(
-            f"the rayfwd on {head.ssh} is older than this one and takes no clients",
+            f"the rayfwd on {head.ssh} is older than this one and accepts no clients",
             "upgrade rayfwd on the head",
         )
     return problem
@@ -362,8 +362,8 @@ def _listen_near(usual: int) -> socket.socket:
         with suppress(ProblemError):
             return _listen(LOOPBACK, port)
     raise codes.LISTEN_TAKEN.error(
-        f"every port from {usual} to {usual + MOST_NEAR_PORTS - 1} is in use on {LOOPBACK}",
-        "name one with --dashboard-port or --client-port",
+        f"all ports from {usual} to {usual + MOST_NEAR_PORTS - 1} are in use on {LOOPBACK}",
+        "choose a port with --dashboard-port, --client-port or --page-port",
     )
 
 
@@ -379,10 +379,10 @@ def _listen(address: str, port: int) -> socket.socket:
         sock.close()
         taken = exc.errno == errno.EADDRINUSE
         raise codes.LISTEN_TAKEN.error(
-            f"{address}:{port} cannot be listened on: "
-            + ("something else does" if taken else str(exc.strerror)),
-            f"end what listens there (`ss -ltnp sport = :{port}`), or choose another port: "
-            "--dashboard-port, --client-port, --page-port, --forward"
+            f"{address}:{port} cannot be opened: "
+            + ("another program uses it" if taken else str(exc.strerror)),
+            f"stop the program that listens there (`ss -ltnp sport = :{port}`), or choose another "
+            "port: --dashboard-port, --client-port, --page-port, --forward"
             if taken
             else "choose a port from 1024 on, and an address that this machine has",
         ) from exc
@@ -410,13 +410,13 @@ def addresses(
         lines.append(f"  page         http://{by_what[PAGE]}/ (the cluster's links)")
     lines += [f"  forward      {p} is head:{p.what}" for p in places if p.what.isdigit()]
     lines += [
-        f"  port {place.wanted} is in use on this machine: {place.port} is used instead"
+        f"  port {place.wanted} is in use on this machine, so port {place.port} is used"
         for place in places
         if place.port != place.wanted
     ]
     lines += [
         "",
-        "In the shell that uses it:",
+        "In the shell where you use it:",
         f"  export RAY_API_SERVER_ADDRESS=http://{dashboard}  # ray job submit, ray list",
         f"  export RAY_ADDRESS=ray://{client}  # ray.init(), with the head's Ray and Python",
     ]
@@ -425,5 +425,7 @@ def addresses(
     proxied = any(env.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"))
     exempt = ",".join(env.get(name, "") for name in ("no_proxy", "NO_PROXY"))
     if proxied and LOOPBACK not in exempt.split(","):
-        lines.append(f"  export NO_PROXY={LOOPBACK} no_proxy={LOOPBACK}  # past this shell's proxy")
+        lines.append(
+            f"  export NO_PROXY={LOOPBACK} no_proxy={LOOPBACK}  # bypasses this shell's proxy"
+        )
     return [*lines, "", "Ctrl-C ends it."]

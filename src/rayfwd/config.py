@@ -115,7 +115,7 @@ class LogConfig(_Section):
     """The daemon's log, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """from which severity on events are written"""
+    """the lowest severity that is written"""
     format: Literal["auto", "text", "json"] = "auto"
     """"text": key=value; "auto": text on a terminal, fields in systemd's journal, JSON elsewhere"""
 
@@ -149,7 +149,9 @@ def _check_ssh(value: str) -> str:
 
 def _meet_socket(value: str) -> str:
     if not value.strip() or value.endswith("/") or len(value.encode()) > 100:
-        raise ValueError("must be a path of at most 100 bytes; one without / is in the home there")
+        raise ValueError(
+            "must be a path of at most 100 bytes (without /: in the home directory on that host)"
+        )
     return value
 
 
@@ -169,40 +171,40 @@ Command = Annotated[str, AfterValidator(_not_empty)]
 
 
 class HeadConfig(_Section):
-    """Of a worker or a client: how it reaches the head by SSH. A head has [hub] instead."""
+    """How a worker or a client reaches the head by SSH. A head has [hub] instead."""
 
     ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(
         default="", examples=["ray@head.example.org"]
     )
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     dialled: YesNo = False
-    """of a worker; true: the head dials it ([[hub.dial]] there), and ssh may be left out"""
+    """for a worker; true: the head dials this machine ([[hub.dial]] there); ssh is not needed"""
     meet: Annotated[str, AfterValidator(_check_ssh)] = Field(
         default="", examples=["ray@meet.example.org"]
     )
-    """a third host where the head waits ([[hub.meet]] there); default: none, the head is dialled;
-    ssh is then whom to be at the head, and the name of its host key; docs/ways.md"""
+    """a third host where the head waits ([[hub.meet]] in the head's file); default: none; ssh then
+    gives the user at the head, and the name under which its host key is known; docs/ways.md"""
     meet_socket: Annotated[str, AfterValidator(_meet_socket)] = "rayfwd-head.sock"
-    """where it waits on that host: socket of its [[hub.meet]]"""
+    """where the head waits on that host: `socket` in its [[hub.meet]]"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
-    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
+    """the private key, also for jump hosts; default: the agent's and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
-    """the only file that may have the head's host key; default: those that ssh would read"""
+    """the only file in which the head's host key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
-    """where the hub listens, on the head's file system"""
+    """path of the hub's socket on the head"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
-    """"openssh": by the system's `ssh`, and a ControlMaster of yours where one is; docs/ways.md"""
+    """"openssh": use the system's `ssh`, and your ControlMaster if one runs; docs/ways.md"""
     via: Literal["socket", "exec", "auto"] = "socket"
-    """"exec" where the head's sshd forbids forwarding to sockets: runs attach_command there;
-    "auto": the socket, and where that is no way the command"""
+    """"exec": run attach_command there, if the head's sshd forbids forwarding to sockets;
+    "auto": try the socket, then the command"""
     attach_command: Command = "rayfwd attach"
-    """what via = "exec" runs; a forced command in authorized_keys takes its place"""
+    """the command for via = "exec"; a forced command in authorized_keys replaces it"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
-    """SSH connections for big transfers, beside the one for short messages"""
+    """SSH connections for large transfers, in addition to the one for short messages"""
     extra_lanes: Whole = Field(default=3, ge=0, le=8)
-    """further ones, made while a transfer fills those: where a round trip takes long"""
+    """more of them while a transfer fills those; they help when a round trip takes long"""
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
@@ -215,31 +217,31 @@ class HeadConfig(_Section):
 
 
 class DialConfig(_Section):
-    """Of a head: a worker that accepts SSH, and is dialled from here; as many as there are to be.
-    The worker's file has dialled = true in [head]; docs/ways.md."""
+    """A worker that accepts SSH, and that this head dials; one section for each. The worker's file
+    has dialled = true in [head]; docs/ways.md."""
 
     ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@gpu-1.example.org"])
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     name: Annotated[str, AfterValidator(check_name)] | None = Field(
         default=None, examples=["gpu-1"]
     )
-    """the worker's name, for what is said of it; default: the host in ssh"""
+    """the worker's name in messages; default: the host in ssh"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
-    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
+    """the private key, also for jump hosts; default: the agent's and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
-    """the only file that may have the worker's host key; default: those that ssh would read"""
+    """the only file in which the worker's host key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/link.sock")
-    """where the worker waits: link.sock in its runtime_dir"""
+    """where the worker waits: path of link.sock in its runtime_dir"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
     """as in [head]"""
     via: Literal["socket", "exec"] = "socket"
-    """"exec" where the worker's sshd forbids forwarding to sockets: runs attach_command there"""
+    """"exec": run attach_command there, if the worker's sshd forbids forwarding to sockets"""
     attach_command: Command = "rayfwd attach"
-    """what via = "exec" runs; a forced command in authorized_keys takes its place"""
+    """the command for via = "exec"; a forced command in authorized_keys replaces it"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
-    """SSH connections for big transfers, beside the one for short messages"""
+    """SSH connections for large transfers, in addition to the one for short messages"""
 
     @property
     def called(self) -> str:
@@ -253,21 +255,21 @@ class DialConfig(_Section):
 
 
 class MeetConfig(_Section):
-    """Of a head: a third host where workers find the way to its sshd, where neither can log in to
-    the other. The worker's file has meet in [head]; docs/ways.md."""
+    """A third host through which workers reach this head's sshd, if neither side can log in to the
+    other. The worker's file has meet in [head]; docs/ways.md."""
 
     ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@meet.example.org"])
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     socket: Annotated[str, AfterValidator(_meet_socket)] = "rayfwd-head.sock"
-    """what its sshd makes for this head: a path, or a name in the home directory there"""
+    """the socket that its sshd makes for this head: a path, or a name in its home directory"""
     sshd: Annotated[str, AfterValidator(_loopback_listen)] = "127.0.0.1:22"
-    """this head's own sshd, where they log in"""
+    """this head's own sshd, where the workers log in"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
-    """the private key, for jump hosts as well; default: the agent, and the SSH configuration's"""
+    """the private key, also for jump hosts; default: the agent's and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
-    """the only file that may have that host's key; default: those that ssh would read"""
+    """the only file in which that host's key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """read alone, as by `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
 
     @property
     def called(self) -> str:
@@ -291,8 +293,8 @@ def _plan_network(value: str) -> str:
     allowed = (LOOPBACK, *PRIVATE_NETWORKS)
     if not any(map(network.subnet_of, allowed)) or not 8 <= network.prefixlen <= 29:
         raise ValueError(
-            "must be a network inside 127.0.0.0/8, /29 or larger, as in 127.77.0.0/16; where every "
-            "node has the overlay it may be a private one, as in 10.77.0.0/16"
+            "must be a network inside 127.0.0.0/8, /29 or larger, as in 127.77.0.0/16; if every "
+            "node has the overlay, it may also be a private network, as in 10.77.0.0/16"
         )
     if ipaddress.IPv4Address("127.0.0.1") in network:
         raise ValueError("must not contain 127.0.0.1, which Ray replaces by another address")
@@ -300,22 +302,22 @@ def _plan_network(value: str) -> str:
 
 
 class HubConfig(_Section):
-    """Of a head: where workers and clients arrive, and what the plan is made of."""
+    """Of a head: where workers and clients connect, and which addresses and ports nodes get."""
 
     socket: LocalPath | None = Field(default=None, examples=["/run/rayfwd/hub.sock"])
-    """where they arrive; default: hub.sock in runtime_dir"""
+    """where they connect; default: hub.sock in runtime_dir"""
     network: Annotated[str, AfterValidator(_plan_network)] = "127.77.0.0/16"
-    """the nodes' addresses, inside 127.0.0.0/8, used by nothing else there; docs/overlay.md"""
+    """the nodes' addresses, inside 127.0.0.0/8; nothing else may use them; docs/overlay.md"""
     port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)
-    """the nodes' ports lie from here to 32767"""
+    """the nodes' ports are from here to 32767"""
     forget_after: Number = Field(default=2592000.0, ge=60.0, le=1e9)
-    """seconds after which a worker that is away loses its name, address and ports (30 days)"""
+    """seconds until a worker that is away loses its name, address and ports (default: 30 days)"""
     users: tuple[Command, ...] = ()
-    """login names that SSH connections arrive as, beside root and the daemon's own"""
+    """login names that SSH connections may use, in addition to root and the daemon's user"""
     dial: tuple[DialConfig, ...] = ()
-    """workers that are dialled from here, each a [[hub.dial]]"""
+    """workers that this head dials, each a [[hub.dial]]"""
     meet: tuple[MeetConfig, ...] = ()
-    """hosts where workers find the way here, each a [[hub.meet]]"""
+    """hosts through which workers reach this head, each a [[hub.meet]]"""
 
 
 def _reachable_address(value: str) -> str:
@@ -329,14 +331,14 @@ def _reachable_address(value: str) -> str:
 
 
 class RayConfig(_Section):
-    """Ray on this machine; of a node."""
+    """Ray on this machine. Of a head or a worker."""
 
     command: Command = "ray"
-    """the ray of your own environment: a name on PATH, or a path"""
+    """the `ray` command of your own environment: a name on PATH, or a path"""
     start: YesNo = True
-    """false: rayfwd only holds the forwards; `rayfwd plan` shows the command to run by hand"""
+    """false: rayfwd does not start Ray; `rayfwd plan` shows the command to run by hand"""
     num_cpus: Whole | None = Field(default=None, ge=0, examples=[8])
-    """default: what Ray counts, which is the control group's share, within the affinity"""
+    """default: what Ray counts: the control group's share, within the CPU affinity"""
     num_gpus: Whole | None = Field(default=None, ge=0, examples=[1])
     """default: what Ray finds"""
     resources: dict[str, Annotated[Number, Field(ge=0)]] = {}
@@ -344,37 +346,37 @@ class RayConfig(_Section):
     labels: dict[str, str] = {}
     """Ray's node labels, as in { rack = "a" }"""
     extra_args: tuple[str, ...] = ()
-    """further words for `ray start`"""
+    """more arguments for `ray start`, as in ["--temp-dir=/scratch/ray"]"""
     env: dict[str, str] = {}
-    """further environment for Ray"""
+    """more environment variables for Ray, as in { OMP_NUM_THREADS = "4" }"""
     object_store_memory: Whole | None = Field(default=None, ge=78643200, examples=[1000000000])
-    """bytes; default: what Ray chooses (its own minimum is 75 MiB)"""
+    """bytes; default: what Ray chooses (its minimum is 75 MiB)"""
     worker_ports: Whole | None = Field(default=None, ge=8, le=10000, examples=[88])
     """ports for worker processes and drivers; default: 64 plus 3 for each CPU"""
     port: Port = 6379
-    """a head's: Ray's own port (GCS)"""
+    """head only: Ray's own port (GCS)"""
     dashboard_port: Port = 8265
-    """a head's: the dashboard; a worker's: where its default [[forward]] leads"""
+    """on a head: the dashboard's port; on a worker: where its default [[forward]] leads"""
     client_port: Port = 10001
-    """a head's: Ray Client (ray://)"""
+    """head only: Ray Client's port (ray://)"""
     advertise: Annotated[str, AfterValidator(_reachable_address)] | None = Field(
         default=None, examples=["203.0.113.7"]
     )
-    """the address of a worker that others reach directly; default: everything uses the link"""
+    """a worker's address that other machines reach directly; default: everything uses the link"""
     advertise_check: YesNo = True
     """false: start Ray even if the head cannot reach the address in `advertise`"""
     auth: Literal["auto", "token", "off"] = "auto"
-    """Ray's token (Ray 2.52 on); "auto": enable it only for Ray versions whose tools
-    pick the token up without extra settings (2.61 on)"""
+    """Ray's token (Ray 2.52 or newer); "auto": use it only with Ray versions whose tools find the
+    token without extra settings (2.61 or newer)"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
-    """seconds between two runs of `ray status`, each of which takes about 1 s of CPU"""
+    """seconds between two runs of `ray status`; each takes about 1 s of CPU"""
 
 
 class ListenersConfig(_Section):
-    """Who may use the ports that stand for other nodes' here: on every machine, a client's too."""
+    """Who may use the listeners on this machine, which lead to other nodes. Of any machine."""
 
     users: tuple[Command, ...] = ()
-    """login names of this machine that may, beside root and the user that rayfwd runs as"""
+    """login names of this machine, in addition to root and the user that runs rayfwd"""
 
 
 def _interface_name(value: str) -> str:
@@ -398,27 +400,27 @@ def _metrics_listen(value: str) -> str:
 
 
 class NetworkConfig(_Section):
-    """How programs on this node reach the others; docs/overlay.md. Of a node."""
+    """How programs on this node reach other nodes; docs/overlay.md. Of a head or a worker."""
 
     level: Literal["auto", "overlay", "listeners"] = "auto"
-    """"overlay": all ports, by rules of the kernel; "listeners": by sockets; "auto": the best"""
+    """"overlay": every port, by kernel rules; "listeners": by sockets; "auto": the best possible"""
     guard: YesNo = True
-    """at the level overlay, other machines do not reach Ray's ports around rayfwd"""
+    """at the level overlay: true keeps other machines from Ray's ports unless they use rayfwd"""
     deny: tuple[Port, ...] = ()
-    """ports of this machine that other nodes never reach"""
+    """ports of this machine that other nodes may never reach"""
     interface: Annotated[str, AfterValidator(_interface_name)] = "rayfwd0"
-    """the interface that has this node's address"""
+    """name of the interface that gets this node's address"""
     port: Port = 19977
-    """where connections to other nodes are redirected to, on 127.0.0.1"""
+    """the port on 127.0.0.1 to which connections to other nodes are redirected"""
 
 
 class MetricsConfig(_Section):
-    """Metrics for Prometheus; of a node."""
+    """Metrics for Prometheus; docs/metrics.md. Of a head or a worker."""
 
     listen: Annotated[str, AfterValidator(_metrics_listen)] | None = Field(
         default=None, examples=["127.0.0.1:9477"]
     )
-    """where Prometheus asks: a loopback port, or a socket's path; default: off"""
+    """where Prometheus asks: a loopback address and port, or a socket's path; default: off"""
 
 
 def _page_listen(value: str) -> str:
@@ -433,43 +435,42 @@ def _page_listen(value: str) -> str:
 
 
 class PageConfig(_Section):
-    """The page in the browser; docs/page.md says who may see it. Of a node."""
+    """The page in the browser; docs/page.md says who may see it. Of a head or a worker."""
 
     listen: Annotated[str, AfterValidator(_page_listen)] = "auto"
-    """a loopback port; "auto": on a head 127.0.0.1:9480, or the next free one; "off": nowhere"""
+    """"auto": on a head 127.0.0.1:9480, or the next free port; "off": no page; or ADDRESS:PORT"""
 
 
 class CanaryConfig(_Section):
-    """A tiny task on each node, and 1 MB there and back; docs/canary.md says what it costs."""
+    """A small task on each node, and 1 MB there and back; docs/canary.md says what it costs."""
 
     enabled: YesNo = False
-    """true: send one every `interval` seconds; `rayfwd canary` sends one in either case"""
+    """true: send a canary every `interval` seconds; `rayfwd canary` sends one at any time"""
     interval: Number = Field(default=300.0, ge=10.0, le=86400.0)
-    """seconds between two"""
+    """seconds between two canaries"""
     timeout: Number = Field(default=60.0, ge=5.0, le=600.0)
-    """seconds for each node: half for the task, a quarter for each way of the object"""
+    """seconds for each node: half for the task, a quarter for the object in each direction"""
 
 
 class ClientConfig(_Section):
-    """Of a client: where it listens on 127.0.0.1. It has [head] and [[forward]] besides."""
+    """Of a client: where it listens on 127.0.0.1. It also has [head] and [[forward]]."""
 
     dashboard_port: Port | None = Field(default=None, examples=[8265])
-    """where the head's dashboard is here; default: 8265, or the next free port"""
+    """port for the head's dashboard; default: 8265, or the next free port"""
     client_port: Port | None = Field(default=None, examples=[10001])
-    """where Ray Client is here; default: 10001, or the next free port"""
+    """port for Ray Client; default: 10001, or the next free port"""
     page_port: Port | None = Field(default=None, examples=[9480])
-    """where the head's page in the browser is here; default: 9480, or the next free port"""
+    """port for the head's page in the browser; default: 9480, or the next free port"""
 
 
 class ForwardConfig(_Section):
-    """A further port of another node, on this machine's loopback; as many as there are to be. A
-    worker has the one shown unless the file has others; `forward = []` means none. A client's lead
-    to the head."""
+    """One more port of another node, on this machine's loopback; one section for each. Without any,
+    a worker has the one that is shown; `forward = []` means none. A client's lead to the head."""
 
     listen: Annotated[str, AfterValidator(_loopback_listen)] = Field(examples=["127.0.0.1:8265"])
     """an IPv4 loopback address and a port"""
     to: Annotated[str, AfterValidator(_target)] = Field(examples=["head:8265"])
-    """a node's name, or head, and a port that it exposes"""
+    """a node's name, or `head`, and a port that it exposes"""
 
     def listen_address(self) -> tuple[str, int]:
         return split_host_port(self.listen)
@@ -482,31 +483,31 @@ class Config(_Section):
     """The whole file."""
 
     role: Literal["head", "worker", "client"] = Field(examples=["worker"])
-    """"worker": dials the head by SSH; "head": is dialled; "client": a laptop (`rayfwd connect`)"""
+    """"head"; "worker": dials the head by SSH; "client": a laptop that only uses the cluster"""
     name: Annotated[str, AfterValidator(check_name)] = Field(
         default_factory=lambda: socket.gethostname().split(".")[0],
         validate_default=True,
         examples=["gpu-1"],
     )
-    """this node's name in the cluster; default: the host's, without its domain"""
+    """this node's name in the cluster; default: the host name without its domain"""
     cluster: Annotated[str, AfterValidator(check_name)] | None = Field(
         default=None, examples=["blue"]
     )
-    """its name on this machine, for `rayfwd status --cluster`; default: none, it is the only one"""
+    """the cluster's name on this machine, for `--cluster`, if there are several; default: none"""
     state_dir: LocalPath = Field(
         default_factory=lambda: default_state_dir(os.environ), examples=["/var/lib/rayfwd"]
     )
-    """for state; default: systemd's, /var/lib/rayfwd for root, else ~/.local/state/rayfwd"""
+    """directory for state; default: systemd's, or /var/lib/rayfwd, or ~/.local/state/rayfwd"""
     runtime_dir: LocalPath = Field(
         default_factory=lambda: default_runtime_dir(os.environ), examples=["/run/rayfwd"]
     )
-    """for sockets; default: systemd's, /run/rayfwd for root, else $XDG_RUNTIME_DIR/rayfwd"""
+    """directory for sockets; default: systemd's, or /run/rayfwd, or $XDG_RUNTIME_DIR/rayfwd"""
     ride_through: Number = Field(default=120.0, ge=5.0, le=86400.0)
-    """seconds that a link may be down before its streams are lost; sets Ray's own time-outs, too"""
+    """seconds that a link may be down before its streams are lost; sets Ray's time-outs, too"""
     ephemeral: YesNo = False
     """true: the head frees a worker's name, address and ports as soon as it leaves"""
     stop_timeout: Number | None = Field(default=None, ge=3.0, le=86400.0, examples=[8.0])
-    """seconds that a stop may take; default: the 30 that Ray's tasks have, and 20"""
+    """seconds that a stop may take; default: 30 for Ray's tasks, and 20 more"""
     expose: tuple[Port, ...] = ()
     """ports of this machine, on 127.0.0.1, that [[forward]] of other nodes may reach"""
     log: LogConfig = LogConfig()
@@ -558,7 +559,7 @@ class Config(_Section):
             )
         if self.head is not None and self.head.meet and self.head.transport == "openssh":
             mistakes.append(
-                'head.meet: not with transport = "openssh", whose `ssh -W` leads to no socket'
+                'head.meet: cannot be used with transport = "openssh": `ssh -W` reaches no socket'
             )
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
@@ -701,7 +702,10 @@ def load(path: Path) -> Config:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(path, ["no such file: write one (see config.example.toml)"]) from None
+        raise ConfigError(
+            path,
+            ["no such file: write one (see config.example.toml), or name another with --config"],
+        ) from None
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(path, [f"cannot be read: {exc}"]) from None
     except tomllib.TOMLDecodeError as exc:

@@ -379,7 +379,8 @@ class Status:
         except ValueError as exc:
             raise codes.STATUS_UNREADABLE.error(
                 f"the daemon's status cannot be read: {exc}",
-                "run the `rayfwd` that the daemon runs; `rayfwd status --json` prints its answer",
+                "run the same installation of rayfwd as the daemon; `rayfwd status "
+                "--json` prints the daemon's answer as it is",
             ) from exc
 
     @classmethod

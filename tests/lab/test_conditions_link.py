@@ -276,9 +276,9 @@ def test_disk_and_descriptors(cluster: Cluster, w2: Daemon) -> None:
     since = time.time()
     for row in named(both, "disk_nearly_full", "w2", WITHIN, since):
         assert f"{SMALL}/ray" in row["cause"]
-        assert "remove old sessions" in row["remedy"]
+        assert "remove Ray's old sessions" in row["remedy"]
     for row in named(both, "descriptors_low", "w2", WITHIN, since):
-        assert f"may have {FILES} files open" in row["cause"]
+        assert f"may open {FILES} files" in row["cause"]
         assert "LimitNOFILE" in row["remedy"]
     machine.run(["rm", f"{SMALL}/filler"])
     over(both, 30, "disk_nearly_full")

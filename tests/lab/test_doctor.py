@@ -122,7 +122,7 @@ def test_a_good_head(cluster: Cluster) -> None:
     assert found.of("fail") == []
     assert found.results("socket", "sshd", "ray", "ports", "limits") == ["pass"] * 5
     assert found.of("skip") == ["keeper", "dial", "meet", "clock", "names", "link"], (
-        "Ray is its own child"
+        "it runs Ray itself"
     )
     other = {"state_dir": f"{HOME}/other", "runtime_dir": f"{HOME}/other"}
     found = doctor(cluster, "head", **other, hub__port_base=25000)
@@ -453,7 +453,7 @@ def test_the_ports_of_a_ray_that_is_up(cluster: Cluster) -> None:
     head.wait_ready()
     found = doctor(cluster, "head")
     assert found.of("fail") == [], found.rows
-    assert "this node's Ray has them" in found.rows["ports"]["said"]
+    assert "in use by this node's Ray" in found.rows["ports"]["said"]
     head.kill()
     found = doctor(cluster, "head")
     assert found.of("fail") == [], found.rows

@@ -81,7 +81,7 @@ def line(lab: Lab) -> str:
     assert not w1.host_path(f"{HOME}/.config").exists()
     said = rayfwd(w1, *wanted, "--fingerprint", fingerprint)
     again = rayfwd(w1, "init", "worker")
-    assert "Nothing was to be done" in again
+    assert "Nothing had to be done" in again
     assert printed(again, "restrict,") == printed(said, "restrict,")
     found = printed(said, "restrict,")
     head.authorize(found)

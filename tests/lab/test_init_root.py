@@ -93,7 +93,7 @@ def test_made_once_and_taken_away_whole(said: dict[str, str]) -> None:
     assert "whole" in said
     assert "to make   group rayfwd" in said["dry"]
     assert "made      user rayfwd" in said["init"]
-    assert "Nothing was to be done" in said["again"]
+    assert "Nothing had to be done" in said["again"]
     assert "made   " not in said["again"]
 
 
@@ -111,8 +111,8 @@ def test_rights(said: dict[str, str]) -> None:
 def test_ray_asks_for_a_token_where_others_may_log_in(said: dict[str, str]) -> None:
     for part in ("dry", "init"):
         (line,) = [line for line in said[part].splitlines() if "chosen" in line]
-        assert re.search(r'ray.auth = "token", as .*\bann\b.* may log in here', line)
-        assert '"auto" in /etc/rayfwd.toml undoes that' in line
+        assert re.search(r'ray.auth = "token", because .*\bann\b.* may log in here', line)
+        assert 'set "auto" in /etc/rayfwd.toml to undo this' in line
     assert "chosen" not in said["again"]
     assert said["look"].splitlines()[-1] == 'auth = "token"'
 

@@ -98,7 +98,7 @@ def test_from_nothing_to_a_task_on_a_second_machine(
     head = nodes["head"] = InFront(machines.machine("head"), ["head"])
     head.wait_ready()
     told, _, page = head.said()
-    assert page == "To see the links in a browser: http://127.0.0.1:9480/"
+    assert page == "The page in the browser: http://127.0.0.1:9480/"
     what, join = told.split(": ", 1)
     assert what == "To add a machine, run there"
 
@@ -106,7 +106,7 @@ def test_from_nothing_to_a_task_on_a_second_machine(
     argv[2] = f"ray@{machines.machine('head').address}"  # it knows no name of the lab's
     w1 = nodes["w1"] = InFront(machines.machine("w1"), [*argv[1:], "--wait-for", "120"])
     w1.wait_ready()
-    assert w1.said()[0].startswith("To work here (127.77.0.2, 2 nodes): rayfwd exec -- ")
+    assert w1.said()[0].startswith("To run a job from here (127.77.0.2, 2 nodes): rayfwd exec -- ")
 
     ran = task(machines.machine("w1"))
     assert ran == ["127.77.0.1", "127.77.0.2"]

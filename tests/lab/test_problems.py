@@ -422,7 +422,8 @@ def test_ray_is_not_started_towards_who_has_the_heads_port(with_ray: Cluster) ->
     assert (status["state"], status["ray"]["state"]) == ("waiting", "waiting")
     assert {row["code"]: row["cause"] for row in waited_for(status)} == {
         "listener_blocked": event["cause"],
-        "ray_starting": f"Ray here waits for the way to the head's: {event['cause']}",
+        "ray_starting": "Ray on this node waits until it can reach the head's Ray: "
+        f"{event['cause']}",
     }
     assert event["cause"] in status["summary"]
     squatter.signal(signal.SIGKILL)

@@ -48,8 +48,8 @@ def test_head(head: Machine, bare: dict[str, list[str]]) -> None:
     assert (rows["config"], rows["keeper"], rows["sshd"], rows["ray"]) == ("pass",) * 4
     assert rows["daemon"] == "skip", "none runs yet"
     made = files(head)
-    assert "Nothing was to be done" in head.run(init).stdout
-    assert "Nothing was to be done" in head.run(["rayfwd", "init", "head"]).stdout
+    assert "Nothing had to be done" in head.run(init).stdout
+    assert "Nothing had to be done" in head.run(["rayfwd", "init", "head"]).stdout
     assert files(head) == made
     assert modes(head, "/etc/rayfwd.toml") == ["/etc/rayfwd.toml 640 root rayfwd"]
     shown = head.show()
@@ -60,7 +60,7 @@ def test_head(head: Machine, bare: dict[str, list[str]]) -> None:
 def doctors(said: str) -> dict[str, str]:
     """The doctor's rows in what `init` said: check to result."""
     plain = re.sub("\x1b\\[[0-9;]*m", "", said).replace("\r", "")
-    part = plain.partition("How it is now (`rayfwd doctor` looks again):\n\n")[2]
+    part = plain.partition("Health check (`rayfwd doctor` repeats it):\n\n")[2]
     rows = [line.split()[:2] for line in part.partition("\n\n")[0].splitlines()]
     return {check: result for result, check in rows if result != "do"}
 
@@ -120,7 +120,7 @@ def test_worker(head: Machine, worker: Machine) -> None:
     ]
     made = files(worker)
     again = worker.run([*WORKER, "--fingerprint", head.fingerprint]).stdout
-    assert "Nothing was to be done" in again
+    assert "Nothing had to be done" in again
     assert files(worker) == made
     assert public in again, "the line can be had again"
 
@@ -144,7 +144,7 @@ def test_uninstall_leaves_nothing(
         assert files(machine) == bare[machine.name]
         assert machine.show()["LoadState"] == "not-found"
         assert machine.run(["pgrep", "-u", "ray"], check=False).stdout == ""
-        assert "nothing to take away" in machine.run(["rayfwd", "uninstall"]).stdout
+        assert "nothing to remove" in machine.run(["rayfwd", "uninstall"]).stdout
 
 
 AS_OF_NFS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
@@ -177,7 +177,7 @@ def test_a_home_on_another_file_system(head: Machine, worker: Machine, far_home:
     assert f"--user: root may not look at {RAY}" in asked.stderr
     said = worker.run([*init, "--user", "ray"]).stdout
     assert worker.read(f"{far_home}/id.pub").split()[1] in said
-    assert "as a line of ~ray/.ssh/authorized_keys" in said
+    assert "Add this line to ~ray/.ssh/authorized_keys on the head:" in said
     Cluster(head.lab).authorize(said)
     worker.run(["umount", far_home])
     worker.systemctl("start", "--no-block", "rayfwd")

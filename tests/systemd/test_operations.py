@@ -74,7 +74,7 @@ def test_the_head_moves(moved: Cluster, head: Machine, heir: Machine, worker: Ma
     start(heir)
     init = ["rayfwd", "init", "worker", "--head", "ray@heir", "--fingerprint", heir.fingerprint]
     said = worker.run(init).stdout
-    assert "/etc/rayfwd.toml was left as it is: it was edited" in said
+    assert "/etc/rayfwd.toml was left as it is, because it was edited" in said
     config = worker.host_path("/etc/rayfwd.toml")
     config.write_text(config.read_text().replace('ssh = "ray@head"', 'ssh = "ray@heir"'))
     worker.systemctl("restart", "rayfwd")

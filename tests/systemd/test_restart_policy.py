@@ -49,7 +49,7 @@ def test_a_fault_that_may_pass_is_never_given_up_on(worker: Machine) -> None:
     until(lambda: failures() > 6, 120, lambda: f"it fails more often than {failures()} times")
     (first, *_) = worker.events("already_running")
     assert first["PRIORITY"] == "3"
-    worker.wait_for_status("cannot begin: another rayfwd runs")
+    worker.wait_for_status("cannot begin: another rayfwd is running")
     worker.run(["pkill", "-u", "ray", "-x", "sleep"])
     hold.wait(20)
     shown = worker.wait_for_status("waiting: ")

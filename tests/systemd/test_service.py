@@ -164,7 +164,7 @@ def test_the_doctor_beside_the_service(kept: Kept) -> None:
         assert rows["daemon"]["seen"] == {"pid": int(machine.show()["MainPID"]), "state": "ready"}
         assert "/run/rayfwd-ray/keeper.sock" in rows["keeper"]["said"]
         assert rows["limits"]["seen"]["whose"] == "the daemon's"
-        assert rows["ports"]["said"].endswith("this node's Ray has them")
+        assert rows["ports"]["said"].endswith("in use by this node's Ray")
     assert rows["link"]["seen"]["down"] > 1e6
     kept.check()
 

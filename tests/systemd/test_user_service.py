@@ -61,7 +61,7 @@ def test_the_doctor_beside_it(own: Cluster) -> None:
 
 def test_said_again_it_changes_nothing(own: Cluster) -> None:
     said = own.init_worker()
-    assert "Nothing was to be done" in said
+    assert "Nothing had to be done" in said
     assert "loginctl enable-linger ray" in said
 
 

@@ -97,7 +97,7 @@ def test_a_hosts_file(tmp_path: Path) -> None:
         ("ray@gpu-1 --name 'a b'", "must be 1 to 63 letters"),
         ("ray@gpu-1 --prefix ../x", "must be an absolute path"),
         ("ray@gpu-1 'x", "No closing quotation"),
-        ("# nobody", "there is no machine in it"),
+        ("# nobody", "it names no machine"),
     ],
 )
 def test_what_is_wrong_in_it_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
@@ -112,12 +112,12 @@ def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "hosts.txt"
     path.write_text("ray@gpu-1\n")
     for words, said in (
-        (["add"], "USER@HOST, or -f with a file of them, must be given"),
-        (["add", "ray@gpu-1", "-f", str(path)], "ray@gpu-1: is there twice"),
+        (["add"], "give USER@HOST, or a file of machines with -f"),
+        (["add", "ray@gpu-1", "-f", str(path)], "ray@gpu-1: is given twice"),
         (["add", "ray@gpu-1", "--set", "ray.num_cpu=1"], "did you mean num_cpus"),
         (["add", "ray@gpu-1", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["add", "-f", str(tmp_path / "none")], "none: No such file or directory"),
-        (["remove"], "NAME, or -f with a file, must be given"),
+        (["remove"], "give a NAME, or a file of machines with -f"),
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
@@ -210,9 +210,9 @@ def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.T
 @pytest.mark.parametrize(
     ("changes", "wanted", "said"),
     [
-        ({"pythons": ()}, None, "no Python 3.11 or newer there (it has none)"),
+        ({"pythons": ()}, None, "no Python 3.11 or newer (it has none)"),
         ({"pythons": (Python("/p", "3.10.1"),)}, None, "(it has 3.10.1)"),
-        ({}, "3.11.7", "no Python 3.11.7 there (it has 3.11.2)"),
+        ({}, "3.11.7", "no Python 3.11.7 (it has 3.11.2)"),
         ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
     ],
 )

@@ -83,7 +83,7 @@ DOCKER = MachineSeen(
 def test_the_64_mb_of_docker_are_named() -> None:
     (problem,) = judge(DOCKER)
     assert problem.code.name == "shared_memory_small"
-    assert problem.cause.startswith("/dev/shm has 67 MB, and Ray's objects here may take 9.6 GB")
+    assert problem.cause.startswith("/dev/shm has 67 MB, but Ray's objects here may take 9.6 GB")
     assert "docker run --shm-size=9.6gb" in problem.remedy
     assert judge(replace(DOCKER, shared=10**10)) == []
     assert judge(replace(DOCKER, store=60_000_000)) == []

@@ -208,7 +208,7 @@ def test_check_of_a_head(head_file: Path, capsys: pytest.CaptureFixture[str]) ->
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == f"{head_file}: valid"
     assert "network 127.77.0.0/16; this head is 127.77.0.1" in lines
-    assert "ports 20000-20077 are this head's, workers' follow" in lines
+    assert "ports 20000-20077 are this head's; the workers' follow" in lines
     assert any(line.startswith("ray ray_not_found: ray.command = '/none/ray'") for line in lines)
 
 
@@ -242,11 +242,11 @@ def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "expose other nodes' forwards may reach port 9000 of this machine" in lines
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert (
-        f"warning: head.identity = {identity}: others may read it; say `chmod 600 {identity}`"
+        f"warning: head.identity = {identity}: other users may read it; run `chmod 600 {identity}`"
         in (warnings)
     )
     assert any("known_hosts = " in line and "no such file" in line for line in warnings)
-    assert "warning: ray.port is a head's: on a worker it changes nothing" in warnings
+    assert "warning: ray.port has an effect only on a head, not on a worker" in warnings
 
 
 def test_check_warns_of_ephemeral_ports_in_the_blocks(
@@ -299,7 +299,7 @@ def test_plan_of_a_head_from_the_roster(head_file: Path, tmp_path: Path, capsys:
     assert rows[0][:4] == ["h", "head", "127.77.0.1", "20000-20077"]
     assert rows[1] == ["w1", "worker", "127.77.0.2", "20078-20177", "listeners"]
     assert "178 of 12768 ports from 20000 on are taken" in text
-    assert "has its Ray restarted once" in text
+    assert "its Ray is restarted once" in text
     assert "/none/ray start --head --port=6379" in text
     assert "--node-ip-address=127.77.0.1" in text
     assert (tmp_path / "roster.json").stat().st_mtime_ns == before
@@ -307,7 +307,7 @@ def test_plan_of_a_head_from_the_roster(head_file: Path, tmp_path: Path, capsys:
 
 def test_plan_of_a_worker_before_the_first_run(worker_file: Path, capsys: Any) -> None:
     assert main(["plan", "--config", str(worker_file)]) == 1
-    assert "known after the first" in capsys.readouterr().out
+    assert "reaches the head for the first time" in capsys.readouterr().out
 
 
 def test_plan_of_a_worker_as_kept(worker_file: Path, tmp_path: Path, capsys: Any) -> None:
@@ -479,7 +479,7 @@ def test_forget_without_a_daemon(head_file: Path, tmp_path: Path, capsys: Any) -
     assert "w1 is forgotten" in capsys.readouterr().out
     assert json.loads((tmp_path / "roster.json").read_text())["nodes"] == []
     assert main(["forget", "w1", "--config", str(head_file)]) == 1
-    assert "no worker named w1" in capsys.readouterr().out
+    assert "no worker is named w1" in capsys.readouterr().out
 
 
 @pytest.mark.runs("rayfwd forget *", "rayfwd forget")
@@ -537,7 +537,7 @@ def test_forget_leaves_the_roster_of_a_daemon_that_does_not_answer(
 
 def test_forget_is_for_the_head(worker_file: Path, capsys: Any) -> None:
     assert main(["forget", "w1", "--config", str(worker_file)]) == 2
-    assert "forget is for the head" in capsys.readouterr().err
+    assert "`forget` runs on the head" in capsys.readouterr().err
 
 
 # -- attach --------------------------------------------------------
@@ -728,7 +728,8 @@ def test_attach_without_a_hub(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"rayfwd attach: hub_absent: no hub answers on {tmp_path}/hub.sock (No such file or "
-        "directory); start `rayfwd run` on the head, or correct the socket's path\n"
+        "directory); start rayfwd on the head (`systemctl start rayfwd`), or correct the "
+        "socket's path\n"
     )
 
 
@@ -763,7 +764,8 @@ def test_attach_that_may_not(tmp_path: Path) -> None:
         with os.fdopen(receive) as said:
             assert said.read() == (
                 "rayfwd attach: hub_not_permitted: user id 12345 may not connect to "
-                f"{path}; name this user in hub.users of the head's configuration\n"
+                f"{path}; add this user to hub.users in the head's file, then restart rayfwd "
+                "there\n"
             )
         assert os.waitstatus_to_exitcode(status) == 1
 

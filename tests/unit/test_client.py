@@ -399,7 +399,7 @@ class TestWords:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["h:1", "-p", "2"], "rayfwd connect: --port 2: h:1 has a port already"),
+            (["h:1", "-p", "2"], "rayfwd connect: --port 2: h:1 already has a port"),
             (["h", "--forward", "8000"], "must be LISTEN=TO, as in 8000=head:8000"),
             (["h", "--forward", "1=w1:1"], "a client reaches the head only: head:port"),
             (["h", "--forward", "0.0.0.0:1=1"], "must be on an IPv4 loopback address"),
@@ -435,7 +435,7 @@ class TestWords:
             taken.bind(("127.0.0.1", ports[0]))
             taken.listen()
             config = self.config("h", "--dashboard-port", str(ports[0]))
-            with pytest.raises(ProblemError, match="something else does") as caught:
+            with pytest.raises(ProblemError, match="another program uses it") as caught:
                 client_module.listen_all(config)
             assert caught.value.problem.code == codes.LISTEN_TAKEN
             monkeypatch.setitem(client_module.USUAL_PORTS, "dashboard", ports[0])

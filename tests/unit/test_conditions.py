@@ -48,13 +48,13 @@ def causes(code: Code) -> list[str]:
 def meta(code: Code) -> str:
     """The line below a code's heading."""
     if not code.counted:
-        return "*An answer or an ending, never in the status.*"
-    often = "in two looks in a row" if code.min_samples == 2 else ""
-    lasts = f"for {code.for_seconds:g} s" if code.for_seconds else ""
-    when = " and ".join(part for part in (often, lasts) if part)
+        return "*A command's error message, or why a session ended; never in the status.*"
+    often = "after two checks in a row" if code.min_samples == 2 else ""
+    lasts = f"after {code.for_seconds:g} s" if code.for_seconds else ""
+    when = ", and ".join(part for part in (often, lasts) if part)
     parts = [
         code.severity.capitalize(),
-        f"shows when it was there {when}" if when else "shows at once",
+        f"shows {when or 'at once'}",
     ]
     if by := causes(code):
         parts.append("explained by " + ", ".join(by))
@@ -116,7 +116,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.run(argparse.Namespace(code="ray_died")) == 0
     said = capsys.readouterr().out
     assert said.startswith("ray_died\n\n*Error; shows at once")
-    assert "Do: Look at raylet.out" in said
+    assert "Do: Read raylet.out" in said
     assert "###" not in said
     assert explain.run(argparse.Namespace(code=None)) == 0
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -625,7 +625,7 @@ def test_flapping(lost_at: list[float], flaps: tuple[float, float] | None) -> No
         losses = {"bulk": count, "interactive": 3}
         for one in rules.sample({"w1": LinkSeen(losses, None, "reset")}, float(now)):
             assert (one.subject, one.problem.code) == ("w1/bulk", codes.LANE_FLAPPING)
-            assert "the last time: reset" in one.problem.cause
+            assert "most recently because: reset" in one.problem.cause
             found.append(now)
     assert (found[0], found[-1]) == flaps if flaps else found == []
 
@@ -644,7 +644,7 @@ FINE = MachineSeen(
     [
         ({}, None, ""),
         ({"limit": -1, "listeners": 10_000}, None, ""),
-        ({"limit": 256}, "descriptors_low", "may have 256 files open, and the plan needs 292"),
+        ({"limit": 256}, "descriptors_low", "may open 256 files, but the plan needs 292"),
         ({"others": 20}, "descriptors_low", "20 other nodes"),
         ({"disks": {"/tmp/ray": (6, 100)}}, None, ""),
         ({"disks": {"/tmp/ray": (4_000_000, 100_000_000)}}, "disk_nearly_full", "96 % full (4 MB"),

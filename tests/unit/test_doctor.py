@@ -745,7 +745,7 @@ def test_beside_a_daemon(tmp_path: Path) -> None:
                 found = await s.look(ray__advertise="203.0.113.7")
                 assert results(found, "daemon", "ports", "listeners") == ["pass"] * 3
                 assert results(found, "advertise", "advertise_self") == ["pass"] * 2
-                assert "this node's Ray has them" in found["ports"].said
+                assert "in use by this node's Ray" in found["ports"].said
             with daemon(tmp_path, status=status_of("failed", blocked, dropped)):
                 found = await s.look(ray__advertise="203.0.113.7")
                 assert results(found, "daemon", "ports", "listeners") == ["warn", "pass", "fail"]
@@ -902,7 +902,7 @@ def test_words_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["doctor", "--log", "/x"]) == 2
     assert "--report" in capsys.readouterr().err
     assert main(["doctor", "--with-logs"]) == 2
-    assert "--with-logs: belongs to --report" in capsys.readouterr().err
+    assert "--with-logs: needs --report" in capsys.readouterr().err
 
 
 def test_as_another_user(tmp_path: Path) -> None:

@@ -236,8 +236,8 @@ def test_the_file(tmp_path: Path) -> None:
 def test_what_is_said_of_a_meeting_place_names_no_head() -> None:
     said = codes.SSH_AUTH_REFUSED.problem(
         "ray@meet refuses this machine's SSH keys",
-        "add the public key to authorized_keys of that user on the head, or set head.identity to "
-        "the key that is there",
+        "add this machine's public key to authorized_keys of that user on the head, or set "
+        "head.identity to a key that is already there",
     )
     told = of_meeting(said)
     assert "on the meeting place" in told.remedy

@@ -54,7 +54,7 @@ DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
             "Connection timed out during banner exchange\n"
             "Connection to 198.51.100.1 port 22 timed out",
             codes.SSH_UNREACHABLE,
-            "takes the connection (the-head port 22) and says nothing",
+            "accepts the connection (the-head port 22), but says nothing",
         ),
         (
             DIRECT,
@@ -89,7 +89,7 @@ DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
             "no such tunnel\nkex_exchange_identification: Connection closed by remote host\n"
             "Connection closed by UNKNOWN port 65535",
             codes.SSH_UNREACHABLE,
-            "the ProxyCommand of ray@the-head brought no SSH server's answer: no such tunnel",
+            "the ProxyCommand of ray@the-head led to no SSH server: no such tunnel",
         ),
         (BEHIND, DENIED, codes.SSH_AUTH_REFUSED, "the jump host bastion refuses"),
         (BEHIND, IN + DENIED, codes.SSH_AUTH_REFUSED, "ray@the-head refuses"),

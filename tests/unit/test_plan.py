@@ -164,14 +164,14 @@ def test_a_network_that_is_full() -> None:
     for name in "abcde":
         nodes.append(allocate(nodes, name, "127.77.0.0/29", 20000, 8, None))
     assert nodes[-1].address == "127.77.0.6", "the last of six, before the broadcast address"
-    with pytest.raises(ProblemError, match="every address is taken"):
+    with pytest.raises(ProblemError, match="every address is in use"):
         allocate(nodes, "f", "127.77.0.0/29", 20000, 8, None)
 
 
 def test_ports_that_are_used_up() -> None:
     own = head(base=32000)
     with pytest.raises(
-        ProblemError, match="no 708 ports in a row are left between 32000 and 32768"
+        ProblemError, match="no 708 consecutive ports are free between 32000 and 32768"
     ):
         allocate([own], "a", NETWORK, 32000, 700, None)
 
@@ -234,7 +234,7 @@ def test_workers_with_the_overlay_may_have_the_same_ports() -> None:
     assert len({plan.address for plan in plans}) == 301
     assert len({plan.base for plan in plans if plan.role == "worker"}) == 1
     assert set(plans[0].ports).isdisjoint(plans[1].ports), "the head's are its own"
-    assert "no range bounds" in bound(plans, 20000)
+    assert "not bounded by ports" in bound(plans, 20000)
 
 
 def test_a_worker_with_listeners_has_ports_of_its_own() -> None:

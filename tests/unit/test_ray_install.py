@@ -106,7 +106,7 @@ def test_not_found(tmp_path: Path) -> None:
     assert str(tmp_path) in cause
     assert code_of(str(tmp_path / "ray"))[0] == "ray_not_found"
     (tmp_path / "ray").write_text("#!/bin/true\n")
-    assert "may not be executed" in code_of(str(tmp_path / "ray"))[1]
+    assert "this user may not execute the file" in code_of(str(tmp_path / "ray"))[1]
 
 
 def test_not_usable(tmp_path: Path) -> None:

@@ -127,7 +127,10 @@ def test_a_daemon_takes_what_it_can(running: Running, capsys: pytest.CaptureFixt
     assert "ride_through" in kept
     until(lambda: not metrics.exists(), "its end is seen on disk")
     assert say("--config", str(running.file), "reload") == 0
-    assert capsys.readouterr().out == "  kept      ride_through: needs a restart\n"
+    assert (
+        capsys.readouterr().out
+        == "  kept      ride_through: takes effect after a restart (`systemctl restart rayfwd`)\n"
+    )
 
 
 def test_a_mistake_is_refused_and_all_stays(

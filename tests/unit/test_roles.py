@@ -268,7 +268,7 @@ def test_ray_waits_for_the_heads(tmp_path: Path) -> None:
             await until(lambda: not w1.ray.may_start)
             assert w1.ray.now.state == "up"
             w1.ray.become("waiting")
-            waits = "Ray here waits for the head's, which is failed"
+            waits = "Ray on this node waits for the head's Ray, whose state is: failed"
             assert [c.problem.cause for c in w1.runtime.health.waiting_for()] == [waits]
             head.ray.become("up")
             await w1.ready()

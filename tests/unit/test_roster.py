@@ -104,7 +104,8 @@ def test_an_address_is_taken(path: Path) -> None:
         kept.join("b", KEY, 92, "203.0.113.7")
     assert code_of(caught) == "address_taken"
     assert str(caught.value.problem) == (
-        "node a already has the address 203.0.113.7: two nodes cannot share one; "
+        "node a already has the address 203.0.113.7, and two nodes cannot share an "
+        "address; "
         "correct ray.advertise on one of them"
     )
 

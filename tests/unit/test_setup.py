@@ -479,7 +479,7 @@ def test_somebody_elses_file_is_kept_and_not_ours_to_remove(layout: Layout, home
 def test_a_run_that_failed_midway_goes_on_and_is_taken_away(layout: Layout, home: Path) -> None:
     (home / ".config").mkdir()
     (home / ".config" / "systemd").write_text("in the way")
-    with pytest.raises(ProblemError, match="systemd is there, and is no directory"):
+    with pytest.raises(ProblemError, match="systemd exists, but is not a directory"):
         make(worker(home), layout)
     (home / ".config" / "systemd").unlink()
     make(worker(home), layout)
@@ -511,10 +511,10 @@ def test_a_manifest_that_others_may_write_is_not_believed(tmp_path: Path) -> Non
     path = tmp_path / "m"
     path.write_text(json.dumps({"schema": 1, "made": []}))
     path.chmod(0o666)
-    with pytest.raises(ProblemError, match="others may have written it"):
+    with pytest.raises(ProblemError, match="other users can write to it"):
         Manifest(path)
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(ProblemError, match="others may have written it"):
+    with pytest.raises(ProblemError, match="other users can write to it"):
         Manifest(tmp_path / "link")
 
 
@@ -534,10 +534,10 @@ class TestTheCommand:
     @pytest.mark.parametrize(
         ("argv", "said"),
         [
-            (["worker"], "--head: must be given, there is nobody to ask"),
+            (["worker"], "--head: must be given, as there is no terminal to ask"),
             (["worker", "--head", "a b"], "head.ssh"),
-            (["worker", "--head", "h", "--login", "x"], "--login: belongs to a head"),
-            (["head", "--fingerprint", "SHA256:x"], "--fingerprint: belongs to a worker"),
+            (["worker", "--head", "h", "--login", "x"], "--login: only for a head"),
+            (["head", "--fingerprint", "SHA256:x"], "--fingerprint: only for a worker"),
             (["head", "--name", "no good"], "--name no good"),
         ],
     )
@@ -552,7 +552,7 @@ class TestTheCommand:
 
     def test_nothing_to_take_away(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["uninstall"]) == 0
-        assert "nothing to take away" in capsys.readouterr().out
+        assert "nothing to remove" in capsys.readouterr().out
 
 
 def test_a_worker_that_is_dialled_has_no_key_and_is_told_both_lines() -> None:

@@ -100,7 +100,7 @@ def test_it_refreshes_says_a_restart_and_ends_cleanly(place: Path, opened: list[
         assert ALTERNATE in seen.read_until("gpu-1")
         seen.read_until("gpu-1")  # once more: it refreshes
     first = seen.read_until("no answer for")
-    assert "asking on" in first + seen.read_until("as it was:")
+    assert "still asking" in first + seen.read_until("last known state:")
     with daemon(place, status=STATUS | {"pid": 4243, "state": "ready"}):
         assert "READY" in seen.read_until("pid 4243")
         seen.read_until("the daemon was restarted")

@@ -61,10 +61,10 @@ def test_where_a_port_is_dead(plan: NodePlan, bad: dict[int, str], said: str, re
 def test_what_a_port_is_for() -> None:
     cause = reach.explain(PLAN, dict.fromkeys(WORKERS, "dropped"), "head").cause
     assert "port 20054-20093 (workers) of gpu-1" in cause
-    assert cause.endswith("No task runs there without them, and no result comes back")
+    assert cause.endswith("Without them, no task runs there, and no result comes back")
     cause = reach.explain(PLAN, {RAYLET: "dropped", OBJECTS: "dropped"}, "head").cause
     assert "20046 (the raylet), 20047 (the object manager)" in cause
-    assert "No task is placed there" in cause
+    assert "Without it, no task is placed there, and Ray gives the node up. Without" in cause
     assert "no object over 100 kb" in cause
 
 
@@ -181,7 +181,7 @@ WELL = [stage("a", s) for s in ("task", "to", "from")]
             [stage("b", "task"), stage("b", "to", False), stage("b", "from")],
             {},
             "canary_no_objects",
-            "does not arrive from head to gpu-1 (not done in 30 s); the ports of both ends",
+            "does not arrive from head to gpu-1 (not done in 30 s), although the ports of both",
         ),
         (
             [stage("b", "task"), stage("b", "to"), stage("b", "from", False)],

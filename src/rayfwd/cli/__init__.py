@@ -30,12 +30,12 @@ PIPE_CLOSED = 141
 
 EXIT_CODES = {
     OK: "done",
-    FAULT: "a fault; the message says what, and what to do",
-    MISTAKE: "a mistake in the configuration file or on the command line, one line each",
-    NOT_READY: "it runs, and is not ready: `status`, and `join` and `head` with --wait-for",
-    WARNED: "`doctor` only: it would work, with warnings",
+    FAULT: "a fault; the message says what is wrong and what to do",
+    MISTAKE: "a mistake in the configuration file or on the command line; one line for each",
+    NOT_READY: "the node runs but is not ready: `status`, and `join` and `head` with --wait-for",
+    WARNED: "`doctor` only: it works, but there are warnings",
     INTERRUPTED: "interrupted by Ctrl-C",
-    PIPE_CLOSED: "whoever read the output has closed it",
+    PIPE_CLOSED: "the reader of the output has closed it",
 }
 """What they mean, of all verbs."""
 
@@ -58,67 +58,85 @@ VERBS = {
     "init": Verb("set this machine up as a head or as a worker"),
     "run": Verb(
         "run the daemon in the foreground (what the service runs)",
-        {OK: "ended in order, by SIGTERM or Ctrl-C", FAULT: "it could not begin, or had a fault"},
+        {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not start, or failed"},
     ),
     "join": Verb(
-        "join a cluster from this machine, without a file: for an hour, or in a container",
-        {OK: "ended in order", FAULT: "it could not begin", NOT_READY: "not ready by --wait-for"},
+        "join a cluster from this machine without a file: for an hour, or in a container",
+        {
+            OK: "ended by SIGTERM, Ctrl-C or --stop-after",
+            FAULT: "it could not start, or failed",
+            NOT_READY: "not ready within --wait-for",
+        },
     ),
     "head": Verb(
-        "be the head of a cluster on this machine, without a file",
-        {OK: "ended in order", FAULT: "it could not begin", NOT_READY: "not ready by --wait-for"},
+        "run the head of a cluster on this machine without a file",
+        {
+            OK: "ended by SIGTERM, Ctrl-C or --stop-after",
+            FAULT: "it could not start, or failed",
+            NOT_READY: "not ready within --wait-for",
+        },
     ),
     "add": Verb(
-        "on the head: bring machines into the cluster over SSH",
-        {OK: "all are in the cluster", FAULT: "one is not, or no head runs here"},
+        "on the head: bring other machines into the cluster over SSH",
+        {
+            OK: "all machines are in the cluster",
+            FAULT: "a machine is not in the cluster, or no head runs here",
+        },
     ),
     "remove": Verb(
-        "on the head: take machines out again that `add` has brought in",
-        {OK: "all are removed", FAULT: "one is not, or no head runs here"},
+        "on the head: remove machines that `add` brought into the cluster",
+        {OK: "all machines are removed", FAULT: "a machine is not removed, or no head runs here"},
     ),
     "connect": Verb(
-        "hold the head's dashboard, Ray Client and page on a machine that is no node",
-        {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not begin"},
+        "make the head's dashboard, Ray Client and page available on a machine that is no node",
+        {OK: "ended by SIGTERM or Ctrl-C", FAULT: "it could not start"},
     ),
-    "reload": Verb("make the running daemon read its file again"),
-    "check": Verb("validate the configuration file and show the resulting settings"),
+    "reload": Verb("make the running daemon read its configuration file again"),
+    "check": Verb("validate the configuration file and show what it results in"),
     "doctor": Verb(
-        "check what could keep this machine from working",
+        "check this machine, the way to the head, and Ray, and say what keeps them from working",
         {OK: "all passes", FAULT: "something fails", WARNED: "there are warnings"},
     ),
     "plan": Verb(
         "show every node's address and ports, and the exact `ray start` command",
-        {FAULT: "there is no plan yet: the head has not been reached"},
+        {FAULT: "there is no plan yet, because the head has not been reached"},
     ),
     "status": Verb(
         "show the state of the running daemon, problems first",
-        {OK: "ready", FAULT: "no daemon answers", NOT_READY: "it runs, and is not ready"},
+        {
+            OK: "the node is ready",
+            FAULT: "no daemon answers",
+            NOT_READY: "the node runs but is not ready",
+        },
     ),
     "canary": Verb(
-        "send a tiny task and 1 MB to every node and back, and report the result",
-        {OK: "every node passed", FAULT: "a node did not, or the canary could not be sent"},
+        "send a small task and 1 MB to every node and back, and report the result",
+        {OK: "every node passed", FAULT: "a node did not pass, or the canary could not be sent"},
     ),
     "trace": Verb(
-        "show for some seconds what passes over the daemon's lanes, a line for each frame"
+        "show what passes over the daemon's lanes for some seconds, one line for each frame"
     ),
     "explain": Verb(
-        "explain a code of the log or of the status, and what to do about it",
-        {FAULT: "there is no such code"},
+        "explain a code of the log or of the status, and say what to do about it",
+        {FAULT: "the code does not exist"},
     ),
     "attach": Verb(
-        "join standard input and output to the hub (a forced command for sshd)",
-        {OK: "the hub or the other side has ended it", FAULT: "the hub cannot be reached"},
+        "connect standard input and output to the hub (a forced command for sshd)",
+        {
+            OK: "the hub or the other side has ended the connection",
+            FAULT: "the hub cannot be reached",
+        },
     ),
     "keeper": Verb("run Ray for the daemon (what the service rayfwd-ray runs)"),
-    "env": Verb("print the environment with which a driver finds the cluster"),
-    "exec": Verb("run a command in the environment that `rayfwd env` prints"),
-    "overlay": Verb("make the overlay network for the daemon (what the service rayfwd-net runs)"),
+    "env": Verb("print the environment that a driver needs to find the cluster"),
+    "exec": Verb("run a command with the environment that `rayfwd env` prints"),
+    "overlay": Verb("set up the overlay network for the daemon (what the service rayfwd-net runs)"),
     "forget": Verb(
-        "on the head: drop a worker, free its name, address and ports, and replace Ray's token",
-        {FAULT: "there is no such worker, or Ray's token is named by a variable"},
+        "on the head: forget a worker, free its name, address and ports, and replace Ray's token",
+        {FAULT: "there is no such worker, or an environment variable sets Ray's token"},
     ),
-    "uninstall": Verb("remove what init has created"),
-    "demo": Verb("show rayfwd at work on this machine alone"),
+    "uninstall": Verb("remove what `rayfwd init` has created"),
+    "demo": Verb("show rayfwd at work, on this machine only"),
 }
 """By name; the verb's module has the same."""
 
@@ -161,16 +179,16 @@ class _VerbParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayfwd",
-        description="Makes a Ray cluster work when its machines can reach each other by SSH only.",
+        description="Make a Ray cluster work when its machines can reach each other only by SSH.",
         epilog=_epilog(EXIT_CODES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="say which rayfwd this is")
-    more = "with --version: also whether it is compiled, and by which Python it runs"
+    parser.add_argument("--version", action="store_true", help="print rayfwd's version")
+    more = "with --version: also print whether rayfwd is compiled, and which Python runs it"
     parser.add_argument("--verbose", dest="built", action="store_true", help=more)
     what = "the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)"
     parser.add_argument("--config", metavar="PATH", type=Path, default=None, help=what)
-    which = "the cluster of that name, where this machine has several (default: $RAYFWD_CLUSTER)"
+    which = "the cluster of that name, if this machine has several (default: $RAYFWD_CLUSTER)"
     parser.add_argument("--cluster", metavar="NAME", type=_cluster, default=None, help=which)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_VerbParser)
     for name, verb in VERBS.items():
@@ -235,7 +253,7 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.built and not args.version:
-        parser.error("--verbose goes with --version")
+        parser.error("--verbose can be used with --version only")
     if args.verb is None and not args.version:
         parser.error("the following arguments are required: VERB")
     return args

@@ -1,9 +1,10 @@
-"""On the head: bring machines into the cluster over SSH, each in one go, many at once.
+"""On the head: bring machines into the cluster over SSH, several at once.
 
-Each is looked at, gets rayfwd (and with --ray the head's Ray) over the same SSH connection, its
-files and keys, and its daemon is started: the machine's service for root where systemd runs, a
-service of the user's, else in the background with a log. The machine dials the head, or the head
-the machine, whichever works. Said again, it does what is not done yet and changes nothing else.
+For each machine, this installs rayfwd (and with --ray also the head's Ray) over the same SSH
+connection, writes its files and keys, and starts its daemon. For root with systemd, that is the
+machine's service; for a user who lingers, a service of that user; otherwise a process in the
+background with a log. The machine dials the head, or the head dials the machine, whichever works.
+If you run it again, it does what is missing and changes nothing else.
 """
 
 from __future__ import annotations
@@ -42,54 +43,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--file",
         metavar="FILE",
         type=Path,
-        help="machines, one a line: USER@HOST[:PORT], with --name, --via, --ray, --ray-command, "
-        "--identity, --known-hosts, --fingerprint, --prefix or --head of its own; # for a comment",
+        help="a file of machines, one per line: USER@HOST[:PORT], then its own --name, --via, "
+        "--ray, --ray-command, --identity, --known-hosts, --fingerprint, --prefix or --head; "
+        "# begins a comment",
     )
-    parser.add_argument("--name", help="the node's name (default: the machine's)")
+    parser.add_argument(
+        "--name", help="the node's name in the cluster (default: the machine's host name)"
+    )
     parser.add_argument(
         "--via",
         choices=VIAS,
         default="auto",
-        help="who dials: the worker, or the head (default: the worker, where it can)",
+        help="who dials: the worker or the head (default: the worker, if it can reach the head)",
     )
     parser.add_argument(
         "--head",
         metavar="USER@HOST[:PORT]",
-        help="how the machine reaches this head (default: found out)",
+        help="how the machine reaches this head (default: found automatically)",
     )
     parser.add_argument(
-        "--ray", action="store_true", help="have the head's Ray, with its Python, there"
+        "--ray",
+        action="store_true",
+        help="install the head's version of Ray there, with the same Python",
     )
     parser.add_argument(
-        "--ray-command", metavar="PATH", help="the `ray` there (default: looked for)"
+        "--ray-command",
+        metavar="PATH",
+        help="path of the `ray` command there (default: searched for)",
     )
     parser.add_argument("-i", "--identity", metavar="FILE", type=Path, help="the SSH key to use")
-    parser.add_argument("-F", "--ssh-config", metavar="FILE", type=Path, help="as `ssh -F`")
+    parser.add_argument(
+        "-F",
+        "--ssh-config",
+        metavar="FILE",
+        type=Path,
+        help="the only SSH configuration to read, as with `ssh -F`",
+    )
     parser.add_argument(
         "--known-hosts",
         metavar="FILE",
         type=Path,
-        help="the only file that may have the machine's host key",
+        help="the only file in which the machine's host key is looked up",
     )
     parser.add_argument(
         "--fingerprint",
         metavar="SHA256:…",
-        help="of the machine's host key, which is then written to the known hosts",
+        help="the machine's host key has this fingerprint; the key is then added to the known "
+        "hosts",
     )
     parser.add_argument(
         "--prefix",
         metavar="PATH",
-        help="where rayfwd goes there (default: /opt/rayfwd of root, else ~/.local/share/rayfwd)",
+        help="where rayfwd is installed there (default: /opt/rayfwd for root, else "
+        "~/.local/share/rayfwd)",
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=int, default=JOBS, help=f"so many at once (default: {JOBS})"
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=JOBS,
+        help=f"how many machines at once (default: {JOBS})",
     )
     parser.add_argument(
         "--wait-for",
         metavar="SECONDS",
         type=float,
         default=WAIT_FOR,
-        help=f"how long one may take from its start until it is in (default: {WAIT_FOR:g})",
+        help="how long a machine may take from its start until it is in the cluster (default: "
+        f"{WAIT_FOR:g})",
     )
     add_set(parser)
 
@@ -105,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 def _hosts(args: argparse.Namespace) -> list[Host]:
     """Raises MistakeError."""
     if not args.machines and args.file is None:
-        raise MistakeError(["rayfwd add: USER@HOST, or -f with a file of them, must be given"])
+        raise MistakeError(["rayfwd add: give USER@HOST, or a file of machines with -f"])
     more = given_by(args, [])
     usual = Host(
         ssh="",

@@ -1,8 +1,8 @@
-"""Join standard input and output to the hub's socket.
+"""Connect standard input and output to the hub's socket.
 
-Made for sshd: `restrict,command="rayfwd attach"` before a key in authorized_keys lets that key
-reach the hub and nothing else. What was asked to be run (SSH_ORIGINAL_COMMAND) is ignored.
-With --client the key is for `rayfwd connect` only: it cannot bring a node into the cluster.
+This is for sshd: `restrict,command="rayfwd attach"` before a key in authorized_keys lets that key
+reach the hub and nothing else. The command that the client asks for (SSH_ORIGINAL_COMMAND) is
+ignored. With --client, the key is for `rayfwd connect` only, and brings no node into the cluster.
 """
 
 # Both are passed to the hub, and this only waits for its end. Where the hub does not take them
@@ -64,17 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--socket",
         metavar="PATH",
         type=Path,
-        help="the hub's socket (default: the configuration file's, else /run/rayfwd/hub.sock)",
+        help="the hub's socket (default: from the configuration file, else /run/rayfwd/hub.sock)",
     )
     parser.add_argument(
         "--node",
         metavar="NAME",
-        help="the key is this node's: it may come with a new key of rayfwd's, and as no other node",
+        help="the SSH key belongs to this node: it may come with a new key of rayfwd's, but "
+        "not as another node",
     )
     parser.add_argument(
         "--client",
         action="store_true",
-        help="let clients through (`rayfwd connect`), and no node",
+        help="let clients (`rayfwd connect`) through, and no nodes",
     )
 
 
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         if not _is_clients(begun):
             return _refuse(
                 codes.CLIENT_ONLY,
-                "this key is for `rayfwd connect`, and what came with it is no client",
+                "this SSH key is for `rayfwd connect` only, and the machine that used it "
+                "is not a client",
                 "use a key whose line in authorized_keys has no --client",
             )
     if args.node is not None and not args.client:
@@ -95,9 +97,10 @@ def run(args: argparse.Namespace) -> int:
         if claimed is not None and claimed != args.node:
             return _refuse(
                 codes.KEY_OF_ANOTHER,
-                f"this SSH key is for the node {args.node}, and this machine says that it is "
+                f"this SSH key is for the node {args.node}, but this machine says that it is "
                 f"{claimed}",
-                f"say --name {args.node} (in a file: name), or use a key of its own",
+                f"name this machine {args.node} (--name, or `name` in its file), or use "
+                "an SSH key of its own",
             )
         if claimed is not None:
             try:
@@ -106,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
                 return _refuse(
                     codes.HUB_NOT_PERMITTED,
                     f"{path.with_name(SECRET)} cannot be read: {exc.strerror or exc}",
-                    "--node is for logins as the hub's own user, while the hub runs",
+                    "log in as the user that runs the hub, and check that the hub runs: "
+                    "--node needs both",
                 )
     hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -114,20 +118,18 @@ def run(args: argparse.Namespace) -> int:
         check_listener(hub, path)
     except PermissionError as exc:
         if exc.errno is None:
-            return _refuse(
-                codes.HUB_NOT_PERMITTED, str(exc), "give the path of the hub's socket by --socket"
-            )
+            return _refuse(codes.HUB_NOT_PERMITTED, str(exc), "name the hub's socket with --socket")
         user = f"user id {os.geteuid()}"
         return _refuse(
             codes.HUB_NOT_PERMITTED,
             f"{user} may not connect to {path}",
-            "name this user in hub.users of the head's configuration",
+            "add this user to hub.users in the head's file, then restart rayfwd there",
         )
     except OSError as exc:
         return _refuse(
             codes.HUB_ABSENT,
             f"no hub answers on {path} ({exc.strerror or exc})",
-            "start `rayfwd run` on the head, or correct the socket's path",
+            "start rayfwd on the head (`systemctl start rayfwd`), or correct the socket's path",
         )
     with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
         os.write(_STDOUT, MARKER)

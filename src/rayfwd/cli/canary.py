@@ -1,4 +1,4 @@
-"""Send the canary now: a tiny task on each node, and 1 MB there and back, a line a node."""
+"""Send a canary now: a small task to each node, and 1 MB there and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 2 * (config.canary.timeout + CANARY_MARGIN)
     while answer.get("running"):
         if time.monotonic() > deadline:
-            raise codes.CANARY_LOST.error("the canary does not come back", "look into the log")
+            raise codes.CANARY_LOST.error("the canary does not come back", "read the daemon's log")
         time.sleep(ASK_INTERVAL)
         answer = ask(socket, "canary")
     if args.json:
@@ -53,7 +53,9 @@ def lines(answer: Mapping[str, Any]) -> list[str]:
     out = table(rows)
     for node in answer.get("nodes", []):
         if not node["ok"] and not node.get("judged"):
-            out.append(f"{node['name']}: its link or its Ray was down meanwhile; see rayfwd status")
+            out.append(
+                f"{node['name']}: its link or its Ray was down meanwhile; see `rayfwd status`"
+            )
         if problem := node.get("problem"):
             out += [f"{problem['code']}  {node['name']}", f"  {problem['cause']}"]
             out += [f"  {problem['remedy']}"]

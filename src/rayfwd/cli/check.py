@@ -1,4 +1,4 @@
-"""Validate the configuration file, and say in plain lines what it amounts to."""
+"""Validate the configuration file, and show in plain lines what it results in."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
     if config.head is not None:
         yield "head", _dials(config.head)
         if config.head.dialled:
-            yield "waits", f"at {config.link_socket} for what the head dials"
+            yield "waits", f"at {config.link_socket}, for a worker that the head dials"
     for dial in config.hub.dial:
         yield "dials", f"{dial.called}: {_dials(dial.way())}"
     for meet in config.hub.meet:
         yield "meets", f"at {meet.ssh}: the socket {meet.socket} there leads to {meet.sshd} here"
     if own is not None:
         allowed = ", ".join(("root", "the daemon's own user", *config.hub.users))
-        yield "hub", f"listens on {config.hub_socket}; may connect: {allowed}"
+        yield "hub", f"listens on {config.hub_socket}; these users may connect: {allowed}"
         yield "network", f"{config.hub.network}; this head is {own.address}"
-        yield "ports", f"{own.base}-{own.last_worker_port} are this head's, workers' follow"
+        yield "ports", f"{own.base}-{own.last_worker_port} are this head's; the workers' follow"
         services = own.head_services.items()
         yield "", ", ".join(f"{name} {port}" for name, port in services) + " besides"
     if config.role != "client":
@@ -62,7 +62,10 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
         yield "forward", f"{forward.listen} here is {forward.to}"
     if config.expose:
         ports = ", ".join(str(port) for port in config.expose)
-        yield "expose", f"other nodes' forwards may reach port {ports} of this machine"
+        yield (
+            "expose",
+            f"[[forward]] of other nodes may lead to these ports of this machine: {ports}",
+        )
     yield "ride through", f"streams are held for {config.ride_through:g} s while a link is down"
 
 
@@ -77,7 +80,7 @@ def _dials(head: HeadConfig) -> str:
         way = f"running `{head.attach_command}` there"
     else:
         way = f"to the socket {head.socket} there"
-    met = f" by the meeting place {head.meet}" if head.meet else ""
+    met = f" through the meeting place {head.meet}" if head.meet else ""
     return f"{shown}{met}, {lanes} SSH connection{'s' * (lanes > 1)}{more}, {way}"
 
 

@@ -40,7 +40,14 @@ def _others(args: argparse.Namespace, path: Path) -> list[str]:
     """Where there is no file: the clusters that could have been meant."""
     names = [] if args.config is not None or path.exists() else named_clusters(os.environ)
     return (
-        [f"clusters of yours that run here: {', '.join(names)} (--cluster NAME)"] if names else []
+        [
+            (
+                f"several clusters of yours run here: {', '.join(names)}; choose one with "
+                "--cluster NAME"
+            )
+        ]
+        if names
+        else []
     )
 
 
@@ -70,7 +77,7 @@ def service_account(path: Path, config: Config | None) -> Account | None:
             return asuser.account_named(unit.user)
         except KeyError:
             raise codes.USER_UNKNOWN.error(
-                f"{unit.path} names the user {unit.user}, and there is no such user",
+                f"{unit.path} names the user {unit.user}, but that user does not exist",
                 "correct User= there",
             ) from None
     found = asuser.whose(path)

@@ -1,8 +1,8 @@
-"""Hold the head's dashboard, job submission and Ray Client on this machine, which is no node.
+"""Make the head's dashboard, Ray Client and page available on this machine, which is no node.
 
-Needs a way to log in on the head by SSH (a key or an agent, and the head's host key known), no
-root and no file. It goes on until Ctrl-C, dials again whenever the link is lost, and holds what
-is open meanwhile, as a worker does. What it is called on the head: this host's name.
+It needs SSH access to the head (a key or an agent, and the head's host key in known_hosts), but no
+root and no file. It runs until Ctrl-C. When the link is lost, it dials again and holds what is
+open, as a worker does. On the head, it has this host's name.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "head",
         metavar="HEAD",
         nargs="?",
-        help="user@host, user@host:port, or an alias of ~/.ssh/config "
-        '(default: that of the configuration file, which has role = "client")',
+        help="user@host, user@host:port, or an alias of ~/.ssh/config (default: from the "
+        'configuration file with role = "client")',
     )
     parser.add_argument("-p", "--port", metavar="PORT", type=int, help="the head's SSH port")
     parser.add_argument(
-        "-i", "--identity", metavar="FILE", help="the private key (default: as ssh would choose)"
+        "-i",
+        "--identity",
+        metavar="FILE",
+        help="the private key to use (default: as ssh would choose)",
     )
     parser.add_argument(
         "--via",
         choices=["socket", "exec"],
-        help="how the hub is reached there: its socket, or by running `rayfwd attach`\n"
-        "(default: the socket, else the command)",
+        help="how to reach the hub there: by its socket, or by running `rayfwd attach`\n(default: "
+        "the socket, else the command)",
     )
     parser.add_argument(
         "--socket", metavar="PATH", help="the hub's socket there (default: /run/rayfwd/hub.sock)"
@@ -60,30 +63,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dashboard-port",
         metavar="PORT",
         type=int,
-        help="where the dashboard is to be on 127.0.0.1 (default: 8265, or the next free one)",
+        help="port of the dashboard on 127.0.0.1 (default: 8265, or the next free one)",
     )
     parser.add_argument(
         "--client-port",
         metavar="PORT",
         type=int,
-        help="where Ray Client is to be on 127.0.0.1 (default: 10001, or the next free one)",
+        help="port of Ray Client on 127.0.0.1 (default: 10001, or the next free one)",
     )
     parser.add_argument(
         "--page-port",
         metavar="PORT",
         type=int,
-        help="where the head's page in the browser is to be on 127.0.0.1\n"
-        "(default: 9480, or the next free one)",
+        help="port of the head's page in the browser on 127.0.0.1\n(default: 9480, or the next "
+        "free one)",
     )
     parser.add_argument(
         "--forward",
         metavar="LISTEN=TO",
         action="append",
         default=[],
-        help="a further port of the head, as in 8000=head:8000; the head's file has it in expose",
+        help="one more port of the head, as in 8000=head:8000; `expose` in the head's file "
+        "must have it",
     )
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="log what happens on standard error"
+        "-v", "--verbose", action="store_true", help="write the log to standard error"
     )
 
 
@@ -111,13 +115,20 @@ def _config(args: argparse.Namespace) -> Config:
     given = _given(args)
     if args.config is None and (args.head or not config_path(args).exists()):
         if args.head is None:
-            raise MistakeError(["rayfwd connect: name the head, as in ray@head.example.org"])
+            raise MistakeError(
+                ["rayfwd connect: name the head, as in `rayfwd connect ray@head.example.org`"]
+            )
         named = {} if args.cluster is None else {"cluster": args.cluster}
         return _parsed({"role": "client", "name": _own_name(), **named}, given)
     config = load_config(args)
     if config.role != "client":
         raise MistakeError(
-            [f'{config.path}: role = "{config.role}": must be "client", or name the head instead']
+            [
+                (
+                    f'{config.path}: role = "{config.role}": must be "client"; or name the head '
+                    "on the command line"
+                )
+            ]
         )
     return _parsed(config.model_dump(mode="json", exclude_unset=True), given) if given else config
 
@@ -163,7 +174,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def with_port(verb: str, head: str | None, port: int | None) -> str:
     """The head of `--port`. Raises MistakeError."""
     if head is None:
-        raise MistakeError([f"rayfwd {verb}: --port: name the head as well"])
+        raise MistakeError([f"rayfwd {verb}: --port: needs the head as well"])
     if port is None:
         return head
     host = head.rpartition("@")[2]
@@ -172,7 +183,7 @@ def with_port(verb: str, head: str | None, port: int | None) -> str:
     if host.count(":") > 1:  # an IPv6 address
         return f"{head.removesuffix(host)}[{host}]:{port}"
     if ":" in host:
-        raise MistakeError([f"rayfwd {verb}: --port {port}: {head} has a port already"])
+        raise MistakeError([f"rayfwd {verb}: --port {port}: {head} already has a port"])
     return f"{head}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""Show rayfwd at work on this machine alone: a head, and a worker that has no network."""
+"""Show rayfwd at work, on this machine only: a head, and a worker that has no network."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rayfwd import demo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ray", metavar="PATH", default="ray", help="the ray command to use (default: ray)"
+        "--ray", metavar="PATH", default="ray", help="the `ray` command to use (default: ray)"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep the files of the demo when it has ended"
+        "--keep", action="store_true", help="keep the demo's files when it has ended"
     )
 
 

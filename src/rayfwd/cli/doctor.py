@@ -1,6 +1,6 @@
-"""Look for what would keep this machine from working, before the first start or beside a daemon.
+"""Check this machine, the way to the head, and Ray, before the first start or while a daemon runs.
 
-Of a node, or of a client by its file. As root, it looks as the service's user.
+It checks a node, or a client that has a file. If root runs it, it checks as the service's user.
 """
 
 from __future__ import annotations
@@ -50,26 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         const=Path(),
         metavar="PATH",
-        help="write a file for a helper (0600, secrets blanked):\n"
-        "this, the configuration, versions, status, the machine",
+        help="write a file for whoever helps you (mode 0600, secrets blanked):\nthis check, the "
+        "configuration, versions, the status, the machine",
     )
     parser.add_argument(
         "--with-logs",
         action="store_true",
-        help="with --report: add the journal's lines and Ray's output, which hold what jobs print",
+        help="with --report: add the journal's lines and Ray's output, which contain what "
+        "jobs print",
     )
+    parser.add_argument("--log", metavar="PATH", type=Path, help="with --report: add this log file")
     parser.add_argument(
-        "--log", metavar="PATH", type=Path, help="with --report: the log, where it is a file"
+        "--user", help="check as this user (root only; default: the service's user)"
     )
-    parser.add_argument("--user", help="look as this user (root only; default: the service's user)")
 
 
 def run(args: argparse.Namespace) -> int:
     path = config_path(args)
     if args.log is not None and args.report is None:
-        raise MistakeError(["rayfwd doctor: --log: belongs to --report"])
+        raise MistakeError(["rayfwd doctor: --log: needs --report"])
     if args.with_logs and args.report is None:
-        raise MistakeError(["rayfwd doctor: --with-logs: belongs to --report"])
+        raise MistakeError(["rayfwd doctor: --with-logs: needs --report"])
     account, config = _account(args.user, path)
     found = rows_of(path, account, _ignore if args.json else print_row)
     whole = document(
@@ -151,7 +152,7 @@ def _rows_as(path: Path, account: Account, emit: Callable[[Row], None]) -> list[
         try:
             row = Row.from_wire(answer)
         except (KeyError, TypeError):
-            raise ChildError("wrote what is no row") from None
+            raise ChildError("wrote an answer that is not a row") from None
         found.append(row)
         emit(row)
 

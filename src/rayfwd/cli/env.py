@@ -1,7 +1,7 @@
 """Print what a shell must export so that a driver and its libraries find the cluster.
 
-For a shell: `eval "$(rayfwd env)"`. What the shell has set already is left out, and so stays. Said
-as root, it is the environment for the user that rayfwd runs as.
+For a shell: `eval "$(rayfwd env)"`. Variables that the shell has already are left out, so they keep
+their values. For root, it is the environment of the user that runs rayfwd.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rayfwd.system.control import ask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print it as a JSON object")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> int:

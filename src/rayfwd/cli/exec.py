@@ -1,7 +1,7 @@
-"""Run a command with what `rayfwd env` prints: a driver, a notebook, torchrun.
+"""Run a command with the environment that `rayfwd env` prints: a driver, a notebook, torchrun.
 
-`rayfwd exec -- python train.py`. It becomes that command; what the environment has already stays.
-Said as root, the command is run as the user that rayfwd runs as.
+`rayfwd exec -- python train.py`. The command takes this process's place. Variables that are set
+already keep their values. For root, the command runs as the user that runs rayfwd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from rayfwd.cli.env import additions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="the command and its words")
+    parser.add_argument(
+        "command", nargs="+", metavar="COMMAND", help="the command and its arguments"
+    )
 
 
 def run(args: argparse.Namespace) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Say what a code of log or status means and what to do; without a code: which there are."""
+"""Explain a code of the log or of the status; without a code, list the codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_NEAREST = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("code", nargs="?", metavar="CODE", help="for example ray_died")
+    parser.add_argument("code", nargs="?", metavar="CODE", help="a code, for example ray_died")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,8 +55,8 @@ def explanation(code: str) -> str:
         key=lambda other: (-len(words & set(other.split("_"))), other),
     )
     raise codes.CONDITION_UNKNOWN.error(
-        f'there is no code "{code}"',
-        f"did you mean {', '.join(near[:MOST_NEAREST])}?"
+        f'the code "{code}" does not exist',
+        f"did you mean {', '.join(near[:MOST_NEAREST])}? Run `rayfwd explain` with that code"
         if near
-        else "`rayfwd explain` lists the codes",
+        else "`rayfwd explain` without a code lists the codes of the status",
     )

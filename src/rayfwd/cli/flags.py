@@ -123,7 +123,7 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="any other key, with a value as in the file: --set canary.enabled=true",
+        help="set any other key, with a value as in the file: --set canary.enabled=true",
     )
 
 

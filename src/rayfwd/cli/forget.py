@@ -1,7 +1,7 @@
-"""On the head: drop a worker from the roster, so that its name, address and ports are free.
+"""On the head: remove a worker from the roster, so that its name, address and ports are free.
 
-Ray's token, where it asks for one, is turned over with it, as the node that is forgotten knows it:
-that restarts Ray on every node, and what runs in the cluster is lost. --keep-token leaves it.
+If Ray asks for a token, Ray gets a new one, because the forgotten node knows the old one. This
+restarts Ray on every node, and everything that runs in the cluster is lost. --keep-token keeps it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from rayfwd.system.logs import escaped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="the worker's name, as `rayfwd plan` lists it")
+    parser.add_argument("name", metavar="NAME", help="the worker's name, as `rayfwd plan` shows it")
     parser.add_argument(
         "--keep-token",
         action="store_true",
-        help="leave Ray's token as it is, and Ray alone: for a node that is only taken away",
+        help="keep Ray's token, and do not restart Ray: for a machine that you trust",
     )
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     name: str = args.name
     if config.role != "head":
         raise MistakeError(
-            [f"{config.path}: forget is for the head; this file has role = '{config.role}'"]
+            [f"{config.path}: `forget` runs on the head; this file has role = '{config.role}'"]
         )
     quiet_logs()
     try:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         told = _forget_on_disk(config, name, args.keep_token)
     if told is None:
-        print(f"there is no worker named {escaped(name)}; `rayfwd plan` lists them")
+        print(f"no worker is named {escaped(name)}; `rayfwd plan` shows the names")
         return FAULT
     print("\n".join(escaped(line) for line in told.lines()))
     return FAULT if told.token == NAMED else OK

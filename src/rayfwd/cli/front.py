@@ -54,13 +54,14 @@ def add_arguments(
         "--wait-for",
         metavar="SECONDS",
         type=_duration,
-        help="give up with exit code 3 if the node is not ready by then (default: never)",
+        help="give up, with exit code 3, if the node is not ready within this time (default: "
+        "never)",
     )
     parser.add_argument(
         "--stop-after",
         metavar="DURATION",
         type=_duration,
-        help="leave after this long: 90, 45m, 2h, 1d (default: never)",
+        help="leave the cluster after this time: 90, 45m, 2h, 1d (default: never)",
     )
     for flag in flags:
         above, dot, _ = flag.key.rpartition(".")
@@ -77,7 +78,7 @@ def any_flags(*further: str) -> list[Flag]:
     found = [flag for flag in flags_of(None) if flag.key in wanted]
     found += [replace(flag, option=flag.option.replace("--", "--log-")) for flag in flags_of("log")]
     return [
-        replace(flag, help=f"seconds that a stop may take, all in all (default: {STOP_TIMEOUT:g})")
+        replace(flag, help=f"seconds that a stop may take in all (default: {STOP_TIMEOUT:g})")
         if flag.key == "stop_timeout"
         else flag
         for flag in found
@@ -154,9 +155,9 @@ def _say_of_logout(config: Config) -> None:
     if not (LINGER / user).exists():
         _log.warning(
             "linger_off",
-            cause=f"{config.runtime_dir}, where this node's sockets are, goes when {user} has "
-            "logged out, and this process may be ended",
-            remedy="say `loginctl enable-linger`, where it is to stay",
+            cause=f"{config.runtime_dir}, which has this node's sockets, is removed when {user} "
+            "has logged out, and this process may be killed",
+            remedy="run `loginctl enable-linger` once, if this node should stay after the logout",
         )
 
 

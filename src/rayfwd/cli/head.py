@@ -1,9 +1,9 @@
-"""Be the head of a cluster on this machine: no file, no root, no systemd.
+"""Run the head of a cluster on this machine: no file, no root, no systemd.
 
-Beside other clusters of this machine it finds a network and ports of its own, and keeps to them.
-The other machines must be able to log in here by SSH; when it is ready it prints what they say. It
-stays in front until Ctrl-C, SIGTERM or --stop-after. As process 1 of a container it reaps, and
-passes signals on.
+If there are other clusters on this machine, it finds its own network and ports, and keeps them.
+Other machines must be able to log in here by SSH; when the head is ready, it prints the command for
+them. It runs in the foreground until Ctrl-C, SIGTERM or --stop-after. As process 1 of a container
+it reaps processes and passes signals on.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def what_next(config: Config, status: Status) -> list[str]:
     dashboard = "" if own is None else f"http://{own.address}:{own.services['dashboard']}"
     return [
         f"To add a machine, run there: rayfwd join {user}@{own_address()}{where}",
-        f"To work here (dashboard {dashboard}): "
+        f"To run a job from here (dashboard {dashboard}): "
         + front.spoken(config, "exec -- python your_job.py"),
-        *([] if status.page is None else [f"To see the links in a browser: {status.page}"]),
+        *([] if status.page is None else [f"The page in the browser: {status.page}"]),
     ]
 
 

@@ -1,7 +1,7 @@
 """Set this machine up: user, configuration, SSH key, the head's host key, and the service.
 
-As root it makes the machine's service, as anybody else a service of that user. Said again, it
-changes nothing; what was edited is never overwritten.
+For root, it makes the machine's service; for any other user, a service of that user. Running it
+again is safe: it changes nothing, and never overwrites what was edited.
 """
 
 from __future__ import annotations
@@ -44,56 +44,60 @@ _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("role", choices=["head", "worker"])
-    parser.add_argument("--head", metavar="USER@HOST", help="a worker's: how ssh reaches the head")
+    parser.add_argument(
+        "--head", metavar="USER@HOST", help="worker only: how ssh reaches the head (user@host)"
+    )
     parser.add_argument(
         "--dialled",
         action="store_true",
-        help="a worker's: the head dials it, and nothing is dialled from here",
+        help="worker only: the head dials this machine; this machine dials nobody",
     )
     parser.add_argument(
         "--head-key",
         metavar="KEY",
-        help="a dialled worker's: the head's public key, for the line that is printed",
+        help="with --dialled: the head's public key, for the line that is printed",
     )
     parser.add_argument(
         "--meet",
         metavar="USER@HOST",
-        help="a third host that the head and the workers log in to, where\n"
-        "neither accepts SSH from the other; said on both",
+        help="a third host that both the head and the workers can log in to, if\nneither accepts "
+        "SSH from the other; use it on both",
     )
     parser.add_argument(
-        "--ray", metavar="PATH", help="the `ray` command (default: rayfwd looks for it)"
+        "--ray", metavar="PATH", help="the `ray` command (default: rayfwd searches for it)"
     )
-    parser.add_argument("--name", help="this node's name (default: the host's)")
+    parser.add_argument("--name", help="this node's name (default: the host name)")
     parser.add_argument(
         "--user",
-        help="who runs rayfwd and Ray (root only; default: the user that\n"
-        "owns the ray command, else rayfwd, which is made)",
+        help="the user that runs rayfwd and Ray (root only; default: the user that\nowns the ray "
+        "command, else rayfwd, which is created)",
     )
     parser.add_argument(
         "--login",
         metavar="USER",
         action="append",
         default=[],
-        help="a head's: a further user that workers log in as",
+        help="head only: another user that workers log in as",
     )
     parser.add_argument(
         "--identity",
         metavar="PATH",
         type=Path,
-        help="a worker's: an SSH key to use (default: one is made)",
+        help="worker only: the SSH key to use (default: a new one is created)",
     )
     parser.add_argument(
         "--head-rayfwd",
         metavar="PATH",
-        help="a worker's: `rayfwd` on the head (default: as here)",
+        help="worker only: path of `rayfwd` on the head (default: as on this machine)",
     )
     parser.add_argument(
         "--fingerprint",
         metavar="SHA256:…",
-        help="a worker's: of the head's host key; no question is asked",
+        help="worker only: fingerprint of the head's host key; rayfwd then asks no question",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show each step, and change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show every step, and change nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     manifest = Manifest(layout.manifest)
     by_hand = before is not None and manifest.of(str(layout.config)) is None
     request, seen = _request(args, layout, before, by_hand)
-    kind = "the machine's service" if layout.system else "a service of this user's"
+    kind = "the machine's service" if layout.system else "a service of this user"
     print(f"{args.role} {request.name}: {kind}, run by {request.user}")
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
@@ -112,8 +116,8 @@ def run(args: argparse.Namespace) -> int:
     if request.auth == "token" and before is None:
         others = named(_others(request.user))
         print(
-            f'  {"chosen":<9} ray.auth = "token", as {others} may log in here: Ray asks for a '
-            f'token, which rayfwd hands out; "auto" in {layout.config} undoes that'
+            f'  {"chosen":<9} ray.auth = "token", because {others} may log in here: Ray asks for '
+            f'a token, which rayfwd hands out; set "auto" in {layout.config} to undo this'
         )
 
     def report(came: str, thing: str) -> None:
@@ -121,17 +125,17 @@ def run(args: argparse.Namespace) -> int:
 
     outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, report)
     if not outcome.changed:
-        print("Nothing was to be done: it is all there.")
+        print("Nothing had to be done: everything exists already.")
     elif args.dry_run:
         print("Nothing was changed (--dry-run).")
     if layout.system and not layout.overlay:
         print(
-            f"Without the overlay network: {layout.command} could be changed by another user than "
-            "root, and is\nnot run as root. Install rayfwd in a directory of root's to have it "
-            "(docs/overlay.md)."
+            f"Without the overlay network: another user than root could change {layout.command}, "
+            "so root\ndoes not run it. To have the overlay, install rayfwd in a directory that "
+            "only root can change\n(docs/overlay.md)."
         )
     for kept in outcome.kept:
-        print(f"{kept} was left as it is: it was edited, or is not by `rayfwd init`.")
+        print(f"{kept} was left as it is, because it was edited or `rayfwd init` did not make it.")
     failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
         _print_for_workers(request, layout)
@@ -143,17 +147,17 @@ def run(args: argparse.Namespace) -> int:
         _print_dialled(request, layout, args.head_key or "(the head's public key)")
     elif not by_hand:
         own = seen.public_key if request.identity else public_key(layout.identity)
-        _print_for_head(request, seen.login, own or "(the key that is to be made)")
+        _print_for_head(request, seen.login, own or "(the key that will be created)")
         if request.meet is not None:
             _print_meeting(request.meet, own or "(the same key)")
             host = HeadConfig(ssh=request.head or "").ssh_target()[1]
             print(
-                f"\nIn ~{request.user}/.ssh/known_hosts here, with the head's "
-                "/etc/ssh/ssh_host_ed25519_key.pub:\n"
+                "\nAdd the head's host key (/etc/ssh/ssh_host_ed25519_key.pub there) "
+                f"to\n~{request.user}/.ssh/known_hosts on this machine:\n"
             )
             print(f"    {host} ssh-ed25519 AAAA…")
     if not layout.system:
-        print("\nFor a service that starts at boot and stays after logging out, once:\n")
+        print("\nTo let the service start at boot and run after you log out, run this once:\n")
         print(f"    loginctl enable-linger {request.user}")
     waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
     print(f"\nNext, here{waits}:\n")
@@ -163,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _doctor(request: SetupRequest, layout: Layout) -> bool:
     """How it looks now, as the service's user; whether something fails."""
-    print("\nHow it is now (`rayfwd doctor` looks again):\n")
+    print("\nHealth check (`rayfwd doctor` repeats it):\n")
     sys.stdout.flush()
     found = doctor.rows_of(
         layout.config, account_named(request.user), lambda row: doctor.print_row(row, "  ")
@@ -177,12 +181,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         "worker": ("login",),
     }
     wrong = [
-        f"--{name.replace('_', '-')}: belongs to a {'worker' if args.role == 'head' else 'head'}"
+        f"--{name.replace('_', '-')}: only for a {'worker' if args.role == 'head' else 'head'}"
         for name in other[args.role]
         if getattr(args, name)
     ]
     if args.user and os.geteuid() != 0:
-        wrong.append(f"--user {args.user}: needs root; without it the service is your own")
+        wrong.append(f"--user {args.user}: needs root; without root, the service belongs to you")
     if wrong:
         raise MistakeError([f"rayfwd init {args.role}: {line}" for line in wrong])
 
@@ -241,7 +245,7 @@ def _request(
         identity = kept if kept not in {None, layout.identity} else None
     seen = survey(person, ray or "ray", head, identity, fetch)
     if seen.ray is None and ray is None:
-        ray = _ask("--ray", "Where is the `ray` command of this machine? ")
+        ray = _ask("--ray", "Where is the `ray` command on this machine? ")
         seen = survey(person, str(Path(ray).expanduser().absolute()), head, identity, fetch)
     if seen.ray is None:
         assert seen.ray_problem is not None, "it was looked for and not found"
@@ -324,7 +328,10 @@ def _name_of(uid: int, path: str) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
-        wrong = f"{path} belongs to user id {uid}, which has no name, so whose it is must be given"
+        wrong = (
+            f"{path} belongs to user id {uid}, which has no name; name the user that runs "
+            "rayfwd with this option"
+        )
         raise MistakeError([f"rayfwd init: --user: {wrong}"]) from None
 
 
@@ -336,7 +343,7 @@ def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
         try:
             owner = os.stat(ray).st_uid
         except PermissionError:
-            wrong = f"root may not look at {ray}, so whose it is must be given"
+            wrong = f"root may not look at {ray}; name the user that runs rayfwd with this option"
             raise MistakeError([f"rayfwd init: --user: {wrong}"]) from None
         except OSError:
             owner = 0
@@ -344,7 +351,9 @@ def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
             asked = _name_of(owner, ray)
     name = asked or GROUP
     if name == "root":
-        raise MistakeError(["--user root: Ray runs whatever a job says; name an ordinary user"])
+        raise MistakeError(
+            ["--user root: Ray runs any code that a job brings; name an ordinary user"]
+        )
     try:
         found = pwd.getpwnam(name)
     except KeyError:
@@ -374,19 +383,20 @@ def _trust(asked: str | None, seen: Survey, before: str | None) -> str | None:
         wanted = asked if asked.startswith("SHA256:") else f"SHA256:{asked}"
         if wanted.rstrip("=") != seen.fingerprint.rstrip("="):
             raise codes.HOST_KEY_MISMATCH.error(
-                f"{seen.host} shows the host key {seen.fingerprint}, and --fingerprint is {wanted}",
-                "find out on the head itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
-                "ed25519_key.pub`, which is right; if neither, somebody is in between",
+                f"{seen.host} shows the host key {seen.fingerprint}, but --fingerprint is {wanted}",
+                "run `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the head itself to see "
+                "which is right; if neither is, somebody is in between",
             )
         return None if seen.known and before is None else line
     if seen.known:
         return None
     print(f"{seen.host} shows the host key {seen.fingerprint} ({seen.host_key.split()[0]}).")
-    print("On the head, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` prints what it must be.")
-    if _ask("--fingerprint", "Is it that one (yes/no)? ").strip().lower() != "yes":
+    print("On the head, `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` prints the right one.")
+    if _ask("--fingerprint", "Are they the same (yes/no)? ").strip().lower() != "yes":
         raise codes.HOST_KEY_UNKNOWN.error(
             f"the host key of {seen.host} was not confirmed; nothing was changed",
-            "ask the head's owner for its fingerprint, and give it as --fingerprint",
+            "ask the head's owner for its fingerprint, then run the same command with "
+            "--fingerprint",
         )
     return line
 
@@ -399,7 +409,7 @@ def _ask(flag: str, question: str) -> str:
                 return answer
         except EOFError:
             print()
-    raise MistakeError([f"rayfwd init: {flag}: must be given, there is nobody to ask"])
+    raise MistakeError([f"rayfwd init: {flag}: must be given, as there is no terminal to ask"])
 
 
 def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
@@ -412,17 +422,18 @@ def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
             continue
     line = texts.worker_command(request, layout, socket.gethostname(), prints)
     print(
-        "\nOn each worker, with this machine's name or address as seen from there, and its `ray`:\n"
+        "\nRun this on each worker, with this machine's name or address as the worker "
+        "sees it, and the worker's `ray`:\n"
     )
     print(f"    {line}")
 
 
 def _print_dialled(request: SetupRequest, layout: Layout, key: str) -> None:
-    print(f"\nHere, as a line of ~{request.user}/.ssh/authorized_keys:\n")
+    print(f"\nAdd this line to ~{request.user}/.ssh/authorized_keys on this machine:\n")
     print(f"    {texts.authorized_line(layout.command, key)}")
     print(
-        "\nOn the head, in its file, with this machine's name or address as seen from there and "
-        "its host\nkey in known_hosts there:\n"
+        "\nAdd this to the head's file, with this machine's name or address as the head sees it, "
+        "and\nadd this machine's host key to known_hosts there:\n"
     )
     section = texts.dial_section(request, layout, socket.gethostname())
     print(textwrap.indent(section, "    "))
@@ -431,12 +442,15 @@ def _print_dialled(request: SetupRequest, layout: Layout, key: str) -> None:
 def _print_meeting(meet: str, key: str) -> None:
     """What the third host is to have, and what this machine of it."""
     user, host, port = HeadConfig(ssh=meet).ssh_target()
-    print(f"\nOn {host}, as a line of {f'~{user}' if user else '~'}/.ssh/authorized_keys:\n")
+    print(f"\nAdd this line to {f'~{user}' if user else '~'}/.ssh/authorized_keys on {host}:\n")
     print(f"    {texts.forwarding_line(key)}")
-    print(f"\nThe host key of {host} in known_hosts here, once it is compared with its owner:\n")
+    print(
+        f"\nAdd the host key of {host} to known_hosts on this machine, after you compare it "
+        "with its owner:\n"
+    )
     print(f"    ssh-keyscan -p {port or 22} {host} >> ~/.ssh/known_hosts")
 
 
 def _print_for_head(request: SetupRequest, login: str, key: str) -> None:
-    print(f"\nOn the head, as a line of ~{login or request.user}/.ssh/authorized_keys:\n")
+    print(f"\nAdd this line to ~{login or request.user}/.ssh/authorized_keys on the head:\n")
     print(f"    {texts.authorized_line(request.head_command, key)}")

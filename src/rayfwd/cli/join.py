@@ -1,8 +1,8 @@
 """Join a cluster from any machine that has Python and Ray: no file, no root, no systemd.
 
-It logs in on the head as `ssh` would, with your keys and agent, and stays in front until Ctrl-C,
-SIGTERM or --stop-after: then Ray ends its tasks as far as --stop-timeout allows, and the cluster is
-told at once. As process 1 of a container it reaps, and passes signals on.
+It logs in on the head as `ssh` would, with your keys and agent. It runs in the foreground until
+Ctrl-C, SIGTERM or --stop-after. Then Ray ends its tasks as far as --stop-timeout allows, and the
+cluster is told at once. As process 1 of a container it reaps processes and passes signals on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def what_next(config: Config, status: Status) -> list[str]:
     own = status.node.address if status.node is not None else config.name
     nodes = len(status.roster)
     return [
-        f"To work here ({own}, {nodes} nodes): "
+        f"To run a job from here ({own}, {nodes} nodes): "
         + front.spoken(config, "exec -- python your_job.py"),
         f"To leave: Ctrl-C, or kill {status.pid}; tasks here have up to {seconds:g} s to end "
         "(--stop-timeout)",

@@ -1,4 +1,4 @@
-"""Start Ray for the daemon and keep it while the daemon is restarted (the service rayfwd-ray)."""
+"""Start Ray for the daemon, and keep it while the daemon restarts (the service rayfwd-ray)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rayfwd.system import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("socket", type=Path, help="where the daemon asks (its RAYFWD_KEEPER)")
+    parser.add_argument(
+        "socket", type=Path, help="the socket where the daemon asks (its RAYFWD_KEEPER)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

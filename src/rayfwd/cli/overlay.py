@@ -1,4 +1,4 @@
-"""Make the overlay network for the daemon, and remove it at the end (the service rayfwd-net)."""
+"""Set up the overlay network for the daemon, and remove it at the end (the service rayfwd-net)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ from rayfwd.system import logs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("socket", type=Path, help="where the daemon asks (its RAYFWD_OVERLAY)")
-    parser.add_argument("--interface", default="rayfwd0", help="its name (default: rayfwd0)")
-    parser.add_argument("--user", help="who may ask besides root (default: only root)")
+    parser.add_argument(
+        "socket", type=Path, help="the socket where the daemon asks (its RAYFWD_OVERLAY)"
+    )
+    parser.add_argument(
+        "--interface", default="rayfwd0", help="name of the interface (default: rayfwd0)"
+    )
+    parser.add_argument("--user", help="a user that may ask besides root (default: only root)")
     parser.add_argument(
         "--network",
         action="append",
         default=[],
         type=ipaddress.IPv4Network,
-        help="a network that the plan may have, besides those in 127.64.0.0/10",
+        help="a network that the plan may have, in addition to those in 127.64.0.0/10",
     )
-    parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input ends")
     parser.add_argument(
-        "--remove", action="store_true", help="only remove what an overlay has left, and end"
+        "--remove",
+        action="store_true",
+        help="only remove what an overlay has left behind, then end",
     )
 
 

@@ -43,14 +43,17 @@ def run(args: argparse.Namespace) -> int:
     quiet_logs()
     plan = of_head(config) if config.role == "head" else of_worker(config)
     if plan is None:
-        print("The hub gives a worker its address and ports: they are known after the first")
-        print("`rayfwd run` on this machine that reaches the head.")
+        print(
+            "This worker has no plan yet. The hub gives it its address and ports when "
+            "`rayfwd run` on this"
+        )
+        print("machine reaches the head for the first time.")
         return FAULT
     print(escaped(f"Plan of the cluster ({plan.source}):"))
     for line in table([_row(node) for node in plan.nodes], "  "):
         print(escaped(line))
     print(f"Ports: {bound(plan.nodes, config.hub.port_base)}.")
-    print("A node whose level (docs/overlay.md) becomes another has its Ray restarted once.")
+    print("When a node's level changes (docs/overlay.md), its Ray is restarted once.")
     print()
     print("\n".join(map(escaped, _command(config, plan))))
     return OK
@@ -78,7 +81,7 @@ def of_worker(config: Config) -> Plan | None:
         pass  # the daemon has no plan yet
     try:
         kept = json.loads(read_regular(config.plan_file))
-        return _from_wire(kept, config, f"as kept in {config.plan_file}; no daemon runs")
+        return _from_wire(kept, config, f"from {config.plan_file}, as no daemon runs")
     except (OSError, ValueError):
         return None
 
@@ -113,7 +116,9 @@ def _command(config: Config, plan: Plan) -> list[str]:
         unknown = []
     except ProblemError as exc:
         found = None
-        unknown = [f"({exc.problem.cause}: the flags are those of the newest Ray known.)"]
+        unknown = [
+            f"({exc.problem.cause}: the flags are those of the newest Ray that rayfwd knows.)"
+        ]
     line = commandline.by_hand(
         plan.own,
         plan.head,
@@ -124,7 +129,10 @@ def _command(config: Config, plan: Plan) -> list[str]:
         token.environment(token.kept_auth(config.state_dir), config.state_dir),
     )
     if config.ray.start:
-        does = "`rayfwd run` starts Ray on this node, with --block added. By hand it would be:"
+        does = (
+            "`rayfwd run` starts Ray on this node with this command and --block. By hand it "
+            "would be:"
+        )
     else:
-        does = "Start Ray on this node, while `rayfwd run` runs, with:"
+        does = "Start Ray on this node while `rayfwd run` runs, with this command:"
     return [does, *unknown, "", line]

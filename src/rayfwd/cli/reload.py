@@ -1,7 +1,7 @@
-"""Have the running daemon read its file again (`systemctl reload rayfwd`).
+"""Make the running daemon read its file again (`systemctl reload rayfwd`).
 
-What can change without a break does; what cannot is named, and needs a restart. A file with a
-mistake changes nothing.
+Keys that can change without an interruption take effect. The others are listed: they need a
+restart. A file with a mistake changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     for key in answer["changed"]:
         print(f"  changed   {escaped(key)}")
     for key in answer["kept"]:
-        print(f"  kept      {escaped(key)}: needs a restart")
+        print(
+            f"  kept      {escaped(key)}: takes effect after a restart (`systemctl restart rayfwd`)"
+        )
     if not answer["changed"] and not answer["kept"]:
         print("Nothing has changed.")
     return OK

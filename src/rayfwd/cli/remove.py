@@ -1,7 +1,7 @@
-"""On the head: take machines out again that `rayfwd add` has brought in.
+"""On the head: remove machines that `rayfwd add` has brought into the cluster.
 
-The machine's tasks are drained and its daemon stopped, what was installed and written there is
-taken away, and the head forgets its key, its name, its address and its ports.
+The machine drains its tasks and stops its daemon. What was installed and written there is removed,
+and the head forgets its key, name, address and ports.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a node's name, or USER@HOST[:PORT] as it was added",
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", type=Path, help="the machines of a file, as `add` takes it"
+        "-f", "--file", metavar="FILE", type=Path, help="a file of machines, as for `rayfwd add -f`"
     )
     parser.add_argument(
         "--gone",
         action="store_true",
-        help="the machine is no more: forget it here, and do not look for it",
+        help="the machine no longer exists: do not contact it, only forget it here",
     )
     parser.add_argument(
-        "--jobs", metavar="N", type=int, default=JOBS, help=f"so many at once (default: {JOBS})"
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=JOBS,
+        help=f"how many machines at once (default: {JOBS})",
     )
 
 
@@ -57,7 +61,7 @@ def _wanted(args: argparse.Namespace) -> list[str]:
         except HostsError as exc:
             raise MistakeError([f"rayfwd remove: {line}" for line in exc.lines]) from None
     if not found:
-        raise MistakeError(["rayfwd remove: NAME, or -f with a file, must be given"])
+        raise MistakeError(["rayfwd remove: give a NAME, or a file of machines with -f"])
     if args.jobs < 1:
         raise MistakeError([f"rayfwd remove: --jobs {args.jobs}: must be at least 1"])
     return list(dict.fromkeys(found))

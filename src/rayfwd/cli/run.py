@@ -1,4 +1,4 @@
-"""Run the daemon in front until SIGTERM or Ctrl-C."""
+"""Run the daemon in the foreground until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class Screen:
             return ""
         began = self._age(cut.began)
         if cut.seconds is None:
-            return f"{began} ago, and it lasts" if long else "lasts"
+            return f"{began} ago, still down" if long else "lasts"
         if not long:
             return f"{began} ago"
         lost = "" if cut.ridden_through else ", given up"
@@ -217,9 +217,9 @@ class Screen:
             line.append(f" by {escaped(network.interface)}")
         lines: list[RenderableType] = [line.append(f": {escaped(network.why)}" * bool(network.why))]
         for rows, words in (
-            (network.dialled, "dialled besides the plan's"),
-            (network.refused_there, "dialled and refused"),
-            (network.refused_here, "refused to others"),
+            (network.dialled, "reached, besides the plan's ports"),
+            (network.refused_there, "refused there"),
+            (network.refused_here, "refused here"),
         ):
             if rows:
                 shown = ", ".join(_place(row) for row in rows[:MOST_PORTS])

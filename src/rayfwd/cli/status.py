@@ -1,4 +1,4 @@
-"""Ask the running daemon how it is: what is wrong and what to do, then how everything stands."""
+"""Show the state of the running daemon: what is wrong and what to do, then the details."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print the answer as JSON (docs/status.md); with --watch a line each time",
+        help="print JSON (docs/status.md); with --watch, one line each time",
     )
     parser.add_argument(
         "--watch",
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=WATCH_INTERVAL,
         default=None,
         metavar="SECONDS",
-        help=f"ask again after so many seconds (default: {WATCH_INTERVAL:g} s), until Ctrl-C",
+        help=f"show the status again every so many seconds (default: {WATCH_INTERVAL:g} s), "
+        "until Ctrl-C",
     )
 
 
@@ -173,12 +174,14 @@ class Watch:
     def _absence(self, problem: Problem) -> RenderableType:
         since = duration(time.monotonic() - (self._away or time.monotonic()))
         lines: list[RenderableType] = [
-            Text(f"{time.strftime('%H:%M:%S')}  no answer for {since}; asking on", "bold yellow"),
+            Text(
+                f"{time.strftime('%H:%M:%S')}  no answer for {since}; still asking", "bold yellow"
+            ),
             Text(escaped(problem.cause)),
             Text(escaped(f"do  {problem.remedy}")),
         ]
         if self._last is not None:
-            lines += [Text(), Text("as it was:", "dim"), self._last]
+            lines += [Text(), Text("last known state:", "dim"), self._last]
         return Group(*lines)
 
 

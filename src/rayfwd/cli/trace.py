@@ -1,8 +1,8 @@
-"""Show what goes over the lanes of the running daemon: a line a frame of docs/protocol.md.
+"""Show what passes over the running daemon's lanes, one line for each frame (docs/protocol.md).
 
-It looks for some seconds, or until there are so many lines, and then prints them: the time (UTC),
+It records for some seconds, or until there are enough lines, and then prints them: the time (UTC),
 the peer, and of a frame its lane, direction, kind, stream, offset and length; between them, how
-lanes, streams and sessions change. No payload is shown: of a control message, its type only.
+lanes, streams and sessions change. It shows no payload, and of a control message only its type.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=_whole(MOST_SECONDS),
         default=5,
-        help=f"how long, 1 to {MOST_SECONDS} (default: 5)",
+        help=f"how long, from 1 to {MOST_SECONDS} (default: 5)",
     )
     parser.add_argument(
         "--frames",
         metavar="N",
         type=_whole(MOST_FRAMES),
         default=1000,
-        help=f"how many lines at most, 1 to {MOST_FRAMES} (default: 1000)",
+        help=f"how many lines at most, from 1 to {MOST_FRAMES} (default: 1000)",
     )
     parser.add_argument(
-        "--peer", metavar="NAME", help="on the head: only what goes to and from this worker"
+        "--peer", metavar="NAME", help="on the head: only the frames to and from this worker"
     )
 
 
@@ -57,5 +57,8 @@ def run(args: argparse.Namespace) -> int:
         print(escaped(line))
     if not answer["lines"]:
         peers = ", ".join(answer["peers"]) or "nobody"
-        print(f"nothing in {args.seconds} s; sessions with: {escaped(peers)}", file=sys.stderr)
+        print(
+            f"no frame in {args.seconds} s; there are sessions with: {escaped(peers)}",
+            file=sys.stderr,
+        )
     return OK

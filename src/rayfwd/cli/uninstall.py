@@ -1,7 +1,7 @@
-"""Take away what `rayfwd init` has made on this machine: exactly that, and nothing that was edited.
+"""Remove what `rayfwd init` has made on this machine, and nothing that was edited.
 
 The service is stopped first, which ends its Ray in order. Edited files and rayfwd's state stay,
-unless --purge is given. rayfwd itself stays installed.
+unless you give --purge. rayfwd itself stays installed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from rayfwd.setup.places import find_places
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--purge", action="store_true", help="remove edited files and the state directory as well"
+        "--purge", action="store_true", help="also remove edited files and the state directory"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show each step, and change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show every step, and change nothing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     layout = find_places(args.config)
     manifest = Manifest(layout.manifest)
     if not manifest.entries:
-        print(f"There is nothing to take away: {layout.manifest} is not there.")
+        print(f"There is nothing to remove: {layout.manifest} does not exist.")
         return OK
 
     def report(came: str, thing: str) -> None:
@@ -35,5 +37,5 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("Nothing was changed (--dry-run).")
     elif kept:
-        print("What was edited is kept; `rayfwd uninstall --purge` removes it.")
+        print("Edited files were kept; `rayfwd uninstall --purge` removes them.")
     return OK

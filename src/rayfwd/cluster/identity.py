@@ -62,6 +62,6 @@ def kept(path: Path) -> Identity:
             replace_file(path, identity.to_text().encode())
     except (OSError, UnicodeError) as exc:
         raise codes.NODE_KEY_UNUSABLE.error(
-            f"{path}: {exc}", "make it readable, or remove it"
+            f"{path}: {exc}", "make it readable for rayfwd's user, or remove it"
         ) from exc
     return identity

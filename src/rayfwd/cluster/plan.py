@@ -176,7 +176,7 @@ def head_plan(
     if plan.base + plan.size > PORT_CEILING:
         raise codes.PLAN_FULL.error(
             f"hub.port_base = {port_base}: {plan.size} ports do not fit below {PORT_CEILING}",
-            "lower port_base or ray.worker_ports",
+            "lower hub.port_base or ray.worker_ports",
         )
     return replace(plan, base=_first_fit(port_base, plan.size, [], head_services.values()))
 
@@ -203,7 +203,8 @@ def allocate(
         twin = next((n.name for n in others if n.address == advertise), None)
         if twin is not None:
             raise codes.ADDRESS_TAKEN.error(
-                f"node {twin} already has the address {advertise}: two nodes cannot share one",
+                f"node {twin} already has the address {advertise}, and two nodes cannot "
+                "share an address",
                 "correct ray.advertise on one of them",
             )
         address = advertise
@@ -235,12 +236,15 @@ def bound(nodes: Sequence[NodePlan], port_base: int) -> str:
     workers = [node for node in nodes if node.role == "worker"]
     apart = [node.name for node in workers if node.level != "overlay"]
     if not apart:
-        return "every worker has the overlay, so they may have the same ports: no range bounds them"
+        return (
+            "every worker has the overlay, so workers may have the same ports; the number of "
+            "nodes is not bounded by ports"
+        )
     taken = {port for n in nodes for port in range(n.base, n.base + n.size)}
     names = ", ".join(apart[:3]) + f" and {len(apart) - 3} more" * (len(apart) > 3)
     return (
-        f"{len(taken)} of {PORT_CEILING - port_base} ports from {port_base} on are taken: those of "
-        f"a worker at the level listeners are no other node's ({names})"
+        f"{len(taken)} of {PORT_CEILING - port_base} ports from {port_base} on are taken, because "
+        f"workers at the level listeners need ports of their own ({names})"
     )
 
 
@@ -284,8 +288,9 @@ def _free_address(nodes: Iterable[NodePlan], network: str) -> str:
         if str(host) not in taken:
             return str(host)
     raise codes.PLAN_FULL.error(
-        f"hub.network = {network}: every address is taken",
-        "widen it, or drop nodes that are gone with `rayfwd forget --keep-token NAME` on the head",
+        f"hub.network = {network}: every address is in use",
+        "on the head, choose a wider hub.network, or run `rayfwd forget --keep-token "
+        "NAME` for nodes that are gone",
     )
 
 
@@ -302,9 +307,9 @@ def _first_fit(base: int, size: int, nodes: Iterable[NodePlan], singles: Iterabl
         start = block.stop
     if start + size > PORT_CEILING:
         raise codes.PLAN_FULL.error(
-            f"no {size} ports in a row are left between {base} and {PORT_CEILING}",
-            "lower hub.port_base or ray.worker_ports, drop nodes that are gone with "
-            "`rayfwd forget --keep-token NAME` on the head, or have the overlay on all workers, "
-            "which share their ports then (docs/overlay.md)",
+            f"no {size} consecutive ports are free between {base} and {PORT_CEILING}",
+            "lower hub.port_base or ray.worker_ports; or run `rayfwd forget --keep-token NAME` on "
+            "the head for nodes that are gone; or give all workers the overlay, with which they "
+            "share their ports (docs/overlay.md)",
         )
     return start

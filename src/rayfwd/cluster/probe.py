@@ -201,8 +201,8 @@ class HeldPorts:
         except OSError as exc:
             sock.close()
             raise codes.PORT_IN_USE.error(
-                f"port {port} cannot be held to check ray.advertise: {exc.strerror}",
-                "end what uses it, or move this cluster's ports (hub.port_base)",
+                f"port {port} cannot be opened to check ray.advertise: {exc.strerror}",
+                "stop the program that uses it, or move this cluster's ports (hub.port_base)",
             ) from None
 
     def _bind(self, sock: socket.socket, port: int) -> None:
@@ -260,7 +260,7 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
         return None
     block = f"{plan.base}-{plan.last_worker_port}"
     where = f"the head cannot reach {plan.name} at {plan.address} (ray.advertise)"
-    override = "ray.advertise_check = false starts Ray all the same"
+    override = "ray.advertise_check = false starts Ray without this check"
     counts = {outcome: sum(o == outcome for o in bad.values()) for outcome in set(bad.values())}
     most = max(sorted(counts), key=lambda o: (o == STRANGER, counts[o]))
     what = purposes(plan, (p for p, o in bad.items() if o == most))
@@ -273,8 +273,8 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
         )
     rule = (
         f"let the other nodes in: allow inbound TCP to ports {block} of {plan.address} in this "
-        "machine's firewall and in its cloud's; or take ray.advertise out, and all goes through "
-        f"the link; {override}"
+        "machine's firewall and in the cloud's; or remove ray.advertise, so that everything goes "
+        f"through the link; {override}"
     )
     if most == DROPPED:
         return codes.ADVERTISE_DROPPED.problem(
@@ -286,7 +286,7 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
             f"{where}: connections to {what} are refused{some}", rule
         )
     return codes.ADVERTISE_UNROUTABLE.problem(
-        f"{where}: the head has no route there, or is told that there is none{some}",
+        f"{where}: no route leads there{some}",
         f"correct ray.advertise, or the head's routes; {override}",
     )
 
@@ -305,12 +305,17 @@ def judge_self_dial(
         REFUSED: "connections are refused",
         STRANGER: "another program or machine answers",
     }.get(outcome, "there is no route")
-    nat = "; no interface here has it, so the way leads through a NAT" if translated else ""
+    nat = (
+        "; no interface of this machine has that address, so the packets pass a NAT"
+        if translated
+        else ""
+    )
     return codes.ADVERTISE_SELF_UNREACHABLE.problem(
         f"{plan.name} cannot reach its own advertised address {plan.address} on "
-        f"{purposes(plan, bad)}: {how}{nat}. Ray's agent and raylet dial each other there",
-        f"add a rule to this machine's firewall and to its cloud's: allow inbound TCP from "
+        f"{purposes(plan, bad)}: {how}{nat}. Ray's agent and raylet reach each other by that "
+        "address",
+        "add a rule to this machine's firewall and to the cloud's: allow inbound TCP from "
         f"{plan.address}/32 to ports {block} (nftables: `ip saddr {plan.address} tcp dport "
-        f"{block} accept` in the input chain); or take ray.advertise out; "
-        "ray.advertise_check = false starts Ray all the same",
+        f"{block} accept` in the input chain); or remove ray.advertise; ray.advertise_check = "
+        "false starts Ray without this check",
     )

@@ -45,7 +45,7 @@ class AdvertiseCheck:
         if FEATURE not in self._hub_features():
             log.warning(
                 "advertise_not_checked",
-                cause="the head's rayfwd is older and does not dial back",
+                cause="the head's rayfwd is older than this one and cannot check ray.advertise",
                 remedy="run the same version of rayfwd on both sides",
             )
             return
@@ -63,9 +63,10 @@ class AdvertiseCheck:
             )
             if results is None:
                 return codes.ADVERTISE_UNCHECKED.problem(
-                    f"the head did not say in {ANSWER_WAIT:.0f} s whether it reaches {own.address}",
-                    "nothing, if the link comes back: it is asked again; "
-                    "ray.advertise_check = false starts Ray all the same",
+                    f"the head did not say within {ANSWER_WAIT:.0f} s whether it reaches "
+                    f"{own.address}",
+                    "nothing if the link comes back, as the head is then asked again; "
+                    "ray.advertise_check = false starts Ray without this check",
                 )
             return probe.judge_dial_back(own, results) or probe.judge_self_dial(
                 own, mine, held.translated

@@ -56,11 +56,11 @@ class MachineClaim:
                 return True
         who = f"another rayfwd ({holders[0]})" if holders else "another rayfwd"
         problem = codes.NETWORK_IN_USE.problem(
-            f"{network}, this cluster's network, is another cluster's on this machine: {who} has "
-            f"{holders[0].network if holders else network}",
-            f'set hub.network on the head of one of them, as in "{_another()}", and its '
-            "hub.port_base and ray.port, dashboard_port and client_port to ports that the other "
-            "has not; `rayfwd head` finds all of them by itself",
+            f"{network}, this cluster's network, belongs to another cluster on this machine: "
+            f"{who} has {holders[0].network if holders else network}",
+            f'on the head of one of the two, set hub.network (for example "{_another()}"), and '
+            "set hub.port_base, ray.port, ray.dashboard_port and ray.client_port to ports that "
+            "the other cluster does not have; `rayfwd head` finds free values for all of them",
         )
         if problem != self.problem:
             self.problem = problem

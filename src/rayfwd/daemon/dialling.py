@@ -35,7 +35,8 @@ def added(config: Config) -> dict[str, DialConfig]:
         return {}
     except (OSError, ValueError, TypeError) as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
-            f"{path} cannot be read: {exc}", "remove it, and add its machines again: `rayfwd add`"
+            f"{path} cannot be read: {exc}",
+            "remove it, then add its machines again with `rayfwd add`",
         ) from None
 
 
@@ -89,7 +90,8 @@ class Dialling:
             dial = DialConfig.model_validate(args.get("dial"))
         except ValidationError as exc:
             raise codes.CONTROL_BAD_REQUEST.error(
-                f"the worker to dial: {exc.errors()[0]['msg']}", "use the rayfwd that runs here"
+                f"the worker to dial: {exc.errors()[0]['msg']}",
+                "use the same installation of rayfwd as the daemon",
             ) from None
         name = dial.called
         if self._added.get(name) == dial:
@@ -118,7 +120,7 @@ class Dialling:
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user and see that its disk is not full",
+                "make state_dir writable for this user, and check that its disk is not full",
             ) from exc
         self._added = dials
 

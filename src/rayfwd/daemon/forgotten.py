@@ -42,23 +42,23 @@ class Forgotten:
 
     def lines(self) -> list[str]:
         """In words."""
-        lines = [f"{self.node} is forgotten; it gets a new address when it joins again"]
+        lines = [f"{self.node} is forgotten; it gets a new address if it joins again"]
         match self.token:
             case "turned":
                 return lines + self._turned()
             case "named":
                 return [
                     *lines,
-                    f"Ray's token is the one that {self.variable} names, and {self.node} knows it: "
-                    "name another there, then `systemctl restart rayfwd`",
+                    f"Ray's token is set by {self.variable}, and {self.node} knows it: set "
+                    "another token there, then run `systemctl restart rayfwd`",
                 ]
             case "off":
                 return [
                     *lines,
-                    "Ray asks for no token, so whoever reaches its ports may use it; "
-                    'ray.auth = "token" changes that',
+                    "Ray asks for no token, so anybody who reaches its ports can use it; ray.auth "
+                    '= "token" changes that',
                 ]
-        return [*lines, f"Ray keeps its token, which {self.node} knows"]
+        return [*lines, f"Ray keeps its token, and {self.node} knows it"]
 
     def _turned(self) -> list[str]:
         lines = [
@@ -68,21 +68,21 @@ class Forgotten:
             lines.append(f"  restarted now: Ray on {', '.join(self.restarted)}")
             lines.append("  lost with it: every job, task, actor and object of the cluster")
         if not self.daemon:
-            lines = ["Ray has a new token, from when rayfwd is started here:"]
-            lines.append("  then Ray is restarted, here and on every worker")
+            lines = ["Ray gets a new token when rayfwd is started here:"]
+            lines.append("  Ray is then restarted, here and on every worker")
             lines.append("  lost with it: every job, task, actor and object of the cluster")
         if self.away:
             lines.append(
-                f"  away: {', '.join(self.away)}; there the token changes, and Ray is restarted, "
-                "when the link is back"
+                f"  away: {', '.join(self.away)}; when its link is back, the node gets the new "
+                "token and its Ray is restarted"
             )
         if self.by_hand:
             lines.append(
-                f"  started by hand: Ray on {', '.join(self.by_hand)}; restart it with what "
-                "`rayfwd plan` shows there: until then it takes the old token"
+                f"  started by hand: Ray on {', '.join(self.by_hand)}; it accepts the old token "
+                "until you restart it with the command that `rayfwd plan` shows there"
             )
         lines.append(
-            "  drivers find the new one where they found the old one (~/.ray/auth_token, "
+            "  drivers find the new token where they found the old one (~/.ray/auth_token, "
             "`rayfwd exec`, `rayfwd connect`); copies made by hand hold the old one"
         )
         return lines

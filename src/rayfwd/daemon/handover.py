@@ -33,7 +33,7 @@ from rayfwd.transport.relay import Held, SocketRelay
 
 log = get_logger(__name__)
 
-RESET = "nothing: the streams are reset once, and all heals by itself"
+RESET = "nothing: the streams are reset once, and everything recovers by itself"
 KEEP_SECONDS = 10
 """Seconds that the service manager may take to store a descriptor: as long as it is busy."""
 SETTLE_SECONDS = 5.0
@@ -256,7 +256,7 @@ def keep(left: Packed, notifier: Notifier) -> None:
     """Give the bundle to the service manager, which gives it to the next process. Raises OSError
     where it has not taken it."""
     if not _keep(notifier, fdpass.NAME, left):
-        raise OSError("the service manager has not taken it")
+        raise OSError("the service manager did not accept it")
 
 
 def _keep(notifier: Notifier, name: str, left: Packed) -> bool:
@@ -312,7 +312,7 @@ def opened(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival
         tree = snapshot.load(data)
         of = (tree.get("role"), tree.get("name"))
         if of != (role, name):
-            raise SnapshotError(f"it is of the {of[0]} {of[1]}, and this is the {role} {name}")
+            raise SnapshotError(f"it belongs to the {of[0]} {of[1]}, and this is the {role} {name}")
     except SnapshotError:
         Arrival(tree, descriptors).close()
         raise

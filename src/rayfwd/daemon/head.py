@@ -252,9 +252,10 @@ class HeadRole:
         found: dict[str, Problem] = {}
         if left < ROOM_SAID:
             found[self._node.config.name] = codes.PLAN_NEARLY_FULL.problem(
-                f"there are addresses and ports for {left} more workers, as large as the largest",
-                "`rayfwd forget --keep-token NAME` for those that are gone for good, a shorter "
-                "hub.forget_after, or a lower hub.port_base or ray.worker_ports",
+                f"there are addresses and ports for only {left} more workers as large as "
+                "the largest",
+                "run `rayfwd forget --keep-token NAME` for nodes that are gone for good, or "
+                "shorten hub.forget_after, or lower hub.port_base or ray.worker_ports",
             )
         self._node.board.put("names", found)
 
@@ -622,7 +623,7 @@ class HeadRole:
         found = []
         if not self.link_stands():
             starting = codes.HUB_STARTING.problem(
-                "the hub does not listen yet", "nothing: this is brief"
+                "the hub does not listen yet", "nothing: this takes a moment"
             )
             found.append(Finding(self._node.config.name, starting, blocks_ready=True))
         for node in self._hub.nodes.values():
@@ -634,9 +635,9 @@ class HeadRole:
                     Finding(
                         name,
                         codes.LINK_DOWN.problem(
-                            f"{name}'s link is down, and what it carried is lost: {node.lost}",
-                            f"nothing, if it comes back; else see `rayfwd status` on {name}, "
-                            "whether that machine is up, and this machine's sshd",
+                            f"{name}'s link is down, and its connections are lost: {node.lost}",
+                            "nothing if it comes back; otherwise check `rayfwd status` on "
+                            f"{name}, whether that machine is up, and this machine's sshd",
                         ),
                     )
                 )

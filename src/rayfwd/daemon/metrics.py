@@ -55,7 +55,9 @@ STAGES = ("task", "to", "from")
 def families(status: Status, link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
     """Every metric of rayfwd. `link_stats` are the links', by peer; `now` is their clock's."""
     yield InfoMetricFamily("rayfwd_build", "rayfwd itself.", {"version": status.version})
-    yield _states("rayfwd_node_state", "Whether the node is so.", NODE_STATES, status.state)
+    yield _states(
+        "rayfwd_node_state", "1 for the state of the node, else 0.", NODE_STATES, status.state
+    )
     yield from _links(status, link_stats, now)
     yield from _ledger(status)
     yield from _listeners(status)
@@ -76,10 +78,12 @@ def _states(name: str, text: str, states: Iterable[str], now: str) -> Metric:
 def _links(status: Status, link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
     peer = ["peer"]
     state = GaugeMetricFamily(
-        "rayfwd_link_state", "Whether the link is so.", labels=["peer", "state"]
+        "rayfwd_link_state", "1 for the state of the link, else 0.", labels=["peer", "state"]
     )
     lanes = GaugeMetricFamily(
-        "rayfwd_link_lanes", "Lanes that are up.", labels=["peer", "class", "state"]
+        "rayfwd_link_lanes",
+        "Lanes of the link, by class and state.",
+        labels=["peer", "class", "state"],
     )
     trip = GaugeMetricFamily(
         "rayfwd_link_round_trip_seconds",
@@ -87,16 +91,16 @@ def _links(status: Status, link_stats: Mapping[str, LinkStats], now: float) -> I
         labels=["peer", "class"],
     )
     streams = GaugeMetricFamily(
-        "rayfwd_link_streams", "TCP connections that are carried.", labels=peer
+        "rayfwd_link_streams", "TCP connections that the link carries.", labels=peer
     )
     parked = GaugeMetricFamily(
         "rayfwd_link_parked_streams", "TCP connections that wait for a lane.", labels=peer
     )
     received = CounterMetricFamily(
-        "rayfwd_link_received_bytes", "Bytes that came in, the protocol's own too.", labels=peer
+        "rayfwd_link_received_bytes", "Bytes received, including the protocol's own.", labels=peer
     )
     sent = CounterMetricFamily(
-        "rayfwd_link_sent_bytes", "Bytes that went out, the protocol's own too.", labels=peer
+        "rayfwd_link_sent_bytes", "Bytes sent, including the protocol's own.", labels=peer
     )
     for name, link, carried, moved in _peers(status):
         for one in LINK_STATES:
@@ -126,15 +130,19 @@ def _peers(status: Status) -> Iterator[tuple[str, Link | Worker, Streams, Volume
 
 def _histories(link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metric]:
     cuts = CounterMetricFamily(
-        "rayfwd_link_cuts", "How often every lane was lost.", labels=["peer"]
+        "rayfwd_link_cuts", "How often the link lost all of its lanes.", labels=["peer"]
     )
-    sessions = CounterMetricFamily("rayfwd_link_sessions", "Sessions that began.", labels=["peer"])
+    sessions = CounterMetricFamily(
+        "rayfwd_link_sessions", "Sessions that have begun.", labels=["peer"]
+    )
     parked = CounterMetricFamily(
-        "rayfwd_link_parked_seconds", "Time without a lane, held.", labels=["peer"]
+        "rayfwd_link_parked_seconds",
+        "Time without any lane, while the streams were held.",
+        labels=["peer"],
     )
     ridden = HistogramMetricFamily(
         "rayfwd_link_ride_through_seconds",
-        "Cuts that the streams outlived, by their length.",
+        "Cuts that the streams survived, by their length.",
         labels=["peer"],
     )
     for peer, one in link_stats.items():
@@ -156,13 +164,15 @@ def _ledger(status: Status) -> Iterator[Metric]:
     if ledger is None:
         return
     memory = GaugeMetricFamily(
-        "rayfwd_peer_memory_bytes", "Bytes kept for a peer or of it.", labels=["peer"]
+        "rayfwd_peer_memory_bytes",
+        "Bytes that this node keeps for a peer, in both directions.",
+        labels=["peer"],
     )
     counters = {
-        "messages": "Control messages that it sent.",
-        "log_lines": "Lines of the log about it.",
-        "roster_writes": "How often its plan was written down.",
-        "shed_streams": "Streams that it had to give up, as too much was kept.",
+        "messages": "Control messages from the peer.",
+        "log_lines": "Lines of the log about the peer.",
+        "roster_writes": "How often the peer's plan was written to the disk.",
+        "shed_streams": "Streams of the peer that were reset, because too much was kept.",
     }
     counts = {
         name: CounterMetricFamily(f"rayfwd_peer_{name}", text, labels=["peer"])
@@ -170,11 +180,13 @@ def _ledger(status: Status) -> Iterator[Metric]:
     }
     listeners = GaugeMetricFamily(
         "rayfwd_peer_listeners",
-        "Listeners that stand for it on every other machine.",
+        "Listeners that every other machine opens for the peer.",
         labels=["peer"],
     )
     seconds = CounterMetricFamily(
-        "rayfwd_peer_cpu_seconds", "Processor time for the bytes that it sent.", labels=["peer"]
+        "rayfwd_peer_cpu_seconds",
+        "Processor time spent on the bytes from the peer.",
+        labels=["peer"],
     )
     workers = {worker.name for worker in status.workers or ()}
     for row in ledger.peers:
@@ -188,9 +200,9 @@ def _ledger(status: Status) -> Iterator[Metric]:
             seconds.add_metric([row.name], row.seconds)
     yield from (memory, listeners, *counts.values(), seconds)
     of_users = {
-        "memory_bytes": "Bytes kept for the peers of a user, or of them.",
-        "lanes": "Lanes of a user's peers, each of which is a descriptor.",
-        "listeners": "Listeners that stand for a user's nodes on every other machine.",
+        "memory_bytes": "Bytes that this node keeps for the peers of a user.",
+        "lanes": "Lanes of a user's peers; each takes a descriptor.",
+        "listeners": "Listeners that every other machine opens for a user's nodes.",
         "streams": "Streams of a user's peers.",
     }
     for name, text in of_users.items():
@@ -201,9 +213,7 @@ def _ledger(status: Status) -> Iterator[Metric]:
 
 
 def _listeners(status: Status) -> Iterator[Metric]:
-    is_open = GaugeMetricFamily(
-        "rayfwd_listeners", "Open listeners that stand for a node.", labels=["node"]
-    )
+    is_open = GaugeMetricFamily("rayfwd_listeners", "Open listeners for a node.", labels=["node"])
     blocked = GaugeMetricFamily(
         "rayfwd_blocked_listeners", "Listeners for a node that cannot be opened.", labels=["node"]
     )
@@ -211,7 +221,8 @@ def _listeners(status: Status) -> Iterator[Metric]:
         is_open.add_metric([row.name], row.listeners.open)
         blocked.add_metric([row.name], row.listeners.blocked)
     refused = CounterMetricFamily(
-        "rayfwd_refused_connections", "Connections to listeners that were reset at once."
+        "rayfwd_refused_connections",
+        "Connections to listeners that were reset, because their user may not use them.",
     )
     refused.add_metric([], sum(row.connections for row in status.listeners.refused))
     yield from (is_open, blocked, refused)
@@ -219,18 +230,20 @@ def _listeners(status: Status) -> Iterator[Metric]:
 
 def _network(network: Network) -> Iterator[Metric]:
     level = GaugeMetricFamily(
-        "rayfwd_network_level", "Whether the node has this level.", labels=["level"]
+        "rayfwd_network_level", "1 for the level of the node, else 0.", labels=["level"]
     )
     for one in LEVELS:
         level.add_metric([one], float(one == network.level))
     packets = CounterMetricFamily(
-        "rayfwd_network_refused_packets", "First packets that the kernel refused.", labels=["why"]
+        "rayfwd_network_refused_packets",
+        "First packets of connections that the kernel refused.",
+        labels=["why"],
     )
     for why, count in network.refused.items():
         packets.add_metric([why], count)
     refused = CounterMetricFamily(
         "rayfwd_refused_dials",
-        "Connections between nodes that were refused, as nobody serves the port.",
+        "Connections between nodes that were refused, because nobody serves the port.",
         labels=["side"],
     )
     for side, rows in (("there", network.refused_there), ("here", network.refused_here)):
@@ -239,15 +252,17 @@ def _network(network: Network) -> Iterator[Metric]:
     if network.open is not None:
         yield GaugeMetricFamily(
             "rayfwd_open_ports",
-            "Ports besides the plan's that other nodes may dial.",
+            "Ports that other nodes may dial, in addition to the plan's.",
             value=len(network.open),
         )
 
 
 def _ray(status: Status) -> Iterator[Metric]:
     ray = status.ray
-    yield _states("rayfwd_ray_state", "Whether Ray on this node is so.", RAY_STATES, ray.state)
-    restarts = CounterMetricFamily("rayfwd_ray_restarts", "How often Ray was started again.")
+    yield _states(
+        "rayfwd_ray_state", "1 for the state of Ray on this node, else 0.", RAY_STATES, ray.state
+    )
+    restarts = CounterMetricFamily("rayfwd_ray_restarts", "How often Ray was restarted.")
     restarts.add_metric([], ray.restarts)
     yield restarts
     if ray.version is not None:
@@ -264,16 +279,20 @@ def _cluster(status: Status) -> Iterator[Metric]:
     if status.role != "head" or cluster is None:
         return
     alive = GaugeMetricFamily(
-        "rayfwd_cluster_node_alive", "Whether Ray's node table has the node alive.", labels=["node"]
+        "rayfwd_cluster_node_alive",
+        "1 if Ray's node table has the node as ALIVE, else 0.",
+        labels=["node"],
     )
     there = {node.address for node in cluster.nodes if node.state == "ALIVE"}
     for row in status.roster:
         alive.add_metric([row.name], float(row.address in there))
     used = GaugeMetricFamily(
-        "rayfwd_cluster_resource_used", "In use, as Ray reports it.", labels=["resource"]
+        "rayfwd_cluster_resource_used", "The amount in use, as Ray reports it.", labels=["resource"]
     )
     capacity = GaugeMetricFamily(
-        "rayfwd_cluster_resource_capacity", "There in all, as Ray reports it.", labels=["resource"]
+        "rayfwd_cluster_resource_capacity",
+        "The total amount, as Ray reports it.",
+        labels=["resource"],
     )
     for name, (in_use, total) in sorted(cluster.totals.items())[:RESOURCES]:
         used.add_metric([name], in_use)
@@ -282,14 +301,16 @@ def _cluster(status: Status) -> Iterator[Metric]:
     if cluster.as_of is not None:
         yield GaugeMetricFamily(
             "rayfwd_cluster_report_timestamp_seconds",
-            "Ray's own time stamp of its resources.",
+            "Time of Ray's own report of its resources.",
             cluster.as_of,
         )
 
 
 def _conditions(conditions: Iterable[Condition]) -> Metric:
     family = GaugeMetricFamily(
-        "rayfwd_conditions", "What is wrong now, by code.", labels=["code", "severity"]
+        "rayfwd_conditions",
+        "Conditions that hold now, by code; root causes only.",
+        labels=["code", "severity"],
     )
     counts = Counter((c.code.name, c.severity) for c in conditions if c.explained_by is None)
     for labels, count in sorted(counts.items())[:CODES]:
@@ -308,7 +329,7 @@ def canary(last: Round | None) -> Iterator[Metric]:
         "rayfwd_canary_timestamp_seconds", "When the last canary began.", last.began
     )
     ok = GaugeMetricFamily(
-        "rayfwd_canary_success", "Whether a node passed the last canary.", labels=["node"]
+        "rayfwd_canary_success", "1 if the node passed the last canary, else 0.", labels=["node"]
     )
     took = GaugeMetricFamily(
         "rayfwd_canary_stage_seconds",
@@ -357,7 +378,8 @@ class MetricsService:
         port = listen.rpartition(":")[2]
         return codes.METRICS_BLOCKED.problem(
             f"metrics.listen = {listen} cannot be opened: {why}",
-            f"end what listens on it (see `ss -ltnp sport = :{port}`), or set another port",
+            f"stop the program that listens on it (`ss -ltnp sport = :{port}`), or set "
+            "metrics.listen to another port",
         )
 
     def listening(self, listen: str) -> None:

@@ -389,7 +389,7 @@ class Node:
 
     def hear_refused(self, node: str, port: int, count: int) -> None:
         """Another node has refused to its programs what they dialled of this one."""
-        cause = f"programs of {node} have dialled it, and no program of Ray's user listens there"
+        cause = f"{node} connected to it, and no program of Ray's user listens there"
         self.dials.refuse("here", node, port, cause, count)
 
     def _refused_there(self, address: str, port: int, cause: str, count: int = 1) -> None:
@@ -419,8 +419,8 @@ class Node:
             if target.port in self.config.expose:
                 return self.connector.accept(stream, Opening(Target("127.0.0.1", target.port)))
         cause = (
-            f"{target} is no port that {self.config.name} serves: Ray's ports, expose, or one on "
-            "which a program of Ray's user listens"
+            f"{target} is not a port that {self.config.name} offers: it offers Ray's ports, those "
+            "in expose, and those on which a program of Ray's user listens"
         )
         asker = self._node_at(opening.source or "")
         name = (opening.source or "(unknown)") if asker is None else asker.name
@@ -469,8 +469,8 @@ class Node:
             Finding(
                 f"{self.config.name}/{forward.listen}",
                 codes.FORWARD_TARGET_UNKNOWN.problem(
-                    f"[[forward]] to = {forward.to}: no node {forward.target()[0]} is in the plan",
-                    "correct the name; it opens by itself when the node joins",
+                    f"[[forward]] to = {forward.to}: the plan has no node {forward.target()[0]}",
+                    "correct the name in `to`; the listener opens by itself when the node joins",
                 ),
             )
             for forward in (self.forwards() if view.nodes else ())
@@ -502,8 +502,8 @@ class Node:
         view = self.view
         if view.own is None or view.head is None:
             raise codes.RAY_NOT_UP.error(
-                "this node has no plan yet: the head has not been reached",
-                "ask again when `rayfwd status` shows the plan",
+                "this node has no plan yet, because it has not reached the head",
+                "try again when `rayfwd status` shows an address for this node",
             )
         return {
             "RAY_ADDRESS": f"{view.head.address}:{view.head.services['gcs']}",

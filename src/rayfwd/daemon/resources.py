@@ -45,7 +45,7 @@ def recorded(config: Config) -> Iterator[None]:
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{record} cannot be written: {exc.strerror or exc}",
-            "set runtime_dir to a place that this user may write",
+            "set runtime_dir to a directory that this user can write",
         ) from exc
     try:
         yield
@@ -70,12 +70,12 @@ def make_directory(path: Path, mode: int) -> None:
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{path} cannot be made: {exc.strerror}",
-            "set state_dir and runtime_dir to places that this user may write",
+            "set state_dir and runtime_dir to directories that this user can write",
         ) from exc
     if not writable:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{path} is not writable for this user",
-            "set state_dir and runtime_dir to places that this user may write",
+            "set state_dir and runtime_dir to directories that this user can write",
         )
 
 
@@ -83,9 +83,9 @@ def _check_ours(path: Path) -> None:
     """Raises ProblemError where somebody else has a say about what `path` stands for."""
     if (found := stranger_in(path, (0, os.geteuid()))) is not None:
         raise codes.DIRECTORY_UNUSABLE.error(
-            f"{path} is not used, as not only this user may change it: {found}",
-            "set state_dir and runtime_dir to places that only this user may write, or run rayfwd "
-            "as the user whose they are",
+            f"{path} is not used, because other users can change it: {found}",
+            "set state_dir and runtime_dir to directories that only this user can write, or run "
+            "rayfwd as the user who owns them",
         )
 
 
@@ -97,15 +97,15 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
         descriptor = os.open(path, flags, 0o600)
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
-            f"{path} cannot be opened: {exc.strerror}", "see what is there, and move it away"
+            f"{path} cannot be opened: {exc.strerror}", "check what is there, and move it away"
         ) from exc
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise codes.ALREADY_RUNNING.error(
-                f"another rayfwd runs with state_dir = {state_dir}",
-                "end it first, or give this one a state_dir and a runtime_dir of its own",
+                f"another rayfwd is running with state_dir = {state_dir}",
+                "stop it first, or give this one its own state_dir and runtime_dir",
             ) from None
         yield
     finally:

@@ -233,12 +233,13 @@ class Runtime:
                     "config_refused",
                     file=str(path),
                     mistake=mistake,
-                    remedy="the configuration that was read before stays in force",
+                    remedy="correct the file and run `rayfwd reload` again; the previous "
+                    "configuration stays in force",
                 )
             return {"mistakes": [f"{path}: {mistake}" for mistake in mistakes]}
         log.info("config_reloaded", file=str(path), changed=list(new.changed))
         if new.kept:
-            remedy = "restart rayfwd (`systemctl restart rayfwd`) for these to take effect"
+            remedy = "restart rayfwd (`systemctl restart rayfwd`) for these keys to take effect"
             log.warning("config_kept", kept=list(new.kept), remedy=remedy)
         if new.changed:
             logs.setup(new.config.log)

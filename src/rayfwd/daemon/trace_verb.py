@@ -33,7 +33,9 @@ class TraceVerb:
         collector = Collector(_whole(args, "frames", MOST_FRAMES), _peer(args))
         seconds = _whole(args, "seconds", MOST_SECONDS)
         if self._running >= AT_ONCE:
-            raise codes.CONTROL_BUSY.error(f"{AT_ONCE} traces are being made", "ask again later")
+            raise codes.CONTROL_BUSY.error(
+                f"{AT_ONCE} traces are running already", "try again later"
+            )
         self._running += 1
         tracing.add(collector)
         try:

@@ -196,5 +196,6 @@ def parked_problem(link: str, mux: Mux) -> Problem:
     return codes.LINK_PARKED.problem(
         f"every lane of {link} is lost; its {stats.streams} streams are held for "
         f"{stats.ride_through:g} s",
-        "nothing, if it comes back within that time; else look at the network between the two",
+        "nothing if it comes back within that time; otherwise check the network between "
+        "the two machines",
     )

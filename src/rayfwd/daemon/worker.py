@@ -419,7 +419,7 @@ class WorkerRole:
         view = self._node.view
         if self._node.config.ray.auth == "token" and (view.auth is None or view.auth.mode == "off"):
             raise codes.RAY_AUTH_DIFFERS.error(
-                'ray.auth = "token" on this node, and the head hands out no token',
+                'ray.auth = "token" on this node, and the head gives out no token',
                 'set ray.auth = "token" on the head, or "auto" here',
             )
         if view.head is not None:
@@ -458,10 +458,10 @@ class WorkerRole:
 
     def ray_waits(self) -> str:
         if self._head_ray in NOT_UP:
-            return f"Ray here waits for the head's, which is {self._head_ray}"
+            return f"Ray on this node waits for the head's Ray, whose state is: {self._head_ray}"
         waits = self._node.ray.now.state == "waiting"
         if waits and (problem := self._in_the_way()) is not None:
-            return f"Ray here waits for the way to the head's: {problem.cause}"
+            return f"Ray on this node waits until it can reach the head's Ray: {problem.cause}"
         return f"Ray is {self._node.ray.now.state}"
 
     # -- what the head is told -----------------------------------------------------------
@@ -571,8 +571,10 @@ class WorkerRole:
             found.append(Finding(own, parked, blocks_ready=True))
         if not found:
             dialling = codes.LINK_STARTING.problem(
-                f"dialling {link.head.ssh}" if link.head.ssh else "waiting to be dialled",
-                "nothing: this is brief",
+                f"dialling {link.head.ssh}"
+                if link.head.ssh
+                else "waiting for the head to dial this worker",
+                "nothing: this takes a moment",
             )
             found.append(Finding(own, dialling, blocks_ready=True))
         return found

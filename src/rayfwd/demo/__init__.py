@@ -69,7 +69,8 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
     install = await _find_ray(ray)
     teller.plain(
         "rayfwd demo: a head and a walled-in worker on this machine, real Ray "
-        f"{install.versions.ray}, a job, and the link cut in the middle. It takes about a minute."
+        f"{install.versions.ray}, a job, and a cut of the link in the middle. It takes about a "
+        "minute."
     )
     # Unix sockets' paths are short (107 bytes), and a TMPDIR need not be.
     folder = Path(tempfile.mkdtemp(prefix="rayfwd-", dir="/tmp"))
@@ -137,6 +138,6 @@ async def _find_ray(ray: str) -> RayInstall:
         problem = exc.problem
         raise problem.code.error(
             f"the demo needs Ray: {problem.cause.replace('ray.command = ', '--ray ')}",
-            "install it (python3 -m venv ~/ray && ~/ray/bin/pip install 'ray[default]') and "
-            "say `rayfwd demo --ray ~/ray/bin/ray`; in a checkout, `make demo` does both",
+            "install it (python3 -m venv ~/ray && ~/ray/bin/pip install 'ray[default]') and run "
+            "`rayfwd demo --ray ~/ray/bin/ray`; in a checkout, `make demo` does both",
         ) from None

@@ -158,7 +158,7 @@ class Machine:
         except OSError:
             said = []
         cause = f"the machine {self.name}: {what}{f' ({said[-1]})' if said else ''}"
-        return codes.MACHINE_FAILED.error(cause, "try again, or as root")
+        return codes.MACHINE_FAILED.error(cause, "try again, or run it as root")
 
 
 def why_forbidden(number: int, cause: str) -> Problem:
@@ -173,9 +173,12 @@ def why_forbidden(number: int, cause: str) -> Problem:
     if os.geteuid() != 0:
         remedies.append("run it as root")
     if os.geteuid() == 0 or _in_a_container():
-        remedies.append("in a container, start that with `--privileged`, or run it outside of one")
+        remedies.append(
+            "in a container, start the container with `--privileged`, or run the demo outside of it"
+        )
     return codes.NAMESPACES_FORBIDDEN.problem(
-        f"the demo makes two machines out of Linux namespaces, which are forbidden here: {cause}",
+        "the demo makes two machines out of Linux namespaces, but this user may not "
+        f"create any here: {cause}",
         "; or ".join(remedies),
     )
 

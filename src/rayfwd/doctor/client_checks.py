@@ -38,7 +38,9 @@ class ClientExamination(WayExamination):
         except ProblemError as exc:
             holder = next(filter(None, map(_rayfwd_on, self._given_ports())), None)
             if holder is not None:
-                return passed("listen", f"rayfwd holds its ports here already (pid {holder})")
+                return passed(
+                    "listen", f"`rayfwd connect` has its ports here already (pid {holder})"
+                )
             return failed("listen", exc.problem)
         for _, sock in found:
             sock.close()

@@ -78,7 +78,7 @@ class Examination(ABC):
             return passed("config", f"{config.path}: {config.role} {config.name}")
         return warned(
             "config",
-            codes.CONFIG_DOUBTFUL.problem("; ".join(found), "see whether that is meant so"),
+            codes.CONFIG_DOUBTFUL.problem("; ".join(found), "check whether this is intended"),
         )
 
     async def daemon(self) -> Row:
@@ -87,7 +87,7 @@ class Examination(ABC):
             self.status = status = Status.from_answer(answer)
         except ProblemError as exc:
             if exc.problem.code == codes.DAEMON_NOT_RUNNING:
-                return skipped("daemon", "none runs here")
+                return skipped("daemon", "no daemon runs here")
             return warned("daemon", exc.problem)
         self.own = status.node
         seen = {"pid": status.pid, "state": status.state}
@@ -96,24 +96,32 @@ class Examination(ABC):
         if first is None and status.state == "ready":
             return passed("daemon", status.summary, **seen)
         code = next((c.code for c in (first, *wrong) if c is not None), codes.RAY_STARTING)
-        return warned("daemon", code.problem(status.summary, "see `rayfwd status`"), **seen)
+        return warned(
+            "daemon",
+            code.problem(status.summary, "run `rayfwd status` for its cause and remedy"),
+            **seen,
+        )
 
     async def keeper(self) -> Row:
         """The service in which Ray runs: that it answers the daemon that there is, or is to."""
         if self.status is None:
             unit = unit_checks.find(self.config.path, self.env)
             if unit is None or not unit.has_keeper:
-                return skipped("keeper", "no service of this file has one")
+                return skipped("keeper", "this configuration file has no service with one")
             if not unit.keeper.exists():
-                cause = f"{unit.path} has Ray in a service of its own, and {unit.keeper} is absent"
-                problem = codes.KEEPER_ABSENT.problem(cause, "`rayfwd init` makes it again")
+                cause = (
+                    f"{unit.path} runs Ray in a service of its own, but {unit.keeper} is missing"
+                )
+                problem = codes.KEEPER_ABSENT.problem(
+                    cause, "run `rayfwd init` again: it makes the missing unit"
+                )
                 return failed("keeper", problem)
             return passed(
-                "keeper", f"{unit.keeper.name} is there, and starts with {unit.path.name}"
+                "keeper", f"{unit.keeper.name} is installed, and starts with {unit.path.name}"
             )
         socket = await asyncio.to_thread(observe.keeper_of, self.status.pid)
         if socket is None:
-            return skipped("keeper", "the daemon that runs has none: Ray is its own child")
+            return skipped("keeper", "the running daemon has none: it runs Ray itself")
         try:
             await asyncio.to_thread(ByKeeper(socket).check)
         except ProblemError as exc:
@@ -141,14 +149,14 @@ class Examination(ABC):
     async def ports(self) -> Row:
         own, ray_state = self.own, self.ray_state
         if own is None:
-            return skipped("ports", "this node's ports are known when the hub has answered")
+            return skipped("ports", "this node's ports are not known before the hub answers")
         span = f"{own.base}-{own.last_worker_port}"
         if own.head_services:
             span = ", ".join([*(str(p) for p in own.head_services.values()), span])
         if ray_state == "up":
-            return passed("ports", f"{span}: this node's Ray has them")
+            return passed("ports", f"{span}: in use by this node's Ray")
         if ray_state == "starting":
-            return skipped("ports", "Ray is being started on them")
+            return skipped("ports", "Ray is just starting on them")
         found = await asyncio.to_thread(self._taken, own)
         if isinstance(found, Problem):
             return failed("ports", found)
@@ -160,9 +168,9 @@ class Examination(ABC):
         except ProblemError as exc:
             left = RayProcess.recover(self.config.state_dir)
             if left is not None and left.alive():
-                return "a Ray that rayfwd has started holds them, and will be taken over"
+                return "in use by a Ray that rayfwd started and will take over"
             if find_foreign(own.address) is not None:
-                return "a Ray of this user's with this node's address holds them"
+                return "in use by a Ray of this user with this node's address"
             return exc.problem
         return "free"
 
@@ -175,7 +183,7 @@ class Examination(ABC):
                 return failed("listeners", several(wrong))
             return passed("listeners", f"{listeners.open} are open", open=listeners.open)
         if own is None or not self.nodes:
-            return skipped("listeners", "the other nodes are known when the hub has answered")
+            return skipped("listeners", "the other nodes are not known before the hub answers")
         blocked = await asyncio.to_thread(observe.blocked_listeners, self.nodes, own)
         if blocked:
             return failed("listeners", several(blocked))
@@ -198,7 +206,7 @@ class Examination(ABC):
             return passed("network", "overlay: this machine allows it", level="overlay")
         if asked == "overlay":
             return warned("network", problem, level="listeners")
-        said = f"listeners: {problem.cause}; for the overlay: {problem.remedy}"
+        said = f"listeners: {problem.cause}; to have the overlay: {problem.remedy}"
         return passed("network", said, level="listeners")
 
     def _no_overlay(self) -> Problem | None:
@@ -254,7 +262,7 @@ class Examination(ABC):
         problem = judgements.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
         if problem is not None:
             return warned("proxies", problem)
-        return passed("proxies", f"none catches {', '.join(addresses)}")
+        return passed("proxies", f"none of them catches {', '.join(addresses)}")
 
 
 def plan_of(data: Any) -> NodePlan | None:

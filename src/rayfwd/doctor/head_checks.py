@@ -45,10 +45,10 @@ class HeadExamination(Examination):
         self.emit(await self.listeners())
         self.emit(await self.network_level())
         self.emit(await self.limits())
-        self.emit(skipped("clock", "each worker compares its own with this one"))
-        self.emit(skipped("names", "of those that a head dials, `dial` says it"))
+        self.emit(skipped("clock", "each worker compares its own Ray with this one"))
+        self.emit(skipped("names", "see `dial` for the workers that this head dials"))
         self.emit(self.proxies())
-        self.emit(skipped("link", "each worker measures its own"))
+        self.emit(skipped("link", "each worker measures its own link"))
 
     async def _ray(self) -> Row:
         """With what follows from its version, where that was not known from the file alone."""
@@ -58,7 +58,7 @@ class HeadExamination(Examination):
         line = no_token(self.config, found.versions.ray)
         if line is None:
             return row
-        return warned("ray", codes.CONFIG_DOUBTFUL.problem(line, "see whether that is meant so"))
+        return warned("ray", codes.CONFIG_DOUBTFUL.problem(line, "check whether this is intended"))
 
     def _roster(self, own: NodePlan) -> tuple[NodePlan, ...]:
         try:
@@ -80,9 +80,12 @@ class HeadExamination(Examination):
         except ProblemError as exc:
             return failed("socket", exc.problem)
         if (fault := not_writable(path.parent)) is not None:
-            remedy = "give the directory to the user that runs rayfwd, or set runtime_dir elsewhere"
+            remedy = (
+                "make the user that runs rayfwd the owner of the directory, or set "
+                "runtime_dir to another one"
+            )
             return warned("socket", codes.DIRECTORY_UNUSABLE.problem(fault, remedy))
-        return passed("socket", f"{path} can be made")
+        return passed("socket", f"{path} can be created")
 
     async def _sshd(self) -> Row:
         # Workers say as whom they log in: most likely as those who may come to the hub.
@@ -98,17 +101,17 @@ class HeadExamination(Examination):
             where = " and ".join(f"{host}:{port}" for host, port in places)
             problem = codes.SSHD_ABSENT.problem(
                 f"no SSH server answers on {where}",
-                "start sshd (`systemctl enable --now ssh`); where it listens elsewhere, see that "
-                "workers name that place in head.ssh",
+                "start sshd (`systemctl enable --now ssh`); if it listens elsewhere, check that "
+                "the workers' head.ssh names that place",
             )
             return failed("sshd", problem) if readable else warned("sshd", problem)
         if not readable:
-            return passed("sshd", f"{said} answers; its options may not be read by this user")
+            return passed("sshd", f"{said} answers; this user may not read its options")
         workers = len([node for node in self.nodes if node.role == "worker"])
         wrong = [p for options in readable for p in judgements.judge_sshd(options, workers)]
         if wrong:
             return warned("sshd", several(list(dict.fromkeys(wrong))), server=said)
-        return passed("sshd", f"{said} answers, and its options suit", server=said)
+        return passed("sshd", f"{said} answers, and its options fit", server=said)
 
     async def _dial(self) -> Row:
         """Log in at each worker that is dialled from here; nothing is opened there."""
@@ -157,7 +160,8 @@ async def _came_to(meet: MeetConfig) -> Problem | None:
         return codes.MEETING_REFUSED.problem(
             f"{meet.called}: this head's own sshd does not answer at {host} port {port}: "
             f"{exc.strerror or exc}",
-            "start sshd here (it may listen on 127.0.0.1 alone), or set sshd of the [[hub.meet]]",
+            "start sshd here (it may listen on 127.0.0.1 only), or correct `sshd` of the "
+            "[[hub.meet]]",
         )
     return None
 

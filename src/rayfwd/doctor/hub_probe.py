@@ -30,7 +30,7 @@ ANSWER_TIMEOUT = 15.0
 CLOCK_SAMPLES = 7
 FIRST_TRANSFER = 1 << 16
 OLDER = codes.HUB_OLDER.problem(
-    "the head's rayfwd is older and does not answer a doctor's questions",
+    "the head's rayfwd is older than this one and does not answer a doctor's questions",
     "upgrade rayfwd on the head (the head first, then the workers)",
 )
 SHORTEST_TRANSFER = 0.4
@@ -178,8 +178,8 @@ class HubProbe:
                 return await what
         except TimeoutError:
             raise codes.HUB_SILENT.error(
-                f"the hub gave no {name} in {seconds:.0f} s",
-                "see rayfwd's log on the head",
+                f"the hub gave no {name} within {seconds:.0f} s",
+                "read rayfwd's log on the head",
             ) from None
 
 

@@ -59,8 +59,8 @@ def judge_clock(ahead: float, doubt: float) -> Problem | None:
     which = "behind" if ahead > 0 else "ahead of"
     return codes.CLOCK_OFFSET.problem(
         f"this machine's clock is {_seconds(abs(ahead))} {which} the head's",
-        "have both keep time: `timedatectl set-ntp true`, or chrony; Ray works, but logs and "
-        "timelines of the two do not fit together, and certificates may seem out of date",
+        "let both keep time: `timedatectl set-ntp true`, or chrony; Ray works, but logs and "
+        "timelines of the two do not match, and certificates may seem expired",
     )
 
 
@@ -76,8 +76,8 @@ def judge_link(trip: float, down: float, up: float) -> Problem | None:
         return None
     return codes.LINK_POOR.problem(
         f"the way to the head is slow: {', '.join(what)}",
-        "Ray works, but tasks start late or objects take long: keep data where it is used; see "
-        "what lies between (a VPN, a jump host, Wi-Fi)",
+        "keep data where it is used, and check what is between the two machines (a VPN, a jump "
+        "host, Wi-Fi); Ray works, but tasks start late or objects take long",
     )
 
 
@@ -95,8 +95,8 @@ def judge_names(host: str, seconds: float) -> Problem | None:
         return None
     return codes.NAMES_SLOW.problem(
         f"looking up {host} took {seconds:.1f} s",
-        "put the head into /etc/hosts, or its address into head.ssh (or as HostName into the SSH "
-        "configuration); see which name server in /etc/resolv.conf does not answer",
+        "add the head to /etc/hosts, or put its address into head.ssh (or as HostName into the "
+        "SSH configuration); and check which name server in /etc/resolv.conf does not answer",
     )
 
 
@@ -106,8 +106,8 @@ def judge_login(target: str, seconds: float) -> Problem | None:
         return None
     return codes.LOGIN_SLOW.problem(
         f"logging in at {target} takes {seconds:.1f} s",
-        "see what the head's sshd waits for (UseDNS, PAM, load, a jump host): after a cut the link "
-        "is back that much later",
+        "check what the head's sshd waits for (UseDNS, PAM, load, a jump host): after a cut, the "
+        "link is back that much later",
     )
 
 
@@ -117,10 +117,10 @@ def judge_threads(limit: int | None, running: int, cpus: int) -> Problem | None:
     if limit is None or limit - running >= need:
         return None
     return codes.PROCESSES_LOW.problem(
-        f"this user may have {limit} processes and threads, {running} are there, and Ray on "
-        f"{cpus} CPUs wants {need} more",
-        f"raise the limit to {running + 2 * need} at least: TasksMax= and LimitNPROC= of the "
-        "service that Ray runs in (`systemctl edit rayfwd-ray`), or `ulimit -u` and "
+        f"this user may have {limit} processes and threads and has {running}, but Ray on "
+        f"{cpus} CPUs needs {need} more",
+        f"raise the limit to at least {running + 2 * need}: TasksMax= and LimitNPROC= of the "
+        "service in which Ray runs (`systemctl edit rayfwd-ray`), or `ulimit -u` and "
         "/etc/security/limits.conf",
     )
 
@@ -163,17 +163,18 @@ def judge_proxies(
     theirs = {name: value for name, value in ray_env.items() if name.lower() == "no_proxy"}
     if theirs and (found := caught({**env, **ray_env}, addresses)):
         return codes.PROXY_CATCHES.problem(
-            f"{_first(found)} would catch what Ray's own clients send to the cluster's addresses: "
-            "ray.env sets NO_PROXY, and leaves them out",
-            f"add {network} and 127.0.0.1 to NO_PROXY in ray.env, or take it out: rayfwd sets it",
+            f"{_first(found)} would catch what Ray's own clients send to the cluster's addresses, "
+            "because NO_PROXY in ray.env does not have them",
+            f"add {network} and 127.0.0.1 to NO_PROXY in ray.env, or remove it there: "
+            "rayfwd sets NO_PROXY by itself",
         )
     if found := caught(env, addresses):
         proxy = urlsplit(env[next(iter(found))])
         return codes.PROXY_CATCHES.problem(
-            f"{_first(found)} here, which sends job submissions and state queries to the proxy "
-            f"{proxy.hostname or 'that it names'}",
-            f"where you run `ray job`, `ray list` or such: export {spare} (and no_proxy); Ray "
-            "itself is started with it",
+            f"{_first(found)} in this shell, and sends job submissions and state queries to the "
+            f"proxy {proxy.hostname or 'that it names'}",
+            f"export {spare} (and no_proxy) before you run `ray job`, `ray list` or the like; "
+            "rayfwd sets it for Ray itself",
         )
     return None
 
@@ -189,9 +190,9 @@ def judge_version(own: str, heads: str) -> Problem | None:
     if own == heads:
         return None
     return codes.RAYFWD_VERSION_DIFFERS.problem(
-        f"this is rayfwd {own}, the head has {heads}",
-        "upgrade the head first, then the workers: the two understand each other, but a check or a "
-        "feature of the newer one may be missing",
+        f"this machine has rayfwd {own}, the head has {heads}",
+        "upgrade the head first, then the workers: the two versions work together, but a check or "
+        "a feature of the newer one may be missing",
     )
 
 
@@ -215,25 +216,45 @@ def judge_sshd(sshd: SshdOptions, workers: int) -> list[Problem]:
     if options.get("allowstreamlocalforwarding", "yes") in {"no", "remote"} or (
         options.get("disableforwarding", "no") == "yes"
     ):
-        found.append(("AllowStreamLocalForwarding", 'workers need via = "exec" in [head]'))
+        found.append(
+            (
+                "AllowStreamLocalForwarding",
+                'set it to yes, or set via = "exec" in [head] of the workers',
+            )
+        )
     # Both are meant for TCP, and shut the way to sockets as well (tried with OpenSSH 9.2).
     if options.get("allowtcpforwarding", "yes") in {"no", "remote"}:
-        found.append(("AllowTcpForwarding", 'workers need via = "exec" in [head], or `local`'))
+        found.append(
+            (
+                "AllowTcpForwarding",
+                'set it to yes or local, or set via = "exec" in [head] of the workers',
+            )
+        )
     if options.get("permitopen", "any") != "any":
-        found.append(("PermitOpen", 'workers need via = "exec" in [head], or `any`'))
+        found.append(("PermitOpen", 'set it to any, or set via = "exec" in [head] of the workers'))
     forced = options.get("forcecommand", "none")
     if forced != "none" and not re.search(r"rayfwd['\"]? attach\b", forced):
-        found.append(("ForceCommand", 'it must be `rayfwd attach`, for workers with via = "exec"'))
+        found.append(
+            (
+                "ForceCommand",
+                (
+                    'remove it, or set it to `rayfwd attach` and via = "exec" in [head] of the '
+                    "workers"
+                ),
+            )
+        )
     if options.get("pubkeyauthentication", "yes") == "no":
-        found.append(("PubkeyAuthentication", "workers log in by key: it must be yes"))
+        found.append(("PubkeyAuthentication", "set it to yes: workers log in by key"))
     if options.get("maxsessions") == "0":
-        found.append(("MaxSessions", 'it must be 1 or more for workers with via = "exec"'))
+        found.append(("MaxSessions", 'set it to 1 or more: workers with via = "exec" need it'))
     begin = options.get("maxstartups", "10").partition(":")[0]
     if begin.isdecimal() and int(begin) < workers:
-        found.append(("MaxStartups", f"{workers} workers may log in at once: raise it"))
+        found.append(
+            ("MaxStartups", f"raise it to at least {workers}: so many workers may log in at once")
+        )
     if sshd.user is None:
         whose = ""
-        but = "a Match block, which was not looked at, may say otherwise for some users"
+        but = "a Match block, which was not checked, may say otherwise for some users"
     else:
         whose = f" for the user {sshd.user}"
         but = "a Match block may say otherwise for some addresses"

@@ -37,7 +37,7 @@ async def resolve(host: str, port: int) -> tuple[float, list[str]]:
             loop = asyncio.get_running_loop()
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, TimeoutError) as exc:
-        why = getattr(exc, "strerror", None) or f"no answer in {LOOKUP_TIMEOUT:.0f} s"
+        why = getattr(exc, "strerror", None) or f"no answer within {LOOKUP_TIMEOUT:.0f} s"
         raise codes.SSH_UNREACHABLE.error(
             f"the name {host} cannot be resolved: {why}",
             "correct head.ssh, or this machine's DNS",

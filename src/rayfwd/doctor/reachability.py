@@ -29,7 +29,7 @@ from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.openssh_carrier import OpensshConnection
 from rayfwd.transport.ssh_carrier import SshConnection
 
-NOT_REACHED = "not got so far"
+NOT_REACHED = "not reached yet"
 STAGES = get_args(Stage)
 
 
@@ -105,9 +105,13 @@ class WayExamination(Examination):
         elif link is not None:
             self.emit(failed("ssh", _not_dialled(self.config.link_socket)))
         else:
-            self.emit(skipped("ssh", "the head dials this machine, once the daemon runs here"))
+            self.emit(skipped("ssh", "the head dials this machine when the daemon runs here"))
         for stage in (*STAGES[1:], *self.after_hub):
-            self.emit(skipped(stage, "the head dials; its doctor's `dial` goes that way"))
+            self.emit(
+                skipped(
+                    stage, "the head dials this machine; `rayfwd doctor` on the head shows `dial`"
+                )
+            )
 
     async def _ask(self, connection: SshConnection | OpensshConnection) -> None:
         stopped: tuple[HeadConfig, Problem] | None = None
@@ -147,7 +151,7 @@ class WayExamination(Examination):
                 pipe = await connection.by(self._head).open(hub_probe)
         except TimeoutError:
             cause = f"the head's sshd opened no channel in {ANSWER_TIMEOUT:.0f} s"
-            problem = codes.HUB_SILENT.problem(cause, "see the head's load and its sshd log")
+            problem = codes.HUB_SILENT.problem(cause, "check the head's load and its sshd log")
             raise ProblemError(problem) from None
         return await hub_probe.begin(pipe, self.hello(), self.identity)
 
@@ -158,8 +162,8 @@ class WayExamination(Examination):
         whose = "the head's host key" if target == self._head.ssh else f"the host key of {target}"
         well = {
             "ssh": f"{target} answers",
-            "host_key": f"{whose} is the one that is known",
-            "auth": f"{target} takes this machine's key",
+            "host_key": f"{whose} is known and correct",
+            "auth": f"{target} accepts this machine's key",
             "channel": self._channel_kind(),
         }
         done = {row.check for row in self.rows}
@@ -196,10 +200,10 @@ class WayExamination(Examination):
     def _connected_by_openssh(self, connection: OpensshConnection, seconds: float) -> None:
         target, hop = self._head.ssh, connection.hops[-1]
         self.emit(passed("ssh", f"{target} answers, to the system's ssh (transport = openssh)"))
-        self.emit(passed("host_key", "the system's ssh has checked it, strictly"))
+        self.emit(passed("host_key", "the system's ssh has checked it strictly"))
         said = f"logged in as {hop.user} in {seconds:.2f} s"
         if connection.shared:
-            said = f"a connection of {hop.user}'s stands (ControlMaster), and is used"
+            said = f"a connection of {hop.user} stands (ControlMaster), and is used"
         self._logged_in(hop.user, seconds, said)
 
     def _logged_in(self, user: str, seconds: float, said: str) -> None:
@@ -220,12 +224,13 @@ class WayExamination(Examination):
         except ValueError as exc:
             remedy = "run the same rayfwd on both sides"
             return failed(
-                "hub", codes.PLAN_MALFORMED.problem(f"the hub's plan is none: {exc}", remedy)
+                "hub",
+                codes.PLAN_MALFORMED.problem(f"the hub's answer is not a plan: {exc}", remedy),
             )
         problem = judgements.judge_version(__version__, welcome.version)
         if problem is not None:
             return warned("hub", problem, version=welcome.version)
-        said = f"rayfwd {welcome.version} answers, {len(self.nodes)} nodes are known"
+        said = f"rayfwd {welcome.version} answers and knows {len(self.nodes)} nodes"
         return passed("hub", said, version=welcome.version, nodes=len(self.nodes))
 
     async def _measure_all(self, hub_probe: HubProbe, answer: CheckReply) -> None:
@@ -272,9 +277,9 @@ class WayExamination(Examination):
         try:
             host, port, direct = await carrier_for(self._head).place()
             if not direct:
-                return skipped("names", f"a jump host or command finds {host}")
+                return skipped("names", f"a jump host or a command looks up {host}")
             if is_address(host):
-                return passed("names", f"{host} is an address: nobody is asked")
+                return passed("names", f"{host} is an address, so nothing is looked up")
             seconds, addresses = await observe.resolve(host, port)
         except ProblemError as exc:
             return failed("names", exc.problem)
@@ -288,6 +293,6 @@ class WayExamination(Examination):
 def _not_dialled(path: Path) -> Problem:
     return codes.LINK_AWAITED.problem(
         f"the head has not dialled this worker, which waits at {path}",
-        "see that sshd runs here and lets the head's key in, that the head's file has a "
-        "[[hub.dial]] for this machine, and what `rayfwd doctor` says there",
+        "check that sshd runs here and accepts the head's key, that the head's file has a "
+        "[[hub.dial]] for this machine, and what `rayfwd doctor` says on the head",
     )

@@ -32,7 +32,7 @@ from rayfwd.system.files import read_regular
 from rayfwd.system.paths import default_state_dir
 
 JOURNAL_LINES = 2000
-LEFT_OUT = "left out: jobs print into it what they like; add it by --with-logs"
+LEFT_OUT = "left out, because jobs print into it; --with-logs adds it"
 LOG_BYTES = 512 * 1024
 """Of the end of a log, at most."""
 COMMAND_TIMEOUT = 20.0
@@ -40,8 +40,9 @@ READ_SECONDS = 20.0
 """For another user's files to be read."""
 
 HEADER = """\
-rayfwd report. What is known to be a secret, and what looks like one, is blanked; rayfwd cannot know
-all. Names of hosts and users, addresses and paths are in it. Read it before you send it.
+rayfwd report. Known secrets, and whatever looks like a secret, are blanked, but rayfwd cannot know
+all of them. The report has names of hosts and users, addresses and paths. Read it before you send
+it.
 """
 
 PACKAGES = (
@@ -76,7 +77,7 @@ def write(path: Path, text: str) -> None:
     except OSError as exc:
         raise codes.REPORT_UNWRITABLE.error(
             f"{path}: {exc.strerror}",
-            "give --report the path of a file that is not there yet",
+            "name a file that does not exist yet: --report PATH",
         ) from None
 
 
@@ -120,7 +121,7 @@ def _parts(
     """Title, and text or what is to be JSON."""
     yield "versions", "\n".join(f"{name}: {value}" for name, value in _versions())
     yield "doctor", found
-    left_out = "it is not TOML, or cannot be read: left out, as secrets could not be told"
+    left_out = "left out, because it is not TOML or cannot be read, so secrets in it are not known"
     shown = left_out if data is None else scrubbing.configuration(data)
     yield f"configuration ({path})", shown
     for verb in ("status", "plan"):
@@ -224,7 +225,7 @@ def _machine(state_dir: Path) -> Iterator[tuple[str, str]]:
 
 def _asked(control: Path | None, verb: str) -> Any:
     if control is None:
-        return "without a valid configuration nobody knows where to ask"
+        return "without a valid configuration, the daemon's socket is not known"
     try:
         return ask(control, verb)
     except ProblemError as exc:
@@ -253,7 +254,7 @@ def _run(words: list[str]) -> str:
             timeout=COMMAND_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
-        return f"not to be had: {exc}"
+        return f"not available: {exc}"
     return ran.stdout.strip()
 
 
@@ -274,7 +275,7 @@ def _tail(path: Path) -> str:
     try:
         return _end_of(path)
     except OSError as exc:
-        return f"not to be had: {exc.strerror}"
+        return f"not available: {exc.strerror}"
 
 
 def _end_of(path: Path) -> str:

@@ -31,9 +31,9 @@ def warnings(config: Config, version: str | None = None) -> Iterator[str]:
     low = _ephemeral_floor()
     if low is not None and low < PORT_CEILING:
         yield (
-            f"this machine takes ephemeral ports from {low} on ({_EPHEMERAL}), and Ray's ports lie "
-            f"below {PORT_CEILING}: an outgoing connection may take one of them; "
-            f"raise the range to begin at {PORT_CEILING}"
+            f"this machine uses ephemeral ports from {low} on ({_EPHEMERAL}), but Ray's ports lie "
+            f"below {PORT_CEILING}, so an outgoing connection may take one of them; let the range "
+            f"begin at {PORT_CEILING}"
         )
     for socket in (config.control_socket, *([config.hub_socket] if config.role == "head" else [])):
         try:
@@ -43,7 +43,7 @@ def warnings(config: Config, version: str | None = None) -> Iterator[str]:
     if config.role == "worker":
         for key in ("port", "client_port"):
             if key in config.ray.model_fields_set:
-                yield f"ray.{key} is a head's: on a worker it changes nothing"
+                yield f"ray.{key} has an effect only on a head, not on a worker"
     if (line := no_token(config, version)) is not None:
         yield line
     for directory in (config.state_dir, config.runtime_dir):
@@ -59,9 +59,9 @@ def no_token(config: Config, version: str | None = None) -> str | None:
     if not _asks_nothing(config, version):
         return None
     return (
-        f"{named(others)} may log in on this machine, and Ray asks for no token: whoever "
-        "reaches Ray's ports runs code as its user; "
-        'set ray.auth = "token" on the head (Ray 2.52 on)'
+        f"{named(others)} may log in on this machine, and Ray asks for no token, so whoever "
+        "reaches Ray's ports can run code as Ray's user; set ray.auth = \"token\" on the head "
+        "(Ray 2.52 or newer)"
     )
 
 
@@ -86,9 +86,9 @@ def _client_warnings() -> Iterator[str]:
             sockdiag.opened().close()
     except OSError:
         yield (
-            f"{named(others)} may log in on this machine, which does not tell whose a connection "
-            "is: while `rayfwd connect` runs, they reach Ray by its ports, and run code as its "
-            'user; set ray.auth = "token" on the head (Ray 2.52 on)'
+            f"{named(others)} may log in on this machine, and it does not say who owns a "
+            "connection, so while `rayfwd connect` runs, they can use Ray's ports and run code as "
+            'its user; set ray.auth = "token" on the head (Ray 2.52 or newer)'
         )
 
 
@@ -101,7 +101,7 @@ def _key_warnings(head: HeadConfig) -> Iterator[str]:
             yield f"head.identity = {path}: {exc.strerror}"
         else:
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                yield f"head.identity = {path}: others may read it; say `chmod 600 {path}`"
+                yield f"head.identity = {path}: other users may read it; run `chmod 600 {path}`"
             if not os.access(path, os.R_OK):
                 yield f"head.identity = {path}: this user cannot read it"
     known = head.known_hosts.expanduser() if head.known_hosts is not None else None
@@ -110,7 +110,7 @@ def _key_warnings(head: HeadConfig) -> Iterator[str]:
         yield f"head.known_hosts = {known}: no such file; the head's host key must be in it"
     elif known is None and head.ssh_config is None and not any(p.exists() for p in usual):
         yield (
-            f"neither {usual[0]} nor {usual[1]} exists: the head's host key must be known before; "
+            f"neither {usual[0]} nor {usual[1]} exists, so the head's host key is not known; "
             "connect once with ssh"
         )
     if head.ssh_config is not None and not head.ssh_config.expanduser().exists():
@@ -132,5 +132,7 @@ def not_writable(directory: Path) -> str | None:
     if there == directory and not there.is_dir():
         return f"{directory} is not a directory"
     if not os.access(there, os.W_OK | os.X_OK):
-        return f"{directory}: this user may not write in {there} (the service's user may)"
+        return (
+            f"{directory}: this user may not write in {there} (the service's user may be able to)"
+        )
     return None

@@ -98,7 +98,7 @@ class WorkerExamination(WayExamination):
             self._advertised_by_daemon(self.status)
             return
         if advertise.FEATURE not in answer.welcome.features:
-            why = "the head's rayfwd does not dial back"
+            why = "the head's rayfwd is older and cannot check this"
             self._keep(skipped("advertise", why), skipped("advertise_self", why))
             return
         nonce, wanted = secrets.token_hex(16), probe.sample(own)
@@ -118,7 +118,7 @@ class WorkerExamination(WayExamination):
         try:
             results = probe.read_results(told.get("results"), wanted)
         except ValueError as exc:
-            cause = f"the hub's answer is none: {exc}"
+            cause = f"the hub's answer cannot be read: {exc}"
             raise codes.ADVERTISE_UNCHECKED.error(cause, "ask again") from None
         span = f"{own.address}, {len(wanted)} ports"
         back = probe.judge_dial_back(own, results)
@@ -138,13 +138,13 @@ class WorkerExamination(WayExamination):
             check, problem = condition.code.check, condition.problem
             if check and condition.blocks_ready:
                 (other,) = {"advertise", "advertise_self"} - {check}
-                self._keep(failed(check, problem), skipped(other, "see the other"))
+                self._keep(failed(check, problem), skipped(other, "see the row above"))
                 return
         if self.ray_state == "up" and self.config.ray.advertise_check:
-            said = "the daemon has seen it before it started Ray"
+            said = "the daemon checked it before it started Ray"
             self._keep(passed("advertise", said), passed("advertise_self", said))
         else:
-            why = "the daemon that runs looks before it starts Ray"
+            why = "the running daemon checks it before it starts Ray"
             self._keep(skipped("advertise", why), skipped("advertise_self", why))
 
     def _keep(self, *found: Row) -> None:
@@ -154,7 +154,7 @@ class WorkerExamination(WayExamination):
 
     def _compared(self, found: RayInstall | None) -> Row:
         if found is None:
-            return skipped("versions", "there is no Ray to compare")
+            return skipped("versions", "no Ray was found here, so there is nothing to compare")
         if self._versions is None:
             why = "the head's rayfwd does not know its own Ray (yet)" if self.nodes else NOT_REACHED
             return skipped("versions", why)
@@ -163,4 +163,4 @@ class WorkerExamination(WayExamination):
         except ProblemError as exc:
             return failed("versions", exc.problem)
         head = self._versions
-        return passed("versions", f"the head's too: Ray {head.ray}, Python {head.python}")
+        return passed("versions", f"the same as the head's: Ray {head.ray}, Python {head.python}")

@@ -154,8 +154,13 @@ class HubConnection(asyncio.Protocol):
     def _take_vouch(self, vouch: Vouch) -> None:
         """Raises ProtocolError, for what follows it."""
         if not self._owner.vouched(vouch):
-            cause = f"what it came by says that it is {vouch.node}, and is not this hub's"
-            remedy = "have sshd run this machine's `rayfwd attach --node`, as the hub's user"
+            cause = (
+                f"this connection claims to belong to {vouch.node}, and this hub did not "
+                "confirm that"
+            )
+            remedy = (
+                "let sshd run this machine's `rayfwd attach --node`, as the user that runs the hub"
+            )
             self.refuse(codes.VOUCH_WRONG.problem(cause, remedy))
             return
         self.vouched = vouch.node
@@ -185,9 +190,9 @@ class HubConnection(asyncio.Protocol):
         if claim is None:
             self.refuse(
                 codes.PROOF_WRONG.problem(
-                    f"{hello.node[:63]!r} did not prove that it has the key it says",
-                    "run the same version of rayfwd on both sides; if they are the same, somebody "
-                    "claims to be this node",
+                    f"{hello.node[:63]!r} did not prove that it has its private key",
+                    "run the same version of rayfwd on both sides; if the versions are the same, "
+                    "somebody pretends to be this node",
                 )
             )
             return
@@ -252,7 +257,8 @@ class HubConnection(asyncio.Protocol):
     def _no_hello(self) -> None:
         self.refuse(
             codes.HELLO_MISSING.problem(
-                f"no hello in {HELLO_TIMEOUT:.0f} s", "this is rayfwd's hub"
+                f"no hello within {HELLO_TIMEOUT:.0f} s",
+                "nothing: rayfwd says hello at once, so it was another program",
             )
         )
 

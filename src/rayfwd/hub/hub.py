@@ -300,8 +300,9 @@ class Hub:
             name = user_name(lane.uid)
             lane.refuse(
                 codes.USER_NOT_ALLOWED.problem(
-                    f"user {name} may not use the hub at {self.path}",
-                    f'add "{name}" to hub.users in the head\'s file',
+                    f"the user {name} may not use the hub at {self.path}",
+                    f'add "{name}" to hub.users in the head\'s file, then restart rayfwd '
+                    "on the head",
                 )
             )
         else:
@@ -369,8 +370,10 @@ class Hub:
         if len(peer.mux.lanes) >= MOST_LANES:
             lane.refuse(
                 codes.LANES_FULL.problem(
-                    f"the session of {peer.label} has {MOST_LANES} lanes, which is all that it may",
-                    "nothing, if it comes by itself; else lower head.bulk_lanes and extra_lanes",
+                    f"the session of {peer.label} already has {MOST_LANES} lanes, which "
+                    "is the limit",
+                    "nothing if it passes by itself; otherwise lower head.bulk_lanes and "
+                    f"head.extra_lanes on {peer.label}",
                 )
             )
             return
@@ -429,8 +432,8 @@ class Hub:
         take its place. Raises ProblemError."""
         if _is_live(node):
             raise codes.NAME_IN_USE.error(
-                f"another machine is connected as {node.label}, by the same SSH key",
-                "end rayfwd there, or give one of the two a key and a name of its own",
+                f"another machine is connected as {node.label} with the same SSH key",
+                "stop rayfwd on one of the two, or give it a key and a name of its own",
             )
         if hello.resumes or hello.session == node.session:
             raise ProblemError(_session_unknown())
@@ -455,16 +458,17 @@ class Hub:
         try:
             check_name(hello.node)
             if len(hello.key) < KEY_MINIMUM:
-                raise ValueError(f"its key has less than {KEY_MINIMUM} characters")
+                raise ValueError(f"its key has fewer than {KEY_MINIMUM} characters")
         except ValueError as exc:
-            cause = f"client {hello.node[:63]!r} asked to connect: {exc}"
-            raise codes.JOIN_BAD.error(cause, "correct it there") from exc
+            cause = f"the client {hello.node[:63]!r} asked to connect: {exc}"
+            raise codes.JOIN_BAD.error(cause, "correct that value on the client") from exc
         if (known := self.clients.get(digest)) is not None:
             return known
         if len(self.clients) >= MAX_CLIENTS:
             raise codes.CLIENTS_FULL.error(
-                f"{MAX_CLIENTS} clients are connected, which is all that this head takes",
-                "end one that is not needed: `rayfwd status` on the head lists them",
+                f"{MAX_CLIENTS} clients are connected, which is the limit of a head",
+                "end a `rayfwd connect` that is not needed; `rayfwd status` on the head "
+                "lists the clients",
             )
         return HubClient(hello.node, key_sha256=digest, user=user_name(uid))
 
@@ -518,9 +522,10 @@ class Hub:
         if node is not None and self._roster.changes(name, *_asked(hello)):
             if not node.changes.take():
                 raise codes.PLAN_CHANGES.error(
-                    f"{node.label} asks for another address, ports or level again and again",
-                    "nothing: it is let in soon; see why rayfwd is restarted there with other "
-                    "settings",
+                    f"{node.label} asked for another address, other ports or another "
+                    "level several times within a short time",
+                    "nothing: it is let in soon; if it goes on, check why rayfwd is restarted "
+                    "there with other settings",
                 )
             node.roster_writes += 1
         plan = self._place_for(hello, claim, renew, payer)
@@ -585,13 +590,13 @@ class Hub:
             return None
         if older:
             return codes.SESSION_STALE.problem(
-                "the node has a newer session than this, of which the hub heard just now",
-                "nothing: where the clock of the node was set back, it is let in soon",
+                "the hub has a newer session of this node, and heard from it just now",
+                "nothing: if the node's clock was set back, it is let in soon",
             )
         return codes.NAME_IN_USE.problem(
             f"another rayfwd is connected as {peer.label} with the same key",
-            "two machines share one state directory (a cloned disk?): remove node.key from it "
-            "on one of them and give it another name",
+            "on one of the two machines, remove node.key from state_dir and set another name: they "
+            "share one state directory (a cloned disk?)",
         )
 
     def _start_session(self, peer: HubNode | HubClient, hello: Hello) -> None:
@@ -718,7 +723,8 @@ class Hub:
                 ports = ", ".join(map(str, sorted(allowed)))
                 stream.reset(
                     ResetReason.NOT_IN_PLAN,
-                    f"{target} is not for clients: the head's ports {ports} are",
+                    f"clients may not connect to {target}; they may use these ports of "
+                    f"the head: {ports}",
                 )
                 return None
         if to_head:
@@ -729,14 +735,16 @@ class Hub:
             return None
         for peer in (source, node):
             if self.ledger.is_crowded(peer):
-                stream.reset(ResetReason.TOO_MANY, f"too many bytes of {peer.label} wait already")
+                stream.reset(
+                    ResetReason.TOO_MANY, f"{peer.label} has too many bytes waiting already"
+                )
                 return None
         if node.mux is None or node.mux.ended:
             away = f"{target}: {node.plan.name} is away"
             stream.reset(ResetReason.NODE_AWAY, away, node.label)
             return None
         if not node.mux.has_room():
-            stream.reset(ResetReason.TOO_MANY, f"node {node.plan.name} has no stream to spare")
+            stream.reset(ResetReason.TOO_MANY, f"the node {node.plan.name} has no stream left")
             return None
         near, far = StreamRelay(), StreamRelay()
         near.other, far.other = far, near
@@ -829,6 +837,6 @@ def _asked(hello: Hello) -> tuple[int, str | None, Level]:
 
 def _session_unknown() -> Problem:
     return codes.SESSION_UNKNOWN.problem(
-        "the hub does not know this session: it was restarted, or gave the session up",
+        "the hub does not know this session: it was restarted, or it gave the session up",
         "nothing: a new session begins by itself",
     )

@@ -63,7 +63,7 @@ class Pending:
     def asks(self, connection: HubConnection) -> None:
         """It is a doctor's from now on. Raises ProblemError where there are as many as may be."""
         if len(self._asking) >= MAX_CHECKUPS:
-            raise codes.CHECK_BUSY.error(f"{MAX_CHECKUPS} checks are under way", "ask again later")
+            raise codes.CHECK_BUSY.error(f"{MAX_CHECKUPS} checks are under way", "try again later")
         self.went(connection)
         self._asking.add(connection)
 
@@ -88,6 +88,6 @@ class Pending:
         uid, count = counts.most_common(1)[0]
         oldest = next(connection for connection in waiting if connection.uid == uid)
         self.went(oldest)
-        oldest.abort("it said nothing more, and others came")
+        oldest.abort("it said nothing more, and the place was needed for other connections")
         if self.may_say_crowded():
             log.warning("hub_crowded", user=user_name(uid), silent=count)

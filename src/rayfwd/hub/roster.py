@@ -112,7 +112,7 @@ def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
     except OSError as exc:
         raise codes.ROSTER_UNREADABLE.error(
             f"the roster {path} cannot be read: {exc.strerror}",
-            "give it to the user that rayfwd runs as",
+            "make the user that runs rayfwd the owner of this file (`chown`)",
         ) from exc
     try:
         data = json.loads(text)
@@ -122,8 +122,9 @@ def read(path: Path) -> tuple[tuple[Record, ...], str | None]:
         return (), "no schema number"
     if data["schema"] > SCHEMA:
         raise codes.ROSTER_NEWER.error(
-            f"the roster {path} has schema {data['schema']}; this rayfwd knows {SCHEMA}",
-            "run the newer rayfwd that wrote it, or move the file away",
+            f"the roster {path} has schema {data['schema']}, and this rayfwd reads schema {SCHEMA}",
+            "run the newer rayfwd that wrote it, or move the file away, in which case "
+            "all nodes get new addresses and ports",
         )
     nodes = data.get("nodes")
     if not isinstance(nodes, list):
@@ -199,7 +200,8 @@ class Roster:
                 damage=damage,
                 kept=[r.plan.name for r in records],
                 aside=str(aside),
-                remedy="nodes that are not listed as kept get a new address when they join",
+                remedy="nothing, but nodes that are not listed as kept get a new address when "
+                "they join",
             )
         settled = settle(records, own, network, port_base)
         self._records: dict[str, Record] = {}
@@ -222,7 +224,7 @@ class Roster:
                 "roster_dropped",
                 nodes=list(settled.dropped),
                 cause="no address, no ports or no name is left for them",
-                remedy="widen hub.network or lower hub.port_base",
+                remedy="choose a wider hub.network, or lower hub.port_base",
             )
         if damage is not None or settled.moved or settled.dropped:
             self._write(self._records)
@@ -350,11 +352,11 @@ class Roster:
         taken = sum(r.plan.listeners for r in self._records.values() if r.plan.name != plan.name)
         if plan.listeners and most is not None and taken + plan.listeners > most:
             raise codes.LISTENERS_FULL.error(
-                f"the head has file descriptors for {most} listeners; the nodes of the plan take "
-                f"{taken} of them, and {plan.name} would take {plan.listeners}",
-                "on the head raise the limit (LimitNOFILE= of the service, ulimit -n), or say "
-                "`rayfwd forget --keep-token NAME` for nodes that are gone; or ask for fewer "
-                "ray.worker_ports",
+                f"the head has file descriptors for {most} listeners; the nodes of the plan use "
+                f"{taken} of them, and {plan.name} would need {plan.listeners}",
+                "on the head, raise the limit (LimitNOFILE= of the service, or `ulimit -n`), or "
+                "run `rayfwd forget --keep-token NAME` for nodes that are gone; or lower "
+                "ray.worker_ports on this node",
             )
 
     def note_seen(self, here: Collection[str], now: float) -> None:
@@ -434,7 +436,7 @@ class Roster:
         except OSError as exc:
             raise codes.ROSTER_UNWRITABLE.error(
                 f"the roster {self._path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user and see that its disk is not full",
+                "make state_dir writable for this user, and check that its disk is not full",
             ) from exc
 
 
@@ -446,7 +448,7 @@ def _set_aside(path: Path) -> Path:
     except OSError as exc:
         raise codes.ROSTER_UNWRITABLE.error(
             f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror or exc}",
-            "make state_dir writable for this user and see that its disk is not full",
+            "make state_dir writable for this user, and check that its disk is not full",
         ) from exc
     return aside
 
@@ -459,8 +461,8 @@ def _asks_for(plan: NodePlan, worker_ports: int, advertise: str | None, level: L
 def _name_taken(name: str, why: str) -> ProblemError:
     return codes.NAME_TAKEN.error(
         f"the name {name} {why}",
-        "give this node another name; if it is the same machine made anew, say "
-        f"`rayfwd forget --keep-token {name}` on the head first, or have its key's line in "
+        "give this node another name; if it is the same machine after a reinstallation, run "
+        f"`rayfwd forget --keep-token {name}` on the head first, or let its key's line in "
         f"authorized_keys run `rayfwd attach --node {name}`",
     )
 
@@ -469,13 +471,15 @@ def _check_request(name: str, key: str, worker_ports: int, advertise: str | None
     try:
         check_name(name)
         if len(key) < KEY_MINIMUM:
-            raise ValueError(f"the key has {len(key)} bytes; at least {KEY_MINIMUM} are needed")
+            raise ValueError(f"the key has {len(key)} bytes, and at least {KEY_MINIMUM} are needed")
         if worker_ports not in WORKER_PORTS:
             allowed = f"{WORKER_PORTS.start} to {WORKER_PORTS.stop - 1}"
             raise ValueError(f"worker_ports = {worker_ports}: must be {allowed}")
         if advertise is not None and not may_be_advertised(ipaddress.IPv4Address(advertise)):
-            raise ValueError(f"advertise = {advertise}: must be an address others reach")
+            raise ValueError(
+                f"advertise = {advertise}: must be an address that other machines reach"
+            )
     except ValueError as exc:
         raise codes.JOIN_BAD.error(
-            f"node {name[:63]!r} asked to join: {exc}", "correct it there"
+            f"node {name[:63]!r} asked to join: {exc}", "correct that value in the node's file"
         ) from exc

@@ -29,10 +29,10 @@ Side = Literal["there", "here"]
 """Where the port is that was refused: on another node, or on this one, for the node that asked."""
 
 REMEDIES: dict[Side, str] = {
-    "there": "see whether its program runs there as Ray's user, listens on the node's address or "
-    "on all, and is not in network.deny",
-    "here": "nothing, if it is meant so; else have the program listen as Ray's user on this "
-    "node's address or on all, or name the port in expose",
+    "there": "check that its program runs there as Ray's user, listens on the node's address or "
+    "on all addresses, and that network.deny does not name the port",
+    "here": "nothing if this is intended; otherwise let the program listen as Ray's user, on this "
+    "node's address or on all addresses, or name the port in expose",
 }
 
 

@@ -33,12 +33,13 @@ PROBE_TIMEOUT = 5.0
 GATHER_SECONDS = 0.05
 """Seconds in which changes of the plan are gathered into one."""
 
-_PARTS = {"interface": "the interface", "address": "the address", "table": "the table of nftables"}
+_PARTS = {"interface": "the interface", "address": "the address", "table": "the nftables table"}
 """What `found` tells of, in words."""
 _TRIAL = ("127.77.0.0/16", "127.77.255.254")
 """Network and address with which it is tried whether interface and rules can be made."""
 _CHILD_ENDED = (
-    "nothing, if this passes: rayfwd starts that process anew; else see the lines above in the log"
+    "nothing if this passes, as rayfwd starts that process again; otherwise read the "
+    "lines above in the log"
 )
 """What to do where the keeper that is our child does not answer."""
 
@@ -239,8 +240,9 @@ class Overlay:
             return None
         await client.up(rules)
         return codes.OVERLAY_GONE.problem(
-            f"{_PARTS[gone[0]]} of the overlay was removed by another program, and is made again",
-            "see which program resets the firewall or the network (`nft monitor`, `ip monitor`)",
+            f"another program removed {_PARTS[gone[0]]} of the overlay; rayfwd makes it again",
+            "find out which program resets the firewall or the network (`nft monitor`, "
+            "`ip monitor`)",
         )
 
     def _tell_refused(self, rows: Iterable[tuple[str, int, int]]) -> None:
@@ -262,10 +264,11 @@ class Overlay:
                 writer.transport.abort()
         except (OSError, TimeoutError) as exc:
             raise codes.OVERLAY_BLOCKED.error(
-                "the overlay's rules stand, and what is dialled to another node does not come to "
+                "the overlay's rules exist, but a connection to another node does not arrive at "
                 f"rayfwd: {str(exc) or 'no answer'}",
-                "see `nft list ruleset` for another table that drops or redirects what this "
-                f"machine sends to {rules.network} or takes on 127.0.0.1:{rules.port}",
+                "run `nft list ruleset`, and look for another table that drops or redirects "
+                f"connections from this machine to {rules.network}, or connections to "
+                f"127.0.0.1:{rules.port}",
             ) from exc
 
     def is_probe(self, address: str) -> bool:

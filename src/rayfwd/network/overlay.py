@@ -107,7 +107,7 @@ def check_commands() -> None:
     """Raises ProblemError `overlay_impossible` where a command is missing."""
     for name, package in (("ip", "iproute2"), ("nft", "nftables")):
         if shutil.which(name, path=_PATH) is None:
-            raise _impossible(f"the command {name} is not there", f"install the package {package}")
+            raise _impossible(f"the command {name} is missing", f"install the package {package}")
 
 
 def check_tools() -> None:
@@ -117,7 +117,8 @@ def check_tools() -> None:
         _run(["nft", "list", "tables"])
     except OSError as exc:
         raise _impossible(
-            f"nftables does not answer: {exc}", "use a kernel with nf_tables, or the level below"
+            f"nftables does not answer: {exc}",
+            'use a kernel with nf_tables, or set network.level = "listeners"',
         ) from exc
 
 
@@ -228,9 +229,9 @@ def check_unused(wanted: Rules) -> None:
             continue
         if ipaddress.IPv4Network(to, strict=False).overlaps(network):
             raise codes.OVERLAY_REFUSED.error(
-                f"the plan's network {network} is in use on this machine: it has a route to {to} "
-                f"by {row.get('dev', 'another way')}",
-                "set hub.network on the head to a network that no machine has a way to",
+                f"the plan's network {network} is in use on this machine: a route to {to} leads "
+                f"to {row.get('dev', 'another interface')}",
+                "on the head, set hub.network to a network to which no machine has a route",
             )
 
 
@@ -269,6 +270,6 @@ def _impossible(cause: str, remedy: str) -> ProblemError:
 
 def _failed(cause: str) -> ProblemError:
     return codes.OVERLAY_FAILED.error(
-        f"the overlay cannot be made: {cause}",
-        'see `nft list ruleset` and `ip addr`, or set network.level = "listeners"',
+        f"the overlay cannot be set up: {cause}",
+        'check `nft list ruleset` and `ip addr`, or set network.level = "listeners"',
     )

@@ -67,7 +67,8 @@ class OverlayClient:
             if exc.problem.code in {codes.OVERLAY_FAILED, codes.OVERLAY_REFUSED}:
                 raise
             raise codes.OVERLAY_KEEPER_ABSENT.error(
-                f"the overlay's keeper does not answer: {exc.problem.cause}", self._remedy
+                f"the process that makes the overlay does not answer: {exc.problem.cause}",
+                self._remedy,
             ) from None
 
 
@@ -103,8 +104,8 @@ class Child:
             time.sleep(0.05)
         child.close()
         raise codes.OVERLAY_FAILED.error(
-            "the process that makes the overlay did not come up",
-            'see the lines above in the log, or set network.level = "listeners"',
+            "the process that makes the overlay did not start",
+            'read the lines above in the log, or set network.level = "listeners"',
         )
 
     @classmethod
@@ -133,10 +134,10 @@ def possible() -> Problem | None:
     """Why this process cannot have an overlay by a child of its own; None: it can."""
     if not overlay.capable():
         return codes.OVERLAY_IMPOSSIBLE.problem(
-            "this process may not change the network (CAP_NET_ADMIN), and has no service "
-            "rayfwd-net that does",
-            "as root, have rayfwd in a directory that only root can change (/opt/rayfwd), and say "
-            "`rayfwd init` there; of a container: `docker run --cap-add NET_ADMIN`",
+            "this process may not change the network (CAP_NET_ADMIN), and there is no service "
+            "rayfwd-net that does it",
+            "install rayfwd in a directory that only root can change (/opt/rayfwd), and run "
+            "`rayfwd init` there as root; in a container: `docker run --cap-add NET_ADMIN`",
         )
     try:
         overlay.check_tools()

@@ -80,8 +80,9 @@ class OverlayKeeper:
             except OSError as exc:
                 claim.close()
                 raise codes.OVERLAY_IMPOSSIBLE.error(
-                    f"another rayfwd on this machine makes {self._interface}",
-                    "set network.interface and network.port to others in the file of one of them",
+                    f"another rayfwd on this machine uses the interface {self._interface}",
+                    "set network.interface and network.port to other values in the file "
+                    "of one of them",
                 ) from exc
         return claim
 
@@ -188,20 +189,22 @@ class OverlayKeeper:
         network = ipaddress.IPv4Network(rules.network)
         if rules.interface != self._interface:
             raise _refused(
-                f"the interface {rules.interface}, and this is the keeper of {self._interface}",
-                "give it the same name with --interface",
+                f"the interface {rules.interface}, but this process makes {self._interface}",
+                "start it with --interface and the same name",
             )
         if not any(network.subnet_of(allowed) for allowed in self._networks):
             allowed = ", ".join(map(str, self._networks))
             raise _refused(
-                f"the network {network}, and allowed are {allowed}",
-                f"start it with --network {network}, if nothing else is at home there",
+                f"the network {network}, and only {allowed} are allowed",
+                f"start it with --network {network}, if nothing else uses that network",
             )
         low = [first for first, _ in (*rules.guarded, (rules.port, 0)) if first < LOWEST_PORT]
         if low:
-            raise _refused(f"port {low[0]}, which is below {LOWEST_PORT}", "choose another")
+            raise _refused(
+                f"port {low[0]}, and ports below {LOWEST_PORT} are not allowed", "choose another"
+            )
         return rules
 
 
 def _refused(cause: str, remedy: str) -> ProblemError:
-    return codes.OVERLAY_REFUSED.error(f"the keeper was asked for {cause}", remedy)
+    return codes.OVERLAY_REFUSED.error(f"rayfwd-net was asked for {cause}", remedy)

@@ -84,7 +84,7 @@ def check_supported(versions: Versions, path: str) -> None:
     if not OLDEST <= version_key(versions.ray) < TOO_NEW:
         raise codes.RAY_VERSION_UNSUPPORTED.error(
             f"{path} is Ray {versions.ray}",
-            "install Ray 2.9 or newer, below 3, or point ray.command at one",
+            "install Ray 2.9 or newer (but older than 3), or set ray.command to such a Ray",
         )
 
 
@@ -98,9 +98,9 @@ def _resolve(command: str, env: Mapping[str, str]) -> str:
     if "/" in command:
         path = Path(command).absolute()
         if not path.is_file():
-            raise _not_found(f"ray.command = {str(path)!r}: there is no such file")
+            raise _not_found(f"ray.command = {str(path)!r}: no such file")
         if not os.access(path, os.X_OK):
-            raise _not_found(f"ray.command = {str(path)!r}: the file may not be executed")
+            raise _not_found(f"ray.command = {str(path)!r}: this user may not execute the file")
         return str(path)
     search = env.get("PATH") or os.defpath
     found = shutil.which(command, path=search)
@@ -112,15 +112,15 @@ def _resolve(command: str, env: Mapping[str, str]) -> str:
 def _not_found(cause: str) -> ProblemError:
     return codes.RAY_NOT_FOUND.error(
         cause,
-        "install Ray (pip install 'ray[default]'), or give the path of its `ray` script as "
-        "ray.command",
+        "install Ray (pip install 'ray[default]'), or set ray.command to the path of its `ray` "
+        "script",
     )
 
 
 def _not_usable(cause: str) -> ProblemError:
     return codes.RAY_NOT_USABLE.error(
         cause,
-        "reinstall Ray in its environment, or give the path of another `ray` script as ray.command",
+        "reinstall Ray in its environment, or set ray.command to another `ray` script",
     )
 
 
@@ -132,10 +132,12 @@ def _interpreter(path: str, env: Mapping[str, str]) -> str:
         raise _not_usable(f"{path}: cannot be read: {exc.strerror}") from None
     words = script_interpreter(head.decode("utf-8", "replace"))
     if not words:
-        raise _not_usable(f"{path}: not a Python script, its first line names no interpreter")
+        raise _not_usable(f"{path} is not a Python script: its first line names no interpreter")
     found = shutil.which(words, path=env.get("PATH") or os.defpath)
     if found is None:
-        raise _not_usable(f"{path}: its interpreter {words} is missing or may not be executed")
+        raise _not_usable(
+            f"{path}: its interpreter {words} is missing, or this user may not execute it"
+        )
     return str(
         Path(found).absolute()
     )  # not resolved: a venv's python is a link, and means the venv

@@ -132,9 +132,9 @@ class ByKeeper:
         try:
             return ask(self._socket, verb, args, ANSWER_TIMEOUT)
         except ProblemError as exc:
-            cause = f"the keeper of Ray: {exc.problem.cause}"
+            cause = f"the process that runs Ray does not answer: {exc.problem.cause}"
             if exc.problem.code == codes.DAEMON_NOT_ANSWERING:
-                remedy = "see its log; restart the service rayfwd-ray, which ends Ray"
+                remedy = "read its log; a restart of the service rayfwd-ray ends Ray"
                 raise codes.KEEPER_SILENT.error(cause, remedy) from None
             remedy = "start the service rayfwd-ray (as root: `systemctl start rayfwd-ray`)"
             raise codes.KEEPER_ABSENT.error(cause, remedy) from None

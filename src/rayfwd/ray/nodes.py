@@ -47,8 +47,8 @@ async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise codes.RAY_NODES_FAILED.error(
             f"the node table at http://{dashboard} could not be read: {exc}",
-            "see that the head's dashboard is up (dashboard.log in Ray's session directory); "
-            "rayfwd asks again",
+            "check that the head's dashboard is up (dashboard.log in Ray's session directory); "
+            "rayfwd asks again by itself",
         ) from None
 
 

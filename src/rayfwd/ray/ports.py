@@ -26,9 +26,9 @@ def check_free(ports: Iterable[int]) -> None:
     more = f" and {len(taken) - MOST_NAMED} more" if len(taken) > MOST_NAMED else ""
     what = "port" if len(taken) == 1 else "ports"
     raise codes.PORT_IN_USE.error(
-        f"Ray's {what} {named}{more} cannot be bound",
-        "end what uses them, or move this cluster's ports (hub.port_base, ray.port, "
-        "ray.dashboard_port and ray.client_port in the head's configuration)",
+        f"Ray's {what} {named}{more} cannot be opened",
+        "stop the programs that use these ports, or move this cluster's ports (hub.port_base, "
+        "ray.port, ray.dashboard_port and ray.client_port in the head's file)",
     )
 
 
@@ -48,4 +48,4 @@ def _describe(port: int, error: int) -> str:
     if error != errno.EADDRINUSE:
         return f"{port} ({os.strerror(error)})"
     holder = procfs.listener(port)
-    return f"{port} (held by {holder.name}, pid {holder.pid})" if holder else f"{port} (in use)"
+    return f"{port} (used by {holder.name}, pid {holder.pid})" if holder else f"{port} (in use)"

@@ -106,7 +106,7 @@ async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStat
 def _failed(cause: str) -> ProblemError:
     return codes.RAY_STATUS_FAILED.error(
         f"`ray status`: {cause}",
-        "see that the head's Ray is up; rayfwd asks again",
+        "check that the head's Ray is up; rayfwd asks again by itself",
     )
 
 

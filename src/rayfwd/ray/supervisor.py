@@ -325,10 +325,11 @@ class RaySupervisor:
         theirs = started_by(raylet)
         if theirs is not None and theirs != self._config.state_dir:
             raise codes.RAY_OF_ANOTHER.error(
-                f"a Ray with this node's address runs here (pid {raylet.pid}), which another "
-                f"rayfwd has started (state_dir = {theirs})",
-                f"start that rayfwd again, or end its Ray (kill {raylet.parent}); to have both, "
-                "set hub.network, hub.port_base and Ray's ports on the head of one of them",
+                f"a Ray with this node's address runs here (pid {raylet.pid}); another rayfwd "
+                f"started it (state_dir = {theirs})",
+                f"start that rayfwd again, or end its Ray (kill {raylet.parent}); to run both "
+                "clusters here, change hub.network, hub.port_base and Ray's ports on the head of "
+                "one of them",
             )
 
     async def _start(self, wanted: _Wanted) -> RayProcess | None:
@@ -362,8 +363,8 @@ class RaySupervisor:
         except OSError as exc:
             raise codes.RAY_START_FAILED.error(
                 f"{install.command} cannot be started: {exc}",
-                f"see that the command and the state directory {self._config.state_dir} "
-                "are usable for this user",
+                "check that this user can run that command and write to state_dir "
+                f"({self._config.state_dir})",
             ) from None
         self._process = process
         self._starts += 1
@@ -395,7 +396,7 @@ class RaySupervisor:
                 await self._end("changed")
                 return
             if up_at is not None and self._belongs_to_another(process):
-                _log.info("ray_restarting", reason="the head's Ray was started anew")
+                _log.info("ray_restarting", reason="the head's Ray was restarted")
                 await self._end("head", within=REJOIN_SECONDS)
                 return
             running = process.alive()
@@ -454,8 +455,8 @@ class RaySupervisor:
         _log.warning("ray_exited", pid=raylet.pid, dead=["raylet"])
         if self._config.ray.start:
             raise codes.RAY_DIED.error(
-                f"the raylet (pid {raylet.pid}), which rayfwd had not started, ended",
-                "nothing: rayfwd starts Ray itself now",
+                f"the raylet (pid {raylet.pid}), which rayfwd did not start, has ended",
+                "nothing: rayfwd now starts Ray itself",
             )
 
     async def _wait_for_hand(self, wanted: _Wanted) -> None:
@@ -577,15 +578,16 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
     if own.ray != head.ray:
         raise codes.RAY_VERSION_DIFFERS.error(
             f"this node has Ray {own.ray} ({install.command}), the head has Ray {head.ray}",
-            f"install Ray {head.ray} here, or {own.ray} on the head: they must be the same",
+            f"install Ray {head.ray} here, or Ray {own.ray} on the head: both must have "
+            "the same version",
         )
     parts = 2 if env.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL") == "minor" else 3
     if own.python.split(".")[:parts] != head.python.split(".")[:parts]:
         raise codes.PYTHON_VERSION_DIFFERS.error(
             f"this node runs Ray with Python {own.python} ({install.python}), the head with "
             f"Python {head.python}",
-            f"use Python {head.python} for Ray here, or {own.python} on the head: Ray wants "
-            "them the same to the last number",
+            f"use Python {head.python} for Ray here, or Python {own.python} on the head: Ray "
+            "compares the whole version",
         )
 
 
@@ -606,19 +608,19 @@ def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str
         code = "" if process.exit_code is None else f" (`ray start`: {_exit(process.exit_code)})"
         return codes.RAY_DIED.problem(
             f"Ray's {what} ended{code}; its last output: {output}",
-            f"look at raylet.out, raylet.err and gcs_server.out in {logs}"
+            f"read raylet.out, raylet.err and gcs_server.out in {logs}"
             + (f", and at {log}" if log else "")
-            + "; rayfwd starts Ray again",
+            + "; rayfwd starts Ray again by itself",
         )
     if late:
-        cause = f"`ray start` was not done after {START_TIMEOUT:.0f} s"
+        cause = f"`ray start` did not finish within {START_TIMEOUT:.0f} s"
     elif process.exit_code is None:
         cause = f"{' and '.join(dead) or '`ray start`'} ended while Ray was starting"
     else:
         cause = f"`ray start` ended: {_exit(process.exit_code)}"
     return codes.RAY_START_FAILED.problem(
         f"{cause}; its last output: {output}",
-        f"correct what the output names (more in {logs}); rayfwd tries again",
+        f"correct what the output names (more in {logs}); rayfwd tries again by itself",
     )
 
 

@@ -94,7 +94,7 @@ def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir:
     key = version_key(version) if version is not None else None
     if setting == "token" and key is not None and key < FIRST:
         raise codes.RAY_AUTH_UNSUPPORTED.error(
-            f'ray.auth = "token", but Ray {version} knows no token',
+            f'ray.auth = "token", but Ray {version} has no tokens',
             'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
         )
     on = _is_on(setting, key, env, kept)
@@ -180,7 +180,7 @@ def keep(auth: RayAuth, state_dir: Path) -> None:
     except OSError as exc:
         raise codes.RAY_AUTH_UNWRITABLE.error(
             f"Ray's token cannot be kept in {state_dir}: {exc.strerror or exc}",
-            "make state_dir writable for this user and see that its disk is not full",
+            "make state_dir writable for this user, and check that its disk is not full",
         ) from exc
 
 
@@ -222,15 +222,15 @@ def provide(
             return None
     except OSError as exc:
         return codes.RAY_TOKEN_FILE_UNWRITABLE.problem(
-            f"{path} cannot be written: {exc.strerror or exc}; this user's drivers do not find the "
-            "cluster's token there",
-            f"make it writable, or give drivers {MODE}=token and "
-            f"{PATH}={state_dir / TOKEN_FILE} as environment",
+            f"{path} cannot be written ({exc.strerror or exc}), so this user's drivers do not "
+            "find the cluster's token there",
+            f"make it writable, or set {MODE}=token and {PATH}={state_dir / TOKEN_FILE} in the "
+            "drivers' environment",
         )
     return codes.RAY_TOKEN_FILE_DIFFERS.problem(
-        f"{path} holds another token than the cluster's; this user's drivers are refused",
-        f"move it away (the cluster's token is put there then), or give drivers "
-        f"{PATH}={state_dir / TOKEN_FILE} as environment",
+        f"{path} holds another token than the cluster's, so this user's drivers are refused",
+        "move it away, and rayfwd writes the cluster's token there; or set "
+        f"{PATH}={state_dir / TOKEN_FILE} in the drivers' environment",
     )
 
 
@@ -249,9 +249,9 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
         token = read_token(env)
         if mode == "disabled" and on:
             return codes.RAY_AUTH_DIFFERS.problem(
-                "this node's Ray has a token, and the head's Ray asks for none: neither would "
-                "understand the other",
-                "start the head's Ray by rayfwd, or set the same ray.auth on both",
+                "this node's Ray has a token and the head's Ray asks for none, so they cannot "
+                "talk to each other",
+                "let rayfwd start the head's Ray, or set the same ray.auth on both",
             )
         if mode != "token":
             return None
@@ -259,15 +259,15 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
             return codes.RAY_TOKEN_MISSING.problem(
                 "the head's Ray asks for a token, and this node has none"
                 + ("" if on else f" ({MODE} is {env.get(MODE) or 'not set'})"),
-                'set ray.auth = "auto" here, and take RAY_AUTH_* out of ray.env: the head hands '
+                'set ray.auth = "auto" here, and remove RAY_AUTH_* from ray.env: the head sends '
                 "its token over the link; run the same rayfwd on both sides",
             )
         status, _ = _ask(dashboard, "POST", "/api/authenticate", token)
         if status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
             return codes.RAY_TOKEN_WRONG.problem(
                 "the head's Ray refuses this node's token",
-                "take RAY_AUTH_* out of ray.env; if the head's Ray was started by hand, it was "
-                "with another token than rayfwd's (`rayfwd plan` there shows the command)",
+                "remove RAY_AUTH_* from ray.env; if the head's Ray was started by hand, restart "
+                "it with the command that `rayfwd plan` prints on the head",
             )
     except (OSError, http.client.HTTPException, ValueError, AttributeError):
         pass

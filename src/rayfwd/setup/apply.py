@@ -51,7 +51,7 @@ def apply(
                 except OSError as exc:
                     cause = f"{step.id}: {exc.strerror or exc}"
                     raise codes.SETUP_FAILED.error(
-                        cause, "mend it and say the same again"
+                        cause, "correct this, then run the same command again"
                     ) from None
         elif verdict is Verdict.KEPT:
             kept.append(step.id)
@@ -106,7 +106,9 @@ def _undo(entry: Entry, purge: bool, dry: bool) -> str:
         came = undo(entry, purge, really=not dry)
     except OSError as exc:
         cause = f"{entry['id']}: {exc.strerror or exc}"
-        raise codes.UNINSTALL_FAILED.error(cause, "mend it and say the same again") from None
+        raise codes.UNINSTALL_FAILED.error(
+            cause, "correct this, then run the same command again"
+        ) from None
     return "to remove" if dry and came == "removed" else came
 
 

@@ -30,7 +30,7 @@ class Manifest:
             return
         wrong = None
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-            wrong = "others may have written it"
+            wrong = "other users can write to it"
         else:
             try:
                 data = json.loads(path.read_bytes())
@@ -42,8 +42,8 @@ class Manifest:
                 wrong = f"it cannot be read: {exc!r}"
         if wrong is not None:
             raise codes.MANIFEST_UNUSABLE.error(
-                f"{path} says what `rayfwd init` has made here, and {wrong}",
-                "look at it, and remove it: what it names is then yours to take away",
+                f"{path} records what `rayfwd init` has made here, but {wrong}",
+                "read it, then delete it; remove by hand what it lists",
             )
 
     def of(self, name: str) -> Entry | None:

@@ -159,7 +159,8 @@ class Directory:
             if found.st_uid == owner:
                 return Verdict.THERE
         raise codes.SETUP_BLOCKED.error(
-            f"{self.path} is there, and is no directory that only {self.owner or 'you'} may change",
+            f"{self.path} exists, but is not a directory that only {self.owner or 'you'} "
+            "can change",
             "move it away, or correct its owner and mode",
         )
 
@@ -302,7 +303,9 @@ def undo(entry: Entry, purge: bool, really: bool) -> str:
     elif kind == "group":
         words, there = ["groupdel", entry["name"]], _has(grp.getgrnam, entry["name"])
     else:
-        raise codes.MANIFEST_UNUSABLE.error(f"unknown kind {kind!r}", "use the rayfwd that made it")
+        raise codes.MANIFEST_UNUSABLE.error(
+            f"unknown kind {kind!r}", "use the version of rayfwd that made it"
+        )
     if not there:
         return "gone"
     if really:
@@ -377,7 +380,7 @@ def command(words: Sequence[str]) -> str:
     """Run one of the system's commands; what it printed. Raises ProblemError."""
     search = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
     found = shutil.which(words[0], path=search)
-    said = f"there is no {words[0]}"
+    said = f"the command {words[0]} does not exist"
     if found is not None:
         ran = subprocess.run(
             [found, *words[1:]],
@@ -391,5 +394,5 @@ def command(words: Sequence[str]) -> str:
         said = (ran.stderr.strip() or ran.stdout.strip()).replace("\n", "; ")
     raise codes.SETUP_COMMAND_FAILED.error(
         f"`{' '.join(words)}`: {said}",
-        "mend it and say the same again: what is done already stays",
+        "correct this, then run the same command again: finished steps stay",
     )

@@ -133,8 +133,8 @@ def unit_text(name: str, shipped: str, user: str, layout: Layout) -> str:
         out.append(f"{key}={value}" if equals else line)
     manager = "systemctl edit" if layout.system else "systemctl --user edit"
     first = (
-        "# Made by `rayfwd init`; `rayfwd uninstall` takes it away.\n"
-        f"# Changes: `{manager} {name}`.\n\n"
+        f"# Made by `rayfwd init`; `rayfwd uninstall` removes it.\n# To change it: `{manager} "
+        f"{name}`.\n\n"
     )
     return first + "\n".join(out) + "\n"
 

@@ -109,8 +109,8 @@ def whose(path: Path) -> Account | None:
         return None
     if found.uid is None:
         raise codes.DIRECTORY_UNUSABLE.error(
-            f"root uses nothing below what anybody may change: {found}",
-            f"take the right away: chmod o-w,g-w {found.path}",
+            f"root does not use a directory that any user can change: {found}",
+            f"remove that right: chmod o-w,g-w {found.path}",
         )
     return _with_uid(found.uid, found.path.lstat().st_gid)
 
@@ -255,7 +255,7 @@ def call(
 def _not_executable(account: Account, cause: str) -> ProblemError:
     return codes.RAYFWD_NOT_EXECUTABLE.error(
         f"user {account.name} cannot run {sys.executable}: {cause}",
-        "install rayfwd where that user may read it, as in /opt/rayfwd",
+        "install rayfwd where that user can read it, for example in /opt/rayfwd",
     )
 
 

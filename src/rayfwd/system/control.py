@@ -102,7 +102,7 @@ class ControlServer:
         try:
             self._check_peer(writer.get_extra_info("socket"))
             if len(self._tasks) > CONNECTION_LIMIT:
-                raise codes.CONTROL_BUSY.error(f"{CONNECTION_LIMIT} are asking", "ask again later")
+                raise codes.CONTROL_BUSY.error(f"{CONNECTION_LIMIT} are asking", "try again later")
             verb, args = await self._request(reader)
             async with asyncio.timeout(self._verb_seconds):
                 return await self._verbs[verb](args)
@@ -110,13 +110,13 @@ class ControlServer:
             return {"error": exc.problem.to_wire()}
         except TimeoutError:
             cause = f"no answer within {self._verb_seconds:g} s"
-            return {"error": codes.CONTROL_SLOW.problem(cause, "look into the log").to_wire()}
+            return {"error": codes.CONTROL_SLOW.problem(cause, "read the daemon's log").to_wire()}
         except OSError:
             raise
         except Exception as exc:  # a fault in an answer must not end what the answer is about
             _log.error("control_fault", exc_info=True)
             cause = f"{type(exc).__name__} while answering"
-            return {"error": codes.CONTROL_FAULT.problem(cause, "look into the log").to_wire()}
+            return {"error": codes.CONTROL_FAULT.problem(cause, "read the daemon's log").to_wire()}
 
     def _check_peer(self, peer: socket.socket) -> None:
         _, uid, _ = ownership.peer_credentials(peer)
@@ -124,7 +124,7 @@ class ControlServer:
             _log.warning("control_not_permitted", uid=uid)
             raise codes.DAEMON_NOT_PERMITTED.error(
                 f"user id {uid} may not ask the daemon of user id {self._owner}",
-                "ask as that user or as root",
+                "run this as that user, or as root",
             )
 
     async def _request(self, reader: asyncio.StreamReader) -> tuple[str, dict[str, Any]]:
@@ -167,13 +167,13 @@ def ask(
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as exc:
         raise codes.DAEMON_NOT_RUNNING.error(
             f"no rayfwd answers on {path}",
-            "start it (`systemctl start rayfwd`, or by hand `rayfwd run`), or name its file with "
+            "start it (`systemctl start rayfwd`, or `rayfwd run` by hand), or name its file with "
             "--config",
         ) from exc
     except PermissionError as exc:
         raise codes.DAEMON_NOT_PERMITTED.error(
-            f"{path}: this user may not ask the daemon" if exc.errno else str(exc),
-            "ask as the user it runs as, or as root",
+            f"{path}: this user may not talk to the daemon" if exc.errno else str(exc),
+            "run this as the daemon's user, or as root",
         ) from exc
     except OSError as exc:  # TimeoutError among them
         raise _not_answering(path, str(exc) or type(exc).__name__) from exc
@@ -192,7 +192,7 @@ def ask(
 
 def _not_answering(path: Path, why: str) -> ProblemError:
     return codes.DAEMON_NOT_ANSWERING.error(
-        f"the daemon on {path} does not answer: {why}", "look into its log"
+        f"the daemon on {path} does not answer: {why}", "read the daemon's log"
     )
 
 

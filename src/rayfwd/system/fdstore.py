@@ -36,7 +36,7 @@ class FdStore:
         self._next = 1 - self._next
         try:
             if sockets and not self._store(name, sockets):
-                raise OSError("the service manager has not taken them")
+                raise OSError("the service manager did not accept them")
         except OSError as exc:
             log.warning("listeners_not_held", cause=str(exc))
         self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={last}")

@@ -30,7 +30,7 @@ class Stranger:
 
     def __str__(self) -> str:
         if self.uid is None:
-            return f"{self.path} may be written by other users"
+            return f"other users can write to {self.path}"
         return f"{self.path} belongs to user id {self.uid}"
 
 
@@ -109,4 +109,6 @@ def check_listener(sock: socket.socket, path: Path) -> None:
     directory = path.parent
     owner = directory.stat().st_uid
     if uid != owner or stranger_in(directory, (_ROOT, os.geteuid(), owner)) is not None:
-        raise PermissionError(f"user id {uid} listens on {path}, and may not be believed")
+        raise PermissionError(
+            f"user id {uid} listens on {path}, and rayfwd does not trust that user"
+        )

@@ -59,7 +59,7 @@ def bind(path: Path, mode: int = 0o600, uid: int = -1) -> socket.socket:
         listener.close()
         raise codes.SOCKET_NOT_POSSIBLE.error(
             f"cannot listen on {path}: {exc.strerror or exc}",
-            "make its directory writable for this user, or set runtime_dir elsewhere",
+            "make its directory writable for this user, or set runtime_dir to another directory",
         ) from exc
     except BaseException:
         listener.close()
@@ -91,7 +91,7 @@ def check_not_taken(path: Path) -> None:
     if path.exists() and not path.is_socket():
         raise codes.SOCKET_NOT_POSSIBLE.error(
             f"{path} exists and is not a socket",
-            "move it away, or set another path",
+            "move it away, or set another path (runtime_dir or hub.socket)",
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_TIMEOUT)
@@ -104,5 +104,5 @@ def check_not_taken(path: Path) -> None:
                 return
     raise codes.SOCKET_IN_USE.error(
         f"another process answers on {path}",
-        "end it first: only one rayfwd may run with one runtime_dir",
+        "stop it first: each rayfwd needs its own runtime_dir",
     )

@@ -122,9 +122,10 @@ class Acceptor:
     def _hold_up(self, cause: str | None) -> None:
         """Nothing that runs is to be short of descriptors for the sake of new connections."""
         self.problem = problem = codes.DESCRIPTORS_EXHAUSTED.problem(
-            f"new connections at the listeners wait: file descriptors are scarce ({cause})",
-            "raise the limit (LimitNOFILE= of the service, or ulimit -n); they are taken again "
-            f"when {100 * SPARE_PART:.0f} % are enough",
+            "new connections to the listeners have to wait, because few file descriptors "
+            f"are left ({cause})",
+            "raise the limit (LimitNOFILE= of the service, or `ulimit -n`); connections are "
+            f"accepted again when {100 * SPARE_PART:.0f} % of the descriptors are free",
         )
         loop = asyncio.get_running_loop()
         if self._held_up_logged.due(loop.time()):

@@ -33,7 +33,10 @@ GONE = "(closed)"
 """Who had a connection that was closed before it was looked at."""
 OTHERS = "(others)"
 
-REMEDY = "if they are to use Ray here, add them to listeners.users in rayfwd's file and reload it"
+REMEDY = (
+    "to let this user use Ray here, add the user to listeners.users in rayfwd's file, then "
+    "run `rayfwd reload`"
+)
 
 
 class Admission:
@@ -70,11 +73,11 @@ class Admission:
             self._diag = sockdiag.opened()
         except OSError as exc:
             self.problem = problem = codes.PEER_CHECK_ABSENT.problem(
-                f"the kernel does not tell whose a connection is: {exc.strerror or exc}; every "
-                "user of this machine may use the listeners",
-                "let rayfwd open netlink sockets (AF_NETLINK in RestrictAddressFamilies= of its "
-                "unit, or the container's seccomp profile) and load tcp_diag; until then only "
-                "Ray's token keeps others out",
+                f"the kernel does not say who owns a connection ({exc.strerror or exc}), so every "
+                "user of this machine can use the listeners",
+                "allow rayfwd to open netlink sockets (AF_NETLINK in RestrictAddressFamilies= of "
+                "its unit, or the container's seccomp profile), and load the kernel module "
+                "tcp_diag; until then, only Ray's token keeps others out",
             )
             log.warning(problem.code.event, cause=problem.cause, remedy=problem.remedy)
 
@@ -118,7 +121,10 @@ class Admission:
         elif owner.uid not in self._uids:
             self._refuse(user_name(owner.uid), connection, REMEDY)
         elif self._open[owner.uid] >= self._most_of_one:
-            remedy = f"nothing: a user beside Ray's may have {self._most_of_one} open at once"
+            remedy = (
+                f"nothing: a user other than Ray's may have {self._most_of_one} connections "
+                "open at once"
+            )
             self._refuse(user_name(owner.uid), connection, remedy)
         else:
             return Pass(owner.uid, self._open)

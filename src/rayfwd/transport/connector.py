@@ -108,7 +108,10 @@ class LocalConnector:
         relay, stream = greediest.popitem()
         if not relay.over:
             log.warning("connection_given_up", node=stream.mux.peer, held=len(greediest))
-            stream.reset(ResetReason.TOO_MANY, "descriptors are scarce, and this node has most")
+            stream.reset(
+                ResetReason.TOO_MANY,
+                "few descriptors are left, and this node has the most connections",
+            )
             relay.refuse()
         return True
 

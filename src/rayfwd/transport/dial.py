@@ -266,7 +266,7 @@ async def connect(
     try:
         while True:
             if urgent.is_set() and witness is not None and witness.barred(now()):
-                raise BarredError("old connections are answered, and no new one is")
+                raise BarredError("old connections are answered, and new ones are not")
             if urgent.is_set() or not attempts:
                 attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
             ready, attempts = await asyncio.wait(

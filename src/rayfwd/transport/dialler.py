@@ -105,7 +105,7 @@ class Dialler(Held):
                 self._urgent,
                 self._channel_timeout,
                 "the head's sshd opened no channel",
-                "nothing, if it comes back; else see the head's load and its sshd log",
+                "nothing if it comes back; otherwise check the head's load and its sshd log",
             )
             connection.keep_alive()  # until the worker has use for it, nobody says anything
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")

@@ -20,7 +20,7 @@ from rayfwd.transport.urgency import rest
 log = get_logger(__name__)
 
 _OF_WORKER = (
-    ("`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file", ""),
+    ("`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file", ""),
     ("(hub.users)", "(it must be the daemon's)"),
     ("its hub's socket", "the socket where its daemon waits"),
     ("the hub closed the lane before it answered", "the connection ended before it began"),

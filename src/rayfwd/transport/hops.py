@@ -117,9 +117,9 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
 def jumps_in_a_circle(names: Sequence[str]) -> Problem:
     """Each of these names has the one before it behind it."""
     return codes.SSH_CONFIG_INVALID.problem(
-        f"the jump hosts go in a circle: {' after '.join(names)}",
-        "see ProxyJump in the SSH configuration: a jump host must not have itself as one "
-        "(`Host * !bastion` leaves it out)",
+        f"the jump hosts form a loop: {' after '.join(names)}",
+        "correct ProxyJump in the SSH configuration: a jump host must not lead through itself "
+        "(`Host * !bastion` excludes it)",
     )
 
 

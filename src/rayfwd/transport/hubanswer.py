@@ -18,7 +18,7 @@ def refusal_in(frame: Frame) -> Problem:
 def not_the_hubs(exc: ProtocolError) -> Problem:
     """Whatever answers there is no hub."""
     return exc.code.problem(
-        f"the answer at the hub's socket is not rayfwd's: {exc}",
-        "see that head.socket is the hub's socket and that both sides run the same version of "
-        "rayfwd",
+        f"the program at the hub's socket is not rayfwd: {exc}",
+        "check that head.socket is the hub's socket, and run the same version of rayfwd on both "
+        "sides",
     )

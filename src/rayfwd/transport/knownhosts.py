@@ -137,10 +137,10 @@ def _readable(paths: Iterable[Path], required: Path | None) -> Iterator[_File]:
 
 def _unreadable(path: Path, exc: OSError) -> Problem:
     return codes.SSH_FILE_UNREADABLE.problem(
-        f"{path}: {exc.strerror or exc}; head.known_hosts names it, so no other file is asked for "
-        "the head's host key",
-        "correct head.known_hosts, or make that file readable with the head's host key in it (the "
-        "head's owner has /etc/ssh/ssh_host_ed25519_key.pub); or leave head.known_hosts out",
+        f"{path}: {exc.strerror or exc}; head.known_hosts names this file, so the head's host key "
+        "is looked up nowhere else",
+        "correct head.known_hosts, or make that file readable and put the head's host key into it "
+        "(/etc/ssh/ssh_host_ed25519_key.pub on the head); or remove head.known_hosts from the file",
     )
 
 
@@ -160,8 +160,8 @@ def _parsed(path: Path, text: str) -> _File:
 
 def _lost_revocation(path: Path, number: int) -> Problem:
     return codes.SSH_FILE_UNREADABLE.problem(
-        f"{path} line {number} revokes a host key and cannot be understood",
-        "correct that line, or delete it: as it is, nobody knows which key it is about",
+        f"{path} line {number} revokes a host key, but the line cannot be parsed",
+        "correct that line or delete it: rayfwd does not know which key it revokes",
     )
 
 

@@ -406,7 +406,7 @@ class Link:
         if failures < LIMITED_AFTER and not unanswered(problem, seconds):
             return problem
         return limited(
-            f"a further connection is not let through, while one stands: {problem.cause}"
+            f"one connection stands, but a further one is not let through: {problem.cause}"
         )
 
     async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
@@ -470,7 +470,7 @@ class Link:
             pipe = await self._within_time(
                 connection.open(lane),
                 "the head's sshd opened no channel",
-                "nothing, if it comes back; else see the head's load and its sshd log",
+                "nothing if it comes back; otherwise check the head's load and its sshd log",
             )
             if self._closing:
                 return
@@ -483,7 +483,7 @@ class Link:
             welcome = await self._within_time(
                 self._greet(pipe, lane, hello),
                 "the hub did not answer",
-                "see rayfwd's log on the head",
+                "read rayfwd's log on the head",
             )
             self._join(slot, lane, welcome, session)
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
@@ -574,7 +574,7 @@ class Link:
         if self._closing:
             return
         slot.problem = codes.LANE_LOST.problem(
-            f"lane {slot.name} was lost: {why}", "nothing, if it comes back"
+            f"lane {slot.name} was lost: {why}", "nothing if it comes back"
         )
         self.link_stats.lane_lost(slot.name, why)
         up = None if up_since is None else round(time.time() - up_since, 1)
@@ -675,6 +675,6 @@ def _by_an_older_hub(refusal: Problem) -> Problem:
     """It knows nodes by secrets that they send it. Ours never leaves this machine."""
     return refusal.code.problem(
         f"{refusal.cause}: the head's rayfwd is older than this one, and may know this node by a "
-        "secret that is not sent any more",
+        "secret that newer versions do not send",
         "upgrade rayfwd on the head (the head first, then the workers)",
     )

@@ -311,34 +311,34 @@ def why_blocked(
         return codes.LISTENER_BLOCKED.problem(
             f"port {listen.port} is in use on this machine{said_of(holder)}, so {listen} cannot be "
             f"opened for {target}",
-            f"end what listens on it (see `ss -ltnp sport = :{listen.port}`), or choose another "
-            "port: listen in [[forward]], or on the head ray.port, ray.dashboard_port or "
-            "ray.client_port, or for any other hub.port_base",
+            f"stop the program that listens on it (`ss -ltnp sport = :{listen.port}`), or choose "
+            "another port: `listen` in [[forward]], or on the head ray.port, ray.dashboard_port, "
+            "ray.client_port, or hub.port_base for all others",
         )
     if exc.errno in {errno.EMFILE, errno.ENFILE}:
         return codes.DESCRIPTORS_EXHAUSTED.problem(
-            "no file descriptor is left for further listeners",
-            "raise the limit (LimitNOFILE= of the service, or ulimit -n)",
+            "no file descriptor is left for more listeners",
+            "raise the limit (LimitNOFILE= of the service, or `ulimit -n`)",
         )
     if exc.errno in {errno.EACCES, errno.EPERM}:
         return codes.LISTENER_BLOCKED.problem(
             f"{listen} cannot be opened: {exc.strerror}",
-            "choose a port from 1024 on (listen in [[forward]]): those below are root's",
+            "choose a port from 1024 on (`listen` in [[forward]]): only root may open lower ones",
         )
     return codes.LISTENER_BLOCKED.problem(
         f"{listen} cannot be opened: {exc.strerror}",
-        "rayfwd needs the loopback network of Linux (all of 127.0.0.0/8 is local there)",
+        "run rayfwd on Linux, where all of 127.0.0.0/8 is local",
     )
 
 
 def why_taken(listen: Target, holder: Holder | None = None) -> Problem:
     """Why a port that has opened on another node is not reached from here."""
     return codes.OPEN_PORT_TAKEN.problem(
-        f"a program on the node {listen.address} listens on port {listen.port}, which is in use on "
-        f"this machine{said_of(holder)}: it is not reached from here",
-        "let one of the two programs use another port, or this node have the overlay "
-        "(docs/overlay.md), where nodes do not share ports; network.deny on that node says that it "
-        "is for nobody",
+        f"a program on the node {listen.address} listens on port {listen.port}, but that port is "
+        f"in use on this machine{said_of(holder)}, so the program cannot be reached from here",
+        "let one of the two programs use another port, or give this node the overlay "
+        "(docs/overlay.md), with which nodes do not share ports; if nobody needs to reach it, "
+        "name the port in network.deny on that node",
     )
 
 

@@ -82,7 +82,7 @@ class Meeting(Held):
                 self._urgent,
                 self._timeout,
                 f"the sshd of the meeting place {self.called} opened no socket",
-                "nothing, if it comes back; else see that host's load and its sshd log",
+                "nothing if it comes back; otherwise check that host's load and its sshd log",
             )
             connection.set_keepalive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
             await self._connector.send_at_once(connection)
@@ -113,7 +113,7 @@ class Meeting(Held):
         except (OSError, asyncssh.Error) as exc:
             raise codes.SSH_LOST.error(
                 f"the SSH connection to the meeting place {self.called} ended: {exc}",
-                "nothing, if it comes back; else see the sshd log of that host",
+                "nothing if it comes back; otherwise read the sshd log of that host",
             ) from exc
         return path
 
@@ -127,17 +127,17 @@ class Meeting(Held):
             except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
                 return path
             if not stat.S_ISSOCK(found.permissions or 0):
-                raise self._refused(f"{path} is there, and is no socket")
+                raise self._refused(f"{path} exists and is not a socket")
             await sftp.remove(path)
             return path
 
     def _refused(self, why: str) -> ProblemError:
         return codes.MEETING_REFUSED.error(
-            f"the meeting place {self.called} lets nobody meet: {why}",
-            "allow it there: AllowStreamLocalForwarding, AllowTcpForwarding and DisableForwarding "
-            "and the sftp subsystem in sshd_config, `restrict,port-forwarding` before the key in "
-            "authorized_keys; or name another socket of the [[hub.meet]], and of head.meet_socket "
-            "on the workers",
+            f"the meeting place {self.called} does not let this head wait there: {why}",
+            "on that host, allow AllowStreamLocalForwarding, AllowTcpForwarding and the sftp "
+            "subsystem in sshd_config (without DisableForwarding), and put "
+            "`restrict,port-forwarding` before the key in authorized_keys; or set another socket "
+            "in the [[hub.meet]], and in head.meet_socket on the workers",
         )
 
     def _sshd_answers(self, why: str) -> None:
@@ -146,10 +146,10 @@ class Meeting(Held):
         host, port = self._meet.sshd_address()
         self._no_sshd = (
             codes.MEETING_REFUSED.problem(
-                f"a worker came by the meeting place {self.called}, and this head's own sshd does "
+                f"a worker came by the meeting place {self.called}, but this head's own sshd does "
                 f"not answer at {host} port {port}: {why}",
-                "start sshd here (it may listen on 127.0.0.1 alone), or set sshd of the "
-                "[[hub.meet]] to where it is",
+                "start sshd here (it may listen on 127.0.0.1 only), or set `sshd` of the "
+                "[[hub.meet]] to its address",
             )
             if why
             else None

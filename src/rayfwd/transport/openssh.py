@@ -98,7 +98,7 @@ def find_way(head: HeadConfig) -> list[OpensshHop]:
     """The hops to the head, which is the last. Blocks: it runs `ssh`. Raises ProblemError."""
     if shutil.which("ssh") is None:
         raise codes.OPENSSH_ABSENT.error(
-            'no `ssh` is on PATH, which head.transport = "openssh" needs',
+            'head.transport = "openssh" needs the command `ssh`, and PATH has none',
             'install OpenSSH\'s client, or set transport = "asyncssh" in [head]',
         )
     for name in ("identity", "ssh_config", "known_hosts"):
@@ -116,7 +116,7 @@ def _check_readable(head: HeadConfig, name: str) -> None:
             pass
     except OSError as exc:
         raise codes.SSH_FILE_UNREADABLE.error(
-            f"{path}: {exc.strerror}", f"correct head.{name}, or the file's owner and mode"
+            f"{path}: {exc.strerror}", f"correct head.{name}, or the owner and mode of that file"
         ) from exc
 
 
@@ -203,8 +203,11 @@ def _looked_up(head: HeadConfig, written: str) -> dict[str, str]:
 def _config_problem(head: HeadConfig, said: str) -> Problem:
     remedy = "correct the SSH configuration"
     if head.ssh_config is None:
-        remedy += ", or name one of your own in head.ssh_config, which is read alone"
-    silent = f"`ssh -G` does not answer in {LOOK_TIMEOUT:.0f} s (a command of `Match exec`?)"
+        remedy += (
+            ", or set head.ssh_config to a file of your own, which is then the only one that "
+            "is read"
+        )
+    silent = f"`ssh -G` does not answer within {LOOK_TIMEOUT:.0f} s (a command of `Match exec`?)"
     return codes.SSH_CONFIG_INVALID.problem(" ".join(said.split()) or silent, remedy)
 
 

@@ -221,7 +221,9 @@ class OpensshConnection:
         try:
             process = self._process = SshProcess(words, stdin, stdout)
         except OSError as exc:
-            raise codes.SSH_FAILED.error(f"`ssh` cannot be started: {exc}", "see the log") from exc
+            raise codes.SSH_FAILED.error(
+                f"`ssh` cannot be started: {exc}", "read the daemon's log"
+            ) from exc
         await process.listen()
         while openssh_problems.hops_passed(self.hops, process.said) < len(self.hops):
             await process.news.wait()
@@ -287,7 +289,8 @@ class OpensshConnection:
             near.close()
             if isinstance(exc, TimeoutError | OSError):
                 raise codes.SSH_FAILED.error(
-                    f"`ssh` does not listen at {path}: {exc}", "see what `ssh -v` says"
+                    f"`ssh` does not listen at {path}: {exc}",
+                    "run `ssh -v` by hand, as the user that runs rayfwd, to see more",
                 ) from exc
             raise
         if self.shared:

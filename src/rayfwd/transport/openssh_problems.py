@@ -43,9 +43,10 @@ def explain(head: HeadConfig, hops: Sequence[OpensshHop], said: str) -> Problem:
     for look in (_of_login, _of_jump, _of_connection):
         if (problem := look(head, hop, said)) is not None:
             return problem
-    last = next(reversed(said.splitlines()), "") or "`ssh` ended without a word"
+    last = next(reversed(said.splitlines()), "") or "`ssh` ended without a message"
     return codes.SSH_FAILED.problem(
-        f"{hop.called}: {last}", f"see what `ssh -v {head.ssh}` says from this machine"
+        f"{hop.called}: {last}",
+        f"run `ssh -v {head.ssh}` on this machine, as the user that runs rayfwd, to see more",
     )
 
 
@@ -114,10 +115,10 @@ def _command_ended(hop: OpensshHop, said: str) -> Problem:
     """`ssh` knows no address then, and nobody else what the command was to do."""
     its = [line for line in said.splitlines() if line and not _ENDED.search(line)]
     return codes.SSH_UNREACHABLE.problem(
-        f"the ProxyCommand of {hop.called} brought no SSH server's answer: "
-        f"{' '.join(its) or 'it ended without a word'}",
-        "see that the command works by itself, as the user that runs rayfwd, and that an SSH "
-        "server answers behind it",
+        f"the ProxyCommand of {hop.called} led to no SSH server: "
+        f"{' '.join(its) or 'it ended without a message'}",
+        "check that the command works when the user that runs rayfwd runs it, and that it leads "
+        "to an SSH server",
     )
 
 
@@ -134,12 +135,13 @@ def socket_refused(path: str, said: str) -> str:
         return (
             f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
             f'{found[1]}; set via = "exec" in [head]; or allow it there: '
-            "AllowStreamLocalForwarding, AllowTcpForwarding, PermitOpen and DisableForwarding in "
-            "sshd_config, `restrict` and `no-port-forwarding` in authorized_keys"
+            "AllowStreamLocalForwarding, AllowTcpForwarding and PermitOpen in sshd_config "
+            "(without DisableForwarding), and no `restrict` or `no-port-forwarding` in "
+            "authorized_keys"
         )
     return (
-        f"rayfwd attach: {codes.HUB_UNREACHABLE}: its sshd could not open {path}; see that rayfwd "
-        "runs on the head, that this is its hub's socket, that this user may open it (hub.users), "
-        "and that sshd allows it (AllowStreamLocalForwarding, AllowTcpForwarding, PermitOpen) or "
-        'set via = "exec" in [head]'
+        f"rayfwd attach: {codes.HUB_UNREACHABLE}: its sshd could not open {path}; check that "
+        "rayfwd runs on the head, that this is its hub's socket, that this user may open it "
+        "(hub.users), and that sshd allows it (AllowStreamLocalForwarding, AllowTcpForwarding, "
+        'PermitOpen); or set via = "exec" in [head]'
     )

@@ -258,7 +258,7 @@ class SshConnector:
             raise ProblemError(
                 codes.SSH_LOST.problem(
                     f"the SSH connection to {self._head.ssh} ended: {exc}",
-                    "nothing, if it comes back; else see the head's sshd log",
+                    "nothing if it comes back; otherwise read the head's sshd log",
                 )
             ) from exc
 

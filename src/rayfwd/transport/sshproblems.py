@@ -60,13 +60,16 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
         case asyncssh.ConfigParseError():
             remedy = "correct the SSH configuration"
             if head.ssh_config is None:
-                remedy += ", or name one of your own in head.ssh_config, which is read alone"
-            remedy += '; or set head.transport = "openssh" where the system\'s ssh reads it'
+                remedy += (
+                    ", or set head.ssh_config to a file of your own, which is then the only "
+                    "one that is read"
+                )
+            remedy += '; or set head.transport = "openssh" if the system\'s ssh can read it'
             return codes.SSH_CONFIG_INVALID.problem(str(exc), remedy)
         case FileNotFoundError() | PermissionError() if exc.filename:
             return codes.SSH_FILE_UNREADABLE.problem(
                 f"{exc.filename}: {exc.strerror}",
-                "correct head.identity or head.ssh_config, or the file's owner and mode",
+                "correct head.identity or head.ssh_config, or the owner and mode of that file",
             )
         case _:
             return _unknown(exc, head.ssh)
@@ -75,14 +78,17 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
 def key_unusable(exc: Exception | str) -> Problem:
     return codes.SSH_KEY_UNUSABLE.problem(
         f"the private key cannot be read: {exc}",
-        "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` "
-        "takes it away); or leave head.identity out, and load the key into an agent whose "
-        "SSH_AUTH_SOCK the daemon has",
+        "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` removes "
+        "it); or remove head.identity, and load the key into an agent whose SSH_AUTH_SOCK is in "
+        "the daemon's environment",
     )
 
 
 def _unknown(exc: Exception, called: str) -> Problem:
-    return codes.SSH_FAILED.problem(f"{called}: {exc}", "see what `ssh -v` says from this machine")
+    return codes.SSH_FAILED.problem(
+        f"{called}: {exc}",
+        "run `ssh -v` on this machine, as the user that runs rayfwd, to see more",
+    )
 
 
 def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem | None:
@@ -116,23 +122,24 @@ def _its(hop: Server) -> str:
 def second_factor(hop: Server) -> Problem:
     """A key was accepted, and was not enough."""
     return codes.SSH_SECOND_FACTOR.problem(
-        f"{hop.called} accepted this machine's key, and wants a second factor as well (a "
-        "one-time code, a password), which a daemon cannot give",
-        f"let this key do {_where(hop)}: in its sshd_config, `Match User {hop.user}` with "
-        "`AuthenticationMethods publickey`, and restrict the key in authorized_keys "
-        '(docs/security.md); or set transport = "openssh" in [head] and log in once by '
-        "hand as a ControlMaster, whose connection is used (docs/ways.md)",
+        f"{hop.called} accepted this machine's key, but wants a second factor as well (a one-time "
+        "code or a password), which a daemon cannot give",
+        f"let this key log in alone {_where(hop)}: in its sshd_config, `Match User {hop.user}` "
+        "with `AuthenticationMethods publickey`, and restrict the key in authorized_keys "
+        '(docs/security.md); or set transport = "openssh" in [head] and log in once by hand as a '
+        "ControlMaster, whose connection rayfwd then uses (docs/ways.md)",
     )
 
 
 def keys_refused(reason: str, hop: Server) -> Problem:
     """No key was accepted."""
     remedy = (
-        "add the public key to authorized_keys of that user on the head, or set head.identity to "
-        "the key that is there"
+        "add this machine's public key to authorized_keys of that user on the head, or set "
+        "head.identity to a key that is already there"
         if hop.is_head
-        else f"add the public key to authorized_keys of {hop.user} {_where(hop)}, or name "
-        "the key that is there as IdentityFile of that host in the SSH configuration"
+        else f"add this machine's public key to authorized_keys of {hop.user} {_where(hop)}, or "
+        "set IdentityFile of that host in the SSH configuration to a key that is already "
+        "there"
     )
     return codes.SSH_AUTH_REFUSED.problem(
         f"{hop.called} refuses this machine's SSH keys ({reason})", remedy
@@ -142,10 +149,10 @@ def keys_refused(reason: str, hop: Server) -> Problem:
 def too_many_keys(reason: str, hop: Server) -> Problem:
     """The server ended before all keys were tried."""
     return codes.SSH_AUTH_REFUSED.problem(
-        f"{hop.called} refused several of this machine's keys, and ended before all were "
-        f"tried ({reason})",
-        "set head.identity to the key that is there; or `IdentitiesOnly yes` with "
-        "IdentityFile in the SSH configuration, so that an agent's other keys stay out",
+        f"{hop.called} refused several of this machine's keys, and ended the connection before "
+        f"all were tried ({reason})",
+        "set head.identity to the one key that the server accepts; or set `IdentitiesOnly yes` "
+        "with IdentityFile in the SSH configuration, so that an agent's other keys are not tried",
     )
 
 
@@ -187,7 +194,8 @@ def ended(why: str, hop: Server) -> Problem:
     """The connection did, in the middle of the login."""
     return codes.SSH_LOST.problem(
         f"the SSH connection to {hop.called} ended: {why}",
-        f"nothing, if it comes back; else see the sshd log of {_its(hop)} (MaxStartups, firewall)",
+        f"nothing if it comes back; otherwise read the sshd log of {_its(hop)} "
+        "(MaxStartups, firewall)",
     )
 
 
@@ -203,8 +211,9 @@ def unresolved(why: str, hop: Server) -> Problem:
 def login_slow(seconds: float, hop: Server, dialled: str) -> Problem:
     """It is SSH, and the login took longer than this."""
     return codes.SSH_LOGIN_TIMEOUT.problem(
-        f"{hop.called} answers as SSH{dialled}, and does not finish the login in {seconds:.0f} s",
-        f"see what sshd waits for on {_its(hop)} (UseDNS, PAM, LDAP, load)",
+        f"{hop.called} answers as SSH{dialled}, but the login does not finish within "
+        f"{seconds:.0f} s",
+        f"check what sshd waits for on {_its(hop)} (UseDNS, PAM, LDAP, load)",
     )
 
 
@@ -212,14 +221,14 @@ def says_nothing(hop: Server, dialled: str) -> Problem:
     """A connection, and then silence."""
     if hop.meet is not None:
         return codes.SSH_UNREACHABLE.problem(
-            f"the meeting place {hop.before} takes the connection to {hop.called}{dialled}, and "
-            "nothing is said by the head",
-            "nothing, if it comes back: the head makes its connection there anew; else see "
-            "`rayfwd status` on the head",
+            f"the meeting place {hop.before} accepts the connection to {hop.called}{dialled}, but "
+            "the head says nothing",
+            "nothing if it comes back, as the head connects there again; otherwise check `rayfwd "
+            "status` on the head",
         )
     return codes.SSH_UNREACHABLE.problem(
-        f"{hop.called} takes the connection{dialled} and says nothing",
-        f"see that it is sshd that listens there, and how {_its(hop)} is (load, memory, disk)",
+        f"{hop.called} accepts the connection{dialled}, but says nothing",
+        f"check that sshd listens there, and the state of {_its(hop)} (load, memory, disk)",
     )
 
 
@@ -227,7 +236,7 @@ def no_answer(hop: Server, dialled: str) -> Problem:
     """No connection, and no word of why."""
     return codes.SSH_UNREACHABLE.problem(
         f"{hop.called} did not answer in time{dialled}",
-        f"see that {_its(hop)} is up and that firewalls let SSH through",
+        f"check that {_its(hop)} is up, and that firewalls let SSH through",
     )
 
 
@@ -235,7 +244,7 @@ def not_listening(hop: Server, dialled: str) -> Problem:
     """The connection was refused."""
     return codes.SSH_UNREACHABLE.problem(
         f"nothing listens on the SSH port of {hop.called}{dialled}",
-        f"see that sshd runs on {_its(hop)} and that the port is right",
+        f"check that sshd runs on {_its(hop)}, and that the port is right",
     )
 
 
@@ -249,9 +258,9 @@ def limited(cause: str, hop: Server | None = None) -> Problem:
     where = "there" if hop is None else _where(hop)
     return codes.SSH_LIMITED.problem(
         cause,
-        f"allow this machine's address more new connections {where}, where something limits them "
-        "(`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or nothing: it is tried again "
-        "in less than a minute, since some limits count what they drop",
+        f"allow more new connections from this machine's address {where}, if something limits "
+        "them (`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or do nothing: rayfwd "
+        "tries again in less than a minute, as some limits count refused attempts too",
     )
 
 
@@ -259,7 +268,7 @@ def no_way(why: str, hop: Server, dialled: str) -> Problem:
     """The network here says so."""
     return codes.SSH_UNREACHABLE.problem(
         f"{hop.called}: {why}{dialled}",
-        "see that this machine's network is up and that the address is right",
+        "check that this machine's network is up, and that the address is right",
     )
 
 
@@ -269,20 +278,20 @@ def turned_away(words: str, hop: Server, dialled: str) -> Problem:
     return codes.SSH_TURNED_AWAY.problem(
         f"the sshd of {hop.called} closes connections at once{dialled}: "
         f"{words or 'it says nothing'}",
-        f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are under way), and "
-        "see whether something there bars this machine (PerSourcePenalties, fail2ban, hosts.deny); "
-        "it is tried again",
+        f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are under way), "
+        "and check whether something there blocks this machine (PerSourcePenalties, fail2ban, "
+        "hosts.deny); rayfwd tries again by itself",
     )
 
 
 def nobody_waits(exc: asyncssh.ChannelOpenError, hop: Server) -> Problem:
     """The meeting place opens no way to the head. Its sshd does not say why."""
     return codes.JUMP_REFUSED.problem(
-        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}: its sshd says: "
+        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}; its sshd says: "
         f"{exc.reason}",
-        "see `rayfwd status` on the head: its [[hub.meet]] must stand, at that socket and by a "
-        "login of the same user there (the socket is that user's alone); and that sshd there "
-        "allows it: AllowStreamLocalForwarding, AllowTcpForwarding, and `restrict,port-forwarding` "
+        "check `rayfwd status` on the head: its [[hub.meet]] must be connected, with that socket, "
+        "and logged in as the same user there (only that user can open the socket); its sshd must "
+        "allow it: AllowStreamLocalForwarding, AllowTcpForwarding, and `restrict,port-forwarding` "
         "before this machine's key in authorized_keys",
     )
 
@@ -291,10 +300,11 @@ def jump_forbids(why: str, hop: Server) -> Problem:
     """The jump host may not connect to `hop`."""
     target = f"{hop.known.host} port {hop.known.port}"
     return codes.JUMP_REFUSED.problem(
-        f"the jump host {hop.before} may not connect to {target} for {hop.called}: its sshd says: "
+        f"the jump host {hop.before} may not connect to {target} for {hop.called}; its sshd says: "
         f"{why}",
-        "allow it there: AllowTcpForwarding, DisableForwarding and PermitOpen in sshd_config, "
-        "`restrict`, `no-port-forwarding` and `permitopen` in authorized_keys",
+        "allow it on the jump host: AllowTcpForwarding and PermitOpen in sshd_config (without "
+        "DisableForwarding), `permitopen` and no `no-port-forwarding` in authorized_keys (after "
+        "`restrict`, `port-forwarding`)",
     )
 
 
@@ -303,8 +313,8 @@ def jump_cannot(why: str, hop: Server) -> Problem:
     target = f"{hop.known.host} port {hop.known.port}"
     return codes.SSH_UNREACHABLE.problem(
         f"the jump host {hop.before} cannot connect to {target} for {hop.called}: {why}",
-        "see that the name and the port are right as the jump host sees them, that sshd runs "
-        "there, and that firewalls between the two let SSH through",
+        "check that the name and the port are right from the jump host's point of view, that sshd "
+        "runs there, and that firewalls between the two let SSH through",
     )
 
 
@@ -317,10 +327,10 @@ def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Pr
         files = ", ".join(str(file.path) for file in known.files)
         return codes.HOST_KEY_REVOKED.problem(
             f"{called} shows a host key that is revoked in {files}",
-            f"have the {what}'s owner make a new key, and compare it: who holds the old one can "
-            f"pose as the {what}. Take the @revoked line out only if it was a mistake",
+            f"ask the {what}'s owner for a new key, and compare it: whoever has the old key can "
+            f"pretend to be the {what}. Delete the @revoked line only if it was a mistake",
         )
-    by_init = "`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file"
+    by_init = "`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file"
     or_init = f", or {by_init}" if hop.is_head else ""
     if having_it := known.having_it():
         removed = " and ".join(
@@ -328,20 +338,20 @@ def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Pr
             for file in having_it
         )
         return codes.HOST_KEY_MISMATCH.problem(
-            f"{called} shows another host key than {', '.join(having_it)} has",
+            f"{called} shows another host key than the one in {', '.join(having_it)}",
             f"compare the new key with the {what}'s owner; if the {what} was reinstalled, "
             f"{removed} and add the new one{or_init}; if not, somebody is in between",
         )
     where = ", ".join(str(file.path) for file in known.files)
     if not known.files:
-        where = "any file of known hosts: there is none that this user may read"
+        where = "any file of known hosts: this user can read none"
     if known.damaged:
-        where += f" (not understood and passed over: {', '.join(known.damaged)})"
+        where += f" (lines that cannot be parsed were skipped: {', '.join(known.damaged)})"
     or_init = f"; or {by_init}" if hop.is_head else ""
     return codes.HOST_KEY_UNKNOWN.problem(
         f"the host key of {called} is not in {where}",
-        f"compare its fingerprint with the {what}'s owner and add it: {_add_key(head, hop)}"
-        f"{or_init}",
+        f"compare its fingerprint with the {what}'s owner, then add it: "
+        f"{_add_key(head, hop)}{or_init}",
     )
 
 
@@ -385,13 +395,13 @@ async def look_at_socket(
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
         return absent
     except asyncssh.SFTPPermissionDenied:
-        return _not_permitted(path, "its directory is closed to this user")
+        return _not_permitted(path, "this user may not enter its directory")
     except (asyncssh.Error, OSError, TimeoutError):
         return codes.HUB_UNREACHABLE.problem(
             f"the head's sshd could not open {path}: {reason}",
-            "see that rayfwd runs on the head, that this is its hub's socket, that this user "
+            "check that rayfwd runs on the head, that this is its hub's socket, that this user "
             "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding, "
-            'AllowTcpForwarding, PermitOpen); or set via = "exec" in [head], where the key is '
+            'AllowTcpForwarding, PermitOpen); or set via = "exec" in [head] if the key is '
             "restricted in authorized_keys (`restrict`, as in the line that `rayfwd init` prints)",
         )
     mode = seen.permissions or 0
@@ -399,12 +409,12 @@ async def look_at_socket(
         return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
     if unixsocket.listens(table, path) or unixsocket.listens(table, real):
         return codes.CHANNEL_REFUSED.problem(
-            f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, and "
+            f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, but "
             f"sshd says: {reason}",
             'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding, '
-            "AllowTcpForwarding, PermitOpen (all but `any` shuts sockets as well) and "
-            "DisableForwarding in sshd_config, `restrict` and `no-port-forwarding` in "
-            "authorized_keys",
+            "AllowTcpForwarding and PermitOpen in sshd_config (any PermitOpen other than `any` "
+            "blocks sockets too; no DisableForwarding), and no `restrict` or `no-port-forwarding` "
+            "in authorized_keys",
         )
     return absent
 
@@ -425,7 +435,8 @@ async def _read_table(sftp: asyncssh.SFTPClient) -> str:
 def _not_permitted(path: Path, why: str) -> Problem:
     return codes.HUB_NOT_PERMITTED.problem(
         f"this SSH user may not open {path} on the head: {why}",
-        "add the user to hub.users in the head's file, or log in as the user that runs rayfwd",
+        "add the user to hub.users in the head's file and restart rayfwd there, or log "
+        "in as the user that runs rayfwd",
     )
 
 
@@ -440,10 +451,10 @@ def why_no_answer(stderr: str, why: str) -> Problem:
         if not prefix and colon and code.isidentifier():
             cause, _, remedy = text.partition("; ")
             return codes.named(code).problem(
-                f"on the head: {cause}", remedy or "see the head's log"
+                f"on the head: {cause}", remedy or "read rayfwd's log on the head"
             )
     return codes.HUB_CLOSED.problem(
         f"the hub closed the lane before it answered: {stderr or why}",
-        'see rayfwd\'s log on the head; with via = "exec", that `rayfwd` is found there and that '
-        "this user has a login shell",
+        'read rayfwd\'s log on the head; with via = "exec", check that `rayfwd` is found there '
+        "and that this user has a login shell",
     )

@@ -45,9 +45,9 @@ class Ways:
             if stranger is None:
                 return Way(at)
             raise codes.PORT_IN_USE.error(
-                f"port {port} of this node's own address is in use by user {user_name(stranger)}: "
-                f"nothing is sent to {at}",
-                f"end what listens there (`ss -ltnp sport = :{port}`)",
+                f"port {port} of this node's own address is in use by user {user_name(stranger)}, "
+                f"so nothing is sent to {at}",
+                f"stop the program that listens there (`ss -ltnp sport = :{port}`)",
             )
         if self._redirected():
             return Way(at)
@@ -59,5 +59,5 @@ class Ways:
             raise ProblemError(problem)
         raise codes.LISTENER_BLOCKED.error(
             f"the listener {place} is not open, so nothing is sent there",
-            "nothing, while rayfwd begins; else see the conditions of `rayfwd status`",
+            "nothing while rayfwd starts; otherwise check the conditions in `rayfwd status`",
         )

@@ -186,9 +186,9 @@ def _own_failure(result: sender.CanaryRun) -> Problem | None:
         return None
     did = "did not get to its end" if result.connected else "could not connect to this node's Ray"
     return codes.CANARY_FAILED.problem(
-        f"the canary {did}; it last said: {result.said or 'nothing'}",
-        "see that a driver on this node works (`ray.init()` with the Python beside ray.command), "
-        "and raise canary.timeout where the machine is slow",
+        f"the canary {did}; its last message: {result.said or 'none'}",
+        "check that a driver on this node works (`ray.init()` with the Python next to "
+        "ray.command); raise canary.timeout if the machine is slow",
     )
 
 
@@ -284,10 +284,10 @@ def _no_task(
     why = task.error if task is not None and task.error else "the canary did not get to it"
     return codes.CANARY_NO_TASK.problem(
         f"node {name} does not run tasks sent from {near} ({why})"
-        + (f": {behind.cause}" if behind else "; its ports answer"),
+        + (f": {behind.cause}" if behind else ", although its ports answer"),
         behind.remedy
         if behind
-        else f"look at raylet.out and the worker-*.err files in Ray's session directory on {name}",
+        else f"read raylet.out and the worker-*.err files in Ray's session directory on {name}",
     )
 
 
@@ -301,10 +301,10 @@ def _no_objects(
     ]
     return codes.CANARY_NO_OBJECTS.problem(
         f"a 1 MB object does not arrive {' nor '.join(ways)}"
-        + (f": {behind.cause}" if behind else "; the ports of both ends answer"),
+        + (f": {behind.cause}" if behind else ", although the ports of both ends answer"),
         behind.remedy
         if behind
-        else f"look at raylet.out on {near} and on {name}: object transfers are in it",
+        else f"read raylet.out on {near} and on {name}: it has the object transfers",
     )
 
 

@@ -217,7 +217,7 @@ class DashboardWatch:
         where = f"{self._head.address}:{self._head.services['dashboard']}"
         return codes.RAY_DASHBOARD_ABSENT.problem(
             f"Ray's dashboard does not answer at http://{where}: {why}",
-            "look at dashboard.log and dashboard.err in Ray's session directory on the head; "
-            "without it there are no job submissions, no state API and no node table. It comes "
-            'with `pip install "ray[default]"`, and back with a restart of the head\'s Ray',
+            "read dashboard.log and dashboard.err in Ray's session directory on the head. Without "
+            "the dashboard there are no job submissions, no state API and no node table. Install "
+            'it with `pip install "ray[default]"`; it comes back with a restart of the head\'s Ray',
         )

@@ -79,14 +79,20 @@ def _went_by_itself(interruptions: Interruptions, name: str, row: NodeSeen) -> b
 def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: float) -> Problem:
     times = "once" if len(lives) == 1 else f"{len(lives)} times"
     last = max(rows, key=lambda row: row.started or 0.0)
-    now = "is up again" if last.state == "ALIVE" else "is gone now"
+    now = "is up again" if last.state == "is up again" else "is gone now"
     reason = next((row.message for row in reversed(rows) if row.message), None)
     ports = f"{plan.base}-{plan.last_worker_port}"
     remedy = (
-        f"see that the head reaches {plan.address} (ray.advertise of {plan.name}) on ports {ports}"
-        + ": ray.advertise_check = true would say before Ray is started"
+        (
+            f"check that the head reaches {plan.address} (ray.advertise of {plan.name}) on "
+            f"ports {ports}"
+        )
+        + "; ray.advertise_check = true checks this before Ray is started"
         if plan.advertised
-        else f"see `rayfwd status` on {plan.name}, and gcs_server.out on the head for the reason"
+        else (
+            f"check `rayfwd status` on {plan.name}, and read gcs_server.out on the head for "
+            "the reason"
+        )
     )
     return codes.RAY_NODE_FLAPPING.problem(
         f"node {plan.name} ({plan.address}) joined and was given up by the head's Ray {times} in "

@@ -183,26 +183,25 @@ def _thin(past: _Past, link: LinkSeen, now: float) -> _Thin | None:
 def _flaps(lane: str, node: str, times: int, last_loss: str) -> Problem:
     return codes.LANE_FLAPPING.problem(
         f"lane {lane} of {node}'s link was lost {times} times in the last {FLAPPING_SECONDS:.0f} s"
-        + (f"; the last time: {last_loss}" if last_loss else ""),
-        "look for what ends SSH connections between the two: sshd's log on the head, "
-        "ClientAliveInterval, a firewall or NAT that forgets connections, a network that comes and "
-        "goes",
+        + (f", most recently because: {last_loss}" if last_loss else ""),
+        "find out what ends SSH connections between the two machines: sshd's log on the head, "
+        "ClientAliveInterval, a firewall or NAT that forgets connections, an unstable network",
     )
 
 
 def _is_slow(node: str, trip: float, usual: float) -> Problem:
     return codes.LINK_SLOW.problem(
-        f"a round trip on {node}'s link takes {trip * 1000:.0f} ms, where {usual * 1000:.1f} ms "
-        "are usual",
-        "see what else uses the network between the two, and the load of both machines (`ping` "
-        "beside it tells the one from the other)",
+        f"a round trip on {node}'s link takes {trip * 1000:.0f} ms; {usual * 1000:.1f} ms are "
+        "usual",
+        "check what else uses the network between the two machines, and the load of both (`ping` "
+        "at the same time shows which of the two it is)",
     )
 
 
 def _is_thin(node: str, thin: _Thin) -> Problem:
     return codes.LINK_THROUGHPUT_LOW.problem(
-        f"{node}'s link, with more to send than it takes, carries {thin.rate / 1e6:.2g} MB/s from "
-        f"here, where {thin.usual / 1e6:.3g} MB/s are usual",
-        "see what else uses the network between the two, and whether somebody limits it there "
-        "(`scp` beside it tells); small tasks run as before, objects take longer",
+        f"{node}'s link is saturated and carries {thin.rate / 1e6:.2g} MB/s from here; "
+        f"{thin.usual / 1e6:.3g} MB/s are usual",
+        "check what else uses the network between the two machines, and whether something limits "
+        "it there (compare with `scp`); small tasks run as before, objects take longer",
     )

@@ -109,11 +109,11 @@ def judge(seen: MachineSeen) -> list[Problem]:
         if total > 0 and 1 - free / total >= DISK_FULL_PART:
             found.append(
                 codes.DISK_NEARLY_FULL.problem(
-                    f"the disk of {directory}, where Ray keeps logs and spilt objects, is "
+                    f"the disk of {directory}, where Ray keeps logs and spilled objects, is "
                     f"{100 * (1 - free / total):.0f} % full ({free / 1e6:.0f} MB free)",
-                    "remove old sessions of Ray there (the one that runs is session_latest), or "
-                    'give Ray another place: ray.extra_args = ["--temp-dir=…"], with older Rays '
-                    "on the head for all nodes",
+                    "remove Ray's old sessions there (session_latest is the one that runs), or "
+                    'give Ray another directory: ray.extra_args = ["--temp-dir=…"] (with older '
+                    "Rays, on the head for all nodes)",
                 )
             )
             break  # one disk, as a rule
@@ -126,9 +126,9 @@ def _descriptors(seen: MachineSeen) -> list[Problem]:
         return []
     return [
         codes.DESCRIPTORS_LOW.problem(
-            f"rayfwd may have {seen.limit} files open, and the plan needs {need}: {seen.listeners} "
-            f"listeners, and connections of {seen.others} other nodes",
-            f"raise the limit to {2 * need} at least: LimitNOFILE= of the service, or `ulimit -Hn`",
+            f"rayfwd may open {seen.limit} files, but the plan needs {need}: {seen.listeners} "
+            f"listeners, and connections to {seen.others} other nodes",
+            f"raise the limit to at least {2 * need}: LimitNOFILE= of the service, or `ulimit -Hn`",
         )
     ]
 
@@ -139,10 +139,10 @@ def _shared_memory(seen: MachineSeen) -> list[Problem]:
     need = f"{math.ceil(seen.store / 1e8) / 10:g}"
     return [
         codes.SHARED_MEMORY_SMALL.problem(
-            f"/dev/shm has {seen.shared / 1e6:.0f} MB, and Ray's objects here may take "
-            f"{seen.store / 1e9:.1f} GB: Ray keeps them in /tmp instead, on a disk",
-            f"in a container: `docker run --shm-size={need}gb` (compose: shm_size), or --ipc=host; "
-            "else set ray.object_store_memory to less than /dev/shm has",
+            f"/dev/shm has {seen.shared / 1e6:.0f} MB, but Ray's objects here may take "
+            f"{seen.store / 1e9:.1f} GB, so Ray keeps them in /tmp, on a disk",
+            f"in a container: `docker run --shm-size={need}gb` (compose: shm_size), or "
+            "--ipc=host; otherwise set ray.object_store_memory below the size of /dev/shm",
         )
     ]
 
@@ -153,9 +153,9 @@ def _ports(seen: MachineSeen) -> list[Problem]:
     span = f"{seen.workers[0]}-{seen.workers[-1]}"
     return [
         codes.RAY_WORKER_PORTS_EXHAUSTED.problem(
-            f"all {len(seen.workers)} ports for Ray's worker processes ({span}) are in use: Ray "
-            'starts no more of them here (raylet.out has "No available ports")',
-            f"set ray.worker_ports = {2 * len(seen.workers)} or more on this node and restart "
-            "rayfwd there; an actor, a task that runs and a driver take one each",
+            f"all {len(seen.workers)} ports for Ray's worker processes ({span}) are in use, so "
+            'Ray starts no more of them here (raylet.out has "No available ports")',
+            f"set ray.worker_ports = {2 * len(seen.workers)} or more on this node, and restart "
+            "rayfwd there; each actor, each running task and each driver takes one",
         )
     ]

@@ -159,26 +159,27 @@ def explain(plan: NodePlan, bad: Mapping[int, str], near: str) -> Problem:
             probe.DROPPED: "packets are dropped",
             probe.REFUSED: "connections are refused",
             probe.RESET: "connections are reset",
-            probe.SILENT: "connections are made, and nothing answers",
+            probe.SILENT: "connections are accepted, but nothing answers",
         }.get(outcome, "there is no route")
         remedy = (
             f"let {near} in: allow inbound TCP to ports {plan.base}-{plan.last_worker_port} of "
-            f"{plan.address}; if they are open, see that {plan.name}'s Ray runs"
+            f"{plan.address}; if they are open, check that {plan.name}'s Ray runs"
         )
     elif outcome in {probe.DROPPED, probe.REFUSED, probe.UNROUTABLE}:
         verb = "drops packets" if outcome == probe.DROPPED else "refuses connections"
         how = f"something on {near} itself {verb} to it"
         remedy = (
-            f"see {near}'s firewall: programs on {near} must reach {plan.address} port {span} on "
-            "the loopback interface (`nft list ruleset`); and `rayfwd status` for blocked listeners"
+            f"check {near}'s firewall: programs on {near} must reach {plan.address} port {span} "
+            "on the loopback interface (`nft list ruleset`); and check `rayfwd status` for "
+            "blocked listeners"
         )
     elif outcome == probe.RESET:
-        how = f"nothing listens on it on {plan.name}"
-        remedy = f"look at raylet.out on {plan.name}; restarting Ray there opens its ports again"
+        how = f"nothing listens on that port on {plan.name}"
+        remedy = f"read raylet.out on {plan.name}; a restart of Ray there opens its ports again"
     else:
-        how = f"connections reach {plan.name}'s side and nothing answers"
+        how = f"connections reach {plan.name}'s side, but nothing answers"
         remedy = (
-            f"see {plan.name}'s firewall: rayfwd there must reach {plan.address} port {span} on "
+            f"check {plan.name}'s firewall: rayfwd there must reach {plan.address} port {span} on "
             "the loopback interface; if that is open, Ray's process hangs (`py-spy dump`)"
         )
     return codes.RAY_PORT_UNREACHABLE.problem(f"{cause}{how}. {for_what}", remedy)
@@ -188,12 +189,12 @@ def _for_what(plan: NodePlan, bad: Iterable[int]) -> str:
     """What does not work without these ports."""
     names = {port: name for name, port in plan.services.items()}
     needs = {
-        "gcs": "the node cannot join or stay without it",
-        "node_manager": "no task is placed there without it, and Ray gives the node up",
-        "object_manager": "no object over 100 KB is passed to or from it without it",
+        "gcs": "without it, the node cannot join or stay",
+        "node_manager": "without it, no task is placed there, and Ray gives the node up",
+        "object_manager": "without it, no object over 100 KB is passed to or from the node",
     }
     found = list(dict.fromkeys(needs.get(names.get(port, ""), "") for port in sorted(bad)))
     lost = [need for need in found if need]
     if any(port not in names for port in bad):
-        lost.append("no task runs there without them, and no result comes back")
-    return "; ".join(lost).capitalize()
+        lost.append("without them, no task runs there, and no result comes back")
+    return ". ".join(need[0].upper() + need[1:] for need in lost)

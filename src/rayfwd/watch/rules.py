@@ -46,10 +46,10 @@ def stale_totals(status: RayStatus, head: str, wall_time: float) -> list[Finding
         return []
     stamp = datetime.fromtimestamp(status.as_of).isoformat(" ", "seconds")
     problem = codes.RAY_TOTALS_STALE.problem(
-        f"`ray status` on {head} is of {stamp}, {wall_time - status.as_of:.0f} s old: Ray's "
-        "monitor process, which renews it every 5 s, has ended or hangs",
-        "look at monitor.log and monitor.err in Ray's session directory on the head, and restart "
-        "Ray there; until then nobody sees what joins, and tasks run as before",
+        f"`ray status` on {head} shows the state of {stamp}, {wall_time - status.as_of:.0f} s "
+        "ago: Ray's monitor process, which renews it every 5 s, has ended or hangs",
+        "read monitor.log and monitor.err in Ray's session directory on the head, and restart Ray "
+        "there; until then, new nodes do not show, and tasks run as before",
     )
     return [Finding(head, problem)]
 
@@ -84,9 +84,9 @@ def fewer_than_declared(
             f"node {plan.name} ({plan.address}) joined "
             + ("with no resources" if not has else "with fewer resources than declared")
             + (f": {missing}" if missing else ""),
-            f"see that ray.extra_args on {plan.name} says nothing else than ray.num_cpus, "
-            "ray.num_gpus and ray.resources; a Ray that was started by hand must be ended, and "
-            "rayfwd starts its own (where ray.start = false, `rayfwd plan` prints the command)",
+            f"check that ray.extra_args on {plan.name} does not contradict ray.num_cpus, "
+            "ray.num_gpus and ray.resources; if Ray was started by hand, end it, and rayfwd "
+            "starts its own (with ray.start = false, `rayfwd plan` prints the command)",
         )
         found.append(Finding(plan.name, problem))
     return found
@@ -120,10 +120,10 @@ def one_address_twice(
         if len(rows) < 2 or (came_back and wall_time - began[-1] <= gives_up_after):
             continue
         problem = codes.RAY_ADDRESS_TWICE.problem(
-            f"{len(rows)} nodes are ALIVE with the address {address}: connections meant for one "
-            "reach the other",
-            "end the raylet that does not belong there: one address, one Ray (`rayfwd status` "
-            "on the node has the pid of the one that rayfwd watches)",
+            f"{len(rows)} nodes are ALIVE with the address {address}, so connections meant for "
+            "one reach the other",
+            "end the raylet that does not belong there: one address, one Ray (`rayfwd status` on "
+            "the node shows the pid of rayfwd's own)",
         )
         found.append(Finding(name, problem))
     return found
@@ -136,10 +136,10 @@ def not_listed(nodes: Iterable[NodeSeen], up: Iterable[NodePlan]) -> list[Findin
         Finding(
             plan.name,
             codes.RAY_NOT_LISTED.problem(
-                f"Ray is up on {plan.name} ({plan.address}), and the head's node table "
-                "does not have it: it belongs to an earlier run of the head's Ray, or does not "
-                "reach the GCS",
-                f"nothing, if it passes: rayfwd on {plan.name} starts it again; else look at "
+                f"Ray is up on {plan.name} ({plan.address}), but the head's node table does not "
+                "have it: it belongs to an earlier run of the head's Ray, or does not reach the "
+                "GCS",
+                f"nothing if it passes, as rayfwd on {plan.name} starts it again; otherwise read "
                 f"raylet.out on {plan.name}",
             ),
         )
@@ -268,16 +268,16 @@ def _problem(
         stamp = datetime.fromtimestamp(status.as_of).isoformat(" ", "seconds")
         when = f"of {stamp}" + (f", {age:.0f} s old" if stale else "")
     remedy = (
-        "the totals are not renewed: look at monitor.log and monitor.err on the head, and restart "
-        "Ray there if its monitor has ended"
+        "read monitor.log and monitor.err on the head, and restart Ray there if its monitor has "
+        "ended: the totals are not renewed"
         if stale
-        else f"look at raylet.out on {name} and at gcs_server.out on the head; restarting Ray on "
+        else f"read raylet.out on {name} and gcs_server.out on the head; a restart of Ray on "
         f"{name} registers it again"
     )
     return codes.RAY_NODE_WITHOUT_RESOURCES.problem(
         f"node {name} ({node.address}) is ALIVE with "
         f"{', '.join(f'{r} {_number(a)}' for r, a in shown.items())}, but the cluster's totals "
-        f"({when}) hold only {lack}",
+        f"({when}) have only {lack}",
         remedy,
     )
 

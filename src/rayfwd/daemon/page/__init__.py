@@ -73,8 +73,9 @@ class PageService:
     def blocked(self, listen: str, why: str) -> Problem:
         return codes.PAGE_BLOCKED.problem(
             f"the page cannot be served at {listen}: {why}",
-            f"end what listens there (`ss -ltnp sport = :{listen.rpartition(':')[2]}`), set "
-            'page.listen to another port, or to "off"',
+            "stop the program that listens there (`ss -ltnp sport = "
+            f":{listen.rpartition(':')[2]}`), set page.listen to another port, or set it to "
+            '"off"',
         )
 
     def listening(self, listen: str) -> None:
@@ -96,7 +97,9 @@ class PageService:
     def answer(self, request: Request) -> Answer:
         host = request.header("host")
         if host is None or _LOOPBACK.fullmatch(host) is None:
-            return _text("421 Misdirected Request", "ask by the address that rayfwd prints\n")
+            return _text(
+                "421 Misdirected Request", "open the page at the address that rayfwd prints\n"
+            )
         if request.path == DATA:
             return self._data(request)
         if request.path not in FILES:
@@ -106,14 +109,16 @@ class PageService:
 
     def _data(self, request: Request) -> Answer:
         if request.header("sec-fetch-site") not in {None, "same-origin", "none"}:
-            return _text("403 Forbidden", "this is for the page itself\n")
+            return _text("403 Forbidden", "only the page itself may read this\n")
         asked = parse_qs(request.query, max_num_fields=4).get("since", ["0"])[0]
         since = int(asked) if asked.isascii() and asked.isdigit() and len(asked) < 12 else 0
         try:
             data = page_data(self._look(), self._history.since(since), self._boot, time.time())
         except Exception:  # a fault in what is shown must not end what it is about
             log.error("page_fault", exc_info=True)
-            return _text("500 Internal Server Error", "see the log\n")
+            return _text(
+                "500 Internal Server Error", "this is a fault of rayfwd's own; see its log\n"
+            )
         body = json.dumps(data, separators=(",", ":")).encode()
         return Answer("200 OK", "application/json", body, HEADERS)
 

@@ -70,7 +70,7 @@ const times = (count) => (count === 1 ? "once" : `${count} times`);
 
 function lastCut(cut, now) {
   if (cut === null) return "";
-  if (cut.seconds === null) return `began ${age(now - cut.began)} ago, and lasts`;
+  if (cut.seconds === null) return `began ${age(now - cut.began)} ago, still down`;
   const how = cut.ridden_through ? "ridden through" : "given up";
   return `last ${age(now - cut.began)} ago, for ${cut.seconds.toFixed(1)} s, ${how}`;
 }
@@ -86,7 +86,7 @@ function head(data) {
   const summary = byId("summary");
   if (summary.textContent !== data.summary) summary.textContent = data.summary;
   byId("asof").textContent =
-    `As of ${clock(data.now)}; asked again every ${PAUSE / 1000} s. ` +
+    `Updated at ${clock(data.now)}, and again every ${PAUSE / 1000} s. ` +
     `rayfwd ${data.version}, up for ${age(data.uptime)}.`;
 }
 
@@ -108,7 +108,7 @@ function condition(each, data) {
     element("p", {}, each.cause),
     element("p", {}, element("strong", {}, "Do: "), each.remedy),
   ];
-  if (root) parts.push(element("p", { class: "quiet" }, `It follows from ${root.code} ${root.subject}.`));
+  if (root) parts.push(element("p", { class: "quiet" }, `Caused by ${root.code} of ${root.subject}.`));
   return element("article", { class: `condition ${each.severity}${root ? " symptom" : ""}` }, ...parts);
 }
 
@@ -119,7 +119,7 @@ function picture(data) {
   const links = new Map(data.links.map((link) => [link.key, link]));
   const hub = data.machines.find((machine) => machine.role === "head");
   if (!hub) {
-    show("picture", [], () => [element("p", {}, "This node has not been given a plan yet.")]);
+    show("picture", [], () => [element("p", {}, "This node has no plan yet: it has not reached the head.")]);
     return;
   }
   const others = data.machines.filter((machine) => machine !== hub);
@@ -190,7 +190,7 @@ function links(data) {
   const key = data.links.map((link) => [link, Math.floor(data.now / 10)]);
   show("links", [key, taken], () => {
     if (data.links.length) return data.links.map((link) => row(link, data.now));
-    return [element("tr", {}, element("td", { colspan: 7 }, "No machine has joined yet. On each: rayfwd join"))];
+    return [element("tr", {}, element("td", { colspan: 8 }, "No machine has joined yet. Run `rayfwd join` on each, or `rayfwd add` here."))];
   });
 }
 
@@ -254,12 +254,12 @@ function line(list, most) {
 }
 
 const REASONS = {
-  refused: "nothing listens there", unreachable: "it did not answer",
-  not_in_plan: "not served", node_away: "the node is away",
+  refused: "nothing listens there", unreachable: "no answer",
+  not_in_plan: "this node does not offer that port", node_away: "the node is away",
 };
 const KERNEL = {
-  refused_user: "a user who may not dial", refused_port: "a port that is not served",
-  refused_node: "no such node", guarded_in: "from another machine, past rayfwd",
+  refused_user: "this user may not connect", refused_port: "nobody serves the port",
+  refused_node: "no such node", guarded_in: "from another machine, not through rayfwd",
 };
 
 function refused(data) {
@@ -267,7 +267,7 @@ function refused(data) {
   show("refused", [ports, users, kernel], () => {
     const parts = [];
     if (ports.length) {
-      parts.push(table("Ports that were dialled in vain", ["Dialled by", "On", "Why", "In its words", "Times", "Last"],
+      parts.push(table("Ports that were dialled and refused", ["Dialled by", "On", "Why", "In its words", "Times", "Last"],
         ports.map((each) => [each.by, each.of, REASONS[each.reason] || each.reason, each.cause, each.times, clock(each.last)])));
     }
     if (users.length) {
@@ -341,9 +341,9 @@ async function turn() {
     refused(data);
     document.documentElement.dataset.turn = String(Number(document.documentElement.dataset.turn || 0) + 1);
   } catch (error) {
-    const since = heard === null ? "" : ` What is shown is as of ${new Date(heard).toLocaleTimeString()}.`;
+    const since = heard === null ? "" : ` This is the state of ${new Date(heard).toLocaleTimeString()}.`;
     const stale = byId("stale");
-    const text = `The daemon does not answer; asking on.${since}`;
+    const text = `The daemon does not answer; still asking.${since}`;
     if (stale.hidden || stale.textContent !== text) stale.textContent = text;
     stale.hidden = false;
     console.warn(error);

@@ -106,7 +106,7 @@ async def run(
     except OSError as exc:
         raise codes.CANARY_FAILED.error(
             f"{install.python} cannot be started: {exc}",
-            "see that ray.command is a working Ray",
+            "check that ray.command is a working Ray",
         ) from None
     leader = procfs.look_up(process.pid)
     found = CanaryRun()

@@ -78,7 +78,7 @@ async def add(all_: Adding, host: Host) -> Outcome:
     except ProblemError as exc:
         outcome.problem = exc
     except Failed as exc:
-        outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", "say the same again")
+        outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", "run the same command again")
     finally:
         one.close()
     outcome.seconds = time.monotonic() - began
@@ -139,24 +139,26 @@ class _One:
             name = self._host.name or (before[0] if before else hosts.node_name(seen.host))
         except ValueError as exc:
             raise codes.ADD_BLOCKED.error(
-                f"{seen.host!r}, the name of {self._host.ssh}, {exc}", "give one with --name"
+                f"{seen.host!r}, the host name of {self._host.ssh}, {exc}",
+                "choose another name with --name",
             ) from None
         if before and name not in before:
             raise codes.ADD_BLOCKED.error(
-                f"{self._host.ssh} is {before[0]} here, and would be {name}",
-                f"`rayfwd remove {before[0]}` first, or leave --name out",
+                f"{self._host.ssh} is the node {before[0]} already, and would become {name}",
+                f"run `rayfwd remove {before[0]}` first, or leave --name out",
             )
         other = known.get(name, {}).get("ssh", self._host.ssh)
         first = self._all.names.setdefault(name, self._host.ssh)
         for taken in (other, first):
             if taken != self._host.ssh:
                 raise codes.ADD_BLOCKED.error(
-                    f"{self._host.ssh} would be {name}, and {taken} is",
-                    "give it another name with --name, or `rayfwd remove` the other",
+                    f"{self._host.ssh} would get the name {name}, which {taken} has",
+                    "choose another name with --name, or run `rayfwd remove` for the other machine",
                 )
         if name in (self._head.config.name, "head"):
             raise codes.ADD_BLOCKED.error(
-                f"{self._host.ssh} would be {name}, as the head is", "give one with --name"
+                f"{self._host.ssh} would get the name {name}, which the head has",
+                "choose another name with --name",
             )
         self._outcome.name = self._outcome.called = name
         return name
@@ -205,10 +207,10 @@ class _One:
         if dict(self._host.more.get("ray", {})).get("start") is False:
             return str(found["ray"] or "ray")
         told = f"{self._outcome.called}: "
-        remedy = "say --ray, which installs the head's, or name it with --ray-command"
+        remedy = "use --ray, which installs the head's version, or give its path with --ray-command"
         if found["ray"] is None:
             wrong = found["ray_problem"]
-            cause = wrong["cause"] if wrong else "no Ray is found there"
+            cause = wrong["cause"] if wrong else "no Ray was found there"
             code = codes.named(wrong["code"]) if wrong else codes.RAY_NOT_FOUND
             raise code.error(told + cause, remedy)
         if self._head.ray is not None:
@@ -246,14 +248,14 @@ class _One:
             if self._host.via == "worker":
                 raise codes.ADD_NO_WAY.error(
                     f"{self._outcome.called} cannot log in on the head: {why}",
-                    "name the head as that machine reaches it with --head USER@HOST[:PORT], or "
-                    "leave --via worker out: then the head dials",
+                    "say how that machine reaches the head with --head USER@HOST[:PORT], or leave "
+                    "out --via worker, so that the head dials",
                 )
             self._at("set up")
             made = await self._prepare(machine, seen, python, name, ray, None)
             await self._dial(machine, seen, python, name, made)
             self._at("way")
-            reason = "" if not ways else f", as it does not reach the head: {why}"
+            reason = "" if not ways else f", because it does not reach the head: {why}"
             self._say(f"the head dials it{reason}")
         self._remember(name, seen, "head" if way is None else "worker")
         self._at("start")
@@ -287,9 +289,9 @@ class _One:
         }
         made: dict[str, Any] = await machine.call(python, there.prepare, asked, START_SECONDS)
         for thing in made["kept"]:
-            self._say(f"{thing} was left as it is: it was edited")
+            self._say(f"{thing} was left as it is, because it was edited")
         changed = made["changed"]
-        came = f"{len(changed)} files and directories are new" if changed else "all is there"
+        came = "everything exists already" if changed else "all is there"
         self._say(f"{came}; its file is {made['config']}", bool(changed))
         return made
 
@@ -334,7 +336,7 @@ async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sig
         return sight.read(output.decode(errors="replace"))
     except (Failed, ValueError) as exc:
         raise codes.ADD_FAILED.error(
-            f"{machine.host.ssh} cannot be looked at: {exc}", "it must be Linux, with `sh`"
+            f"{machine.host.ssh} cannot be examined: {exc}", "use a Linux machine that has `sh`"
         ) from None
 
 
@@ -342,11 +344,11 @@ def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None
     """Raises ProblemError: Ray refuses other versions than the head's."""
     if there_.ray != here.ray:
         raise codes.RAY_VERSION_DIFFERS.error(
-            f"{told}its Ray is {there_.ray}, and the head's {here.ray}", remedy
+            f"{told}its Ray is {there_.ray}, and the head's is {here.ray}", remedy
         )
     if there_.python != here.python:
         raise codes.PYTHON_VERSION_DIFFERS.error(
-            f"{told}its Ray's Python is {there_.python}, and that of the head's {here.python}",
+            f"{told}its Ray's Python is {there_.python}, and the head's Ray has {here.python}",
             remedy,
         )
 
@@ -354,7 +356,7 @@ def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None
 def not_ready(name: str, seconds: float, how: dict[str, Any]) -> ProblemError:
     """With what its own rayfwd says of it."""
     cause = f"{name} is not in the cluster after {seconds:.0f} s: {how['summary']}"
-    remedy = "see `rayfwd status` and `rayfwd doctor` there"
+    remedy = "run `rayfwd status` and `rayfwd doctor` on that machine"
     if how["conditions"]:
         code, said, remedy = how["conditions"][0]
         cause += f"; {code}: {said}"

@@ -84,7 +84,7 @@ class Head:
         status = Status.from_answer(await self.ask("status"))
         if status.role != "head":
             raise codes.NOT_A_HEAD.error(
-                f"{self.config.path} is a {status.role}'s", "say it on the head"
+                f"{self.config.path} is a {status.role}'s", "run it on the head"
             )
         return status
 
@@ -139,7 +139,7 @@ class Head:
             line = keys.forced_line(self.attach_words(name), key, name)
         except (ValueError, asyncssh.Error):
             raise codes.ADD_FAILED.error(
-                f"what {name} told is no SSH key, but {key[:60]!r}", "say the same again"
+                f"{name} sent no SSH key, but {key[:60]!r}", "run the same command again"
             ) from None
         return keys.authorize(self._home, line, name)
 
@@ -165,7 +165,7 @@ class Head:
             return {}
         except (OSError, ValueError, TypeError) as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
-                f"{path} cannot be read: {exc}", "remove it, and add its machines again"
+                f"{path} cannot be read: {exc}", "remove it, then add its machines again"
             ) from None
 
     def remember(self, name: str, entry: dict[str, Any] | None) -> None:
@@ -180,7 +180,7 @@ class Head:
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user and see that its disk is not full",
+                "make state_dir writable for this user, and check that its disk is not full",
             ) from None
 
 

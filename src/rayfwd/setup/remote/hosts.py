@@ -97,7 +97,7 @@ def read(path: Path, usual: Host) -> list[Host]:
         except ValueError as exc:
             wrong.append(f"{path}:{number}: {exc}")
     if not found and not wrong:
-        wrong.append(f"{path}: there is no machine in it, one a line: USER@HOST[:PORT]")
+        wrong.append(f"{path}: it names no machine; write one per line: USER@HOST[:PORT]")
     if wrong:
         raise HostsError(wrong)
     return found
@@ -131,7 +131,7 @@ def twice(hosts: Iterable[Host]) -> Iterator[str]:
     for host in hosts:
         for what in filter(None, (host.ssh, host.name)):
             if what in seen:
-                yield f"{what}: is there twice"
+                yield f"{what}: is given twice"
             seen.add(what)
 
 

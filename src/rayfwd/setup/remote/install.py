@@ -98,24 +98,24 @@ def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) 
     least = f"Python {version}" if wanted else "Python 3.11 or newer"
     has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
     raise codes.ADD_NO_PYTHON.error(
-        f"there is no {least} there (it has {has}), and no uv that could get one",
-        "install it there, as in `apt-get install python3`, or uv "
-        "(https://docs.astral.sh/uv/), which brings its own; or have uv on the head",
+        f"it has no {least} (it has {has}), and no uv that could install one",
+        "install Python there, for example with `apt-get install python3`, or install uv there "
+        "(https://docs.astral.sh/uv/), which brings its own Python; or install uv on the head",
     )
 
 
 def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
     """Why what is compiled here is not for that machine; empty: it is."""
     if sight.machine != shipment.machine:
-        return f"its processor is {sight.machine}, and the head's {shipment.machine}"
+        return f"its processor is {sight.machine}, but the head's is {shipment.machine}"
     if (shipment.libc == "glibc") == ("musl" in sight.libc.lower()):
-        return f"its C library is {sight.libc or 'unknown'}, and the head's {shipment.libc}"
+        return f"its C library is {sight.libc or 'unknown'}, but the head's is {shipment.libc}"
     key = next((p.key for p in sight.pythons if p.path == tool.python), None)
     if key is None:
         key = tuple(int(part) for part in tool.python.split(".")[:2])
     if key != shipment.python:
         there, here = (".".join(map(str, k)) for k in (key, shipment.python))
-        return f"its Python is {there}, and that of the head's rayfwd is {here}"
+        return f"its Python is {there}, but the head's rayfwd has {here}"
     return ""
 
 
@@ -181,14 +181,14 @@ def ray_prefix(sight: Sight) -> str:
 def _check_place(sight: Sight, target: str, strange: bool, room: int) -> None:
     if strange:
         raise codes.ADD_BLOCKED.error(
-            f"{target} is there, and was not made by `rayfwd add`",
-            "move it away there, or name another place with --prefix",
+            f"{target} exists there, but `rayfwd add` did not make it",
+            "move it away there, or choose another directory with --prefix",
         )
     if 0 < sight.free < room:
         raise codes.ADD_BLOCKED.error(
-            f"{sight.free / 1e6:.0f} MB are free where {target} goes, and {room / 1e6:.0f} are "
-            "wanted",
-            "make room there, or name another place with --prefix",
+            f"{sight.free / 1e6:.0f} MB are free where {target} goes, but {room / 1e6:.0f} MB are "
+            "needed",
+            "make room there, or choose another directory with --prefix",
         )
 
 
@@ -232,16 +232,17 @@ def _no_packages(machine: Machine, sight: Sight, said: str, why: str) -> Problem
     cause = f"installing on {machine.host.ssh} failed: {said}"
     if why:
         cause += f" (the head's own packages were not sent: {why})"
-    remedy = "mend what it says there, and say the same again"
+    remedy = "correct this on that machine, then run the same command again"
     if "ensurepip" in said or "venv" in said:
         remedy = (
-            "install there what makes environments, as in `apt-get install python3-venv`, or uv"
+            "install what creates environments, for example with `apt-get install "
+            "python3-venv` there, or install uv"
         )
     elif why and sight.index == "no":
         least = ".".join(map(str, OLDEST_PYTHON))
         remedy = (
-            "give it a package index (pip's index-url there), or the Python of the head's rayfwd "
-            f"({least} at least): then all goes over SSH"
+            "let that machine reach a package index (pip's index-url there), or install the "
+            f"Python of the head's rayfwd there ({least} at least): then everything goes over SSH"
         )
     return codes.ADD_NO_PACKAGES.error(cause, remedy)
 

@@ -71,7 +71,7 @@ def _opened(home: Path) -> Iterator[Path]:
     except OSError as exc:
         raise codes.SETUP_FAILED.error(
             f"{folder / 'authorized_keys'}: {exc.strerror or exc}",
-            "make it writable for this user, and say the same again",
+            "make it writable for this user, then run the same command again",
         ) from None
 
 

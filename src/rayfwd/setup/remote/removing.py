@@ -28,9 +28,9 @@ def known(head: Head, text: str) -> tuple[str, dict[str, Any]]:
             return name, entry
     names = ", ".join(added) or "none"
     raise codes.ADD_BLOCKED.error(
-        f"{text} was not added from here (added were: {names})",
-        "of a machine that came by itself: stop its rayfwd there, and here `rayfwd forget "
-        "--keep-token NAME`",
+        f"{text} was not added from here; these were: {names}",
+        "if the machine joined by itself, stop rayfwd there, then run `rayfwd forget --keep-token "
+        "NAME` here",
     )
 
 
@@ -48,7 +48,7 @@ async def remove(head: Head, text: str, gone: bool, report: Report) -> Outcome:
     except ProblemError as exc:
         outcome.problem = exc
     except Failed as exc:
-        outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", "say the same again")
+        outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", "run the same command again")
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -88,8 +88,8 @@ async def _here(head: Head, name: str, outcome: Outcome, report: Report) -> None
     head.remember(name, None)
     outcome.changed = True
     words = [
-        "it is dialled no more" if undialled else "",
-        "its key lets nobody in" if keyless else "",
+        "the head no longer dials it" if undialled else "",
+        "its SSH key is no longer accepted" if keyless else "",
         "its name, address and ports are free" if forgotten else "",
     ]
-    report(name, "forget", ", ".join(filter(None, words)) or "the head had nothing of it")
+    report(name, "forget", ", ".join(filter(None, words)) or "the head knew nothing of it")

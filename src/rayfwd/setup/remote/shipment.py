@@ -57,8 +57,8 @@ def pack(folder: Path) -> Shipment:
         own = own_wheel(folder)
     except (OSError, metadata.PackageNotFoundError) as exc:
         raise codes.ADD_FAILED.error(
-            f"no wheel can be made of the rayfwd that runs here: {exc}",
-            "install rayfwd here from a wheel, as any user who may read it",
+            f"the rayfwd that runs here cannot be packed as a wheel: {exc}",
+            "install rayfwd here from a wheel, so that any user can read it",
         ) from None
     uv = shutil.which("uv")
     lock = threading.Lock()
@@ -140,7 +140,7 @@ async def pack_ray(python: str, folder: Path) -> list[Path]:
         out, errors = b"", b"not done in time"
     if process.returncode != 0:
         raise codes.ADD_NO_PACKAGES.error(
-            f"no wheels can be made of the head's Ray: {errors.decode(errors='replace').strip()}",
-            "install the same Ray there by hand, and name it with --ray-command",
+            f"the head's Ray cannot be packed as wheels: {errors.decode(errors='replace').strip()}",
+            "install the same Ray there by hand, and give its path with --ray-command",
         )
     return [folder / name for name in json.loads(out)]

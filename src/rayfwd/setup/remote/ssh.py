@@ -38,7 +38,7 @@ _WORDS = (
     ("head.identity", "--identity"),
     ("head.ssh", "the machine's name"),
     (
-        "`rayfwd init worker --fingerprint SHA256:…`, where `rayfwd init` has made that file",
+        "`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file",
         "`rayfwd add --fingerprint SHA256:…`",
     ),
     ("[head]", "the SSH configuration"),
@@ -88,10 +88,10 @@ class Machine:
         wanted = fingerprint if fingerprint.startswith("SHA256:") else f"SHA256:{fingerprint}"
         if wanted.rstrip("=") != shown.fingerprint.rstrip("="):
             raise codes.HOST_KEY_MISMATCH.error(
-                f"{shown.host} shows the host key {shown.fingerprint}, and --fingerprint is "
+                f"{shown.host} shows the host key {shown.fingerprint}, but --fingerprint is "
                 f"{wanted}",
-                "find out on that machine itself, with `ssh-keygen -lf /etc/ssh/ssh_host_"
-                "ed25519_key.pub`, which is right; if neither, somebody is in between",
+                "run `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on that machine itself to "
+                "see which is right; if neither is, somebody is in between",
             )
         if not shown.known:
             _append(
@@ -115,13 +115,13 @@ class Machine:
             raise Failed(f"not done in {seconds:.0f} s") from None
         except (asyncssh.Error, OSError) as exc:
             raise codes.SSH_LOST.error(
-                f"the SSH connection to {self.host.ssh} ended: {exc}", "say the same again"
+                f"the SSH connection to {self.host.ssh} ended: {exc}", "run the same command again"
             ) from None
         out, errors = bytes(ran.stdout or b""), bytes(ran.stderr or b"")  # type: ignore[arg-type]
         _, begins, own = out.partition(f"{BEGINS}\n".encode())
         said = errors.decode(errors="replace").strip()
         if not begins:
-            raise Failed(said[-QUOTED:] or "its login shell runs no `sh`")
+            raise Failed(said[-QUOTED:] or "its login shell cannot run `sh`")
         if ran.exit_status != 0 and not may_fail:
             last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
             raise Failed(last[-QUOTED:])
@@ -166,8 +166,8 @@ class Machine:
 
     def _not_executable(self, python: str, cause: str) -> ProblemError:
         return codes.RAYFWD_NOT_EXECUTABLE.error(
-            f"{self.host.ssh}: {python} does not run rayfwd: {cause}",
-            "`rayfwd remove` and `rayfwd add` install it anew",
+            f"{self.host.ssh}: {python} cannot run rayfwd: {cause}",
+            "run `rayfwd remove` and then `rayfwd add`, which installs it again",
         )
 
     def close(self) -> None:
@@ -202,5 +202,6 @@ def _append(named: Path | None, line: str) -> None:
         write_new(path, before + line.encode(), 0o600, replace=True)
     except OSError as exc:
         raise codes.SETUP_FAILED.error(
-            f"{path}: {exc.strerror or exc}", "make it writable, or name another by --known-hosts"
+            f"{path}: {exc.strerror or exc}",
+            "make it writable, or name another file with --known-hosts",
         ) from None

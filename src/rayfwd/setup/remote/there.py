@@ -170,8 +170,8 @@ def _person(layout: Layout, ray: str) -> tuple[str, Path, bool]:
         own = own_account()
         if own.uid == 0 and owner != 0:
             raise codes.ADD_BLOCKED.error(
-                f"{ray} is user id {owner}'s, and root runs nothing of others",
-                "log in as that user, or say --ray, which installs one of root's",
+                f"{ray} belongs to user id {owner}, and root runs no program of another user",
+                "log in as that user, or use --ray, which installs one that belongs to root",
             )
         return own.name, Path("/") if own.uid == 0 else own.home, False
     try:
@@ -203,8 +203,9 @@ def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
     except ConfigError:
         what = "another rayfwd's"
     raise codes.ADD_BLOCKED.error(
-        f"{layout.config} is there, {what}, and was not made by `rayfwd add`",
-        "for another cluster beside it: `rayfwd join --cluster NAME` there; else remove it",
+        f"{layout.config} exists there ({what}), but `rayfwd add` did not make it",
+        "to join a second cluster there, run `rayfwd join HEAD --cluster NAME` on that "
+        "machine; otherwise remove the file",
     )
 
 
@@ -274,7 +275,7 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
     while _pid(layout) is None and time.monotonic() < deadline:
         if child.poll() is not None:
             raise codes.ADD_FAILED.error(
-                f"`{' '.join(words)}` has ended at once: {_end_of(log).strip()[-300:]}",
+                f"`{' '.join(words)}` ended immediately: {_end_of(log).strip()[-300:]}",
                 f"see {log} there",
             )
         time.sleep(0.05)
@@ -307,8 +308,8 @@ def _end(pid: int) -> None:
             return
         time.sleep(0.05)
     raise codes.ADD_FAILED.error(
-        f"the daemon (process {pid}) has not ended within {STOP_SECONDS:.0f} s",
-        "see its log there, and say the same again",
+        f"the daemon (process {pid}) did not end within {STOP_SECONDS:.0f} s",
+        "read its log there, then run the same command again",
     )
 
 
@@ -357,7 +358,9 @@ def take_away(service: bool, name: str) -> dict[str, Any]:
             manifest, layout, False, True, lambda came, thing: undone.append(f"{came} {thing}")
         )
         said += [line for line in undone if line.startswith(("done", "kept", "left"))]
-        said.append(f"{sum(line.startswith('removed') for line in undone)} things are removed")
+        said.append(
+            f"removed {sum(line.startswith('removed') for line in undone)} files and settings"
+        )
     if keys.take_back(own_account().home, name):
-        said.append("the head's key lets nobody in")
+        said.append("the head's key is no longer accepted")
     return {"steps": said}

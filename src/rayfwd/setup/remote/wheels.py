@@ -102,7 +102,7 @@ def _tag(wheel: str) -> str:
     """The Pythons, ABIs and platforms as a file's name has them."""
     tags = re.findall(r"(?m)^Tag:\s*(\S+?)-(\S+?)-(\S+?)\s*$", wheel)
     if not tags:
-        raise WheelError("its metadata does not say for which Pythons it is")
+        raise WheelError("its metadata does not say which Pythons it supports")
     return "-".join(".".join(dict.fromkeys(part)) for part in zip(*tags))  # noqa: B905  # Python 3.9
 
 
