@@ -706,10 +706,14 @@ def load(path: Path) -> Config:
             path,
             ["no such file: write one (see config.example.toml), or name another with --config"],
         ) from None
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(path, [f"cannot be read: {exc}"]) from None
+    except OSError as exc:
+        raise ConfigError(path, [f"cannot be read: {exc.strerror or exc}"]) from None
+    except UnicodeDecodeError as exc:
+        raise ConfigError(path, [f"is not UTF-8 text: see its byte {exc.start + 1}"]) from None
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(path, [f"not TOML: {exc}"]) from None
+    except RecursionError:
+        raise ConfigError(path, ["not TOML: it is nested too deeply"]) from None
     return parse(data, path)
 
 

@@ -159,8 +159,8 @@ MISTAKES = {
         HEAD + '[hub]\nnetwork = "11.0.0.0/16"',
         [
             'hub.network = "11.0.0.0/16": must be a network inside 127.0.0.0/8, /29 or larger, as '
-            "in 127.77.0.0/16; where every node has the overlay it may be a private one, as in "
-            "10.77.0.0/16"
+            "in 127.77.0.0/16; if every node has the overlay, it may also be a private "
+            "network, as in 10.77.0.0/16"
         ],
     ),
     "network that needs the overlay": (
@@ -174,8 +174,8 @@ MISTAKES = {
         HEAD + '[hub]\nnetwork = "127.77.0.0/30"',
         [
             'hub.network = "127.77.0.0/30": must be a network inside 127.0.0.0/8, /29 or larger, '
-            "as in 127.77.0.0/16; where every node has the overlay it may be a private one, as in "
-            "10.77.0.0/16"
+            "as in 127.77.0.0/16; if every node has the overlay, it may also be a private "
+            "network, as in 10.77.0.0/16"
         ],
     ),
     "network with 127.0.0.1": (
@@ -298,8 +298,13 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not UTF-8 text: see its byte 1"):
         load(path)
+    path.write_text("a = " + "[" * 5000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load(path)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load(tmp_path)
 
 
 def test_least_worker() -> None:

@@ -198,7 +198,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
             s.third.cut()
             await until(lambda: s.meeting.problem is not None, 20)
             assert s.meeting.problem is not None
-            assert "is no socket" in s.meeting.problem.cause
+            assert "is not a socket" in s.meeting.problem.cause
             assert s.socket.read_text() == "precious"
 
     run(main)
@@ -227,7 +227,7 @@ def test_the_file(tmp_path: Path) -> None:
         parse({"role": "head", "hub": {"meet": [{"ssh": "m", "sshd": "10.0.0.1:22"}]}})
     worker = {"role": "worker", "name": "w1"}
     head = {"ssh": "ray@head", "meet": "ray@meet", "transport": "openssh"}
-    with pytest.raises(ConfigError, match=r"head\.meet: not with transport"):
+    with pytest.raises(ConfigError, match=r"head\.meet: cannot be used with transport"):
         parse({**worker, "head": head})
     with pytest.raises(ConfigError, match=r"head\.ssh: must be given"):
         parse({**worker, "head": {"meet": "ray@meet"}})

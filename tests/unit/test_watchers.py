@@ -43,7 +43,7 @@ def anywhere(plan: NodePlan, port: int) -> Way:
     [
         (PLAN, {RAYLET: "dropped"}, "something on head itself drops packets", "head's firewall"),
         (PLAN, {RAYLET: "refused"}, "something on head itself refuses", "head's firewall"),
-        (PLAN, {OBJECTS: "reset"}, "nothing listens on it on gpu-1", "raylet.out on gpu-1"),
+        (PLAN, {OBJECTS: "reset"}, "nothing listens on that port on gpu-1", "raylet.out on gpu-1"),
         (PLAN, {OBJECTS: "silent"}, "connections reach gpu-1's side", "gpu-1's firewall"),
         (DIRECT, {RAYLET: "dropped"}, "packets are dropped", "inbound TCP to ports 20046-20093"),
         (DIRECT, {RAYLET: "refused"}, "connections are refused", "inbound TCP"),
@@ -65,7 +65,7 @@ def test_what_a_port_is_for() -> None:
     cause = reach.explain(PLAN, {RAYLET: "dropped", OBJECTS: "dropped"}, "head").cause
     assert "20046 (the raylet), 20047 (the object manager)" in cause
     assert "Without it, no task is placed there, and Ray gives the node up. Without" in cause
-    assert "no object over 100 kb" in cause
+    assert "no object over 100 KB is passed to or from the node" in cause
 
 
 async def greeter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -266,9 +266,10 @@ def hub_socket(config: Path | None, cluster: str | None = None) -> Path:
     try:
         file = config or running_config(os.environ, cluster) or usual_config(os.environ, cluster)
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         if config is not None:
-            raise MistakeError([f"{config}: cannot be read: {exc}"]) from None
+            why = exc.strerror if isinstance(exc, OSError) else str(exc)
+            raise MistakeError([f"{config}: cannot be read: {why}"]) from None
     hub = data.get("hub")
     given = hub.get("socket") if isinstance(hub, dict) else None
     if isinstance(given, str):

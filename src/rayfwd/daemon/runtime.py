@@ -305,4 +305,4 @@ def _task(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
 
 
 async def _not_a_head(args: dict[str, Any]) -> dict[str, Any]:
-    raise codes.NOT_A_HEAD.error("this node is a worker", "ask on the head: the roster is there")
+    raise codes.NOT_A_HEAD.error("this node is a worker", "run this on the head: it has the roster")

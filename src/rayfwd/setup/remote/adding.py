@@ -291,7 +291,7 @@ class _One:
         for thing in made["kept"]:
             self._say(f"{thing} was left as it is, because it was edited")
         changed = made["changed"]
-        came = "everything exists already" if changed else "all is there"
+        came = f"{len(changed)} files and directories are new" if changed else "nothing is new"
         self._say(f"{came}; its file is {made['config']}", bool(changed))
         return made
 
