@@ -192,7 +192,7 @@ def page_of_file() -> str:
     lines += [
         ".SH DESCRIPTION",
         roff(
-            "A TOML file that says which part a machine has in its Ray cluster. It is the file that "
+            "A TOML file that says which part a machine has in its Ray cluster: the file that "
             "--config names, else ~/.config/rayfwd.toml if the user has one, else "
             "/etc/rayfwd.toml. `rayfwd check` shows what it results in. An unknown key is a "
             "mistake, and so is a key of another role."

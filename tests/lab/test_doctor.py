@@ -457,7 +457,7 @@ def test_the_ports_of_a_ray_that_is_up(cluster: Cluster) -> None:
     head.kill()
     found = doctor(cluster, "head")
     assert found.of("fail") == [], found.rows
-    assert "will be taken over" in found.rows["ports"]["said"]
+    assert "that rayfwd started and will take over" in found.rows["ports"]["said"]
     cluster.start_node("head").wait_event("ray_adopted")
 
 

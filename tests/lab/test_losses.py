@@ -101,7 +101,7 @@ def test_the_head_is_rebooted(cluster: Cluster) -> None:
     for name in ("w1", "w2"):  # or their raylets have found it out before, and ended
         daemon = cluster.worker(name)
         again = [e["reason"] for e in daemon.events("ray_restarting")]
-        assert again == ["the head's Ray was started anew"] or daemon.events("ray_died")
+        assert again == ["the head's Ray was restarted"] or daemon.events("ray_died")
     addresses = [row["address"] for row in cluster.head.status()["roster"]]
     verify(cluster.driver("w1", ["--checks", "essential"]), "w1", addresses)
 

@@ -285,7 +285,7 @@ def test_metrics_blocked_and_a_forward_to_nobody(cluster: Cluster) -> None:
     event = worker.wait_event("metrics_blocked")
     assert f"sport = :{port}" in event["remedy"]
     seen = worker.wait_event("forward_target_unknown", where={"node": "w1/127.0.0.1:7000"})
-    assert "no node nobody is in the plan" in seen["cause"]
+    assert "the plan has no node nobody" in seen["cause"]
     status = worker.wait_status(lambda s: s["state"] == "ready", 30)
     codes = [(problem["code"], problem["severity"]) for problem in status["conditions"]]
     assert sorted(codes) == [("forward_target_unknown", "note"), ("metrics_blocked", "error")]

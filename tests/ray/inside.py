@@ -168,7 +168,7 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     bystander.kill()
     bystander.wait()
     again = [e["reason"] for e in events(logs, "ray_restarting")]
-    assert again == (["the head's Ray was started anew"] if version == "2.60.0" else [])
+    assert again == (["the head's Ray was restarted"] if version == "2.60.0" else [])
     assert not events(logs, "ray_exited")
     # A head's agent that sees its raylet go tells the GCS (report_raylet_error_logs), and while
     # it waits, in C++, for one that has gone as well, it hears no signal.

@@ -183,8 +183,11 @@ class TestArrival:
     @pytest.mark.parametrize(
         ("tree", "why"),
         [
-            ({"role": "head", "name": "w1"}, "it is of the head w1, and this is the worker w1"),
-            ({}, "it is of the None None, and this is the worker w1"),
+            (
+                {"role": "head", "name": "w1"},
+                "it belongs to the head w1, and this is the worker w1",
+            ),
+            ({}, "it belongs to the None None, and this is the worker w1"),
         ],
     )
     def test_that_of_another_node_is_refused(self, tree: Tree, why: str) -> None:

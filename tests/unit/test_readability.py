@@ -74,7 +74,8 @@ def strings(node: ast.expr) -> list[str]:
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr(values=parts):
-            return ["".join(p.value if isinstance(p, ast.Constant) else "X" for p in parts)]
+            said = (str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
+            return ["".join(said)]
         case ast.IfExp(body=one, orelse=other):
             return strings(one) + strings(other)
         case ast.BinOp(left=left, op=ast.Add(), right=right):

@@ -78,7 +78,7 @@ def test_an_agent_full_of_other_keys(
                 await logs_in(head)
             problem: Problem = caught.value.problem
             assert problem.code is codes.SSH_AUTH_REFUSED
-            assert "ended before all were tried" in problem.cause
+            assert "ended the connection before all were tried" in problem.cause
         finally:
             await sshd.stop()
 
