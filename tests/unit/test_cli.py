@@ -825,7 +825,9 @@ def test_env_is_for_a_shell(tmp_path: Path) -> None:
     shell += 'eval "$(rayfwd env)"\n'
     shell += 'printf "%s|" "$RAY_ADDRESS" "$GLOO_SOCKET_IFNAME" "$NO_PROXY" "$VLLM_HOST_IP"'
     with daemon(tmp_path, environment=TOLD):
+        said = rayfwd("env", "--config", file, env=mine)
         ran = subprocess.run(["sh", "-c", shell], env=mine, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("|")[:4] == [
         "127.77.0.1:6379",
