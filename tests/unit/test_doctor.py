@@ -24,7 +24,7 @@ from rayfwd import __version__, codes
 from rayfwd.cli import VERBS, doctor, main
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig, parse
-from rayfwd.doctor import judgements, observe, rows, settings, sshd, unit_checks
+from rayfwd.doctor import common_checks, judgements, observe, rows, settings, sshd, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.head_checks import HeadExamination
 from rayfwd.doctor.judgements import SshdOptions, Tick
@@ -397,6 +397,30 @@ def test_the_keeper_before_the_first_start(tmp_path: Path, monkeypatch: pytest.M
             assert "`rayfwd init`" in missing.problem.remedy
             (tmp_path / "rayfwd-ray.service").write_text("[Service]\n")
             assert (await s.look())["keeper"].result == "pass"
+
+    run(main_)
+
+
+def test_the_overlays_service_before_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts with the daemon's, so that it does not answer yet is no reason for listeners."""
+    monkeypatch.setattr(unit_checks, "SYSTEM", tmp_path)
+    monkeypatch.setattr(common_checks, "OVERLAY_SOCKET", tmp_path / "overlay.sock")
+    monkeypatch.setattr(common_checks, "check_commands", lambda: None)
+    unit = f"[Service]\nExecStart=/o/rayfwd --config {tmp_path / 'rayfwd.toml'} run\n"
+    unit += "Environment=RAYFWD_OVERLAY=%t/rayfwd-net/overlay.sock\n"
+    (tmp_path / "rayfwd.service").write_text(unit)
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.env["HOME"] = str(tmp_path)
+            absent = (await s.look())["network"]
+            assert absent.said.startswith("listeners: the service rayfwd-net does not answer")
+            (tmp_path / "rayfwd-net.service").write_text("[Service]\n")
+            there = (await s.look())["network"]
+            assert (there.result, there.seen["level"]) == ("pass", "overlay")
+            assert "rayfwd-net.service is there, and starts with rayfwd.service" in there.said
 
     run(main_)
 

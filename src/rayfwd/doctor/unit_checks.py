@@ -16,6 +16,7 @@ SYSTEM = Path("/etc/systemd/system")
 SERVICE = "rayfwd.service"
 RAY_SERVICE = "rayfwd-ray.service"
 """The one in which Ray runs, with its keeper."""
+OVERLAY_SERVICE = "rayfwd-net.service"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class Unit:
     def keeper(self) -> Path:
         """The unit of that service, there or not."""
         return self.path.with_name(RAY_SERVICE)
+
+    @property
+    def overlay(self) -> Path:
+        """The unit that makes the overlay, there or not. It starts with rayfwd's own."""
+        return self.path.with_name(OVERLAY_SERVICE)
 
 
 def of(folder: Path, config: Path) -> Unit | None:
