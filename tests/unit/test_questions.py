@@ -1,4 +1,4 @@
-"""What a newcomer asks of each page, and the sentence of the page that answers.
+"""What a newcomer asks of each page, and the sentence of the page that answers; how long they are.
 
 Whoever rewrites a page keeps its answers, or gives better ones in answers.toml: an answer is one
 sentence, with its subject, that can be read by itself.
@@ -17,6 +17,15 @@ CHECKOUT = Path(__file__).parents[2]
 MOST_WORDS = 45
 """An answer that is longer answers more than one question."""
 
+LONGEST = 35
+"""Words of a sentence: who is tired, and no native speaker, reads a longer one twice."""
+
+MEAN = 20
+"""Words of a page's sentences, on average."""
+
+ELSEWHERE = {"docs/benchmarks.md", "docs/conditions.md", "docs/events.md"}
+"""Pages that are not held to this: one that a program writes, and lists to look things up in."""
+
 ANSWERS: dict[str, dict[str, str]] = tomllib.loads(
     (CHECKOUT / "tests" / "fixtures" / "answers.toml").read_text()
 )
@@ -29,6 +38,22 @@ def plain(text: str) -> str:
     text = re.sub(r"\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)", "", text)
     text = re.sub(r"(?m)^\s*(?:[-|>]|\d+\.) ", "", text)
     return " ".join(text.split())
+
+
+def sentences(text: str) -> list[str]:
+    """Of a page's paragraphs, list items and cells; without blocks and headings."""
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
+    text = re.sub(r"(?m)^(?: {4,}\S|#).*$", "", text)
+    parts = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\n(?=\|)", text)
+    cells = [cell for part in parts for cell in (part.split(" | ") if part[:1] == "|" else [part])]
+    return [one for cell in cells for one in re.split(r"(?<=[.!?])\s+", plain(cell)) if one]
+
+
+@pytest.mark.parametrize("page", sorted({*ANSWERS, "CHANGELOG.md"} - ELSEWHERE))
+def test_sentences_are_short(page: str) -> None:
+    found = [one for one in sentences((CHECKOUT / page).read_text()) if len(one.split()) > 2]
+    assert [one for one in found if len(one.split()) > LONGEST] == []
+    assert sum(len(one.split()) for one in found) / len(found) < MEAN
 
 
 def test_every_page_has_five_questions() -> None:
