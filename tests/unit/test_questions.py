@@ -20,6 +20,9 @@ MOST_WORDS = 45
 LONGEST = 35
 """Words of a sentence: who is tired, and no native speaker, reads a longer one twice."""
 
+FEW = 3
+"""Longer ones of a page that are let pass, such as figures in a row."""
+
 MEAN = 20
 """Words of a page's sentences, on average."""
 
@@ -52,7 +55,8 @@ def sentences(text: str) -> list[str]:
 @pytest.mark.parametrize("page", sorted({*ANSWERS, "CHANGELOG.md"} - ELSEWHERE))
 def test_sentences_are_short(page: str) -> None:
     found = [one for one in sentences((CHECKOUT / page).read_text()) if len(one.split()) > 2]
-    assert [one for one in found if len(one.split()) > LONGEST] == []
+    longer = [one for one in found if len(one.split()) > LONGEST]
+    assert len(longer) <= FEW, longer
     assert sum(len(one.split()) for one in found) / len(found) < MEAN
 
 
