@@ -9,17 +9,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 LISTENERS = "[network]\nlevel = 'listeners'\n"
 """All machines are this one, whose network is left as it is."""
+OVERLAY = "[network]\nlevel = 'overlay'\n"
+IN_A_NETWORK_OF_ITS_OWN = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+"""A command that becomes what follows it."""
 
 
 def free_port() -> int:
@@ -41,15 +46,18 @@ def wait_for_port(port: int, seconds: float = 20.0) -> None:
 
 def environment(compiled: Path | None) -> dict[str, str]:
     """Of a process of ours, which runs the compiled rayfwd that is unpacked there, or as it is."""
-    return dict(os.environ) if compiled is None else {**os.environ, "PYTHONPATH": str(compiled)}
+    if compiled is None:
+        return dict(os.environ)
+    places = [str(compiled), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
 
 
 class Processes:
     """The processes of a contestant, ended by their ids."""
 
-    def __init__(self, compiled: Path | None = None) -> None:
+    def __init__(self, compiled: Path | None = None, env: Mapping[str, str] | None = None) -> None:
         self.running: list[subprocess.Popen[bytes]] = []
-        self._env = environment(compiled)
+        self._env = {**environment(compiled), **(env or {})}
 
     def start(self, argv: list[str], log: Path) -> subprocess.Popen[bytes]:
         with log.open("wb") as out:
@@ -191,7 +199,6 @@ def rayfwd(
     via: int,
     server: int,
     directory: Path,
-    bulk_lanes: int = 1,
     workers: int = 1,
     reach: str = "exec",
     carrier: str = "",
@@ -203,58 +210,124 @@ def rayfwd(
     `compiled`: where the compiled rayfwd is unpacked that the daemons run.
     """
     port = free_port()
-    processes = Processes(compiled)
-    (directory / "ssh_config").write_text(
-        f"Host head\n  HostName 127.0.0.1\n  Port {via}\n"
-        f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n  UserKnownHostsFile {sshd.known_hosts}\n"
-    )
-    common = "start = false\ncommand = 'none'\nworker_ports = 8\n"
-    target = "w2" if workers == 2 else "head"
-    network = f"127.{64 + os.getpid() % 60}.0.0/16"
-    files = {
-        "head": f"role = 'head'\nname = 'head'\nexpose = [{server}]\n[hub]\nport_base = 24000\n"
-        f"network = '{network}'\n{LISTENERS}[ray]\n{common}"
-    }
-    for number in range(1, workers + 1):
-        forward = (
-            f"[[forward]]\nlisten = '127.0.0.1:{port}'\nto = '{target}:{server}'\n"
-            if number == 1
-            else ""
-        )
-        files[f"w{number}"] = (
-            f"role = 'worker'\nname = 'w{number}'\nexpose = [{server}]\n"
-            + ("forward = []\n" if number > 1 else "")
-            + f"[head]\nssh = 'head'\nidentity = '{sshd.key}'\n"
-            f"ssh_config = '{directory}/ssh_config'\nsocket = '{directory}/head-run/hub.sock'\n"
-            f"bulk_lanes = {bulk_lanes}\nattach_command = '{sys.executable} -m rayfwd attach "
-            f"--socket {directory}/head-run/hub.sock'\nvia = '{reach}'\n{carrier}\n"
-            f"{LISTENERS}[ray]\n{common}{forward}"
-        )
-    try:
-        pids = [sshd.process.pid]
-        for name, text in files.items():
-            first, _, rest = text.partition("\n")
-            (directory / f"{name}.toml").write_text(
-                f"{first}\nstate_dir = '{directory}/{name}-state'\n"
-                f"runtime_dir = '{directory}/{name}-run'\n{rest}"
-            )
-            daemon = processes.start(
-                [
-                    sys.executable,
-                    "-m",
-                    "bench.daemon",
-                    "run",
-                    "--config",
-                    f"{directory}/{name}.toml",
-                ],
-                directory / f"{name}.log",
-            )
-            pids.append(daemon.pid)
-        wait_until_up(directory / "w1.toml", directory)
-        if workers == 2:
-            wait_until_up(directory / "w2.toml", directory)
+    names = [f"w{number}" for number in range(1, workers + 1)]
+    forwards: dict[str, list[tuple[int, str, int]]] = {name: [] for name in names}
+    forwards["w1"] = [(port, "w2" if workers == 2 else "head", server)]
+    nodes = Nodes(sshd, via, directory, [server], forwards, reach, carrier, compiled)
+    with nodes.running() as pids:
         wait_for_port(port)
         yield port, pids
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """A head's and its workers' daemons, all by one sshd on this machine."""
+
+    sshd: Sshd
+    via: int
+    """The sshd's port, or a relay's to it."""
+    directory: Path
+    exposed: list[int]
+    forwards: Mapping[str, list[tuple[int, str, int]]]
+    """Of each worker: its ports here that lead to a node's."""
+    reach: str = "exec"
+    carrier: str = ""
+    compiled: Path | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[list[int]]:
+        """Their links are up; the processes, the sshd's first, then the head's."""
+        (self.directory / "ssh_config").write_text(
+            f"Host head\n  HostName 127.0.0.1\n  Port {self.via}\n"
+            f"  HostKeyAlias [127.0.0.1]:{self.sshd.port}\n"
+            f"  UserKnownHostsFile {self.sshd.known_hosts}\n"
+        )
+        processes, pids = Processes(self.compiled), [self.sshd.process.pid]
+        try:
+            for name in ("head", *self.forwards):
+                file = self.directory / f"{name}.toml"
+                file.write_text(self._file(name))
+                argv = [sys.executable, "-m", "bench.daemon", "run", "--config", str(file)]
+                pids.append(processes.start(argv, self.directory / f"{name}.log").pid)
+            for name in self.forwards:
+                wait_until_up(self.directory / f"{name}.toml", self.directory)
+            yield pids
+        finally:
+            processes.close()
+
+    def _file(self, name: str) -> str:
+        here = self.directory
+        role = "head" if name == "head" else "worker"
+        text = (
+            f"role = '{role}'\nname = '{name}'\nexpose = {self.exposed}\n"
+            f"state_dir = '{here}/{name}-state'\nruntime_dir = '{here}/{name}-run'\n"
+        )
+        ray = f"{LISTENERS}[ray]\nstart = false\ncommand = 'none'\nworker_ports = 8\n"
+        if name == "head":
+            network = f"127.{64 + os.getpid() % 60}.0.0/16"
+            return f"{text}[hub]\nport_base = 24000\nnetwork = '{network}'\n{ray}"
+        socket_path = f"{here}/head-run/hub.sock"
+        python_path = shlex.quote(environment(self.compiled).get("PYTHONPATH", ""))
+        attach = f"env PYTHONPATH={python_path} {sys.executable} -m rayfwd attach"
+        forwards = "".join(
+            f"[[forward]]\nlisten = '127.0.0.1:{port}'\nto = '{node}:{there}'\n"
+            for port, node, there in self.forwards[name]
+        )
+        return (
+            text
+            + ("" if forwards else "forward = []\n")
+            + f"[head]\nssh = 'head'\nidentity = '{self.sshd.key}'\n"
+            f"ssh_config = '{here}/ssh_config'\nsocket = '{socket_path}'\nbulk_lanes = 1\n"
+            f"attach_command = \"{attach} --socket {socket_path}\"\nvia = '{self.reach}'\n"
+            f"{self.carrier}\n{ray}{forwards}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Three:
+    """Ways between three nodes: ports that lead to a server of streams, one to that of calls."""
+
+    bulk: list[int]
+    """From the first worker to the head and to the second worker, from that to the head."""
+    calls: int
+    """From the first worker to the head."""
+
+
+@contextlib.contextmanager
+def three_nodes(
+    sshd: Sshd, server: int, calls: int, directory: Path, compiled: Path | None
+) -> Iterator[Three]:
+    """A head and two workers of rayfwd."""
+    ports = [free_port() for _ in range(4)]
+    first, between, second, call = ports
+    forwards = {
+        "w1": [(first, "head", server), (between, "w2", server), (call, "head", calls)],
+        "w2": [(second, "head", server)],
+    }
+    nodes = Nodes(sshd, sshd.port, directory, [server, calls], forwards, compiled=compiled)
+    with nodes.running():
+        for port in ports:
+            wait_for_port(port)
+        yield Three([first, between, second], call)
+
+
+@contextlib.contextmanager
+def three_by_ssh(
+    sshd: Sshd, server: int, calls: int, directory: Path, _: Path | None
+) -> Iterator[Three]:
+    """An `ssh -L` for each pair of nodes, as people have it; the calls go by the first."""
+    ports = [free_port() for _ in range(4)]
+    first, between, second, call = ports
+    processes = Processes()
+    options = [*sshd.ssh_options(), "-o", f"HostKeyAlias=[127.0.0.1]:{sshd.port}", "-N"]
+    try:
+        for led in ([(first, server), (call, calls)], [(between, server)], [(second, server)]):
+            forwards = [f"-L127.0.0.1:{port}:127.0.0.1:{to}" for port, to in led]
+            log = directory / f"ssh-{led[0][0]}.log"
+            processes.start(["ssh", *options, *forwards, "127.0.0.1"], log)
+        for port in ports:
+            wait_for_port(port)
+        yield Three([first, between, second], call)
     finally:
         processes.close()
 
@@ -279,20 +352,26 @@ def wait_until_up(config: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def hub_alone(
-    server: int, directory: Path, port_base: int = 24000, compiled: Path | None = None
+    server: int, directory: Path, compiled: Path | None = None, turns: Path | None = None
 ) -> Iterator[tuple[Path, int]]:
-    """A head's daemon without workers: the hub's socket, and the daemon's process."""
-    processes = Processes(compiled)
+    """A head's daemon without workers: the hub's socket, and the daemon's process.
+
+    `turns`: it is at the level of the overlay, in a network of its own, and what keeps its loop for
+    long goes into this file (`bench/daemon.py`).
+    """
+    watched = {} if turns is None else {"RAYFWD_BENCH_TURNS": str(turns)}
+    processes = Processes(compiled, watched)
     network = f"127.{64 + os.getpid() % 60}.0.0/16"
     (directory / "head.toml").write_text(
         f"role = 'head'\nname = 'head'\nexpose = [{server}]\n"
         f"state_dir = '{directory}/state'\nruntime_dir = '{directory}/run'\n"
-        f"[hub]\nport_base = {port_base}\nnetwork = '{network}'\n{LISTENERS}"
+        f"[hub]\nport_base = 24000\nnetwork = '{network}'\n{OVERLAY if turns else LISTENERS}"
         "[ray]\nstart = false\ncommand = 'none'\nworker_ports = 8\n"
     )
+    daemon_argv = [sys.executable, "-m", "bench.daemon", "run", "--config"]
     try:
         daemon = processes.start(
-            [sys.executable, "-m", "bench.daemon", "run", "--config", f"{directory}/head.toml"],
+            [*(IN_A_NETWORK_OF_ITS_OWN if turns else ()), *daemon_argv, f"{directory}/head.toml"],
             directory / "head.log",
         )
         path = directory / "run" / "hub.sock"

@@ -6,7 +6,9 @@ echoed; then each line read from stdin, a number of seconds, lets every stream s
 whenever they came back, for that long, and prints how many did. Ends with stdin.
 
 With STREAMS 0 all workers join at once, and what is printed is `ready`, the seconds until the last
-one knew all the others, and the bytes of messages that the first one was told by then.
+one knew all the others, and the bytes of messages that the first one was told by then. For each
+line read from stdin one more joins and leaves again, and the bytes and messages are printed that
+the first one was told of each.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Chunk, Kind, first_frame
-from rayfwd.session.handshake import CHANGES, Hello, Welcome
+from rayfwd.session.handshake import CHANGES, OVERLAY, Hello, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits, Session
@@ -41,6 +44,8 @@ class Lane(asyncio.Protocol):
     def __init__(self) -> None:
         self.answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self.paused = False
+        self.leaves = False
+        """It is closed from here."""
         self._buffer = bytearray()
         self._mux: Mux | None = None
         self._number = 0
@@ -60,7 +65,8 @@ class Lane(asyncio.Protocol):
             self.answer.set_result(Welcome.decode(frame))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        sys.exit(f"the hub closed a lane: {exc}")
+        if not self.leaves:
+            sys.exit(f"the hub closed a lane: {exc}")
 
     def pause_writing(self) -> None:
         self.paused = True
@@ -130,6 +136,10 @@ class Echo(asyncio.Protocol):
         self._transport.write(data)
 
 
+def cache_of(decode: Callable[[bytes], Message | None]) -> Callable[[bytes], Message | None]:
+    return lru_cache(maxsize=16)(decode)
+
+
 class Told:
     """What a worker is told of the others; `all_there` is set when it knows so many nodes.
 
@@ -139,20 +149,28 @@ class Told:
     def __init__(self, nodes: int = 0, counts: bool = False) -> None:
         self._counts = counts
         self.all_there = asyncio.Event()
+        self.more = asyncio.Event()
         self._nodes = nodes
         self.names: set[str] = set()
         self.bytes = 0
+        self.messages = 0
 
     def __call__(self, message: Message) -> None:
-        if self._counts:
+        if self._counts and not isinstance(message, messages.Cluster):
             self.bytes += len(messages.encode(message))
+            self.messages += 1
+        self.more.set()
+        if isinstance(message, messages.NodesChanged):
+            self.names -= set(message.gone)
         if isinstance(message, messages.Nodes | messages.NodesChanged):
             self.names |= {node["name"] for node in message.nodes}
             if len(self.names) >= self._nodes:
                 self.all_there.set()
 
 
-async def link(path: str, number: int, told: Told) -> tuple[Mux, str]:
+async def link(
+    path: str, number: int, told: Told, overlay: bool = False, ephemeral: bool = False
+) -> tuple[Mux, str]:
     """A worker's session with its two lanes, and the head's address."""
     loop = asyncio.get_running_loop()
     hello = Hello(
@@ -163,7 +181,8 @@ async def link(path: str, number: int, told: Told) -> tuple[Mux, str]:
         lane=LaneClass.INTERACTIVE,
         version="0",
         worker_ports=8,
-        features=frozenset({CHANGES}),
+        features=frozenset({CHANGES, OVERLAY} if overlay else {CHANGES}),
+        ephemeral=ephemeral,
     )
     _, lane = await loop.create_unix_connection(Lane, path)
     lane.write([hello.encode()])
@@ -185,21 +204,42 @@ async def join_at_once(path: str, links: int) -> list[Mux]:
 
     async def join(number: int) -> Mux:
         async with turns:
-            return (await link(path, number, told[number]))[0]
+            return (await link(path, number, told[number], overlay=True))[0]
 
     muxes = await asyncio.gather(*map(join, range(links)))
     for each in told:
         await each.all_there.wait()
     print("ready", time.monotonic() - began, told[0].bytes, flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        await join_and_leave(path, links, told[0])
     return muxes
 
 
+async def join_and_leave(path: str, number: int, first: Told) -> None:
+    """One more, which leaves for good when the first worker has heard of it."""
+    name, counts = f"m{number}", []
+    for there in (True, False):
+        before = first.bytes, first.messages
+        if there:
+            mux, _ = await link(path, number, Told(), overlay=True, ephemeral=True)
+        else:
+            for lane in mux.lanes.values():
+                cast(Lane, lane.transport).leaves = True
+            mux.close("it leaves")
+        while (name in first.names) is not there:
+            first.more.clear()
+            await first.more.wait()
+        counts += [first.bytes - before[0], first.messages - before[1]]
+    print(*counts, flush=True)
+
+
 async def main() -> None:
+    # As many sessions as there are workers read the same report here, which one machine reads once.
+    messages.decode = cache_of(messages.decode)  # type: ignore[assignment]
     path, port, links, streams = sys.argv[1], *map(int, sys.argv[2:])
     loop = asyncio.get_running_loop()
     if not streams:
         joined = await join_at_once(path, links)
-        await asyncio.to_thread(sys.stdin.readline)
         os._exit(len(joined) != links)
     server = await loop.create_server(Echo, "127.0.0.1", port, backlog=1024)
     callers: list[Caller] = []

@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayfwd.system import build
 
@@ -45,20 +47,36 @@ UNITS = {
     "processor": "% of a core",
     "memory": "MB",
     "messages": "echoes/s",
+    "messages, for a whole core": "echoes/s",
     "processor for a message": "µs",
     "processor, in use": "% of a core",
     "memory, in use": "MB",
     "until all know all": "s",
     "processor for it": "s",
     "told to the first": "bytes a worker",
+    "told of one that joins": "bytes",
+    "told of one that leaves": "bytes",
+    "longest turn, joining": "ms",
+    "longest turn, then": "ms",
+    "LAN, p50": "µs",
+    "LAN, p99": "µs",
+    "WAN, p50": "µs",
+    "WAN, p99": "µs",
+    "longest call": "µs",
+    "all streams": "MB/s",
+    "the least of a stream": "% of the mean",
+    "a step": "ms",
+    "the longest step": "ms",
 }
 TITLES = {
     "near": "Beside each other on one machine",
     "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
-    "compiled": "Interpreted and compiled, beside each other",
     "compiled-hub": "The messages of a hub with 50 workers and 1,000 streams",
     "far": "One bulk stream, 50 ms there and back",
-    "levels": "The overlay beside the listeners, between two machines of the lab",
+    "distances": "Round trips, 0.5 ms (LAN) and 20 ms (WAN) from each other",
+    "crowd": "200 streams as of DDP between three nodes, and calls beside them",
+    "levels": "Between two machines of the lab: the overlay, the listeners, and what else there is",
+    "ddp": "A step of DDP between two machines of the lab: gloo, 100 MB of gradients",
     "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",
     "idle": "Idle: daemons of a cluster of three nodes, without Ray",
     "idle-ray": "Idle: the same with Ray on all three",
@@ -73,6 +91,7 @@ def keep(name: str, results: Results) -> None:
     data[name] = {
         "at": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
+        "load": round(os.getloadavg()[1], 1),
         "machine": describe(),
         "results": {
             way: {key: [float(f"{v:.4g}") for v in values] for key, values in found.items()}
@@ -96,7 +115,7 @@ def describe() -> list[str]:
     return [
         f"{os.cpu_count()} cores, {models[0] if models else 'unknown processor'}, shared by all "
         f"parts; Linux {platform.release()}",
-        f"{_said('ssh', '-V')}; Python {build.python()}; rayfwd {build.code()}",
+        f"{_said('ssh', '-V')}; Python {build.python()}; rayfwd compiled where not said otherwise",
     ]
 
 
@@ -105,9 +124,9 @@ def _said(*argv: str) -> str:
     return (ran.stdout + ran.stderr).strip()
 
 
-def ratio(results: Results, way: str, key: str) -> float | None:
-    """The median of the ratios to `ssh -L` in the same round."""
-    reference = results.get(REFERENCE, {}).get(key)
+def ratio(results: Results, way: str, key: str, to: str = REFERENCE) -> float | None:
+    """The median of the ratios to that way's in the same round."""
+    reference = results.get(to, {}).get(key)
     if reference is None:
         return None
     pairs = zip(results[way][key], reference, strict=True)
@@ -135,7 +154,7 @@ def plot(results: Results) -> str:
     """The ratios of rayfwd and the others to `ssh -L` as bars, in SVG."""
     ways = [way for way in results if way not in {REFERENCE, "direct"}]
     keys = list(results[REFERENCE])
-    colours = ("#999999", "#c8a24a", "#1f6f8b", "#4a90a4", "#7fb7c9")
+    colours = ("#999999", "#c8a24a", "#1f6f8b", "#9db8c2", "#4a90a4", "#7fb7c9")
     out: list[str] = []
     y = 30
     for key in keys:
@@ -170,10 +189,115 @@ def section(name: str, chunk: Mapping[str, object], results: Results) -> Sequenc
     return [
         f"## {TITLES[name]}",
         "",
-        f"Medians of {rounds} {plural}, {chunk['at']}, code {chunk['commit']}."
+        f"Medians of {rounds} {plural}, {chunk['at']}, code {chunk['commit']}"
+        + (f", load {chunk['load']}." if "load" in chunk else ".")
         + (" In brackets the ratio to `ssh -L` in the same round." if REFERENCE in results else ""),
         "",
         *table(results),
+        "",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure that is to be reached."""
+
+    measure: str
+    piece: str
+    key: str
+    bound: float
+    at_least: bool = False
+    way: str = "rayfwd"
+    to: str | None = REFERENCE
+    """It is a ratio to this way's, of the same round; None: it is a figure of its own."""
+
+    def row(self, data: Mapping[str, Any]) -> str:
+        """Its line of the table."""
+        results = data.get(self.piece, {}).get("results", {})
+        found = self._found(results)
+        if found is None:
+            return f"| {self.measure} | {self._bound()} | not measured | |"
+        met = found >= self.bound if self.at_least else found <= self.bound
+        verdict = "met" if met else "**not met**"
+        return f"| {self.measure} | {self._bound()} | {self._said(found)} | {verdict} |"
+
+    def _found(self, results: Results) -> float | None:
+        if self.key not in results.get(self.way, {}):
+            return None
+        if self.to is None:
+            return statistics.median(results[self.way][self.key])
+        return ratio(results, self.way, self.key, self.to)
+
+    def _bound(self) -> str:
+        return f"{'at least' if self.at_least else 'at most'} {self._said(self.bound)}"
+
+    def _said(self, value: float) -> str:
+        if self.to is not None:
+            return f"{value:.2f} x"
+        shown = f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+        return f"{shown} {UNITS[self.key]}"
+
+
+MANY, BETWEEN = "1,000 workers", "rayfwd, worker to worker"
+TARGETS = (
+    Target("one stream, worker to head", "near", "worker to head", 1.4, True),
+    Target("one stream, head to worker", "near", "head to worker", 1.1, True),
+    Target(f"the same beside {GCM}, up", "near", "worker to head", 1.0, True, to=f"ssh -L, {GCM}"),
+    Target(
+        f"the same beside {GCM}, down", "near", "head to worker", 1.0, True, to=f"ssh -L, {GCM}"
+    ),
+    Target("round trip, idle, p50", "near", "round trip, p50", 2.2),
+    Target("round trip beside bulk up, p99", "near", "beside bulk up, p99", 0.25),
+    Target("round trip beside bulk down, p99", "near", "beside bulk down, p99", 0.25),
+    Target("processor time for a GB", "near", "processor time", 0.8),
+    Target(
+        "worker to worker, beside worker to head: up",
+        *("near", "worker to head", 0.7, True),
+        way=BETWEEN,
+        to="rayfwd",
+    ),
+    Target(
+        "worker to worker, beside worker to head: down",
+        *("near", "head to worker", 0.7, True),
+        way=BETWEEN,
+        to="rayfwd",
+    ),
+    Target("the hub", "compiled-hub", "messages", 30_000, True, way="compiled", to=None),
+    Target(
+        "the hub, where it has a core for itself",
+        *("compiled-hub", "messages, for a whole core", 30_000, True),
+        way="compiled",
+        to=None,
+    ),
+    Target("Ray: sync call, p50", "ray", "call, p50", 1.1),
+    Target("Ray: calls at once", "ray", "calls at once", 1.0, True),
+    Target("Ray: object of 300 MB, worker to head", "ray", "object, worker to head", 1.0, True),
+    Target("Ray: object of 300 MB, head to worker", "ray", "object, head to worker", 1.0, True),
+    Target("50 ms, one bulk stream up", "far", "far, up", 4.0, True),
+    Target("50 ms, one bulk stream down", "far", "far, down", 4.0, True),
+    Target("calls beside 200 streams, p99", "crowd", "call, p99", 0.25),
+    Target("a DDP step, gloo, 100 MB", "ddp", "a step", 1.0, way="rayfwd, overlay"),
+    Target("1,000 workers: all know all", "joins", "until all know all", 60.0, way=MANY, to=None),
+    Target("1,000 workers: the hub at rest", "joins", "processor", 20.0, way=MANY, to=None),
+    Target("1,000 workers: memory", "joins", "memory", 600.0, way=MANY, to=None),
+    Target("1,000 workers: a report", "joins", "longest turn, then", 20.0, way=MANY, to=None),
+    Target("1,000 workers: one joins", "joins", "told of one that joins", 999, way=MANY, to=None),
+    Target("1,000 workers: one leaves", "joins", "told of one that leaves", 999, way=MANY, to=None),
+)
+"""What is aimed at, each with where it is measured."""
+
+
+def against_targets(data: Mapping[str, Any]) -> list[str]:
+    """The table of them."""
+    return [
+        "## Against the targets",
+        "",
+        "x: the ratio to `ssh -L` as it is by default, in the same round; beside another way where "
+        "the measure says so.",
+        "",
+        "| measure | target | here | |",
+        "|---|---|---|---|",
+        *(target.row(data) for target in TARGETS),
         "",
     ]
 
@@ -190,6 +314,7 @@ def write() -> None:
             if name == "near":
                 (DOCS / "benchmarks.svg").write_text(plot(data[name]["results"]))
                 lines += ["![The ratios of this table](benchmarks.svg)", ""]
+    lines += against_targets(data)
     if NOTES.exists():
         lines.append(NOTES.read_text())
     (DOCS / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")

@@ -17,15 +17,19 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import contestants, levels, page, peers, rays
+from bench import between, contestants, page, peers, rays
 from bench.page import GCM, REFERENCE, Results
 from tests import setup_wheel
 from tests.lab.machines import Lab
 
 MB = 1 << 20
+STEPS = 20
+"""Of a training, in each round."""
+CROWD, CROWD_SECONDS = 200, 60
+"""Streams that do as those of DDP do, and for how long."""
 Way = contextlib.AbstractContextManager[tuple[int, list[int]]]
 Make = Callable[[int, Path], Way]
 """A way by the sshd at a port (its own or a relay's)."""
@@ -40,9 +44,10 @@ def direct(port: int) -> Iterator[tuple[int, list[int]]]:
 class Bench:
     """An sshd, a server behind it, what was asked for, and a directory in that of the whole run."""
 
-    def __init__(self, directory: Path, rounds: int, megabytes: int, seconds: float) -> None:
-        self.directory, self.rounds = directory, rounds
-        self.size, self.seconds = megabytes * MB, seconds
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        self.directory, self.rounds = directory, options.rounds
+        self.code = unpacked(options.wheel or setup_wheel.make(), directory)
+        self.size, self.seconds = options.megabytes * MB, options.seconds
         self.server = contestants.free_port()
         self._serving = self.python("bench.peers", "serve", "127.0.0.1", self.server)
         self.sshd = contestants.Sshd(directory)
@@ -65,13 +70,6 @@ class Bench:
             text=True,
         )
 
-    def unpacked(self) -> Path:
-        """The compiled rayfwd."""
-        folder = self.directory / "compiled"
-        with zipfile.ZipFile(setup_wheel.make()) as wheel:
-            wheel.extractall(folder)
-        return folder
-
     def place(self) -> Path:
         """A directory for one contestant of one round."""
         self._places += 1
@@ -81,21 +79,26 @@ class Bench:
 
     def ways(self) -> dict[str, Make]:
         """Every contestant, by name."""
-        sshd, server = self.sshd, self.server
+        sshd, server, code = self.sshd, self.server, self.code
         return {
             REFERENCE: lambda via, d: contestants.openssh(sshd, via, server, d, None),
             f"ssh -L, {GCM}": lambda via, d: contestants.openssh(sshd, via, server, d, GCM),
             "AsyncSSH's forwarding": lambda via, d: contestants.asyncssh_plain(
                 sshd, via, server, d
             ),
-            "rayfwd": lambda via, d: contestants.rayfwd(sshd, via, server, d),
+            "rayfwd": lambda via, d: contestants.rayfwd(sshd, via, server, d, compiled=code),
+            "rayfwd, pure Python": lambda via, d: contestants.rayfwd(sshd, via, server, d),
             "rayfwd, via socket": lambda via, d: contestants.rayfwd(
-                sshd, via, server, d, reach="socket"
+                sshd, via, server, d, reach="socket", compiled=code
             ),
             "rayfwd, worker to worker": lambda via, d: contestants.rayfwd(
-                sshd, via, server, d, workers=2
+                sshd, via, server, d, workers=2, compiled=code
             ),
         }
+
+    def some(self, *names: str) -> dict[str, Make]:
+        """Those of the contestants."""
+        return {name: make for name, make in self.ways().items() if name in names}
 
     def each(
         self, ways: dict[str, Make], via: int, look: Callable[..., dict[str, float]]
@@ -111,6 +114,15 @@ class Bench:
                 shown = ", ".join(f"{k} {v:,.3g}" for k, v in figures.items())
                 print(f"round {number + 1}, {name}: {shown}", flush=True)
         return results
+
+
+def unpacked(wheel: Path, directory: Path) -> Path | None:
+    """A compiled rayfwd, unpacked; None: the wheel is pure Python, as there is no compiler."""
+    if wheel.name.endswith("-none-any.whl"):
+        return None
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(directory / "compiled")
+    return directory / "compiled"
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -149,40 +161,26 @@ def near(bench: Bench) -> Results:
 
 def carriers(bench: Bench) -> Results:
     """The same of the carriers that a lane may have; the `ssh` of a daemon's counts as its own."""
-    sshd, server = bench.sshd, bench.server
-    names = (REFERENCE, "rayfwd")
-    ways = {name: make for name, make in bench.ways().items() if name in names}
+    sshd, server, code = bench.sshd, bench.server, bench.code
+    ways = bench.some(REFERENCE, "rayfwd")
     for via in ("exec", "socket"):
         ways[f"rayfwd, openssh, {via}"] = lambda port, d, via=via: contestants.rayfwd(  # type: ignore[misc]
-            sshd, port, server, d, reach=via, carrier="transport = 'openssh'"
+            sshd, port, server, d, reach=via, carrier="transport = 'openssh'", compiled=code
         )
     return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
 
 
-def compiled(bench: Bench) -> Results:
-    """Interpreted and compiled, in turns: streams and round trips, and the messages of a hub."""
-    unpacked = bench.unpacked()
-    sshd, server = bench.sshd, bench.server
-    names = (REFERENCE, "rayfwd")
-    ways = {name: make for name, make in bench.ways().items() if name in names}
-    ways["rayfwd, compiled"] = lambda via, d: contestants.rayfwd(
-        sshd, via, server, d, compiled=unpacked
-    )
-    return bench.each(ways, sshd.port, lambda port, pids: _looked_near(bench, port, pids))
-
-
 def compiled_hub(bench: Bench) -> Results:
-    """The messages of a hub with 50 workers, interpreted and compiled, in turns.
+    """The messages of a hub with 50 workers, compiled and interpreted, in turns.
 
     The workers are compiled both times, so that they are quicker than the hub.
     """
-    unpacked = bench.unpacked()
     results: Results = defaultdict(lambda: defaultdict(list))
     for _ in range(bench.rounds):
-        for name, code in (("interpreted", None), ("compiled", unpacked)):
+        for name, code in (("compiled", bench.code), ("pure Python", None)):
             port = contestants.free_port()
             with contestants.hub_alone(port, bench.place(), compiled=code) as (path, pid):
-                many = bench.python("bench.many", path, port, 50, 1000, compiled=unpacked)
+                many = bench.python("bench.many", path, port, 50, 1000, compiled=bench.code)
                 try:
                     assert many.stdout is not None
                     assert many.stdout.readline() == "ready\n", name
@@ -201,29 +199,95 @@ def far(bench: Bench) -> Results:
         up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
         return {"far, up": bench.size / 1e6 / up, "far, down": bench.size / 1e6 / down}
 
+    with away(bench, 50) as (through, plain):
+        ways = bench.some(REFERENCE, f"ssh -L, {GCM}", "rayfwd")
+        return bench.each({"the relay alone": lambda *_: direct(plain), **ways}, through, look)
+
+
+def distances(bench: Bench) -> Results:
+    """A round trip where the machines are 0.5 ms (a LAN) and 20 ms (a WAN) from each other."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    for name, milliseconds in (("LAN", 0.5), ("WAN", 20)):
+
+        def look(port: int, _: list[int], name: str = name) -> dict[str, float]:
+            peers.round_trips(port, 0.3)
+            times = peers.round_trips(port, bench.seconds)
+            return {
+                f"{name}, p50": peers.median(times) * 1e6,
+                f"{name}, p99": peers.percentile(times, 0.99) * 1e6,
+            }
+
+        with away(bench, milliseconds) as (through, plain):
+            alone = {"the relay alone": lambda *_, plain=plain: direct(plain)}
+            ways: dict[str, Make] = {**alone, **bench.some(REFERENCE, "rayfwd")}
+            for way, figures in bench.each(ways, through, look).items():
+                results[way].update(figures)
+    return results
+
+
+@contextlib.contextmanager
+def away(bench: Bench, milliseconds: float) -> Iterator[tuple[int, int]]:
+    """Ports of relays to the sshd and to the server, that far away there and back."""
     through, plain = contestants.free_port(), contestants.free_port()
     relays = [
-        bench.python("bench.delay", through, bench.sshd.port, 50),
-        bench.python("bench.delay", plain, bench.server, 50),
+        bench.python("bench.delay", through, bench.sshd.port, milliseconds),
+        bench.python("bench.delay", plain, bench.server, milliseconds),
     ]
     try:
         contestants.wait_for_port(through)
         contestants.wait_for_port(plain)
-        names = (REFERENCE, f"ssh -L, {GCM}", "rayfwd")
-        ways = {name: make for name, make in bench.ways().items() if name in names}
-        return bench.each({"the relay alone": lambda *_: direct(plain), **ways}, through, look)
+        yield through, plain
     finally:
         for relay in relays:
             end(relay)
+
+
+def crowd(bench: Bench) -> Results:
+    """200 streams as of DDP between three nodes for a minute, and calls beside them."""
+    results: Results = defaultdict(lambda: defaultdict(list))
+    calls = contestants.free_port()
+    serving = bench.python("bench.peers", "serve", "127.0.0.1", calls)
+    contestants.wait_for_port(calls)
+    try:
+        for number in range(bench.rounds):
+            for name, make in (
+                (REFERENCE, contestants.three_by_ssh),
+                ("rayfwd", contestants.three_nodes),
+            ):
+                with make(bench.sshd, bench.server, calls, bench.place(), bench.code) as ports:
+                    figures = _looked_crowded(bench, ports)
+                for key, value in figures.items():
+                    results[name][key].append(value)
+                print(f"round {number + 1}, {name}: {figures}", flush=True)
+    finally:
+        end(serving)
+    return results
+
+
+def _looked_crowded(bench: Bench, ports: contestants.Three) -> dict[str, float]:
+    streams = bench.python("bench.crowd", CROWD, CROWD_SECONDS, *ports.bulk)
+    try:
+        assert streams.stdout is not None
+        assert streams.stdout.readline() == "ready\n"
+        times = peers.round_trips(ports.calls, CROWD_SECONDS)
+        moved = [float(word) for word in streams.stdout.readline().split()]
+    finally:
+        end(streams)
+    return {
+        "call, p50": peers.median(times) * 1e6,
+        "call, p99": peers.percentile(times, 0.99) * 1e6,
+        "longest call": max(times) * 1e6,
+        "all streams": sum(moved) / 1e6 / CROWD_SECONDS,
+        "the least of a stream": 100 * min(moved) * len(moved) / sum(moved),
+    }
 
 
 def idle(bench: Bench) -> Results:
     """What a worker's daemon takes with two other nodes, when nothing is asked of it."""
     results: Results = defaultdict(lambda: defaultdict(list))
     for _ in range(bench.rounds):
-        way = contestants.rayfwd(
-            bench.sshd, bench.sshd.port, bench.server, bench.place(), workers=2
-        )
+        where = bench.sshd, bench.sshd.port, bench.server, bench.place()
+        way = contestants.rayfwd(*where, workers=2, compiled=bench.code)
         with way as (_, pids):
             time.sleep(5)  # what follows a start is over
             for name, pid in zip(("head", "worker"), pids[1:3], strict=True):
@@ -237,8 +301,8 @@ def hub(bench: Bench) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
     for links in (1, 50, 100, 200):
         port, name = contestants.free_port(), f"{links} links, {links * 20:,} streams"
-        with contestants.hub_alone(port, bench.place()) as (path, pid):
-            many = bench.python("bench.many", path, port, links, links * 20)
+        with contestants.hub_alone(port, bench.place(), bench.code) as (path, pid):
+            many = bench.python("bench.many", path, port, links, links * 20, compiled=bench.code)
             try:
                 assert many.stdout is not None
                 assert many.stdout.readline() == "ready\n", name
@@ -263,33 +327,55 @@ def _in_use(row: dict[str, list[float]], many: subprocess.Popen[str], pid: int) 
     echoes = int(many.stdout.readline())
     spent = contestants.nanoseconds(pid) - before
     row["messages"].append(echoes / 5)
+    row["messages, for a whole core"].append(1e9 * echoes / spent)
     row["processor for a message"].append(spent / 1e3 / echoes)
     row["processor, in use"].append(spent / 5e7)
     row["memory, in use"].append(memory(pid))
 
 
 def joins(bench: Bench) -> Results:
-    """Many workers that join in the same moment, and the hub with them at rest."""
+    """Many workers that join in the same moment, the hub with them at rest, and one more."""
     results: Results = defaultdict(lambda: defaultdict(list))
-    for links in (100, 300, 1000):
-        port = contestants.free_port()
-        with contestants.hub_alone(port, bench.place(), port_base=12000) as (path, pid):
-            before = contestants.nanoseconds(pid)
-            many = bench.python("bench.many", path, port, links, 0)
-            try:
-                assert many.stdout is not None
-                _, seconds, told = many.stdout.readline().split()
-                row = results[f"{links:,} workers"]
-                row["until all know all"].append(float(seconds))
-                row["processor for it"].append((contestants.nanoseconds(pid) - before) / 1e9)
-                row["told to the first"].append(float(told) / links)
-                time.sleep(5)
-                row["processor"].append(share(pid, 15))
-                row["memory"].append(memory(pid))
-            finally:
-                end(many)
-        print(f"{links} workers: {dict(row)}", flush=True)
+    pure = ", pure Python"
+    for links, name in ((100, ""), (300, ""), (1000, ""), (1000, pure)):
+        row, code = results[f"{links:,} workers{name}"], None if name else bench.code
+        port, place = contestants.free_port(), bench.place()
+        with contestants.hub_alone(port, place, code, turns=place / "turns") as (path, pid):
+            _joined(bench, row, links, path, pid)
+        print(f"{links} workers{name}: {dict(row)}", flush=True)
     return results
+
+
+def _joined(bench: Bench, row: dict[str, list[float]], links: int, path: Path, pid: int) -> None:
+    turns = path.parent.parent / "turns"
+    before = contestants.nanoseconds(pid)
+    many = bench.python("bench.many", path, 0, links, 0, compiled=bench.code)
+    try:
+        assert many.stdin is not None
+        assert many.stdout is not None
+        _, seconds, told = many.stdout.readline().split()
+        joined = time.time()
+        row["until all know all"].append(float(seconds))
+        row["processor for it"].append((contestants.nanoseconds(pid) - before) / 1e9)
+        row["told to the first"].append(float(told) / links)
+        time.sleep(5)
+        row["processor"].append(share(pid, 35))  # a report comes in it
+        row["memory"].append(memory(pid))
+        many.stdin.write("one more\n")
+        many.stdin.flush()
+        came, _, left, _ = map(float, many.stdout.readline().split())
+        row["told of one that joins"].append(came)
+        row["told of one that leaves"].append(left)
+        row["longest turn, joining"].append(longest_turn(turns, until=joined))
+        row["longest turn, then"].append(longest_turn(turns, since=joined + 5))
+    finally:
+        end(many)
+
+
+def longest_turn(turns: Path, since: float = 0.0, until: float = float("inf")) -> float:
+    """Milliseconds of the callback that kept the loop longest; below two it is not known."""
+    lines = (line.split(maxsplit=2) for line in turns.read_text().splitlines())
+    return max((float(took) for at, took, _ in lines if since <= float(at) <= until), default=2.0)
 
 
 def share(pid: int, seconds: float) -> float:
@@ -305,17 +391,31 @@ def memory(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def levels_beside(bench: Bench) -> Results:
-    """The same port of another node by the overlay and by a listener."""
+def between_two(bench: Bench) -> Results:
+    """The same port of another machine's by each way that there is between the two."""
+    return _between(bench, between.WAYS, lambda b: between.measure(b, bench.size, bench.seconds))
+
+
+def ddp(bench: Bench) -> Results:
+    """A step of DDP by each way that leads both ways, to ports that nobody knows before."""
+    ways = {name: way for name, way in between.WAYS.items() if name != "sshuttle"}
+    return _between(bench, ways, lambda b: between.train(b, STEPS))
+
+
+def _between(
+    bench: Bench,
+    ways: Mapping[str, between.Way],
+    look: Callable[[between.Between], dict[str, float]],
+) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
     rays.install(bench.directory.parent)
     for number in range(bench.rounds):
-        for level in ("listeners", "overlay"):
-            with Lab(bench.place()) as lab, levels.at_level(lab, level):
-                figures = levels.measure(lab, bench.size, bench.seconds)
+        for name, way in ways.items():
+            with Lab(bench.place()) as lab, way(lab) as there:
+                figures = look(there)
             for key, value in figures.items():
-                results[level][key].append(value)
-            print(f"round {number + 1}, {level}: {figures}", flush=True)
+                results[name][key].append(value)
+            print(f"round {number + 1}, {name}: {figures}", flush=True)
     return results
 
 
@@ -350,10 +450,12 @@ def idle_ray(bench: Bench) -> Results:
 PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
     "openssh": carriers,
-    "compiled": compiled,
     "compiled-hub": compiled_hub,
     "far": far,
-    "levels": levels_beside,
+    "distances": distances,
+    "crowd": crowd,
+    "levels": between_two,
+    "ddp": ddp,
     "ray": ray,
     "idle": idle,
     "idle-ray": idle_ray,
@@ -368,7 +470,9 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--only", action="append", choices=[*PIECES, "nothing"], help="a chunk")
+    parser.add_argument("--wheel", type=Path, help="the rayfwd to run; else that of this checkout")
     options = parser.parse_args()
+    os.environ.setdefault("RAYFWD_COMPILE", "1")  # the machines of the lab have what users get
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with tempfile.TemporaryDirectory(prefix="bench", dir="/tmp") as whole:
@@ -376,7 +480,7 @@ def main() -> None:
             if name in PIECES:
                 directory = Path(whole) / name
                 directory.mkdir()
-                bench = Bench(directory, options.rounds, options.megabytes, options.seconds)
+                bench = Bench(directory, options)
                 try:
                     results = PIECES[name](bench)
                 finally:

@@ -78,9 +78,16 @@ def test_the_unit_tests_hold_of_it(compiled: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "env", [{"CC": "no-such-compiler"}, {"CC": "false"}, {"RAYFWD_COMPILE": "0"}]
+    ("env", "why"),
+    [
+        ({"CC": "no-such-compiler"}, " (there is no compiler (no-such-compiler))"),
+        ({"CC": "false"}, " (false takes no Python.h (python3-dev): it says nothing)"),
+        ({"RAYFWD_COMPILE": "0"}, ""),
+    ],
 )
-def test_without_a_compiler_it_is_pure_python(env: dict[str, str], tmp_path: Path) -> None:
+def test_without_a_compiler_it_is_pure_python(
+    env: dict[str, str], why: str, tmp_path: Path
+) -> None:
     """None at all, one that compiles nothing, one that is not wanted."""
     run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."],
@@ -89,7 +96,31 @@ def test_without_a_compiler_it_is_pure_python(env: dict[str, str], tmp_path: Pat
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
-    assert "\ncode: pure Python\n" in version(installed(wheel, tmp_path / "pure"))
+    assert f"\ncode: pure Python{why}\n" in version(installed(wheel, tmp_path / "pure"))
+
+
+@pytest.fixture(scope="module")
+def without_mypy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what building takes, but for mypy: all that pip has on such a machine."""
+    folder = tmp_path_factory.mktemp("wheels")
+    run([sys.executable, "-m", "pip", "download", "-q", "-d", str(folder), "hatchling"], {})
+    return folder
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_where_pip_finds_no_mypy(choice: str, without_mypy: Path, tmp_path: Path) -> None:
+    need(no_compiler())
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index"]
+    argv = [*pip, f"--find-links={without_mypy}", "-w", str(tmp_path), "."]
+    env = {"RAYFWD_COMPILE": choice, "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
+    if choice == "1":
+        with pytest.raises(AssertionError, match=r"No matching distribution found for mypy"):
+            run(argv, env)
+        return
+    run(argv, env)
+    (wheel,) = tmp_path.glob("*.whl")
+    said = version(installed(wheel, tmp_path / "pure"))
+    assert "\ncode: pure Python (pip finds no mypy[mypyc]" in said
 
 
 def test_who_asks_for_it_is_told_why_it_cannot_be(tmp_path: Path) -> None:

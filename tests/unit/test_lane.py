@@ -6,8 +6,10 @@ import pytest
 
 from rayfwd.session.lane import (
     DEAD_AFTER,
+    HUB_WAITS,
     OVERDUE_AFTER,
     PING_BUSY,
+    PING_HEARD,
     PING_IDLE,
     UNANSWERED_AFTER,
     WINDOW_CEILING,
@@ -35,6 +37,30 @@ def test_an_idle_lane_is_pinged_now_and_then() -> None:
     answered(lane, 0.0, 0.01)
     assert not lane.wants_ping(PING_IDLE - 0.01)
     assert lane.wants_ping(PING_IDLE)
+
+
+def test_a_hub_leaves_it_to_its_workers_to_ask() -> None:
+    """It asks itself once in a while, for the round trip, and when it hears them no more."""
+    lane = Lane(1, LaneClass.BULK, 0.0, of_hub=True)
+    assert lane.wants_ping(0.0), "the round trip is not known yet"
+    answered(lane, 0.0, 0.01)
+    asked = 0
+    now = 0.0
+    while now < 60:
+        now += PING_IDLE + 0.2  # two timers' 0.1 s
+        assert lane.deadline(now - 0.1) > now - 0.1
+        lane.heard = now
+        if lane.wants_ping(now):
+            asked += 1
+            answered(lane, now, 0.01)
+    assert 60 / (PING_HEARD + PING_IDLE + 0.2) <= asked <= 60 / PING_HEARD
+    heard = lane.heard
+    assert not lane.wants_ping(heard + PING_IDLE)
+    assert lane.deadline(heard + 0.1) <= heard + PING_IDLE + HUB_WAITS
+    assert lane.wants_ping(heard + PING_IDLE + HUB_WAITS)
+    lane.ping(heard + PING_IDLE + HUB_WAITS)
+    assert lane.dead(heard + PING_IDLE + HUB_WAITS + DEAD_AFTER)
+    assert PING_IDLE + HUB_WAITS + DEAD_AFTER + 0.1 <= 6.0, "docs/faults.md promises that"
 
 
 def test_a_busy_lane_is_pinged_oftener_and_by_bytes() -> None:

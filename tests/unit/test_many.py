@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Kind, close_frame
 from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
 from rayfwd.session.messages import Message
+from rayfwd.session.target import Target
 from rayfwd.system.files import replace_file
 from tests.unit.cluster import NETWORK, Cluster, Worker, answer_to, cluster, hello_of, knock
 from tests.unit.loops import run as run_in_real_time
@@ -174,6 +176,34 @@ def test_a_further_lane_is_told_nothing_and_a_new_session_of_all(tmp_path: Path)
             await join(c, "w1")
             await asyncio.sleep(1)
             assert [type(m) for m in plans_heard(c.workers["w1"])] == [messages.Nodes]
+
+    run(main)
+
+
+class Unread(dict[str, HubNode]):
+    """Nodes of which only one that is named may be looked at."""
+
+    def _all(self) -> Any:
+        raise AssertionError("every node is looked at")
+
+    __iter__ = keys = values = items = _all
+
+
+def test_the_way_of_a_stream_is_found_without_a_look_at_every_node(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, "w1", "w2") as c:
+            to_worker = await c.listener("w1", Target(c.address_of("w2"), 9))
+            to_head = await c.listener("w1", Target(c.address, 9))
+            from_head = await c.listener("head", Target(c.address_of("w1"), 9))
+            nodes, c.hub.nodes = c.hub.nodes, Unread(c.hub.nodes)
+            try:
+                for listen in (to_worker, to_head, from_head):
+                    reader, writer = await asyncio.open_connection(*listen)
+                    with suppress(ConnectionError):  # nobody listens on port 9
+                        assert await reader.read() == b""
+                    writer.close()
+            finally:
+                c.hub.nodes = nodes
 
     run(main)
 

@@ -19,7 +19,7 @@ from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 from rayfwd.transport import mux as mux_module
-from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.mux import MANY_WAIT, SHORT_BYTES, Mux, MuxStream, StreamOwner
 from rayfwd.transport.readpacing import Pace
 from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
 from tests.unit.fake_clock import FakeClockLoop
@@ -158,6 +158,68 @@ def test_pieces_that_came_together_are_passed_on_together() -> None:
             await until(lambda: told)
             assert told == [[b"one ", b"two ", b"three"]]
             stream.end()
+
+    run(main)
+
+
+def others_wait() -> None:
+    """Have the loop much to do in its next turn."""
+    for _ in range(MANY_WAIT):
+        asyncio.get_running_loop().call_soon(lambda: None)
+
+
+def test_what_many_streams_have_to_say_in_one_turn_goes_out_together() -> None:
+    """Where the loop has much to do in it; what comes alone, or is long, does not wait."""
+
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            for _ in range(5):
+                p.worker.open(Owner())
+            await until(lambda: len(p.hub.accepted) == 5)
+            await asyncio.sleep(1)
+            writes: list[int] = []
+            lane = p.hub.lanes[0]
+            write = lane.write
+
+            def counted(chunks: Sequence[Chunk]) -> None:
+                writes.append(len(chunks))
+                write(chunks)
+
+            lane.write = counted  # type: ignore[method-assign]
+            streams = [owner.stream for owner in p.hub.accepted if owner.stream is not None]
+            for stream in streams:
+                stream.send(b"alone")
+            assert len(writes) == 5
+            others_wait()
+            for stream in streams:
+                stream.send(b"together")
+            assert len(writes) == 5
+            await asyncio.sleep(0)
+            assert len(writes) == 6
+            others_wait()
+            for stream in streams:
+                stream.send(b"long" * SHORT_BYTES)
+            assert len(writes) == 11
+
+    run(main)
+
+
+def test_a_session_that_stops_takes_along_what_was_to_go_out_together() -> None:
+    async def main() -> None:
+        async with pair(INTERACTIVE) as p:
+            stream = p.worker.open(Owner())
+            await until(lambda: p.hub.accepted)
+            await asyncio.sleep(1)
+            others_wait()
+            for word in (b"one ", b"two"):
+                stream.send(word)
+            tree = p.worker.mux.stop()
+            assert tree is not None
+            (sent,) = [each["send"] for each in tree["streams"] if each["id"] == stream.number]
+            assert sent["pending"] == b"one two"
+            await asyncio.sleep(1)
+            assert p.worker.mux.late() == 0.0
+            assert not p.worker.mux.lanes
 
     run(main)
 

@@ -14,6 +14,12 @@ from typing import Final
 
 PING_IDLE: Final = 1.5
 """Seconds between PINGs on an idle lane."""
+HUB_WAITS: Final = 0.4
+"""Seconds by which a hub's PING is later than a worker's is due, a timer's grid at either end and a
+round trip: while it hears those it knows all but how long a round trip takes, and its workers may
+be many."""
+PING_HEARD: Final = 6.0
+"""Seconds between a hub's PINGs on an idle lane while it hears the worker's."""
 PING_BUSY: Final = 0.25
 """Seconds between PINGs while something is under way."""
 RTT_RISE: Final = 0.2
@@ -50,12 +56,15 @@ class Lane:
     """The state of one lane; owned by its session."""
 
     __slots__ = (
-        "_limited", "_pinged_at", "_pings", "_token", "answered_at", "base_rtt", "bytes_in",
-        "bytes_out", "confirmed", "heard", "id", "lane_class", "newest_rtt", "pongs", "rtt", "sent",
-        "sidelined", "spoke", "window",
+        "_limited", "_of_hub", "_pinged_at", "_pings", "_token", "answered_at", "base_rtt",
+        "bytes_in", "bytes_out", "confirmed", "heard", "id", "lane_class", "newest_rtt", "pongs",
+        "rtt", "sent", "sidelined", "spoke", "window",
     )  # fmt: skip
 
-    def __init__(self, number: int, lane_class: LaneClass, now: float) -> None:
+    def __init__(
+        self, number: int, lane_class: LaneClass, now: float, of_hub: bool = False
+    ) -> None:
+        """`of_hub`: the end of it that is the hub's."""
         self.id = number
         self.lane_class = lane_class
         self.heard = now
@@ -83,6 +92,7 @@ class Lane:
         """Tokens of the peer's PINGs, to be answered."""
         self._pings: deque[tuple[int, int, float]] = deque()
         self._pinged_at = now - PING_IDLE
+        self._of_hub = of_hub
         self._token = 0
         self._limited = False
 
@@ -104,7 +114,12 @@ class Lane:
     def _next_ping(self) -> float:
         # A sidelined lane is used again when it answers: it must have been asked.
         busy = self.sent > self.confirmed or self.spoke or self.sidelined
-        return self._pinged_at + (PING_BUSY if busy and not self._pings else PING_IDLE)
+        if busy and not self._pings:
+            return self._pinged_at + PING_BUSY
+        due = self._pinged_at + PING_IDLE
+        if not self._of_hub or self._pings or self.rtt is None:
+            return due
+        return max(due, min(self.heard + PING_IDLE + HUB_WAITS, self._pinged_at + PING_HEARD))
 
     def ping(self, now: float) -> int:
         """Note a PING that is put on the lane now; returns its token."""

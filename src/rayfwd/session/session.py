@@ -127,6 +127,7 @@ class Session:
         self._behind_unheard = 0
         """Bytes of the next message, which came while there were some."""
         self._numbers = StreamNumbers(side, limits.streams)
+        self._of_hub = side == "hub"
         self._scheduler = Scheduler(self.lanes)
         self._answers = Answers(self.streams)
         self._writers = Writers(self.streams, limits.stream_buffer, limits.session_buffer)
@@ -203,7 +204,7 @@ class Session:
             raise ValueError(f"a session has {MOST_LANES} lanes at most")
         number = self._next_lane
         self._next_lane += 1
-        self.lanes[number] = Lane(number, lane_class, now)
+        self.lanes[number] = Lane(number, lane_class, now, self._of_hub)
         self._decoders[number] = FrameDecoder()
         self._trace_lane(self.lanes[number], "up")
         events: list[Event] = []

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.resources import files
 
 _ONE_OF_THEM = "rayfwd.session.session"
 """All hot modules are compiled, or none: `tools/compiled.py`."""
@@ -35,6 +36,16 @@ def python() -> str:
     return f"{brand}{platform.python_version()}, built with{'' if asked else 'out'} optimizations"
 
 
+def why_not() -> str:
+    """Why it was not compiled, where it was to be (`tools/compiled.py`); empty: it says nothing."""
+    try:
+        return (files("rayfwd") / "not_compiled").read_text().strip()
+    except OSError:
+        return ""
+
+
 def lines() -> list[str]:
     """Both for people, with where this Python is."""
-    return [f"code: {code()}", f"Python: {python()} ({sys.executable})"]
+    why = why_not()
+    more = f" ({why})" if why and code() == PURE else ""
+    return [f"code: {code()}{more}", f"Python: {python()} ({sys.executable})"]

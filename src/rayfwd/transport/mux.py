@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,12 @@ FULL_LOGGED_INTERVAL = 600.0
 """Seconds after which a session that is still full is told of again."""
 LATE_SECONDS = 1.0
 """Seconds: a timer later than this says that the process did not run, not that lanes are silent."""
+SHORT_BYTES = 1 << 12
+"""Bytes that a stream sends at once, up to which they may wait for those of others."""
+MANY_WAIT = 5
+"""Callbacks that wait for their turn in this one of the loop, from which on short messages wait for
+its end: many come at once then, and a write each would cost more than all that is done for them
+here. A message that comes alone, or beside a long transfer, waits for nothing."""
 
 
 CONTROL_BUFFER = 1 << 20
@@ -130,9 +136,11 @@ class MuxStream:
 
     def send(self, *chunks: Chunk) -> bool:
         """False: no more, please, until the owner's `stream_writable`."""
+        size = 0
         for chunk in chunks:
+            size += len(chunk)
             self._mux.session.send(self.number, chunk)
-        self._mux.flush()
+        self._mux.flush_sent(size)
         # Asked after the flush: it may have taken what was too much, and said so already.
         return not self._mux.session.must_wait(self.number)
 
@@ -199,6 +207,10 @@ class Mux:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._depth = 0
+        # Not in asyncio's documentation: of a loop that has no such attribute nothing is known.
+        self._waiting: Sized = getattr(self._loop, "_ready", ())
+        self._together: asyncio.Handle | None = None
+        """Streams' bytes wait for the end of the loop's turn."""
         self._full_logged = Seldom(FULL_LOGGED_INTERVAL)
         self._to_tell: dict[str, Message] = {}
         """Messages that wait until the peer has taken others, by type: what a message says is how
@@ -329,6 +341,7 @@ class Mux:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
+        self._cancel_together()
         tracing.ended(self.session)
         return None if self.session.ended else self.session.snapshot()
 
@@ -376,6 +389,25 @@ class Mux:
         return max(0.0, self.now() - self._timer.when())
 
     # -- at work -------------------------------------------------------------------------------
+
+    def flush_sent(self, size: int) -> None:
+        """A stream has `size` more bytes to send: at once, or with what others have in this turn of
+        the loop."""
+        if self._depth:
+            return
+        if size > SHORT_BYTES or len(self._waiting) < MANY_WAIT:
+            self.flush()
+        elif self._together is None:
+            self._together = self._loop.call_soon(self._flush_together)
+
+    def _flush_together(self) -> None:
+        self._together = None
+        self.flush()
+
+    def _cancel_together(self) -> None:
+        if self._together is not None:
+            self._together.cancel()
+            self._together = None
 
     def flush(self) -> None:
         """Give every lane what the session has for it, as far as the lane takes it."""
@@ -541,6 +573,7 @@ class Mux:
 
     def _over(self) -> None:
         """Nothing is told or heard any more, and nothing is held."""
+        self._cancel_together()
         self._to_tell.clear()
         self._to_hear.clear()
         if self._hearing is not None:
