@@ -78,11 +78,9 @@ def by_ssh(lab: Lab) -> Iterator[Between]:
     for machine in (head, worker):
         machine.run(["sysctl", "-qw", few], user="root")
     head.start_sshd(("-o", "GatewayPorts=clientspecified"))
-    forwards = [
-        f"-{kind}{address}:{port}:{address}:{port}"
-        for port in (PORT, STORE, *CHOSEN)
-        for kind, address in (("L", own[0]), ("R", own[1]))
-    ]
+    # torch's store listens on every address of the head, so nobody else can at its port there.
+    forwards = [f"-L{own[0]}:{port}:{own[0]}:{port}" for port in (PORT, STORE, *CHOSEN)]
+    forwards += [f"-R{own[1]}:{port}:{own[1]}:{port}" for port in CHOSEN]
     worker.popen([tool("ssh"), "-N", *forwards, f"ray@{head.address}"])
     there = f"src {own[0]}:{PORT}"
     until(lambda: worker.network_command("ss", "-Hltn", there).strip(), 30, lab.tails)

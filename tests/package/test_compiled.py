@@ -20,7 +20,7 @@ from tests.need import CHECKOUT, need, no_compiler
 
 HELD = (
     *("frames", "lane", "stream", "session", "session_events", "session_faults", "snapshot"),
-    *("trace", "mux", "readpacing", "writev", "fastpath"),
+    *("trace", "mux", "readpacing", "writev", "fastpath", "pipes"),
 )
 """The files of tests/unit that are about the compiled modules; the lab runs the rest of them."""
 

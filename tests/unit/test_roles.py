@@ -456,7 +456,7 @@ def test_a_thousand_dead_nodes_end_no_daemon(tmp_path: Path) -> None:
             w1, head = s.workers["w1"], s.head
             with log_events() as log:
                 for _ in range(3):
-                    head.head.reported(report)
+                    head.head.reported(report, report.message())
                 await until(lambda: w1.worker.cluster)
             heard = w1.worker.cluster
             assert heard is not None
@@ -512,7 +512,8 @@ def test_a_worker_that_asks_for_all_again_and_again_is_told_seldom(tmp_path: Pat
         async with site(tmp_path, "w1", "w2") as s:
             await s.start()
             head = s.head.head
-            head.reported(ClusterReport(as_of=None, totals={}))
+            report = ClusterReport(as_of=None, totals={})
+            head.reported(report, report.message())
             await until(lambda: s.workers["w2"].worker.cluster is not None)
             told: dict[str, int] = {"w1": 0, "w2": 0}
             for name in told:

@@ -38,7 +38,7 @@ from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
 from rayfwd.network.announced import PortNews
 from rayfwd.problems import Problem, ProblemError, Severity
-from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session import messages
@@ -96,6 +96,7 @@ class HeadRole:
         view = ClusterView(hub.network, config.ride_through, own, self._roster.plans())
         self._own = own
         self._cluster: ClusterReport | None = None
+        self._cluster_told: Told | None = None
         self._workers_ray: dict[str, RayOfWorker] = {}
         self._dial_back = advertise.DialBack()
         self._interruptions = Interruptions(time.time())
@@ -428,8 +429,8 @@ class HeadRole:
     def _state_of_ray(self, name: str) -> str | None:
         return None if (ray := self._workers_ray.get(name)) is None else ray.state
 
-    def reported(self, report: ClusterReport) -> None:
-        self._cluster = report
+    def reported(self, report: ClusterReport, told: Told) -> None:
+        self._cluster, self._cluster_told = report, told
         plans = {n.plan.address: n.plan for n in self._hub.nodes.values() if n.state != "down"}
         found = flapping(
             report.nodes, plans, time.time(), self.view.gives_up_after, self._interruptions
@@ -461,9 +462,9 @@ class HeadRole:
 
     def _report(self) -> Message | None:
         """What was seen of the cluster last, as it is told."""
-        if self._cluster is None:
+        if self._cluster_told is None:
             return None
-        message, left_out = self._cluster.message()
+        message, left_out = self._cluster_told
         self._cuts.log(message, left_out)
         return message
 

@@ -18,6 +18,10 @@ MOST_DEAD: Final = 100
 """Dead nodes that other nodes are told of: those that went last."""
 
 
+Told = tuple[Cluster, tuple[str, ...]]
+"""A report as other nodes are told it, and what of it was left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterReport:
     """One look at the cluster."""
@@ -49,7 +53,7 @@ class ClusterReport:
             ],
         }
 
-    def message(self) -> tuple[Cluster, tuple[str, ...]]:
+    def message(self) -> Told:
         """What the workers are told of it, and what of it was left out.
 
         What lives is told of before what is dead, and that a node lives before what it has. One

@@ -42,8 +42,7 @@ async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
     `token` is Ray's own (2.52 and later with RAY_AUTH_MODE=token). No proxy is used.
     """
     try:
-        body = await asyncio.to_thread(_get, dashboard, token)
-        return parse(json.loads(body))
+        return await asyncio.to_thread(_read, dashboard, token)
     except (OSError, http.client.HTTPException, ValueError) as exc:
         raise codes.RAY_NODES_FAILED.error(
             f"the node table at http://{dashboard} could not be read: {exc}",
@@ -98,6 +97,10 @@ def parse(answer: Any) -> list[NodeSeen]:
 
 def _seconds(milliseconds: Any) -> float | None:
     return milliseconds / 1000 if isinstance(milliseconds, int) and milliseconds > 0 else None
+
+
+def _read(dashboard: Way, token: str | None) -> list[NodeSeen]:
+    return parse(json.loads(_get(dashboard, token)))
 
 
 def _get(dashboard: Way, token: str | None) -> bytes:

@@ -18,7 +18,7 @@ from rayfwd.config import RayConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import nodes as node_table
 from rayfwd.ray import status_text
-from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import find
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
@@ -28,6 +28,7 @@ from rayfwd.transport.ways import WayTo
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
+from rayfwd.watch.conditions import Finding
 from rayfwd.watch.interruptions import Interruptions
 
 SOON_INTERVAL = 5.0
@@ -61,8 +62,8 @@ class ClusterWatchOwner(Protocol):
     def declared(self) -> Mapping[str, Mapping[str, float]]:
         """What the configurations of the nodes say that they bring, by address."""
 
-    def reported(self, report: ClusterReport) -> None:
-        """What was seen; after every look."""
+    def reported(self, report: ClusterReport, told: Told) -> None:
+        """What was seen, and what others are told of it; after every look."""
 
 
 class ClusterWatch:
@@ -141,17 +142,24 @@ class ClusterWatch:
         plans = {plan.address: plan for plan in view.nodes}
         names = {address: plan.name for address, plan in plans.items()}
         now = time.time()
-        found = [
-            *rules.fewer_than_declared(seen, plans, declared),
-            *rules.one_address_twice(seen, names, self._interruptions, view.gives_up_after, now),
-            *rules.not_listed(seen, self._owner.up()),
-            *rules.nodes_without_resources(status, seen, names, declared, now),
-        ]
+        twice = rules.one_address_twice(seen, names, self._interruptions, view.gives_up_after, now)
+        up = self._owner.up()
+        report = ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
+
+        def judge() -> tuple[list[Finding], Told]:
+            """Beside the loop: of a thousand nodes it would keep it for long."""
+            found = [
+                *rules.fewer_than_declared(seen, plans, declared),
+                *twice,
+                *rules.not_listed(seen, up),
+                *rules.nodes_without_resources(status, seen, names, declared, now),
+            ]
+            return found, report.message()
+
+        found, told = await asyncio.to_thread(judge)
         self._log_totals(status, seen)
         self._board.put_all(WATCHER, found)
-        self._owner.reported(
-            ClusterReport(as_of=status.as_of, totals=status.totals, nodes=tuple(seen))
-        )
+        self._owner.reported(report, told)
         waits = status.as_of is None or rules.ageing(status, now)
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 

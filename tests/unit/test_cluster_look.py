@@ -1,0 +1,121 @@
+"""A look at a cluster of a thousand nodes keeps the head's loop for no long turn."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from rayfwd.cluster.plan import NodePlan
+from rayfwd.config import RayConfig
+from rayfwd.ray import nodes, status_text
+from rayfwd.ray.cluster_report import ClusterReport, Told
+from rayfwd.ray.status_text import RayStatus
+from rayfwd.session.messages import Cluster
+from rayfwd.session.target import Target
+from rayfwd.watch import cluster_watch, rules
+from rayfwd.watch.cluster_watch import ClusterWatch
+from rayfwd.watch.interruptions import Interruptions
+from tests.unit.loops import run
+
+COUNT = 1001
+
+
+def plan(number: int) -> NodePlan:
+    role: Any = "worker" if number else "head"
+    address = f"127.77.{number // 250}.{number % 250 + 1}"
+    services = {} if number else {"gcs": 6379, "dashboard": 8265}
+    return NodePlan(f"n{number}", role, address, 20000, 8, False, services)
+
+
+PLANS = [plan(number) for number in range(COUNT)]
+ROWS = [
+    {
+        "node_id": f"{number:056x}",
+        "node_ip": plan.address,
+        "is_head_node": not number,
+        "state": "ALIVE",
+        "resources_total": {"CPU": 8.0, "memory": 1e10, f"node:{plan.address}": 1.0},
+    }
+    for number, plan in enumerate(PLANS)
+]
+TABLE = json.dumps({"result": True, "data": {"result": {"result": ROWS}}}).encode()
+
+
+class Owner:
+    """The head, as far as the watch asks it."""
+
+    view = SimpleNamespace(nodes=tuple(PLANS), gives_up_after=30.0)
+
+    def __init__(self) -> None:
+        self.told: list[tuple[ClusterReport, Told, threading.Thread]] = []
+
+    def up(self) -> list[NodePlan]:
+        return PLANS
+
+    def declared(self) -> dict[str, dict[str, float]]:
+        return {plan.address: {"CPU": 8.0} for plan in PLANS}
+
+    def reported(self, report: ClusterReport, told: Told) -> None:
+        self.told.append((report, told, threading.current_thread()))
+
+
+async def find(*_: object) -> Any:
+    return SimpleNamespace(command="ray")
+
+
+async def ask(*_: object) -> RayStatus:
+    return RayStatus(time.time(), {"CPU": (0.0, 8.0 * COUNT), "memory": (0.0, 1e14)}, (), 0, 0)
+
+
+def test_what_grows_with_the_nodes_is_done_beside_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    by: dict[str, threading.Thread] = {}
+
+    def noted(holder: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(holder, name)
+
+        def note(*args: Any) -> Any:
+            by[name] = threading.current_thread()
+            return real(*args)
+
+        monkeypatch.setattr(holder, name, note)
+
+    monkeypatch.setattr(cluster_watch, "find", find)
+    monkeypatch.setattr(status_text, "ask", ask)
+    monkeypatch.setattr(nodes, "_get", lambda *_: TABLE)
+    noted(nodes, "parse")
+    for rule in ("fewer_than_declared", "not_listed", "nodes_without_resources"):
+        noted(rules, rule)
+    noted(ClusterReport, "message")
+    owner = Owner()
+    found: dict[str, Any] = {}
+    board = SimpleNamespace(put_all=found.__setitem__, pending=lambda _: False)
+
+    async def main() -> None:
+        watch = ClusterWatch(
+            RayConfig(),
+            PLANS[0],
+            cast(Any, SimpleNamespace(environment={})),
+            cast(Any, board),
+            Interruptions(0.0),
+            cast(Any, owner),
+            lambda node, port: cast(Any, Target(node.address, port)),
+        )
+        assert not await watch._scan()
+
+    run(main)
+    assert len(by) == 5
+    assert threading.main_thread() not in by.values()
+    ((report, (message, left_out), thread),) = owner.told
+    assert thread is threading.main_thread()
+    assert len(report.nodes) == COUNT
+    assert isinstance(message, Cluster)
+    assert left_out == ()
+    assert found["cluster"] == []
