@@ -18,8 +18,9 @@ HUB_WAITS: Final = 0.4
 """Seconds by which a hub's PING is later than a worker's is due, a timer's grid at either end and a
 round trip: while it hears those it knows all but how long a round trip takes, and its workers may
 be many."""
-PING_HEARD: Final = 6.0
-"""Seconds between a hub's PINGs on an idle lane while it hears the worker's."""
+PING_HEARD: Final = 3.0
+"""Seconds between a hub's PINGs on an idle lane while it hears the worker's: of three looks at
+how long they take (`watch/links.py`) one PING decides two at the most."""
 PING_BUSY: Final = 0.25
 """Seconds between PINGs while something is under way."""
 RTT_RISE: Final = 0.2
