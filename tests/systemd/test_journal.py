@@ -139,7 +139,7 @@ def test_the_units_that_remedies_name(stages: Stages, worker: Machine) -> None:
     assert {unit: worker.show(unit)["InvocationID"] for unit in before} == before
     head.systemctl("reload", "ssh")
     head.systemctl("enable", "--now", "ssh")
-    assert head.show("ssh")["ActiveState"] == "active"
+    head.wait_for("ssh", ActiveState="active")
     assert worker.show()["ActiveState"] == "active"
 
 
