@@ -126,7 +126,7 @@ def test_link_down(cluster: Cluster) -> None:
     since = max(said_at(end) for end in ends)
     (row,) = named([cluster.head], "link_down", "w1", WITHIN, since)
     assert row["severity"] == "error"
-    assert "what it carried is lost" in row["cause"]
+    assert "its connections are lost" in row["cause"]
     # Named while the streams were held, as a note: each attempt has 10 s for an answer.
     (row,) = named([w1], "ssh_unreachable", "w1", 2 * WITHIN, cut)
     assert row["severity"] == "error"

@@ -320,7 +320,7 @@ def test_what_keeps_a_machine_out_is_said_of_each(machines: Lab, nodes: dict[str
     ran = said_on(head, "add", *(f"ray@{a}" for a in (w1.address, w2.address, "198.51.100.99")))
     assert ran.returncode == 1
     assert f"{w1.address}  FAILED    at `log in`: host_key_mismatch: " in ran.stdout
-    assert "w2  FAILED    at `install`: add_no_python: there is no Python 3.11" in ran.stdout
+    assert "w2  FAILED    at `install`: add_no_python: it has no Python 3.11" in ran.stdout
     assert "198.51.100.99  FAILED    at `log in`: ssh_unreachable: " in ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("0 of 3 in the cluster; 3 failed: ")
 

@@ -239,7 +239,9 @@ def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert f"{dials}, running `rayfwd attach` there" in lines
     assert "forward 127.0.0.1:8265 here is head:8265" in lines
     assert "advertise others reach this worker directly at 203.0.113.7" in lines
-    assert "expose other nodes' forwards may reach port 9000 of this machine" in lines
+    assert (
+        "expose [[forward]] of other nodes may lead to these ports of this machine: 9000" in lines
+    )
     warnings = [line for line in lines if line.startswith("warning: ")]
     assert (
         f"warning: head.identity = {identity}: other users may read it; run `chmod 600 {identity}`"
@@ -256,10 +258,10 @@ def test_check_warns_of_ephemeral_ports_in_the_blocks(
     monkeypatch.setattr("rayfwd.doctor.settings._EPHEMERAL", ports)
     ports.write_text("32768\t60999\n")
     assert main(["check", "--config", str(head_file)]) == 0
-    assert "takes ephemeral ports" not in capsys.readouterr().out
+    assert "uses ephemeral ports" not in capsys.readouterr().out
     ports.write_text("16384\t60999\n")
     assert main(["check", "--config", str(head_file)]) == 0
-    assert "takes ephemeral ports from 16384 on" in capsys.readouterr().out
+    assert "uses ephemeral ports from 16384 on" in capsys.readouterr().out
 
 
 def test_check_warns_of_a_path_too_long_for_a_socket(tmp_path: Path, capsys: Any) -> None:
@@ -495,7 +497,7 @@ def test_forget_asks_a_running_daemon(head_file: Path, tmp_path: Path, capsys: A
     named = Forgotten(node="w1", token="named", variable="RAY_AUTH_TOKEN").to_wire()
     with daemon(tmp_path, forget={"forgotten": named}):
         assert main(["forget", "w1", "--config", str(head_file)]) == 1
-    assert "RAY_AUTH_TOKEN names" in capsys.readouterr().out
+    assert "is set by RAY_AUTH_TOKEN" in capsys.readouterr().out
     with daemon(tmp_path, forget={"forgotten": None}):
         assert main(["forget", "w1", "--config", str(head_file)]) == 1
     with daemon(tmp_path, forget={"forgotten": True}):

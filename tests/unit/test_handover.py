@@ -264,7 +264,7 @@ def test_it_is_known_whether_the_service_manager_keeps_descriptors(
             with socket.socket(fileno=kept) as again:
                 assert fdpass.unpack(again) == (b"data", [])
         else:
-            with pytest.raises(OSError, match="has not taken it"):
+            with pytest.raises(OSError, match="did not accept it"):
                 handover.keep(packed, notifier)
     finally:
         notifier.close()

@@ -148,7 +148,7 @@ def test_jump_hosts_in_a_circle_are_named(home: Path, config: str) -> None:
     with pytest.raises(ProblemError) as caught:
         hops.find_way(HeadConfig(ssh="ray@head"))
     assert caught.value.problem.code is codes.SSH_CONFIG_INVALID
-    assert "circle" in caught.value.problem.cause
+    assert "loop" in caught.value.problem.cause
 
 
 # -- jump hosts ----------------------------------------------------------------------------------

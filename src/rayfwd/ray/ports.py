@@ -48,4 +48,4 @@ def _describe(port: int, error: int) -> str:
     if error != errno.EADDRINUSE:
         return f"{port} ({os.strerror(error)})"
     holder = procfs.listener(port)
-    return f"{port} (used by {holder.name}, pid {holder.pid})" if holder else f"{port} (in use)"
+    return f"{port} (held by {holder.name}, pid {holder.pid})" if holder else f"{port} (in use)"
