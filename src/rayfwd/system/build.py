@@ -48,4 +48,4 @@ def lines() -> list[str]:
     """Both for people, with where this Python is."""
     why = why_not()
     more = f" ({why})" if why and code() == PURE else ""
-    return [f"code: {code()}{more}", f"Python: {python()} ({sys.executable})"]
+    return [f"code: {code()}" + more, f"Python: {python()} ({sys.executable})"]
