@@ -592,10 +592,17 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
 
 
 def _as_bounded(ray: RayConfig) -> RayConfig:
-    """Ray knows a control group's processors, and not that an affinity leaves fewer."""
-    if ray.num_cpus is not None or (cpus := capacity.cpus()) >= capacity.rays_cpus():
-        return ray
-    return ray.model_copy(update={"num_cpus": cpus})
+    """Ray knows what the outermost control group leaves, and not that an affinity, or a job's group
+    below it, leaves less."""
+    update: dict[str, Any] = {}
+    if ray.num_cpus is None and (cpus := capacity.cpus()) < capacity.rays_cpus():
+        update["num_cpus"] = cpus
+    if (memory := capacity.memory()) < capacity.rays_memory():
+        store = ray.object_store_memory or capacity.store_within(memory)
+        update["object_store_memory"] = store
+        if not any(word.startswith("--memory") for word in ray.extra_args):
+            update["extra_args"] = (*ray.extra_args, f"--memory={max(0, memory - store)}")
+    return ray.model_copy(update=update) if update else ray
 
 
 def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str | None) -> Problem:

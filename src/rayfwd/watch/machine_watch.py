@@ -27,10 +27,6 @@ NODE_DESCRIPTORS = 64
 """Connections that one other node's Ray keeps open through the listeners here, at least: an idle
 cluster of three has 20 to 40 a node."""
 
-STORE_PART, STORE_MOST = 0.3, 10**10
-"""Ray's own part of the memory for objects. Of more than 10 GB it takes as much as /dev/shm has
-(`ray._private.utils.resolve_object_store_memory`, Ray 2.9 to 2.60)."""
-
 DISK_FULL_PART = 0.95
 """Part of the disk from which on Ray creates no more objects there
 (`RAY_local_fs_capacity_threshold`, Ray 2.9 to 2.60)."""
@@ -85,14 +81,9 @@ def sample(
         disks=found,
         listening=procfs.listening() if workers else (),
         workers=workers,
-        store=rays_store(capacity.memory()) if store is None else store,
+        store=capacity.rays_store(capacity.memory()) if store is None else store,
         shared=capacity.shared_memory(),
     )
-
-
-def rays_store(memory: int) -> int:
-    """Bytes that Ray takes for objects by itself, on a node that may have so many."""
-    return min(int(memory * STORE_PART), STORE_MOST)
 
 
 def _there(path: Path) -> Path:
