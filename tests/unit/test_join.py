@@ -89,6 +89,7 @@ def test_what_is_not_said_is_as_it_is_best_for_an_hour(monkeypatch: pytest.Monke
         (["--num-cpus", "many"], 'rayfwd join: --num-cpus = "many": must be a whole number'),
         (["--ride-through", "1"], "rayfwd join: --ride-through = 1: must be at least 5"),
         (["--set", "canary"], "--set canary: must be KEY=VALUE, as in canary.enabled=true"),
+        (["--set", "ray=5"], "--set ray=5: ray is a section; name a key of it"),
         (["--set", "ray.auht=1"], "rayfwd join: ray.auht: unknown key; did you mean auth?"),
         (["--resources", "disk"], "--resources disk: must be NAME=VALUE"),
         (["--resources", "{"], "--resources {: must be a JSON object"),
@@ -385,6 +386,15 @@ def test_process_1_passes_signals_on_and_has_its_childs_exit_code() -> None:
         assert first.stdout.readline() == b"works\n"
         first.terminate()
         assert first.wait(20) == 7
+
+
+def test_process_1_ends_when_it_is_told_while_it_is_still_loading() -> None:
+    """The kernel spares process 1 a signal that it has no handler for."""
+    program = "import os, signal; os.getpid = lambda: 1; from rayfwd.cli import main\n"
+    program += "from rayfwd.cli import explain; explain.run = lambda _: signal.raise_signal(15)\n"
+    program += "signal.signal(15, signal.SIG_IGN); main(['explain', 'link_down'])"
+    ran = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True)
+    assert (ran.returncode, ran.stderr) == (128 + 15, b"")
 
 
 def test_the_daemon_of_a_file_has_no_other_file(tmp_path: Path) -> None:

@@ -228,6 +228,10 @@ def full_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is documented in `rayfwd --help`."""
+    if os.getpid() == 1:
+        from rayfwd.system import first_process  # noqa: PLC0415  # what most calls do not need
+
+        first_process.ends_when_told()
     try:
         args = _parsed(argv)
         if args.version:

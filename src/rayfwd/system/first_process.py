@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 _PASSED_ON = (
@@ -19,6 +20,13 @@ _PASSED_ON = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+
+
+def ends_when_told() -> None:
+    """For process 1, as long as nothing has begun: the kernel spares it every signal that it has no
+    handler for, and a stop while it is still loading would be lost."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def run(work: Callable[[], int]) -> int:
