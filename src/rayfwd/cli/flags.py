@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import json
+import math
 import re
 import textwrap
 import tomllib
@@ -137,15 +138,30 @@ def given_by(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not (equals and re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key)):
             raise MistakeError([f"--set {text}: must be KEY=VALUE, as in canary.enabled=true"])
+        if key in SECTIONS and key != "forward":  # which is a list
+            raise MistakeError([f"--set {text}: {key} is a section; name a key of it"])
         put(data, key, _toml(value))
     return data
 
 
+def duration(text: str) -> float:
+    """Seconds, from `90`, `90s`, `45m`, `2h` or `1d`; for argparse."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text, re.ASCII)
+    seconds = 0.0
+    if found is not None:
+        seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a time, as in 90, 45m, 2h or 1d")
+    return seconds
+
+
 def put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key."""
+    """Set a dotted key. Raises MistakeError."""
     *above, last = key.split(".")
     for part in above:
         data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise MistakeError([f"{key}: {part} is set to a value already"])
     data[last] = value
 
 

@@ -10,7 +10,6 @@ import argparse
 import faulthandler
 import os
 import pwd
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from typing import Any, TextIO
 
 from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
-from rayfwd.cli.flags import Flag, add_set, as_option, flags_of, given_by
+from rayfwd.cli.flags import Flag, add_set, as_option, duration, flags_of, given_by
 from rayfwd.config import Config, ConfigError, parse
 from rayfwd.daemon.lifetime import Lifetime
 from rayfwd.problems import ProblemError
@@ -53,14 +52,14 @@ def add_arguments(
     parser.add_argument(
         "--wait-for",
         metavar="SECONDS",
-        type=_duration,
+        type=duration,
         help="give up, with exit code 3, if the node is not ready within this time (default: "
         "never)",
     )
     parser.add_argument(
         "--stop-after",
         metavar="DURATION",
-        type=_duration,
+        type=duration,
         help="leave the cluster after this time: 90, 45m, 2h, 1d (default: never)",
     )
     for flag in flags:
@@ -83,17 +82,6 @@ def any_flags(*further: str) -> list[Flag]:
         else flag
         for flag in found
     ]
-
-
-def _duration(text: str) -> float:
-    """Seconds, from `90`, `90s`, `45m`, `2h` or `1d`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    seconds = 0.0
-    if found is not None:
-        seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-    if seconds <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a time, as in 90, 45m, 2h or 1d")
-    return seconds
 
 
 def said(base: dict[str, Any], args: argparse.Namespace, flags: Sequence[Flag]) -> dict[str, Any]:
