@@ -171,7 +171,7 @@ class Client:
                 raise ProblemError(problem)
             if problem.code != shown:
                 shown = problem.code
-                self._emit(f"{problem.code}: {problem}; trying on")
+                self._emit(f"{problem.code}: {problem}; still trying")
             await asyncio.sleep(backoff.next())
 
     async def _by(self, via: Via) -> Problem:

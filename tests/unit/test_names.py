@@ -119,7 +119,7 @@ def attach(tmp_path: Path, hello: bytes, *words: str) -> tuple[int, str]:
 def test_a_key_that_names_a_node_is_for_no_other(tmp_path: Path) -> None:
     code, said = attach(tmp_path, hello_of("w2").encode(), "--node", "w1")
     assert code == 1
-    assert said.startswith("rayfwd attach: key_of_another: this SSH key is for the node w1, and")
+    assert said.startswith("rayfwd attach: key_of_another: this SSH key is for the node w1, but")
     assert "--name w1" in said
 
 

@@ -86,7 +86,7 @@ def read(path: Path, usual: Host) -> list[Host]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        why = exc.strerror if isinstance(exc, OSError) else "it is no text"
+        why = exc.strerror if isinstance(exc, OSError) else "is not UTF-8 text"
         raise HostsError([f"{path}: {why}"]) from None
     found, wrong = [], []
     for number, line in enumerate(lines, 1):
