@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 codes.KEY_OF_ANOTHER,
                 f"this SSH key is for the node {args.node}, but this machine says that it is "
                 f"{claimed}",
-                f"name this machine {args.node} (--name, or `name` in its file), or use "
+                f"give this machine that name (--name {args.node}, or `name` in its file), or use "
                 "an SSH key of its own",
             )
         if claimed is not None:

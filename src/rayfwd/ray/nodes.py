@@ -59,7 +59,7 @@ async def no_answer(dashboard: Way, seconds: float) -> str | None:
     try:
         await asyncio.to_thread(_ask_version, dashboard, seconds)
     except (OSError, http.client.HTTPException) as exc:
-        return str(exc) or type(exc).__name__
+        return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
     return None
 
 
