@@ -5,6 +5,7 @@ No right to change the network is needed.
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ import pytest
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import Process, until
+from tests.lab.test_libraries import know_own_names
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
@@ -43,6 +45,28 @@ else:
     print("heard", store.get("said").decode(), flush=True)
     store.set(f"heard by {who}", "yes")
 """
+
+GLOO = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+rank, rounds = int(sys.argv[1]), int(sys.argv[2])
+for number in range(rounds):
+    at = f"tcp://127.77.0.2:{29800 + number}"
+    try:
+        dist.init_process_group(
+            "gloo", at, rank=rank, world_size=3, timeout=timedelta(seconds=30)
+        )
+        total = torch.tensor([1.0 + rank])
+        dist.all_reduce(total)
+        print("sum", total.item(), flush=True)
+        dist.destroy_process_group()
+    except Exception as exc:
+        print("failed", repr(exc)[:300].replace("\\n", " "), flush=True)
+"""
+"""A group of three is made some times over: each rank opens a port, and dials others' but once."""
+GROUPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +191,17 @@ def test_a_port_that_is_taken_is_named(cluster: Cluster, w1: Machine) -> None:
     head.wait_status(lambda s: not s["conditions"], 30)
     assert dialled(cluster, "head", 29700, 10)[0] == "127.77.0.1"
     end(server)
+
+
+def test_ranks_of_gloo_find_each_other(cluster: Cluster, w1: Machine) -> None:
+    """gloo listens, tells the others by the store, and these dial at once. So a node tells of a
+    port before it passes on what names it."""
+    know_own_names(cluster.lab)
+    ranks = [
+        python(cluster, cluster.lab.machine(name), GLOO, rank, GROUPS)
+        for rank, name in enumerate(("w1", "head", "w2"))
+    ]
+    for rank in ranks:
+        assert rank.wait(240) == 0, rank.log.read_text()
+    said = [re.findall("^(?:sum|failed).*", rank.log.read_text(), re.M) for rank in ranks]
+    assert said == 3 * [GROUPS * ["sum 6.0"]]

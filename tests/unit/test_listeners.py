@@ -534,6 +534,30 @@ def test_a_listener_whose_port_is_taken_is_said_once_and_opens_when_it_is_free()
     run(main)
 
 
+def test_what_a_program_elsewhere_has_opened_is_there_with_the_news_of_it() -> None:
+    """Who hears of the port may dial it at once: the next turn of the loop may be too late."""
+
+    async def main() -> None:
+        told: list[int] = []
+        plan, one, two = free_place(), free_place(), free_place()
+        with log_events() as log, socket.socket() as other:
+            other.bind(two)
+            other.listen()
+            async with listeners_at_work(lambda: told.append(listeners.open)) as listeners:
+                listeners.set_wanted({plan: plan}, {one: one})
+                await until(lambda: listeners.open == 2)
+                listeners.set_wanted({plan: plan})
+                await until(lambda: told[-1] == 1)
+                listeners.set_wanted({plan: plan}, {one: one, two: two})
+                assert listeners.open == 2
+                await until(lambda: told[-1] == 2 and listeners.blocked)
+                (problem,) = listeners.blocked
+                assert problem.code == codes.OPEN_PORT_TAKEN
+        assert [line["new"] for line in of(log, "listeners_open")] == [2, 1]
+
+    run(main)
+
+
 def test_listeners_that_are_no_longer_wanted_are_closed() -> None:
     async def main() -> None:
         one, two = free_place(), free_place()
@@ -619,6 +643,44 @@ class FakeStream:
         self.was_reset = reason
 
     def consumed(self, _: int) -> None: ...
+
+
+class Heard(FakeStream):
+    """Notes what it is given."""
+
+    def __init__(self, heard: list[object]) -> None:
+        super().__init__()
+        self._heard = heard
+
+    def send(self, data: bytes) -> bool:
+        self._heard.append(data)
+        return True
+
+
+def test_it_is_known_that_a_program_speaks_before_it_is_heard() -> None:
+    async def main() -> None:
+        heard: list[object] = []
+        place = free_place()
+
+        def route(_: Target, relay: SocketRelay) -> None:
+            relay.when_read(heard.append)
+            relay.attach(Heard(heard))  # type: ignore[arg-type]
+
+        listeners = Listeners(route)
+        listeners.set_wanted({place: place})
+        running = asyncio.create_task(listeners.run())
+        await until(lambda: listeners.open == 1)
+        _, writer = await asyncio.open_connection(*place)
+        writer.write(b"29500")
+        await until(lambda: len(heard) == 2)
+        for relay in list(listeners.relays):
+            relay.refuse()
+        writer.close()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert heard == [5, b"29500"]
+
+    run(main)
 
 
 class Peer(NamedTuple):

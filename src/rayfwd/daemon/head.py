@@ -68,8 +68,11 @@ from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
 
+FEW_NODES = 32
+"""Nodes up to which news of open ports are told at once, before the bytes that come behind them are
+passed on."""
 PORTS_GATHERED = 0.005
-"""Seconds in which news of open ports are gathered into one message."""
+"""Seconds in which they are gathered into one message where there are more."""
 NAMES_INTERVAL = 60.0
 """Seconds between two looks at whose names are to be given back."""
 SEEN_INTERVAL = 3600.0
@@ -537,11 +540,15 @@ class HeadRole:
             self._node.announced.hear(name, None)
 
     def _tell_ports_soon(self) -> None:
-        if self._ports_due is None:
+        if len(self._hub.nodes) <= FEW_NODES:
+            self._tell_ports()
+        elif self._ports_due is None:
             loop = asyncio.get_running_loop()
             self._ports_due = loop.call_later(PORTS_GATHERED, self._tell_ports)
 
     def _tell_ports(self) -> None:
+        if self._ports_due is not None:
+            self._ports_due.cancel()
         self._ports_due = None
         for message in self._port_news.news():
             self._hub.tell_all(message)

@@ -189,6 +189,11 @@ class Node:
             lambda: self.config.expose,
             self._open_ports_changed,
         )
+        self._others_listen = False
+        """Another node has listeners in the place of this one's ports."""
+        self._herald_of_ray = self._open_ports.herald(lambda: self._others_listen)
+        """Called before what Ray's programs say is passed on; and the next, what others say."""
+        self._herald_of_others = self._open_ports.herald(lambda: self._others_listen)
         self._reach = Reach(name, owner.peers, self.board, self.way)
         self._links = LinkWatch(self.board, owner.links_seen)
         self._machine = MachineWatch(
@@ -247,7 +252,11 @@ class Node:
     def set_view(self, view: ClusterView) -> None:
         """Know the cluster so from now on, and open the listeners that it asks for."""
         self.view = view
-        self._open_ports.address = None if view.own is None else view.own.address
+        own = view.own
+        self._open_ports.address = None if own is None else own.address
+        self._others_listen = own is not None and any(
+            node.level == "listeners" and node.name != own.name for node in view.nodes
+        )
         self.reach_others()
         self._owner.changed()
 
@@ -376,7 +385,9 @@ class Node:
             relay.refuse()
             return
         node = self._node_at(target.address)
-        if node is not None and target.port not in node.ports:
+        planned = node is not None and target.port in node.ports
+        relay.when_read(self._herald_of_ray if planned else self._herald_of_others)
+        if node is not None and not planned:
             self.dials.dialled(node.name, target.port)
             relay.when_not_in_plan(lambda why: self._refused_there(*target, why))
         self._owner.route(target, relay)
@@ -414,8 +425,10 @@ class Node:
         if target == self.page:  # a client's: the hub lets no node dial 127.0.0.1
             return self.connector.accept(stream, opening)
         if own is not None and target.address == own.address:
-            if target.port in own.ports or self._may_be_dialled.has(target):
-                return self.connector.accept(stream, opening)
+            if target.port in own.ports:
+                return self._connect(stream, opening, self._herald_of_ray)
+            if self._may_be_dialled.has(target):
+                return self._connect(stream, opening, self._herald_of_others)
             if target.port in self.config.expose:
                 return self.connector.accept(stream, Opening(Target("127.0.0.1", target.port)))
         cause = (
@@ -427,6 +440,13 @@ class Node:
         self.dials.refuse("here", name, target.port, cause)
         stream.reset(ResetReason.NOT_IN_PLAN, cause)
         return None
+
+    def _connect(
+        self, stream: MuxStream, opening: Opening, before_send: Callable[[int], None]
+    ) -> SocketRelay:
+        relay = self.connector.accept(stream, opening)
+        relay.when_read(before_send)
+        return relay
 
     # -- what is wrong -------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from rayfwd.network.ruleset import LOWEST_PORT
 from rayfwd.session.messages import MOST_OPEN_PORTS
 from rayfwd.session.target import Target
+from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
 from rayfwd.system.sockdiag import ListeningSocket, SockDiag
 
@@ -27,6 +28,11 @@ QUIET_AFTER = 10.0
 """Seconds without a change, here or on another node, after which it is quiet."""
 SLOWEST, PART = 1.0, 0.02
 """A look may take this part of the time, unless the pause would be longer than so many seconds."""
+SHORT = 4096
+"""Bytes that a program may say at once to tell others of a port; more is data."""
+LOOKS_AT_ONCE, LOOKS_A_SECOND = 200, 200
+"""Looks before what programs say is passed on, for each kind of connection; one takes a tenth of a
+millisecond."""
 
 LOOPBACK = "127.0.0.1"
 
@@ -107,6 +113,21 @@ class OpenPortsWatch:
         """A port has opened or closed, here or elsewhere: more may follow soon."""
         self._stirred_at = asyncio.get_running_loop().time()
         self._stirred.set()
+
+    def herald(self, wanted: Callable[[], bool]) -> Callable[[int], None]:
+        """To be called before so many bytes of a program here are passed on to another node.
+
+        They may name a port that has opened a moment ago, and who hears of it may dial it at once,
+        as gloo does, but once. So the news of it goes first, by the same way. `wanted`: whether
+        anybody needs that. Each herald has looks of its own to spend.
+        """
+        looks = Budget(LOOKS_AT_ONCE, LOOKS_A_SECOND, time.monotonic)
+
+        def before_send(size: int) -> None:
+            if size <= SHORT and self.address is not None and wanted() and looks.take():
+                self.look()
+
+        return before_send
 
     def look(self) -> None:
         """See what is open now."""

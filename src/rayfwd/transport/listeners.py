@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from itertools import islice
 from types import MappingProxyType
 
 from rayfwd import codes
@@ -65,6 +66,10 @@ class Listeners:
         self._route = route
         self._on_change = on_change
         self._wanted: dict[Target, Target] = {}
+        self._at_work = False
+        """`run` opens and closes them now."""
+        self._early = 0
+        """How many were opened since it has looked last."""
         self._passing: frozenset[Target] = frozenset()
         """Those of them that stand for a port on which another node's program listens for now."""
         self._open: dict[Target, socket.socket] = {}
@@ -142,22 +147,36 @@ class Listeners:
         # The others first, as there may be no descriptor for all.
         wanted = {**listeners, **{at: passing[at] for at in passing if at in self._passing}}
         if self._wanted != wanted:
+            news = self._passing - self._wanted.keys()
             self._wanted = wanted
             self._changed.set()
+            if self._at_work and not self._left:
+                self._open_early(news)
+
+    def _open_early(self, news: Collection[Target]) -> None:
+        """A port that has opened on another node is dialled as soon as a program here hears of it,
+        which may be with the next bytes: so these do not wait for their turn."""
+        for listen in islice(news, OPENED_AT_ONCE):
+            if listen not in self._open and len(self._open) < descriptors.for_listeners():
+                with suppress(OSError):  # `run` says why
+                    self._try(listen)
+                    self._early += 1
 
     async def run(self) -> None:
         """Keep the listeners as wanted; a port that is taken is tried again until it is free."""
         self.admission.open()
+        self._at_work = True
         backoff = Backoff(RETRY_FIRST, RETRY_LAST)
         try:
             while True:
                 self._changed.clear()
+                early = self._early
                 before, kept = (set(self._open), self._blocked), self._lasting()
                 await self._reconcile()
                 after = (set(self._open), self._blocked)
                 if kept != (lasting := self._lasting()) and self._wanted_known:
                     self.keep(lasting.values())
-                if before != after and self._on_change is not None:
+                if (early or before != after) and self._on_change is not None:
                     self._on_change()
                 try:
                     async with asyncio.timeout(backoff.next() if self._blocked else None):
@@ -166,6 +185,7 @@ class Listeners:
                 except TimeoutError:
                     pass
         finally:
+            self._at_work = False
             # Not ended: whoever holds them, too, has them for the next process.
             self._acceptor.close()
             self._open.clear()
@@ -211,7 +231,8 @@ class Listeners:
         for listen in [d for d in self._open if d not in self._wanted]:
             _end(self._acceptor.release(self._open.pop(listen)))
         self._blocked = {d: p for d, p in self._blocked.items() if d in self._wanted}
-        opened, failed = 0, {}
+        opened, self._early = self._early, 0
+        failed: dict[Target, OSError] = {}
         for listen in list(self._wanted):
             if self._left:
                 return

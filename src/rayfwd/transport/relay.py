@@ -38,6 +38,7 @@ class SocketRelay(asyncio.Protocol):
         self._connected = connected
         self._lost: Callable[[], None] | None = None
         self._not_in_plan: Callable[[str], None] | None = None
+        self._before_send: Callable[[int], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._reading: Reading | None = None
         """Of the transport; it outlives it."""
@@ -62,6 +63,11 @@ class SocketRelay(asyncio.Protocol):
     def when_not_in_plan(self, refused: Callable[[str], None]) -> None:
         """`refused` is called, with the far side's words, when that serves no such port."""
         self._not_in_plan = refused
+
+    def when_read(self, before_send: Callable[[int], None]) -> None:
+        """`before_send` is called with the number of bytes that came from the program, before they
+        are passed on."""
+        self._before_send = before_send
 
     def when_lost(self, lost: Callable[[], None]) -> None:
         """`lost` is called when it had a connection and has it no more."""
@@ -100,6 +106,8 @@ class SocketRelay(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None, "a relay reads its socket once it has a stream"
         assert self._reading is not None, "a relay that reads has a connection"
+        if self._before_send is not None:
+            self._before_send(len(data))
         if not self._stream.send(data) and not self._over:
             self._reading.stop()
         self._reading.after_read(len(data))
