@@ -69,6 +69,28 @@ while True:
     sock.close()
 """
 
+PAIR = """
+import socket, threading, time
+server = socket.create_server(("127.0.0.1", 19977))
+program = socket.create_connection(("127.77.0.2", 20005), 60)
+daemon, _ = server.accept()
+daemon.settimeout(60)
+own = socket.create_server(("", 20006))
+def stand_in():
+    while True:
+        own.accept()
+        print("own", flush=True)
+threading.Thread(target=stand_in, daemon=True).start()
+while True:
+    for near, far in ((program, daemon), (daemon, program)):
+        near.sendall(b"x")
+        assert far.recv(1) == b"x"
+        print("x", end="", flush=True)
+        time.sleep(0.05)
+"""
+"""A redirected connection, both ends of which say something in turn; and a program of this machine
+that listens on a port which other nodes have as well."""
+
 
 class Overlay:
     """A keeper in a machine, and what its rules do to who dials there."""
@@ -102,6 +124,9 @@ class Overlay:
         """Whether the second packet of a connection to that port of another node was dropped."""
         listed = self.machine.network_command("nft", "list", "set", "inet", "rayfwd0", "held_again")
         return f"{OTHER} . {port} . " in listed
+
+    def tables(self) -> str:
+        return self.machine.network_command("nft", "list", "tables")
 
     def left(self) -> tuple[bool, bool]:
         """Whether interface and table are there."""
@@ -141,7 +166,8 @@ def test_a_port_that_opens_a_moment_later_is_not_refused(overlay: Overlay) -> No
     overlay.machine.run(argv, user="root", check=False)
     dialling = overlay.machine.popen([overlay.python, "-c", DIAL, OTHER, "45000"])
     until(lambda: overlay.held_again(45000), 20, dialling.log.read_text)
-    overlay.machine.nft(f"add element inet rayfwd0 open {{ {OTHER} . 45000 }}\n")
+    wire = {**RULES.to_wire(), "open_ports": {OTHER: [[20000, 20010], [45000, 45000]]}}
+    assert overlay.ask("update", wire) == {}
     assert dialling.wait(20) == 0
     assert dialling.log.read_text().split()[-1] == f"{OTHER}:45000"
     assert overlay.ask("update", RULES.to_wire()) == {}
@@ -245,6 +271,47 @@ def test_beside_other_tables(overlay: Overlay) -> None:
     assert overlay.ask("down") == {}
     assert "chain OUTPUT" in overlay.machine.network_command("nft", "list", "table", "ip", "nat")
     assert overlay.ask("up", RULES.to_wire()) == {}
+
+
+def test_what_stands_outlives_all_that_is_done_to_the_kernels_tables(
+    module_lab: Lab, rayfwd: Path
+) -> None:
+    """They are flushed, and the keeper is killed; and at no moment does this machine answer in
+    another node's place."""
+    machine = module_lab.machine("w2")
+    overlay = Overlay(machine, rayfwd)
+    assert overlay.ask("up", RULES.to_wire()) == {}
+    pair = machine.popen([overlay.python, "-c", PAIR])
+
+    def goes_on() -> None:
+        before = len(pair.log.read_text())
+        until(
+            lambda: pair.poll() is not None or len(pair.log.read_text()) > before + 4,
+            30,
+            pair.log.read_text,
+        )
+        assert pair.poll() is None, pair.log.read_text()
+
+    goes_on()
+    for command in (("conntrack", "-F"), ("nft", "flush", "ruleset"), ("conntrack", "-F")):
+        machine.network_command(*command)
+        goes_on()
+    assert machine.run(
+        ["nft", "delete", "table", "inet", "rayfwd0"], user="root", check=False
+    ).returncode, "it is the keeper's own"
+    until(lambda: "rayfwd0-shut" in overlay.tables(), 20, overlay.tables)
+    overlay.keeper.signal(signal.SIGKILL)
+    overlay.keeper.wait(20)
+    assert "rayfwd0-shut" in overlay.tables()
+    assert "inet rayfwd0\n" not in overlay.tables()
+    assert overlay.dial(OTHER, 20006) == "TimeoutError None", "nobody answers"
+    overlay.start()
+    assert overlay.ask("up", RULES.to_wire()) == {}
+    goes_on()
+    pair.signal(signal.SIGKILL)
+    pair.wait(20)
+    assert "own" not in pair.log.read_text()
+    machine.firewall()
 
 
 @pytest.mark.runs("rayfwd overlay")

@@ -13,9 +13,10 @@ from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
 from rayfwd.config import NetworkConfig
 from rayfwd.network import manager
+from rayfwd.network import overlay as network
 from rayfwd.network.announced import Announced, PortNews, applied, change_of
 from rayfwd.network.manager import Overlay
-from rayfwd.network.open_ports import OpenPortsWatch
+from rayfwd.network.open_ports import LOOKS_AT_ONCE, SHORT, OpenPortsWatch
 from rayfwd.network.overlay_client import KEEPER
 from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
 from rayfwd.session.frames import MAX_MESSAGE
@@ -63,7 +64,65 @@ def test_without_ports() -> None:
     bare = replace(RULES, open_ports={}, guarded=())
     added = [line for line in ruleset(bare).splitlines() if "add element" in line]
     assert added == ["add element inet rayfwd0 open { 127.77.0.0 . 19977 }"]
-    assert removal("rayfwd0").splitlines()[-1] == "delete table inet rayfwd0"
+
+
+def test_both_tables_are_removed_whether_they_are_there_or_not() -> None:
+    words = ["table inet rayfwd0 {}", "delete table inet rayfwd0"]
+    shut = ["table inet rayfwd0-shut", "delete table inet rayfwd0-shut"]
+    assert removal("rayfwd0").splitlines() == words + shut
+    assert removal("rayfwd0", shut=False).splitlines() == words
+    owned = removal("rayfwd0", owned=True).splitlines()
+    assert owned == ["table inet rayfwd0 { flags owner; }", *words[1:], *shut]
+    assert ruleset(RULES, owned=True).count("flags owner") == 2
+
+
+def test_a_table_that_stands_keeps_what_it_remembers() -> None:
+    """It is not deleted when the rules are said again, as after a restart of the daemon."""
+    text = ruleset(RULES, owned=True, stands=True)
+    assert "delete table inet rayfwd0\n" not in text
+    assert "flush table inet rayfwd0\n" in text
+    assert "flush set inet rayfwd0 open\n" in text
+    assert text.count("map back {") == 1
+
+
+def test_what_is_not_redirected_is_dropped_by_a_table_of_its_own() -> None:
+    """Other nodes' addresses are this machine's own: it would else be the one that answers."""
+    text = ruleset(RULES).partition("table inet rayfwd0-shut {")[2].partition("\n}\n")[0]
+    ours = "ip daddr 127.77.0.0/16 ip daddr != 127.77.0.1"
+    assert f"{ours} tcp flags & (syn | ack) == syn drop" in text
+    assert f"{ours} ct direction original ct status dnat drop" in text
+
+
+LISTED = """\
+table inet rayfwd0 { # progname python3
+\tflags owner
+
+\tcounter guarded_in {
+\t\tpackets 7 bytes 420
+\t}
+
+\tchain dial {
+\t\ttype nat hook output priority dstnat; policy accept;
+\t\tmeta skuid 0 redirect to :19977
+\t}
+
+\tchain refuse {
+\t\ttype filter hook output priority filter; policy accept;
+\t}
+}
+"""
+
+
+def test_what_stands_is_read_from_what_nft_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that somebody has emptied does not stand."""
+    answers = {"ip": "[]", "nft": LISTED}
+    monkeypatch.setattr(network, "_run", lambda argv, _=None: answers[argv[0]])
+    found = network.found(RULES)
+    assert (found.table, found.refused) == (False, {"guarded_in": 7})
+    rule = "\t\tmeta skuid 0 drop\n"
+    more = "".join(f"\tchain {name} {{\n{rule}\t}}\n" for name in ("refused", "unknown", "guard"))
+    answers["nft"] = LISTED.replace("filter; policy accept;\n", f"filter;\n{rule}") + more
+    assert network.found(RULES).table
 
 
 def test_too_many_ranges() -> None:
@@ -176,6 +235,64 @@ def test_which_ports_are_told() -> None:
 
     asyncio.run(main())
     assert found == [frozenset({29500, 29501, 29502, 8000})]
+
+
+class Word:
+    """A node whose programs have opened a port since the last look."""
+
+    def __init__(self) -> None:
+        self.sockets: list[ListeningSocket] = []
+        self.looks = 0
+        self.wanted = True
+        self.watch = OpenPortsWatch(self._listening, 1000, tuple, tuple, lambda: None)
+        self.herald = self.watch.herald(lambda: self.wanted)
+
+    def _listening(self, _: str) -> list[ListeningSocket]:
+        self.looks += 1
+        return self.sockets
+
+    def opens(self, port: int) -> None:
+        self.sockets.append(ListeningSocket("0.0.0.0", port, 1000, port))
+
+    def told(self) -> frozenset[int] | None:
+        return self.watch.ports
+
+
+def test_a_port_is_told_before_the_words_that_may_name_it() -> None:
+    """Long words are data, and name none; where no node has listeners nobody needs it."""
+
+    async def main() -> None:
+        node = Word()
+        node.herald(10)
+        assert node.looks == 0, "it has no address yet"
+        node.watch.address = "127.77.0.2"
+        node.opens(41000)
+        node.herald(SHORT + 1)
+        assert node.told() is None
+        node.herald(10)
+        assert node.told() == frozenset({41000})
+        node.opens(41001)
+        node.wanted = False
+        node.herald(10)
+        assert node.told() == frozenset({41000})
+
+    asyncio.run(main())
+
+
+def test_looks_before_words_are_bounded() -> None:
+    """Who talks much costs no more; another kind of connection has looks of its own."""
+
+    async def main() -> None:
+        node = Word()
+        node.watch.address = "127.77.0.2"
+        for _ in range(20 * LOOKS_AT_ONCE):
+            node.herald(10)
+        assert LOOKS_AT_ONCE <= node.looks < 5 * LOOKS_AT_ONCE
+        before = node.looks
+        node.watch.herald(lambda: True)(10)
+        assert node.looks == before + 1
+
+    asyncio.run(main())
 
 
 IMPOSSIBLE = codes.OVERLAY_IMPOSSIBLE.problem("there is no right to", "ask for it")

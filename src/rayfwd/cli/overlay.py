@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import os
 import pwd
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logs.setup(LogConfig())
     if args.remove:
-        overlay.down(args.interface)
+        # The service manager says how the keeper ended. What one that was killed has left is for
+        # the next one, a second later: until then the way to other nodes stays shut.
+        if os.environ.get("SERVICE_RESULT") not in {"signal", "core-dump", "oom-kill"}:
+            overlay.Overlay(args.interface).down()
         return OK
     try:
         owner = None if args.user is None else pwd.getpwnam(args.user).pw_uid

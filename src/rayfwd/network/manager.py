@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +207,7 @@ class Overlay:
                 self._set_problem(gone)  # until the next look finds everything there
                 return
             else:
-                await self._probe(rules)
+                await self._probe(client, rules)
         except ProblemError as exc:
             self._made = None
             self._up.clear()
@@ -254,18 +253,25 @@ class Overlay:
             if more := count - known if count >= known else count:
                 self._on_refused(*at, more)
 
-    async def _probe(self, rules: Rules) -> None:
+    async def _probe(self, client: OverlayClient, rules: Rules) -> None:
         """See that what is dialled to other nodes comes here. Raises ProblemError."""
         try:
             async with asyncio.timeout(PROBE_TIMEOUT):
                 reader, writer = await asyncio.open_connection(rules.probe, rules.port)
-                with suppress(ConnectionResetError):
-                    await reader.read()  # until `is_probe` has been asked
-                writer.transport.abort()
+                try:
+                    await reader.read()
+                except ConnectionResetError:
+                    pass  # as `is_probe` has it
+                else:
+                    raise OSError("another program has answered")
+                finally:
+                    writer.transport.abort()
         except (OSError, TimeoutError) as exc:
+            tables = ", ".join(await client.beside())
             raise codes.OVERLAY_BLOCKED.error(
                 "the overlay's rules exist, but a connection to another node does not arrive at "
-                f"rayfwd: {str(exc) or 'no answer'}",
+                f"rayfwd: {str(exc) or 'no answer'}"
+                + (f"; other tables that could be in the way: {tables}" if tables else ""),
                 "run `nft list ruleset`, and look for another table that drops or redirects "
                 f"connections from this machine to {rules.network}, or connections to "
                 f"127.0.0.1:{rules.port}",

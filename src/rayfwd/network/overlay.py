@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import shutil
 import socket
 import struct
@@ -20,7 +21,11 @@ from rayfwd import codes
 from rayfwd.cluster.plan import in_loopback
 from rayfwd.network import ruleset
 from rayfwd.network.ruleset import Rules
+from rayfwd.network.tables import OwnTables
 from rayfwd.problems import ProblemError
+from rayfwd.system.logs import get_logger
+
+log = get_logger(__name__)
 
 COMMAND_TIMEOUT = 20.0
 """Seconds for `ip` or `nft`; they take some milliseconds."""
@@ -32,6 +37,10 @@ _GROUP_NFTABLES = 1 << 6
 _TABLE_DELETED = 10 << 8 | 2
 _NLMSGHDR = struct.Struct("=IHHII")
 """length, type, flags, sequence number, port id"""
+_ON_THE_WAY = frozenset({"output", "postrouting", "prerouting", "input"})
+"""The hooks that a packet passes which a machine sends to itself."""
+_CHAIN = re.compile(r"\tchain (\S+) \{")
+_COUNTER = re.compile(r"counter (\S+) \{\s+packets (\d+)")
 CAP_NET_ADMIN = 12
 """Its bit in /proc/self/status (capabilities(7))."""
 
@@ -122,38 +131,81 @@ def check_tools() -> None:
         ) from exc
 
 
-def up(wanted: Rules) -> None:
-    """Make everything, or bring it up to date. Raises ProblemError `overlay_failed`."""
-    check_unused(wanted)
-    try:
-        _make_interface(wanted)
-        _run(["nft", "-f", "-"], ruleset.ruleset(wanted))
-    except OSError as exc:
-        raise _failed(str(exc)) from exc
+class Overlay:
+    """Makes an overlay and removes it. What it makes of nftables is its own where that can be."""
 
+    def __init__(self, interface: str) -> None:
+        self._interface = interface
+        self._tables: OwnTables | None = None
+        self._owned = False
+        """A table that stands is of `_tables`."""
+        self._stands = False
+        self._tried = False
 
-def update(wanted: Rules) -> None:
-    """Bring the sets of ports up to date. Raises ProblemError `overlay_failed`."""
-    try:
-        _run(["nft", "-f", "-"], ruleset.update(wanted))
-    except OSError as exc:
-        raise _failed(str(exc)) from exc
-
-
-def down(interface: str) -> None:
-    """Remove everything that is there of it. Raises ProblemError `overlay_failed`."""
-    mistakes = []
-    for argv, text in (
-        (["nft", "-f", "-"], ruleset.removal(interface)),
-        (["ip", "link", "del", "dev", interface], None),
-    ):
+    def up(self, wanted: Rules) -> None:
+        """Make everything, or bring it up to date. Raises ProblemError `overlay_failed`."""
+        check_unused(wanted)
         try:
-            if argv[0] == "nft" or _has_interface(interface):
-                _run(argv, text)
+            _make_interface(wanted)
+            self._make_tables(wanted)
+        except OSError as exc:
+            raise _failed(str(exc)) from exc
+
+    def _make_tables(self, wanted: Rules) -> None:
+        """Raises OSError."""
+        if not self._tried:
+            self._tried = True
+            self._make_own_tables(wanted)
+        else:
+            self._run(ruleset.ruleset(wanted, self._owned, self._owned and self._stands))
+        self._stands = True
+
+    def _make_own_tables(self, wanted: Rules) -> None:
+        """Find out whether a table may have an owner here. Raises OSError where there can be no
+        table at all."""
+        nft(ruleset.removal(self._interface, shut=False))  # one that was left, and is nobody's
+        try:
+            self._tables = OwnTables()
+            self._tables.run(ruleset.ruleset(wanted, owned=True))
+            self._owned = True
+        except OSError as exc:
+            self._tables = None
+            nft(ruleset.ruleset(wanted))
+            log.info("overlay_not_owned", cause=str(exc))
+
+    def _run(self, text: str) -> None:
+        if self._tables is None:
+            nft(text)
+        else:
+            self._tables.run(text)
+
+    def update(self, wanted: Rules) -> None:
+        """Bring the sets of ports up to date. Raises ProblemError `overlay_failed`."""
+        try:
+            self._run(ruleset.update(wanted))
+        except OSError as exc:
+            raise _failed(str(exc)) from exc
+
+    def down(self) -> None:
+        """Remove everything that is there of it. Raises ProblemError `overlay_failed`."""
+        mistakes = []
+        try:
+            self._run(ruleset.removal(self._interface, self._owned))
+            self._stands = False
         except OSError as exc:
             mistakes.append(str(exc))
-    if mistakes:
-        raise _failed("; ".join(mistakes))
+        try:
+            if _has_interface(self._interface):
+                _run(["ip", "link", "del", "dev", self._interface])
+        except OSError as exc:
+            mistakes.append(str(exc))
+        if mistakes:
+            raise _failed("; ".join(mistakes))
+
+
+def nft(text: str) -> None:
+    """One transaction. Raises OSError with what it said."""
+    _run(["nft", "-f", "-"], text)
 
 
 def found(wanted: Rules) -> Found:
@@ -164,19 +216,59 @@ def found(wanted: Rules) -> Found:
         rows = []
     addresses = {a.get("local") for row in rows for a in row.get("addr_info", ())}
     try:
-        # Terse: the sets of open ports may be long.
-        listing = json.loads(_run(["nft", "-j", "-t", "list", "table", "inet", wanted.interface]))
-        counters = [row["counter"] for row in listing["nftables"] if "counter" in row]
-        chains = {row["rule"]["chain"] for row in listing["nftables"] if "rule" in row}
-    except (OSError, ValueError, KeyError):
-        counters, chains = [], set()
+        # Terse: the sets of open ports may be long. Not as JSON, which nft 1.0.6 writes wrongly of
+        # a table that has an owner.
+        listing = _run(["nft", "-t", "list", "table", "inet", wanted.interface])
+        _run(["nft", "-t", "list", "table", "inet", ruleset.shut_table(wanted.interface)])
+    except OSError:
+        listing = ""
+    counters = _COUNTER.findall(listing)
     return Found(
         interface=any("UP" in row.get("flags", ()) for row in rows),
         address=wanted.own in addresses,
-        table=chains >= {"dial", "refuse", "refused", "unknown", "guard"},
-        refused={row["name"]: int(row["packets"]) for row in counters},
+        table=_chains_with_rules(listing) >= {"dial", "refuse", "refused", "unknown", "guard"},
+        refused={name: int(packets) for name, packets in counters},
         refused_at=_refused_at(wanted.interface) if counters else (),
     )
+
+
+def orphaned(interface: str) -> bool:
+    """Whether a keeper that was killed has left the way to other nodes shut. Raises OSError."""
+    tables = _run(["nft", "list", "tables"]).splitlines()
+    shut = f"table inet {ruleset.shut_table(interface)}"
+    return shut in tables and f"table inet {interface}" not in tables
+
+
+def _chains_with_rules(listing: str) -> set[str]:
+    """Of a table as nft writes it, the chains that have rules."""
+    found: set[str] = set()
+    chain = None
+    for line in listing.splitlines():
+        if begin := _CHAIN.match(line):
+            chain = begin[1]
+        elif line == "\t}":
+            chain = None
+        elif chain is not None and line.strip() and not line.lstrip().startswith("type "):
+            found.add(chain)
+    return found
+
+
+def beside(interface: str) -> list[str]:
+    """Tables of others that see what this machine sends to itself: `ip nat`, by family and name.
+    Empty also where they cannot be listed."""
+    try:
+        listing = json.loads(_run(["nft", "-j", "list", "chains"]))
+        chains = [row["chain"] for row in listing["nftables"] if "chain" in row]
+        own = {interface, ruleset.shut_table(interface)}
+        return sorted(
+            {
+                f"{chain['family']} {chain['table']}"
+                for chain in chains
+                if chain.get("hook") in _ON_THE_WAY and chain["table"] not in own
+            }
+        )
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def _refused_at(interface: str) -> tuple[tuple[str, int, int], ...]:

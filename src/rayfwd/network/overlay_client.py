@@ -60,6 +60,14 @@ class OverlayClient:
         """What stands now. Raises ProblemError."""
         return await self._ask("found", {})
 
+    async def beside(self) -> list[str]:
+        """Other tables that see what this machine sends to itself; empty where it is not known, as
+        of an older keeper."""
+        try:
+            return [str(table) for table in (await self._ask("beside", {}))["tables"]]
+        except (ProblemError, KeyError, TypeError):
+            return []
+
     async def _ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
         try:
             return await asyncio.to_thread(ask, self._socket, verb, args, ANSWER_TIMEOUT)

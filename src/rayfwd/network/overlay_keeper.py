@@ -8,6 +8,7 @@ child, and ends with it (`until_eof`).
     up {rules} -> {}: everything is there; `rules` as `Rules.to_wire` gives them
     update {rules} -> {}: the ports are up to date
     found {} -> {interface, address, table, refused, may}: what stands now
+    beside {} -> {tables}: other tables of nftables that see what this machine sends to itself
     down {} -> {}: nothing is there
 """
 
@@ -31,6 +32,9 @@ from rayfwd.system.control import ControlServer
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 
+LEFT_SECONDS = 30.0
+"""Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
+one before it has left is removed."""
 REQUEST_LIMIT = 4 << 20
 """Bytes: the open ports of a thousand nodes."""
 NETWORKS = (ipaddress.IPv4Network("127.64.0.0/10"),)
@@ -59,6 +63,7 @@ class OverlayKeeper:
         self._owner = owner
         self._networks = (*NETWORKS, *networks)
         self._until_eof = until_eof
+        self._overlay = overlay.Overlay(interface)
         self._rules: Rules | None = None
         self._turn = asyncio.Lock()
         self._stop = asyncio.Event()
@@ -96,11 +101,13 @@ class OverlayKeeper:
             "up": self._up,
             "update": self._update,
             "found": self._found,
+            "beside": self._beside,
             "down": self._down,
         }
         server = ControlServer(self._socket, verbs, request_limit=REQUEST_LIMIT, owner=self._owner)
         await server.start()
         watch = asyncio.create_task(self._watch_tables(), name="tables")
+        left = asyncio.create_task(self._remove_left(), name="left")
         try:
             _log.info("overlay_keeper_listening", socket=str(self._socket))
             self._notifier.send("READY=1", "STATUS=no overlay")
@@ -108,9 +115,20 @@ class OverlayKeeper:
             self._notifier.send("STOPPING=1")
         finally:
             watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            left.cancel()
+            await asyncio.gather(watch, left, return_exceptions=True)
             await server.close()
-            await asyncio.to_thread(overlay.down, self._interface)
+            await asyncio.to_thread(self._overlay.down)
+
+    async def _remove_left(self) -> None:
+        """One that was killed has left the way to other nodes shut."""
+        await asyncio.sleep(LEFT_SECONDS)
+        async with self._turn:
+            with suppress(OSError, ProblemError):
+                if self._rules is None and await asyncio.to_thread(
+                    overlay.orphaned, self._interface
+                ):
+                    await asyncio.to_thread(self._overlay.down)
 
     async def _watch_tables(self) -> None:
         """Make the rules anew as soon as another program removes them (`nft flush ruleset`): until
@@ -138,7 +156,7 @@ class OverlayKeeper:
             if rules is None or (await asyncio.to_thread(overlay.found, rules)).table:
                 return  # removed, or replaced, by ourselves
             try:
-                await asyncio.to_thread(overlay.up, rules)
+                await asyncio.to_thread(self._overlay.up, rules)
             except ProblemError as exc:
                 _log.warning("overlay_not_restored", cause=exc.problem.cause)
                 return
@@ -152,7 +170,7 @@ class OverlayKeeper:
     async def _up(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             rules = self._checked(args)
-            await asyncio.to_thread(overlay.up, rules)
+            await asyncio.to_thread(self._overlay.up, rules)
             self._rules = rules
         _log.info("overlay_up", interface=rules.interface, address=rules.own)
         self._notifier.send(f"STATUS=the overlay of {rules.own} is up")
@@ -161,7 +179,7 @@ class OverlayKeeper:
     async def _update(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             rules = self._checked(args)
-            await asyncio.to_thread(overlay.update, rules)
+            await asyncio.to_thread(self._overlay.update, rules)
             self._rules = rules
         return {}
 
@@ -172,9 +190,12 @@ class OverlayKeeper:
         found = await asyncio.to_thread(overlay.found, self._rules)
         return {"may": may, **found.to_wire()}
 
+    async def _beside(self, args: dict[str, Any]) -> dict[str, Any]:
+        return {"tables": await asyncio.to_thread(overlay.beside, self._interface)}
+
     async def _down(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
-            await asyncio.to_thread(overlay.down, self._interface)
+            await asyncio.to_thread(self._overlay.down)
             self._rules = None
         _log.info("overlay_down", interface=self._interface)
         self._notifier.send("STATUS=no overlay")

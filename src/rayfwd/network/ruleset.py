@@ -8,7 +8,10 @@ two packets to one that is not known to be open are dropped, and the third, whic
 two or three seconds after the first, decides: refused or taken. What comes to Ray's ports from
 other interfaces than loopback is dropped.
 
-The table is replaced as a whole, in one transaction; the sets are updated in another.
+The table is replaced as a whole, in one transaction; the sets are updated in another. Beside it
+stands a table that shuts the way to other nodes' addresses, which are this machine's own as well:
+it drops what ought to be redirected and is not, and so has something to do only while the other
+table is gone. What it drops is sent again, so that connections that stand outlive that.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ LOWEST_PORT = 1024
 
 MOST_RANGES = 20_000
 """Ranges of open ports of all nodes together, at most."""
+MOST_REMEMBERED, REMEMBERED_DAYS = 262_144, 2
+"""Connections of which it is remembered where they were to go, and for how long."""
 HOLD_SECONDS = 5
 """For how long it is remembered that a packet was dropped: the kernel sends the second one 1 s
 after the first (TCP_TIMEOUT_INIT), and the third after 3 s, from Linux 6.5 on after 2 s
@@ -141,14 +146,57 @@ type ipv4_addr . inet_service . inet_service; size 65535; flags dynamic, timeout
 timeout {HOLD_SECONDS}s;"""
 
 
-def ruleset(rules: Rules) -> str:
-    """Text that replaces the whole table, whether it was there or not."""
+_BACK = f"""\
+    map back {{
+        type ipv4_addr . inet_service : ipv4_addr . inet_service; size {MOST_REMEMBERED};
+        flags dynamic, timeout; timeout {REMEMBERED_DAYS}d;
+    }}
+"""
+
+
+def _remembered(who: str) -> str:
+    """Where each connection was to go, for `_back`."""
+    return f"""\
+        {who} ip daddr . tcp dport @open \
+            update @back {{ ip saddr . tcp sport : ip daddr . tcp dport }}
+"""
+
+
+def _back(port: int) -> str:
+    """A connection of which the kernel knows nothing any more, as its table of connections was
+    flushed. When the program says something, it is redirected again; what rayfwd says goes where
+    that program has it from."""
+    return f"""\
+    chain back {{
+        type nat hook postrouting priority 100; policy accept;
+        ip saddr 127.0.0.1 tcp sport {port} snat ip to ip daddr . tcp dport map @back
+    }}
+"""
+
+
+def ruleset(rules: Rules, owned: bool = False, stands: bool = False) -> str:
+    """Text that replaces both tables, whether they were there or not. `owned`: the first one is to
+    belong to who makes it (`tables.OwnTables`), and does so if it is there; a kernel that has this
+    also has what keeps connections when its table of them is flushed. `stands`: that one is there,
+    and is not made anew: what it remembers stays."""
     uids = ", ".join(map(str, sorted(rules.uids)))
     ours = f"ip daddr {rules.network} ip daddr != {rules.own}"
+    shut, owner = shut_table(rules.interface), _owner(owned)
+    renewed = f"table inet {shut}\ndelete table inet {shut}\nflush table inet {rules.interface}\n"
+    before = renewed if stands else removal(rules.interface, owned)
     return f"""\
-table inet {rules.interface}
-delete table inet {rules.interface}
-table inet {rules.interface} {{
+{before}\
+table inet {shut} {{
+    chain out {{
+        type filter hook postrouting priority 200; policy accept;
+        {ours} tcp flags & (syn | ack) == syn drop
+        {ours} ct direction original ct status dnat drop
+        {ours} ct direction reply ct status snat drop
+        ip saddr 127.0.0.1 tcp sport {rules.port} ct status dnat drop
+        ip saddr 127.0.0.1 tcp sport {rules.port} ct status snat drop
+    }}
+}}
+table inet {rules.interface} {{{owner}
     set nodes {{ type ipv4_addr; }}
     set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
     set guarded {{ type inet_service; flags interval; auto-merge; }}
@@ -157,16 +205,20 @@ table inet {rules.interface} {{
     set refused_at {{
         type ipv4_addr . inet_service; size 1024; flags dynamic, timeout; timeout 10m;
     }}
+{_BACK if owned else ""}\
     counter refused_user {{ }}
     counter refused_port {{ }}
     counter refused_node {{ }}
     counter guarded_in {{ }}
     chain dial {{
         type nat hook output priority -100; policy accept;
+{_remembered(f"{ours} meta skuid {{ {uids} }}") if owned else ""}\
         {ours} meta skuid {{ {uids} }} ip daddr . tcp dport @open redirect to :{rules.port}
     }}
+{_back(rules.port) if owned else ""}\
     chain refuse {{
         type filter hook output priority 0; policy accept;
+        {ours} tcp flags & (syn | ack) != syn accept
         {ours} ct state new jump refused
     }}
     chain refused {{
@@ -189,7 +241,7 @@ table inet {rules.interface} {{
         tcp dport @guarded ct state new counter name guarded_in drop
     }}
 }}
-{_elements(rules)}"""
+{update(rules)}"""
 
 
 def update(rules: Rules) -> str:
@@ -199,9 +251,21 @@ def update(rules: Rules) -> str:
     return "".join(flush) + _elements(rules)
 
 
-def removal(interface: str) -> str:
-    """Text that removes the table, whether it is there or not."""
-    return f"table inet {interface}\ndelete table inet {interface}\n"
+def shut_table(interface: str) -> str:
+    """The name of the table beside, which shuts the way."""
+    return f"{interface}-shut"
+
+
+def removal(interface: str, owned: bool = False, shut: bool = True) -> str:
+    """Text that removes the tables, whether they are there or not; `shut`: both. `owned`: the
+    first one belongs to who says this, if it is there."""
+    beside = f"table inet {shut_table(interface)}\ndelete table inet {shut_table(interface)}\n"
+    own = f"table inet {interface} {{{_owner(owned)}}}\ndelete table inet {interface}\n"
+    return own + (beside if shut else "")
+
+
+def _owner(owned: bool) -> str:
+    return " flags owner; " if owned else ""
 
 
 def _elements(rules: Rules) -> str:
