@@ -41,6 +41,7 @@ DRIVER = "w1"
 """Whose link carries the driver's words to all others."""
 KEEP_ALIVE = 2
 """Seconds between keep-alives of ssh and sshd under autossh; two unanswered end a connection."""
+NO_FURTHER: Mapping[str, Iterable[int]] = {}
 SSHD_FOR_AUTOSSH = (
     *("-o", "GatewayPorts=clientspecified"),
     *("-o", f"ClientAliveInterval={KEEP_ALIVE}", "-o", "ClientAliveCountMax=2"),
@@ -66,12 +67,12 @@ def over_rayfwd(lab: Lab, **overrides: Any) -> Iterator[Cluster]:
 def over_autossh(
     lab: Lab,
     version: str = "2.60.0",
-    further: Iterable[int] = (),
+    further: Mapping[str, Iterable[int]] = NO_FURTHER,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """The same plan by `autossh` with `-L` and `-R`, and Ray started by hand.
 
-    `further`: other ports of every machine that are forwarded, too. `env`: more for Ray.
+    `further`: other ports that are forwarded, too, by machine. `env`: more for Ray.
     """
     ports = {"gcs": 6379, "dashboard": 8265, "client": 10001}
     plans = [head_plan("head", NETWORK, 20000, 40, ports)]
@@ -97,7 +98,10 @@ def over_autossh(
 
 
 def ssh_config(
-    own: NodePlan, plans: list[NodePlan], head: Machine, further: Iterable[int] = ()
+    own: NodePlan,
+    plans: list[NodePlan],
+    head: Machine,
+    further: Mapping[str, Iterable[int]] = NO_FURTHER,
 ) -> str:
     """All forwards of one worker: the others' ports here, and its own on the head."""
     lines = [
@@ -109,7 +113,7 @@ def ssh_config(
         "ConnectTimeout 5",
     ]
     for plan in plans:
-        for port in (*plan.ports, *further):
+        for port in (*plan.ports, *further.get(plan.name, ())):
             where = f"{plan.address}:{port} {plan.address}:{port}"
             lines.append(f"{'RemoteForward' if plan is own else 'LocalForward'} {where}")
     for name, listener in LISTENERS.items():

@@ -3,8 +3,9 @@
     RAYFWD_RAY_ENVS=… python -m tests.lab.training --over rayfwd --seed 1 --minutes 2
 
 Needs root, as the lab does, and for `--over autossh` the Debian package autossh, which is helped
-with what it cannot carry by itself: torch and gloo listen on ports that the kernel chooses, so the
-machines choose from few, and all of these are forwarded; an interface has the plan's address.
+with what it cannot carry by itself: torch and gloo listen on ports that the kernel chooses, so each
+machine chooses from few of its own, and all of these are forwarded; an interface has the plan's
+address.
 Prints a line a fault, and the numbers at the end. docs/faults.md has them.
 """
 
@@ -35,8 +36,13 @@ JOB = Path(__file__).with_name("ddp_job.py")
 NOTICED = 8.0
 """Seconds that a fault which lasts no time may cost: a silent peer is noticed in 6, and 2 later
 data flows again."""
-CHOSEN = range(45000, 45600)
-"""The ports that the kernel chooses from under autossh."""
+CHOSEN = {
+    "head": range(44000, 44400),
+    "w1": range(44400, 44800),
+    "w2": range(44800, 45200),
+}
+"""The ports that the kernel chooses from under autossh. Where ssh or sshd listens on a port for
+another machine, the kernel has it for no connection of this one, so these are no two machines'."""
 
 Rank = dict[str, Any]
 
@@ -98,8 +104,9 @@ def over_rayfwd(lab: Lab) -> Iterator[Cluster]:
 @contextmanager
 def over_autossh_with_help(lab: Lab) -> Iterator[None]:
     """autossh with the ports that torch and gloo will listen on."""
-    few = f"net.ipv4.ip_local_port_range={CHOSEN[0]} {CHOSEN[-1]}"
     for number, machine in enumerate(lab.machines, 1):
+        chosen = CHOSEN[machine.name]
+        few = f"net.ipv4.ip_local_port_range={chosen[0]} {chosen[-1]}"
         pair = "ip link add rayfwd0 type veth peer name rayfwd0-p && ip link set rayfwd0-p up"
         own = f"ip addr add 127.77.0.{number}/32 dev rayfwd0 && ip link set rayfwd0 up"
         machine.run(["sh", "-c", f"{pair} && {own} && sysctl -qw '{few}'"], user="root")
