@@ -15,7 +15,7 @@ from rayfwd.status import Client, Ledger, Link, RosterRow, Streams, Volume, Work
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.refused import RefusedPort
+from rayfwd.transport.refused import RefusedDial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class RoleStatus:
     streams: Streams
     bytes: Volume
     roster: tuple[RosterRow, ...]
-    refused: Iterable[RefusedPort] = ()
+    refused: Iterable[RefusedDial] = ()
     """The newest first."""
 
 

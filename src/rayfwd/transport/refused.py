@@ -28,7 +28,7 @@ REFUSALS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class RefusedPort:
+class RefusedDial:
     """A port that somebody dialled in vain. Times are seconds since the epoch."""
 
     by: str
@@ -47,7 +47,7 @@ class RefusedStreams:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._kept: dict[tuple[str, str, ResetReason, str], RefusedPort] = {}
+        self._kept: dict[tuple[str, str, ResetReason, str], RefusedDial] = {}
 
     def note(self, by: str, of: str, reason: ResetReason, text: str) -> None:
         """A stream was reset for that reason."""
@@ -57,9 +57,9 @@ class RefusedStreams:
         before = self._kept.pop((by, of, reason, text), None)
         if before is None and len(self._kept) >= MOST:
             del self._kept[next(iter(self._kept))]
-        new = before or RefusedPort(by, of, reason, text, 0, 0.0)
+        new = before or RefusedDial(by, of, reason, text, 0, 0.0)
         self._kept[by, of, reason, text] = replace(new, times=new.times + 1, last=self._clock())
 
-    def last(self) -> list[RefusedPort]:
+    def last(self) -> list[RefusedDial]:
         """The newest first."""
         return list(reversed(self._kept.values()))
