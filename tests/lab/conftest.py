@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -14,9 +15,14 @@ from tests.need import need, no_lab
 
 @pytest.fixture(scope="session", autouse=True)
 def rayfwd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The command `rayfwd`, installed from a wheel of this checkout. Every `Lab` finds it."""
+    """The command `rayfwd`, installed from a wheel of this checkout. Every `Lab` finds it.
+
+    Once for all that run files side by side.
+    """
     need(no_lab())
-    return package.current() or package.install(tmp_path_factory.mktemp("package"))
+    own = tmp_path_factory.getbasetemp()
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    return package.current() or package.install(base / "package")
 
 
 @pytest.fixture

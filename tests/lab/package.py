@@ -6,6 +6,7 @@ without: what is edited is run some seconds later.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -22,12 +23,24 @@ _installed: Path | None = None
 
 
 def install(folder: Path) -> Path:
-    """Install the wheel below `folder`; what `current` answers from then on.
+    """Install the wheel below `folder`, where it is not there yet; what `current` answers from then
+    on. Several processes may share a folder.
 
     Its dependencies come from the package index that pip is set up for, or from pip's cache.
     """
     global _installed  # noqa: PLW0603  # one a test run
-    env = folder / "rayfwd"
+    env, complete = folder / "rayfwd", folder / "complete"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            _install(folder, env)
+            complete.touch()
+    _installed = env / "bin" / "rayfwd"
+    return _installed
+
+
+def _install(folder: Path, env: Path) -> None:
     old = os.umask(0o022)  # the machines' ordinary user is to run it
     try:
         compiled = os.environ.get("RAYFWD_COMPILE") == "1"
@@ -36,8 +49,6 @@ def install(folder: Path) -> Path:
         _run([str(env / "bin" / "python"), *PIP, "install", str(built)])
     finally:
         os.umask(old)
-    _installed = env / "bin" / "rayfwd"
-    return _installed
 
 
 def wheel(folder: Path) -> Path:
