@@ -15,7 +15,6 @@ SUITE = "trixie"
 pytestmark = pytest.mark.timeout(400)
 
 UNITS = (
-    "test_asyncssh_internals.py",
     "test_control.py",
     "test_fastpath.py",
     "test_fdstore.py",
@@ -28,7 +27,10 @@ UNITS = (
     "test_ways.py",
     "test_writev.py",
 )
-"""Those where Python, asyncio, asyncssh or the system's libraries take part."""
+"""Those where Python, asyncio or the system's libraries take part. (What AsyncSSH is like inside
+is the same on each.)"""
+MANY = "thousand or hundred"
+"""Tests of many connections, which say nothing of Python."""
 
 
 def test_unit_tests(head: Machine) -> None:
@@ -36,17 +38,17 @@ def test_unit_tests(head: Machine) -> None:
         source, target = CHECKOUT / name, head.host_path(f"/root/checkout/{name}")
         target.parent.mkdir(exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target)
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, target)
     script = (
         "python3 -m venv --system-site-packages /root/venv && "
         "/root/venv/bin/pip install --quiet /wheels/rayfwd-*.whl pytest pytest-timeout hypothesis "
-        "&& cd /root/checkout && exec /root/venv/bin/python -m pytest -q "
+        f"&& cd /root/checkout && exec /root/venv/bin/python -m pytest -q -k 'not ({MANY})' "
     )
     ran = head.run(
         ["sh", "-c", script + " ".join(f"tests/unit/{name}" for name in UNITS)],
-        timeout=300,  # the list takes a minute and a half where nothing else runs
+        timeout=300,  # the list takes less than a minute where nothing else runs
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr
