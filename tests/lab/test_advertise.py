@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.lab.checks import verify
+from tests.lab.checks import ESSENTIAL, verify
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 
@@ -25,12 +25,16 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
     cluster.stop()
 
 
-@pytest.mark.parametrize("driver", ["head", "w1", "w2"])
-def test_essential_work(cluster: Cluster, driver: str) -> None:
+WAYS = ("small_tasks", "large_results", "large_arguments", "worker_to_worker")
+"""From each node to each, with data both ways; what else there is goes the same ways."""
+
+
+@pytest.mark.parametrize(("driver", "checks"), [("head", WAYS), ("w1", ESSENTIAL), ("w2", WAYS)])
+def test_essential_work(cluster: Cluster, driver: str, checks: Sequence[str]) -> None:
     addresses = {node["name"]: node["address"] for node in cluster.head.status()["roster"]}
     assert addresses["w1"] == cluster.lab.machine("w1").address
-    lines = cluster.driver(driver, ["--checks", "essential"])
-    verify(lines, driver, list(addresses.values()))
+    lines = cluster.driver(driver, ["--checks", ",".join(checks)])
+    verify(lines, driver, list(addresses.values()), checks)
 
 
 def test_nobody_has_listeners_for_it(cluster: Cluster) -> None:

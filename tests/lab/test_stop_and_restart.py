@@ -25,7 +25,7 @@ BRIEF = 15
 
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    cluster = Cluster(module_lab, workers=("w1",), every={"ray.status_interval": 5.0})
+    cluster = Cluster(module_lab, workers=("w1",))
     yield cluster
     for daemon in cluster.daemons:
         if daemon.process.poll() is None:
