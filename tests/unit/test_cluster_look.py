@@ -1,11 +1,13 @@
-"""A look at a cluster of a thousand nodes keeps the head's loop for no long turn."""
+"""Looks at a cluster of a thousand nodes keep the head's loop for no long turn."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ import pytest
 
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
+from rayfwd.daemon.watches import LINKS_BESIDE, LinkWatch
 from rayfwd.ray import nodes, status_text
 from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.status_text import RayStatus
@@ -21,7 +24,8 @@ from rayfwd.session.target import Target
 from rayfwd.watch import cluster_watch, rules
 from rayfwd.watch.cluster_watch import ClusterWatch
 from rayfwd.watch.interruptions import Interruptions
-from tests.unit.loops import run
+from rayfwd.watch.links import LinkRules, LinkSeen
+from tests.unit.loops import run, until
 
 COUNT = 1001
 
@@ -119,3 +123,29 @@ def test_what_grows_with_the_nodes_is_done_beside_the_loop(
     assert isinstance(message, Cluster)
     assert left_out == ()
     assert found["cluster"] == []
+
+
+@pytest.mark.parametrize("count", [LINKS_BESIDE - 1, LINKS_BESIDE])
+def test_many_links_are_judged_beside_the_loop(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    by: list[threading.Thread] = []
+    sample = LinkRules.sample
+
+    def noted(*args: Any) -> Any:
+        by.append(threading.current_thread())
+        return sample(*args)
+
+    monkeypatch.setattr(LinkRules, "sample", noted)
+    put: dict[str, Any] = {}
+    board = cast(Any, SimpleNamespace(put_all=put.__setitem__))
+    seen = {f"n{number}": LinkSeen({}, 0.001) for number in range(count)}
+
+    async def main() -> None:
+        task = asyncio.create_task(LinkWatch(board, lambda: seen).run())
+        await until(lambda: put)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    run(main)
+    assert put == {"links": []}
+    assert (by[0] is threading.main_thread()) is (count < LINKS_BESIDE)

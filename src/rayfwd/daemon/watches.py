@@ -17,6 +17,8 @@ from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen
 
+LINKS_BESIDE = 100
+"""Links from which on they are judged beside the loop: a thousand would keep it for long."""
 LINKS_LATE = 60.0
 """Seconds that a look at the links may be late before the watchdog takes it for dead."""
 
@@ -35,7 +37,12 @@ class LinkWatch:
         loop = asyncio.get_running_loop()
         while True:
             self.heartbeat.beat(links.LINKS_INTERVAL + LINKS_LATE)
-            self._board.put_all("links", rules.sample(self._links_seen(), loop.time()))
+            seen, now = self._links_seen(), loop.time()
+            if len(seen) < LINKS_BESIDE:
+                found = rules.sample(seen, now)
+            else:
+                found = await asyncio.to_thread(rules.sample, seen, now)
+            self._board.put_all("links", found)
             await sleep_coalesced(links.LINKS_INTERVAL)
 
 
