@@ -10,14 +10,16 @@ and a head has a Ray that it can report of, with every node of its plan (`show_r
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 from rayfwd.cli import main
 from rayfwd.daemon.claim import MachineClaim
@@ -27,6 +29,8 @@ from rayfwd.watch import cluster_watch
 from rayfwd.watch.cluster_watch import ClusterWatch
 
 TURNS = "RAYFWD_BENCH_TURNS"
+COLLECTED = "collected"
+"""What stands in that file for Python's collector."""
 LONG = 0.002
 """Seconds of processor time from which a callback is written down."""
 REPORT_INTERVAL = 30.0
@@ -42,18 +46,42 @@ def look(_self: OpenPortsWatch) -> None:
     """Nothing is told."""
 
 
+class Collector:
+    """Python's, as far as it keeps the loop."""
+
+    def __init__(self, out: TextIO) -> None:
+        self.spent = 0.0
+        """Seconds of processor time, of the loop's thread."""
+        self._out = out
+        self._began = 0.0
+
+    def __call__(self, phase: str, _: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if phase == "start":
+            self._began = time.thread_time()
+            return
+        spent = time.thread_time() - self._began
+        self.spent += spent
+        if spent >= LONG:
+            self._out.write(f"{time.time():.3f} {1000 * spent:.2f} {COLLECTED}\n")
+
+
 def watch_turns(path: Path) -> None:
     """Write down each callback that computes for long: when it ended, its milliseconds, its name.
 
-    Its processor time counts, and not what it had to wait for while others had the processor.
+    Its processor time counts, and not what it had to wait for while others had the processor. What
+    Python's collector took in it is written down for itself.
     """
     run = asyncio.Handle._run
     out = path.open("a", buffering=1)
+    collector = Collector(out)
+    gc.callbacks.append(collector)
 
     def timed(self: Any) -> None:
-        began, callback = time.thread_time(), self._callback
+        began, before, callback = time.thread_time(), collector.spent, self._callback
         run(self)
-        spent = time.thread_time() - began
+        spent = time.thread_time() - began - (collector.spent - before)
         if spent >= LONG:
             out.write(f"{time.time():.3f} {1000 * spent:.2f} {callback!r}\n")
 

@@ -20,13 +20,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bench import between, contestants, page, peers, rays
+from bench import between, contestants, daemon, page, peers, rays
 from bench.page import GCM, REFERENCE, Results
 from tests import setup_wheel
 from tests.lab.machines import Lab
 
 MB = 1 << 20
-STEPS = 20
+STEPS = 10
 """Of a training, in each round."""
 CROWD, CROWD_SECONDS = 200, 60
 """Streams that do as those of DDP do, and for how long."""
@@ -167,6 +167,13 @@ def carriers(bench: Bench) -> Results:
         ways[f"rayfwd, openssh, {via}"] = lambda port, d, via=via: contestants.rayfwd(  # type: ignore[misc]
             sshd, port, server, d, reach=via, carrier="transport = 'openssh'", compiled=code
         )
+    return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
+
+
+def compiled(bench: Bench) -> Results:
+    """Pure Python and compiled, in turns: streams and round trips."""
+    ways = bench.some(REFERENCE, "rayfwd, pure Python", "rayfwd")
+    ways["rayfwd, compiled"] = ways.pop("rayfwd")
     return bench.each(ways, bench.sshd.port, lambda port, pids: _looked_near(bench, port, pids))
 
 
@@ -368,14 +375,25 @@ def _joined(bench: Bench, row: dict[str, list[float]], links: int, path: Path, p
         row["told of one that leaves"].append(left)
         row["longest turn, joining"].append(longest_turn(turns, until=joined))
         row["longest turn, then"].append(longest_turn(turns, since=joined + 5))
+        row["a collection"].append(longest_turn(turns, collector=True))
     finally:
         end(many)
 
 
-def longest_turn(turns: Path, since: float = 0.0, until: float = float("inf")) -> float:
-    """Milliseconds of the callback that kept the loop longest; below two it is not known."""
-    lines = (line.split(maxsplit=2) for line in turns.read_text().splitlines())
-    return max((float(took) for at, took, _ in lines if since <= float(at) <= until), default=2.0)
+def longest_turn(
+    turns: Path, since: float = 0.0, until: float = float("inf"), collector: bool = False
+) -> float:
+    """Milliseconds of the callback that kept the loop longest, or of Python's collector in one;
+    below two it is not known."""
+    lines = [line.split(maxsplit=2) for line in turns.read_text().splitlines()]
+    return max(
+        (
+            float(took)
+            for at, took, what in lines
+            if since <= float(at) <= until and (what == daemon.COLLECTED) is collector
+        ),
+        default=2.0,
+    )
 
 
 def share(pid: int, seconds: float) -> float:
@@ -450,6 +468,7 @@ def idle_ray(bench: Bench) -> Results:
 PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
     "openssh": carriers,
+    "compiled": compiled,
     "compiled-hub": compiled_hub,
     "far": far,
     "distances": distances,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from statistics import mean
 
 from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
@@ -185,7 +184,7 @@ def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
         round_trip=min(trips, default=None),
         last_loss=link_stats.lane_loss,
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
-        confirmed_at=mean(lane.answered_at for lane in lanes) if lanes else None,
+        confirmed_at=sum(lane.answered_at for lane in lanes) / len(lanes) if lanes else None,
         backlog=stats is not None and stats.backlog,
     )
 
