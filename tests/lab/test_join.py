@@ -188,6 +188,7 @@ def test_as_process_1_it_reaps_and_its_name_is_given_back(
     w2.wait_ready()
     (first,) = children(w2.process.pid)
     assert worker(head.status(), "spot") is not None
+    assert task(head.machine) == ["127.77.0.1", "127.77.0.3"]
 
     orphan = ["sh", "-c", "(exec -a orphan sleep 1 &)"]
     enter = [tool("nsenter"), f"--target={first}", "--pid", "--mount", "--", "bash", *orphan[1:]]

@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import csv
+import fcntl
 import hashlib
+import json
 import os
 import sys
 import zipfile
@@ -15,17 +17,19 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import asyncssh
 import pytest
 
 from rayfwd import codes
-from rayfwd.cli.add import summary
+from rayfwd.cli.many import at_once, summary
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import DialConfig
 from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.head import HeadRole
-from rayfwd.problems import ProblemError
+from rayfwd.problems import Code, ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, there, wheels
 from rayfwd.setup.remote.adding import Outcome
@@ -36,6 +40,8 @@ from rayfwd.setup.remote.ssh import Failed, Machine
 from tests.commands import main
 from tests.unit.daemons import Site, site
 from tests.unit.loops import run, until
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "status"
 
 USUAL = Host(ssh="", ray=True, via="worker")
 
@@ -86,6 +92,18 @@ def test_a_hosts_file(tmp_path: Path) -> None:
     assert two.way().ssh_target() == ("root", "203.0.113.7", 41022)
 
 
+def test_a_hosts_file_of_windows_and_paths_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of a machine is used by the head's daemon, which is elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hosts.txt"
+    path.write_bytes(b"\xef\xbb\xbfray@gpu-1 -i keys/id --known-hosts ~nobody-x/known\r\n")
+    (one,) = hosts.read(path, USUAL)
+    assert (one.ssh, one.identity) == ("ray@gpu-1", tmp_path / "keys" / "id")
+    assert one.known_hosts == tmp_path / "~nobody-x" / "known", "as a shell leaves it"
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -96,6 +114,8 @@ def test_a_hosts_file(tmp_path: Path) -> None:
         ("ray@gpu-1 --name head", "another name on a worker"),
         ("ray@gpu-1 --name 'a b'", "must be 1 to 63 letters"),
         ("ray@gpu-1 --prefix ../x", "must be an absolute path"),
+        ("ray@gpu-1 --fingerprint MD5:aa:bb", "must be as `ssh-keygen -lf` prints it"),
+        ("ray@gpu-1 --name", "argument --name: expected one argument"),
         ("ray@gpu-1 'x", "No closing quotation"),
         ("# nobody", "it names no machine"),
     ],
@@ -115,12 +135,24 @@ def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["add"], "give USER@HOST, or a file of machines with -f"),
         (["add", "ray@gpu-1", "-f", str(path)], "ray@gpu-1: is given twice"),
         (["add", "ray@gpu-1", "--set", "ray.num_cpu=1"], "did you mean num_cpus"),
+        (["add", "ray@gpu-1", "--set", "role=head"], "--set role: cannot be set here\n"),
+        (["add", "ray@gpu-1", "--set", "head.ssh=a@b"], "--set head.ssh: cannot be set here; use"),
         (["add", "ray@gpu-1", "--jobs", "0"], "--jobs 0: must be at least 1"),
         (["add", "-f", str(tmp_path / "none")], "none: No such file or directory"),
+        (["add", "-f", str(path), "--name", "x"], "--name: is for one machine"),
+        (["add", "ray@a", "ray@b", "--name", "x"], "--name: is for one machine"),
+        (["remove", "w1", "--jobs", "-1"], "--jobs -1: must be at least 1"),
         (["remove"], "give a NAME, or a file of machines with -f"),
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "soon", "0", "1e400", "9" * 400])
+def test_a_time_to_wait_is_one(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["add", "ray@a", f"--wait-for={text}"])
+    assert "must be a time, as in 90, 45m, 2h or 1d" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -186,6 +218,12 @@ def test_what_is_no_linux_is_told() -> None:
 
 # -- by what it is installed ----------------------------------------------------------------------
 
+OLD, AS_HERE = Python("/a", "3.10.1"), Python("/c", "3.11.9")
+UV, PIP = install.Tool(uv="/u", python="3.11"), install.Tool(python="/usr/bin/python3")
+NO_PYTHON, NO_PACKAGES = codes.ADD_NO_PYTHON, codes.ADD_NO_PACKAGES
+BARE = Python("/e", "3.11.2", whole=False)
+"""As Debian's python3-minimal."""
+
 
 @pytest.mark.parametrize(
     ("changes", "sent", "wanted", "tool"),
@@ -195,6 +233,15 @@ def test_what_is_no_linux_is_told() -> None:
         ({"uv": "/u", "pythons": ()}, {}, None, install.Tool(uv="/u", python="3.11")),
         ({"uv": "/u"}, {}, "3.12.4", install.Tool(uv="/u", python="3.12.4")),
         ({"pythons": ()}, {"uv": Path("/b")}, None, install.Tool(bring_uv=True, python="3.11")),
+        ({"pythons": (OLD, Python("/b", "3.12.1"), AS_HERE)}, {}, None, install.Tool(python="/c")),
+        ({"pythons": (Python("/d", "3.13.1"), BARE)}, {}, None, install.Tool(python="/d")),
+        ({"pythons": (BARE,), "uv": "/u"}, {}, None, install.Tool(uv="/u", python="/e")),
+        (
+            {"pythons": (BARE,)},
+            {"uv": Path("/b")},
+            None,
+            install.Tool(bring_uv=True, python="/e"),
+        ),
         (
             {"pythons": (Python("/p", "3.10.1"),), "index": "yes"},
             {},
@@ -214,6 +261,7 @@ def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.T
         ({"pythons": (Python("/p", "3.10.1"),)}, None, "(it has 3.10.1)"),
         ({}, "3.11.7", "no Python 3.11.7 (it has 3.11.2)"),
         ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
+        ({"pythons": (OLD, BARE)}, None, "/e there is without its standard library"),
     ],
 )
 def test_no_tool(changes: dict, wanted: str | None, said: str) -> None:  # type: ignore[type-arg]
@@ -237,6 +285,61 @@ def test_whether_our_own_packages_fit(changes: dict, why: str) -> None:  # type:
     seen = replace(SEEN, **changes)
     found = install.fits(seen, SENT, install.choose(seen, SENT, True, None))
     assert found.startswith(why) if why else not found
+
+
+@pytest.mark.parametrize(
+    ("tool", "said", "code", "remedy"),
+    [
+        (UV, "error: No interpreter found for Python 3.11 in managed", NO_PYTHON, "UV_PYTHON_"),
+        (
+            UV,
+            "Failed to install cpython-3.11.14-linux-x86_64-gnu",
+            NO_PYTHON,
+            "install Python 3.11",
+        ),
+        (
+            UV,
+            "error: uv venv: Failed to fetch https://x.org/simple",
+            NO_PACKAGES,
+            "correct this on",
+        ),
+        (PIP, "No module named ensurepip", NO_PACKAGES, "python3-venv"),
+        (PIP, "No matching distribution found for pydantic", NO_PACKAGES, "correct this on"),
+    ],
+)
+def test_what_is_said_of_an_installation_that_failed(
+    tmp_path: Path, tool: install.Tool, said: str, code: Code, remedy: str
+) -> None:
+    machine = cast("Machine", SimpleNamespace(host=Host(ssh="ray@gpu-1")))
+    problem = install._no_packages(machine, SEEN, tool, said, "").problem
+    assert problem.code is code
+    assert said in problem.cause
+    assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("host", "rays", "more", "blocked"),
+    [
+        (Host(ssh="a"), (), {}, True),
+        (Host(ssh="a", ray=True), ("/ray",), {}, True),
+        (Host(ssh="a"), ("/ray",), {}, False),
+        (Host(ssh="a"), (), {"ray": {"start": False}}, False),
+    ],
+)
+def test_a_c_library_for_which_there_is_no_ray(
+    host: Host, rays: tuple[str, ...], more: dict[str, object], blocked: bool
+) -> None:
+    """Before anything is installed. What is there may be made by its owner."""
+    shared = cast("adding.Adding", SimpleNamespace(head=None))
+    one = adding._One(shared, replace(host, more=more), Outcome("a"))
+    one._check_ray_can_be_there(replace(SEEN, rays=rays))
+    seen = replace(SEEN, libc="musl libc (x86_64)", rays=rays)
+    if not blocked:
+        one._check_ray_can_be_there(seen)
+        return
+    with pytest.raises(ProblemError) as told:
+        one._check_ray_can_be_there(seen)
+    assert "musl libc (x86_64) for a C library" in told.value.problem.cause
 
 
 def test_another_ray_than_the_heads_is_refused() -> None:
@@ -422,6 +525,113 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
     run(main_)
 
 
+FAKE_UV = """#!/bin/sh
+[ "$1" = venv ] || exit 0
+for target in "$@"; do :; done
+mkdir -p "$target/bin"
+touch "$target/bin/python"
+chmod 755 "$target/bin/python"
+"""
+
+
+class Here:
+    """This machine in the place of one over SSH."""
+
+    def __init__(self) -> None:
+        self.sent: list[Path] = []
+
+    async def send(self, files: list[Path], folder: str, python: str | None) -> None:
+        self.sent.append(Path(folder))
+        self.sent[-1].mkdir()
+
+    async def sh(self, script: str, data: bytes = b"", seconds: float = 0.0) -> bytes:
+        child = await asyncio.create_subprocess_exec("sh", "-c", script)
+        assert await child.wait() == 0
+        return b""
+
+
+def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
+    tmp_path: Path,
+) -> None:
+    """Its files are its own, and those of one that ended long ago are taken away."""
+    target, uv = tmp_path / "a place", tmp_path / "uv"
+    old, young = (Path(f"{target}.incoming.{age}") for age in ("old", "young"))
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    made = {"wheel": "x", "name": "w1"}
+    here = Here()
+    machine = cast("Machine", here)
+
+    lock = Path(f"{target}.lock").open("w")  # noqa: SIM115  # let go of midway
+
+    async def main_() -> None:
+        tool = install.Tool(uv=str(uv), python="3.11")
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            work = install._install(machine, str(target), tool, [], "true", "", made)
+            installing = asyncio.create_task(work)
+            await until(lambda: here.sent)
+            await asyncio.sleep(0.5)
+            assert not target.exists(), "it would be there by now"
+        await installing
+        assert json.loads((target / sight.MARKER).read_text()) == made
+        assert list(tmp_path.glob("a place.incoming.*")) == [young]
+        seen = replace(SEEN, prefix=str(target), made=made)
+        assert await install.remove(machine, seen) == [str(target)]
+        assert list(tmp_path.glob("a place*")) == []
+
+    run(main_)
+
+
+@pytest.mark.parametrize(
+    ("link", "up_here", "blocked"),
+    [("up", False, True), ("up", True, False), ("parked", False, False)],
+)
+def test_a_machine_in_another_heads_cluster_is_left_alone(
+    tmp_path: Path, link: str, up_here: bool, blocked: bool
+) -> None:
+    """One whose head is gone is not."""
+    told = json.loads((FIXTURES / "worker-ready.json").read_text())["status"]
+    told["link"]["state"] = link
+
+    class Head:
+        async def is_up(self, name: str) -> bool:
+            assert name == told["name"]
+            return up_here
+
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            prefix = it.home / "rayfwd"
+            (prefix / "bin").mkdir(parents=True)
+            (prefix / "bin" / "rayfwd").write_text(f"#!/bin/sh\ncat {tmp_path}/status\nexit 3\n")
+            (prefix / "bin" / "rayfwd").chmod(0o755)
+            (tmp_path / "status").write_text(json.dumps(told))
+            machine = await Machine.connect(it.host)
+            seen = replace(SEEN, prefix=str(prefix), made={"wheel": "x", "name": "w1"})
+            shared = cast("adding.Adding", SimpleNamespace(head=Head(), report=None))
+            one = adding._One(shared, it.host, Outcome("w1"))
+            try:
+                with pytest.raises(ProblemError) as exc:
+                    await one._check_it_is_free(machine, seen, "w2")
+                assert "is 'w1' already, and would be w2" in exc.value.problem.cause
+                if not blocked:
+                    await one._check_it_is_free(machine, seen, "w1")
+                    return
+                with pytest.raises(ProblemError) as exc:
+                    await one._check_it_is_free(machine, seen, "w1")
+                assert exc.value.problem.code is codes.ADD_BLOCKED
+                assert "in another cluster, of the head ray@" in exc.value.problem.cause
+                (prefix / "bin" / "rayfwd").write_text("#!/bin/sh\nexit 127\n")
+                await one._check_it_is_free(machine, seen, "w1")
+            finally:
+                machine.close()
+
+    run(main_)
+
+
 def test_a_machines_host_key_is_checked_and_its_fingerprint_writes_it_down(tmp_path: Path) -> None:
     async def main_() -> None:
         async with remote(tmp_path) as it:
@@ -493,6 +703,39 @@ def test_a_wait_that_ended_says_what_the_machine_says() -> None:
 def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     bad = codes.ADD_FAILED.error("x", "y")
     outcomes = [Outcome("a", changed=True), Outcome("b"), Outcome("c\x1b", problem=bad)]
+    for outcome in outcomes:
+        outcome.ended = True
     assert summary(outcomes, "in") == 1
     assert capsys.readouterr().out == "2 of 3 in; 1 unchanged; 1 failed: c\\x1b\n"
     assert summary(outcomes[:2], "in") == 0
+
+
+def test_an_interruption_says_how_far_each_came(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two at a time: one is done, one failed, one is at work, one has not begun."""
+
+    hanging: list[Outcome] = []
+
+    async def work(machine: str, outcome: Outcome) -> None:
+        outcome.at = "install"
+        if machine == "hangs":
+            hanging.append(outcome)
+            await asyncio.Event().wait()
+        if machine == "fails":
+            outcome.problem = codes.ADD_FAILED.error("x", "y")
+
+    async def main_() -> None:
+        machines = ["good", "fails", "hangs", "hangs", "waits"]
+        task = asyncio.create_task(at_once(machines, str, work, 2, "in"))
+        await until(lambda: len(hanging) == 2)
+        capsys.readouterr()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main_)
+    assert capsys.readouterr().out.splitlines() == [
+        "hangs  STOPPED   at `install`; run the same command again",
+        "hangs  STOPPED   at `install`; run the same command again",
+        "waits  STOPPED   before its first step; run the same command again",
+        "1 of 5 in; 1 unchanged; 1 failed: fails; 3 interrupted",
+    ]

@@ -26,6 +26,7 @@ from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
 from rayfwd.system.sockdiag import SockDiag, UnixListener
+from tests import commands
 from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.test_ownership import OTHER
@@ -127,7 +128,7 @@ def test_a_cluster_with_a_name_has_places_of_its_own(
 
 
 def test_a_daemon_without_a_file_is_found_by_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blue, _ = amounts_to(
         ["join", "a@b", "--cluster", "blue", "--env", "X=1", "--num-cpus", "3"], monkeypatch
@@ -141,6 +142,14 @@ def test_a_daemon_without_a_file_is_found_by_the_others(
         assert found.stat().st_mode & 0o777 == 0o600
         assert named_clusters(os.environ) == ["blue"]
         assert running_config(os.environ) is None
+        assert commands.main(["env"]) == 2
+        assert "clusters of yours that run here: blue (--cluster NAME)" in capsys.readouterr().err
+    assert commands.main(["env"]) == 2
+    assert "no rayfwd of yours runs here: start one with `rayfwd head`" in capsys.readouterr().err
+    plain, _ = amounts_to(["join", "a@b"], monkeypatch)
+    with claimed(plain), recorded(plain):
+        assert commands.main(["env", "--cluster", "red"]) == 2
+        assert "without a name runs here: leave --cluster out" in capsys.readouterr().err
     assert running_config(os.environ, "blue") is None
 
 

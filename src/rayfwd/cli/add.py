@@ -12,23 +12,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from rayfwd.cli import FAULT, OK, MistakeError
+from rayfwd.cli import MistakeError, many
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
-from rayfwd.cli.flags import add_set, given_by
+from rayfwd.cli.flags import add_set, duration, given_by
 from rayfwd.config import Config, ConfigError, parse
 from rayfwd.setup.remote import adding, hosts
 from rayfwd.setup.remote.adding import Adding, Outcome
 from rayfwd.setup.remote.here import Head
 from rayfwd.setup.remote.hosts import VIAS, Host, HostsError
 from rayfwd.setup.remote.shipment import pack
-from rayfwd.system.logs import escaped
 
-JOBS = 8
 WAIT_FOR = 180.0
+
+OWN_KEYS = {
+    "name": "--name",
+    "head.ssh": "--head",
+    "head.dialled": "--via",
+    "ray.command": "--ray-command",
+    **dict.fromkeys(("role", "cluster", "state_dir", "runtime_dir"), ""),
+    **dict.fromkeys(("head.identity", "head.known_hosts", "head.via", "head.attach_command"), ""),
+}
+"""Keys of a machine's file that follow from how it is added, and the options that they have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="how ssh reaches the machine, or an alias of ~/.ssh/config",
     )
-    parser.add_argument(
-        "-f",
-        "--file",
-        metavar="FILE",
-        type=Path,
-        help="a file of machines, one per line: USER@HOST[:PORT], then its own --name, --via, "
+    many.add_arguments(
+        parser,
+        "a file of machines, one per line: USER@HOST[:PORT], then its own --name, --via, "
         "--ray, --ray-command, --identity, --known-hosts, --fingerprint, --prefix or --head; "
         "# begins a comment",
     )
@@ -98,16 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "~/.local/share/rayfwd)",
     )
     parser.add_argument(
-        "--jobs",
-        metavar="N",
-        type=int,
-        default=JOBS,
-        help=f"how many machines at once (default: {JOBS})",
-    )
-    parser.add_argument(
         "--wait-for",
         metavar="SECONDS",
-        type=float,
+        type=duration,
         default=WAIT_FOR,
         help="how long a machine may take from its start until it is in the cluster (default: "
         f"{WAIT_FOR:g})",
@@ -119,8 +118,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = _hosts(args)
     config = load_as_owner(args)
     quiet_logs()
-    outcomes = asyncio.run(_add(config, wanted, args))
-    return summary(outcomes, "in the cluster")
+    return asyncio.run(_add(config, wanted, args))
 
 
 def _hosts(args: argparse.Namespace) -> list[Host]:
@@ -133,15 +131,18 @@ def _hosts(args: argparse.Namespace) -> list[Host]:
         via=args.via,
         ray=args.ray,
         ray_command=args.ray_command,
-        identity=_absolute(args.identity),
-        known_hosts=_absolute(args.known_hosts),
-        ssh_config=_absolute(args.ssh_config),
+        identity=hosts.absolute(args.identity),
+        known_hosts=hosts.absolute(args.known_hosts),
+        ssh_config=hosts.absolute(args.ssh_config),
         fingerprint=args.fingerprint,
         prefix=args.prefix,
         head=args.head,
         more=more,
     )
     wrong: list[str] = []
+    if args.name is not None and (len(args.machines) != 1 or args.file is not None):
+        wrong.append("--name: is for one machine; in a file, each line may have its own")
+    wrong += _keys_of_ours(more)
     try:
         parse(
             {"role": "worker", "name": "a", **more, "head": {"ssh": "head", **more.get("head", {})}}
@@ -157,58 +158,30 @@ def _hosts(args: argparse.Namespace) -> list[Host]:
         wrong += exc.lines
     except ValueError as exc:
         wrong.append(str(exc))
-    if args.jobs < 1:
-        wrong.append(f"--jobs {args.jobs}: must be at least 1")
+    wrong += many.wrong_jobs(args.jobs)
     if wrong:
         raise MistakeError([f"rayfwd add: {line}" for line in wrong])
     return found
 
 
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
+def _keys_of_ours(more: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that --set names and must not."""
+    for key, option in OWN_KEYS.items():
+        section, _, last = key.rpartition(".")
+        if last in (more.get(section, {}) if section else more):
+            yield f"--set {key}: cannot be set here" + f"; use {option}" * bool(option)
 
 
-async def _add(config: Config, wanted: Sequence[Host], args: argparse.Namespace) -> list[Outcome]:
-    """Raises ProblemError where this is no head that runs."""
+async def _add(config: Config, wanted: Sequence[Host], args: argparse.Namespace) -> int:
+    """The exit code. Raises ProblemError where this is no head that runs."""
     head = await Head.find(config, control_socket(config))
     with tempfile.TemporaryDirectory(prefix="rayfwd-add-") as folder:
         shipment = await asyncio.to_thread(pack, Path(folder))
-        shared = Adding(head, shipment, Path(folder), args.wait_for, report)
-        places = asyncio.Semaphore(args.jobs)
+        shared = Adding(head, shipment, Path(folder), args.wait_for, many.report)
 
-        async def one(host: Host) -> Outcome:
-            async with places:
-                outcome = await adding.add(shared, host)
-            tell_end(outcome, "in the cluster")
-            return outcome
+        async def work(host: Host, outcome: Outcome) -> None:
+            await adding.add(shared, host, outcome)
 
-        return list(await asyncio.gather(*map(one, wanted)))
-
-
-def report(called: str, step: str, came: str) -> None:
-    """A step that is done."""
-    print(f"{escaped(called)}  {step:<9} {escaped(came)}", flush=True)
-
-
-def tell_end(outcome: Outcome, well: str) -> None:
-    """Of one machine."""
-    if outcome.problem is None:
-        report(outcome.called, "done", f"{well}, {outcome.seconds:.1f} s")
-        return
-    problem = outcome.problem.problem
-    report(outcome.called, "FAILED", f"at `{outcome.at}`: {problem.code}: {problem.cause}")
-    report(outcome.called, "", f"to do: {problem.remedy}")
-
-
-def summary(outcomes: Sequence[Outcome], well: str) -> int:
-    """One line for all, and the exit code."""
-    failed = [outcome.called for outcome in outcomes if outcome.problem is not None]
-    same = [o for o in outcomes if o.problem is None and not o.changed]
-    good = len(outcomes) - len(failed)
-    words = [f"{good} of {len(outcomes)} {well}"]
-    if same:
-        words.append(f"{len(same)} unchanged")
-    if failed:
-        words.append(f"{len(failed)} failed: {', '.join(failed)}")
-    print(escaped("; ".join(words)))
-    return FAULT if failed else OK
+        return await many.at_once(
+            wanted, lambda host: host.name or host.ssh, work, args.jobs, "in the cluster"
+        )

@@ -37,18 +37,16 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def _others(args: argparse.Namespace, path: Path) -> list[str]:
-    """Where there is no file: the clusters that could have been meant."""
-    names = [] if args.config is not None or path.exists() else named_clusters(os.environ)
-    return (
-        [
-            (
-                f"several clusters of yours run here: {', '.join(names)}; choose one with "
-                "--cluster NAME"
-            )
-        ]
-        if names
-        else []
-    )
+    """Where there is no file: what runs here without one, and could have been meant."""
+    if args.config is not None or path.exists():
+        return []
+    found = []
+    if names := named_clusters(os.environ):
+        found.append(f"clusters of yours that run here: {', '.join(names)} (--cluster NAME)")
+    if args.cluster is not None and running_config(os.environ) is not None:
+        found.append("a cluster of yours without a name runs here: leave --cluster out")
+    start = "start one with `rayfwd head`, `rayfwd join USER@HEAD` or `rayfwd init`"
+    return found or [f"no rayfwd of yours runs here: {start}"]
 
 
 def load_as_owner(args: argparse.Namespace) -> Config:

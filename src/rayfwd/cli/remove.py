@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
-from rayfwd.cli import MistakeError
-from rayfwd.cli.add import JOBS, report, summary, tell_end
+from rayfwd.cli import MistakeError, many
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
 from rayfwd.config import Config
 from rayfwd.setup.remote import hosts, removing
@@ -28,20 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="a node's name, or USER@HOST[:PORT] as it was added",
     )
-    parser.add_argument(
-        "-f", "--file", metavar="FILE", type=Path, help="a file of machines, as for `rayfwd add -f`"
-    )
+    many.add_arguments(parser, "a file of machines, as for `rayfwd add -f`")
     parser.add_argument(
         "--gone",
         action="store_true",
         help="the machine no longer exists: do not contact it, only forget it here",
-    )
-    parser.add_argument(
-        "--jobs",
-        metavar="N",
-        type=int,
-        default=JOBS,
-        help=f"how many machines at once (default: {JOBS})",
     )
 
 
@@ -49,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = _wanted(args)
     config = load_as_owner(args)
     quiet_logs()
-    return summary(asyncio.run(_remove(config, wanted, args)), "removed")
+    return asyncio.run(_remove(config, wanted, args))
 
 
 def _wanted(args: argparse.Namespace) -> list[str]:
@@ -62,20 +51,16 @@ def _wanted(args: argparse.Namespace) -> list[str]:
             raise MistakeError([f"rayfwd remove: {line}" for line in exc.lines]) from None
     if not found:
         raise MistakeError(["rayfwd remove: give a NAME, or a file of machines with -f"])
-    if args.jobs < 1:
-        raise MistakeError([f"rayfwd remove: --jobs {args.jobs}: must be at least 1"])
+    if wrong := many.wrong_jobs(args.jobs):
+        raise MistakeError([f"rayfwd remove: {line}" for line in wrong])
     return list(dict.fromkeys(found))
 
 
-async def _remove(config: Config, wanted: Sequence[str], args: argparse.Namespace) -> list[Outcome]:
-    """Raises ProblemError where no head runs here."""
+async def _remove(config: Config, wanted: Sequence[str], args: argparse.Namespace) -> int:
+    """The exit code. Raises ProblemError where no head runs here."""
     head = await Head.find(config, control_socket(config))
-    places = asyncio.Semaphore(args.jobs)
 
-    async def one(text: str) -> Outcome:
-        async with places:
-            outcome = await removing.remove(head, text, args.gone, report)
-        tell_end(outcome, "removed")
-        return outcome
+    async def work(text: str, outcome: Outcome) -> None:
+        await removing.remove(head, text, args.gone, many.report, outcome)
 
-    return list(await asyncio.gather(*map(one, wanted)))
+    return await many.at_once(wanted, str, work, args.jobs, "removed")

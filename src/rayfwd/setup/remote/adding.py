@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,6 +22,7 @@ from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
+from rayfwd.status import Status
 
 LOOK_SECONDS = 90.0
 START_SECONDS = 180.0
@@ -41,7 +44,9 @@ class Outcome:
     seconds: float = 0.0
     problem: ProblemError | None = None
     at: str = ""
-    """The step at which it failed."""
+    """The step at which it is, or failed."""
+    ended: bool = False
+    """Well or not; False: it was interrupted."""
 
 
 @dataclass(slots=True)
@@ -68,9 +73,8 @@ class Adding:
         return await asyncio.shield(self._ray)
 
 
-async def add(all_: Adding, host: Host) -> Outcome:
+async def add(all_: Adding, host: Host, outcome: Outcome) -> None:
     """Never raises but for faults of ours: what went wrong is in the outcome."""
-    outcome = Outcome(called=host.name or host.ssh)
     began = time.monotonic()
     one = _One(all_, host, outcome)
     try:
@@ -82,7 +86,6 @@ async def add(all_: Adding, host: Host) -> Outcome:
     finally:
         one.close()
     outcome.seconds = time.monotonic() - began
-    return outcome
 
 
 class _One:
@@ -113,10 +116,12 @@ class _One:
         self._at("look")
         seen = await look(machine, self._host.prefix, self._rays())
         self._say(seen.lines())
+        self._check_ray_can_be_there(seen)
         name = self._name(seen)
+        await self._check_it_is_free(machine, seen, name)
         self._remember(name, seen, None)
         self._at("install")
-        new = await install.rayfwd(machine, seen, self._all.shipment)
+        new = await install.rayfwd(machine, seen, self._all.shipment, name)
         self._say(f"rayfwd in {seen.prefix}" + ("" if new else ", as it is here"), new)
         if self._host.ray:
             await self._install_ray(machine, seen)
@@ -130,6 +135,19 @@ class _One:
         if self._host.ray_command is not None:
             return [self._host.ray_command]
         return [] if self._head.ray is None else [self._head.ray.command]
+
+    def _check_ray_can_be_there(self, seen: Sight) -> None:
+        """Raises ProblemError."""
+        if seen.is_musl and self._starts_ray and not (seen.rays and not self._host.ray):
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} has {seen.libc or 'musl'} for a C library, and Ray is made for "
+                "glibc alone",
+                "use a machine or an image with glibc, as of Debian, Ubuntu or Fedora",
+            )
+
+    @property
+    def _starts_ray(self) -> bool:
+        return dict(self._host.more.get("ray", {})).get("start") is not False
 
     def _name(self, seen: Sight) -> str:
         """The node's. Raises ProblemError where another machine has it."""
@@ -162,6 +180,27 @@ class _One:
             )
         self._outcome.name = self._outcome.called = name
         return name
+
+    async def _check_it_is_free(self, machine: Machine, seen: Sight, name: str) -> None:
+        """Raises ProblemError where it is a node already: under another name, or in the cluster of
+        another head now."""
+        if seen.made is None:
+            return
+        if (other := seen.made.get("name", name)) != name:
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} is {other!r} already, and would be {name}",
+                there.other_name(other),
+            )
+        status = await running(machine, seen.prefix)
+        link = None if status is None else status.link
+        if status is None or link is None or link.state != "up":
+            return
+        if not await self._head.is_up(status.name):
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} is {status.name} in another cluster, of the head {link.head}",
+                "run `rayfwd remove` on that head first; to be in both clusters, run `rayfwd join "
+                "--cluster NAME` on the machine",
+            )
 
     async def _install_ray(self, machine: Machine, seen: Sight) -> None:
         self._at("Ray")
@@ -204,7 +243,7 @@ class _One:
 
     def _checked_ray(self, found: dict[str, Any]) -> str:
         """Raises ProblemError where its Ray is none, or not as the head's."""
-        if dict(self._host.more.get("ray", {})).get("start") is False:
+        if not self._starts_ray:
             return str(found["ray"] or "ray")
         told = f"{self._outcome.called}: "
         remedy = "use --ray, which installs the head's version, or give its path with --ray-command"
@@ -338,6 +377,17 @@ async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sig
         raise codes.ADD_FAILED.error(
             f"{machine.host.ssh} cannot be examined: {exc}", "use a Linux machine that has `sh`"
         ) from None
+
+
+async def running(machine: Machine, prefix: str) -> Status | None:
+    """What the rayfwd that was added there says of itself; None: none of a kind that we know
+    answers."""
+    command = shlex.quote(f"{prefix}/bin/rayfwd")
+    try:
+        said = await machine.sh(f"{command} status --json 2>/dev/null || :")
+        return Status.from_answer(json.loads(said))
+    except (Failed, ValueError, ProblemError):
+        return None
 
 
 def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None:

@@ -95,6 +95,11 @@ class Head:
                 return worker.ray is not None and worker.ray.state in {"up", "by_hand", "off"}
         return False
 
+    async def is_up(self, name: str) -> bool:
+        """Whether this worker has a link. Raises ProblemError."""
+        workers = (await self.status()).workers or ()
+        return any(worker.name == name and worker.state == "up" for worker in workers)
+
     async def dial(self, dial: DialConfig) -> None:
         """Raises ProblemError."""
         await self.ask("dial", {"dial": dial.model_dump(mode="json", exclude_unset=True)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from rayfwd.config import HeadConfig
 Via = Literal["auto", "worker", "head"]
 VIAS: tuple[Via, ...] = ("auto", "worker", "head")
 """Who dials: "worker" the head, "head" the worker; "auto": the worker where it can."""
+
+_FINGERPRINT = re.compile(r"(SHA256:)?[A-Za-z0-9+/]{43}=?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def read(path: Path, usual: Host) -> list[Host]:
     Raises HostsError.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # as Windows may write it
     except (OSError, UnicodeDecodeError) as exc:
         why = exc.strerror if isinstance(exc, OSError) else "is not UTF-8 text"
         raise HostsError([f"{path}: {why}"]) from None
@@ -106,7 +109,15 @@ def read(path: Path, usual: Host) -> list[Host]:
 def of_words(words: Sequence[str], usual: Host) -> Host:
     """One line's machine. Raises ValueError."""
     given = {key: v for key, v in vars(_line_parser().parse_args(words)).items() if v is not None}
+    for key in ("identity", "known_hosts"):
+        if key in given:
+            given[key] = absolute(given[key])
     return checked(replace(usual, **given))
+
+
+def absolute(path: Path | None) -> Path | None:
+    """As the shell has it where this was said: the head's daemon is elsewhere."""
+    return None if path is None else Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def checked(host: Host) -> Host:
@@ -120,6 +131,10 @@ def checked(host: Host) -> Host:
         check_name(host.name)
         if host.name == "head":
             raise ValueError("--name head: must be another name on a worker")
+    if host.fingerprint is not None and not _FINGERPRINT.fullmatch(host.fingerprint):
+        raise ValueError(
+            f"--fingerprint {host.fingerprint}: must be as `ssh-keygen -lf` prints it, SHA256:…"
+        )
     if host.prefix is not None and not re.fullmatch(r"/[\w./+-]+", host.prefix):
         raise ValueError(f"--prefix {host.prefix}: must be an absolute path")
     return host

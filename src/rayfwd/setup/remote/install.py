@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import secrets
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ ROOM = 250 << 20
 """Bytes that rayfwd with what it needs takes, and then some."""
 ROOM_FOR_RAY = 2 << 30
 
+_NO_PYTHON = re.compile("No interpreter found|(download|install) (cp|pypy)|python-build-standalone")
+"""What uv says where it finds no interpreter, or cannot get one."""
+
 _SCRIPT = r"""
 set -e
 umask 022
@@ -36,6 +41,18 @@ finish() { [ -n "$done" ] || [ -z "$fresh" ] || rm -rf @TARGET@; rm -rf @INCOMIN
 done=
 trap finish EXIT
 trap 'exit 1' HUP INT TERM
+# An `add` that was interrupted on the head may be at work here still.
+if command -v flock >/dev/null 2>&1; then
+  exec 9>@TARGET@.lock
+  waited=0
+  until flock -n 9; do
+    [ $((waited += 1)) -le @SECONDS@ ] || { echo "another installation has not ended" >&2; exit 1; }
+    sleep 1
+  done
+fi
+for old in @TARGET@.incoming.*; do
+  [ "$old" = @INCOMING@ ] || find "$old" -maxdepth 0 -mmin +60 -exec rm -rf {} + || :
+done
 [ -x @TARGET@/bin/python ] || { fresh=1; rm -rf @TARGET@; mkdir -p "$(dirname @TARGET@)"; }
 pip_wheel=$(ls pip-*.whl 2>/dev/null | head -n 1) || :
 uv=@UV@
@@ -83,18 +100,29 @@ class Tool:
 def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) -> Tool:
     """`wanted`: the Python to have, to the last number, as Ray's nodes must have the same; None:
     any that runs rayfwd. Raises ProblemError."""
-    exact = next((p for p in sight.pythons if p.version == wanted), None)
-    found = exact if wanted else sight.python
+    if wanted is not None:
+        fitting = [p for p in sight.pythons if p.version == wanted]
+    else:  # with the Python of the head's rayfwd all that it needs can be sent
+        fitting = [p for p in sight.pythons if p.key >= OLDEST_PYTHON]
+        fitting.sort(key=lambda p: (p.key != shipment.python, not p.whole))
+    found = next(iter(fitting), None)
     version = wanted or ".".join(map(str, shipment.python))
     python = found.path if found is not None else version
     if sight.uv is not None:
         return Tool(uv=sight.uv, python=python)
-    if found is not None:
-        return Tool(python=python)
+    if (whole := next((p for p in fitting if p.whole), None)) is not None:
+        return Tool(python=whole.path)
     if shipment.uv is not None and shipment.machine == sight.machine:
         return Tool(bring_uv=True, python=python)
     if sight.any_python is not None and sight.index != "no" and has_pip:
         return Tool(bring_uv=True, old_python=sight.any_python, python=python)
+    if found is not None:
+        raise codes.ADD_NO_PYTHON.error(
+            f"{found.path} there is without its standard library, and there is no uv that could do "
+            "without",
+            "install that there, as in `apt-get install python3-venv`, or uv; or have uv on the "
+            "head",
+        )
     least = f"Python {version}" if wanted else "Python 3.11 or newer"
     has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
     raise codes.ADD_NO_PYTHON.error(
@@ -108,7 +136,7 @@ def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
     """Why what is compiled here is not for that machine; empty: it is."""
     if sight.machine != shipment.machine:
         return f"its processor is {sight.machine}, but the head's is {shipment.machine}"
-    if (shipment.libc == "glibc") == ("musl" in sight.libc.lower()):
+    if (shipment.libc == "glibc") == sight.is_musl:
         return f"its C library is {sight.libc or 'unknown'}, but the head's is {shipment.libc}"
     key = next((p.key for p in sight.pythons if p.path == tool.python), None)
     if key is None:
@@ -119,10 +147,13 @@ def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
     return ""
 
 
-async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment) -> bool:
-    """Have this rayfwd there; whether something was done. Raises ProblemError."""
-    target, made = sight.prefix, {"wheel": shipment.digest}
-    if sight.made == made:
+async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) -> bool:
+    """Have this rayfwd there, for the node of that name; whether something was done.
+
+    Raises ProblemError.
+    """
+    target, made = sight.prefix, {"wheel": shipment.digest, "name": name}
+    if sight.made is not None and sight.made.get("wheel") == shipment.digest:
         return False
     _check_place(sight, target, sight.there and sight.made is None, ROOM)
     needs = await asyncio.to_thread(shipment.needs)
@@ -135,7 +166,7 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment) -> bool:
     try:
         await _install(machine, target, tool, files, put, own, made)
     except Failed as exc:
-        raise _no_packages(machine, sight, f"{exc}", why) from None
+        raise _no_packages(machine, sight, tool, f"{exc}", why) from None
     return True
 
 
@@ -165,7 +196,7 @@ async def ray(
     try:
         await _install(machine, target, tool, files, " || ".join(ways), "", made)
     except Failed as exc:
-        raise _no_packages(machine, sight, f"Ray {versions.ray}: {exc}", "") from None
+        raise _no_packages(machine, sight, tool, f"Ray {versions.ray}: {exc}", "") from None
     return True
 
 
@@ -207,7 +238,7 @@ async def _install(
     made: dict[str, str],
 ) -> None:
     """Raises Failed, ProblemError."""
-    incoming = f"{target}.incoming"
+    incoming = f"{target}.incoming.{secrets.token_hex(4)}"
     python = tool.python if tool.python.startswith("/") else None
     await machine.send(files, incoming, python)
     words = {
@@ -221,6 +252,7 @@ async def _install(
         "@OWN@": own,
         "@MADE@": shlex.quote(json.dumps(made)),
         "@MARKER@": MARKER,
+        "@SECONDS@": f"{INSTALL_SECONDS / 2:.0f}",
     }
     script = _SCRIPT
     for word, text in words.items():
@@ -228,12 +260,19 @@ async def _install(
     await machine.sh(script, seconds=INSTALL_SECONDS)
 
 
-def _no_packages(machine: Machine, sight: Sight, said: str, why: str) -> ProblemError:
+def _no_packages(machine: Machine, sight: Sight, tool: Tool, said: str, why: str) -> ProblemError:
+    by_uv = bool(tool.uv) or tool.bring_uv
+    if by_uv and not tool.python.startswith("/") and _NO_PYTHON.search(said):
+        return codes.ADD_NO_PYTHON.error(
+            f"there is no Python {tool.python} on {machine.host.ssh}, and uv got none: {said}",
+            f"install Python {tool.python} there, or give uv a way to one "
+            "(UV_PYTHON_INSTALL_MIRROR in the environment of that login)",
+        )
     cause = f"installing on {machine.host.ssh} failed: {said}"
     if why:
         cause += f" (the head's own packages were not sent: {why})"
     remedy = "correct this on that machine, then run the same command again"
-    if "ensurepip" in said or "venv" in said:
+    if not by_uv and ("ensurepip" in said or "venv" in said):
         remedy = (
             "install what creates environments, for example with `apt-get install "
             "python3-venv` there, or install uv"
@@ -255,5 +294,7 @@ async def remove(machine: Machine, sight: Sight) -> list[str]:
         if made is not None
     ]
     if gone:
-        await machine.sh(f"rm -rf {shlex.join(gone)}", seconds=INSTALL_SECONDS)
+        beside = [f"{shlex.quote(place)}.lock {shlex.quote(place)}.incoming.*" for place in gone]
+        words = f"rm -rf {shlex.join(gone)} {' '.join(beside)}"
+        await machine.sh(words, seconds=INSTALL_SECONDS)
     return gone

@@ -34,9 +34,11 @@ def known(head: Head, text: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-async def remove(head: Head, text: str, gone: bool, report: Report) -> Outcome:
-    """`gone`: the machine is no more, and only what the head has of it is taken away."""
-    outcome = Outcome(called=text)
+async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Outcome) -> None:
+    """`gone`: the machine is no more, and only what the head has of it is taken away.
+
+    What went wrong is in the outcome.
+    """
     began = time.monotonic()
     try:
         outcome.at = "find"
@@ -50,7 +52,6 @@ async def remove(head: Head, text: str, gone: bool, report: Report) -> Outcome:
     except Failed as exc:
         outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", "run the same command again")
     outcome.seconds = time.monotonic() - began
-    return outcome
 
 
 async def _there(

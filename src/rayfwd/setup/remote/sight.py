@@ -66,7 +66,9 @@ for uv in "$(command -v uv 2>/dev/null)" "$HOME/.local/bin/uv" "$HOME/.cargo/bin
 done
 for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
   at=$(command -v $python 2>/dev/null) || continue
-  say python "$at $("$at" -c 'import platform; print(platform.python_version())' 2>/dev/null)"
+  version=$("$at" -c 'import platform; print(platform.python_version())' 2>/dev/null)
+  whole=$("$at" -c 'import asyncio, tarfile, venv' >/dev/null 2>&1 && echo whole)
+  say python "$at $version $whole"
 done
 for ray in @RAYS@ "$(command -v ray 2>/dev/null)" "$PREFIX-ray/bin/ray" \
     "$HOME/.venv/bin/ray" "$HOME/venv/bin/ray" "$HOME/.local/bin/ray" \
@@ -101,6 +103,8 @@ class Python:
     path: str
     version: str
     """Full: `3.11.2`."""
+    whole: bool = True
+    """It has its standard library, and so makes environments; else only uv does with it."""
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -149,6 +153,11 @@ class Sight:
         return next((p for p in self.pythons if p.key >= OLDEST_PYTHON), None)
 
     @property
+    def is_musl(self) -> bool:
+        """Its C library is not glibc, for which Ray is made."""
+        return "musl" in self.libc.lower()
+
+    @property
     def any_python(self) -> str | None:
         return next((p.path for p in self.pythons if p.version), None)
 
@@ -180,8 +189,10 @@ def read(output: str) -> Sight:
     if single.get("kernel") != "Linux" or not single.get("prefix", "").startswith("/"):
         raise ValueError(f"it is {single.get('kernel') or 'no machine with a POSIX shell'}")
     root = single.get("uid") == "0"
-    pairs = [value.partition(" ") for value in several["python"]]
-    pythons = [Python(path, version) for path, _, version in pairs]
+    pythons = [
+        Python(path, version, bool(whole))
+        for path, version, whole in (f"{value}  ".split(" ")[:3] for value in several["python"])
+    ]
     return Sight(
         system=single.get("system", ""),
         machine=single.get("machine", ""),

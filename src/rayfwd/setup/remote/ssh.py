@@ -133,7 +133,8 @@ class Machine:
         unpack = "tar xf -"
         if python is not None:
             code = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|')"
-            unpack = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
+            by_python = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
+            unpack = f"if command -v tar >/dev/null; then {unpack}; else {by_python}; fi"
         place = shlex.quote(folder)
         script = f"umask 077; rm -rf {place}; mkdir -p {place} && cd {place} && {unpack}"
         await self.sh(script, data, seconds=600.0)

@@ -194,19 +194,30 @@ def _link(layout: Layout) -> list[Step]:
 
 
 def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
-    """Raises ProblemError where another rayfwd has this machine."""
-    if not layout.config.exists() or manifest.of(str(layout.config)) is not None:
+    """Raises ProblemError where another rayfwd has this machine, or ours under another name."""
+    if not layout.config.exists():
         return
     try:
         other = load(layout.config)
         what = f"a {other.role} named {other.name}"
     except ConfigError:
-        what = "another rayfwd's"
+        other, what = None, "another rayfwd's"
+    if manifest.of(str(layout.config)) is not None:
+        if other is None or other.name == name:
+            return
+        raise codes.ADD_BLOCKED.error(
+            f"this machine is {other.name} already, and would be {name}", other_name(other.name)
+        )
     raise codes.ADD_BLOCKED.error(
         f"{layout.config} exists there ({what}), but `rayfwd add` did not make it",
         "to join a second cluster there, run `rayfwd join HEAD --cluster NAME` on that "
         "machine; otherwise remove the file",
     )
+
+
+def other_name(name: str) -> str:
+    """What to do about a machine that has this name, and was to have another."""
+    return f"use --name {name}; to rename it, run `rayfwd remove {name}` first"
 
 
 def authorize(line: str, name: str) -> bool:
