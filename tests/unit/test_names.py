@@ -15,7 +15,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.daemon import head as head_module
+from rayfwd.daemon import names as names_module
 from rayfwd.hub.roster import Roster
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Kind, encode, first_frame
@@ -196,14 +196,14 @@ def test_a_name_that_was_away_for_long_is_given_back(
 ) -> None:
     clock = [1e9]
     monkeypatch.setattr(time, "time", lambda: clock[0])
-    monkeypatch.setattr(head_module, "RETURN_SECONDS", 0.0)
+    monkeypatch.setattr(names_module, "RETURN_SECONDS", 0.0)
 
     async def main() -> None:
         async with site(tmp_path, "w1", "w2") as s:
             await s.start()
             await s.workers["w1"].stop()
             await until(lambda: s.head.peer("w1").state == "down")
-            await asyncio.sleep(head_module.NAMES_INTERVAL + 5)
+            await asyncio.sleep(names_module.NAMES_INTERVAL + 5)
             clock[0] += 2592000 + 3700
             w2 = s.workers["w2"]
             await until(lambda: w2.role.node.view.node_named("w1") is None, 200)

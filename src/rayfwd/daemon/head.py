@@ -19,6 +19,7 @@ from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.head_token import HeadToken
 from rayfwd.daemon.history import LinkNow
+from rayfwd.daemon.names import Names
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
@@ -37,7 +38,7 @@ from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
 from rayfwd.network.announced import PortNews
-from rayfwd.problems import Problem, ProblemError, Severity
+from rayfwd.problems import ProblemError, Severity
 from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
@@ -47,7 +48,6 @@ from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Opening, Target
 from rayfwd.status import RayOfWorker
-from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
@@ -73,15 +73,6 @@ FEW_NODES = 32
 passed on."""
 PORTS_GATHERED = 0.005
 """Seconds in which they are gathered into one message where there are more."""
-NAMES_INTERVAL = 60.0
-"""Seconds between two looks at whose names are to be given back."""
-SEEN_INTERVAL = 3600.0
-"""Seconds between two notes of who is here, at most; a tenth of `hub.forget_after` if shorter."""
-RETURN_SECONDS = 600.0
-"""Seconds from the head's start in which no name is given back: whoever was here has to return."""
-ROOM_SAID = 5
-"""Further workers for which there is to be room; where there is less, it is said."""
-
 FIND_SECONDS = 5.0
 """Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
 GATHER_SECONDS = 0.2
@@ -142,6 +133,7 @@ class HeadRole:
             ride_through=config.ride_through,
             limits=Limits(),
         )
+        self._names = Names(node, self._roster, self._hub.give_back, self._here)
         self._token = HeadToken(
             node,
             self._hub,
@@ -224,44 +216,11 @@ class HeadRole:
         return {
             "cluster": self._cluster_watch.run,
             "dashboard": self._dashboard_watch.run,
-            "names": self._watch_names,
+            "names": self._names.run,
         }
-
-    async def _watch_names(self) -> None:
-        """Give back the names of those who were away for long, and say before there is no room."""
-        began = noted = asyncio.get_running_loop().time()
-        self._note_seen()
-        while True:
-            self._look_for_room()
-            await sleep_coalesced(NAMES_INTERVAL)
-            limit, now = self._node.config.hub.forget_after, asyncio.get_running_loop().time()
-            if now - noted >= min(SEEN_INTERVAL, limit / 10) or self._roster.has_new():
-                noted = now
-                self._note_seen()
-            if now - began >= RETURN_SECONDS:
-                here = self._here()
-                for name in self._roster.away_for(limit, time.time()):
-                    if name not in here:
-                        self._hub.give_back(name)
 
     def _here(self) -> set[str]:
         return {n.plan.name for n in self._hub.nodes.values() if n.state != "down"}
-
-    def _note_seen(self) -> None:
-        with suppress(ProblemError):  # whoever joins next is told of it
-            self._roster.note_seen(self._here(), time.time())
-
-    def _look_for_room(self) -> None:
-        left = self._roster.room(ROOM_SAID)
-        found: dict[str, Problem] = {}
-        if left < ROOM_SAID:
-            found[self._node.config.name] = codes.PLAN_NEARLY_FULL.problem(
-                f"there are addresses and ports for only {left} more workers as large as "
-                "the largest",
-                "run `rayfwd forget --keep-token NAME` for nodes that are gone for good, or "
-                "shorten hub.forget_after, or lower hub.port_base or ray.worker_ports",
-            )
-        self._node.board.put("names", found)
 
     def loops(self) -> Iterable[Heartbeat]:
         return ()

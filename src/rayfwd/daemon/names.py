@@ -1,0 +1,76 @@
+"""Gives back the names of nodes that were away for long, and says when there is little room left.
+
+The head's. Who was here last, and when, is kept in the roster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from rayfwd import codes
+from rayfwd.daemon.node import Node
+from rayfwd.hub.roster import Roster
+from rayfwd.problems import Problem, ProblemError
+from rayfwd.system.coalesce import sleep_coalesced
+
+NAMES_INTERVAL = 60.0
+"""Seconds between two looks at whose names are to be given back."""
+SEEN_INTERVAL = 3600.0
+"""Seconds between two notes of who is here, at most; a tenth of `hub.forget_after` if shorter."""
+RETURN_SECONDS = 600.0
+"""Seconds from the head's start in which no name is given back: whoever was here has to return."""
+ROOM_SAID = 5
+"""Further workers for which there is to be room; where there is less, it is said."""
+
+
+class Names:
+    """One task, `run`, looks once a minute."""
+
+    def __init__(
+        self,
+        node: Node,
+        roster: Roster,
+        give_back: Callable[[str], None],
+        here: Callable[[], set[str]],
+    ) -> None:
+        """`here`: who has a link; `give_back` is called for each who was away for long."""
+        self._node = node
+        self._roster = roster
+        self._give_back = give_back
+        self._here = here
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        began = noted = asyncio.get_running_loop().time()
+        self._note_seen()
+        while True:
+            self._look_for_room()
+            await sleep_coalesced(NAMES_INTERVAL)
+            limit, now = self._node.config.hub.forget_after, asyncio.get_running_loop().time()
+            if now - noted >= min(SEEN_INTERVAL, limit / 10) or self._roster.has_new():
+                noted = now
+                self._note_seen()
+            if now - began >= RETURN_SECONDS:
+                here = self._here()
+                for name in self._roster.away_for(limit, time.time()):
+                    if name not in here:
+                        self._give_back(name)
+
+    def _note_seen(self) -> None:
+        with suppress(ProblemError):  # whoever joins next is told of it
+            self._roster.note_seen(self._here(), time.time())
+
+    def _look_for_room(self) -> None:
+        left = self._roster.room(ROOM_SAID)
+        found: dict[str, Problem] = {}
+        if left < ROOM_SAID:
+            found[self._node.config.name] = codes.PLAN_NEARLY_FULL.problem(
+                f"there are addresses and ports for only {left} more workers as large as "
+                "the largest",
+                "run `rayfwd forget --keep-token NAME` for nodes that are gone for good, or "
+                "shorten hub.forget_after, or lower hub.port_base or ray.worker_ports",
+            )
+        self._node.board.put("names", found)
