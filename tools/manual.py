@@ -51,7 +51,7 @@ _LISTS = tuple(tuple[cls, ...] for cls in INNER.values())  # type: ignore[valid-
 def sections() -> Iterator[tuple[str, str, type[Any]]]:
     """Name, header and class of each, a section's own lists behind it."""
     for name, cls in SECTIONS.items():
-        yield name, f"[[{name}]]" if name == "forward" else f"[{name}]", cls
+        yield name, f"[[{name}]]" if name in {"forward", "direct"} else f"[{name}]", cls
         for inner, its in INNER.items():
             if inner.startswith(f"{name}."):
                 yield inner, f"[[{inner}]]", its
@@ -128,7 +128,7 @@ def allowed(schema: Mapping[str, Any]) -> str:
 
 # -- the example -----------------------------------------------------------------------------------
 
-_ABSENT = {"hub", "hub.dial", "hub.meet", "client", "forward"}
+_ABSENT = {"hub", "hub.dial", "hub.meet", "client", "forward", "direct"}
 """Sections that the example, a worker's file, shows without having them."""
 
 

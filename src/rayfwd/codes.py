@@ -89,6 +89,7 @@ LINK_DOWN = Code("link_down", group=Group.LINK_GONE, both_ends=True)
 LANE_FLAPPING = Code("lane_flapping", "warning", caused_by=_LINK, both_ends=True)
 LINK_SLOW = Code("link_slow", "warning", caused_by=_LINK, both_ends=True)
 LINK_THROUGHPUT_LOW = Code("link_throughput_low", "warning", caused_by=(*_LINK, LINK_SLOW))
+DIRECT_ABSENT = Code("direct_absent", "warning", for_seconds=10.0, caused_by=_LINK)
 HUB_STARTING = Code("hub_starting", "note", caused_by=_LINK, untold=True)
 LINK_STARTING = Code("link_starting", "note", caused_by=_LINK, untold=True)
 
@@ -205,6 +206,11 @@ HELLO_MISSING = Code("hello_missing", counted=False, passing=True)
 # What the hub tells of a session that is past.
 SESSION_STALE = Code("session_stale", "note", counted=False, passing=True, new_session=True)
 SESSION_UNKNOWN = Code("session_unknown", "note", counted=False, passing=True, new_session=True)
+
+# Of a direct way between two workers.
+DIRECT_AWAY = Code("direct_away", "note", counted=False, passing=True)
+DIRECT_UNKNOWN = Code("direct_unknown", counted=False, passing=True)
+DIRECT_WRONG = Code("direct_wrong", counted=False, lasting=True)
 
 # After these a session is at an end.
 ACK_AHEAD = Code("ack_ahead", counted=False, breach=True)

@@ -285,6 +285,40 @@ class MeetConfig(_Section):
         return HeadConfig.model_validate({**own, "extra_lanes": 0})
 
 
+class DirectConfig(_Section):
+    """Of a worker: another worker that this one can log in to. Streams between the two then go
+    there directly, without the head. One section for each; docs/ways.md."""
+
+    node: Annotated[str, AfterValidator(check_name)] = Field(examples=["gpu-2"])
+    """its name in the cluster"""
+    ssh: Annotated[str, AfterValidator(_check_ssh)] = Field(examples=["ray@gpu-2.example.org"])
+    """user@host, user@host:port, or an alias of ~/.ssh/config"""
+    identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
+    """the private key, also for jump hosts; default: the agent's and the SSH configuration's"""
+    known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
+    """the only file in which its host key is looked up; default: those that ssh reads"""
+    ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
+    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/peers.sock")
+    """the other worker's socket: peers.sock in its runtime_dir"""
+    transport: Literal["asyncssh", "openssh"] = "asyncssh"
+    """as in [head]"""
+    via: Literal["socket", "exec", "auto"] = "auto"
+    """"exec": run attach_command there; "socket": forward to it; "auto": the first that works"""
+    attach_command: Command = "rayfwd attach --peer"
+    """the command that via = "exec" runs; a forced command in authorized_keys replaces it"""
+    bulk_lanes: Whole = Field(default=1, ge=0, le=8)
+    """SSH connections for big transfers, in addition to the one for short messages"""
+    extra_lanes: Whole = Field(default=3, ge=0, le=8)
+    """more such connections, opened while a transfer fills the others"""
+
+    def way(self) -> HeadConfig:
+        """The same, as a way by SSH is described."""
+        own = self.model_dump(exclude={"node"}, exclude_unset=True)
+        defaults = {"socket": self.socket, "via": self.via, "attach_command": self.attach_command}
+        return HeadConfig.model_validate({**defaults, **own})
+
+
 def _plan_network(value: str) -> str:
     try:
         network = ipaddress.IPv4Network(value)
@@ -412,6 +446,8 @@ class NetworkConfig(_Section):
     """name of the interface that gets this node's address"""
     port: Port = 19977
     """the port on 127.0.0.1 to which connections to other nodes are redirected"""
+    direct: Literal["told", "off"] = "told"
+    """of a worker; "told": to and from workers that a [[direct]] names; "off": never"""
 
 
 class MetricsConfig(_Section):
@@ -521,6 +557,7 @@ class Config(_Section):
     canary: CanaryConfig = CanaryConfig()
     client: ClientConfig = ClientConfig()
     forward: tuple[ForwardConfig, ...] | None = None
+    direct: tuple[DirectConfig, ...] = ()
 
     _path: Path = PrivateAttr(default=DEFAULT_PATH)
 
@@ -561,6 +598,7 @@ class Config(_Section):
             mistakes.append(
                 'head.meet: cannot be used with transport = "openssh": `ssh -W` reaches no socket'
             )
+        mistakes += _direct_mistakes(self.name, self.direct)
         if self.role == "client":
             mistakes += _beyond_a_client(self.forward or ())
         if mistakes:
@@ -616,6 +654,11 @@ class Config(_Section):
     def link_socket(self) -> Path:
         """Of a worker that is dialled: where it waits."""
         return self.runtime_dir / "link.sock"
+
+    @property
+    def peers_socket(self) -> Path:
+        """Of a worker: where lanes of other workers arrive."""
+        return self.runtime_dir / "peers.sock"
 
     @property
     def page_places(self) -> tuple[str, ...]:
@@ -694,6 +737,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "canary": CanaryConfig,
     "client": ClientConfig,
     "forward": ForwardConfig,
+    "direct": DirectConfig,
 }
 
 
@@ -731,10 +775,11 @@ def parse(data: dict[str, Any], path: Path = DEFAULT_PATH) -> Config:
 
 
 _OF_OTHERS: Mapping[object, Mapping[str, str]] = {
-    "head": {"head": "a worker", "client": "a client"},
+    "head": {"head": "a worker", "client": "a client", "direct": "a worker"},
     "worker": {"hub": "a head", "client": "a client"},
     "client": {
         "hub": "a head",
+        "direct": "a worker",
         "expose": "a node",
         "network": "a node",
         "ray": "a node",
@@ -762,6 +807,17 @@ def _beyond_a_client(forwards: Iterable[ForwardConfig]) -> Iterator[str]:
     for index, forward in enumerate(forwards):
         if forward.target()[0] != "head":
             yield f'forward[{index}].to = "{forward.to}": a client reaches the head only: head:port'
+
+
+def _direct_mistakes(own: str, directs: Iterable[DirectConfig]) -> Iterator[str]:
+    seen = set()
+    for index, direct in enumerate(directs):
+        key = f'direct[{index}].node = "{direct.node}"'
+        if direct.node in {own, "head"}:
+            yield f"{key}: must be another worker"
+        if direct.node in seen:
+            yield f"{key}: is there twice"
+        seen.add(direct.node)
 
 
 _ALLOWED = {
@@ -793,8 +849,8 @@ def _lines(error: Any) -> list[str]:
         return [
             f"{key}: must be given" + (': "head", "worker" or "client"' if key == "role" else "")
         ]
-    elif kind == "tuple_type" and key == "forward":
-        message = "must be a list of sections, each written [[forward]]"
+    elif kind == "tuple_type" and key in {"forward", "direct"}:
+        message = f"must be a list of sections, each written [[{key}]]"
     elif kind == "literal_error":
         message = "must be " + str(context["expected"]).replace("'", '"')
     elif kind in _BOUNDS:

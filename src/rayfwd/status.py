@@ -40,7 +40,7 @@ class Lane:
     lane: int
     """Its number in the session; one that comes back has a new one."""
     lane_class: str = key("class")
-    """`interactive` or `bulk`."""
+    """`interactive`, `bulk` or `reserve`."""
     state: str
     """`up`, or `sidelined`: its answers are late, and its streams go by others."""
     rtt_ms: float | None
@@ -92,6 +92,28 @@ class Link(_Peer):
     """What the configuration has as `head.ssh`; "the head, which dials" where it has none."""
     conditions: tuple[str, ...]
     """Ids of what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direct:
+    """A way of a worker's to another one that need not pass the head."""
+
+    node: str
+    way: str
+    """`direct`; or `hub`: it does not stand now, and streams go by the head."""
+    dialled: bool
+    """This node dials, and not the other one."""
+    rtt_ms: float | None
+    """The least round-trip time of its lanes, in milliseconds; None: not known, or it does not
+    stand."""
+    lanes: tuple[Lane, ...]
+    """One of the class `reserve` goes through the hub."""
+    streams: int
+    bytes: Volume
+    lost: int
+    """How often one of its lanes was lost, the one through the hub apart."""
+    why: str | None
+    """Why it does not stand; None: it does, or the other node knows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +371,8 @@ class Status:
     """This node's plan; None on a worker that was never given one."""
     link: Link | None
     """None on a head; `workers`, `clients` and `ledger` are None on a worker."""
+    direct: tuple[Direct, ...] = ()
+    """Of a worker: its ways to other workers, as far as it has any to show."""
     workers: tuple[Worker, ...] | None
     clients: tuple[Client, ...] | None
     ledger: Ledger | None = None

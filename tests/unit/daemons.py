@@ -13,7 +13,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -38,7 +38,8 @@ from rayfwd.system.control import ask
 from rayfwd.system.fdpass import Packed
 from rayfwd.system.notify import Notifier
 from rayfwd.system.sockdiag import ListeningSocket
-from rayfwd.transport.carrier import PipeOwner
+from rayfwd.transport.carrier import Carrier, PipeOwner
+from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.writev import write
 from tests.unit.cluster import NETWORK, free_place
@@ -151,6 +152,8 @@ class SocketPipe(asyncio.Protocol):
 
     def __init__(self, owner: PipeOwner) -> None:
         self.paused = False
+        self.swallows = False
+        """What is sent, either way, is lost in silence."""
         self.transport: asyncio.Transport | None = None
         self._owner = owner
 
@@ -158,7 +161,8 @@ class SocketPipe(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._owner.pipe_data(data)
+        if not self.swallows:
+            self._owner.pipe_data(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.pipe_lost(str(exc or "closed by the head"))
@@ -172,7 +176,8 @@ class SocketPipe(asyncio.Protocol):
 
     def write(self, chunks: Sequence[Chunk]) -> None:
         assert self.transport is not None
-        write(self.transport, chunks)
+        if not self.swallows:
+            write(self.transport, chunks)
 
     def carry(
         self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
@@ -185,6 +190,38 @@ class SocketPipe(asyncio.Protocol):
     def abort(self) -> None:
         assert self.transport is not None
         self.transport.abort()
+
+
+class DirectCarrier:
+    """Connects to another worker's socket itself, unless it is barred."""
+
+    def __init__(self, way: HeadConfig) -> None:
+        self.connections: list[SocketConnection] = []
+        self.barred = False
+        self._path = way.socket
+
+    def close(self, parked: bool = False) -> None:
+        """Its connections share nothing."""
+
+    async def dial(self, urgent: asyncio.Event) -> SocketConnection:
+        if self.barred:
+            raise codes.SSH_UNREACHABLE.error("no answer", "see that it is up")
+        self.connections.append(SocketConnection(self._path))
+        return self.connections[-1]
+
+    def cut(self) -> None:
+        """The way is gone: every lane dies at once, and none can be made."""
+        self.barred = True
+        for connection in self.connections:
+            connection.abort()
+        self.connections.clear()
+
+    def swallow(self) -> None:
+        """The same, and nobody says so."""
+        self.barred = True
+        for connection in self.connections:
+            if connection.pipe is not None:
+                connection.pipe.swallows = True
 
 
 class SocketConnection:
@@ -257,6 +294,12 @@ class Daemon:
         self.listening: list[ListeningSocket] = []
         """What programs listen on, as it seems: the machine's own sockets are no node's."""
         self.carrier: SocketCarrier | None = None
+        self.directs: list[str] = []
+        """A worker: the others that its file has a [[direct]] for."""
+        self.direct: Literal["told", "off"] = "told"
+        self.direct_ssh = ""
+        """The keys by which these are dialled with real SSH; empty: by their sockets."""
+        self.direct_carriers: dict[str, DirectCarrier] = {}
         self._site = site
         self._index = index
         self._runtime: Runtime | None = None
@@ -320,8 +363,12 @@ class Daemon:
             else f'[head]\nssh = "head"\nsocket = "{head.directory}/run/hub.sock"',
             f'[ray]\ncommand = "{self.directory}/no-ray"\nworker_ports = 8',
             "[canary]\nenabled = false",
-            '[network]\nlevel = "listeners"',
+            f'[network]\nlevel = "listeners"\ndirect = "{self.direct}"',
         ]
+        for name in self.directs:
+            place = self._site.node(name).directory / "run/peers.sock"
+            way = self.direct_ssh or f'ssh = "{name}"\nsocket = "{place}"'
+            rows.append(f'[[direct]]\nnode = "{name}"\n{way}')
         for at, to in self.forwards.items():
             rows.append(f'[[forward]]\nlisten = "{at}"\nto = "{to}"')
         self.file.write_text("\n".join(rows) + "\n")
@@ -373,7 +420,12 @@ class Daemon:
             FakeRay, beside(self._index), self._make_carrier, NoClaim, lambda _: self.listening
         )
 
-    def _make_carrier(self, head: HeadConfig) -> SocketCarrier:
+    def _make_carrier(self, head: HeadConfig) -> Carrier:
+        if head.identity is not None:
+            return carrier_for(head)
+        if head.socket.name == "peers.sock":
+            self.direct_carriers[head.ssh] = made = DirectCarrier(head)
+            return made
         self.carrier = SocketCarrier(head)
         return self.carrier
 

@@ -755,7 +755,7 @@ def test_attach_that_may_not(tmp_path: Path) -> None:
 
                 code = attach.run(
                     argparse.Namespace(
-                        socket=path, config=None, cluster=None, node=None, client=False
+                        socket=path, config=None, cluster=None, node=None, client=False, peer=False
                     )
                 )
                 sys.stderr.flush()

@@ -44,8 +44,11 @@ FOUND_AT_RUN_TIME = {
     "client.dashboard_port",
     "client.client_port",
     "client.page_port",
+    "direct.identity",
+    "direct.known_hosts",
+    "direct.ssh_config",
 }
-REQUIRED = {"role", "head.ssh", "hub.dial.ssh", "hub.meet.ssh"}
+REQUIRED = {"role", "head.ssh", "hub.dial.ssh", "hub.meet.ssh", "direct.node", "direct.ssh"}
 
 
 def uncommented(text: str) -> str:
@@ -60,7 +63,7 @@ def without(text: str, *sections: str) -> str:
 
 def head_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "head"')
-    return re.sub(r"(?m)^advertise = .*\n", "", without(everything, "head", "client"))
+    return re.sub(r"(?m)^advertise = .*\n", "", without(everything, "head", "client", "direct"))
 
 
 def worker_variant(text: str) -> str:
@@ -71,7 +74,7 @@ def client_variant(text: str) -> str:
     everything = uncommented(text).replace('role = "worker"', 'role = "client"')
     everything = everything.replace("127.0.0.1:8265", "127.0.0.1:8000")
     hub = ("hub", "hub.dial", "hub.meet")
-    nodes = without(everything, *hub, "network", "ray", "metrics", "page", "canary")
+    nodes = without(everything, *hub, "network", "ray", "metrics", "page", "canary", "direct")
     return re.sub(r"(?m)^expose = .*\n", "", nodes)
 
 
@@ -79,8 +82,8 @@ def keys_of(data: dict[str, Any]) -> dict[str, Any]:
     """Dotted key to value, sections taken apart."""
     out: dict[str, Any] = {}
     for key, value in data.items():
-        if key == "forward":
-            out |= {f"forward.{k}": v for k, v in value[0].items()}
+        if key in {"forward", "direct"}:
+            out |= {f"{key}.{k}": v for k, v in value[0].items()}
         elif key in SECTIONS:
             for inner in (name for name in INNER if name.startswith(f"{key}.")):
                 (row,) = value.pop(inner.rpartition(".")[2])

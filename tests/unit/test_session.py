@@ -45,6 +45,7 @@ from rayfwd.session.states import (
 from rayfwd.session.stream import FRAME_BYTES, PROBE_AFTER, ResetReason, Stream
 from tests.unit.talk import BULK, INTERACTIVE, STEP, Talk
 
+RESERVE = LaneClass.RESERVE
 ROUND = PING_BUSY + OVERDUE_AFTER + 4 * STEP
 """Seconds in which a stalled lane is gone round: with the timers' own 0.1 s twice, under one."""
 
@@ -557,6 +558,46 @@ class TestLanes:
         session.send(short, b"quick")
         then = b"".join(session.data_to_send(lane.number, FRAME_BYTES, talk.now))
         assert then.index(b"quick") < 100, "it waited behind bulk"
+
+    def test_a_lane_in_reserve_carries_nothing_while_another_is_well(self) -> None:
+        talk = Talk(RESERVE, INTERACTIVE, BULK)
+        short, long = opened(talk), opened(talk)
+        talk.worker.session.send(long, b"x" * (1 << 20))
+        talk.worker.session.send(short, b"quick")
+        talk.hub.session.send(short, b"answer")
+        talk.wait(3.0)
+        for side in talk.sides:
+            kinds = {s.frame.kind for s in side.frames if s.lane == 1}
+            assert kinds == {Kind.PING, Kind.PONG}
+        assert talk.hub.bytes_of(long) == b"x" * (1 << 20)
+
+    @pytest.mark.parametrize("silent", [False, True])
+    def test_a_lane_in_reserve_takes_over_and_gives_back(self, silent: bool) -> None:
+        talk = Talk(RESERVE, INTERACTIVE, BULK)
+        reserve, *others = talk.lanes
+        number = opened(talk)
+        data = bytes(range(256)) * 2048
+        for lane in others:
+            lane.held |= {"worker", "hub"}
+        talk.worker.session.send(number, data)
+        talk.run()
+        if not silent:
+            talk.cut(*others)
+        talk.wait(2 * ROUND)
+        assert talk.hub.bytes_of(number) == data
+        assert talk.worker.seen(Parked) == []
+        assert {s.lane for s in talk.hub.sent(Kind.ACK, number)[-1:]} == {reserve.number}
+        if silent:
+            for lane in others:
+                lane.held.clear()
+        else:
+            others = [talk.lane(INTERACTIVE), talk.lane(BULK)]
+        talk.wait(2.0)
+        talk.worker.frames.clear()
+        talk.worker.session.send(number, data)
+        talk.wait(1.0)
+        assert talk.hub.bytes_of(number) == 2 * data
+        assert reserve.number not in {s.lane for s in talk.worker.sent(Kind.DATA)}
 
     def test_streams_take_turns(self) -> None:
         talk = Talk(INTERACTIVE, BULK)

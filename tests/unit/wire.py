@@ -278,7 +278,7 @@ class Wire:
         elif roll < 0.96 and lane is not None and side not in lane.dead:
             self.kill(lane, side)
         elif roll < 0.99 and len(self.lanes) < 4:
-            self.add_lane(rng.choice((LaneClass.INTERACTIVE, LaneClass.BULK)))
+            self.add_lane(rng.choice(list(LaneClass)))
             touched = ("worker", "hub")
         elif roll >= 0.99:
             self.hand_over(side)

@@ -249,6 +249,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using attach' -l cluster -x -d 'the cluster
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'the hub'"'"'s socket (default: from the configuration file, else /run/rayfwd/hub.sock)'
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l node -x -d 'the SSH key belongs to this node: it may come with a new key of rayfwd'"'"'s, but not as another node'
 complete -c rayfwd -n '_shtab_rayfwd_using attach' -l client -d 'let clients (`rayfwd connect`) through, and no nodes'
+complete -c rayfwd -n '_shtab_rayfwd_using attach' -l peer -d 'on a worker: let another worker through, which dials this one ([[direct]] there)'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a keeper -d 'Start Ray for the daemon, and keep it while the daemon restarts (the service rayfwd-ray).'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -s h -l help -d 'show this help message and exit'
 complete -c rayfwd -n '_shtab_rayfwd_using keeper' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'

@@ -3,6 +3,7 @@
 This is for sshd: `restrict,command="rayfwd attach"` before a key in authorized_keys lets that key
 reach the hub and nothing else. The command that the client asks for (SSH_ORIGINAL_COMMAND) is
 ignored. With --client, the key is for `rayfwd connect` only, and brings no node into the cluster.
+With --peer, on a worker, the socket is the one where other workers' direct ways end.
 """
 
 # Both are passed to the hub, and this only waits for its end. Where the hub does not take them
@@ -45,7 +46,7 @@ from rayfwd.system.paths import (
 )
 
 _CHUNK = 262144
-_HUB_SOCKET, _LINK_SOCKET = "hub.sock", "link.sock"
+_HUB_SOCKET, _LINK_SOCKET, _PEERS_SOCKET = "hub.sock", "link.sock", "peers.sock"
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
 _HELLO_TIMEOUT = 10.0
@@ -77,10 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let clients (`rayfwd connect`) through, and no nodes",
     )
+    parser.add_argument(
+        "--peer",
+        action="store_true",
+        help="on a worker: let another worker through, which dials this one ([[direct]] there)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    path: Path = args.socket or hub_socket(args.config, args.cluster)
+    path: Path = args.socket or hub_socket(args.config, args.cluster, args.peer)
     begun = b""
     if args.client:
         begun = _read_hello()
@@ -257,8 +263,9 @@ def _refuse(code: Code, cause: str, remedy: str) -> int:
     return FAULT
 
 
-def hub_socket(config: Path | None, cluster: str | None = None) -> Path:
-    """Where the configuration file says the hub listens, read without validating it.
+def hub_socket(config: Path | None, cluster: str | None = None, peer: bool = False) -> Path:
+    """Where the configuration file says the hub listens, read without validating it; of a `peer`,
+    where a worker waits for others.
 
     Without `config`, a usual file that is absent or closed to this user is no fault.
     """
@@ -272,10 +279,11 @@ def hub_socket(config: Path | None, cluster: str | None = None) -> Path:
             raise MistakeError([f"{config}: cannot be read: {why}"]) from None
     hub = data.get("hub")
     given = hub.get("socket") if isinstance(hub, dict) else None
-    if isinstance(given, str):
+    if isinstance(given, str) and not peer:
         return Path(given)
     # On a worker that the head dials: where that worker waits.
     name = _LINK_SOCKET if data.get("role") == "worker" else _HUB_SOCKET
+    name = _PEERS_SOCKET if peer else name
     directory = data.get("runtime_dir")
     if isinstance(directory, str):
         return Path(directory) / name

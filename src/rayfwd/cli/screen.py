@@ -17,6 +17,7 @@ from rich.text import Text
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.status import (
     Cut,
+    Direct,
     Link,
     ListenerCount,
     PortCount,
@@ -124,6 +125,7 @@ class Screen:
         grid.add_column(overflow="fold")
         for title, lines in (
             ("link", self._link()),
+            ("direct", self._direct()),
             ("ray", self._ray()),
             ("streams", self._streams()),
             ("listeners", self._listeners()),
@@ -156,6 +158,31 @@ class Screen:
             columns = ("lane", "state", ">round trip", ">in", ">out", "up for")
             lines.append(_table(columns, rows))
         return lines
+
+    def _direct(self) -> list[RenderableType]:
+        """A line for each other worker to which there is a way, or is to be one."""
+        return [self._direct_line(way) for way in self.status.direct]
+
+    def _direct_line(self, way: Direct) -> Text:
+        stands = way.way == "direct"
+        line = _joined(
+            " ",
+            [
+                Text(f"{escaped(way.node)}:", ""),
+                _state("up" if stands else "sidelined", "direct" if stands else "by the head"),
+            ],
+        )
+        if way.rtt_ms is not None:
+            line.append(f", {_milliseconds(way.rtt_ms)}")
+        if stands:
+            lanes = sum(lane.lane_class != "reserve" for lane in way.lanes)
+            line.append(f", {lanes} {'lane' if lanes == 1 else 'lanes'}")
+        line.append(f"; {size(way.bytes.received)} in, {size(way.bytes.sent)} out")
+        if way.lost:
+            line.append(f"; lost {_times(way.lost)}")
+        if way.why is not None:
+            line.append(f"; {escaped(way.why)}")
+        return line
 
     def _cuts(self, link: Link) -> Text:
         if not link.cuts:

@@ -43,6 +43,7 @@ from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session import messages
+from rayfwd.session.handshake import DIRECT
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -311,7 +312,7 @@ class HeadRole:
         return HubOffer(
             ray=ray,
             python=python,
-            features=frozenset({advertise.FEATURE}),
+            features=frozenset({advertise.FEATURE, DIRECT}),
             ray_auth=None if auth is None else auth.to_wire(),
             client_ports=frozenset(
                 {services["dashboard"], services["client"], *self._node.config.expose}

@@ -84,6 +84,7 @@ class Health:
             conditions=node.board.conditions,
             node=node.view.own,
             link=part.link,
+            direct=part.direct,
             workers=part.workers,
             clients=part.clients,
             ledger=part.ledger,

@@ -11,7 +11,7 @@ from rayfwd.daemon.handover import Arrival, Holder
 from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.node import Node, Work
 from rayfwd.ray.cluster_report import ClusterReport
-from rayfwd.status import Client, Ledger, Link, RosterRow, Streams, Volume, Worker
+from rayfwd.status import Client, Direct, Ledger, Link, RosterRow, Streams, Volume, Worker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.transport.linkstats import LinkStats
@@ -23,6 +23,7 @@ class RoleStatus:
     """The keys of a status that a role fills; what they mean is in `status.Status`."""
 
     link: Link | None = None
+    direct: tuple[Direct, ...] = ()
     workers: tuple[Worker, ...] | None = None
     clients: tuple[Client, ...] | None = None
     ledger: Ledger | None = None

@@ -10,6 +10,7 @@ from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.history import LinkNow
+from rayfwd.direct.ways import WaySeen
 from rayfwd.hub import Hub, HubClient, HubNode
 from rayfwd.hub.ledger import PEER_MEMORY
 from rayfwd.problems import Problem
@@ -186,6 +187,39 @@ def link_seen(mux: Mux | None, link_stats: LinkStats) -> LinkSeen:
         confirmed=sum(lane.confirmed for lane in lanes) if lanes else None,
         confirmed_at=sum(lane.answered_at for lane in lanes) / len(lanes) if lanes else None,
         backlog=stats is not None and stats.backlog,
+    )
+
+
+def direct_row(way: WaySeen) -> status.Direct:
+    """A direct way."""
+    stats = way.mux.stats() if way.stands and way.mux is not None else None
+    trips = [
+        lane.rtt
+        for lane in (stats.lanes if stats is not None else ())
+        if lane.rtt is not None and lane.lane_class is not LaneClass.RESERVE
+    ]
+    present = None if way.mux is None else way.mux.stats()
+    received, sent = way.link_stats.bytes_moved(
+        *((0, 0) if present is None else (present.bytes_in, present.bytes_out))
+    )
+    return status.Direct(
+        node=way.node,
+        way="direct" if way.stands else "hub",
+        dialled=way.dialled_here,
+        rtt_ms=round(min(trips) * 1000, 3) if trips else None,
+        lanes=lanes_of(way.mux),
+        streams=0 if present is None else present.streams,
+        bytes=status.Volume(received=received, sent=sent),
+        lost=sum(count for name, count in way.link_stats.lanes_lost.items() if name != "reserve"),
+        why=None if way.why_not is None else way.why_not.cause,
+    )
+
+
+def direct_absent(node: str, why: Problem) -> Problem:
+    """A direct way that the file tells of, and that does not stand."""
+    return codes.DIRECT_ABSENT.problem(
+        f"there is no direct way to {node}, and streams to it go by the head: {why.cause}",
+        why.remedy,
     )
 
 

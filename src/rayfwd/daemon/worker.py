@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -22,6 +23,8 @@ from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
 from rayfwd.daemon.views import (
     declared_resources,
+    direct_absent,
+    direct_row,
     lanes_of,
     last_cut,
     link_now,
@@ -31,6 +34,7 @@ from rayfwd.daemon.views import (
     streams_of,
     volume_of,
 )
+from rayfwd.direct.ways import DirectWays
 from rayfwd.network.announced import change_of
 from rayfwd.problems import Problem, ProblemError, Severity
 from rayfwd.ray import token
@@ -42,6 +46,7 @@ from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, ProtocolError, first_frame
 from rayfwd.session.handshake import (
     CHANGES,
+    DIRECT,
     OVERLAY,
     PROOF,
     SOURCE,
@@ -129,6 +134,7 @@ class WorkerRole:
             head = head.model_copy(update={"extra_lanes": 0})
         assert carrier is not None, "a head that does not dial is dialled"
         self._link = Link(self, head, carrier, Limits())
+        self._direct = DirectWays(config, makers.carrier, self, self._link.refused)
 
     @property
     def node(self) -> Node:
@@ -146,13 +152,16 @@ class WorkerRole:
             await arrival.take_over(self)
         if self._awaited is not None:
             await self._awaited.listen()
-        await self._link.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._link.run(), name="link")
+            group.create_task(self._direct.run(), name="direct ways")
 
     def leaving(self) -> None:
         self._send(messages.Leaving())
 
     async def end(self) -> None:
-        await self._link.close("the worker's rayfwd was stopped")
+        why = "the worker's rayfwd was stopped"
+        await asyncio.gather(self._direct.end(why), self._link.close(why))
         if self._awaited is not None:
             self._awaited.end()
 
@@ -167,7 +176,7 @@ class WorkerRole:
                 self._set_view(replace(self._node.view, nodes=self._told_nodes))
 
     def loops(self) -> list[Heartbeat]:
-        return [slot.heartbeat for slot in self._link.slots]
+        return [*(slot.heartbeat for slot in self._link.slots), *self._direct.loops()]
 
     def take_config(self, config: Config) -> None:
         self._node.take_config(config)
@@ -186,7 +195,8 @@ class WorkerRole:
         return self._node.connector
 
     def muxes(self) -> dict[str, Mux]:
-        return {} if self._link.mux is None else {HEAD: self._link.mux}
+        own = {} if self._link.mux is None else {HEAD: self._link.mux}
+        return own | self._direct.muxes()
 
     def waiting(self) -> Iterable[tuple[Target, SocketRelay]]:
         return ()
@@ -213,7 +223,8 @@ class WorkerRole:
         if self._awaited is not None:
             self._awaited.end()
         nodes = [node.to_wire() for node in view.nodes]
-        return {"welcome": welcome, "nodes": nodes, "link": self._link.hand_over()}
+        direct, link = self._direct.hand_over(), self._link.hand_over()
+        return {"welcome": welcome, "nodes": nodes, "link": link, "direct": direct}
 
     def take_over(self, tree: Tree) -> None:
         welcome, link = tree["welcome"], tree["link"]
@@ -229,6 +240,7 @@ class WorkerRole:
                 raise SnapshotError(str(exc)) from exc
         if link is not None:
             self._link.take_over(link).send_message(messages.SayAgain())
+        self._direct.take_over(tree.get("direct") or {})
         self.link_changed()
 
     def take_over_splices(self, tree: Tree) -> None: ...
@@ -240,6 +252,8 @@ class WorkerRole:
         hello = hello_of(config, self._identity.public)
         if self._node.overlay.level == "overlay":
             hello = replace(hello, features=hello.features | {OVERLAY})
+        if self._direct.on:
+            hello = replace(hello, features=hello.features | {DIRECT})
         return replace(
             hello,
             ray=versions.ray if versions else None,
@@ -308,6 +322,7 @@ class WorkerRole:
             )
         self._keep_plan(view)
         self._node.set_view(view)
+        self._direct.news()
 
     def _keep_plan(self, view: ClusterView) -> None:
         """For `rayfwd plan` while the daemon does not run."""
@@ -377,6 +392,8 @@ class WorkerRole:
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
+        if opening.lane:
+            return self._direct.take_lane(stream, opening)
         return self._node.accept(stream, opening)
 
     def link_changed(self) -> None:
@@ -386,6 +403,7 @@ class WorkerRole:
             self._head_ray = None
             self._node.exchange.begin_again()
             self._node.exchange.drop(HEAD)
+        self._direct.news()
         self._let_ray_start()
         if self._node.view.nodes:
             self._node.reach_others()
@@ -524,7 +542,22 @@ class WorkerRole:
     # -- as the node's owner -------------------------------------------------------------
 
     def route(self, target: Target, relay: SocketRelay) -> None:
-        relay.open_stream(self._link.mux, target)
+        relay.open_stream(self._direct.mux_to(target.address) or self._link.mux, target)
+
+    # -- as the owner of the direct ways -------------------------------------------------
+
+    def view_now(self) -> ClusterView:
+        return self._node.view
+
+    def hub_mux(self) -> Mux | None:
+        stands = self.link_stands() and DIRECT in self._hub_features
+        return self._link.mux if stands else None
+
+    def accept_opening(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
+        return self._node.accept(stream, opening)
+
+    def direct_changed(self) -> None:
+        self.changed()
 
     def peers(self) -> dict[str, Peer]:
         """The head; how the other workers reach each other is seen by canaries of their own."""
@@ -558,6 +591,10 @@ class WorkerRole:
                 for slot in link.slots
                 if slot.problem is not None and slot.number is None
             ]
+            found += [
+                Finding(f"{own}/{name}", direct_absent(name, why), explains=False)
+                for name, why in self._direct.problems()
+            ]
             if (taken := self._node.claim.problem) is not None:
                 found.append(Finding(own, taken, blocks_ready=True))
             return found
@@ -589,7 +626,9 @@ class WorkerRole:
         return {HEAD: link_now(self._link.mux, self._link.link_stats)}
 
     def status(self) -> RoleStatus:
-        link, node = self._link, self._node
+        link, node, ways = self._link, self._node, self._direct.seen()
+        muxes = [way.mux for way in ways]
+        volumes = [(way.mux, way.link_stats) for way in ways]
         return RoleStatus(
             link=status.Link(
                 state=link.state,
@@ -601,8 +640,9 @@ class WorkerRole:
                 conditions=node.board.ids_of(LINK),
                 lanes=lanes_of(link.mux),
             ),
-            streams=streams_of([link.mux]),
-            bytes=volume_of([(link.mux, link.link_stats)]),
+            direct=tuple(map(direct_row, ways)),
+            streams=streams_of([link.mux, *muxes]),
+            bytes=volume_of([(link.mux, link.link_stats), *volumes]),
             roster=roster_rows(node.view.nodes, None, node.listeners),
             refused=self._link.refused.last(),
         )

@@ -170,7 +170,7 @@ class HubConnection(asyncio.Protocol):
     def _greeted(self, frame: Frame) -> None:
         """Have it prove its key, where it can. Raises ProtocolError."""
         hello = read_hello(frame) if frame.kind is Kind.CHECK else Hello.decode(frame)
-        self.node = hello.node if hello.role == "worker" else f"client {hello.node}"
+        self.node = f"client {hello.node}" if hello.role == "client" else hello.node
         if PROOF not in hello.features:
             self._believed(frame, hello, Claim(hello.key))
             return
@@ -218,6 +218,11 @@ class HubConnection(asyncio.Protocol):
         pace.begin(self._transport)
         waiting.set_protocol(_Waiting(self._transport))
         self._waiting = waiting
+
+    @property
+    def proven(self) -> Greeting | None:
+        """What it has said first, where it was asked to prove its key."""
+        return self._greeting
 
     def pause_writing(self) -> None:
         self.paused = True

@@ -29,7 +29,7 @@ from rayfwd.hub.telling import Teller
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.handshake import CHANGES, OVERLAY, SOURCE, Hello, Vouch, Welcome
+from rayfwd.session.handshake import CHANGES, DIRECT, OVERLAY, SOURCE, Hello, Vouch, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import Claim
 from rayfwd.session.session import MOST_LANES, Limits, Session
@@ -338,6 +338,9 @@ class Hub:
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A hello: welcome the lane, or refuse it."""
+        if hello.role == "peer":
+            lane.refuse(_no_peers())
+            return
         if hello.role == "client" or self._roster.knows(hello.node):
             self._let_in(lane, hello, claim)
             return
@@ -474,6 +477,9 @@ class Hub:
 
     def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
         """A doctor asks what would come of a hello. Nothing does: no session, no name, no plan."""
+        if hello.role == "peer":
+            lane.refuse(_no_peers())
+            return
         try:
             self.pending.asks(lane)
         except ProblemError as exc:
@@ -709,7 +715,7 @@ class Hub:
         """
         try:
             # Whose it is the session tells, not the worker.
-            target = Opening.decode(data).target
+            target, _, lane = Opening.decode(data)
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
@@ -743,6 +749,9 @@ class Hub:
             away = f"{target}: {node.plan.name} is away"
             stream.reset(ResetReason.NODE_AWAY, away, node.label)
             return None
+        if lane and (node.hello is None or DIRECT not in node.hello.features):
+            stream.reset(ResetReason.NOT_IN_PLAN, f"{node.plan.name} knows no direct way", "")
+            return None
         if not node.mux.has_room():
             stream.reset(ResetReason.TOO_MANY, f"the node {node.plan.name} has no stream left")
             return None
@@ -750,7 +759,7 @@ class Hub:
         near.other, far.other = far, near
         near.stream = stream
         opening = self._opening(node, target, self._address_of(source))
-        far.stream = node.mux.open(opening.encode(), far)
+        far.stream = node.mux.open(opening._replace(lane=lane).encode(), far)
         return near
 
     def _address_of(self, peer: HubNode | HubClient) -> str | None:
@@ -833,6 +842,13 @@ def _asked(hello: Hello) -> tuple[int, str | None, Level]:
     own or not."""
     level: Level = "overlay" if OVERLAY in hello.features else "listeners"
     return hello.worker_ports, hello.advertise, level
+
+
+def _no_peers() -> Problem:
+    return codes.HELLO_MALFORMED.problem(
+        "another worker's hello came to the head",
+        "see that the [[direct]] of that worker names a worker, and not the head",
+    )
 
 
 def _session_unknown() -> Problem:

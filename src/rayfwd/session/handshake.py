@@ -20,14 +20,17 @@ from rayfwd.session.frames import Frame, Kind, ProtocolError, encode
 from rayfwd.session.lane import LaneClass
 
 PROTOCOL_VERSION = 1
-Role = Literal["worker", "client"]
-"""A client is no node: it has no address, no ports and no name that is kept."""
+Role = Literal["worker", "client", "peer"]
+"""A client is no node: it has no address, no ports and no name that is kept. A peer is a worker
+that speaks to another one, and not to the hub."""
 SOURCE = "source"
 """A feature of a node: it understands an OPEN that says whose it is."""
 OVERLAY = "overlay"
 """A feature of a node: it has the overlay, and opens no listeners for other nodes' ports."""
 PROOF = "proof"
 """A feature of a node: its `key` is a public key, and it answers a CHALLENGE."""
+DIRECT = "direct"
+"""A feature of both: a stream may be a lane of the session that two workers have between them."""
 CHANGES = "changes"
 """A feature of both: of the plans of other nodes control messages tell, at first of all and then of
 those that change; a WELCOME has the head's and the node's own."""
@@ -53,7 +56,7 @@ class Hello:
     lane: LaneClass = LaneClass.INTERACTIVE
     version: str
     worker_ports: int
-    """A client has none: 0, which a hub that knows no clients refuses."""
+    """A client has none: 0, which a hub that knows no clients refuses. So a peer."""
     role: Role = "worker"
     advertise: str | None = None
     ride_through: float = 120.0
@@ -322,8 +325,8 @@ def _optional_object(body: Mapping[str, Any], key: str) -> dict[str, Any] | None
 
 
 def _role(value: Any) -> Role:
-    if value not in ("worker", "client"):
-        raise ValueError('role must be "worker" or "client"')
+    if value not in ("worker", "client", "peer"):
+        raise ValueError('role must be "worker", "client" or "peer"')
     return cast(Role, value)
 
 

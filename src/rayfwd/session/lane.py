@@ -47,10 +47,12 @@ QUEUE_BOUND: Final = 0.4
 
 
 class LaneClass(Enum):
-    """What a lane is for: short messages, or everything that is long."""
+    """What a lane is for: short messages, or everything that is long; or all of it, while no other
+    lane is well."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
+    RESERVE = "reserve"
 
 
 class Lane:

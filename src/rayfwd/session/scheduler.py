@@ -1,8 +1,8 @@
 """Which stream's frame goes next, and by which lane.
 
-Lanes are of two classes. Short messages go by the interactive lane, long transfers by the bulk
-lanes; where one class is missing or sidelined the other serves both, short messages first. Streams
-of a class take turns, a frame each.
+Short messages go by the interactive lane, long transfers by the bulk lanes; where one class is
+missing or sidelined the other serves both, short messages first. Where both are, the lanes in
+reserve serve all. Streams of a class take turns, a frame each.
 """
 
 from __future__ import annotations
@@ -68,10 +68,19 @@ class Scheduler:
 
     def _queues(self, lane: Lane) -> tuple[deque[Stream], ...]:
         """What this lane serves, in order."""
+        kind = lane.lane_class
         for beside in self._lanes.values():
-            if beside.lane_class is not lane.lane_class and not beside.sidelined:
-                return (self.bulk if lane.lane_class is LaneClass.BULK else self.short,)
+            if beside.lane_class is kind or beside.sidelined:
+                continue
+            if kind is LaneClass.RESERVE:
+                return ()
+            if beside.lane_class is not LaneClass.RESERVE:
+                return (self.bulk if kind is LaneClass.BULK else self.short,)
         return self.short, self.bulk
+
+    def is_spared(self, lane: Lane) -> bool:
+        """It is in reserve, and another lane is well: nothing goes by it but its PINGs."""
+        return lane.lane_class is LaneClass.RESERVE and not self._queues(lane)
 
     # -- which lanes are trusted -----------------------------------------------------------------
 
@@ -96,11 +105,14 @@ class Scheduler:
 
     def gone_round(self, carrier: Lane, now: float) -> list[Lane]:
         """Lanes that the peer goes round, as a bulk lane shows that carries what belongs to short
-        messages. One that is unheard here too is sidelined: our answer would wait for our PING."""
+        messages, or one in reserve that carries anything. One that is unheard here too is
+        sidelined: our answer would wait for our PING."""
+        spared = carrier.lane_class is not LaneClass.RESERVE
         return [
             lane
             for lane in self._lanes.values()
             if lane.lane_class is not carrier.lane_class
+            and not (spared and lane.lane_class is LaneClass.RESERVE)
             and not lane.sidelined
             and lane.unheard(now)
         ]

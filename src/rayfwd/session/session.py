@@ -408,7 +408,7 @@ class Session:
         while lane.pongs:
             out.append(frame_header(Kind.PONG, 0, lane.pongs.popleft(), 0))
             size += HEADER_SIZE
-        if not lane.sidelined:
+        if not lane.sidelined and not scheduler.is_spared(lane):
             if answers.urgent or answers.gone:
                 owed = answers.put(out, budget)
                 if owed:
@@ -437,7 +437,7 @@ class Session:
         if kind is Kind.DATA or kind is Kind.END:
             self._bytes(frame, now, events)
             return True
-        if lane.lane_class is LaneClass.BULK and kind in SHORT_KINDS:
+        if lane.lane_class is not LaneClass.INTERACTIVE and kind in SHORT_KINDS:
             for other in self._scheduler.gone_round(lane, now):
                 self._sideline(other)
         if kind is Kind.ACK:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 _TARGET = struct.Struct(">4sH")
 _SOURCE = struct.Struct(">4s")
+_LANE = b"\1"
 
 
 class Target(NamedTuple):
@@ -38,18 +39,24 @@ class Opening(NamedTuple):
     source: str | None = None
     """Said by the hub, which knows by whose session a stream came, and by nobody else. None: not
     known."""
+    lane: bool = False
+    """The stream is to be a lane of the session that two workers have between them; its port says
+    nothing."""
 
     def encode(self) -> bytes:
         source = b"" if self.source is None else _SOURCE.pack(_packed(self.source))
-        return self.target.encode() + source
+        return self.target.encode() + source + _LANE * self.lane
 
     @classmethod
     def decode(cls, data: bytes) -> Opening:
         """Raises ValueError."""
-        target, source = data[: _TARGET.size], data[_TARGET.size :]
-        if len(source) not in {0, _SOURCE.size}:
+        target, rest = data[: _TARGET.size], data[_TARGET.size :]
+        lane = len(rest) in {1, 1 + _SOURCE.size}
+        source = rest[: len(rest) - lane]
+        if len(source) not in {0, _SOURCE.size} or (lane and rest[-1:] != _LANE):
             raise ValueError(f"an OPEN of {len(data)} bytes")
-        return cls(Target.decode(target), str(ipaddress.IPv4Address(source)) if source else None)
+        whose = str(ipaddress.IPv4Address(source)) if source else None
+        return cls(Target.decode(target), whose, lane)
 
 
 def _packed(address: str) -> bytes:

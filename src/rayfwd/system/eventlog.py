@@ -50,7 +50,14 @@ class EventLog(Protocol):
     def info(self, event: Literal["descriptors_there"], /) -> None: ...
     @overload
     def info(
-        self, event: Literal["extra_lane_failed"], /, *, lane: str, code: str, cause: str
+        self,
+        event: Literal["extra_lane_failed"],
+        /,
+        *,
+        node: str,
+        lane: str,
+        code: str,
+        cause: str,
     ) -> None: ...
     @overload
     def info(self, event: Literal["fast_path_absent"], /, *, cause: str) -> None: ...
@@ -285,6 +292,10 @@ class EventLog(Protocol):
     def warning(
         self, event: Literal["known_hosts_damaged"], /, *, path: str, line: int
     ) -> None: ...
+    @overload
+    def warning(self, event: Literal["direct_refused"], /, *, node: str, code: str) -> None: ...
+    @overload
+    def warning(self, event: Literal["direct_stranger"], /, *, uid: int) -> None: ...
     @overload
     def warning(
         self,

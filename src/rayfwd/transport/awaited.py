@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
@@ -164,10 +164,19 @@ class AwaitedConnection:
         self._pipe.abort()
 
 
+class Home(Protocol):
+    """Who has a pipe until somebody takes it."""
+
+    def arrived(self, pipe: AwaitedPipe) -> None: ...
+
+    def left(self, pipe: AwaitedPipe) -> None:
+        """It is over."""
+
+
 class AwaitedPipe(asyncio.Protocol):
     """What connected to the socket. The head says nothing before our hello."""
 
-    def __init__(self, home: Awaited) -> None:
+    def __init__(self, home: Home) -> None:
         self.paused = False
         self._home = home
         self._owner: PipeOwner | None = None

@@ -134,8 +134,7 @@ class LinkLane:
         self._session = ""
         self._greeting: Frame | None = None
         self._prove: Prove | None = None
-        self.challenged = False
-        """The hub asked for a proof of the key: it does not go by the key alone."""
+        self.challenge: Challenge | None = None
         self._mux: Mux | None = None
         self._number = 0
         self._stderr = bytearray()
@@ -166,6 +165,16 @@ class LinkLane:
             self.lost.set_result(why)
 
     # -- the handshake -------------------------------------------------------------------
+
+    @property
+    def challenged(self) -> bool:
+        """The hub asked for a proof of the key: it does not go by the key alone."""
+        return self.challenge is not None
+
+    @property
+    def said(self) -> Frame | None:
+        """Its hello."""
+        return self._greeting
 
     @property
     def greeting(self) -> bool:
@@ -209,7 +218,7 @@ class LinkLane:
         """Once: a hub has no use for a second signature. Raises ProtocolError."""
         if self.challenged:
             raise ProtocolError(codes.HANDSHAKE_EXPECTED, "a second CHALLENGE")
-        self.challenged = True
+        self.challenge = challenge
         if self._prove is not None and self._greeting is not None and self._pipe is not None:
             with suppress(OSError):  # it has closed: its end says why
                 self._pipe.write([self._prove(self._greeting, challenge).encode()])
@@ -259,6 +268,7 @@ class LaneTask:
 
     name: str
     lane_class: LaneClass
+    carrier: Carrier
     number: int | None = None
     up_since: float | None = None
     """Wall-clock seconds."""
@@ -283,16 +293,19 @@ class Link:
         head: HeadConfig,
         carrier: Carrier,
         limits: Limits,
+        peer: str = "head",
     ) -> None:
-        """Nothing is asked of the owner before `run` or `take_over`."""
+        """Nothing is asked of the owner before `run` or `take_over`. `peer`: who is at the other
+        end, for the log."""
         self.head = head
+        self.peer = peer
         self.mux: Mux | None = None
         self.link_stats = LinkStats()
         self.refused = RefusedStreams()
         self.since = time.time()
         """Wall-clock seconds of the last change between up, parked and down."""
-        self.slots = [LaneTask("interactive", LaneClass.INTERACTIVE)]
-        self.slots += [LaneTask(f"bulk-{i + 1}", LaneClass.BULK) for i in range(head.bulk_lanes)]
+        self.slots = [LaneTask("interactive", LaneClass.INTERACTIVE, carrier)]
+        self.slots += [self._bulk(i + 1, carrier) for i in range(head.bulk_lanes)]
         self._owner = owner
         self._carrier = carrier
         self._limits = limits
@@ -306,6 +319,12 @@ class Link:
         self._urgent = asyncio.Event()
         """Streams wait for a lane."""
         self._handshake_timeout = AdaptiveTimeout(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
+        self._on_memory: Callable[[int], None] | None = None
+        """Of a peer that is not trusted as a head is (`Mux`)."""
+
+    @staticmethod
+    def _bulk(number: int, carrier: Carrier) -> LaneTask:
+        return LaneTask(f"bulk-{number}", LaneClass.BULK, carrier)
 
     @property
     def state(self) -> str:
@@ -374,11 +393,7 @@ class Link:
     async def _hold(self, slot: LaneTask) -> None:
         backoff = Backoff(REDIAL_FIRST, REDIAL_LAST, jitter=0.2)
         while not self._closing:
-            if slot is not self.slots[0]:
-                slot.heartbeat.idle()
-                # One lane finds out whether there is a way: the others would only find the same,
-                # and servers and firewalls count connections.
-                await self._standing.wait()
+            await self._turn(slot)
             began = asyncio.get_running_loop().time()
             slot.unanswered = False
             slot.heartbeat.beat(DIALLING_TIMEOUT)
@@ -391,13 +406,32 @@ class Link:
                 if self._begins_anew(exc):
                     backoff.reset()
                 else:
-                    self._set_problem(slot, exc.problem)
+                    self._set_problem(slot, self._worded(slot, exc.problem))
             except ProblemError as exc:
                 slot.failures += 1
                 seconds = asyncio.get_running_loop().time() - began
                 slot.unanswered = unanswered(exc.problem, seconds)
-                self._set_problem(slot, self.understood(exc.problem, slot.failures, seconds))
+                understood = self.understood(exc.problem, slot.failures, seconds)
+                self._set_problem(slot, self._worded(slot, understood))
             await self._rest(slot, backoff)
+
+    async def _turn(self, slot: LaneTask) -> None:
+        """Until this lane may be dialled."""
+        if slot is not self.slots[0]:
+            slot.heartbeat.idle()
+            # One lane finds out whether there is a way: the others would only find the same,
+            # and servers and firewalls count connections.
+            await self._standing.wait()
+
+    def _worded(self, slot: LaneTask, problem: Problem) -> Problem:
+        """A problem of a lane, as this link's owner is to read it."""
+        del slot
+        return problem
+
+    def _longest(self, slot: LaneTask) -> float:
+        """Seconds between attempts, at most."""
+        del slot
+        return REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST
 
     def understood(self, problem: Problem, failures: int, seconds: float) -> Problem:
         """What cannot be had while another lane stands is not away, but limited."""
@@ -412,9 +446,7 @@ class Link:
     async def _rest(self, slot: LaneTask, backoff: Backoff) -> None:
         """Before the next attempt; from when streams wait, no longer than need be."""
         counted = counted_rest(None if slot.problem is None else slot.problem.code)
-        seconds = max(
-            counted, backoff.next(REDIAL_PARKED if self._urgent.is_set() else REDIAL_LAST)
-        )
+        seconds = max(counted, backoff.next(self._longest(slot)))
         if slot.unanswered and not self._urgent.is_set():
             seconds = max(seconds, spread(REDIAL_UNANSWERED))
         if slot.problem is not None and slot.problem.code is codes.LINK_AWAITED:
@@ -446,7 +478,7 @@ class Link:
     def _add_lanes(self, group: asyncio.TaskGroup) -> None:
         standing = {slot.name for slot in self.slots}
         for i in range(self.head.bulk_lanes, self.head.bulk_lanes + self.head.extra_lanes):
-            slot = LaneTask(f"bulk-{i + 1}", LaneClass.BULK)
+            slot = self._bulk(i + 1, self._carrier)
             if slot.name not in standing:
                 group.create_task(self._extra_lane(slot), name=f"lane {slot.name}")
 
@@ -457,7 +489,11 @@ class Link:
             await self._one_lane(slot)
         except (LinkRefusedError, ProblemError) as exc:
             log.info(
-                "extra_lane_failed", lane=slot.name, code=exc.problem.code.name, cause=str(exc)
+                "extra_lane_failed",
+                node=self.peer,
+                lane=slot.name,
+                code=exc.problem.code.name,
+                cause=str(exc),
             )
         finally:
             self.slots.remove(slot)
@@ -485,6 +521,7 @@ class Link:
                 "the hub did not answer",
                 "read rayfwd's log on the head",
             )
+            self._check(slot, lane, welcome)
             self._join(slot, lane, welcome, session)
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
             slot.heartbeat.idle()  # its session's timer shows that it is alive
@@ -509,7 +546,7 @@ class Link:
         """The one that was kept, or a new one. Raises ProblemError."""
         connection = slot.kept.take()
         if connection is None:
-            connection = await self._carrier.dial(self._urgent)
+            connection = await slot.carrier.dial(self._urgent)
             self._connections.add(connection)
             slot.kept.made(asyncio.get_running_loop().time())
         return connection
@@ -526,6 +563,9 @@ class Link:
                 raise
             raise ProblemError(_by_an_older_hub(exc.problem)) from exc
 
+    def _check(self, slot: LaneTask, lane: LinkLane, welcome: Welcome) -> None:
+        """Whether a welcome is to be believed. Raises ProblemError."""
+
     def _current_session(self) -> str:
         if self.mux is None and not self._session:
             # Larger for every new session of this node, also after a restart.
@@ -541,13 +581,18 @@ class Link:
         if self.mux is None:
             loop = asyncio.get_running_loop()
             self._begin(Session("worker", welcome.ride_through, self._limits, loop.time()))
-            log.info("session_started", head=self.head.called, hub_version=welcome.version)
+            log.info(
+                "session_started",
+                node=self.peer,
+                head=self.head.called,
+                hub_version=welcome.version,
+            )
         assert self.mux is not None, "a session has just begun"
         slot.number = lane.join(self.mux, slot.lane_class)
         slot.up_since = time.time()
         slot.problem = None
         self._standing.set()
-        log.info("lane_up", lane=slot.name)
+        log.info("lane_up", node=self.peer, lane=slot.name)
         self._owner.welcomed(welcome)
         self._owner.link_changed()
 
@@ -558,8 +603,9 @@ class Link:
             owner.accept_stream,
             owner.message,
             self._changed,
-            "head",
-            refused=self.refused,
+            self.peer,
+            self._on_memory,
+            self.refused,
         )
         self._established.set()
         self.since = time.time()
@@ -578,7 +624,7 @@ class Link:
         )
         self.link_stats.lane_lost(slot.name, why)
         up = None if up_since is None else round(time.time() - up_since, 1)
-        log.warning("lane_lost", lane=slot.name, cause=why, up_seconds=up)
+        log.warning("lane_lost", node=self.peer, lane=slot.name, cause=why, up_seconds=up)
         self._owner.link_changed()
 
     def _begins_anew(self, refused: LinkRefusedError) -> bool:
@@ -588,7 +634,7 @@ class Link:
             return False
         if refused.session != self._session:
             return True  # another lane was told so before, and has begun anew already
-        log.warning(problem.code.event, cause=problem.cause)
+        log.warning(problem.code.event, node=self.peer, cause=problem.cause)
         self._session = ""
         if self.mux is not None:
             self.mux.close(problem.cause)
@@ -603,11 +649,15 @@ class Link:
         if not known:
             # While streams are held, a head that does not answer is no news beside `link_parked`.
             say = log.warning if self.state != "down" else log.error
-            fields = {"lane": slot.name, "cause": problem.cause, "remedy": problem.remedy}
-            if not problem.code.known:
-                fields["code"] = problem.code.name
-            say(problem.code.event, **fields)
+            self._say(say, slot, problem)
             self._owner.link_changed()
+
+    def _say(self, say: Callable[..., object], slot: LaneTask, problem: Problem) -> None:
+        fields = {"node": self.peer, "lane": slot.name}
+        fields |= {"cause": problem.cause, "remedy": problem.remedy}
+        if not problem.code.known:
+            fields["code"] = problem.code.name
+        say(problem.code.event, **fields)
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:
         self.since = time.time()
@@ -620,14 +670,19 @@ class Link:
                 self._carrier.close(parked=True)
                 self.link_stats.parked(self.since, self.mux.now())
                 stats = self.mux.stats()
-                log.warning("link_parked", streams=stats.streams, ride_through=stats.ride_through)
+                log.warning(
+                    "link_parked",
+                    node=self.peer,
+                    streams=stats.streams,
+                    ride_through=stats.ride_through,
+                )
             case Resumed(seconds):
                 self._urgent.clear()
                 self.link_stats.resumed(seconds)
-                log.info("link_resumed", parked_seconds=round(seconds, 1))
+                log.info("link_resumed", node=self.peer, parked_seconds=round(seconds, 1))
             case SessionEnded(why):
                 if not self._closing:
-                    log.warning("session_ended", cause=why)
+                    log.warning("session_ended", node=self.peer, cause=why)
                 if self.mux is not None:
                     stats = self.mux.stats()
                     self.link_stats.ended(self.mux.now(), stats.bytes_in, stats.bytes_out)
