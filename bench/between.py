@@ -24,8 +24,9 @@ PORT = 20005
 """Of the server on the head: of its plan, and Ray does not have it here."""
 STORE = 20006
 """Of torch's store there."""
-CHOSEN = range(45000, 45120)
-"""The ports that the kernel chooses from where each has to be forwarded by name."""
+CHOSEN = range(45001, 45240, 2)
+"""Those of the ports from 45000 on that are forwarded by name, where each has to be: the kernel
+gives a program that listens an odd one first, and one that dials an even one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def by_ssh(lab: Lab) -> Iterator[Between]:
     own = ("10.99.0.1", "10.99.0.2")
     address_of(head, "way0", *own)
     address_of(worker, "way0", *reversed(own))
-    few = f"net.ipv4.ip_local_port_range={CHOSEN[0]} {CHOSEN[-1]}"
+    few = f"net.ipv4.ip_local_port_range={CHOSEN[0] - 1} {CHOSEN[-1]}"
     for machine in (head, worker):
         machine.run(["sysctl", "-qw", few], user="root")
     head.start_sshd(("-o", "GatewayPorts=clientspecified"))
