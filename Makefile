@@ -90,7 +90,8 @@ ray-envs: $(VENV)/.installed
 	else echo "not root: the lab with its real Ray is not run"; fi
 
 roots: $(VENV)/.installed
-	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_roots.py; \
+	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_roots.py \
+		&& $(BIN)/python -m tests.setup_firewalls; \
 	else echo "not root: the machines that are booted are not made"; fi
 
 wheel: $(VENV)/.installed

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import setup_envs, setup_roots
+from tests import setup_envs, setup_firewalls, setup_roots
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +77,8 @@ def no_machines() -> str | None:
     for name, package in (("systemd-nspawn", "systemd-container"), ("debootstrap", "debootstrap")):
         if not os.path.isabs(tool(name)):
             return f"the machines that are booted need {name} (Debian package {package})"
-    return next(filter(None, map(setup_roots.missing, setup_roots.SUITES)), None)
+    roots = map(setup_roots.missing, setup_roots.SUITES)
+    return next(filter(None, [*roots, setup_firewalls.missing()]), None)
 
 
 @cache

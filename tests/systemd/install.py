@@ -16,7 +16,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests import setup_roots
+from tests import setup_firewalls, setup_roots
 from tests.lab import package
 
 README = (
@@ -97,6 +97,13 @@ def with_ray_of(suite: str, of: str) -> Installed:
             fresh.rename(layer)
     upper, *below = made.lower
     return replace(made, lower=(upper, layer, *below))
+
+
+def with_firewalls() -> Installed:
+    """Like `installed`, with Debian's ufw, firewalld and iptables, all of them switched off."""
+    made = installed(setup_firewalls.SUITE)
+    upper, *below = made.lower
+    return replace(made, lower=(upper, setup_firewalls.place() / "upper", *below))
 
 
 def _link_ray(source: Path, layer: Path) -> None:

@@ -5,9 +5,12 @@ One cluster for all tests, which run in the order of this file.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.lab.process import until
+from tests.lab.process import Process, until
+from tests.systemd import install
 from tests.systemd.cluster import BOTH, Cluster
 from tests.systemd.machines import Lab, Machine
 
@@ -33,6 +36,33 @@ try:
 except OSError as exc:
     print(type(exc).__name__)
 """
+
+
+STANDING = """
+import socket, sys, time
+with socket.create_connection(("127.77.0.2", int(sys.argv[1])), 60) as sock:
+    while True:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        print("x", end="", flush=True)
+        time.sleep(0.1)
+"""
+ANSWER = """
+import socket
+with socket.create_server(("127.77.0.2", 0)) as server:
+    print(server.getsockname()[1], flush=True)
+    sock, _ = server.accept()
+    while word := sock.recv(100):
+        sock.sendall(word)
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Machines that have ufw, firewalld and iptables, all of them switched off."""
+    with Lab(tmp_path_factory.mktemp("lab"), install.with_firewalls()) as made:
+        made.boot()
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +92,25 @@ def dialled(head: Machine, port: int, user: str = "ray") -> str:
 def wait_dialled(head: Machine, port: int) -> None:
     """Until Ray's user gets through."""
     until(lambda: dialled(head, port) == BOTH[0], 30, lambda: f"it is {dialled(head, port)}")
+
+
+@pytest.fixture(scope="module")
+def standing(auto: Cluster) -> Process:
+    """A connection from the head to the worker that says something all the time."""
+    server = auto.worker.popen(["python3", "-c", ANSWER], user="ray")
+    until(lambda: server.log.read_text().strip(), 20, lambda: "the program listens")
+    return auto.head.popen(["python3", "-c", STANDING, server.log.read_text().strip()], user="ray")
+
+
+def goes_on(standing: Process) -> None:
+    """It is not broken, and gets further."""
+    before = len(standing.log.read_text())
+    until(
+        lambda: standing.poll() is not None or len(standing.log.read_text()) > before + 3,
+        60,
+        standing.log.read_text,
+    )
+    assert standing.poll() is None, standing.log.read_text()
 
 
 def left(machine: Machine) -> list[str]:
@@ -126,12 +175,68 @@ def test_a_firewall_that_is_loaded_anew_takes_it_away_for_a_moment(
     wait_dialled(auto.head, port)
 
 
-def test_killed_it_leaves_nothing_and_is_there_again(auto: Cluster, port: int) -> None:
+UFW = (("ufw", "allow", "22/tcp"), ("ufw", "--force", "enable"), ("ufw", "reload"))
+FIREWALLD = (
+    ("systemctl", "start", "firewalld"),
+    ("firewall-cmd", "--reload"),
+    ("firewall-cmd", "--complete-reload"),
+)
+DOCKER = (
+    ("iptables-nft", "-t", "nat", "-N", "DOCKER"),
+    ("iptables-nft", "-t", "nat", "-A", "DOCKER", "-i", "docker0", "-j", "RETURN"),
+    (
+        *("iptables-nft", "-t", "nat", "-A", "OUTPUT", "!", "-d", "127.0.0.0/8"),
+        *("-m", "addrtype", "--dst-type", "LOCAL", "-j", "DOCKER"),
+    ),
+    ("iptables-nft", "-P", "FORWARD", "DROP"),
+    ("iptables-nft", "-F"),
+    ("iptables-nft", "-t", "nat", "-F"),
+    ("nft", "flush", "ruleset"),
+)
+
+
+@pytest.mark.parametrize(
+    ("switched", "off"),
+    [
+        # Its three commands call iptables a hundred times.
+        pytest.param(UFW, ("ufw", "disable"), marks=pytest.mark.thorough),
+        (FIREWALLD, ("systemctl", "stop", "firewalld")),
+        (DOCKER, ("systemctl", "restart", "nftables")),
+    ],
+    ids=["ufw", "firewalld", "iptables"],
+)
+def test_firewalls_are_switched_underneath(
+    auto: Cluster,
+    port: int,
+    standing: Process,
+    switched: tuple[tuple[str, ...], ...],
+    off: tuple[str, ...],
+) -> None:
+    """On the machine that dials and on the one that is dialled; what stands goes on."""
+    for machine in auto.lab.machines:
+        for command in switched:
+            machine.run(command, timeout=90)
+            wait_dialled(auto.head, port)
+            goes_on(standing)
+            assert dialled(auto.head, port, "nobody") == "ConnectionRefusedError"
+        machine.run(off, timeout=90)
+        machine.systemctl("restart", "nftables")  # the machine's own, which they put aside
+        wait_dialled(auto.head, port)
+    goes_on(standing)
+    for machine in auto.lab.machines:
+        conditions = machine.status()["conditions"]
+        assert not [c for c in conditions if c["code"].startswith("overlay")], conditions
+
+
+def test_killed_it_is_there_again_and_what_stands_goes_on(
+    auto: Cluster, port: int, standing: Process
+) -> None:
     before = auto.head.show(UNIT)["NRestarts"]
     auto.head.systemctl("kill", "--signal=SIGKILL", UNIT)
     again = str(int(before) + 1)
     auto.head.wait_for(UNIT, NRestarts=again, ActiveState="active")
     wait_dialled(auto.head, port)
+    goes_on(standing)
 
 
 @pytest.mark.runs("systemctl stop rayfwd-net", "systemctl start rayfwd-net")

@@ -54,6 +54,7 @@ def test_test_is_everything() -> None:
         "tests/setup_packages.sh",
         "tests/setup_envs.py",
         "tests/setup_roots.py",
+        "tests.setup_firewalls",
         "tests.setup_wheel",
     ):
         assert made in done
