@@ -184,8 +184,8 @@ class Taken:
         if by_hub is None:
             raise codes.DIRECT_UNKNOWN.error(
                 f"{hello.node} has no such session here",
-                "nothing, if it comes by itself; else see that the [[direct]] names the node "
-                "that its ssh leads to",
+                "nothing if it comes by itself; otherwise check that the [[direct]] names the "
+                "node that its ssh leads to",
             )
         if hello.resumes:
             raise codes.SESSION_UNKNOWN.error(

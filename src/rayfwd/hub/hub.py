@@ -847,7 +847,7 @@ def _asked(hello: Hello) -> tuple[int, str | None, Level]:
 def _no_peers() -> Problem:
     return codes.HELLO_MALFORMED.problem(
         "another worker's hello came to the head",
-        "see that the [[direct]] of that worker names a worker, and not the head",
+        "check that the [[direct]] of that worker names a worker, and not the head",
     )
 
 

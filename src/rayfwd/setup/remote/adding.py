@@ -198,8 +198,8 @@ class _One:
         if not await self._head.is_up(status.name):
             raise codes.ADD_BLOCKED.error(
                 f"{self._host.ssh} is {status.name} in another cluster, of the head {link.head}",
-                "run `rayfwd remove` on that head first; to be in both clusters, run `rayfwd join "
-                "--cluster NAME` on the machine",
+                "run `rayfwd remove` on that head first; to be in both clusters, run "
+                "`rayfwd join HEAD --cluster NAME` on the machine",
             )
 
     async def _install_ray(self, machine: Machine, seen: Sight) -> None:
