@@ -125,7 +125,9 @@ def mypy_missing() -> str | None:
         return None
     # Isolated from what pip hides from the builds that it runs, itself among it.
     pip = [sys.executable, "-I", "-m", "pip", "--disable-pip-version-check", "install", "--dry-run"]
-    options = ["--quiet", "--no-deps", f"--timeout={INDEX_SECONDS}", "--retries=0"]
+    # What this Python has besides is hidden from the build as well.
+    options = ["--quiet", "--ignore-installed", "--no-deps"]
+    options += [f"--timeout={INDEX_SECONDS}", "--retries=0"]
     asked = subprocess.run(
         [*pip, *options, *index_options(parent()), NEEDED],
         check=False,
