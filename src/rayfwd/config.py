@@ -303,8 +303,8 @@ class DirectConfig(_Section):
     """the other worker's socket: peers.sock in its runtime_dir"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
     """as in [head]"""
-    via: Literal["socket", "exec", "auto"] = "auto"
-    """"exec": run attach_command there; "socket": forward to it; "auto": the first that works"""
+    via: Literal["socket", "exec", "auto"] = "exec"
+    """"exec": run attach_command there; "socket": forward to the socket; "auto": try both"""
     attach_command: Command = "rayfwd attach --peer"
     """the command that via = "exec" runs; a forced command in authorized_keys replaces it"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)

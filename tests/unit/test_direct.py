@@ -253,7 +253,8 @@ def test_by_ssh(tmp_path: Path) -> None:
                 w1, w2 = s.workers["w1"], s.workers["w2"]
                 w1.directs = ["w2"]
                 w1.direct_ssh = (
-                    f'ssh = "{sshd.target}"\nidentity = "{sshd.identity}"\nsocket = "{place}"\n'
+                    f'ssh = "{sshd.target}"\nidentity = "{sshd.identity}"\n'
+                    f'socket = "{place}"\nvia = "socket"\n'
                     f'known_hosts = "{known}"\nssh_config = "/dev/null"\nextra_lanes = 0'
                 )
                 there = s.path("w1", "w2")
@@ -603,7 +604,7 @@ def test_the_file_says_who_dials_whom() -> None:
     config = parse({**worker, "direct": [{"node": "w2", "ssh": "ray@w2", "identity": "/k"}]})
     (direct,) = config.direct
     found = direct.way()
-    assert (found.via, str(found.socket)) == ("auto", "/run/rayfwd/peers.sock")
+    assert (found.via, str(found.socket)) == ("exec", "/run/rayfwd/peers.sock")
     assert found.attach_command == "rayfwd attach --peer"
     for data, words in {
         "w1": "must be another worker",

@@ -190,8 +190,11 @@ class DirectWays:
         """A stream of the hub's that is to be a lane: by its word, of whoever is at the source."""
         nodes = self._owner.view_now().nodes
         node = next((n for n in nodes if opening.source == n.address), None)
-        if not self.on or node is None:
-            stream.reset(ResetReason.NOT_IN_PLAN, f"{self._own} takes no direct way of that node")
+        if not self.on:
+            stream.reset(ResetReason.NOT_IN_PLAN, f"{self._own} takes no direct ways")
+            return None
+        if node is None:  # it has just joined: the plan with it is on its way
+            stream.reset(ResetReason.NODE_AWAY, f"{self._own} does not know that node yet")
             return None
         return self.taken.take_stream(stream, node)
 
