@@ -34,6 +34,7 @@ SSH_FILE_UNREADABLE = Code(
 SSH_CONFIG_INVALID = Code(
     "ssh_config_invalid", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
 )
+SSH_ALGORITHMS = Code("ssh_algorithms", group=Group.LINK_FAULT, stage="ssh", lasting=True)
 SSH_LIMITED = Code("ssh_limited", "warning", stage="ssh")
 OPENSSH_ABSENT = Code(
     "openssh_absent", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
@@ -47,6 +48,9 @@ HOST_KEY_MISMATCH = Code(
     "host_key_mismatch", group=Group.LINK_FAULT, stage="host_key", lasting=True
 )
 HOST_KEY_REVOKED = Code("host_key_revoked", group=Group.LINK_FAULT, stage="host_key", lasting=True)
+HOST_CERTIFICATE_INVALID = Code(
+    "host_certificate_invalid", group=Group.LINK_FAULT, stage="host_key", lasting=True
+)
 CHANNEL_REFUSED = Code(
     "channel_refused", group=Group.LINK_FAULT, stage="channel", lasting=True, another_way=True
 )

@@ -16,6 +16,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -51,6 +52,8 @@ from rayfwd.system.redact import names_a_secret
 
 DEFAULT_PATH = DEFAULT_CONFIG
 
+OWN_SSH = "own"
+"""Where a head has no sshd: rayfwd answers itself."""
 PAGE_PORT, PAGE_PORTS = 9480, 20
 """The first port that is tried for the page, and how many are."""
 
@@ -89,6 +92,15 @@ def _loopback_listen(value: str) -> str:
     except ValueError:
         raise ValueError("must be on an IPv4 loopback address, as in 127.0.0.1:8265") from None
     return f"{host}:{port}"
+
+
+def _loopback_sshd(value: str) -> str:
+    if value == OWN_SSH:
+        return value
+    if value.startswith("[::1]:"):
+        split_host_port(value)
+        return value
+    return _loopback_listen(value)
 
 
 def _target(value: str) -> str:
@@ -170,6 +182,29 @@ def _not_empty(value: str) -> str:
 Command = Annotated[str, AfterValidator(_not_empty)]
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Whom a way by SSH leads to, and the section that describes it, for what is said of both."""
+
+    name: str
+    section: str
+    takes_transport: bool = True
+    """That section may say by which SSH."""
+
+    def key(self, name: str) -> str:
+        """A key of that section, in a sentence."""
+        return f"head.{name}" if self == HEAD else f"{name} of {self.section}"
+
+    def set_to(self, name: str, value: str) -> str:
+        """That a key is to be this, in a sentence."""
+        return f'{name} = "{value}" in {self.section}'
+
+
+HEAD = Destination("the head", "[head]")
+DIALLED_WORKER = Destination("the worker", "its [[hub.dial]]")
+MEETING_PLACE = Destination("the meeting place", "its [[hub.meet]]", takes_transport=False)
+
+
 class HeadConfig(_Section):
     """How a worker or a client reaches the head by SSH. A head has [hub] instead."""
 
@@ -205,6 +240,18 @@ class HeadConfig(_Section):
     """SSH connections for large transfers, in addition to the one for short messages"""
     extra_lanes: Whole = Field(default=3, ge=0, le=8)
     """more of them while a transfer fills those; they help when a round trip takes long"""
+
+    _destination: Destination = PrivateAttr(default=HEAD)
+
+    @property
+    def destination(self) -> Destination:
+        """Whom this is the way to; the head, unless another section describes it."""
+        return self._destination
+
+    def leading_to(self, destination: Destination) -> Self:
+        """The same way, to somebody else."""
+        self._destination = destination
+        return self
 
     def ssh_target(self) -> tuple[str | None, str, int | None]:
         """User, host (or alias) and port of `ssh`; None where the SSH configuration decides."""
@@ -251,7 +298,8 @@ class DialConfig(_Section):
     def way(self) -> HeadConfig:
         """The same, as a way by SSH is described."""
         own = self.model_dump(exclude={"name", "socket"}, exclude_unset=True)
-        return HeadConfig.model_validate({**own, "socket": self.socket, "extra_lanes": 0})
+        way = HeadConfig.model_validate({**own, "socket": self.socket, "extra_lanes": 0})
+        return way.leading_to(DIALLED_WORKER)
 
 
 class MeetConfig(_Section):
@@ -262,8 +310,8 @@ class MeetConfig(_Section):
     """user@host, user@host:port, or an alias of ~/.ssh/config"""
     socket: Annotated[str, AfterValidator(_meet_socket)] = "rayfwd-head.sock"
     """the socket that its sshd makes for this head: a path, or a name in its home directory"""
-    sshd: Annotated[str, AfterValidator(_loopback_listen)] = "127.0.0.1:22"
-    """this head's own sshd, where the workers log in"""
+    sshd: Annotated[str, AfterValidator(_loopback_sshd)] = "127.0.0.1:22"
+    """this head's own sshd, where the workers log in; "own": it has none, and rayfwd answers"""
     identity: LocalPath | None = Field(default=None, examples=["~/.ssh/id_ed25519"])
     """the private key, also for jump hosts; default: the agent's and the SSH configuration's"""
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
@@ -276,13 +324,25 @@ class MeetConfig(_Section):
         """The host, in a sentence."""
         return _ssh_target(self.ssh)[1]
 
-    def sshd_address(self) -> tuple[str, int]:
-        return split_host_port(self.sshd)
+    def sshd_address(self) -> tuple[str, int] | None:
+        """None: there is no sshd here."""
+        if self.sshd == OWN_SSH:
+            return None
+        host, port = split_host_port(self.sshd)
+        return host.strip("[]"), port
+
+    @property
+    def sshd_called(self) -> str:
+        """Where workers log in, in a sentence."""
+        address = self.sshd_address()
+        if address is None:
+            return "rayfwd's own end of SSH"
+        return f"this head's own sshd at {address[0]} port {address[1]}"
 
     def way(self) -> HeadConfig:
         """The same, as a way by SSH is described."""
         own = self.model_dump(exclude={"socket", "sshd"}, exclude_unset=True)
-        return HeadConfig.model_validate({**own, "extra_lanes": 0})
+        return HeadConfig.model_validate({**own, "extra_lanes": 0}).leading_to(MEETING_PLACE)
 
 
 class DirectConfig(_Section):

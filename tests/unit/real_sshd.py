@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +26,8 @@ class RealSshd:
         self.directory = directory
         self.address = address
         self.user = getpass.getuser()
-        with socket.create_server((address, 0)) as free:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family) as free:
             self.port: int = free.getsockname()[1]
         self.identity = directory / "id"
         self._host_key = asyncssh.generate_private_key("ssh-ed25519")
@@ -37,10 +39,16 @@ class RealSshd:
         self.public_key = user_key.export_public_key().decode().strip()
         self.authorize(self.public_key)
         self._process: asyncio.subprocess.Process | None = None
+        self.within: Sequence[str] = ()
+        """A command that runs it, in surroundings of its own."""
 
     @property
     def target(self) -> str:
-        return f"{self.user}@{self.address}:{self.port}"
+        return f"{self.user}@{self._host}:{self.port}"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self.address}]" if ":" in self.address else self.address
 
     def known_hosts_line(self, name: str | None = None) -> str:
         """`name`: under which it is known instead of its address and port."""
@@ -57,7 +65,7 @@ class RealSshd:
             "\n".join(
                 [
                     *options,
-                    f"ListenAddress {self.address}:{self.port}",
+                    f"ListenAddress {self._host}:{self.port}",
                     f"HostKey {self.directory}/host_key",
                     f"AuthorizedKeysFile {self.directory}/authorized_keys",
                     "PidFile none",
@@ -75,7 +83,7 @@ class RealSshd:
             Path("/run/sshd").mkdir(exist_ok=True)
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(tool("sshd"), "-D", "-e", "-f", str(config)),
+                *(*self.within, tool("sshd"), "-D", "-e", "-f", str(config)),
                 stderr=log,
                 start_new_session=True,
             )

@@ -13,8 +13,9 @@ from rayfwd.transport import awaited as awaited_module
 from rayfwd.transport import held as held_module
 from rayfwd.transport import link as link_module
 from rayfwd.transport.carrier import PipeOwner
-from rayfwd.transport.dialler import Dialler, of_worker
+from rayfwd.transport.dialler import Dialler
 from rayfwd.transport.kept import KEPT_SECONDS
+from rayfwd.transport.sshproblems import socket_unreachable, why_no_answer
 from rayfwd.watch import reach
 from tests.unit.cluster import echo, goodbye, serving
 from tests.unit.daemons import exposed, site
@@ -130,15 +131,17 @@ def test_the_file_says_who_dials() -> None:
         parse({"role": "head", "hub": {"dial": [{"ssh": "h", "sssh": "x"}]}})
 
 
-def test_what_is_said_of_a_worker_names_no_head() -> None:
-    said = codes.HUB_ABSENT.problem(
-        "nothing answers at /run/rayfwd/link.sock on the head",
-        "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
-    )
-    told = of_worker(said)
-    assert told.cause == "nothing answers at /run/rayfwd/link.sock on the worker"
-    assert "socket of its [[hub.dial]]" in told.remedy
-    assert "head" not in told.remedy
+@pytest.mark.parametrize("said", ["", "rayfwd attach: hub_absent: no hub answers; start it"])
+def test_what_is_said_of_a_worker_names_no_head(said: str) -> None:
+    way = DialConfig(ssh="ray@gpu-1").way()
+    told = [
+        why_no_answer(said, "closed", way.destination),
+        socket_unreachable(way.socket, "open failed", way.destination),
+    ]
+    for problem in told:
+        assert "head" not in problem.cause + problem.remedy
+        assert "the worker" in problem.cause + problem.remedy
+    assert 'via = "exec" in its [[hub.dial]]' in told[1].remedy
     assert DialConfig(ssh="ray@[::1]:22").called == "::1"
 
 

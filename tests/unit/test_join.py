@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rayfwd.cli import MistakeError, _parser, chosen, front, head, join
+from rayfwd.cli import MistakeError, _parser, chosen, connect, front, head, join
 from rayfwd.cli.front import Screen
 from rayfwd.config import Config, load, parse
 from rayfwd.daemon.claim import MachineClaim, free_networks
@@ -102,6 +102,29 @@ def test_a_mistake_names_the_option(words: list[str], said: str) -> None:
     with pytest.raises(MistakeError) as exc:
         join.run(args)
     assert str(exc.value).startswith(said)
+
+
+def test_a_meeting_place_is_named_on_every_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--meet", "ray@[2001:db8::9]:2222"]
+    config, _ = amounts_to(["join", "ray@the-head", *words, "--meet-socket", "r"], monkeypatch)
+    assert config.head is not None
+    assert (config.head.meet, config.head.meet_socket) == ("ray@[2001:db8::9]:2222", "r")
+    own = '{"ssh": "me@third", "sshd": "own"}'
+    config, _ = amounts_to(["head", *words, "--meet", own, "--dial", "ray@w1"], monkeypatch)
+    first, second = config.hub.meet
+    assert (first.ssh, second.ssh, second.sshd_address()) == (words[1], "me@third", None)
+    assert [dial.called for dial in config.hub.dial] == ["w1"]
+    seen: list[Config] = []
+
+    def hold(config: Config) -> int:
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(connect, "hold", hold)
+    args = _parser().parse_args(["connect", "ray@the-head", *words])
+    assert args.module.run(args) == 0
+    assert seen[0].head is not None
+    assert seen[0].head.meet == words[1]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2w", "h", "1h30m"])

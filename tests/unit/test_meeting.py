@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
-from rayfwd.transport.meeting import Meeting, of_meeting
+from rayfwd.transport.meeting import Meeting
+from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
 from rayfwd.transport.ssh import SshConnector
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.real_sshd import RealSshd
+from tests.unit.way_probe import SAID, answer, problem
 
 
 class Site:
@@ -218,11 +221,133 @@ def test_host_keys_are_checked_end_to_end(tmp_path: Path, whose: str) -> None:
     run(main)
 
 
+class OwnSite(Site):
+    """The head has no sshd, and answers itself. Its hub echoes."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.hub = directory / "hub.sock"
+        self.authorized = directory / "authorized_keys"
+        self.own = OwnSsh(directory, self.hub, self.authorized)
+        self.know(self.third.known_hosts_line(), f"the-head {self.own.public_key}\n")
+        self.authorized.write_text(f"{self.at_head.public_key}\n")
+        without = self.meet.model_copy(update={"sshd": "own"})
+        self.meeting = Meeting(without, 60.0, lambda: None, lambda: self.own)
+        self.head = self.head.model_copy(update={"socket": self.hub})
+
+    def by(self, **keys: object) -> HeadConfig:
+        return self.head.model_copy(update=keys)
+
+
+@asynccontextmanager
+async def own_site(directory: Path) -> AsyncIterator[OwnSite]:
+    made = OwnSite(directory)
+    await made.third.start()
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1000):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_unix_server(echo, made.hub)
+    task = asyncio.create_task(made.meeting.run())
+    try:
+        await until(made.held, 20)
+        yield made
+    finally:
+        made.meeting.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await made.third.stop()
+        server.close()
+        await asyncio.sleep(0.1)
+
+
+class TestWithoutSshd:
+    def test_it_leads_to_the_hub_and_nowhere_else(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                assert await answer(s.head) == SAID
+                other = tmp_path / "other.sock"
+                server = await asyncio.start_unix_server(lambda _r, w: w.close(), other)
+                said = await problem(s.by(socket=other))
+                assert said.code is codes.HUB_UNREACHABLE
+                server.close()
+
+        run(main)
+
+    def test_a_forced_command_is_what_is_run(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                forced = tmp_path / "forced"
+                forced.write_text("#!/bin/sh\nprintf '\\000rayfwd attach\\000\\n'; exec cat\n")
+                forced.chmod(0o755)
+                key = s.at_head.public_key
+                s.authorized.write_text(f'restrict,command="{forced}" {key}\n')
+                by_command = s.by(via="exec", attach_command="touch /tmp/never")
+                assert await answer(by_command) == SAID
+                assert (await problem(s.head)).code is codes.HUB_UNREACHABLE
+                await until(lambda: not _children_called("cat"), 10)
+
+        run(main)
+
+    def test_rayfwd_attach_is_all_that_another_key_may_run(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                by_command = s.by(via="exec", attach_command=f"touch {tmp_path}/ran")
+                assert SAID in await answer(by_command)
+                assert not (tmp_path / "ran").exists()
+
+        run(main)
+
+    @pytest.mark.parametrize("before", ['expiry-time="20200101" ', 'from="192.0.2.7" ', "# "])
+    def test_who_is_not_let_in(self, tmp_path: Path, before: str) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                s.authorized.write_text(f"{before}{s.at_head.public_key}\n")
+                said = await problem(s.head)
+                assert said.code is codes.SSH_AUTH_REFUSED
+                assert "the-head" in said.cause
+
+        run(main)
+
+    def test_nor_by_another_name_or_by_a_file_that_others_write(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                assert (await problem(s.by(ssh="someone@the-head"))).code is codes.SSH_AUTH_REFUSED
+                s.authorized.chmod(0o666)
+                assert (await problem(s.head)).code is codes.SSH_AUTH_REFUSED
+
+        run(main)
+
+    def test_its_key_stays_the_same(self, tmp_path: Path) -> None:
+        first = OwnSsh(tmp_path, tmp_path / "hub.sock")
+        assert OwnSsh(tmp_path, tmp_path / "hub.sock").public_key == first.public_key
+        file = tmp_path / KEY_FILE
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.with_name(f"{KEY_FILE}.pub").read_text().startswith(first.public_key)
+        file.write_text("none")
+        with pytest.raises(ProblemError, match="remove it"):
+            OwnSsh(tmp_path, tmp_path / "hub.sock")
+
+
+def _children_called(name: str) -> list[str]:
+    own = Path(f"/proc/{os.getpid()}/task")
+    found = []
+    for file in own.glob("*/children"):
+        for pid in file.read_text().split():
+            with suppress(OSError):
+                found.append(Path(f"/proc/{pid}/cmdline").read_text())
+    return [line for line in found if line == f"{name}\0"]
+
+
 def test_the_file(tmp_path: Path) -> None:
     del tmp_path
     (found,) = parse({"role": "head", "hub": {"meet": [{"ssh": "ray@meet"}]}}).hub.meet
     assert found.called == "meet"
     assert found.sshd_address() == ("127.0.0.1", 22)
+    six = MeetConfig(ssh="ray@[2001:db8::1]:22", sshd="[::1]:22")
+    assert (six.called, six.sshd_address()) == ("2001:db8::1", ("::1", 22))
     with pytest.raises(ConfigError, match=r"hub\.meet\[0\]\.sshd"):
         parse({"role": "head", "hub": {"meet": [{"ssh": "m", "sshd": "10.0.0.1:22"}]}})
     worker = {"role": "worker", "name": "w1"}
@@ -233,12 +358,20 @@ def test_the_file(tmp_path: Path) -> None:
         parse({**worker, "head": {"meet": "ray@meet"}})
 
 
-def test_what_is_said_of_a_meeting_place_names_no_head() -> None:
-    said = codes.SSH_AUTH_REFUSED.problem(
-        "ray@meet refuses this machine's SSH keys",
-        "add this machine's public key to authorized_keys of that user on the head, or set "
-        "head.identity to a key that is already there",
-    )
-    told = of_meeting(said)
-    assert "on the meeting place" in told.remedy
-    assert "identity of its [[hub.meet]]" in told.remedy
+def test_what_is_said_of_a_meeting_place_names_no_head(tmp_path: Path) -> None:
+    async def main() -> None:
+        made = Site(tmp_path)
+        await made.third.start()
+        try:
+            made.third.authorize()
+            with pytest.raises(ProblemError) as caught:
+                await SshConnector(made.meet.way()).connect()
+            problem = caught.value.problem
+            assert problem.code is codes.SSH_AUTH_REFUSED
+            assert "on the meeting place" in problem.remedy
+            assert "identity of its [[hub.meet]]" in problem.remedy
+            assert "head" not in problem.cause + problem.remedy
+        finally:
+            await made.third.stop()
+
+    run(main)

@@ -46,7 +46,8 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
     for dial in config.hub.dial:
         yield "dials", f"{dial.called}: {_dials(dial.way())}"
     for meet in config.hub.meet:
-        yield "meets", f"at {meet.ssh}: the socket {meet.socket} there leads to {meet.sshd} here"
+        where = "rayfwd itself" if meet.sshd_address() is None else meet.sshd
+        yield "meets", f"at {meet.ssh}: the socket {meet.socket} there leads to {where} here"
     if own is not None:
         allowed = ", ".join(("root", "the daemon's own user", *config.hub.users))
         yield "hub", f"listens on {config.hub_socket}; these users may connect: {allowed}"

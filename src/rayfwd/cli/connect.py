@@ -27,6 +27,7 @@ _OPTIONS = {
     "head.ssh": "HEAD",
     "head.identity": "--identity",
     "head.socket": "--socket",
+    "head.meet": "--meet",
     "client.dashboard_port": "--dashboard-port",
     "client.client_port": "--client-port",
     "client.page_port": "--page-port",
@@ -58,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--socket", metavar="PATH", help="the hub's socket there (default: /run/rayfwd/hub.sock)"
+    )
+    parser.add_argument(
+        "--meet",
+        metavar="USER@HOST",
+        help="a third host where the head waits ([[hub.meet]] there), logged in to instead;\n"
+        "HEAD is then whom to be at the head, and the name of its host key",
     )
     parser.add_argument(
         "--dashboard-port",
@@ -157,6 +164,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "identity": args.identity and str(Path(args.identity).expanduser().absolute()),
         "socket": args.socket,
         "via": args.via,
+        "meet": args.meet,
     }
     ports = {
         "dashboard_port": args.dashboard_port,

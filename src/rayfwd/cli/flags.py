@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from rayfwd.cli import MistakeError
-from rayfwd.config import SECTIONS, Config
+from rayfwd.config import INNER, SECTIONS, Config
 
 _NAMES = {"ray.command": "--ray"}
 """Options that are not named after their keys."""
@@ -70,6 +70,7 @@ class Flag:
             parser.add_argument(*names, action="store_const", const=not self.default, **common)
         elif self.kind in {"array", "object"}:
             shown = "KEY=VALUE" if self.kind == "object" else "VALUE"
+            shown = "USER@HOST" if self.key in INNER else shown
             parser.add_argument(*names, action="append", metavar=shown, **common)
         else:
             metavar = None if self.choices else "FILE" if self.kind == "path" else "VALUE"
@@ -80,6 +81,8 @@ class Flag:
         to refuse."""
         if self.kind == "object":
             return _table(self, given)
+        if self.key in INNER:
+            return [_section(self, text) for text in given]
         if self.kind == "array":
             return [_plain(text) for text in given]
         if self.kind in {"integer", "number"}:
@@ -190,16 +193,25 @@ def _toml(text: str) -> Any:
         return text
 
 
+def _section(flag: Flag, text: str) -> dict[str, Any]:
+    """Of a machine alone, or of a JSON object with the section's keys."""
+    return _json_object(flag, text) if text.startswith("{") else {"ssh": text}
+
+
+def _json_object(flag: Flag, text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise MistakeError([f"{flag.option} {text}: must be a JSON object"]) from None
+
+
 def _table(flag: Flag, given: Iterable[str]) -> dict[str, Any]:
     """Of `name=value` each, or of a JSON object as `ray start` takes it."""
     table: dict[str, Any] = {}
     text_only = flag.key in {"ray.labels", "ray.env"}
     for text in given:
         if text.startswith("{"):
-            try:
-                table |= dict(json.loads(text))
-            except (ValueError, TypeError):
-                raise MistakeError([f"{flag.option} {text}: must be a JSON object"]) from None
+            table |= _json_object(flag, text)
             continue
         name, equals, value = text.partition("=")
         if not (equals and name):

@@ -12,6 +12,7 @@ import argparse
 import os
 import pwd
 import socket
+from pathlib import Path
 
 from rayfwd.cli import chosen, front
 from rayfwd.cli.flags import Flag, flags_of
@@ -19,6 +20,9 @@ from rayfwd.config import Config
 from rayfwd.daemon.resources import make_directory
 from rayfwd.status import Status
 from rayfwd.system.paths import SERVICE_RUNTIME_DIR
+from rayfwd.transport.ownssh import KEY_FILE
+
+_HOST_KEY = Path("/etc/ssh/ssh_host_ed25519_key.pub")
 
 
 def _flags() -> list[Flag]:
@@ -48,14 +52,29 @@ def what_next(config: Config, status: Status) -> list[str]:
     where = ""
     if config.hub_socket != SERVICE_RUNTIME_DIR / "hub.sock":
         where = f" --socket {config.hub_socket}"
+    name, by, host_key = own_address(), "", _HOST_KEY
+    for meet in config.hub.meet[:1]:
+        name, by = socket.gethostname(), f" --meet {meet.ssh}"
+        if meet.sshd_address() is None:
+            host_key = config.state_dir / f"{KEY_FILE}.pub"
     own = status.node
     dashboard = "" if own is None else f"http://{own.address}:{own.services['dashboard']}"
     return [
-        f"To add a machine, run there: rayfwd join {user}@{own_address()}{where}",
+        f"To add a machine, run there: rayfwd join {user}@{name}{by}{where}",
+        *([_host_key_line(name, host_key)] if by else []),
         f"To run a job from here (dashboard {dashboard}): "
         + front.spoken(config, "exec -- python your_job.py"),
         *([] if status.page is None else [f"The page in the browser: {status.page}"]),
     ]
+
+
+def _host_key_line(name: str, file: Path) -> str:
+    """Who comes by a meeting place has nobody else to tell it."""
+    try:
+        kind, key, *_ = file.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        kind, key = "ssh-ed25519", f"AAAA… (this machine's {file})"
+    return f"with this in ~/.ssh/known_hosts there: {name} {kind} {key}"
 
 
 def own_address() -> str:

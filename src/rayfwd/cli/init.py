@@ -37,7 +37,9 @@ from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
 from rayfwd.system.asuser import Account, account_named, account_of, own_account
 from rayfwd.system.users import NOBODY, named, who_else_logs_in
+from rayfwd.transport.ownssh import KEY_FILE
 
+_HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
 
@@ -143,6 +145,14 @@ def run(args: argparse.Namespace) -> int:
             _print_meeting(
                 request.meet, f"(the public key of {request.user}: ~/.ssh/id_ed25519.pub)"
             )
+            host_key = f"{layout.state}/{KEY_FILE}" if request.own_ssh else _HOST_KEY
+            if request.own_ssh:
+                print(
+                    "\nNo sshd answers here at 127.0.0.1:22, so rayfwd answers there itself "
+                    '(sshd = "own").'
+                )
+            print("\nThis head's host key, for known_hosts of each worker, is in\n")
+            print(f"    {host_key}.pub")
     elif request.head is None:
         _print_dialled(request, layout, args.head_key or "(the head's public key)")
     elif not by_hand:
@@ -152,8 +162,9 @@ def run(args: argparse.Namespace) -> int:
             _print_meeting(request.meet, own or "(the same key)")
             host = HeadConfig(ssh=request.head or "").ssh_target()[1]
             print(
-                "\nAdd the head's host key (/etc/ssh/ssh_host_ed25519_key.pub there) "
-                f"to\n~{request.user}/.ssh/known_hosts on this machine:\n"
+                f"\nAdd the head's host key ({_HOST_KEY}.pub there; "
+                f"without sshd, {KEY_FILE}.pub in its state_dir)\n"
+                f"to ~{request.user}/.ssh/known_hosts on this machine:\n"
             )
             print(f"    {host} ssh-ed25519 AAAA…")
     if not layout.system:
@@ -270,9 +281,19 @@ def _request(
         by_hand=by_hand,
         auth=_auth(args.role, before, seen, person.name),
         meet=meet,
+        own_ssh=meet is not None and args.role == "head" and not _sshd_answers(),
         host_key=host_key,
     )
     return request, seen
+
+
+def _sshd_answers() -> bool:
+    """Where workers would come to by a meeting place."""
+    try:
+        socket.create_connection(("127.0.0.1", 22), 1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _meet_before(before: Config | None) -> str | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -57,6 +58,7 @@ from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.ownssh import OwnSsh
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
@@ -143,7 +145,10 @@ class HeadRole:
             lambda worker: self._state_of_ray(worker) == "by_hand",
         )
         self._dialling = Dialling(config, lambda dial: makers.carrier(dial.way()), self.changed)
-        self._meetings = [Meeting(meet, config.ride_through, self.changed) for meet in hub.meet]
+        own_ssh = cache(lambda: OwnSsh(config.state_dir, config.hub_socket))
+        self._meetings = [
+            Meeting(meet, config.ride_through, self.changed, own_ssh) for meet in hub.meet
+        ]
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )

@@ -21,8 +21,7 @@ from rayfwd.system import unixsocket
 from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.carriers import carrier_for
-from rayfwd.transport.dialler import of_worker
-from rayfwd.transport.meeting import of_meeting
+from rayfwd.transport.meeting import NO_SSHD
 from rayfwd.transport.ssh import SshConnector
 
 
@@ -138,7 +137,9 @@ class HeadExamination(Examination):
         if wrong:
             return failed("meet", several(wrong))
         names = ", ".join(meet.called for meet in places)
-        return passed("meet", f"logged in at {names}; this head's own sshd answers")
+        own = any(meet.sshd_address() is None for meet in places)
+        whose = "rayfwd answers there itself" if own else "this head's own sshd answers"
+        return passed("meet", f"logged in at {names}; {whose}")
 
 
 async def _came_to(meet: MeetConfig) -> Problem | None:
@@ -148,20 +149,19 @@ async def _came_to(meet: MeetConfig) -> Problem | None:
     try:
         (await connector.connect()).abort()
     except ProblemError as exc:
-        problem = of_meeting(exc.problem)
+        problem = exc.problem
         return problem.code.problem(f"{meet.called}: {problem.cause}", problem.remedy)
     finally:
         connector.close()
+    address = meet.sshd_address()
     try:
-        _, writer = await asyncio.open_connection(*meet.sshd_address())
-        writer.close()
+        if address is not None:
+            _, writer = await asyncio.open_connection(*address)
+            writer.close()
     except OSError as exc:
-        host, port = meet.sshd_address()
         return codes.MEETING_REFUSED.problem(
-            f"{meet.called}: this head's own sshd does not answer at {host} port {port}: "
-            f"{exc.strerror or exc}",
-            "start sshd here (it may listen on 127.0.0.1 only), or correct `sshd` of the "
-            "[[hub.meet]]",
+            f"{meet.called}: {meet.sshd_called} does not answer: {exc.strerror or exc}",
+            NO_SSHD,
         )
     return None
 
@@ -173,7 +173,7 @@ async def _logged_in(dial: DialConfig) -> Problem | None:
     try:
         (await carrier.dial(asyncio.Event())).abort()
     except ProblemError as exc:
-        problem = of_worker(exc.problem)
+        problem = exc.problem
         return problem.code.problem(f"{dial.called}: {problem.cause}", problem.remedy)
     finally:
         carrier.close()

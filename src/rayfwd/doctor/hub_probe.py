@@ -19,7 +19,7 @@ from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
 from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Challenge, Hello
-from rayfwd.transport.carrier import Pipe
+from rayfwd.transport.carrier import CLOSED, Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.sshproblems import why_no_answer
 
@@ -152,7 +152,7 @@ class HubProbe:
         try:
             self._opened.write([data])
         except OSError:
-            self._end(why_no_answer("", "closed by the head"))
+            self._end(why_no_answer("", CLOSED))
             self._check()
 
     @property

@@ -118,6 +118,8 @@ class SetupRequest:
     auth: str | None = None
     """Of a head: `ray.auth`; None: the default."""
     meet: str | None = None
+    own_ssh: bool = False
+    """A head's: rayfwd answers at the meeting place itself, where there is no sshd."""
     """A third host that both log in to, where neither accepts SSH from the other."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the configuration, as a file has them."""

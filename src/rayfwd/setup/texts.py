@@ -10,6 +10,7 @@ from typing import Any
 
 import tomli_w
 
+from rayfwd.config import OWN_SSH
 from rayfwd.setup.request import Layout, SetupRequest
 
 _SHIPPED_COMMAND = "/opt/rayfwd/bin/rayfwd"
@@ -49,7 +50,8 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     else:
         hub: dict[str, Any] = {"users": list(request.logins)} if request.logins else {}
         if request.meet is not None:
-            hub["meet"] = [{"ssh": request.meet}]
+            own = {"sshd": OWN_SSH} if request.own_ssh else {}
+            hub["meet"] = [{"ssh": request.meet, **own}]
         config |= {"hub": hub} if hub else {}
     config["ray"] = {"command": request.ray}
     if request.auth is not None:

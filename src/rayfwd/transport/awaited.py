@@ -11,19 +11,16 @@ import asyncio
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
-from rayfwd.session.frames import Chunk
 from rayfwd.system import ownership, unixsocket
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.carrier import Carrier, Connection, PipeOwner
-from rayfwd.transport.readpacing import pace
-from rayfwd.transport.writev import write
+from rayfwd.transport.carrier import CLOSED, Carrier, Connection, PipeOwner
+from rayfwd.transport.socketpipe import SocketPipe
 
 log = get_logger(__name__)
 
@@ -31,8 +28,6 @@ AWAITED_SECONDS = 20.0
 """Seconds after which a worker that has no connection says so, and waits on."""
 MOST_WAITING = 20
 """Connections that nobody has taken yet; one more takes the place of the oldest."""
-WRITE_BUFFER = 1 << 18
-"""Bytes that may wait in a lane's transport before the session is asked for no more."""
 
 
 class Awaited:
@@ -173,14 +168,12 @@ class Home(Protocol):
         """It is over."""
 
 
-class AwaitedPipe(asyncio.Protocol):
+class AwaitedPipe(SocketPipe):
     """What connected to the socket. The head says nothing before our hello."""
 
     def __init__(self, home: Home) -> None:
-        self.paused = False
+        super().__init__()
         self._home = home
-        self._owner: PipeOwner | None = None
-        self._transport: asyncio.Transport | None = None
         self._lost = ""
 
     def take(self, owner: PipeOwner) -> None:
@@ -190,14 +183,12 @@ class AwaitedPipe(asyncio.Protocol):
             owner.pipe_lost(self._lost)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(WRITE_BUFFER)
-        pace.begin(self._transport)
+        super().connection_made(transport)
         sock: socket.socket = transport.get_extra_info("socket")
         uid = ownership.peer_credentials(sock)[1]
         if uid not in {0, os.geteuid()}:
             log.warning("link_stranger", uid=uid)
-            self._transport.abort()
+            self.abort()
             return
         self._home.arrived(self)
 
@@ -205,37 +196,9 @@ class AwaitedPipe(asyncio.Protocol):
         if self._owner is None:
             self.abort()  # whoever speaks first is no hub
             return
-        self._owner.pipe_data(data)
-        pace.after_read(self._transport, len(data))
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._lost = str(exc or "closed by the head")
+        self._lost = str(exc or CLOSED)
         self._home.left(self)
-        if self._owner is not None:
-            self._owner.pipe_lost(self._lost)
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        if self._owner is not None:
-            self._owner.pipe_writable()
-
-    def write(self, chunks: Sequence[Chunk]) -> None:
-        if self._transport is not None:
-            write(self._transport, chunks)
-
-    def carry(
-        self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
-    ) -> None:
-        """There is no faster way than this."""
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        super().connection_lost(exc)

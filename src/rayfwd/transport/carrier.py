@@ -14,6 +14,9 @@ from rayfwd.problems import Problem
 from rayfwd.session.frames import Chunk
 from rayfwd.session.preamble import Preamble
 
+CLOSED = "closed by the other side"
+"""Why a pipe is over, where nobody says more."""
+
 
 class PipeOwner(Protocol):
     """Who has the near end of a pipe."""

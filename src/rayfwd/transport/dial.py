@@ -70,6 +70,8 @@ class Attempt(asyncssh.SSHClient):
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
+        self.resolving = False
+        """The name is being looked up."""
         self.connected = False
         """There was a TCP connection."""
         self.words = b""
@@ -87,6 +89,18 @@ class Attempt(asyncssh.SSHClient):
         """How long the login took."""
         self._connection: Any = None
         self._deadline: asyncio.Timeout | None = None
+
+    @property
+    def has_keys(self) -> bool:
+        """The key exchange is over: what is left of the login is the user's."""
+        connection = self._connection
+        return connection is not None and bool(connection.get_extra_info("send_cipher"))
+
+    @property
+    def offered(self) -> bytes:
+        """The server's KEXINIT; nothing before it has come."""
+        found = getattr(self._connection, "_server_kexinit", b"")
+        return found if isinstance(found, bytes) else b""
 
     @property
     def is_ssh(self) -> bool:
@@ -148,7 +162,9 @@ class Attempt(asyncssh.SSHClient):
         loop = asyncio.get_running_loop()
         stream = socket.SOCK_STREAM
         local: Any = self._options.local_addr
+        self.resolving = True
         found = await loop.getaddrinfo(host, port, family=self._options.family, type=stream)
+        self.resolving = False
         self.dialled = [f"{address[4][0]} port {port}" for address in found]
         own = None if not local else await loop.getaddrinfo(*local, type=stream)
         return await connect(found, self._urgent, own, self._witness)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from rayfwd.config import DialConfig
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.config import DIALLED_WORKER, DialConfig
+from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Chunk
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
-from rayfwd.transport.held import Held, said_of
+from rayfwd.transport.held import Held
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
@@ -33,11 +33,6 @@ log = get_logger(__name__)
 
 SAID = 4096
 """Bytes of what comes beside the stream that are kept."""
-
-
-def of_worker(problem: Problem) -> Problem:
-    """A problem on the way to a head as one on the way to a worker."""
-    return said_of(problem, "the worker", "[[hub.dial]]")
 
 
 class Dialler(Held):
@@ -86,7 +81,7 @@ class Dialler(Held):
         kept = Kept()
         await self._redial(
             lambda: self._one(number, kept),
-            lambda problem: self._met(of_worker(problem), worker=self.called),
+            lambda problem: self._met(problem, worker=self.called),
             follows=number > 0,
         )
 
@@ -104,8 +99,8 @@ class Dialler(Held):
                 connection.open(joint),
                 self._urgent,
                 self._channel_timeout,
-                "the head's sshd opened no channel",
-                "nothing if it comes back; otherwise check the head's load and its sshd log",
+                "the worker's sshd opened no channel",
+                "nothing if it comes back; otherwise check the worker's load and its sshd log",
             )
             connection.keep_alive()  # until the worker has use for it, nobody says anything
             tuning = asyncio.create_task(connection.tune(), name="tune the connection")
@@ -114,7 +109,8 @@ class Dialler(Held):
             finally:
                 tuning.cancel()
             if not joint.stood:
-                raise ProblemError(why_no_answer(joint.said.decode(errors="replace").strip(), why))
+                said = joint.said.decode(errors="replace").strip()
+                raise ProblemError(why_no_answer(said, why, DIALLED_WORKER))
         except ProblemError as exc:
             again = kept.offer(connection, exc.problem, now())
             raise
@@ -125,8 +121,7 @@ class Dialler(Held):
                 connection.abort()
             self._gone(joint)
         if not self._closing:
-            cause = why.replace("the head", "the worker")
-            log.warning("dial_lost", worker=self.called, connection=number, cause=cause)
+            log.warning("dial_lost", worker=self.called, connection=number, cause=why)
 
     def _stands(self, joint: Joint) -> None:
         """The worker has spoken."""

@@ -16,9 +16,9 @@ from typing import Any
 import asyncssh
 
 from rayfwd import codes
-from rayfwd.config import HeadConfig
+from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport import knownhosts
+from rayfwd.transport import knownhosts, passed_over
 from rayfwd.transport.knownhosts import KnownHosts
 
 USER_CONFIG = Path("~/.ssh/config")
@@ -58,6 +58,12 @@ class Hop:
     """The socket of a meeting place where it waits: the hop before is that host."""
     meets: bool = False
     """It is such a host."""
+    to: Destination = HEAD
+    """Whom the way leads to."""
+    keys: tuple[Path, ...] = ()
+    """Files of private keys that are offered."""
+    passed_over: tuple[str, ...] = ()
+    """Options of the SSH configuration that AsyncSSH has no use for."""
 
     @property
     def direct(self) -> bool:
@@ -101,7 +107,20 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
     options, agent = _options(head, written, is_head)
     jumps = options.config.get("ProxyJump")
     known = _known_hosts(head, options, is_head)
-    hop = Hop(written, options, known, is_head, not isinstance(jumps, str), agent)
+    ignored = passed_over.found_in(options.config)
+    if "RevokedHostKeys" in ignored:
+        raise ProblemError(_revocations_unread(head, written))
+    hop = Hop(
+        written,
+        options,
+        known,
+        is_head,
+        first=not isinstance(jumps, str),
+        agent=agent,
+        to=head.destination,
+        keys=_keys(head, options, is_head),
+        passed_over=ignored,
+    )
     if not isinstance(jumps, str):
         return [hop]
     first, *others = [jump.strip().removeprefix("ssh://") for jump in jumps.split(",")]
@@ -123,10 +142,21 @@ def jumps_in_a_circle(names: Sequence[str]) -> Problem:
     )
 
 
+def _revocations_unread(head: HeadConfig, written: str) -> Problem:
+    remedy = "put those keys into a file of known hosts, as lines that begin with `@revoked *`"
+    if head.destination.takes_transport:
+        remedy += f"; or set {head.destination.set_to('transport', 'openssh')}"
+    return codes.SSH_CONFIG_INVALID.problem(
+        f"the SSH configuration names RevokedHostKeys for {written}, which AsyncSSH does not read",
+        remedy,
+    )
+
+
 def _options(
     head: HeadConfig, written: str, is_head: bool
 ) -> tuple[asyncssh.SSHClientConnectionOptions, str]:
     """And the agent whose keys come after those that are named."""
+    passed_over.make_known()
     user, host, port = head.model_copy(update={"ssh": written}).ssh_target()
     given: dict[str, Any] = {"host": host, "config": _config_files(head)}
     if user is not None:
@@ -177,11 +207,22 @@ def _config_files(head: HeadConfig) -> list[str]:
     return [str(path) for path in usual if path.is_file() and os.access(path, os.R_OK)]
 
 
-def _keys_for_jump(options: asyncssh.SSHClientConnectionOptions, identity: Path) -> list[str]:
-    """The keys that ssh would offer a jump host, and the one that the configuration names."""
+def _named_keys(options: asyncssh.SSHClientConnectionOptions) -> list[Path]:
     named = options.config.get("IdentityFile")
     names = named if isinstance(named, list) else [f"~/.ssh/{name}" for name in DEFAULT_KEYS]
-    paths = [Path(str(name)).expanduser() for name in names]
+    return [Path(str(name)).expanduser() for name in names]
+
+
+def _keys(
+    head: HeadConfig, options: asyncssh.SSHClientConnectionOptions, is_head: bool
+) -> tuple[Path, ...]:
+    named = () if head.identity is None else (head.identity.expanduser(),)
+    return named if is_head and named else (*named, *_named_keys(options))
+
+
+def _keys_for_jump(options: asyncssh.SSHClientConnectionOptions, identity: Path) -> list[str]:
+    """The keys that ssh would offer a jump host, and the one that the configuration names."""
+    paths = _named_keys(options)
     own = identity.expanduser()
     return [str(path) for path in paths if path != own and os.access(path, os.R_OK)] + [str(own)]
 
@@ -202,6 +243,6 @@ def _known_hosts(
         host=options.host,
         port=options.port,
         alias=options.host_key_alias,
-        files=knownhosts.read(paths, required=named),
+        files=knownhosts.read(paths, required=named, to=head.destination),
         new=None if new is None or str(new) == os.devnull else new,
     )

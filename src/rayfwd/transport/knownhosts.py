@@ -19,6 +19,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd import codes
+from rayfwd.config import HEAD, Destination
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 
@@ -71,6 +72,13 @@ class KnownHosts:
         """The server's own keys, without those of authorities."""
         return list(self.for_asyncssh(self.alias or self.host, "", self._own_port)[0])
 
+    def key_types(self) -> list[bytes] | None:
+        """Algorithms of the host keys that are known; None: of any, as none or an authority is."""
+        lists = self.for_asyncssh(self.alias or self.host, "", self._own_port)
+        if not lists[0] or any(lists[kind] for kind in _TRUSTING[1:]):
+            return None
+        return [each for key in lists[0] for each in key.sig_algorithms]
+
     def revoked(self, address: str = "") -> list[asyncssh.SSHKey]:
         """Under any of its names, with its port and without."""
         names = {self.host, self.alias, address} - {None, ""}
@@ -115,13 +123,15 @@ def named_files(config: asyncssh.config.SSHConfig) -> tuple[list[Path], list[Pat
     return found[0], found[1]
 
 
-def read(paths: Iterable[Path], required: Path | None = None) -> tuple[_File, ...]:
+def read(
+    paths: Iterable[Path], required: Path | None = None, to: Destination = HEAD
+) -> tuple[_File, ...]:
     """Read what is there. Raises ProblemError where `required` is not, or cannot be read, and where
     a line that revokes a key cannot be understood."""
-    return tuple(_readable(paths, required))
+    return tuple(_readable(paths, required, to))
 
 
-def _readable(paths: Iterable[Path], required: Path | None) -> Iterator[_File]:
+def _readable(paths: Iterable[Path], required: Path | None, to: Destination) -> Iterator[_File]:
     for path in paths:
         expanded = path.expanduser()
         try:
@@ -130,17 +140,18 @@ def _readable(paths: Iterable[Path], required: Path | None) -> Iterator[_File]:
             text = expanded.read_text(encoding="utf-8", errors="surrogateescape")
         except OSError as exc:
             if path == required:
-                raise ProblemError(_unreadable(expanded, exc)) from exc
+                raise ProblemError(_unreadable(expanded, exc, to)) from exc
             continue
         yield _parsed(expanded, text)
 
 
-def _unreadable(path: Path, exc: OSError) -> Problem:
+def _unreadable(path: Path, exc: OSError, to: Destination) -> Problem:
+    key = to.key("known_hosts")
     return codes.SSH_FILE_UNREADABLE.problem(
-        f"{path}: {exc.strerror or exc}; head.known_hosts names this file, so the head's host key "
-        "is looked up nowhere else",
-        "correct head.known_hosts, or make that file readable and put the head's host key into it "
-        "(/etc/ssh/ssh_host_ed25519_key.pub on the head); or remove head.known_hosts from the file",
+        f"{path}: {exc.strerror or exc}; {key} names this file, so {to.name}'s host key is looked "
+        "up nowhere else",
+        f"correct {key}, or make that file readable and put {to.name}'s host key into it "
+        f"(/etc/ssh/ssh_host_ed25519_key.pub on {to.name}); or remove {key} from the file",
     )
 
 

@@ -40,7 +40,7 @@ from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.carrier import CLOSED, Carrier, Connection, Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.linkstats import LinkStats
@@ -247,7 +247,7 @@ class LinkLane:
         except OSError:
             # The head has closed it, and the word of it is still on its way. What was to go by
             # this lane goes by another when the lane is taken down.
-            self.pipe_lost("closed by the head")
+            self.pipe_lost(CLOSED)
 
     def close(self) -> None:
         # It is over when the peer has confirmed it: until then what was written is on its way.

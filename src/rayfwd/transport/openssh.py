@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from rayfwd import codes
-from rayfwd.config import HeadConfig
+from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.transport import knownhosts
 from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
@@ -28,8 +28,12 @@ from rayfwd.transport.knownhosts import KnownHosts
 
 CONNECT_TIMEOUT = 10
 """Seconds for each address, and for the server's first answer."""
+CHECK_TIMEOUT = 3.0
+"""Seconds for a ControlMaster's word that it is there."""
 LOOK_TIMEOUT = 20.0
 """Seconds for `ssh -G`, which reads files and may run the commands of `Match exec`."""
+KEYS = "identityfiles"
+"""Under this name, all that `ssh -G` has of that option, a line each."""
 ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
 """What would have ssh ask on a screen."""
 ALWAYS = {
@@ -77,6 +81,10 @@ class OpensshHop:
     meet: str | None = None
     """No hop waits at a meeting place by this way."""
     meets: bool = False
+    to: Destination = HEAD
+    """Whom the way leads to."""
+    keys: tuple[Path, ...] = ()
+    """Files of private keys that are offered."""
 
     @property
     def direct(self) -> bool:
@@ -98,8 +106,9 @@ def find_way(head: HeadConfig) -> list[OpensshHop]:
     """The hops to the head, which is the last. Blocks: it runs `ssh`. Raises ProblemError."""
     if shutil.which("ssh") is None:
         raise codes.OPENSSH_ABSENT.error(
-            'head.transport = "openssh" needs the command `ssh`, and PATH has none',
-            'install OpenSSH\'s client, or set transport = "asyncssh" in [head]',
+            f"{head.destination.set_to('transport', 'openssh')} needs the command `ssh`, and PATH "
+            "has none",
+            "install OpenSSH's client, or set " + head.destination.set_to("transport", "asyncssh"),
         )
     for name in ("identity", "ssh_config", "known_hosts"):
         _check_readable(head, name)
@@ -116,7 +125,8 @@ def _check_readable(head: HeadConfig, name: str) -> None:
             pass
     except OSError as exc:
         raise codes.SSH_FILE_UNREADABLE.error(
-            f"{path}: {exc.strerror}", f"correct head.{name}, or the owner and mode of that file"
+            f"{path}: {exc.strerror}",
+            f"correct {head.destination.key(name)}, or the owner and mode of that file",
         ) from exc
 
 
@@ -143,12 +153,13 @@ def _hop(
 ) -> OpensshHop:
     own = _own_options(head, is_head, said)
     files = shlex.split(own["UserKnownHostsFile"])
+    system = shlex.split(own["GlobalKnownHostsFile"])
     proxy = said.get("proxycommand", "none")
     known = KnownHosts(
         host=said["hostname"],
         port=int(said["port"]),
         alias=said.get("hostkeyalias"),
-        files=knownhosts.read(map(Path, [*files, *shlex.split(own["GlobalKnownHostsFile"])])),
+        files=knownhosts.read(map(Path, dict.fromkeys([*files, *system]))),
         new=None if files[0] in {"none", os.devnull} else Path(files[0]),
     )
     shared = _stands(head, written, said.get("controlpath", "none"))
@@ -158,8 +169,25 @@ def _hop(
     if head.identity is not None:
         words += ["-i", str(head.identity.expanduser())]
     return OpensshHop(
-        written, known, said["user"], is_head, first, proxy != "none", shared, tuple(words)
+        written,
+        known,
+        said["user"],
+        is_head,
+        first,
+        proxy != "none",
+        shared,
+        tuple(words),
+        to=head.destination,
+        keys=_keys(head, is_head, said),
     )
+
+
+def _keys(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> tuple[Path, ...]:
+    """The files of private keys that are offered, if they are there."""
+    named = () if head.identity is None else (head.identity,)
+    if is_head and named:
+        return named
+    return (*named, *map(Path, said.get(KEYS, "").splitlines()))
 
 
 def _own_options(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> dict[str, str]:
@@ -197,16 +225,16 @@ def _looked_up(head: HeadConfig, written: str) -> dict[str, str]:
     for line in ran.stdout.splitlines():
         name, _, value = line.partition(" ")
         found.setdefault(name.lower(), value)
+    named = [line for line in ran.stdout.splitlines() if line.startswith("identityfile ")]
+    found[KEYS] = "\n".join(line.partition(" ")[2] for line in named)
     return found
 
 
 def _config_problem(head: HeadConfig, said: str) -> Problem:
     remedy = "correct the SSH configuration"
     if head.ssh_config is None:
-        remedy += (
-            ", or set head.ssh_config to a file of your own, which is then the only one that "
-            "is read"
-        )
+        named = head.destination.key("ssh_config")
+        remedy += f", or set {named} to a file of your own, which is then the only one that is read"
     silent = f"`ssh -G` does not answer within {LOOK_TIMEOUT:.0f} s (a command of `Match exec`?)"
     return codes.SSH_CONFIG_INVALID.problem(" ".join(said.split()) or silent, remedy)
 
@@ -215,11 +243,14 @@ def _stands(head: HeadConfig, written: str, control: str) -> bool:
     """Whether a ControlMaster of this user's serves that server now."""
     if control == "none" or not Path(control).is_socket():
         return False
-    ran = run(["-O", "check", "-o", f"ControlPath={_literal(control)}", *_target(head, written)])
+    asked = ["-O", "check", "-o", f"ControlPath={_literal(control)}", *_target(head, written)]
+    ran = run(asked, CHECK_TIMEOUT)
     return ran is not None and ran.returncode == 0
 
 
-def run(words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+def run(
+    words: Sequence[str], seconds: float = LOOK_TIMEOUT
+) -> subprocess.CompletedProcess[str] | None:
     """None: it took too long, or could not be started."""
     try:
         return subprocess.run(
@@ -229,7 +260,7 @@ def run(words: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=LOOK_TIMEOUT,
+            timeout=seconds,
             start_new_session=True,
             env=environment(),
         )

@@ -14,30 +14,25 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.problems import ProblemError
-from rayfwd.session.frames import Chunk
+from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.system.paths import default_runtime_dir
 from rayfwd.transport import openssh, openssh_problems, sshproblems
-from rayfwd.transport.carrier import AfterPreamble, PipeOwner
+from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
-from rayfwd.transport.readpacing import pace
+from rayfwd.transport.socketpipe import SocketPipe
 from rayfwd.transport.ssh import SLOW_LOGIN
 from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
-from rayfwd.transport.writev import write
 
 log = get_logger(__name__)
 
-WRITE_BUFFER = 1 << 18
-"""Bytes that may wait in a lane's transport before the session is asked for no more."""
 SOCKET_BUFFER = 1 << 20
 """Bytes that the kernel keeps between `ssh` and this process, if it grants as many."""
 URGENT_DIAL = 4.0
@@ -47,9 +42,13 @@ URGENT_CONNECT = 2
 often, and a new attempt finds a path that has come back sooner."""
 SAID = 1 << 14
 """Bytes of what `ssh` says that are kept, the last ones."""
+RESOLVES_WITHIN = 2.0
+"""Seconds for a look at whether this machine's resolver answers."""
 LISTENS_WITHIN = 5.0
 """Seconds from the login until `ssh` listens for us."""
 LOOK_AGAIN = 0.01
+SAYS_WITHIN = 0.1
+"""Seconds for `ssh` to say why a channel was not opened, where it goes on itself."""
 ENDS_WITHIN = 1.0
 """Seconds for `ssh` to end by itself, and to be reaped once it was killed."""
 
@@ -77,7 +76,7 @@ class OpensshCarrier:
                 await connection.log_in(connect)
         except TimeoutError:
             hop = self.stopped_at = connection.reached
-            raise ProblemError(sshproblems.login_slow(loop.time() - began, hop, "")) from None
+            raise ProblemError(await _not_in_time(hop, loop.time() - began)) from None
         except ProblemError:
             self.stopped_at = connection.reached
             raise
@@ -106,6 +105,20 @@ class OpensshCarrier:
         """Its connections share nothing of ours."""
 
 
+async def _not_in_time(hop: OpensshHop, seconds: float) -> Problem:
+    """What `ssh` was at it does not say; whether a name is what keeps it can be found out."""
+    if hop.direct:
+        try:
+            async with asyncio.timeout(RESOLVES_WITHIN):
+                loop = asyncio.get_running_loop()
+                await loop.getaddrinfo(hop.known.host, hop.known.port, type=socket.SOCK_STREAM)
+        except TimeoutError:
+            return sshproblems.resolver_silent(seconds, hop)
+        except OSError:
+            pass
+    return sshproblems.login_slow(seconds, hop, "")
+
+
 class SshProcess(asyncio.Protocol):
     """An `ssh`. It has no terminal, and is ended with what it has started (ProxyCommand)."""
 
@@ -113,8 +126,6 @@ class SshProcess(asyncio.Protocol):
         """Raises OSError."""
         self.said = ""
         """The end of what came on standard error."""
-        self.listener: Callable[[bytes], None] | None = None
-        """Is given what comes there from now on."""
         self.news = asyncio.Event()
         """Something came, or it is over."""
         self.over = asyncio.get_running_loop().create_future()
@@ -141,8 +152,6 @@ class SshProcess(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.said = (self.said + data.decode(errors="replace"))[-SAID:]
         self.news.set()
-        if self.listener is not None:
-            self.listener(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -257,13 +266,11 @@ class OpensshConnection:
         loop = asyncio.get_running_loop()
         if not self.stands:
             await self.log_in(CONNECT_TIMEOUT)
-        by_command = self._near is not None
-        refused = "" if by_command else str(self._head.socket)
-        if by_command:
+        if self._near is not None:
             shell = AfterPreamble(owner)
-            pipe = shell.pipe = OpensshPipe(shell, self._process, refused)
+            pipe = shell.pipe = OpensshPipe(shell, self._process, self._head)
         else:
-            pipe = OpensshPipe(owner, self._process, refused)
+            pipe = OpensshPipe(owner, self._process, self._head)
         self._pipe = pipe
         near = self._near if self._near is not None else await self._connected()
         self._near = None
@@ -340,33 +347,25 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="ssh-", dir=own))
 
 
-class OpensshPipe(asyncio.Protocol):
+class OpensshPipe(SocketPipe):
     """The socket that `ssh` reads and writes."""
 
-    def __init__(self, owner: PipeOwner, process: SshProcess | None, refused: str) -> None:
-        """`refused`: the socket there, which sshd may not have opened."""
-        self.paused = False
-        self._owner = owner
+    def __init__(self, owner: PipeOwner, process: SshProcess | None, head: HeadConfig) -> None:
+        super().__init__(owner)
+        self._receiver = owner
         self._process = process
-        self._refused = refused
-        self._transport: asyncio.Transport | None = None
-        if process is not None:
-            process.listener = owner.pipe_said
+        self._head = head
+        self._silent = True
+        """Nothing has come by it: sshd may have refused what it was to be."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._transport.set_write_buffer_limits(WRITE_BUFFER)
+        super().connection_made(transport)
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-        pace.begin(self._transport)
 
     def data_received(self, data: bytes) -> None:
-        self._refused = ""
-        self._owner.pipe_data(data)
-        pace.after_read(self._transport, len(data))
-
-    def eof_received(self) -> bool:
-        return False
+        self._silent = False
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -376,39 +375,18 @@ class OpensshPipe(asyncio.Protocol):
             return
         # What it has to say of that comes by another pipe. By `via = "socket"` it goes on.
         loop = asyncio.get_running_loop()
-        waiting = loop.call_later(ENDS_WITHIN if not self._refused else 0.1, process.end)
+        goes_on = self._silent and self._head.via != "exec"
+        waiting = loop.call_later(SAYS_WITHIN if goes_on else ENDS_WITHIN, process.end)
         process.over.add_done_callback(lambda _: waiting.cancel())
         process.over.add_done_callback(lambda _: self._tell())
 
     def _tell(self) -> None:
         said = self._process.said if self._process is not None else ""
-        if self._refused:
-            line = openssh_problems.socket_refused(self._refused, said)
-            self._owner.pipe_said(line.encode())
-        self._owner.pipe_lost(openssh_problems.why_lost(said) or "closed by the head")
-
-    def pause_writing(self) -> None:
-        self.paused = True
-
-    def resume_writing(self) -> None:
-        self.paused = False
-        self._owner.pipe_writable()
-
-    # -- as the lane's pipe --------------------------------------------------------------
-
-    def write(self, chunks: Sequence[Chunk]) -> None:
-        if self._transport is not None:
-            write(self._transport, chunks)
-
-    def carry(
-        self, deliver: Callable[[Sequence[bytes | memoryview]], None], resume: Callable[[], None]
-    ) -> None:
-        """There is no faster way than this."""
+        self._receiver.pipe_said(openssh_problems.beside(said).encode())
+        if self._silent and (line := openssh_problems.not_opened(self._head, said)):
+            self._receiver.pipe_said(f"\n{line}".encode())
+        self._receiver.pipe_lost(openssh_problems.why_lost(said) or CLOSED)
 
     def close(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write_eof()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()

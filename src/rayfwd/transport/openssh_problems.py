@@ -11,18 +11,29 @@ from rayfwd.problems import Problem
 from rayfwd.transport import sshproblems
 from rayfwd.transport.openssh import OpensshHop
 
-_LOGGED_IN = re.compile(r"^Authenticated to ", re.MULTILINE)
+_LOGGED_IN = re.compile(
+    r"^Authenticated to \S+ \((?:\[\S+\]:\d+|via proxy)\) using \"[\w-]+\"\.\r?$", re.MULTILINE
+)
 _CONNECT = re.compile(r"connect to (?:host|address) (\S+) port (\d+): (.+)")
 _RESOLVE = re.compile(r"Could not resolve hostname \S+: (.+)")
-_DENIED = re.compile(r"Permission denied \((.*?)\)")
-_TOO_MANY = re.compile(r"Too many authentication failures.*")
+_DENIED = re.compile(r"^\S+: Permission denied \(([\w,@.-]+)\)\.$", re.MULTILINE)
+_TOO_MANY = re.compile(r"^Received disconnect .*(Too many authentication failures.*)", re.MULTILINE)
+_NEGOTIATE = re.compile(
+    r"^Unable to negotiate with .*: no matching (.+) found\. Their offer: (\S+)", re.MULTILINE
+)
+_CERTIFICATE = re.compile(r"^Certificate invalid: (.+)", re.MULTILINE)
 _ENDED = re.compile(
     r"(?:Connection (?:closed|reset) by .*|Connection to .* closed.*|.*Broken pipe.*"
     r"|Received disconnect from .*|kex_exchange_identification: .*|Timeout, server .*)"
 )
 _FORBIDDEN = re.compile(r"open failed: administratively prohibited: (.*)")
 _NOT_OPENED = re.compile(r"open failed: (?:connect failed|resource shortage|\S+ \S+): (.*)")
-_KEY = re.compile(r'Load key (".*?": .+)|(.*UNPROTECTED PRIVATE KEY FILE.*)')
+_KEY = re.compile(r'^Load key (".*?": .+)', re.MULTILINE)
+_CHATTER = re.compile(
+    r"^(?:Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
+    r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by ).*"
+)
+"""What `ssh` itself says of how a connection goes, at VERBOSE."""
 _REVOKED = re.compile(r"REVOKED HOST KEY|revoked host key|is revoked|marked as revoked")
 _HOST_KEY = re.compile(
     r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|host key is known for"
@@ -54,18 +65,26 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where the server has answered, or nothing was dialled."""
     if (found := _SETTING.search(said)) is not None:
         return codes.SSH_CONFIG_INVALID.problem(found[0], "correct the SSH configuration")
+    # A banner may say anything; what ends a login stands last, but for the `ssh` that it was for.
+    lines = filter(None, said.splitlines())
+    own = [line for line in lines if not _ENDED.fullmatch(line) and not _CHATTER.match(line)]
+    last = next(reversed(own), "")
+    if (found := _DENIED.search(last)) is not None:
+        if "with partial success" in said:
+            return sshproblems.second_factor(hop)
+        if (key := _KEY.search(said)) is not None:
+            return sshproblems.key_unusable(key[1], hop.to)
+        return sshproblems.keys_refused(f"it takes: {found[1]}", hop)
+    if (found := _NEGOTIATE.search(said)) is not None:
+        return sshproblems.nothing_in_common(found[1], found[2].split(","), hop)
+    if (found := _CERTIFICATE.search(said)) is not None:
+        return sshproblems.certificate_invalid(found[1], hop)
     if _REVOKED.search(said):
         return sshproblems.host_key_problem(head, hop, revoked=True)
     if _HOST_KEY.search(said):
         return sshproblems.host_key_problem(head, hop)
     if (found := _TOO_MANY.search(said)) is not None:
-        return sshproblems.too_many_keys(found[0], hop)
-    if (found := _DENIED.search(said)) is not None:
-        if "with partial success" in said:
-            return sshproblems.second_factor(hop)
-        if (key := _KEY.search(said)) is not None:
-            return sshproblems.key_unusable(key[1] or key[2])
-        return sshproblems.keys_refused(f"it takes: {found[1]}", hop)
+        return sshproblems.too_many_keys(found[1], hop)
     return None
 
 
@@ -98,28 +117,27 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
                 return made(hop, dialled)
         return sshproblems.no_way(why, hop, dialled)
     if hop.command and hop.first and (found := _ENDED.search(said)) is not None:
-        return _command_ended(hop, said)
+        its = [line for line in said.splitlines() if line and not _ENDED.search(line)]
+        return sshproblems.command_ended(hop, " ".join(its) or "it ended without a word")
     place = f" ({hop.known.host} port {hop.known.port})"
+    if "timed out during banner exchange" in said and hop.command and hop.first:
+        return sshproblems.command_ended(hop, "none in time")
     if "timed out during banner exchange" in said:
         return sshproblems.says_nothing(hop, place)
     if re.search(r"^Connection to .* timed out", said, re.MULTILINE):
         return sshproblems.no_answer(hop, place)
     if (found := _ENDED.search(said)) is not None:
         if "kex_exchange_identification" in said or "banner exchange" in said:
-            return sshproblems.turned_away(" ".join(said.splitlines()), hop, place)
-        return sshproblems.ended(found[0], hop)
+            return sshproblems.turned_away("what it says, `ssh` does not tell", hop, place)
+        return sshproblems.ended(found[0], hop, in_login="closed by" in found[0])
     return None
 
 
-def _command_ended(hop: OpensshHop, said: str) -> Problem:
-    """`ssh` knows no address then, and nobody else what the command was to do."""
-    its = [line for line in said.splitlines() if line and not _ENDED.search(line)]
-    return codes.SSH_UNREACHABLE.problem(
-        f"the ProxyCommand of {hop.called} led to no SSH server: "
-        f"{' '.join(its) or 'it ended without a message'}",
-        "check that the command works when the user that runs rayfwd runs it, and that it leads "
-        "to an SSH server",
-    )
+def beside(said: str) -> str:
+    """What came on standard error once it had logged in, without what `ssh` says of itself."""
+    _, *after = _LOGGED_IN.split(said)
+    lines = (line.strip() for line in (after[-1] if after else said).splitlines())
+    return "\n".join(line for line in lines if line and not _CHATTER.match(line))
 
 
 def why_lost(said: str) -> str:
@@ -128,20 +146,28 @@ def why_lost(said: str) -> str:
     return found[-1] if found else ""
 
 
-def socket_refused(path: str, said: str) -> str:
-    """Why no channel to that socket was opened, as `rayfwd attach` would say it."""
+def not_opened(head: HeadConfig, said: str) -> str:
+    """Why no channel to the hub was opened, as `rayfwd attach` would say it; nothing where that is
+    not known."""
+    to = head.destination
+    if sshproblems.password_expired(said, to) is not None:
+        return ""  # it was said, and is understood
     found = _FORBIDDEN.search(said)
-    if found is not None:
+    if head.via == "exec":
+        found = found or _NOT_OPENED.search(said)
+        if found is None:
+            return ""
         return (
             f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
-            f'{found[1]}; set via = "exec" in [head]; or allow it there: '
-            "AllowStreamLocalForwarding, AllowTcpForwarding and PermitOpen in sshd_config "
-            "(without DisableForwarding), and no `restrict` or `no-port-forwarding` in "
-            "authorized_keys"
+            f"{found[1].strip()}; {sshproblems.sessions_allowed(to)}"
         )
+    if found is not None:
+        allow = sshproblems.forwarding_allowed(to)
+        return (
+            f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
+            f"{found[1].strip()}; set {to.set_to('via', 'exec')}, or {allow}"
+        )
+    remedy = sshproblems.socket_unreachable(head.socket, "", to).remedy
     return (
-        f"rayfwd attach: {codes.HUB_UNREACHABLE}: its sshd could not open {path}; check that "
-        "rayfwd runs on the head, that this is its hub's socket, that this user may open it "
-        "(hub.users), and that sshd allows it (AllowStreamLocalForwarding, AllowTcpForwarding, "
-        'PermitOpen); or set via = "exec" in [head]'
+        f"rayfwd attach: {codes.HUB_UNREACHABLE}: its sshd could not open {head.socket}; {remedy}"
     )

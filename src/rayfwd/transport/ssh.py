@@ -20,7 +20,14 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
-from rayfwd.transport.sshproblems import explain, explain_files, host_key_problem, look_at_socket
+from rayfwd.transport.sshproblems import (
+    explain,
+    explain_files,
+    host_key_problem,
+    look_at_socket,
+    sessions_allowed,
+    with_passed_over,
+)
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.witness import Witness
 
@@ -58,6 +65,7 @@ class SshConnector:
 
     def __init__(self, head: HeadConfig) -> None:
         self._head = head
+        self._to = head.destination
         self._login_timeout = AdaptiveTimeout(URGENT_LOGIN, LOGIN_TIMEOUT)
         self._jumps: list[asyncssh.SSHClientConnection] = []
         """To each jump host in turn, each through the one before."""
@@ -214,7 +222,8 @@ class SshConnector:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
             self.stopped_at = hop
-            raise ProblemError(explain(exc, self._head, hop, attempt)) from exc
+            problem = explain(exc, self._head, hop, attempt)
+            raise ProblemError(with_passed_over(problem, hop)) from exc
         self._took(hop, attempt.seconds)
         return made
 
@@ -258,7 +267,7 @@ class SshConnector:
             raise ProblemError(
                 codes.SSH_LOST.problem(
                     f"the SSH connection to {self._head.ssh} ended: {exc}",
-                    "nothing if it comes back; otherwise read the head's sshd log",
+                    f"nothing if it comes back; otherwise read {self._to.name}'s sshd log",
                 )
             ) from exc
 
@@ -287,9 +296,9 @@ class SshConnector:
     ) -> Problem:
         if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or by_command:
             return codes.CHANNEL_REFUSED.problem(
-                f"the head's sshd refuses this kind of channel: {exc.reason}",
-                'set via = "exec" in [head]'
+                f"{self._to.name}'s sshd refuses this kind of channel: {exc.reason}",
+                f"set {self._to.set_to('via', 'exec')}"
                 if not by_command
-                else "allow sessions for this key on the head (MaxSessions, authorized_keys)",
+                else sessions_allowed(self._to),
             )
-        return await look_at_socket(connection, self._head.socket, exc.reason)
+        return await look_at_socket(connection, self._head, exc.reason)

@@ -11,7 +11,7 @@ import asyncssh
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
-from rayfwd.transport.carrier import AfterPreamble, PipeOwner
+from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
 from rayfwd.transport.fastpath import FastPath
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.ssh import SshConnector
@@ -124,7 +124,7 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
             self._owner.pipe_data(data)
 
     def eof_received(self) -> bool:
-        self._owner.pipe_lost("closed by the head")
+        self._owner.pipe_lost(CLOSED)
         return False
 
     def pause_writing(self) -> None:
@@ -135,7 +135,7 @@ class SshPipe(asyncssh.SSHClientSession[bytes], asyncssh.SSHUNIXSession[bytes]):
         self._owner.pipe_writable()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._owner.pipe_lost(str(exc) if exc else "closed by the head")
+        self._owner.pipe_lost(str(exc) if exc else CLOSED)
 
     # -- as the lane's pipe --------------------------------------------------------------
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shlex
 import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import asyncssh
 
 from rayfwd import codes
-from rayfwd.config import HeadConfig
+from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.system import unixsocket
+from rayfwd.system.files import read_regular
+from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
@@ -40,11 +45,19 @@ class Server(Protocol):
     def meet(self) -> str | None: ...
     @property
     def meets(self) -> bool: ...
+    @property
+    def to(self) -> Destination: ...
+    @property
+    def keys(self) -> tuple[Path, ...]: ...
 
 
 TABLE_LIMIT = 1 << 21
 """Bytes of /proc/net/unix on the head that are read; a line is some 70."""
 TABLE_PIECE = 1 << 14
+OUTDATED_HOST_KEYS = {"ssh-rsa", "ssh-dss"}
+"""Algorithms of host keys (with SHA-1) that neither AsyncSSH nor `ssh` takes unless told to."""
+_OTHERS = re.compile(r"HTTP/|220[ -]|\+OK|\* OK|RFB |<|\x15\x03|\x16\x03")
+"""How servers of other protocols begin: the web, mail, FTP, VNC, TLS."""
 
 
 def explain(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
@@ -52,35 +65,56 @@ def explain(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Pro
     return _of_login(exc, head, hop, attempt) or _of_connection(exc, head, hop, attempt)
 
 
+def with_passed_over(problem: Problem, hop: Hop) -> Problem:
+    """What of the SSH configuration had no effect may be what is wrong."""
+    if not hop.passed_over or not hop.to.takes_transport:
+        return problem
+    names = ", ".join(hop.passed_over)
+    return problem.code.problem(
+        problem.cause,
+        f"{problem.remedy}; {names} of the SSH configuration has no effect on AsyncSSH: if that is "
+        f"what is missing, set {hop.to.set_to('transport', 'openssh')}",
+    )
+
+
 def explain_files(exc: Exception, head: HeadConfig) -> Problem:
     """The problem behind an exception met before anything was dialled."""
+    to = head.destination
     match exc:
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return key_unusable(exc)
+            return key_unusable(exc, to)
         case asyncssh.ConfigParseError():
             remedy = "correct the SSH configuration"
             if head.ssh_config is None:
-                remedy += (
-                    ", or set head.ssh_config to a file of your own, which is then the only "
-                    "one that is read"
-                )
-            remedy += '; or set head.transport = "openssh" if the system\'s ssh can read it'
+                named = to.key("ssh_config")
+                remedy += f", or set {named} to a file of your own, which is then the only one "
+                remedy += "that is read"
+            if to.takes_transport:
+                remedy += f"; or set {to.set_to('transport', 'openssh')}"
+                remedy += " if the system's ssh can read it"
             return codes.SSH_CONFIG_INVALID.problem(str(exc), remedy)
         case FileNotFoundError() | PermissionError() if exc.filename:
             return codes.SSH_FILE_UNREADABLE.problem(
                 f"{exc.filename}: {exc.strerror}",
-                "correct head.identity or head.ssh_config, or the owner and mode of that file",
+                f"correct {to.key('identity')} or {to.key('ssh_config')}, or the owner and mode of "
+                "that file",
             )
         case _:
             return _unknown(exc, head.ssh)
 
 
-def key_unusable(exc: Exception | str) -> Problem:
+def key_unusable(exc: Exception | str, to: Destination) -> Problem:
+    key = to.key("identity")
+    if "permissions" in str(exc):
+        return codes.SSH_KEY_UNUSABLE.problem(
+            f"the private key is not used: {exc}",
+            "say `chmod 600` of that file: `ssh` takes no key that others may read",
+        )
     return codes.SSH_KEY_UNUSABLE.problem(
         f"the private key cannot be read: {exc}",
-        "set head.identity to a private key without a passphrase (`ssh-keygen -p -f KEY` removes "
-        "it); or remove head.identity, and load the key into an agent whose SSH_AUTH_SOCK is in "
-        "the daemon's environment",
+        f"set {key} to a private key without a passphrase (`ssh-keygen -p -f KEY` removes it); or "
+        f"remove {key}, and load the key into an agent whose SSH_AUTH_SOCK is in the daemon's "
+        "environment",
     )
 
 
@@ -94,10 +128,10 @@ def _unknown(exc: Exception, called: str) -> Problem:
 def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem | None:
     """Where the server has answered."""
     match exc:
+        case asyncssh.HostKeyNotVerifiable() if "ertificate " in str(exc):
+            return certificate_invalid(exc.reason.partition(" for host ")[0], hop)
         case asyncssh.HostKeyNotVerifiable():
             return host_key_problem(head, hop, revoked="revoked" in str(exc))
-        case asyncssh.KeyExchangeFailed() if "host key" in str(exc).lower():
-            return host_key_problem(head, hop)
         case asyncssh.PermissionDenied() if attempt.wants_more:
             return second_factor(hop)
         case asyncssh.PermissionDenied():
@@ -105,45 +139,69 @@ def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> P
         case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
             return too_many_keys(exc.reason, hop)
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return key_unusable(exc)
+            return key_unusable(exc, hop.to)
         case _:
             return None
 
 
 def _where(hop: Server) -> str:
-    return "on the head" if hop.is_head else f"on {hop.called}"
+    return f"on {_its(hop)}"
 
 
 def _its(hop: Server) -> str:
     """Whose machine it is."""
-    return "the head" if hop.is_head else hop.called
+    return hop.to.name if hop.is_head else hop.called
 
 
 def second_factor(hop: Server) -> Problem:
     """A key was accepted, and was not enough."""
+    by_hand = (
+        f"; or set {hop.to.set_to('transport', 'openssh')} and log in once by hand as a "
+        "ControlMaster, whose connection is used (docs/ways.md)"
+    )
     return codes.SSH_SECOND_FACTOR.problem(
         f"{hop.called} accepted this machine's key, but wants a second factor as well (a one-time "
         "code or a password), which a daemon cannot give",
         f"let this key log in alone {_where(hop)}: in its sshd_config, `Match User {hop.user}` "
         "with `AuthenticationMethods publickey`, and restrict the key in authorized_keys "
-        '(docs/security.md); or set transport = "openssh" in [head] and log in once by hand as a '
-        "ControlMaster, whose connection rayfwd then uses (docs/ways.md)",
+        f"(docs/security.md){by_hand if hop.to.takes_transport else ''}",
     )
 
 
 def keys_refused(reason: str, hop: Server) -> Problem:
-    """No key was accepted."""
-    remedy = (
-        "add this machine's public key to authorized_keys of that user on the head, or set "
-        "head.identity to a key that is already there"
+    """No key was accepted. sshd never says why: its log does."""
+    named = (
+        f"set {hop.to.key('identity')} to a key that is already there"
         if hop.is_head
-        else f"add this machine's public key to authorized_keys of {hop.user} {_where(hop)}, or "
-        "set IdentityFile of that host in the SSH configuration to a key that is already "
-        "there"
+        else "set IdentityFile of that host in the SSH configuration to a key that is already there"
     )
+    refused = f"{hop.called} refuses this machine's SSH keys ({reason})"
+    if locked := _with_passphrase(hop.keys):
+        return codes.SSH_AUTH_REFUSED.problem(
+            f"{refused}; {locked} has a passphrase, and was not offered",
+            f"load it into an agent whose SSH_AUTH_SOCK the daemon has (`ssh-add {locked}`), or "
+            f"{named}, without a passphrase",
+        )
     return codes.SSH_AUTH_REFUSED.problem(
-        f"{hop.called} refuses this machine's SSH keys ({reason})", remedy
+        refused,
+        f"add the public key to authorized_keys of {hop.user} {_where(hop)}, or {named}; if it is "
+        "there, the sshd log there says what is wrong: that file or a directory above it may be "
+        "written by others (StrictModes), the account is locked or shut out (AllowUsers, "
+        "DenyUsers, PermitRootLogin), or `from=` or `expiry-time=` before the key",
     )
+
+
+def _with_passphrase(keys: Sequence[Path]) -> Path | None:
+    """The first of these files that cannot be read for want of one."""
+    for path in keys:
+        try:
+            asyncssh.import_private_key(read_regular(path.expanduser()))
+        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError) as exc:
+            if "assphrase" in str(exc):
+                return path
+        except OSError:
+            continue
+    return None
 
 
 def too_many_keys(reason: str, hop: Server) -> Problem:
@@ -151,14 +209,18 @@ def too_many_keys(reason: str, hop: Server) -> Problem:
     return codes.SSH_AUTH_REFUSED.problem(
         f"{hop.called} refused several of this machine's keys, and ended the connection before "
         f"all were tried ({reason})",
-        "set head.identity to the one key that the server accepts; or set `IdentitiesOnly yes` "
-        "with IdentityFile in the SSH configuration, so that an agent's other keys are not tried",
+        f"set {hop.to.key('identity')} to the one key that the server accepts; or set "
+        "`IdentitiesOnly yes` with IdentityFile in the SSH configuration, so that an agent's other "
+        "keys are not tried",
     )
 
 
 def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
     """Where no login was tried, or the connection ended under it."""
     dialled = f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
+    words = attempt.words.decode(errors="replace").strip()
+    if hop.direct_command and not attempt.is_ssh:
+        return command_ended(hop, _why_command_ended(exc))
     match exc:
         case asyncssh.ChannelOpenError():
             if hop.meet is not None:
@@ -169,13 +231,28 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
         case asyncssh.DisconnectError() | ConnectionError() if (
             attempt.connected and not attempt.is_ssh
         ):
-            return turned_away(attempt.words.decode(errors="replace").strip(), hop, dialled)
+            return turned_away(words, hop, dialled)
+        case asyncssh.DisconnectError() | ConnectionError() if (
+            attempt.is_ssh
+            and not attempt.has_keys
+            and (missing := missing_in(attempt.offered, hop.options, hop.known.key_types()))
+        ):
+            if missing.what == HOST_KEYS and not set(missing.theirs) <= OUTDATED_HOST_KEYS:
+                return host_key_problem(head, hop)
+            return nothing_in_common(missing.what, missing.theirs, hop)
         case asyncssh.DisconnectError() | ConnectionError() if attempt.connected:
-            return ended(str(exc) or type(exc).__name__, hop)
+            why = str(exc) or type(exc).__name__
+            return ended(why, hop, in_login=attempt.has_keys)
         case socket.gaierror():
             return unresolved(str(exc.strerror), hop)
-        case TimeoutError() if attempt.connected and attempt.is_ssh:
+        case TimeoutError() if attempt.resolving:
+            return resolver_silent(CONNECT_TIMEOUT, hop)
+        case TimeoutError() if attempt.connected and attempt.has_keys:
             return login_slow(attempt.login, hop, dialled)
+        case TimeoutError() if attempt.connected and attempt.is_ssh:
+            return no_key_exchange(attempt.login, hop, dialled)
+        case TimeoutError() if attempt.connected and words:
+            return no_ssh(words, hop, dialled)
         case TimeoutError() if attempt.connected:
             return says_nothing(hop, dialled)
         case TimeoutError():
@@ -190,8 +267,15 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return _unknown(exc, hop.called)
 
 
-def ended(why: str, hop: Server) -> Problem:
-    """The connection did, in the middle of the login."""
+def ended(why: str, hop: Server, in_login: bool) -> Problem:
+    """The connection did; `in_login`: when it was secret already, and the user's turn came."""
+    if in_login:
+        return codes.SSH_LOST.problem(
+            f"the SSH connection to {hop.called} ended in the middle of the login of {hop.user}: "
+            f"{why}",
+            f"nothing, if it comes back; else see the sshd log of {_its(hop)}: the account may be "
+            "shut there for now (expired, /run/nologin while it boots or stops, a PAM module)",
+        )
     return codes.SSH_LOST.problem(
         f"the SSH connection to {hop.called} ended: {why}",
         f"nothing if it comes back; otherwise read the sshd log of {_its(hop)} "
@@ -201,10 +285,20 @@ def ended(why: str, hop: Server) -> Problem:
 
 def unresolved(why: str, hop: Server) -> Problem:
     """Its name has no address."""
-    name = "head.ssh" if hop.is_head else "its name in the SSH configuration"
+    name = hop.to.key("ssh") if hop.is_head else "its name in the SSH configuration"
     return codes.SSH_UNREACHABLE.problem(
         f"the name {hop.known.host} of {hop.called} cannot be resolved: {why}",
         f"correct {name}, or this machine's DNS",
+    )
+
+
+def resolver_silent(seconds: float, hop: Server) -> Problem:
+    """Nothing was dialled yet: nobody says what address its name has."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"this machine's resolver has no answer for the name {hop.known.host} of {hop.called} in "
+        f"{seconds:.0f} s",
+        "see this machine's DNS (`getent hosts NAME`; a server in /etc/resolv.conf that does not "
+        "answer), or put the name into /etc/hosts here",
     )
 
 
@@ -214,6 +308,15 @@ def login_slow(seconds: float, hop: Server, dialled: str) -> Problem:
         f"{hop.called} answers as SSH{dialled}, but the login does not finish within "
         f"{seconds:.0f} s",
         f"check what sshd waits for on {_its(hop)} (UseDNS, PAM, LDAP, load)",
+    )
+
+
+def no_key_exchange(seconds: float, hop: Server, dialled: str) -> Problem:
+    """It is SSH, and then nothing: the first long packets come next."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"{hop.called} answers as SSH{dialled}, and no key exchange comes of it in {seconds:.0f} s",
+        "see that long packets get through (`ping -M do -s 1400` to it; a VPN or tunnel on the way "
+        f"wants a smaller MTU here), and how {_its(hop)} is (load, memory)",
     )
 
 
@@ -275,12 +378,23 @@ def no_way(why: str, hop: Server, dialled: str) -> Problem:
 def turned_away(words: str, hop: Server, dialled: str) -> Problem:
     """OpenSSH closes so from MaxStartups on (`drop_connection` in sshd.c), for who was penalised
     (PerSourcePenalties), and whatever else bars addresses. `words`: what it said first."""
+    if _OTHERS.match(words):
+        return no_ssh(words, hop, dialled)
     return codes.SSH_TURNED_AWAY.problem(
         f"the sshd of {hop.called} closes connections at once{dialled}: "
         f"{words or 'it says nothing'}",
         f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are under way), "
         "and check whether something there blocks this machine (PerSourcePenalties, fail2ban, "
         "hosts.deny); rayfwd tries again by itself",
+    )
+
+
+def no_ssh(words: str, hop: Server, dialled: str) -> Problem:
+    """Something else answers."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"what answers in place of {hop.called}{dialled} is no SSH server: it says {words!r}",
+        f"see that the port is sshd's on {_its(hop)}, and that nothing on the way (a proxy, a "
+        "captive portal) answers instead",
     )
 
 
@@ -321,7 +435,7 @@ def jump_cannot(why: str, hop: Server) -> Problem:
 def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Problem:
     """What is wrong with the host key that the hop showed, and was not taken."""
     known = hop.known
-    what = "head" if hop.is_head else "meeting place" if hop.meets else "jump host"
+    what = _its(hop).removeprefix("the ") if hop.is_head else _kind(hop)
     called = known.host if hop.is_head else f"{hop.called} ({known.host} port {known.port})"
     if revoked:
         files = ", ".join(str(file.path) for file in known.files)
@@ -331,7 +445,8 @@ def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Pr
             f"pretend to be the {what}. Delete the @revoked line only if it was a mistake",
         )
     by_init = "`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file"
-    or_init = f", or {by_init}" if hop.is_head else ""
+    of_init = hop.is_head and hop.to == HEAD
+    or_init = f", or {by_init}" if of_init else ""
     if having_it := known.having_it():
         removed = " and ".join(
             f"`ssh-keygen -R {shlex.quote(known.name)} -f {shlex.quote(file)}`"
@@ -347,7 +462,7 @@ def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Pr
         where = "any file of known hosts: this user can read none"
     if known.damaged:
         where += f" (lines that cannot be parsed were skipped: {', '.join(known.damaged)})"
-    or_init = f"; or {by_init}" if hop.is_head else ""
+    or_init = f"; or {by_init}" if of_init else ""
     return codes.HOST_KEY_UNKNOWN.problem(
         f"the host key of {called} is not in {where}",
         f"compare its fingerprint with the {what}'s owner, then add it: "
@@ -355,11 +470,50 @@ def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Pr
     )
 
 
+def _kind(hop: Server) -> str:
+    return "meeting place" if hop.meets else "jump host"
+
+
+def certificate_invalid(why: str, hop: Server) -> Problem:
+    """An authority that is trusted has signed its key, and that does not hold here and now."""
+    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    return codes.HOST_CERTIFICATE_INVALID.problem(
+        f"the host certificate of {hop.called} does not hold: {why}",
+        f"have a new one signed for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and "
+        f"see that this machine's clock is right: it says {now} UTC",
+    )
+
+
+def nothing_in_common(what: str, theirs: Sequence[str], hop: Server) -> Problem:
+    """Its SSH server is too old for the one here, or the other way round."""
+    return codes.SSH_ALGORITHMS.problem(
+        f"{hop.called} and this machine have no {what} in common: it offers {', '.join(theirs)}",
+        f"upgrade sshd {_where(hop)}; or, as what it offers may be weak, allow it for that host "
+        "alone in the SSH configuration here (HostKeyAlgorithms, KexAlgorithms, Ciphers or MACs, "
+        "as in `HostKeyAlgorithms +ssh-rsa`)",
+    )
+
+
+def command_ended(hop: Server, why: str) -> Problem:
+    """Only who wrote the ProxyCommand knows what it was to dial."""
+    return codes.SSH_UNREACHABLE.problem(
+        f"the ProxyCommand of {hop.called} brought no SSH server's answer: {why}",
+        "see that the command works by itself, as the user that runs rayfwd, and that an SSH "
+        "server answers behind it",
+    )
+
+
+def _why_command_ended(exc: Exception) -> str:
+    return (
+        "none in time" if isinstance(exc, TimeoutError) else "it ended (see its words in the log)"
+    )
+
+
 def _add_key(head: HeadConfig, hop: Server) -> str:
     """How an unknown host key gets to where it is looked for."""
     known = hop.known
     file = str(known.new or USER_FILES[0])
-    also = "" if known.new else f", and set head.known_hosts to {file}"
+    also = "" if known.new else f", and set {hop.to.key('known_hosts')} to {file}"
     if hop.direct and known.alias is None:
         # The home directory is the shell's to find.
         to = file if file.startswith("~/") else shlex.quote(file)
@@ -374,7 +528,7 @@ def _add_key(head: HeadConfig, hop: Server) -> str:
 
 
 async def look_at_socket(
-    connection: asyncssh.SSHClientConnection, path: Path, reason: str
+    connection: asyncssh.SSHClientConnection, head: HeadConfig, reason: str
 ) -> Problem:
     """Why sshd did not open the hub's socket: sshd does not say, SFTP's view of the head does.
 
@@ -382,9 +536,11 @@ async def look_at_socket(
     direct-tcpip only (`server_input_channel_open` in serverloop.c). So where the kernel there says
     that somebody listens, and this user may, it is sshd that will not.
     """
+    to, path = head.destination, head.socket
     absent = codes.HUB_ABSENT.problem(
-        f"nothing answers at {path} on the head",
-        "start rayfwd on the head, or set head.socket to the path that `rayfwd check` prints there",
+        f"nothing answers at {path} on {to.name}",
+        f"start rayfwd on {to.name}, or set {to.key('socket')} to the path that `rayfwd check` "
+        "prints there",
     )
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
@@ -395,28 +551,69 @@ async def look_at_socket(
     except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
         return absent
     except asyncssh.SFTPPermissionDenied:
-        return _not_permitted(path, "this user may not enter its directory")
+        return _not_permitted(path, "this user may not enter its directory", to)
     except (asyncssh.Error, OSError, TimeoutError):
-        return codes.HUB_UNREACHABLE.problem(
-            f"the head's sshd could not open {path}: {reason}",
-            "check that rayfwd runs on the head, that this is its hub's socket, that this user "
-            "may open it (hub.users), and that sshd allows it (AllowStreamLocalForwarding, "
-            'AllowTcpForwarding, PermitOpen); or set via = "exec" in [head] if the key is '
-            "restricted in authorized_keys (`restrict`, as in the line that `rayfwd init` prints)",
-        )
+        said = await _said_by_session(connection)
+        return password_expired(said, to) or socket_unreachable(path, reason, to)
     mode = seen.permissions or 0
     if own not in {0, seen.uid} and not mode & 0o002:
-        return _not_permitted(path, f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}")
+        whose = f"it belongs to uid {seen.uid} with mode {mode & 0o777:04o}"
+        return _not_permitted(path, whose, to)
     if unixsocket.listens(table, path) or unixsocket.listens(table, real):
         return codes.CHANNEL_REFUSED.problem(
-            f"the head's sshd refuses this kind of channel: rayfwd listens at {path} there, but "
+            f"{to.name}'s sshd refuses this kind of channel: rayfwd listens at {path} there, but "
             f"sshd says: {reason}",
-            'set via = "exec" in [head]; or allow it on the head: AllowStreamLocalForwarding, '
-            "AllowTcpForwarding and PermitOpen in sshd_config (any PermitOpen other than `any` "
-            "blocks sockets too; no DisableForwarding), and no `restrict` or `no-port-forwarding` "
-            "in authorized_keys",
+            f"set {to.set_to('via', 'exec')}; or {forwarding_allowed(to)}",
         )
     return absent
+
+
+async def _said_by_session(connection: asyncssh.SSHClientConnection) -> str:
+    """What a command that does nothing is told on standard error."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            ran = await connection.run("true", stdin=asyncssh.DEVNULL, request_pty=False)
+            return str(ran.stderr or "")
+    except (asyncssh.Error, OSError, TimeoutError):
+        return ""
+
+
+def password_expired(said: str, to: Destination) -> Problem | None:
+    """Until it has been changed sshd opens nothing, though the key was taken."""
+    if "assword change required" not in said:
+        return None
+    return codes.CHANNEL_REFUSED.problem(
+        f"the password of this account on {to.name} has expired, and its sshd opens nothing before "
+        "there is a new one",
+        f"change it there (`ssh` by hand asks for it), or have its age checked no more: on "
+        f"{to.name}, `chage -M -1 USER`",
+    )
+
+
+def forwarding_allowed(to: Destination) -> str:
+    """What may shut the way to a socket, and is to let it be."""
+    return (
+        f"allow it on {to.name}: AllowStreamLocalForwarding, AllowTcpForwarding and PermitOpen in "
+        "sshd_config (any PermitOpen other than `any` blocks sockets too; no DisableForwarding), "
+        "and no `restrict` or `no-port-forwarding` in authorized_keys"
+    )
+
+
+def sessions_allowed(to: Destination) -> str:
+    """What may shut the way by a command."""
+    return f"allow sessions for this key on {to.name} (MaxSessions, authorized_keys)"
+
+
+def socket_unreachable(path: Path, reason: str, to: Destination) -> Problem:
+    """Nobody says what keeps sshd from it."""
+    who = "the hub's, and open to this user (hub.users)" if to == HEAD else "where its daemon waits"
+    return codes.HUB_UNREACHABLE.problem(
+        f"{to.name}'s sshd could not open {path}: {reason}",
+        f"see that rayfwd runs on {to.name}, that this socket is {who}, and that sshd allows it "
+        "(AllowStreamLocalForwarding, AllowTcpForwarding, PermitOpen); or set "
+        f"{to.set_to('via', 'exec')}, where the key is restricted in authorized_keys (`restrict`, "
+        "as in the line that `rayfwd init` prints)",
+    )
 
 
 async def _read_table(sftp: asyncssh.SFTPClient) -> str:
@@ -432,15 +629,17 @@ async def _read_table(sftp: asyncssh.SFTPClient) -> str:
     return found.decode(errors="replace")
 
 
-def _not_permitted(path: Path, why: str) -> Problem:
+def _not_permitted(path: Path, why: str, to: Destination) -> Problem:
+    remedy = "log in as the user that runs rayfwd"
+    if to == HEAD:
+        add = "add the user to hub.users in the head's file and restart rayfwd there"
+        remedy = f"{add}, or {remedy}"
     return codes.HUB_NOT_PERMITTED.problem(
-        f"this SSH user may not open {path} on the head: {why}",
-        "add the user to hub.users in the head's file and restart rayfwd there, or log "
-        "in as the user that runs rayfwd",
+        f"this SSH user may not open {path} on {to.name}: {why}", remedy
     )
 
 
-def why_no_answer(stderr: str, why: str) -> Problem:
+def why_no_answer(stderr: str, why: str, to: Destination = HEAD) -> Problem:
     """Why a channel to the hub ended before the hub had answered.
 
     `stderr` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
@@ -451,10 +650,15 @@ def why_no_answer(stderr: str, why: str) -> Problem:
         if not prefix and colon and code.isidentifier():
             cause, _, remedy = text.partition("; ")
             return codes.named(code).problem(
-                f"on the head: {cause}", remedy or "read rayfwd's log on the head"
+                f"on {to.name}: {cause}", remedy or f"read rayfwd's log on {to.name}"
             )
+    if (expired := password_expired(stderr, to)) is not None:
+        return expired
+    ended = "the hub closed the lane before it answered"
+    if to != HEAD:
+        ended = "the connection ended before it began"
     return codes.HUB_CLOSED.problem(
-        f"the hub closed the lane before it answered: {stderr or why}",
-        'read rayfwd\'s log on the head; with via = "exec", check that `rayfwd` is found there '
+        f"{ended}: {stderr or why}",
+        f'read rayfwd\'s log on {to.name}; with via = "exec", check that `rayfwd` is found there '
         "and that this user has a login shell",
     )

@@ -1,0 +1,228 @@
+"""The head's own end of SSH at a meeting place, where it has no sshd: it leads to the hub only.
+
+Nothing listens for it: it is given connections one by one, which came over the head's own login at
+the third host. Who may log in is in the user's authorized_keys, as with sshd: a forced command is
+run, `restrict` shuts the way to the socket, and what it cannot check itself (`from=`) lets nobody
+in. There is no shell, no forwarding to anything but the hub's socket, no file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from rayfwd import codes
+from rayfwd.system.files import read_regular, replace_file, write_new
+from rayfwd.transport.passage import Passage
+
+KEY_FILE = "ssh_host_ed25519_key"
+"""In the state directory; what is to be known of it stands beside it, in `.pub`."""
+AUTHORIZED = Path("~/.ssh/authorized_keys")
+LOGIN_SECONDS = 60.0
+"""For a login; sshd gives 120."""
+SAID = 4096
+"""Bytes of a command's standard error that are passed on at a time."""
+MOST_LOGINS = 32
+"""Connections that have not logged in yet; one more is closed at once."""
+
+
+class OwnSsh:
+    """Answers connections as sshd would. Owns the host key."""
+
+    def __init__(self, directory: Path, hub: Path, authorized: Path = AUTHORIZED) -> None:
+        """`directory`: where the host key is kept. Raises ProblemError."""
+        self._key = _host_key(directory / KEY_FILE)
+        self.hub = hub
+        self._authorized = authorized
+        self._logging_in = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def public_key(self) -> str:
+        """What a worker's file of known hosts is to have: its type and the key."""
+        return " ".join(self._key.export_public_key().decode().split()[:2])
+
+    async def connect(self, factory: Callable[[], asyncio.Protocol]) -> None:
+        """Join that protocol to a server of ours. Raises OSError."""
+        if self._logging_in >= MOST_LOGINS:
+            raise OSError(f"{self._logging_in} others are logging in")
+        near, far = socket.socketpair()
+        task = asyncio.create_task(self._serve(far), name="own ssh")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.get_running_loop().create_connection(factory, sock=near)
+
+    async def _serve(self, sock: socket.socket) -> None:
+        self._logging_in += 1
+        try:
+            async with asyncio.timeout(LOGIN_SECONDS):
+                connection = await asyncssh.run_server(
+                    sock,
+                    server_factory=lambda: Login(self),
+                    server_host_keys=[self._key],
+                    encoding=None,
+                    allow_scp=False,
+                    agent_forwarding=False,
+                    x11_forwarding=False,
+                    compression_algs=None,
+                    gss_host=None,
+                )
+        except (OSError, asyncssh.Error, TimeoutError):
+            sock.close()
+            return  # whoever it was says so himself
+        finally:
+            self._logging_in -= 1
+        try:
+            await connection.wait_closed()
+        finally:
+            connection.abort()
+
+    def allowed(self, user: str, key: asyncssh.SSHKey) -> Mapping[str, object] | None:
+        """The options of that key's line; None: it lets nobody in. It is read for each login."""
+        file = self._authorized.expanduser()
+        if user != pwd.getpwuid(os.geteuid()).pw_name or not _ours_alone(file):
+            return None
+        try:
+            text = read_regular(file).decode(errors="replace")
+            found = asyncssh.import_authorized_keys(text).validate(key, "", "0.0.0.0")
+        except (OSError, ValueError):
+            return None
+        return None if found is None or _expired(found) else found
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+class Login(asyncssh.SSHServer):
+    """One connection."""
+
+    def __init__(self, home: OwnSsh) -> None:
+        self._home = home
+        self._user = ""
+        self.options: Mapping[str, object] = {}
+
+    def begin_auth(self, username: str) -> bool:
+        self._user = username
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        found = self._home.allowed(username, key)
+        self.options = found or {}
+        return found is not None
+
+    @property
+    def command(self) -> list[str]:
+        """What a session runs, whatever was asked for."""
+        forced = self.options.get("command")
+        if isinstance(forced, str):
+            return ["/bin/sh", "-c", forced]
+        return [sys.executable, "-m", "rayfwd", "attach", "--socket", str(self._home.hub)]
+
+    def session_requested(self) -> Command:
+        return Command(self.command)
+
+    def unix_connection_requested(self, dest_path: str) -> bool:
+        """True: AsyncSSH connects to it."""
+        shut = "restrict" in self.options and "port-forwarding" not in self.options
+        return (
+            not (shut or "no-port-forwarding" in self.options) and Path(dest_path) == self._home.hub
+        )
+
+
+class Command(Passage, asyncssh.SSHServerSession[bytes]):
+    """A session: a command, joined to the channel by one socket for its input and output."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        super().__init__(self._start, lambda why: None)
+        self._words = command
+        self._asked = ""
+        self._attending: asyncio.Task[None] | None = None
+
+    def exec_requested(self, command: str) -> bool:
+        self._asked = command
+        return True
+
+    async def _start(self, factory: Callable[[], asyncio.Protocol]) -> None:
+        near, far = socket.socketpair()
+        with far:
+            child = await asyncio.create_subprocess_exec(
+                *self._words,
+                stdin=far.fileno(),
+                stdout=far.fileno(),
+                stderr=asyncio.subprocess.PIPE,
+                env=_environment(self._asked),
+            )
+        self._attending = asyncio.create_task(self._attend(child), name="command of own ssh")
+        await asyncio.get_running_loop().create_connection(factory, sock=near)
+
+    async def _attend(self, child: asyncio.subprocess.Process) -> None:
+        """Pass on why it fails, and see that it is gone once its channel is."""
+        assert child.stderr is not None, "it is a pipe"
+        try:
+            while data := await child.stderr.read(SAID):
+                if not self._channel.is_closing():
+                    self._channel.write_stderr(data)
+            await child.wait()
+        finally:
+            if child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.kill()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._attending is not None:
+            self._attending.cancel()
+
+
+def _environment(asked: str) -> dict[str, str]:
+    """As sshd gives it to a forced command; no word on keys, which would be of another login."""
+    kept = {name: value for name, value in os.environ.items() if name != "SSH_USER_AUTH"}
+    return {**kept, "SSH_ORIGINAL_COMMAND": asked}
+
+
+def _ours_alone(file: Path) -> bool:
+    """Nobody else may write it, or put another in its place; as StrictModes of sshd_config(5)."""
+    try:
+        found = [os.stat(path) for path in (file, file.parent)]
+    except OSError:
+        return False
+    return all(s.st_uid in {0, os.geteuid()} and not s.st_mode & 0o022 for s in found)
+
+
+def _expired(options: Mapping[str, object]) -> bool:
+    """By `expiry-time` of authorized_keys(5), in UTC here where no zone is given."""
+    until = options.get("expiry-time")
+    if not isinstance(until, list):
+        return False
+    now = time.strftime("%Y%m%d%H%M%S", time.gmtime())
+    return any(now >= str(text).removesuffix("Z").ljust(14, "0") for text in until)
+
+
+def _host_key(path: Path) -> asyncssh.SSHKey:
+    """Made at the first start. Raises ProblemError."""
+    try:
+        if path.exists():
+            return asyncssh.import_private_key(read_regular(path))
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        replace_file(path, key.export_private_key())
+        public = path.with_name(f"{path.name}.pub")
+        write_new(public, key.export_public_key(), 0o644, replace=True)
+        return key
+    except (OSError, ValueError) as exc:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path}: {exc}", "make it readable for this user, or remove it and its .pub"
+        ) from exc

@@ -1,0 +1,469 @@
+"""What keeps an SSH login from standing, of many kinds, with real sshd and by both transports.
+
+Each names the hop, what was dialled, what was seen there, and one remedy that is right for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from rayfwd import codes
+from rayfwd.config import DialConfig, HeadConfig
+from rayfwd.problems import Code
+from rayfwd.transport import dial, openssh, openssh_carrier
+from tests.need import tool
+from tests.unit.loops import run
+from tests.unit.real_sshd import RealSshd
+from tests.unit.way_probe import SAID, answer, problem
+
+Transport = Literal["asyncssh", "openssh"]
+both = pytest.mark.parametrize("transport", ["asyncssh", "openssh"])
+
+
+class Scene:
+    """A head with a hub that echoes, and the files of who dials it."""
+
+    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
+        self.directory = directory
+        self.sshd = RealSshd(directory / "sshd", address)
+        self.known_hosts = directory / "known_hosts"
+        self.ssh_config = directory / "ssh_config"
+        self.hub = directory / "hub.sock"
+        self.attach = directory / "attach"
+        self.know(self.sshd.known_hosts_line())
+        self.configure("")
+        self.attach.write_text("#!/bin/sh\nprintf '\\000rayfwd attach\\000\\n'; exec cat\n")
+        self.attach.chmod(0o755)
+
+    def know(self, *lines: str) -> None:
+        self.known_hosts.write_text("".join(lines))
+
+    def configure(self, text: str) -> None:
+        self.ssh_config.write_text(text)
+
+    def head(self, transport: Transport = "asyncssh", **keys: Any) -> HeadConfig:
+        given = {
+            "ssh": self.sshd.target,
+            "known_hosts": self.known_hosts,
+            "ssh_config": self.ssh_config,
+            "identity": self.sshd.identity,
+            "socket": self.hub,
+            "attach_command": str(self.attach),
+            "transport": transport,
+            **keys,
+        }
+        return HeadConfig(**{key: value for key, value in given.items() if value is not None})
+
+    def key(self, name: str, *words: str) -> Path:
+        """A new key pair."""
+        path = self.directory / name
+        keygen("-t", "ed25519", "-N", "", "-f", str(path), *words)
+        return path
+
+    def host_certificate(self, authority: Path, *words: str) -> Path:
+        """Of sshd's own key: the name of the files without `-cert.pub`."""
+        own = self.directory / "host"
+        shutil.copy(self.sshd.directory / "host_key", own)
+        public = [tool("ssh-keygen"), "-y", "-f", str(own)]
+        made = subprocess.run(public, capture_output=True, check=True)
+        own.with_suffix(".pub").write_bytes(made.stdout)
+        keygen("-s", str(authority), "-I", "x", "-h", *words, f"{own}.pub")
+        return own
+
+
+def keygen(*words: str) -> None:
+    subprocess.run([tool("ssh-keygen"), "-q", *words], check=True, capture_output=True)
+
+
+@asynccontextmanager
+async def scene(directory: Path, *options: str, address: str = "127.0.0.1") -> AsyncIterator[Scene]:
+    made = Scene(directory, address)
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1000):
+            writer.write(data)
+        writer.close()
+
+    hub = await asyncio.start_unix_server(echo, made.hub)
+    # What the user's own files would have the shell do is no matter here.
+    await made.sshd.start(*options, f"SetEnv HOME={directory}")
+    try:
+        yield made
+    finally:
+        await made.sshd.stop()
+        hub.close()
+        await asyncio.sleep(0.05)
+
+
+async def says(head: HeadConfig, code: Code, *words: str) -> None:
+    found = await problem(head)
+    assert found.code is code, found
+    for word in words:
+        assert word in found.cause + found.remedy, found
+
+
+# -- the login ---------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("shuts", ["DenyUsers *", "StrictModes yes"])
+def test_a_key_that_is_there_and_not_taken(
+    tmp_path: Path, transport: Transport, shuts: str
+) -> None:
+    async def main() -> None:
+        async with scene(tmp_path, shuts) as s:
+            s.sshd.directory.chmod(0o777)
+            option = shuts.partition(" ")[0]
+            await says(s.head(transport), codes.SSH_AUTH_REFUSED, option, s.sshd.user)
+
+    run(main)
+
+
+@both
+def test_a_banner_says_what_it_likes(tmp_path: Path, transport: Transport) -> None:
+    """5 KB of it, with what `ssh` itself would say."""
+    lies = [
+        "Authenticated to nobody",
+        "x@y: Permission denied (all).",
+        "REMOTE HOST IDENTIFICATION",
+    ]
+    lies += ["Host key verification failed.", *["*" * 79] * 64]
+    (tmp_path / "banner").write_text("\n".join(lies) + "\n")
+
+    async def main() -> None:
+        async with scene(tmp_path, f"Banner {tmp_path}/banner") as s:
+            assert await answer(s.head(transport)) == SAID
+            assert await answer(s.head(transport, via="exec")) == SAID
+            s.sshd.authorize()
+            await says(s.head(transport), codes.SSH_AUTH_REFUSED, "refuses this machine's SSH keys")
+
+    run(main)
+
+
+@both
+def test_a_key_with_a_passphrase_is_named(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            locked = s.directory / "locked"
+            keygen("-t", "ed25519", "-N", "secret", "-f", str(locked))
+            s.configure(f"IdentityFile {locked}\n")
+            await says(
+                s.head(transport, identity=None),
+                codes.SSH_AUTH_REFUSED,
+                f"{locked} has a passphrase",
+                f"`ssh-add {locked}`",
+            )
+
+    run(main)
+
+
+def test_a_key_that_others_may_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            s.sshd.identity.chmod(0o644)
+            await says(s.head("openssh"), codes.SSH_KEY_UNUSABLE, "bad permissions", "chmod 600")
+
+    run(main)
+
+
+# -- the host key ------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (("-n", "127.0.0.1", "-V", "20200101:20200102"), "expired"),
+        (("-n", "127.0.0.1", "-V", "20400101:20410102"), "not yet valid"),
+        (("-n", "elsewhere"), "principal"),
+    ],
+)
+def test_a_host_certificate_that_does_not_hold(
+    tmp_path: Path, transport: Transport, words: Sequence[str], seen: str
+) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            authority = s.key("ca")
+            own = s.host_certificate(authority, *words)
+            trusted = authority.with_suffix(".pub").read_text().split()
+            s.know(f"@cert-authority * {trusted[0]} {trusted[1]}\n")
+            await s.sshd.stop()
+            await s.sshd.start(f"HostCertificate {own}-cert.pub")
+            await says(
+                s.head(transport),
+                codes.HOST_CERTIFICATE_INVALID,
+                seen,
+                "clock",
+                s.sshd.target,
+            )
+
+    run(main)
+
+
+@both
+def test_a_host_key_of_another_type_than_is_known(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            keygen("-t", "ecdsa", "-N", "", "-f", str(s.directory / "ec"))
+            public = (s.directory / "ec.pub").read_text().split()
+            s.know(f"[127.0.0.1]:{s.sshd.port} {public[0]} {public[1]}\n")
+            await says(s.head(transport), codes.HOST_KEY_MISMATCH, "ssh-keygen -R")
+
+    run(main)
+
+
+# -- what answers ------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize(
+    ("has", "what"),
+    [
+        ("Ciphers aes128-cbc", "cipher"),
+        ("KexAlgorithms diffie-hellman-group1-sha1", "key exchange"),
+    ],
+)
+def test_a_server_of_another_time(
+    tmp_path: Path, transport: Transport, has: str, what: str
+) -> None:
+    async def main() -> None:
+        async with scene(tmp_path, has) as s:
+            offers = has.split()[1]
+            await says(s.head(transport), codes.SSH_ALGORITHMS, what, offers, "upgrade sshd")
+
+    run(main)
+
+
+@asynccontextmanager
+async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator[None]:
+    """That is what listens at the head's SSH port."""
+    await s.sshd.stop()
+    over = asyncio.Event()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(words)
+        if stays:
+            await over.wait()
+        else:
+            await reader.read(100)
+        writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", s.sshd.port)
+    try:
+        yield
+    finally:
+        over.set()
+        server.close()
+
+
+def test_something_else_than_sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
+
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            for stays in (False, True):
+                async with speaking(s, b"HTTP/1.1 400 Bad Request\r\n\r\n", stays):
+                    await says(s.head(), codes.SSH_UNREACHABLE, "no SSH server", "HTTP/1.1 400")
+
+    run(main)
+
+
+def test_a_path_that_loses_long_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The banner comes through, and the key exchange, whose packets are long, does not."""
+    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
+
+    async def main() -> None:
+        async with scene(tmp_path) as s, speaking(s, b"SSH-2.0-OpenSSH_9.9\r\n", stays=True):
+            await says(s.head(), codes.SSH_UNREACHABLE, "answers as SSH", "MTU", "key exchange")
+
+    run(main)
+
+
+@both
+def test_a_resolver_that_does_not_answer(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ssh` says nothing while it waits for one: whether it is that, is looked at."""
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(openssh_carrier, "RESOLVES_WITHIN", 0.2)
+    real = tool("ssh")
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin/ssh"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *-G*) exec {real} "$@";; esac\nexec sleep 20\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(openssh_carrier, "LOGIN_TIMEOUT", 0.5)
+    monkeypatch.setattr(openssh_carrier, "CONNECT_TIMEOUT", 0)
+    asked: asyncio.Event
+
+    async def never(*args: object, **kwargs: object) -> None:
+        await asked.wait()
+
+    async def main() -> None:
+        nonlocal asked
+        asked = asyncio.Event()
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
+        head = Scene(tmp_path).head(transport, ssh="ray@a-name.example")
+        await says(head, codes.SSH_UNREACHABLE, "resolver", "a-name.example", "DNS")
+
+    run(main)
+
+
+# -- commands, sessions, other hosts -----------------------------------------------------------
+
+
+@both
+def test_a_proxycommand_that_brings_nothing(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            s.configure("Host *\n  ProxyCommand sh -c 'echo no such tunnel >&2; exit 1'\n")
+            await says(
+                s.head(transport),
+                codes.SSH_UNREACHABLE,
+                f"the ProxyCommand of {s.sshd.target}",
+                "works by itself",
+            )
+
+    run(main)
+
+
+@both
+def test_sessions_that_are_shut(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path, "MaxSessions 0") as s:
+            await says(s.head(transport, via="exec"), codes.CHANNEL_REFUSED, "MaxSessions")
+
+    run(main)
+
+
+@both
+def test_a_shell_that_says_something_else(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            head = s.head(transport, via="exec", attach_command="echo not available; exit 1")
+            await says(head, codes.HUB_CLOSED, "not available", "login shell")
+
+    run(main)
+
+
+@both
+def test_of_two_jump_hosts_the_one_that_forbids_it(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            first = RealSshd(tmp_path / "first", "127.0.0.2")
+            second = RealSshd(tmp_path / "second", "127.0.0.3")
+            jumps = (first, second)
+            for sshd in jumps:
+                sshd.authorize(s.sshd.public_key)
+            s.know(*(sshd.known_hosts_line() for sshd in (s.sshd, *jumps)))
+            s.configure(f"Host 127.0.0.1\n  ProxyJump {first.target},{second.target}\n")
+            await first.start()
+            await second.start("PermitOpen 127.0.0.9:22")
+            try:
+                await says(s.head(transport), codes.JUMP_REFUSED, "PermitOpen", second.address)
+                await second.stop()
+                await second.start("DenyUsers *")
+                await says(
+                    s.head(transport), codes.SSH_AUTH_REFUSED, "the jump host", second.address
+                )
+            finally:
+                await second.stop()
+                await first.stop()
+
+    run(main)
+
+
+@both
+def test_ipv6_as_a_head_and_as_a_jump_host(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with scene(tmp_path, address="::1") as s:
+            assert f"@[::1]:{s.sshd.port}" in s.sshd.target
+            assert await answer(s.head(transport)) == SAID
+            s.know("")
+            await says(
+                s.head(transport),
+                codes.HOST_KEY_UNKNOWN,
+                f"ssh-keyscan -p {s.sshd.port} ::1",
+            )
+            behind = RealSshd(tmp_path / "behind")
+            behind.authorize(s.sshd.public_key)
+            await behind.start()
+            s.know(s.sshd.known_hosts_line(), behind.known_hosts_line())
+            s.configure(f"Host 127.0.0.1\n  ProxyJump {s.sshd.target}\n")
+            try:
+                assert await answer(s.head(transport, ssh=behind.target)) == SAID
+                s.configure(f"Host ::1\n  ProxyJump {behind.target}\n")
+                assert await answer(s.head(transport)) == SAID
+            finally:
+                await behind.stop()
+
+    run(main, 60)
+
+
+# -- the configuration -------------------------------------------------------------------------
+
+
+def test_what_has_no_effect_on_asyncssh_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            s.configure(f"Host *\n  KnownHostsCommand /bin/cat {s.known_hosts}\n")
+            unknown = s.head(known_hosts=None)
+            await says(
+                unknown, codes.HOST_KEY_UNKNOWN, "KnownHostsCommand", 'transport = "openssh"'
+            )
+            assert await answer(s.head("openssh", known_hosts=None)) == SAID
+            s.configure(f"Host elsewhere\n  RevokedHostKeys {tmp_path}/revoked\n")
+            assert await answer(s.head()) == SAID
+            s.configure(f"RevokedHostKeys {tmp_path}/revoked\n")
+            await says(s.head(), codes.SSH_CONFIG_INVALID, "RevokedHostKeys", "@revoked")
+
+    run(main)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_controlmaster_that_is_dead(
+    tmp_path: Path, listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket is there; nobody listens, or whoever does says nothing."""
+    monkeypatch.setattr(openssh, "CHECK_TIMEOUT", 0.5)
+
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(tmp_path / "control"))
+                if listens:
+                    left.listen(1)
+                s.configure(f"Host *\n  ControlPath {tmp_path}/control\n")
+                assert await answer(s.head("openssh")) == SAID
+
+    run(main)
+
+
+def test_a_dialled_workers_problem_is_a_workers(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            for transport in ("asyncssh", "openssh"):
+                way = DialConfig(
+                    ssh=s.sshd.target,
+                    known_hosts=s.known_hosts,
+                    ssh_config=s.ssh_config,
+                    identity=s.sshd.identity,
+                    socket=tmp_path / "nobody.sock",
+                    transport=transport,
+                ).way()
+                found = await problem(way)
+                assert found.code in {codes.HUB_ABSENT, codes.HUB_UNREACHABLE}
+                assert "worker" in found.cause
+                assert "head" not in found.cause + found.remedy
+
+    run(main)
