@@ -27,6 +27,7 @@ from tests.unit.real_sshd import RealSshd
 from tests.unit.way_probe import SAID, answer, problem
 
 Transport = Literal["asyncssh", "openssh"]
+HTTP = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 both = pytest.mark.parametrize("transport", ["asyncssh", "openssh"])
 
 
@@ -34,6 +35,7 @@ class Scene:
     """A head with a hub that echoes, and the files of who dials it."""
 
     def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.sshd = RealSshd(directory / "sshd", address)
         self.known_hosts = directory / "known_hosts"
@@ -245,9 +247,8 @@ def test_a_server_of_another_time(
 
 
 @asynccontextmanager
-async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator[None]:
-    """That is what listens at the head's SSH port."""
-    await s.sshd.stop()
+async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator[HeadConfig]:
+    """The way to something that says this, where sshd is expected."""
     over = asyncio.Event()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -258,9 +259,10 @@ async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator
             await reader.read(100)
         writer.close()
 
-    server = await asyncio.start_server(speak, "127.0.0.1", s.sshd.port)
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
     try:
-        yield
+        yield s.head(ssh=f"ray@127.0.0.1:{port}")
     finally:
         over.set()
         server.close()
@@ -270,10 +272,9 @@ def test_something_else_than_sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
 
     async def main() -> None:
-        async with scene(tmp_path) as s:
-            for stays in (False, True):
-                async with speaking(s, b"HTTP/1.1 400 Bad Request\r\n\r\n", stays):
-                    await says(s.head(), codes.SSH_UNREACHABLE, "no SSH server", "HTTP/1.1 400")
+        for stays in (False, True):
+            async with speaking(Scene(tmp_path / str(stays)), HTTP, stays) as head:
+                await says(head, codes.SSH_UNREACHABLE, "no SSH server", "HTTP/1.1 400")
 
     run(main)
 
@@ -283,8 +284,8 @@ def test_a_path_that_loses_long_packets(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
 
     async def main() -> None:
-        async with scene(tmp_path) as s, speaking(s, b"SSH-2.0-OpenSSH_9.9\r\n", stays=True):
-            await says(s.head(), codes.SSH_UNREACHABLE, "answers as SSH", "MTU", "key exchange")
+        async with speaking(Scene(tmp_path), b"SSH-2.0-OpenSSH_9.9\r\n", stays=True) as head:
+            await says(head, codes.SSH_UNREACHABLE, "answers as SSH", "MTU", "key exchange")
 
     run(main)
 
@@ -331,7 +332,7 @@ def test_a_proxycommand_that_brings_nothing(tmp_path: Path, transport: Transport
                 s.head(transport),
                 codes.SSH_UNREACHABLE,
                 f"the ProxyCommand of {s.sshd.target}",
-                "works by itself",
+                "check that the command works",
             )
 
     run(main)

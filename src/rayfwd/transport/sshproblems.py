@@ -497,9 +497,9 @@ def nothing_in_common(what: str, theirs: Sequence[str], hop: Server) -> Problem:
 def command_ended(hop: Server, why: str) -> Problem:
     """Only who wrote the ProxyCommand knows what it was to dial."""
     return codes.SSH_UNREACHABLE.problem(
-        f"the ProxyCommand of {hop.called} brought no SSH server's answer: {why}",
-        "see that the command works by itself, as the user that runs rayfwd, and that an SSH "
-        "server answers behind it",
+        f"the ProxyCommand of {hop.called} led to no SSH server: {why}",
+        "check that the command works when the user that runs rayfwd runs it, and that it leads "
+        "to an SSH server",
     )
 
 
