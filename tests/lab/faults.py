@@ -71,10 +71,6 @@ class Faults:
         """A TCP reset, to both ends of every connection between that worker and the head."""
         self.head.network_command("ss", "-HKtn", "dst", worker.address)
 
-    def reset_all(self, worker: Machine) -> None:
-        """The same to all connections of that worker, whoever dialled them and whereto."""
-        self.lab.reset_connections(worker)
-
     def forget_connections(self, worker: Machine) -> None:
         """The firewalls of that worker and of the head forget every connection they let through.
 
@@ -208,28 +204,15 @@ MIX: dict[str, tuple[float, float]] = {
 """The faults that are mixed: how long each lasts, seconds."""
 
 
-OF_ANY_WAY: dict[str, tuple[float, float]] = {
-    "reset_all": (0, 0),
-    **{name: MIX[name] for name in ("swallow", "swallow_from", "swallow_to")},
-}
-"""Those that ask nothing of who has dialled whom."""
-
-
-def schedule(
-    seed: int,
-    cuts: int,
-    workers: list[str],
-    longest: float = 20.0,
-    kinds: dict[str, tuple[float, float]] = MIX,
-) -> list[Cut]:
+def schedule(seed: int, cuts: int, workers: list[str], longest: float = 20.0) -> list[Cut]:
     """So many faults, every kind about equally often, in an order and of lengths by the seed."""
     rng = random.Random(seed)
-    names = list(kinds)
+    names = list(MIX)
     found: list[Cut] = []
     while len(found) < cuts:
         rng.shuffle(names)
         for name in names:
-            least, most = kinds[name]
+            least, most = MIX[name]
             # Short ones are more frequent, as they are in life.
             seconds = least + (min(most, longest) - least) * rng.random() ** 2 if most else 0.0
             found.append(Cut(name, rng.choice(workers), round(seconds, 1)))

@@ -18,7 +18,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rayfwd.config import RayConfig
 from rayfwd.ray.commandline import by_hand
 from tests.lab import package
 from tests.lab.cluster import Cluster
-from tests.lab.faults import OF_ANY_WAY, Cut, Faults, provoke, schedule, strict_firewalls
+from tests.lab.faults import Cut, Faults, provoke, schedule, strict_firewalls
 from tests.lab.loadgen import ECHO, LISTENERS, Echoes, Job, listeners
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME
@@ -133,29 +133,6 @@ def mix(faults: Faults, cuts: list[Cut], slot: float, seed: int) -> Iterator[tup
         provoke(faults, cut, chance)
         yield cut, began
         time.sleep(max(0.5, began + slot * chance.uniform(0.5, 1.5) - time.monotonic()))
-
-
-def lose_nothing(
-    cluster: Cluster, driver: str, workers: list[str], between: Callable[[], None] | None = None
-) -> None:
-    """A counted job while the path of these machines is cut and broken in turn; `between` is done
-    in the middle. Every call comes to its end once, and brings what it should."""
-    machine = cluster.lab.machine(driver)
-    job = Job(machine, machine.ray_python(), "--nodes", str(len(cluster.names)))
-    cuts = schedule(seed=7, cuts=4, workers=workers, longest=5.0, kinds=OF_ANY_WAY)
-    for number, _ in enumerate(mix(Faults(cluster.lab), cuts, slot=2.0, seed=7), start=1):
-        job.check()
-        if between is not None and number == len(cuts) // 2:
-            between()
-    cluster.wait_ready()
-    job.finish()
-    job.check()
-    counts = job.counts()
-    for kind, count in counts.items():
-        assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
-        assert count["done"] > 2, f"{kind}: {counts}"
-    for daemon in cluster.daemons:
-        assert not daemon.events("session_ended"), daemon.machine.name
 
 
 def numbers(job: Job, echoes: Echoes, began: float) -> dict[str, Any]:

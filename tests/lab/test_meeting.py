@@ -5,7 +5,6 @@ sshd and nothing of rayfwd's lets both. The tests are one story over one cluster
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Iterator
 
@@ -14,7 +13,6 @@ import pytest
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab
-from tests.lab.mix import lose_nothing
 from tests.lab.process import HOME
 
 pytestmark = [pytest.mark.ray("2.60.0"), pytest.mark.story, pytest.mark.timeout(400)]
@@ -81,16 +79,6 @@ def test_a_cut_of_either_side_is_ridden_through(cluster: Cluster, whose: str) ->
     print(json.dumps({"cut": whose, "seconds": round(time.monotonic() - began, 1)}))
     cluster.wait_ready()
     assert not cluster.head.events("session_ended")
-
-
-def test_nothing_is_lost_through_mixed_faults_and_restarts(cluster: Cluster) -> None:
-    def restart_both() -> None:
-        for daemon in (cluster.head, cluster.worker("w1")):
-            last = daemon.events()[-1]
-            daemon.process.signal(signal.SIGUSR2)
-            daemon.wait_event("rayfwd_ready", 60, after=last)
-
-    lose_nothing(cluster, "w1", ["w1", "head"], restart_both)
 
 
 def test_that_the_third_host_is_down_is_said_on_both_sides(cluster: Cluster) -> None:
