@@ -15,9 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BENCH = Path(__file__).resolve().parent
 LISTENERS = "[network]\nlevel = 'listeners'\n"
@@ -203,17 +204,19 @@ def rayfwd(
     reach: str = "exec",
     carrier: str = "",
     compiled: Path | None = None,
+    direct: bool = False,
 ) -> Iterator[tuple[int, list[int]]]:
     """A head's and a worker's daemon; with two workers the server is the second one's.
 
     `reach`: `head.via`; `exec` is what `rayfwd init` sets up. `carrier`: further lines of [head].
-    `compiled`: where the compiled rayfwd is unpacked that the daemons run.
+    `compiled`: where the compiled rayfwd is unpacked that the daemons run. `direct`: the first
+    worker logs in to the second.
     """
     port = free_port()
     names = [f"w{number}" for number in range(1, workers + 1)]
     forwards: dict[str, list[tuple[int, str, int]]] = {name: [] for name in names}
     forwards["w1"] = [(port, "w2" if workers == 2 else "head", server)]
-    nodes = Nodes(sshd, via, directory, [server], forwards, reach, carrier, compiled)
+    nodes = Nodes(sshd, via, directory, [server], forwards, reach, carrier, compiled, direct)
     with nodes.running() as pids:
         wait_for_port(port)
         yield port, pids
@@ -233,6 +236,8 @@ class Nodes:
     reach: str = "exec"
     carrier: str = ""
     compiled: Path | None = None
+    direct: bool = False
+    """The first worker has a direct way to the second."""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[list[int]]:
@@ -251,6 +256,8 @@ class Nodes:
                 pids.append(processes.start(argv, self.directory / f"{name}.log").pid)
             for name in self.forwards:
                 wait_until_up(self.directory / f"{name}.toml", self.directory)
+            if self.direct:
+                wait_until(self.directory / "w1.toml", self.directory, _goes_directly)
             yield pids
         finally:
             processes.close()
@@ -273,6 +280,13 @@ class Nodes:
             f"[[forward]]\nlisten = '127.0.0.1:{port}'\nto = '{node}:{there}'\n"
             for port, node, there in self.forwards[name]
         )
+        if self.direct and name == "w1":
+            theirs = f"{here}/w2-run/peers.sock"
+            forwards += (
+                f"[[direct]]\nnode = 'w2'\nssh = 'head'\nidentity = '{self.sshd.key}'\n"
+                f"ssh_config = '{here}/ssh_config'\nsocket = '{theirs}'\nvia = '{self.reach}'\n"
+                f'attach_command = "{attach} --peer --socket {theirs}"\n'
+            )
         return (
             text
             + ("" if forwards else "forward = []\n")
@@ -334,6 +348,11 @@ def three_by_ssh(
 
 def wait_until_up(config: Path, directory: Path) -> None:
     """Until every lane of a worker stands."""
+    wait_until(config, directory, lambda status: len(_lanes(status)) >= 2)
+
+
+def wait_until(config: Path, directory: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Until the status of a daemon is as wanted."""
     end = time.monotonic() + 30
     while time.monotonic() < end:
         asked = subprocess.run(
@@ -342,12 +361,19 @@ def wait_until_up(config: Path, directory: Path) -> None:
             check=False,
         )
         with contextlib.suppress(ValueError):
-            status = json.loads(asked.stdout)
-            if len((status.get("link") or {}).get("lanes", [])) >= 2:
+            if wanted(json.loads(asked.stdout)):
                 return
         time.sleep(0.2)
     logs = "".join(path.read_text()[-2000:] for path in directory.glob("*.log"))
     raise TimeoutError(f"the link did not come up:\n{logs}")
+
+
+def _lanes(status: dict[str, Any]) -> list[Any]:
+    return list((status.get("link") or {}).get("lanes", []))
+
+
+def _goes_directly(status: dict[str, Any]) -> bool:
+    return [way["way"] for way in status.get("direct") or []] == ["direct"]
 
 
 @contextlib.contextmanager

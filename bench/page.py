@@ -48,6 +48,9 @@ UNITS = {
     "memory": "MB",
     "messages": "echoes/s",
     "messages, for a whole core": "echoes/s",
+    "there": "MB/s",
+    "back": "MB/s",
+    "head's processor time": "s/GB",
     "processor for a message": "µs",
     "processor, in use": "% of a core",
     "memory, in use": "MB",
@@ -71,6 +74,7 @@ UNITS = {
 }
 TITLES = {
     "near": "Beside each other on one machine",
+    "direct": "Between two workers: by the hub, and directly",
     "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
     "compiled": "Pure Python and compiled, in turns",
     "compiled-hub": "The messages of a hub with 50 workers and 1,000 streams",

@@ -130,18 +130,26 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def _looked_near(bench: Bench, port: int, pids: list[int]) -> dict[str, float]:
+def _streams(bench: Bench, port: int, pids: list[int]) -> dict[str, float]:
+    """One stream each way, and what these processes take for it."""
     peers.upload(port, 16 * MB)  # windows open, caches warm
     before = sum(map(contestants.cpu_seconds, pids))
     up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
     spent = sum(map(contestants.cpu_seconds, pids)) - before
-    idle = peers.round_trips(port, bench.seconds)
-    beside_up = peers.round_trips_beside_bulk(port, bench.seconds, upward=True)
-    beside_down = peers.round_trips_beside_bulk(port, bench.seconds, upward=False)
     return {
         "worker to head": bench.size / 1e6 / up,
         "head to worker": bench.size / 1e6 / down,
         "processor time": spent / (2 * bench.size / 1e9),
+    }
+
+
+def _looked_near(bench: Bench, port: int, pids: list[int]) -> dict[str, float]:
+    streams = _streams(bench, port, pids)
+    idle = peers.round_trips(port, bench.seconds)
+    beside_up = peers.round_trips_beside_bulk(port, bench.seconds, upward=True)
+    beside_down = peers.round_trips_beside_bulk(port, bench.seconds, upward=False)
+    return {
+        **streams,
         "round trip, p50": peers.median(idle) * 1e6,
         "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
         "beside bulk up, p99": peers.percentile(beside_up, 0.99) * 1e6,
@@ -157,6 +165,32 @@ def near(bench: Bench) -> Results:
 
     ways: dict[str, Make] = {"direct": lambda *_: direct(bench.server), **bench.ways()}
     return bench.each(ways, bench.sshd.port, look)
+
+
+def workers(bench: Bench) -> Results:
+    """Between two workers, by the hub and directly, and what the head's daemon takes for it."""
+    sshd, server, code = bench.sshd, bench.server, bench.code
+    ways: dict[str, Make] = bench.some(REFERENCE, "rayfwd, worker to worker")
+    ways["rayfwd, worker to worker directly"] = lambda via, d: contestants.rayfwd(
+        sshd, via, server, d, workers=2, compiled=code, direct=True
+    )
+
+    def look(port: int, pids: list[int]) -> dict[str, float]:
+        head = pids[1:2] if len(pids) > 2 else []
+        before = sum(map(contestants.cpu_seconds, head))
+        streams = _streams(bench, port, pids)
+        spent = sum(map(contestants.cpu_seconds, head)) - before
+        idle = peers.round_trips(port, bench.seconds)
+        return {
+            "there": streams["worker to head"],
+            "back": streams["head to worker"],
+            "processor time": streams["processor time"],
+            "head's processor time": spent / ((16 * MB + 2 * bench.size) / 1e9),
+            "round trip, p50": peers.median(idle) * 1e6,
+            "round trip, p99": peers.percentile(idle, 0.99) * 1e6,
+        }
+
+    return bench.each(ways, sshd.port, look)
 
 
 def carriers(bench: Bench) -> Results:
@@ -468,6 +502,7 @@ def idle_ray(bench: Bench) -> Results:
 
 PIECES: dict[str, Callable[[Bench], Results]] = {
     "near": near,
+    "direct": workers,
     "openssh": carriers,
     "compiled": compiled,
     "compiled-hub": compiled_hub,

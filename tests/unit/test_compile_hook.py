@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
+import tomllib
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import rayfwd
 from rayfwd.system import build
 from tests.need import CHECKOUT
 
@@ -110,3 +113,31 @@ def test_the_command_says_why_it_is_not_compiled(
     assert build.lines()[0] == "code: pure Python (there is no compiler (cc))"
     monkeypatch.setattr(build, "code", lambda: build.COMPILED)
     assert build.lines()[0] == "code: compiled"
+
+
+def classes(module: str) -> list[type]:
+    """Those that it defines; none where it is a driver's, for which Ray is missing here."""
+    try:
+        found = vars(importlib.import_module(module)).values()
+    except ModuleNotFoundError as exc:
+        if exc.name != "ray":
+            raise
+        return []
+    return [value for value in found if isinstance(value, type) and value.__module__ == module]
+
+
+def test_no_class_that_stays_interpreted_inherits_from_a_compiled_one() -> None:
+    """Compiled, its first object would raise TypeError."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    hooks = project["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]
+    files = hooks["custom"]["modules"]
+    modules = {file.removesuffix(".py").replace("/", ".") for file in files}
+    names = {found.name for found in pkgutil.walk_packages(rayfwd.__path__, "rayfwd.")}
+    seen = {cls for name in names - {"rayfwd.__main__"} for cls in classes(name)}
+    assert {cls.__module__ for cls in seen} >= modules - {"rayfwd.transport.writev"}
+    assert not [
+        f"{cls.__module__}.{cls.__qualname__} inherits from {base.__qualname__}"
+        for cls in seen
+        for base in cls.__mro__[1:]
+        if cls.__module__ not in modules and base.__module__ in modules
+    ]

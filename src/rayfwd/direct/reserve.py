@@ -20,19 +20,6 @@ LANE_PORT = 0
 """Of a target whose stream is to be a lane: there is no such port."""
 
 
-class LaneRelay(SocketRelay):
-    """Joins a stream through the hub and a socket; remembers why the stream was refused. Nobody
-    hands it over: the session makes another lane."""
-
-    def __init__(self, among: set[SocketRelay]) -> None:
-        super().__init__(among)
-        self.refusal: tuple[ResetReason, str] | None = None
-
-    def stream_lost(self, reason: ResetReason, text: str) -> None:
-        self.refusal = reason, text
-        super().stream_lost(reason, text)
-
-
 class ThroughHub:
     """A carrier whose connections are streams through the hub to one node."""
 
@@ -40,13 +27,14 @@ class ThroughHub:
         """`open_stream` gives a relay such a stream; False: there is no way to the hub now."""
         self._node = node
         self._open_stream = open_stream
-        self._last: LaneRelay | None = None
+        self._last: SocketRelay | None = None
         self._relays: set[SocketRelay] = set()
+        """Nobody hands them over: the session makes another lane."""
 
     async def dial(self, urgent: asyncio.Event) -> Connection:
         """Raises ProblemError."""
         del urgent
-        relay = LaneRelay(self._relays)
+        relay = SocketRelay(self._relays)
         if not self._open_stream(relay):
             raise codes.DIRECT_AWAY.error("the link to the head is not up", "see the link")
         self._last = relay
@@ -65,9 +53,9 @@ class ThroughHub:
 
     def problem(self, otherwise: Problem) -> Problem:
         """Why the last one led nowhere, where the hub or the node has said so."""
-        if self._last is None or self._last.refusal is None:
+        if self._last is None or self._last.refused is None:
             return otherwise
-        reason, text = self._last.refusal
+        reason, text = self._last.refused
         if reason is ResetReason.NODE_AWAY:
             return codes.DIRECT_AWAY.problem(f"{self._node} is away", "see the head's status")
         return codes.DIRECT_ABSENT.problem(
@@ -85,10 +73,10 @@ def release(relays: Iterable[SocketRelay]) -> None:
 
 def joined(
     stream: MuxStream, make: Callable[[], asyncio.Protocol], among: set[SocketRelay]
-) -> LaneRelay:
+) -> SocketRelay:
     """Who owns a stream that is to be a lane; `make` makes what the lane's bytes go to. It is
     `among` these while it has a socket."""
-    relay = LaneRelay(among)
+    relay = SocketRelay(among)
     relay.attach(stream)
     near, far = _pair()
     loop = asyncio.get_running_loop()

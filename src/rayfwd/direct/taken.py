@@ -16,7 +16,7 @@ from pathlib import Path
 from rayfwd import __version__, codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.direct.dialled import KEY, SIGNATURE, DirectOwner
-from rayfwd.direct.reserve import LaneRelay, joined, release
+from rayfwd.direct.reserve import joined, release
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.ledger import Ledger
 from rayfwd.hub.peers import HubPeer
@@ -48,15 +48,6 @@ class TakenPeer(HubPeer):
     """By which it knows this node."""
 
 
-class PeerLane(HubConnection):
-    """A connection of another worker's."""
-
-    def __init__(self, home: Taken, passed: dict[int, list[int]], node: str | None) -> None:
-        """`node`: who it is by the hub's word; None: it came by SSH."""
-        super().__init__(home, passed)
-        self.by_hub = node
-
-
 class Taken:
     """Owns the socket, the lanes, and a session for each worker that has dialled."""
 
@@ -84,7 +75,7 @@ class Taken:
         """Raises ProblemError."""
         sock = Listening.instead_of(unixsocket.bind(self._path))
         self._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: PeerLane(self, sock.passed, None), sock=sock
+            lambda: HubConnection(self, sock.passed), sock=sock
         )
 
     def end(self) -> None:
@@ -103,9 +94,9 @@ class Taken:
             if peer.mux is not None:
                 peer.mux.close(why)
 
-    def take_stream(self, stream: MuxStream, node: NodePlan) -> LaneRelay:
+    def take_stream(self, stream: MuxStream, node: NodePlan) -> SocketRelay:
         """A stream through the hub that is to be a lane of that node's."""
-        return joined(stream, lambda: PeerLane(self, {}, node.name), self._relays)
+        return joined(stream, lambda: HubConnection(self, {}, node.name), self._relays)
 
     def keep_only(self, nodes: Callable[[str], bool]) -> None:
         """End the sessions of nodes that are no more."""
@@ -154,7 +145,6 @@ class Taken:
         asyncio.get_running_loop().call_soon(self._owner.direct_changed)
 
     def greeted(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
-        assert isinstance(lane, PeerLane), "they are made here"
         try:
             if hello.role != "peer" or not claim.proven:
                 raise ProblemError(_no_peer())
@@ -220,7 +210,7 @@ class Taken:
         self.peers[peer.name] = peer
         return mux
 
-    def _welcome(self, lane: PeerLane, peer: TakenPeer, mux: Mux) -> Welcome:
+    def _welcome(self, lane: HubConnection, peer: TakenPeer, mux: Mux) -> Welcome:
         said = {KEY: peer.key_pair.public}
         if lane.by_hub is None:
             proven = lane.proven

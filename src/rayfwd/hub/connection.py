@@ -86,10 +86,14 @@ class Greeting:
 class HubConnection(asyncio.Protocol):
     """A connection to the hub's socket: first the handshake, then a lane of a session."""
 
-    def __init__(self, owner: Owner, passed: dict[int, list[int]]) -> None:
-        """`passed`: descriptors that come with its first bytes (`system/passing.py`)."""
+    def __init__(
+        self, owner: Owner, passed: dict[int, list[int]], by_hub: str | None = None
+    ) -> None:
+        """`passed`: descriptors that come with its first bytes (`system/passing.py`). `by_hub`: the
+        node whose it is, where it is a stream through a hub."""
         self._owner = owner
         self._passed = passed
+        self.by_hub = by_hub
         self._transport: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._mux: Mux | None = None

@@ -54,6 +54,8 @@ class SocketRelay(asyncio.Protocol):
         """Bytes written to the transport and not yet reported as consumed."""
         self._full = False
         self._over = False
+        self.refused: tuple[ResetReason, str] | None = None
+        """Why its stream was reset from there."""
 
     @property
     def over(self) -> bool:
@@ -202,6 +204,7 @@ class SocketRelay(asyncio.Protocol):
             self._transport.close()
 
     def stream_lost(self, reason: ResetReason, text: str) -> None:
+        self.refused = reason, text
         if self._dials is not None:
             self._dials.refused.note("", self._dials.peer, reason, text)
         if reason is ResetReason.NOT_IN_PLAN and self._not_in_plan is not None:
