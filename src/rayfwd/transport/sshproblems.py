@@ -108,7 +108,7 @@ def key_unusable(exc: Exception | str, to: Destination) -> Problem:
     if "permissions" in str(exc):
         return codes.SSH_KEY_UNUSABLE.problem(
             f"the private key is not used: {exc}",
-            "say `chmod 600` of that file: `ssh` takes no key that others may read",
+            "run `chmod 600` on that file: `ssh` uses no key that others may read",
         )
     return codes.SSH_KEY_UNUSABLE.problem(
         f"the private key cannot be read: {exc}",
@@ -179,7 +179,7 @@ def keys_refused(reason: str, hop: Server) -> Problem:
     if locked := _with_passphrase(hop.keys):
         return codes.SSH_AUTH_REFUSED.problem(
             f"{refused}; {locked} has a passphrase, and was not offered",
-            f"load it into an agent whose SSH_AUTH_SOCK the daemon has (`ssh-add {locked}`), or "
+            f"run `ssh-add {locked}` for an agent whose SSH_AUTH_SOCK the daemon has; or "
             f"{named}, without a passphrase",
         )
     return codes.SSH_AUTH_REFUSED.problem(
@@ -273,8 +273,8 @@ def ended(why: str, hop: Server, in_login: bool) -> Problem:
         return codes.SSH_LOST.problem(
             f"the SSH connection to {hop.called} ended in the middle of the login of {hop.user}: "
             f"{why}",
-            f"nothing, if it comes back; else see the sshd log of {_its(hop)}: the account may be "
-            "shut there for now (expired, /run/nologin while it boots or stops, a PAM module)",
+            f"nothing, if it comes back; otherwise check the sshd log of {_its(hop)}: the account "
+            "may be shut there for now (expired, /run/nologin while it boots or stops, PAM)",
         )
     return codes.SSH_LOST.problem(
         f"the SSH connection to {hop.called} ended: {why}",
@@ -315,8 +315,8 @@ def no_key_exchange(seconds: float, hop: Server, dialled: str) -> Problem:
     """It is SSH, and then nothing: the first long packets come next."""
     return codes.SSH_UNREACHABLE.problem(
         f"{hop.called} answers as SSH{dialled}, and no key exchange comes of it in {seconds:.0f} s",
-        "see that long packets get through (`ping -M do -s 1400` to it; a VPN or tunnel on the way "
-        f"wants a smaller MTU here), and how {_its(hop)} is (load, memory)",
+        "check that long packets get through (`ping -M do -s 1400` to it; a VPN or tunnel on the "
+        f"way needs a smaller MTU here), and the load and memory of {_its(hop)}",
     )
 
 
@@ -393,7 +393,7 @@ def no_ssh(words: str, hop: Server, dialled: str) -> Problem:
     """Something else answers."""
     return codes.SSH_UNREACHABLE.problem(
         f"what answers in place of {hop.called}{dialled} is no SSH server: it says {words!r}",
-        f"see that the port is sshd's on {_its(hop)}, and that nothing on the way (a proxy, a "
+        f"check that the port is sshd's on {_its(hop)}, and that nothing on the way (a proxy, a "
         "captive portal) answers instead",
     )
 
@@ -479,8 +479,8 @@ def certificate_invalid(why: str, hop: Server) -> Problem:
     now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     return codes.HOST_CERTIFICATE_INVALID.problem(
         f"the host certificate of {hop.called} does not hold: {why}",
-        f"have a new one signed for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and "
-        f"see that this machine's clock is right: it says {now} UTC",
+        f"make a new one for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and check "
+        f"this machine's clock: it says {now} UTC",
     )
 
 
@@ -609,7 +609,7 @@ def socket_unreachable(path: Path, reason: str, to: Destination) -> Problem:
     who = "the hub's, and open to this user (hub.users)" if to == HEAD else "where its daemon waits"
     return codes.HUB_UNREACHABLE.problem(
         f"{to.name}'s sshd could not open {path}: {reason}",
-        f"see that rayfwd runs on {to.name}, that this socket is {who}, and that sshd allows it "
+        f"check that rayfwd runs on {to.name}, that this socket is {who}, and that sshd allows it "
         "(AllowStreamLocalForwarding, AllowTcpForwarding, PermitOpen); or set "
         f"{to.set_to('via', 'exec')}, where the key is restricted in authorized_keys (`restrict`, "
         "as in the line that `rayfwd init` prints)",
