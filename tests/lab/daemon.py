@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping
@@ -34,12 +35,19 @@ class Daemon:
         self._read = 0
         """Bytes of the log that were read."""
         self._events: list[Event] = []
+        self._reading = threading.Lock()
+        """Tests look from several threads."""
 
     def events(self, name: str | None = None) -> list[Event]:
         """Everything it has logged, or the events of one name, in order.
 
         Lines that are not JSON (a traceback) are events named `not_json`. `_index` is the line.
         """
+        with self._reading:
+            self._read_on()
+            return [event for event in self._events if name in {None, event.get("event")}]
+
+    def _read_on(self) -> None:
         with self.log.open("rb") as file:
             file.seek(self._read)
             new = file.read()
@@ -47,7 +55,6 @@ class Daemon:
         self._read += len(new)
         for line in new.decode(errors="replace").splitlines():
             self._events.append({**_event_of(line), "_index": len(self._events)})
-        return [event for event in self._events if name in {None, event.get("event")}]
 
     def wait_event(
         self, name: str, timeout: float = 60, where: Where = None, after: Event | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import status_doc
 from tests.lab.cluster import RUNTIME_DIR, Cluster
 from tests.lab.conversation import FAST, PARTS, SLOW
 from tests.lab.machines import Lab, Machine
@@ -79,6 +80,16 @@ def test_what_two_workers_say_is_not_carried_by_the_head(
     here, _ = talk.both(cluster.lab.machine(target), target, BASE + SOURCE, "source", 2)
     assert through == here, "the same bytes as without rayfwd"
     assert carried(head) - before < (FAST + SLOW) / 20
+
+
+def test_the_rows_of_the_status_are_as_documented(cluster: Cluster) -> None:
+    keys, seen = status_doc.documented(), set()
+    for name in ("w1", "w2"):
+        wrong, found = status_doc.mistakes(cluster.worker(name).status(), keys)
+        assert wrong == []
+        seen |= found
+    rows = {key for key in keys if key.startswith("direct[]") and not keys[key].optional}
+    assert rows <= seen
 
 
 def test_a_direct_way_that_is_cut_costs_no_stream(cluster: Cluster, talk: Talk) -> None:

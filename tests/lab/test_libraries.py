@@ -60,8 +60,9 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
 class Drivers:
     """A driver on a machine, when it is first asked of, which does all jobs of that machine."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._lab = cluster.lab
         self._lines: dict[tuple[str, str], Lines] = {}
 
     def start(self, where: str, names: list[str]) -> Lines:
@@ -79,7 +80,7 @@ class Drivers:
         apart = "jax" if library == "jax" else ""
         if (lines := self._lines.get((where, apart))) is None:
             if apart:
-                know_own_names(self._lab)
+                know_own_names(self._cluster)
             names = [n for n, on in CASES if on == where and (n == "jax") == bool(apart)]
             lines = self._lines[where, apart] = self.start(where, names)
         log = lines.process.log
@@ -98,10 +99,11 @@ class Drivers:
         return found
 
 
-def know_own_names(lab: Lab) -> None:
+def know_own_names(cluster: Cluster) -> None:
     """Each machine's own name leads to its node's address: JAX's gloo asks for nothing else."""
-    for number, machine in enumerate(lab.machines, 1):
-        text = f"127.0.0.1 localhost\n127.77.0.{number} {machine.name}\n"
+    for daemon in cluster.daemons:
+        machine, address = daemon.machine, daemon.status()["node"]["address"]
+        text = f"127.0.0.1 localhost\n{address} {machine.name}\n"
         machine.run(["tee", "/etc/hosts"], user="root", input=text)
 
 
@@ -121,7 +123,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def drivers(cluster: Cluster) -> Drivers:
-    return Drivers(cluster.lab)
+    return Drivers(cluster)
 
 
 def one_model(found: Found) -> bool:

@@ -196,7 +196,7 @@ def test_a_port_that_is_taken_is_named(cluster: Cluster, w1: Machine) -> None:
 def test_ranks_of_gloo_find_each_other(cluster: Cluster, w1: Machine) -> None:
     """gloo listens, tells the others by the store, and these dial at once. So a node tells of a
     port before it passes on what names it."""
-    know_own_names(cluster.lab)
+    know_own_names(cluster)
     ranks = [
         python(cluster, cluster.lab.machine(name), GLOO, rank, GROUPS)
         for rank, name in enumerate(("w1", "head", "w2"))

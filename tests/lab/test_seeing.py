@@ -23,6 +23,7 @@ print(urllib.request.urlopen("http://{METRICS}/metrics", timeout=10).read().deco
 
 SELDOM = {
     *("problem", "conditions", "refused", "head_services", "declares"),
+    "direct",  # test_direct.py
     "clients",  # whose rows test_client.py holds to the document
     *("dialled", "refused_here", "refused_there"),  # ports of programs: test_overlay.py
 }
