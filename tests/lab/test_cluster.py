@@ -18,6 +18,11 @@ pytestmark = pytest.mark.ray
 CHECKS = [(driver, check) for driver in ("head", "w1", "w2") for check in EVERYWHERE]
 CHECKS += [(driver, check) for driver in ("w1", "w2") for check in FROM_A_WORKER]
 CHECKS.sort(key=lambda pair: pair[0])  # the cases of one driver come of one run
+CASES = [
+    # Between w2 and all others w1's driver does the same, the other way round.
+    pytest.param(*case, marks=[pytest.mark.thorough] if case[0] == "w2" else [])
+    for case in CHECKS
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def runs() -> dict[str, list[dict[str, Any]]]:
     return {}
 
 
-@pytest.mark.parametrize(("driver", "check"), CHECKS)
+@pytest.mark.parametrize(("driver", "check"), CASES)
 def test_work(
     cluster: Cluster,
     addresses: list[str],
