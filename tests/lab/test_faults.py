@@ -176,7 +176,7 @@ def silence(rig: Rig, name: str, seconds: float, ways: list[str]) -> None:
     if seconds > NOTICED:
         for daemon, event in zip(ends, before, strict=True):
             parked = daemon.wait_event(
-                "link_parked", 5, where=lambda e: e.get("node", "w1") == "w1", after=event
+                "link_parked", 5, where=lambda e: e["node"] in {"head", "w1"}, after=event
             )
             assert said_at(parked) - wall < NOTICED
         held = [e for e in rig.echoes.slow() if e["what"] == "new" and began < e["began"] < healed]
