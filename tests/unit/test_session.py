@@ -527,25 +527,6 @@ class TestLanes:
         talk.run()
         assert talk.worker.sent(Kind.DATA, number)[-1].lane == 1
 
-    def test_a_stream_of_bursts_begins_each_but_the_first_on_the_bulk_lane(self) -> None:
-        """As gradients come: of many such streams the lane for short messages would be full."""
-        talk = Talk(INTERACTIVE, BULK)
-        number = opened(talk)
-        parts = [1 << 15] * 4
-        by: list[set[int]] = []
-        for sizes in (parts, [1 << 17], parts):
-            before = len(talk.worker.sent(Kind.DATA, number))
-            for size in sizes:
-                talk.worker.session.send(number, b"x" * size)
-                talk.run()
-            by.append({sent.lane for sent in talk.worker.sent(Kind.DATA, number)[before:]})
-            talk.wait(1.0)
-            assert not talk.worker.session.streams[number].bulk
-        assert by == [{1}, {2}, {2}], "nothing told the first ones from short messages"
-        talk.worker.session.send(number, b"x" * (1 << 14))
-        talk.run()
-        assert talk.worker.sent(Kind.DATA, number)[-1].lane == 1, "short as ever"
-
     @pytest.mark.parametrize("lane_class", LaneClass)
     def test_one_lane_serves_both_short_messages_first(self, lane_class: LaneClass) -> None:
         talk = Talk(lane_class)

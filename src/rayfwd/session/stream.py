@@ -35,9 +35,6 @@ JOIN_BYTES: Final = 1 << 12
 """A payload up to this length is joined with its header into one chunk."""
 BULK_BYTES: Final = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
-BULK_AGAIN: Final = 1 << 14
-"""The same of one that was bulk before: what comes in bursts, as gradients do, is not to begin each
-of them on the lane for short messages."""
 EARLY_COST: Final = 128
 """Bytes of memory that a piece takes which came too early, besides its own."""
 PROBE_AFTER: Final = 3.0
@@ -447,7 +444,7 @@ class Stream:
     """A stream as one of its two ends sees it. Its state changes in `_move` only."""
 
     __slots__ = (
-        "bulk", "bulk_from", "id", "lane", "mine", "open_due", "paused", "probe_at", "probes",
+        "bulk", "id", "lane", "mine", "open_due", "paused", "probe_at", "probes",
         "queued", "reason", "receive", "reset_due", "send", "state", "target", "text",
     )  # fmt: skip
 
@@ -467,8 +464,6 @@ class Stream:
         self.reason = ResetReason.ABORTED
         self.text = b""
         self.bulk = False
-        self.bulk_from = BULK_BYTES
-        """Bytes that it keeps from which on it is bulk, the next time."""
         self.paused = False
         """The writer was told to wait."""
         self.queued = False
@@ -524,9 +519,8 @@ class Stream:
         """Bytes to send; enough of them make the stream bulk."""
         send = self.send
         send.write(data)
-        kept = send.pending_bytes + send.unacked_bytes
-        if kept > self.bulk_from and self.id != CONTROL_STREAM:
-            self.bulk, self.bulk_from = True, BULK_AGAIN
+        if send.pending_bytes + send.unacked_bytes > BULK_BYTES and self.id != CONTROL_STREAM:
+            self.bulk = True
 
     def acknowledged(self, offset: int, limit: int, now: float) -> int:
         """Take in an ACK. Returns the bytes that it freed. Raises ProtocolError."""
@@ -640,7 +634,6 @@ class Stream:
         stream.receive = ReceiveSide.from_snapshot(tree["receive"], now)
         stream.reason, stream.text = ResetReason(tree["reason"]), tree["text"]
         stream.bulk, stream.paused = tree["bulk"], tree["paused"]
-        stream.bulk_from = BULK_AGAIN if stream.bulk else BULK_BYTES
         # What was not answered goes out again.
         stream.open_due = stream.state is StreamState.OPENING
         stream.reset_due = stream.state is StreamState.RESETTING
