@@ -384,7 +384,7 @@ class Node:
         if self.overlay.is_probe(target.address):
             relay.refuse()
             return
-        node = self._node_at(target.address)
+        node = self.view.node_at(target.address)
         planned = node is not None and target.port in node.ports
         relay.when_read(self._herald_of_ray if planned else self._herald_of_others)
         if node is not None and not planned:
@@ -394,7 +394,7 @@ class Node:
 
     def _refused_by_kernel(self, address: str, port: int, count: int) -> None:
         self._refused_there(address, port, NOT_OPEN, count)
-        node = self._node_at(address)
+        node = self.view.node_at(address)
         if node is not None:
             self._owner.dial_refused(node.name, port, count)
 
@@ -404,11 +404,8 @@ class Node:
         self.dials.refuse("here", node, port, cause, count)
 
     def _refused_there(self, address: str, port: int, cause: str, count: int = 1) -> None:
-        node = self._node_at(address)
+        node = self.view.node_at(address)
         self.dials.refuse("there", address if node is None else node.name, port, cause, count)
-
-    def _node_at(self, address: str) -> NodePlan | None:
-        return next((node for node in self.view.nodes if node.address == address), None)
 
     def forwards(self) -> tuple[ForwardConfig, ...]:
         """The further listeners; by default a worker's leads to the head's dashboard."""
@@ -435,7 +432,7 @@ class Node:
             f"{target} is not a port that {self.config.name} offers: it offers Ray's ports, those "
             "in expose, and those on which a program of Ray's user listens"
         )
-        asker = self._node_at(opening.source or "")
+        asker = self.view.node_at(opening.source or "")
         name = (opening.source or "(unknown)") if asker is None else asker.name
         self.dials.refuse("here", name, target.port, cause)
         stream.reset(ResetReason.NOT_IN_PLAN, cause)

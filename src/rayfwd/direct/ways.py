@@ -161,7 +161,7 @@ class DirectWays:
         """The session by which a new stream to that address goes directly; None: by the hub."""
         if not self.dialled and not self.taken.peers:
             return None
-        node = next((n for n in self._owner.view_now().nodes if n.address == address), None)
+        node = self._owner.view_now().node_at(address)
         if node is None:
             return None
         for mux in self._muxes_to(node.name):
@@ -188,8 +188,7 @@ class DirectWays:
 
     def take_lane(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
         """A stream of the hub's that is to be a lane: by its word, of whoever is at the source."""
-        nodes = self._owner.view_now().nodes
-        node = next((n for n in nodes if opening.source == n.address), None)
+        node = self._owner.view_now().node_at(opening.source or "")
         if not self.on:
             stream.reset(ResetReason.NOT_IN_PLAN, f"{self._own} takes no direct ways")
             return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayfwd.cluster.plan import NodePlan
@@ -27,6 +28,14 @@ class ClusterView:
     """Ray's token as the head has decided; None: not known, or an older head's."""
     head_versions: Versions | None = None
     """Of the head's Ray; None: not told yet."""
+    _at: Mapping[str, NodePlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_at", {node.address: node for node in reversed(self.nodes)})
+
+    def node_at(self, address: str) -> NodePlan | None:
+        """The node of the plan that has this address. Asked for with every connection."""
+        return self._at.get(address)
 
     def node_named(self, name: str) -> NodePlan | None:
         """A node of the plan; `head` is the head, whatever it is called."""
