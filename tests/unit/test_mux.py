@@ -20,7 +20,7 @@ from rayfwd.session.session import Limits, Session
 from rayfwd.session.stream import ResetReason
 from rayfwd.transport import mux as mux_module
 from rayfwd.transport.mux import MANY_WAIT, SHORT_BYTES, Mux, MuxStream, StreamOwner
-from rayfwd.transport.readpacing import Pace
+from rayfwd.transport.readpacing import SHORT_MESSAGE, Pace
 from tests.unit.cluster import BULK, INTERACTIVE, SocketLane
 from tests.unit.fake_clock import FakeClockLoop
 from tests.unit.loops import log_events, of, until
@@ -290,7 +290,7 @@ def test_everything_moves_by_itself_through_slow_transports() -> None:
 
 
 @pytest.mark.interpreted
-def test_a_message_is_short_unless_it_answers_a_long_transfer(
+def test_a_message_is_short_unless_it_answers_a_long_transfer_or_begins_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     short: list[str] = []
@@ -317,6 +317,10 @@ def test_a_message_is_short_unless_it_answers_a_long_transfer(
             theirs[1].send(b"answer")
             await until(lambda: call.got)
             assert short == ["one"]
+            burst = bytes(SHORT_MESSAGE + 1)
+            theirs[1].send(burst)
+            await until(lambda: call.got == b"answer" + burst)
+            assert short == ["one"], "the beginning of a burst"
 
     run(main)
 

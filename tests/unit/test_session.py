@@ -33,6 +33,7 @@ from rayfwd.session.lane import (
     LaneClass,
 )
 from rayfwd.session.numbers import StreamNumbers
+from rayfwd.session.scheduler import CROWD
 from rayfwd.session.session import MOST_LANES, Limits, Session
 from rayfwd.session.states import (
     SESSION_TRANSITIONS,
@@ -42,7 +43,14 @@ from rayfwd.session.states import (
     StreamEvent,
     StreamState,
 )
-from rayfwd.session.stream import FRAME_BYTES, PROBE_AFTER, ResetReason, Stream
+from rayfwd.session.stream import (
+    BULK_BYTES,
+    CROWDED_BULK_BYTES,
+    FRAME_BYTES,
+    PROBE_AFTER,
+    ResetReason,
+    Stream,
+)
 from tests.unit.talk import BULK, INTERACTIVE, STEP, Talk
 
 RESERVE = LaneClass.RESERVE
@@ -526,6 +534,46 @@ class TestLanes:
         talk.worker.session.send(number, b"quick")
         talk.run()
         assert talk.worker.sent(Kind.DATA, number)[-1].lane == 1
+
+    def test_bursts_in_a_crowd_of_them_keep_off_the_lane_for_short_messages(self) -> None:
+        """As gradients come, by many streams: a call would wait for the beginnings of all."""
+        talk = Talk(INTERACTIVE, BULK)
+        session = talk.worker.session
+        others = [opened(talk) for _ in range(CROWD)]
+        burst, call = opened(talk), opened(talk)
+
+        def lanes(**sizes: int) -> list[int]:
+            numbers = {"burst": burst, "call": call}
+            for who, size in sizes.items():
+                session.send(numbers[who], b"x" * size)
+            talk.run()
+            return [talk.worker.sent(Kind.DATA, numbers[who])[-1].lane for who in sizes]
+
+        assert lanes(burst=BULK_BYTES) == [1], "nothing is in its way"
+        talk.wait(1.0)
+        for number in others:
+            session.send(number, b"x" * (1 << 20))
+        assert lanes(call=CROWDED_BULK_BYTES, burst=CROWDED_BULK_BYTES + 1) == [1, 2]
+        talk.wait(5.0)
+        assert lanes(burst=BULK_BYTES) == [1], "the crowd has gone"
+
+    @pytest.mark.parametrize("end", ["reset here", "reset there", "handover"])
+    def test_a_crowd_is_counted_however_its_streams_end(self, end: str) -> None:
+        talk = Talk(INTERACTIVE, BULK)
+        for _ in range(CROWD):
+            talk.worker.session.send(opened(talk), b"x" * (1 << 20))
+        session = talk.worker.session
+        if end == "handover":
+            for number in list(session.lanes):
+                session.lane_down(number, talk.now)
+            session = Session.from_snapshot(session.snapshot(), talk.now)
+        for number in list(session.streams)[1:]:
+            if end == "reset there":
+                talk.hub.session.reset(number, ResetReason.ABORTED)
+            elif end == "reset here":
+                session.reset(number, ResetReason.ABORTED)
+        talk.run()
+        session.check_invariants()
 
     @pytest.mark.parametrize("lane_class", LaneClass)
     def test_one_lane_serves_both_short_messages_first(self, lane_class: LaneClass) -> None:

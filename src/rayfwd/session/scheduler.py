@@ -2,31 +2,43 @@
 
 Short messages go by the interactive lane, long transfers by the bulk lanes; where one class is
 missing or sidelined the other serves both, short messages first. Where both are, the lanes in
-reserve serve all. Streams of a class take turns, a frame each.
+reserve serve all. Streams of a class take turns, a frame each. Where many are bulk, less makes a
+stream bulk.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from rayfwd.session.frames import Chunk
 from rayfwd.session.lane import Lane, LaneClass
 from rayfwd.session.states import StreamState
-from rayfwd.session.stream import Stream
+from rayfwd.session.stream import BULK_BYTES, CROWDED_BULK_BYTES, Stream
+
+CROWD: Final = 4
+"""So many bulk streams at once are a crowd. One or two transfers are none: they may begin on the
+lane for short messages, which then wait for one process less."""
 
 
 class Scheduler:
     """The queues of streams that have something to send, and the judgement on the lanes."""
 
-    __slots__ = ("_lanes", "bulk", "relieved", "short")
+    __slots__ = ("_lanes", "bulk", "bulk_ids", "relieved", "short")
 
     def __init__(self, lanes: dict[int, Lane]) -> None:
         """`lanes` are the session's; it adds them and takes them away."""
         self._lanes = lanes
         self.short: deque[Stream] = deque()
         self.bulk: deque[Stream] = deque()
+        self.bulk_ids: set[int] = set()
+        """The streams that are bulk now; the session notes them."""
         self.relieved: list[Stream] = []
         """Streams whose writers wait, of which `put` has taken bytes; the session's to clear."""
+
+    def bulk_above(self) -> int:
+        """Bytes kept beyond which a stream is bulk."""
+        return CROWDED_BULK_BYTES if len(self.bulk_ids) >= CROWD else BULK_BYTES
 
     def enqueue(self, stream: Stream) -> None:
         """The stream has, or may have, something to send."""
@@ -40,6 +52,7 @@ class Scheduler:
     def clear(self) -> None:
         self.short.clear()
         self.bulk.clear()
+        self.bulk_ids.clear()
         self.relieved.clear()
 
     def put(self, lane: Lane, budget: int, out: list[Chunk]) -> int:
@@ -124,4 +137,7 @@ class Scheduler:
         assert all(stream.queued for queue in (self.short, self.bulk) for stream in queue)
         for stream in streams.values():
             assert stream.queued == (stream.id in standing), "a stream stands in no queue"
+            if stream.state is not StreamState.RESETTING:
+                assert stream.bulk == (stream.id in self.bulk_ids), "a bulk stream is not noted"
+        assert self.bulk_ids <= streams.keys(), "a stream that is over is noted as bulk"
         assert not self.relieved, "writers were not looked after"

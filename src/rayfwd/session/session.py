@@ -315,8 +315,11 @@ class Session:
         stream = self.streams.get(number)
         if stream is None or stream.state is StreamState.RESETTING:
             return True
-        stream.write(data)
-        self._scheduler.enqueue(stream)
+        scheduler = self._scheduler
+        stream.write(data, scheduler.bulk_above())
+        if stream.bulk:
+            scheduler.bulk_ids.add(number)
+        scheduler.enqueue(stream)
         return self._writers.wrote(stream, len(data))
 
     def must_wait(self, number: int) -> bool:
@@ -563,6 +566,8 @@ class Session:
         self._writers.buffered -= stream.acknowledged(frame.offset, limit, now)
         if before is not stream.state:
             self._trace_stream(stream, StreamEvent.ANSWERED, before)
+        if not stream.bulk:
+            self._scheduler.bulk_ids.discard(frame.stream)
         if stream.send.ready:
             self._scheduler.enqueue(stream)
         if stream.send.complete:
@@ -638,6 +643,7 @@ class Session:
 
     def _drop_buffers(self, stream: Stream) -> None:
         self._writers.dropped(stream)
+        self._scheduler.bulk_ids.discard(stream.id)
         self._held -= stream.receive.memory
         stream.receive.drop()
         stream.send = SendSide(stream.send.limit)
@@ -783,4 +789,6 @@ class Session:
         if stream.state is not StreamState.RESETTING:
             self._window_spent += stream.receive.window - self.limits.window
         self._answers.again(stream)
+        if stream.bulk and stream.state is not StreamState.RESETTING:
+            self._scheduler.bulk_ids.add(stream.id)
         self._scheduler.enqueue(stream)

@@ -35,6 +35,9 @@ JOIN_BYTES: Final = 1 << 12
 """A payload up to this length is joined with its header into one chunk."""
 BULK_BYTES: Final = 1 << 16
 """A stream that keeps more than this is bulk, until all of it has arrived."""
+CROWDED_BULK_BYTES: Final = 1 << 14
+"""The same in a crowd of bulk streams: were each of them to begin its bursts on the lane for short
+messages, as those of a distributed training would, these would wait for all of them."""
 EARLY_COST: Final = 128
 """Bytes of memory that a piece takes which came too early, besides its own."""
 PROBE_AFTER: Final = 3.0
@@ -515,11 +518,11 @@ class Stream:
 
     # -- its bytes -------------------------------------------------------------------------------
 
-    def write(self, data: Chunk) -> None:
-        """Bytes to send; enough of them make the stream bulk."""
+    def write(self, data: Chunk, bulk_above: int = BULK_BYTES) -> None:
+        """Bytes to send; more than `bulk_above` of them make the stream bulk."""
         send = self.send
         send.write(data)
-        if send.pending_bytes + send.unacked_bytes > BULK_BYTES and self.id != CONTROL_STREAM:
+        if send.pending_bytes + send.unacked_bytes > bulk_above and self.id != CONTROL_STREAM:
             self.bulk = True
 
     def acknowledged(self, offset: int, limit: int, now: float) -> int:

@@ -41,7 +41,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
 from rayfwd.system.seldom import Seldom
-from rayfwd.transport.readpacing import pace
+from rayfwd.transport.readpacing import SHORT_MESSAGE, pace
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.tracing import tracing
 
@@ -268,9 +268,14 @@ class Mux:
         self._run(events)
 
     def _look_for_short(self, events: list[Event]) -> None:
-        """What came on the lane for short messages is one, unless it answers a long transfer."""
+        """What came on the lane for short messages is one, unless it answers a long transfer, or
+        begins one."""
         for event in events:
-            if isinstance(event, DataReceived) and self.session.is_short(event.stream):
+            if (
+                isinstance(event, DataReceived)
+                and len(event.data) <= SHORT_MESSAGE
+                and self.session.is_short(event.stream)
+            ):
                 pace.short_message()
                 return
 

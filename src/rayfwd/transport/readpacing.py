@@ -24,6 +24,9 @@ for all that a read may bring, and so much of it comes from the kernel each time
 LINGER_SECONDS = 0.01
 """Seconds that short messages are about after each of them. Nodes that do nothing tell each other
 so ten times a second: that must not slow a transfer down."""
+SHORT_MESSAGE = 1 << 14
+"""Bytes of a frame up to which it may be a short message. A longer one begins a burst: transfers
+that come in bursts must not slow themselves down."""
 LONG_READ = 1 << 12
 """Bytes of a read from which it counts as one of a long transfer."""
 BURST_BYTES = 192 << 10
