@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.system import unixsocket
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
+from rayfwd.transport.linkstats import Ending, record
 from rayfwd.transport.mux import Mux, MuxStream
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.relay import SocketRelay
@@ -223,26 +223,12 @@ class Taken:
     def _changed(self, peer: TakenPeer, mux: Mux, event: Parked | Resumed | SessionEnded) -> None:
         if peer.mux is not mux:
             return
-        stats, peer.since = mux.stats(), time.time()
-        match event:
-            case Parked():
-                peer.link_stats.parked(peer.since, mux.now())
-                log.warning(
-                    "link_parked",
-                    node=peer.name,
-                    streams=stats.streams,
-                    ride_through=stats.ride_through,
-                )
-            case Resumed(seconds):
-                peer.link_stats.resumed(seconds)
-                log.info("link_resumed", node=peer.name, parked_seconds=round(seconds, 1))
-            case SessionEnded(why):
-                peer.link_stats.ended(mux.now(), stats.bytes_in, stats.bytes_out)
-                peer.mux, peer.session = None, ""
-                if self.peers.get(peer.name) is peer:
-                    del self.peers[peer.name]
-                if not self._closing:
-                    log.warning("session_ended", node=peer.name, cause=why)
+        ending: Ending = "unsaid" if self._closing else "lost"
+        peer.since = record(event, peer.link_stats, mux, peer.name, log, ending)
+        if isinstance(event, SessionEnded):
+            peer.mux, peer.session = None, ""
+            if self.peers.get(peer.name) is peer:
+                del self.peers[peer.name]
         self._owner.direct_changed()
 
     # -- for a process that comes after this one -------------------------------------------------

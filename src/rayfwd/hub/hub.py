@@ -43,6 +43,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
 from rayfwd.system.paths import SECRET
 from rayfwd.system.users import allowed_uids, user_name
+from rayfwd.transport.linkstats import Ending, record
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.relay import SocketRelay
@@ -648,40 +649,26 @@ class Hub:
     ) -> None:
         if peer.mux is not mux:
             return
-        peer.since = time.time()
-        match event:
-            case Parked():
-                peer.link_stats.parked(peer.since, mux.now())
-                stats = mux.stats()
-                log.warning(
-                    "link_parked",
-                    node=peer.label,
-                    streams=stats.streams,
-                    ride_through=stats.ride_through,
-                )
-            case Resumed(seconds):
-                peer.link_stats.resumed(seconds)
-                log.info("link_resumed", node=peer.label, parked_seconds=round(seconds, 1))
-            case SessionEnded(why):
-                cut = peer.link_stats.last_cut
-                peer.lost = why if cut is not None and cut.seconds is None else None
-                stats = mux.stats()
-                peer.link_stats.ended(mux.now(), stats.bytes_in, stats.bytes_out)
-                peer.messages += mux.messages
-                peer.mux, peer.session = None, ""
-                left = isinstance(peer, HubNode) and peer.left
-                if isinstance(peer, HubNode):
-                    peer.ended = self._now()
-                if isinstance(peer, HubClient):
-                    del self.clients[peer.key_sha256]
-                elif not self._closing and peer.hello is not None and peer.hello.ephemeral:
-                    # Not now: a newer session of the same node may be about to begin.
-                    asyncio.get_running_loop().call_soon(self._give_back, peer)
-                if left and not self._closing:
-                    log.info("session_ended", node=peer.label, cause=why)
-                elif not self._closing:
-                    log.warning("session_ended", node=peer.label, cause=why)
+        if isinstance(event, SessionEnded):
+            cut = peer.link_stats.last_cut
+            peer.lost = event.why if cut is not None and cut.seconds is None else None
+        in_order = isinstance(peer, HubNode) and peer.left
+        ending: Ending = "unsaid" if self._closing else "in order" if in_order else "lost"
+        peer.since = record(event, peer.link_stats, mux, peer.label, log, ending)
+        if isinstance(event, SessionEnded):
+            self._ended(peer, mux)
         self._owner.hub_changed()
+
+    def _ended(self, peer: HubNode | HubClient, mux: Mux) -> None:
+        peer.messages += mux.messages
+        peer.mux, peer.session = None, ""
+        if isinstance(peer, HubClient):
+            del self.clients[peer.key_sha256]
+            return
+        peer.ended = self._now()
+        if not self._closing and peer.hello is not None and peer.hello.ephemeral:
+            # Not now: a newer session of the same node may be about to begin.
+            asyncio.get_running_loop().call_soon(self._give_back, peer)
 
     # -- streams -------------------------------------------------------------------------
 

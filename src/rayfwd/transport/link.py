@@ -43,7 +43,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import CLOSED, Carrier, Connection, Pipe
 from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
 from rayfwd.transport.kept import Kept
-from rayfwd.transport.linkstats import LinkStats
+from rayfwd.transport.linkstats import Ending, LinkStats, record
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.saturation import Saturation
@@ -660,32 +660,19 @@ class Link:
         say(problem.code.event, **fields)
 
     def _changed(self, event: Parked | Resumed | SessionEnded) -> None:
-        self.since = time.time()
+        if self.mux is None:
+            return  # it was handed over
+        if isinstance(event, Parked):
+            self._standing.clear()
+            self._urgent.set()
+            # A jump host may be what has gone, in silence.
+            self._carrier.close(parked=True)
+        ending: Ending = "unsaid" if self._closing else "lost"
+        self.since = record(event, self.link_stats, self.mux, self.peer, log, ending)
         match event:
-            case Parked():
-                assert self.mux is not None, "a session that is parked is there"
-                self._standing.clear()
-                self._urgent.set()
-                # A jump host may be what has gone, in silence.
-                self._carrier.close(parked=True)
-                self.link_stats.parked(self.since, self.mux.now())
-                stats = self.mux.stats()
-                log.warning(
-                    "link_parked",
-                    node=self.peer,
-                    streams=stats.streams,
-                    ride_through=stats.ride_through,
-                )
-            case Resumed(seconds):
+            case Resumed():
                 self._urgent.clear()
-                self.link_stats.resumed(seconds)
-                log.info("link_resumed", node=self.peer, parked_seconds=round(seconds, 1))
-            case SessionEnded(why):
-                if not self._closing:
-                    log.warning("session_ended", node=self.peer, cause=why)
-                if self.mux is not None:
-                    stats = self.mux.stats()
-                    self.link_stats.ended(self.mux.now(), stats.bytes_in, stats.bytes_out)
+            case SessionEnded():
                 self.mux = None
                 self._session = ""
                 self._established.clear()

@@ -1,12 +1,21 @@
 """What a link has been through since the daemon began: its cuts, how long they took, its bytes.
 
-Link and hub keep one for each peer; status and metrics read it. Standard library only.
+Link, hub and direct ways keep one for each peer; status and metrics read it.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import Literal
+
+from rayfwd.session.events import Parked, Resumed, SessionEnded
+from rayfwd.system.eventlog import EventLog
+from rayfwd.transport.mux import Mux
+
+Ending = Literal["lost", "in order", "unsaid"]
+"""How the log says that a session ended: as a warning, as news, or not at all."""
 
 BUCKETS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Upper bounds, in seconds, of the classes in which ride-throughs are counted."""
@@ -90,3 +99,33 @@ class LinkStats:
     def bytes_moved(self, received: int, sent: int) -> tuple[int, int]:
         """Bytes in and out of all sessions; those of the present one are passed in."""
         return self._bytes[0] + received, self._bytes[1] + sent
+
+
+def record(
+    event: Parked | Resumed | SessionEnded,
+    past: LinkStats,
+    mux: Mux,
+    node: str,
+    log: EventLog,
+    ending: Ending = "lost",
+) -> float:
+    """Count and log what happened to the session with `node`; the wall-clock time of it."""
+    wall = time.time()
+    match event:
+        case Parked():
+            past.parked(wall, mux.now())
+            stats = mux.stats()
+            log.warning(
+                "link_parked", node=node, streams=stats.streams, ride_through=stats.ride_through
+            )
+        case Resumed(seconds):
+            past.resumed(seconds)
+            log.info("link_resumed", node=node, parked_seconds=round(seconds, 1))
+        case SessionEnded(why):
+            stats = mux.stats()
+            past.ended(mux.now(), stats.bytes_in, stats.bytes_out)
+            if ending == "lost":
+                log.warning("session_ended", node=node, cause=why)
+            elif ending == "in order":
+                log.info("session_ended", node=node, cause=why)
+    return wall
