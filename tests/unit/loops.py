@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import structlog
@@ -86,6 +86,21 @@ async def _come_true(true: Callable[[], object], seconds: float) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.01)
+
+
+async def turns(number: int = 3) -> None:
+    """Let the loop see to all that is there for it now, some times over."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def closing() -> AsyncIterator[None]:
+    """At the end, wait until what was opened meanwhile is closed: of a connection whose other end
+    another process has closed, the loop hears a moment later."""
+    before = descriptors().keys()
+    yield
+    await until(lambda: descriptors().keys() <= before, what=lambda: f"left: {descriptors()}")
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 import asyncssh
 
+from tests.unit.loops import until
+
 Handler = Callable[[asyncssh.SSHReader[bytes], asyncssh.SSHWriter[bytes]], Awaitable[None]]
 
 
@@ -85,8 +87,7 @@ class Sshd:
             self._acceptor = None
         for connection in connections:
             await connection.wait_closed()
-        while self._attached:
-            await asyncio.sleep(0.01)
+        await until(lambda: not self._attached)
 
     def cut(self, only: int | None = None) -> None:
         """Abort every connection, or the one of that place in the list."""

@@ -550,6 +550,12 @@ class Here:
         return b""
 
 
+def waits_for(inode: int) -> bool:
+    """Whether a process waits for the lock on that file (proc_locks(5))."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    return any("->" in line and f":{inode} " in line for line in lines)
+
+
 def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
     tmp_path: Path,
 ) -> None:
@@ -573,9 +579,9 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
             fcntl.flock(lock, fcntl.LOCK_EX)
             work = install._install(machine, str(target), tool, [], "true", "", made)
             installing = asyncio.create_task(work)
-            await until(lambda: here.sent)
-            await asyncio.sleep(0.5)
-            assert not target.exists(), "it would be there by now"
+            inode = os.fstat(lock.fileno()).st_ino
+            await until(lambda: waits_for(inode))
+            assert not target.exists()
         await installing
         assert json.loads((target / sight.MARKER).read_text()) == made
         assert list(tmp_path.glob("a place.incoming.*")) == [young]

@@ -345,13 +345,20 @@ class TestFewDescriptors:
             listeners.set_wanted({listen: listen})
             await until(lambda: listeners.open)
             with log_events() as log, child(CONNECT, *listen, 40) as holder:
-                limit = (lowest_free() + 15) * 10 // 9
-                monkeypatch.setattr(descriptors, "limit", lambda: limit)
+                limit, looks = (lowest_free() + 15) * 10 // 9, 0
+
+                def look() -> int:
+                    nonlocal looks
+                    looks += 1
+                    return limit
+
+                monkeypatch.setattr(descriptors, "limit", look)
                 assert await asyncio.to_thread(holder.says) == "40 connected"
                 await until(lambda: listeners.problems)
                 (problem,) = listeners.problems
                 assert problem.code == codes.DESCRIPTORS_EXHAUSTED
-                await asyncio.sleep(0.2)  # it is looked at again some times, to no avail
+                before = looks
+                await until(lambda: looks > before + 3)  # to no avail
                 assert 0 < len(came) < 40
                 assert listeners.problems
                 monkeypatch.setattr(descriptors, "limit", lambda: 1 << 20)

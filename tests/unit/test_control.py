@@ -18,6 +18,7 @@ from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.system import unixsocket
 from rayfwd.system.control import REQUEST_LIMIT, ControlServer, ask
+from tests.unit.loops import until
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -167,8 +168,9 @@ def test_closing_ends_what_is_being_answered(path: Path) -> None:
         made = ControlServer(path, VERBS)
         await made.start()
         asking = asyncio.create_task(code(path, "endless"))
-        while not [t for t in asyncio.all_tasks() if t.get_name() == "control-connection"]:
-            await asyncio.sleep(0.01)
+        await until(
+            lambda: [t for t in asyncio.all_tasks() if t.get_name() == "control-connection"]
+        )
         await made.close()
         assert await asking == "daemon_not_answering"
         assert not path.exists()

@@ -40,7 +40,13 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "servers", lambda _plan: [])
 
 
-async def converse(listen: Target, seed: int, size: int, done: list[int]) -> None:
+class Came:
+    """Bytes that came back, of all conversations."""
+
+    count = 0
+
+
+async def converse(listen: Target, seed: int, size: int, done: list[int], came: Came) -> None:
     """Send `size` bytes and their end, read as many back, at a pace that changes."""
     chance = random.Random(seed)
     sent, got = hashlib.sha256(), hashlib.sha256()
@@ -63,6 +69,7 @@ async def converse(listen: Target, seed: int, size: int, done: list[int]) -> Non
         while data := await reader.read(chance.choice((100, 1 << 14))):
             got.update(data)
             count += len(data)
+            came.count += len(data)
             if chance.random() < 0.02:
                 await asyncio.sleep(0.02)
         return count
@@ -97,13 +104,22 @@ def test_streams_go_on_through_restarts(
                 serving(echo, exposed(s.workers["w2"])),
                 asyncio.TaskGroup() as group,
             ):
+                came = Came()
                 talks = [
-                    group.create_task(converse(listen, seed, 3_000_000, done))
+                    group.create_task(converse(listen, seed, 3_000_000, done, came))
                     for seed, listen in enumerate(paths * 3)
                 ]
                 restarts = 0
-                while not all(talk.done() for talk in talks):
-                    await asyncio.sleep(0.03 * (1 + restarts % 4))
+
+                def over() -> bool:
+                    return all(talk.done() for talk in talks)
+
+                async def goes_on(more: int) -> None:
+                    goal = came.count + more
+                    await until(lambda: over() or came.count >= goal, 30)
+
+                while not over():
+                    await goes_on(700_000 * (1 + restarts % 4))
                     await s.node(who).restart()
                     await s.ready()  # or a slow machine would do nothing but restart
                     restarts += 1

@@ -16,7 +16,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
 from rayfwd.transport.ssh import SshConnector
-from tests.unit.loops import log_events, of, run, until
+from tests.unit.loops import closing, log_events, of, run, until
 from tests.unit.real_sshd import RealSshd
 from tests.unit.way_probe import SAID, answer, problem
 
@@ -80,19 +80,19 @@ class Site:
 @asynccontextmanager
 async def site(directory: Path, *, head_sshd: bool = True) -> AsyncIterator[Site]:
     made = Site(directory)
-    await made.third.start()
-    if head_sshd:
-        await made.at_head.start()
-    task = asyncio.create_task(made.meeting.run())
-    try:
-        yield made
-    finally:
-        made.meeting.close()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await made.third.stop()
-        await made.at_head.stop()
-        await asyncio.sleep(0.1)
+    async with closing():
+        await made.third.start()
+        if head_sshd:
+            await made.at_head.start()
+        task = asyncio.create_task(made.meeting.run())
+        try:
+            yield made
+        finally:
+            made.meeting.close()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await made.third.stop()
+            await made.at_head.stop()
 
 
 def test_who_logs_in_is_at_the_head_and_the_host_between_sees_ssh_only(tmp_path: Path) -> None:
@@ -242,25 +242,25 @@ class OwnSite(Site):
 @asynccontextmanager
 async def own_site(directory: Path) -> AsyncIterator[OwnSite]:
     made = OwnSite(directory)
-    await made.third.start()
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(1000):
             writer.write(data)
         writer.close()
 
-    server = await asyncio.start_unix_server(echo, made.hub)
-    task = asyncio.create_task(made.meeting.run())
-    try:
-        await until(made.held, 20)
-        yield made
-    finally:
-        made.meeting.close()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await made.third.stop()
-        server.close()
-        await asyncio.sleep(0.1)
+    async with closing():
+        await made.third.start()
+        server = await asyncio.start_unix_server(echo, made.hub)
+        task = asyncio.create_task(made.meeting.run())
+        try:
+            await until(made.held, 20)
+            yield made
+        finally:
+            made.meeting.close()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await made.third.stop()
+            server.close()
 
 
 class TestWithoutSshd:

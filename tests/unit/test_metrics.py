@@ -32,6 +32,7 @@ from rayfwd.watch.canary_round import NodeResult, Round, StageResult
 from rayfwd.watch.conditions import Condition
 from tests.exposition import dashboard_mistakes, documented, exposed, series
 from tests.promql import Query, QueryError
+from tests.unit.loops import until
 from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "status").glob("*.json"))
@@ -308,8 +309,7 @@ def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.Monkey
             def said() -> list[str]:
                 return [] if server.problem is None else [str(server.problem)]
 
-            while not said():
-                await asyncio.sleep(0.01)
+            await until(said)
             assert f"127.0.0.1:{port} cannot be opened: Address already in use" in said()[0]
             taken.close()
             while (await exchange(port, GET))[9:12] != b"200":
@@ -324,8 +324,8 @@ def test_a_path_that_is_no_socket_is_left_alone(place: Path) -> None:  # noqa: F
     path.write_text("mine")
 
     async def body(server: HttpServer) -> None:
-        while server.problem is None:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.problem is not None)
+        assert server.problem is not None
         assert server.problem.code == codes.SOCKET_NOT_POSSIBLE
 
     serving(str(path), body)

@@ -15,7 +15,7 @@ import pytest
 from rayfwd.system.passing import is_stream
 from rayfwd.transport.pipes import WIDE, PipeTransport
 from rayfwd.transport.writev import write
-from tests.unit.loops import run, until
+from tests.unit.loops import run, turns, until
 
 
 class Protocol(asyncio.Protocol):
@@ -88,7 +88,7 @@ def test_what_the_other_side_writes_is_received_and_its_end_closes() -> None:
             await until(lambda: protocol.got == b"hello")
             transport.pause_reading()
             os.write(far.write, b" again")
-            await asyncio.sleep(0.05)
+            await turns()
             assert protocol.got == b"hello"
             assert not transport.is_reading()
             transport.resume_reading()

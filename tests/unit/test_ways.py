@@ -73,6 +73,14 @@ def test_one_that_is_reached_directly() -> None:
 @needs_root
 def test_not_where_somebody_was_first_and_he_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listeners_module, "RETRY_FIRST", 0.05)
+    reconcile, tries = Listeners._reconcile, 0
+
+    async def counted(self: Listeners) -> None:
+        nonlocal tries
+        tries += 1
+        await reconcile(self)
+
+    monkeypatch.setattr(Listeners, "_reconcile", counted)
 
     async def main() -> None:
         place = free_place()
@@ -85,7 +93,8 @@ def test_not_where_somebody_was_first_and_he_is_named(monkeypatch: pytest.Monkey
                 assert problem.code == codes.LISTENER_BLOCKED
                 assert "by user nobody (python" in problem.cause
                 assert f"pid {squatter.pid})" in problem.cause
-                await asyncio.sleep(0.3)  # tried again some times
+                before = tries
+                await until(lambda: tries > before + 3)
                 assert len(of(log, "listener_blocked")) == 1
             await until(lambda: listeners.open)
             assert Ways(listeners).to(node_at(place), place.port, None) == place

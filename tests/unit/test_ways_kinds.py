@@ -22,7 +22,7 @@ from rayfwd.config import DialConfig, HeadConfig
 from rayfwd.problems import Code
 from rayfwd.transport import dial, openssh, openssh_carrier
 from tests.need import tool
-from tests.unit.loops import run
+from tests.unit.loops import closing, run
 from tests.unit.real_sshd import RealSshd
 from tests.unit.way_probe import SAID, answer, problem
 
@@ -96,15 +96,15 @@ async def scene(directory: Path, *options: str, address: str = "127.0.0.1") -> A
             writer.write(data)
         writer.close()
 
-    hub = await asyncio.start_unix_server(echo, made.hub)
-    # What the user's own files would have the shell do is no matter here.
-    await made.sshd.start(*options, f"SetEnv HOME={directory}")
-    try:
-        yield made
-    finally:
-        await made.sshd.stop()
-        hub.close()
-        await asyncio.sleep(0.05)
+    async with closing():
+        hub = await asyncio.start_unix_server(echo, made.hub)
+        # What the user's own files would have the shell do is no matter here.
+        await made.sshd.start(*options, f"SetEnv HOME={directory}")
+        try:
+            yield made
+        finally:
+            await made.sshd.stop()
+            hub.close()
 
 
 async def says(head: HeadConfig, code: Code, *words: str) -> None:
