@@ -17,7 +17,7 @@ from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
-from tests.lab.process import HOME, Process, until
+from tests.lab.process import HOME, UID, Process, until
 
 pytestmark = pytest.mark.ray
 
@@ -244,8 +244,24 @@ def test_after_a_break_in(cluster: Cluster) -> None:
 
 def hold_a_connection(cluster: Cluster, w2: Machine) -> Process:
     """One more connection with w2's key, over which `rayfwd attach` could be asked for later."""
-    target = f"ray@{cluster.lab.machine('head').address}"
-    argv = ["ssh", *SSH, "-N", "-M", "-S", SOCKET, target]
+    head = cluster.lab.machine("head")
+    before = logins(head)
+    argv = ["ssh", *SSH, "-N", "-M", "-S", SOCKET, f"ray@{head.address}"]
     held = w2.popen(argv, log=cluster.lab.folder / "held.log")
     until(w2.host_path(SOCKET).exists, 20, cluster.lab.tails)
+    # The client hears that it is let in before sshd has begun its session as that user.
+    until(lambda: logins(head) - before, 20, cluster.lab.tails)
     return held
+
+
+def logins(head: Machine) -> set[int]:
+    """The sshd processes that run as the machine's user."""
+    return {pid for pid in head.pids() if is_login(Path(f"/proc/{pid}"))}
+
+
+def is_login(process: Path) -> bool:
+    try:
+        status = (process / "status").read_text()
+    except OSError:  # it has ended
+        return False
+    return status.startswith("Name:\tsshd") and f"\nUid:\t{UID}\t" in status
