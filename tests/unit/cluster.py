@@ -219,7 +219,7 @@ class Cluster:
         self.offered = HubOffer(ray="2.60.0", python="3.11")
         path = directory / "hub.sock"
         self.hub = Hub(self, path, self.roster, (), NETWORK, ride_through, self.limits)
-        self.listeners = Listeners(self.hub.open)
+        self.listeners = Listeners(self.hub.router.open)
         self.workers: dict[str, Worker] = {}
         self.admission: Admission | None = None
         """Of the next worker's listeners; None: the usual one."""
@@ -239,7 +239,7 @@ class Cluster:
     async def worker(self, name: str, called: str = "", **hello: Any) -> Worker:
         """`called`: what it is called here; `hello`: what is else in its HELLO."""
         worker = self.workers[called or name] = Worker(
-            name, self.hub.path, self.limits, self.admission
+            name, self.hub.socket.path, self.limits, self.admission
         )
         worker.hello = replace(worker.hello, **hello)
         await worker.connect(INTERACTIVE)

@@ -76,7 +76,7 @@ class Caller:
 
 @asynccontextmanager
 async def caller(c: Cluster) -> AsyncIterator[Caller]:
-    reader, writer = await asyncio.open_unix_connection(c.hub.path)
+    reader, writer = await asyncio.open_unix_connection(c.hub.socket.path)
     try:
         yield Caller(reader, writer)
     finally:

@@ -78,7 +78,7 @@ class Site:
             "identity": str(self.sshd.identity),
             "known_hosts": str(self.sshd.known_hosts),
             "ssh_config": str(self.directory / "ssh_config"),
-            "socket": str(self.head.hub.path),
+            "socket": str(self.head.hub.socket.path),
         }
         data = {
             "role": "client",
@@ -332,7 +332,7 @@ def client_hello(name: str, **fields: Any) -> Hello:
 
 
 async def code(c: Cluster, hello: Hello) -> str:
-    answer = await answer_to(c.hub.path, hello.encode())
+    answer = await answer_to(c.hub.socket.path, hello.encode())
     return answer.problem.code.name if isinstance(answer, Refusal) else ""
 
 

@@ -59,7 +59,7 @@ async def start(c: Cluster, sshd: RealSshd, directory: Path) -> None:
         identity=sshd.identity,
         known_hosts=directory / "known_hosts",
         ssh_config=directory / "ssh_config",
-        socket=c.hub.path,
+        socket=c.hub.socket.path,
     )
     workers = [Starting(f"w{number}", head) for number in range(WORKERS)]
     tasks = [asyncio.create_task(worker.link.run()) for worker in workers]

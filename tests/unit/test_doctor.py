@@ -492,7 +492,7 @@ class Site:
                 "identity": str(self.sshd.identity),
                 "known_hosts": str(self.sshd.known_hosts),
                 "ssh_config": str(directory / "ssh_config"),
-                "socket": str(self.head.hub.path),
+                "socket": str(self.head.hub.socket.path),
             },
             "ray": {"command": str(directory / "ray"), "num_cpus": 2},
         }
@@ -551,7 +551,7 @@ MEASURED = ("clock", "link")
 def test_a_good_way(tmp_path: Path, via: str) -> None:
     async def main_() -> None:
         async with site(tmp_path) as s:
-            s.sshd.attach_to = s.head.hub.path
+            s.sshd.attach_to = s.head.hub.socket.path
             found = await s.look(head__via=via)
             assert results(found, *WAY, *MEASURED) == ["pass"] * 8
             assert results(found, "ports", "listeners", "names", "proxies") == ["pass"] * 4
@@ -660,7 +660,7 @@ def test_a_hub_that_is_older(tmp_path: Path) -> None:
 
     async def main_() -> None:
         async with site(tmp_path, hub=False) as s:
-            server = await asyncio.start_unix_server(serve, s.head.hub.path)
+            server = await asyncio.start_unix_server(serve, s.head.hub.socket.path)
             found = await s.look()
             server.close()
             assert results(found, *WAY) == [*["pass"] * 4, "warn", "skip"]
@@ -686,7 +686,7 @@ def test_what_answers_is_no_hub(tmp_path: Path) -> None:
 
     async def main_() -> None:
         async with site(tmp_path, hub=False) as s:
-            server = await asyncio.start_unix_server(serve, s.head.hub.path)
+            server = await asyncio.start_unix_server(serve, s.head.hub.socket.path)
             found = await s.look()
             server.close()
             assert results(found, *WAY) == [*["pass"] * 4, "fail", "skip"]
@@ -790,7 +790,7 @@ def test_a_clients_way(tmp_path: Path, via: str | None) -> None:
 
     async def main_() -> None:
         async with site(tmp_path) as s:
-            s.sshd.attach_to = s.head.hub.path
+            s.sshd.attach_to = s.head.hub.socket.path
             s.sshd.prohibits = via is None
             found = await s.look_as_client(**({} if via is None else {"via": via}))
             assert results(found, *WAY[:-1], "link", "listen", "names", "proxies") == ["pass"] * 9
@@ -827,7 +827,7 @@ def test_a_key_for_clients_alone(tmp_path: Path) -> None:
 
     async def main_() -> None:
         async with site(tmp_path) as s:
-            s.sshd.attach_to, s.sshd.attach_words = s.head.hub.path, ("--client",)
+            s.sshd.attach_to, s.sshd.attach_words = s.head.hub.socket.path, ("--client",)
             s.sshd.prohibits = True
             assert results(await s.look_as_client(), "hub", "link") == ["pass"] * 2
             assert (await s.look(head__via="exec"))["hub"].problem is not None

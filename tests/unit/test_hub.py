@@ -70,7 +70,7 @@ async def works(c: Cluster, name: str) -> bool:
 
 async def refusal(c: Cluster, hello: Hello) -> str:
     """The code with which a hello is refused; empty if it is welcomed."""
-    answer = await answer_to(c.hub.path, hello.encode())
+    answer = await answer_to(c.hub.socket.path, hello.encode())
     assert answer is not None
     return answer.problem.code.name if isinstance(answer, Refusal) else ""
 
@@ -129,7 +129,7 @@ def test_bytes_right_behind_the_hello_are_the_sessions(tmp_path: Path) -> None:
             hello = hello_of("w1").encode()
             body = json.dumps({"type": "ray", "phase": "up"}).encode()
             message = len(body).to_bytes(4, "big") + body
-            lane = await knock(c.hub.path, hello + encode(Kind.DATA, 0, 0, message))
+            lane = await knock(c.hub.socket.path, hello + encode(Kind.DATA, 0, 0, message))
             await until(lambda: c.messages)
             assert c.messages == [("w1", messages.Ray("up", None, None))]
             lane.close()
@@ -143,7 +143,7 @@ def test_a_farewell_is_heard_where_a_write_meets_the_closed_socket_first(tmp_pat
 
     async def main() -> None:
         async with cluster(tmp_path) as c:
-            reader, writer = await asyncio.open_unix_connection(c.hub.path)
+            reader, writer = await asyncio.open_unix_connection(c.hub.socket.path)
             writer.write(hello_of("w1").encode())
             await until(lambda: c.hub.nodes.get("w1") and c.hub.nodes["w1"].state == "up")
             await reader.read(1)
@@ -166,7 +166,7 @@ class TestRefusals:
     def test_each_has_its_code(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with cluster(tmp_path) as c:
-                w1 = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
+                w1 = c.workers["w1"] = Worker("w1", c.hub.socket.path, c.limits)
                 w1.hello = replace(w1.hello, session="100", advertise="203.0.113.7")
                 await w1.connect()
                 cases = {
@@ -184,7 +184,7 @@ class TestRefusals:
                 assert await refusal(c, hello_of("w4", advertise="127.0.0.1")) == "join_bad"
                 assert await refusal(c, hello_of("w4", advertise="a.example")) == "join_bad"
                 newer = encode(Kind.HELLO, 0, 2, hello_of("w5").encode()[20:])
-                answer = await answer_to(c.hub.path, newer)
+                answer = await answer_to(c.hub.socket.path, newer)
                 assert isinstance(answer, Refusal)
                 assert answer.problem.code == codes.PROTOCOL_VERSION
                 assert c.hub.nodes["w1"].state == "up"
@@ -209,7 +209,7 @@ class TestRefusals:
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
                 for first in (b"", hello_of("w2").encode()[:-1]):
-                    answer = await answer_to(c.hub.path, first)
+                    answer = await answer_to(c.hub.socket.path, first)
                     assert isinstance(answer, Refusal)
                     assert answer.problem.code == codes.HELLO_MISSING
                 await asyncio.sleep(2 * connection_module.HELLO_TIMEOUT)
@@ -223,7 +223,7 @@ class TestRefusals:
         async def main() -> None:
             with log_events() as log:
                 async with cluster(tmp_path, "w1") as c:
-                    lanes = [await knock(c.hub.path) for _ in range(MAX_UNGREETED + 8)]
+                    lanes = [await knock(c.hub.socket.path) for _ in range(MAX_UNGREETED + 8)]
                     await until(lambda: sum(lane.closed.done() for lane in lanes) >= 8)
                     assert await works(c, "w1")
                     gone = [lane.closed.done() for lane in lanes]
@@ -234,7 +234,7 @@ class TestRefusals:
                         lane.close()
                         await lane.closed
                     await c.worker("w2")
-                    again = [await knock(c.hub.path) for _ in range(MAX_UNGREETED)]
+                    again = [await knock(c.hub.socket.path) for _ in range(MAX_UNGREETED)]
                     await asyncio.sleep(connection_module.HELLO_TIMEOUT / 2)
                     assert not any(lane.closed.done() for lane in again), "who went still counts"
 
@@ -246,7 +246,7 @@ class TestRefusals:
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
                 hello = replace(hello_of("w1"), session=c.hub.nodes["w1"].session, resumes=True)
-                more = [await knock(c.hub.path, hello.encode()) for _ in range(MOST_LANES)]
+                more = [await knock(c.hub.socket.path, hello.encode()) for _ in range(MOST_LANES)]
                 frames = [await lane.answer for lane in more]
                 answers = [frame.kind for frame in frames if frame is not None]
                 assert answers.count(Kind.WELCOME) == MOST_LANES - 2, "it had two"
@@ -262,7 +262,7 @@ class TestRefusals:
 
         async def main() -> None:
             async with cluster(tmp_path) as c:
-                lane = await knock(c.hub.path, hello_of("w5").encode())
+                lane = await knock(c.hub.socket.path, hello_of("w5").encode())
                 await lane.answer
                 assert lane.transport is not None
                 lane.transport.pause_reading()
@@ -314,7 +314,7 @@ class TestRefusals:
             said = set()
             async with cluster(tmp_path, "w1") as c:
                 for _ in range(400):
-                    lane = await knock(c.hub.path, some_bytes())
+                    lane = await knock(c.hub.socket.path, some_bytes())
                     assert lane.transport is not None
                     if not lane.transport.is_closing():
                         lane.transport.write_eof()
@@ -364,7 +364,7 @@ with socket.socket(socket.AF_UNIX) as sock:
 
     def hub(self, directory: Path, users: tuple[str, ...]) -> Hub:
         c = Cluster(directory)
-        return Hub(c, c.hub.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits)
+        return Hub(c, c.hub.socket.path, c.roster, users, "127.77.0.0/16", 60.0, c.limits)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
     def test_a_stranger_is_told_so_where_several_users_are_allowed(
@@ -373,7 +373,7 @@ with socket.socket(socket.AF_UNIX) as sock:
         async def main() -> None:
             hub = self.hub(open_directory, ("daemon",))
             await hub.start()
-            data = await asyncio.to_thread(self.as_nobody, hub.path)
+            data = await asyncio.to_thread(self.as_nobody, hub.socket.path)
             await hub.close("over")
             assert data[0] == Kind.REFUSE
             said = json.loads(data[20:])
@@ -392,7 +392,7 @@ with socket.socket(socket.AF_UNIX) as sock:
         async def main() -> None:
             hub = self.hub(open_directory, ("nobody",))
             await hub.start()
-            data = await asyncio.to_thread(self.as_nobody, hub.path)
+            data = await asyncio.to_thread(self.as_nobody, hub.socket.path)
             await hub.close("over")
             assert json.loads(data[20:])["code"] == "hello_missing"
 
@@ -403,8 +403,8 @@ with socket.socket(socket.AF_UNIX) as sock:
         async def main() -> None:
             hub = self.hub(open_directory, ())
             await hub.start()
-            assert os.stat(hub.path).st_mode & 0o777 == 0o600
-            said = await asyncio.to_thread(self.as_nobody, hub.path)
+            assert os.stat(hub.socket.path).st_mode & 0o777 == 0o600
+            said = await asyncio.to_thread(self.as_nobody, hub.socket.path)
             await hub.close("over")
             assert said.strip() == b"PermissionError"
 
@@ -486,7 +486,7 @@ class TestSessions:
 
         async def main() -> None:
             async with cluster(tmp_path) as c:
-                old = c.workers["w1"] = Worker("w1", c.hub.path, c.limits)
+                old = c.workers["w1"] = Worker("w1", c.hub.socket.path, c.limits)
                 old.hello = replace(old.hello, session="100")
                 await old.connect()
                 node = c.hub.nodes["w1"]
@@ -534,7 +534,7 @@ class TestSessions:
                 for worker in c.workers.values():
                     await until(lambda worker=worker: worker.changes)  # type: ignore[misc]
                     assert worker.changes == [SessionEnded("maintenance")]
-                assert not c.hub.path.exists()
+                assert not c.hub.socket.path.exists()
 
         run(main)
 
@@ -549,7 +549,7 @@ class TestSessions:
                 told = c.workers["w2"].messages[-1]
                 assert isinstance(told, messages.Nodes)
                 assert [n["name"] for n in told.nodes] == ["head", "w2"]
-                answer = await answer_to(c.hub.path, hello_of("w9").encode())
+                answer = await answer_to(c.hub.socket.path, hello_of("w9").encode())
                 assert isinstance(answer, Welcome)
                 assert answer.node["address"] == was
 
@@ -560,10 +560,10 @@ class TestSessions:
             with log_events() as log:
                 async with cluster(tmp_path) as c:
                     hello = hello_of("w1", ride_through=7.0)
-                    answer = await answer_to(c.hub.path, hello.encode())
+                    answer = await answer_to(c.hub.socket.path, hello.encode())
                     assert isinstance(answer, Welcome)
                     assert answer.ride_through == 7.0
-                    answer = await answer_to(c.hub.path, hello_of("w2").encode())
+                    answer = await answer_to(c.hub.socket.path, hello_of("w2").encode())
                     assert isinstance(answer, Welcome)
                     assert answer.ride_through == 60.0
             assert {e["used"] for e in of(log, "ride_through_differs")} == {7.0, 60.0}
@@ -697,11 +697,11 @@ class TestHandOver:
 
         async def main() -> None:
             async with cluster(tmp_path) as c:
-                with await accepted(c.hub.path) as late:
+                with await accepted(c.hub.socket.path) as late:
                     if by == "close":
                         await c.hub.close("maintenance")
                     else:
-                        listening = c.hub.stop_accepting()
+                        listening = c.hub.socket.hand_over()
                         assert listening is not None
                         listening.close()
                         for _ in range(ACCEPT_TURNS):
@@ -718,7 +718,7 @@ class TestHandOver:
         async def main() -> None:
             async with cluster(tmp_path, "w1") as c:
                 hello = replace(c.workers["w1"].hello, resumes=True)
-                lane = await knock(c.hub.path)
+                lane = await knock(c.hub.socket.path)
                 await until(lambda: c.hub.pending._ungreeted)
                 c.hub.hand_over()
                 assert lane.transport is not None

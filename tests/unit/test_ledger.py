@@ -249,12 +249,12 @@ class TestPlans:
                 hello = c.workers["w1"].hello
                 for ports in range(41, 61):
                     again = replace(hello, resumes=True, worker_ports=ports)
-                    answer = await answer_to(c.hub.path, again.encode())
+                    answer = await answer_to(c.hub.socket.path, again.encode())
                     assert isinstance(answer, Welcome)
                     assert answer.node["worker_ports"] == 40
                 # A session that is not to be brings none either.
                 other = replace(hello, session="1", worker_ports=70)
-                assert isinstance(await answer_to(c.hub.path, other.encode()), Refusal)
+                assert isinstance(await answer_to(c.hub.socket.path, other.encode()), Refusal)
                 assert (tmp_path / "roster.json").stat().st_mtime_ns == before
                 await asyncio.sleep(1)
                 assert len(c.workers["w2"].messages) == told
@@ -267,7 +267,7 @@ class TestPlans:
                 answers = []
                 for ports in range(41, 61):
                     answer = await answer_to(
-                        c.hub.path, hello_of("w1", worker_ports=ports).encode()
+                        c.hub.socket.path, hello_of("w1", worker_ports=ports).encode()
                     )
                     await until(lambda: c.hub.nodes["w1"].state != "up")
                     answers.append(answer)
@@ -277,7 +277,7 @@ class TestPlans:
                 assert {r.problem.code for r in refused} == {codes.PLAN_CHANGES}
                 assert c.hub.nodes["w1"].roster_writes == 1 + PLAN_CHANGES
                 same = hello_of("w1", worker_ports=welcomed[-1].node["worker_ports"])
-                assert isinstance(await answer_to(c.hub.path, same.encode()), Welcome)
+                assert isinstance(await answer_to(c.hub.socket.path, same.encode()), Welcome)
 
         run(main)
 
@@ -431,7 +431,7 @@ class TestPlacesOfThePlan:
                     answers: list[Frame] = []
                     for number in range(8):
                         hello = hello_of(f"stolen-{number}").encode()
-                        lane = await knock(c.hub.path, vouch + hello)
+                        lane = await knock(c.hub.socket.path, vouch + hello)
                         frame = await lane.answer
                         assert frame is not None
                         answers.append(frame)
@@ -441,7 +441,7 @@ class TestPlacesOfThePlan:
                         codes.LISTENERS_FULL
                     }
                     other = vouch_of(c.hub, "SHA256:other") + hello_of("other").encode()
-                    assert isinstance(await answer_to(c.hub.path, other), Welcome)
+                    assert isinstance(await answer_to(c.hub.socket.path, other), Welcome)
                     assert set(c.hub.nodes) == {"honest", "other", *(f"stolen-{n}" for n in "012")}
                     rows = {row.name: row for row in ledger_of(c.hub).peers}
                     assert rows["stolen-0"].key == "SHA256:stolen"
@@ -457,10 +457,10 @@ class TestPlacesOfThePlan:
         async def main() -> None:
             async with cluster(tmp_path) as c:
                 c.hub.ledger.most_listeners = 10
-                assert isinstance(await answer_to(c.hub.path, hello_of("w1").encode()), Refusal)
+                assert isinstance(await answer_to(c.hub.socket.path, hello_of("w1").encode()), Refusal)
                 assert c.roster.room(5) == 0
                 c.offered = replace(c.offered, listens=False)
-                assert isinstance(await answer_to(c.hub.path, hello_of("w1").encode()), Welcome)
+                assert isinstance(await answer_to(c.hub.socket.path, hello_of("w1").encode()), Welcome)
                 assert c.roster.room(5) == 5
 
         run(main)
@@ -471,15 +471,15 @@ class TestPlacesOfThePlan:
         async def main() -> None:
             async with cluster(tmp_path, ride_through=5.0) as c:
                 whole = hello_of("a", worker_ports=6000).encode()
-                assert isinstance(await answer_to(c.hub.path, whole), Welcome)
+                assert isinstance(await answer_to(c.hub.socket.path, whole), Welcome)
                 other = hello_of("b", worker_ports=6001).encode()
-                assert isinstance(await answer_to(c.hub.path, other), Welcome)
+                assert isinstance(await answer_to(c.hub.socket.path, other), Welcome)
                 honest = hello_of("honest", worker_ports=900).encode()
-                full = await answer_to(c.hub.path, honest)
+                full = await answer_to(c.hub.socket.path, honest)
                 assert isinstance(full, Refusal)
                 assert full.problem.code == codes.PLAN_FULL
                 await asyncio.sleep(5.0 + MOMENT + 1)
-                assert isinstance(await answer_to(c.hub.path, honest), Welcome)
+                assert isinstance(await answer_to(c.hub.socket.path, honest), Welcome)
                 assert set(c.hub.nodes) == {"b", "honest"}
 
         run(main)
@@ -487,4 +487,4 @@ class TestPlacesOfThePlan:
 
 def vouch_of(hub: Hub, key: str) -> bytes:
     """What `rayfwd attach` says before a HELLO where sshd tells the key."""
-    return Vouch(None, hub.path.with_name(SECRET).read_text().strip(), key).encode()
+    return Vouch(None, hub.socket.path.with_name(SECRET).read_text().strip(), key).encode()

@@ -85,7 +85,7 @@ class Site:
             "identity": self.sshd.identity,
             "known_hosts": self.sshd.known_hosts,
             "ssh_config": self.directory / "ssh_config",
-            "socket": self.head.hub.path,
+            "socket": self.head.hub.socket.path,
         }
         given.update(self._fields)
         head = HeadConfig(**given)
@@ -1006,7 +1006,7 @@ class TestAuto:
     def test_where_it_is_no_way_the_command_is_run(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with site(tmp_path, via="auto", socket=tmp_path / "absent.sock") as s:
-                s.sshd.attach_to = s.head.hub.path
+                s.sshd.attach_to = s.head.hub.socket.path
                 await s.up(seconds=20)
                 assert len(s.sshd.commands) == 2
                 assert await works(s)
@@ -1029,7 +1029,7 @@ class TestExec:
     def test_carries_as_a_channel_does(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
-                s.sshd.attach_to = s.head.hub.path
+                s.sshd.attach_to = s.head.hub.socket.path
                 await s.up(seconds=20)
                 async with s.listener() as listen:
                     await transfer(listen, 4, lambda i: s.sshd.cut() if i == 1 else None)
@@ -1040,7 +1040,7 @@ class TestExec:
     def test_the_hub_has_the_pipes_and_those_of_bulk_are_wide(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
-                s.sshd.attach_to = s.head.hub.path
+                s.sshd.attach_to = s.head.hub.socket.path
                 await s.up(seconds=20)
                 sizes = {}
                 for lane in lanes_at_the_hub(s):
@@ -1062,7 +1062,7 @@ class TestExec:
     ) -> None:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
-                s.sshd.attach_to = s.head.hub.path
+                s.sshd.attach_to = s.head.hub.socket.path
                 await s.up(seconds=20)
                 killed, other = s.sshd.commands
                 killed.kill()
@@ -1087,8 +1087,8 @@ class TestExec:
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
                 taken = hello_of("w1", key="another key, long enough")
-                assert await answer_to(s.head.hub.path, taken.encode())
-                s.sshd.attach_to = s.head.hub.path
+                assert await answer_to(s.head.hub.socket.path, taken.encode())
+                s.sshd.attach_to = s.head.hub.socket.path
                 await until(lambda: s.link.problem is not None and s.link.problem.code is
                             codes.NAME_TAKEN, 20, lambda: str(s.link.problem))  # fmt: skip
                 await until(lambda: not s.sshd.commands, 10)
@@ -1101,7 +1101,7 @@ class TestExec:
 
         async def main() -> None:
             async with site(tmp_path, via="exec") as s:
-                s.sshd.attach_to, s.sshd.shell_prints = s.head.hub.path, noise[:65_000]
+                s.sshd.attach_to, s.sshd.shell_prints = s.head.hub.socket.path, noise[:65_000]
                 await s.up(seconds=20)
                 assert await works(s)
 
@@ -1131,7 +1131,7 @@ class TestExec:
                 s.sshd.attach_to = tmp_path / "nothing.sock"
                 await until(lambda: s.link.problem is not None and s.link.problem.code is
                             codes.HUB_ABSENT, 20, lambda: str(s.link.problem))  # fmt: skip
-                s.sshd.attach_to = s.head.hub.path
+                s.sshd.attach_to = s.head.hub.socket.path
                 await s.up(seconds=20)
 
         with log_events() as log:

@@ -57,9 +57,9 @@ def test_a_session_may_end_with_the_bytes_behind_its_hello(tmp_path: Path) -> No
     async def main() -> None:
         async with cluster(tmp_path) as c:
             hello = hello_of("w1", features=FEATURES)
-            assert isinstance(await answer_to(c.hub.path, hello.encode()), Welcome)
+            assert isinstance(await answer_to(c.hub.socket.path, hello.encode()), Welcome)
             second = hello.encode() + close_frame("no, thanks")
-            assert isinstance(await answer_to(c.hub.path, second), Welcome)
+            assert isinstance(await answer_to(c.hub.socket.path, second), Welcome)
             assert c.hub.nodes["w1"].mux is None
 
     run(main)
@@ -298,7 +298,7 @@ def test_nodes_that_come_together_wait_for_the_disk_once(tmp_path: Path, writes:
     async def main() -> None:
         async with cluster(tmp_path) as c:
             hellos = [hello_of(f"n{i}", worker_ports=8) for i in range(20)]
-            lanes = [await knock(c.hub.path) for _ in hellos]
+            lanes = [await knock(c.hub.socket.path) for _ in hellos]
             await until(lambda: len(c.hub.pending._ungreeted) == 20)
             for lane, hello in zip(lanes, hellos, strict=True):
                 lane.write([hello.encode()])
@@ -325,7 +325,7 @@ def test_a_disk_that_takes_nothing_lets_none_of_them_join(
         async with cluster(tmp_path) as c:
             monkeypatch.setattr(roster_module, "replace_file", full)
             hellos = [hello_of(f"n{i}", worker_ports=8).encode() for i in range(3)]
-            answers = [await answer_to(c.hub.path, hello) for hello in hellos]
+            answers = [await answer_to(c.hub.socket.path, hello) for hello in hellos]
             for answer in answers:
                 assert isinstance(answer, Refusal)
                 assert answer.problem.code == codes.ROSTER_UNWRITABLE

@@ -45,29 +45,29 @@ def test_a_machine_made_anew_has_its_name_address_and_ports_by_its_ssh_key(
         async with cluster(tmp_path) as c:
             w1 = await c.worker("w1")
             before = dict(w1.welcome.node) if w1.welcome is not None else {}
-            secret = c.hub.path.with_name(SECRET)
+            secret = c.hub.socket.path.with_name(SECRET)
             assert secret.stat().st_mode & 0o777 == 0o600
             vouch = Vouch("w1", secret.read_text().strip()).encode()
             anew = hello_of("w1", key="another key of the node w1, as made anew")
 
-            clone = await answer_to(c.hub.path, vouch + anew.encode())
+            clone = await answer_to(c.hub.socket.path, vouch + anew.encode())
             assert isinstance(clone, Refusal), "no two live machines under one name"
             assert clone.problem.code == codes.NAME_IN_USE
             await w1.close()
 
-            stranger = await answer_to(c.hub.path, anew.encode())
+            stranger = await answer_to(c.hub.socket.path, anew.encode())
             assert isinstance(stranger, Refusal)
             assert stranger.problem.code == codes.NAME_TAKEN
             other = Vouch("w2", vouch_secret(vouch)).encode()
-            assert refusal(await answer_to(c.hub.path, other + anew.encode())) == codes.NAME_TAKEN
+            assert refusal(await answer_to(c.hub.socket.path, other + anew.encode())) == codes.NAME_TAKEN
             forged = Vouch("w1", "0" * 64).encode()
-            assert refusal(await answer_to(c.hub.path, forged + anew.encode())) == codes.VOUCH_WRONG
+            assert refusal(await answer_to(c.hub.socket.path, forged + anew.encode())) == codes.VOUCH_WRONG
 
-            welcome = await answer_to(c.hub.path, vouch + anew.encode())
+            welcome = await answer_to(c.hub.socket.path, vouch + anew.encode())
             assert isinstance(welcome, Welcome)
             assert dict(welcome.node) == before
             again = replace(anew, session=f"{int(anew.session, 16) + 1:x}")
-            assert isinstance(await answer_to(c.hub.path, again.encode()), Welcome)
+            assert isinstance(await answer_to(c.hub.socket.path, again.encode()), Welcome)
 
     run(main)
 
@@ -91,7 +91,7 @@ def test_it_is_who_it_is_through_attach_itself(tmp_path: Path) -> None:
             w1 = await c.worker("w1")
             before = dict(w1.welcome.node) if w1.welcome is not None else {}
             await w1.close()
-            argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.path)]
+            argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.socket.path)]
             process = await asyncio.create_subprocess_exec(
                 *(*argv, "--node", "w1"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
@@ -173,7 +173,7 @@ def test_the_ledger_has_the_ssh_key_that_a_node_came_by(
         async with cluster(tmp_path) as c:
             for name, words in (("w1", ()), ("w2", ("--node", "w2"))):
                 hello = hello_of(name).encode()
-                argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.path)]
+                argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.socket.path)]
                 process = await asyncio.create_subprocess_exec(
                     *(*argv, *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE
                 )

@@ -156,7 +156,7 @@ async def result(lane: SocketLane) -> str:
 
 async def come(c: Cluster, who: Identity, hello: Hello) -> str:
     """Say hello, and prove it where that is asked for."""
-    lane = await knock(c.hub.path, hello.encode())
+    lane = await knock(c.hub.socket.path, hello.encode())
     if PROOF in hello.features:
         challenge = await challenge_of(lane)
         lane.write([who.prove(greeting(hello), challenge).encode()])
@@ -164,7 +164,7 @@ async def come(c: Cluster, who: Identity, hello: Hello) -> str:
 
 
 def record(c: Cluster, name: str = "w1") -> dict[str, str]:
-    nodes = json.loads((c.hub.path.parent / "roster.json").read_text())["nodes"]
+    nodes = json.loads((c.hub.socket.path.parent / "roster.json").read_text())["nodes"]
     (found,) = [node for node in nodes if node["plan"]["name"] == name]
     return dict(found)
 
@@ -189,17 +189,17 @@ class TestAtTheHub:
             async with cluster(tmp_path) as c:
                 who, thief = Identity.make(), Identity.make()
                 hello = hello_by(who)
-                lane = await knock(c.hub.path, hello.encode())
+                lane = await knock(c.hub.socket.path, hello.encode())
                 stolen = who.prove(greeting(hello), await challenge_of(lane))
                 lane.write([stolen.encode()])
                 assert await result(lane) == "welcome"
                 for proof in (stolen, thief.prove(greeting(hello), NONCE)):
-                    lane = await knock(c.hub.path, hello.encode())
+                    lane = await knock(c.hub.socket.path, hello.encode())
                     assert await challenge_of(lane) != NONCE
                     lane.write([proof.encode()])
                     assert await result(lane) == "proof_wrong"
                 # Both frames in one write: the hub's nonce is not known yet.
-                lane = await knock(c.hub.path, hello.encode() + stolen.encode())
+                lane = await knock(c.hub.socket.path, hello.encode() + stolen.encode())
                 await challenge_of(lane)
                 assert await result(lane) == "proof_wrong"
                 # As a version would that sends its secret.
@@ -214,11 +214,11 @@ class TestAtTheHub:
             async with cluster(tmp_path) as c:
                 who = Identity.make()
                 hello = hello_by(who)
-                lane = await knock(c.hub.path, hello.encode())
+                lane = await knock(c.hub.socket.path, hello.encode())
                 lane.write([who.prove(greeting(hello), await challenge_of(lane)).encode()])
                 assert (await said_by(lane) or NONE).kind is Kind.WELCOME
                 for stolen in (hello, replace(hello, features=frozenset())):
-                    thief = await knock(c.hub.path, stolen.encode())
+                    thief = await knock(c.hub.socket.path, stolen.encode())
                     if PROOF in stolen.features:
                         await challenge_of(thief)
                         thief.write([Proof("00" * 64).encode()])
@@ -278,7 +278,7 @@ class TestAtTheHub:
             async with cluster(tmp_path) as c:
                 who = Identity.make()
                 hello = hello_by(who, "laptop", role="client", worker_ports=0)
-                lane = await knock(c.hub.path, hello.encode())
+                lane = await knock(c.hub.socket.path, hello.encode())
                 lane.write([who.prove(greeting(hello), await challenge_of(lane)).encode()])
                 assert (await said_by(lane) or NONE).kind is Kind.WELCOME
                 thief = replace(hello, features=frozenset(), resumes=True)
@@ -293,7 +293,7 @@ class TestAtTheHub:
         async def main() -> None:
             async with cluster(tmp_path) as c:
                 who = Identity.make()
-                lane = await knock(c.hub.path, hello_by(who).encode())
+                lane = await knock(c.hub.socket.path, hello_by(who).encode())
                 await challenge_of(lane)
                 assert await result(lane) == "hello_missing"
                 assert not c.hub.pending._challenged
@@ -304,7 +304,7 @@ class TestAtTheHub:
         async def main() -> None:
             with log_events() as log:
                 async with cluster(tmp_path) as c:
-                    lane = await knock(c.hub.path, hello_by(Identity.make()).encode())
+                    lane = await knock(c.hub.socket.path, hello_by(Identity.make()).encode())
                     await challenge_of(lane)
                     lane.write([encode(Kind.CLOSE, payload=b"it stops")])
                     assert await result(lane) == ""
@@ -322,7 +322,7 @@ class TestAtTheHub:
             async with cluster(tmp_path) as c:
                 lanes = []
                 for _ in range(20):
-                    lane = await knock(c.hub.path, hello_by(Identity.make()).encode())
+                    lane = await knock(c.hub.socket.path, hello_by(Identity.make()).encode())
                     await challenge_of(lane)
                     lanes.append(lane)
                 await until(lambda: sum(lane.closed.done() for lane in lanes) == 12)
@@ -342,7 +342,7 @@ class TestAtTheHub:
     def test_an_answer_that_is_none(self, tmp_path: Path, answer: bytes) -> None:
         async def main() -> None:
             async with cluster(tmp_path) as c:
-                lane = await knock(c.hub.path, hello_by(Identity.make()).encode())
+                lane = await knock(c.hub.socket.path, hello_by(Identity.make()).encode())
                 await challenge_of(lane)
                 lane.write([encode(Kind.PROOF, 0, 1, answer)])
                 assert await result(lane) == "hello_malformed"

@@ -18,6 +18,7 @@ from rayfwd.daemon import advertise, handover
 from rayfwd.daemon.cuts import Cuts
 from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.head_ports import HeadPorts
 from rayfwd.daemon.head_token import HeadToken
 from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.names import Names
@@ -38,7 +39,6 @@ from rayfwd.daemon.views import (
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
-from rayfwd.network.announced import PortNews
 from rayfwd.problems import ProblemError, Severity
 from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
@@ -71,11 +71,6 @@ from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
 
-FEW_NODES = 32
-"""Nodes up to which news of open ports are told at once, before the bytes that come behind them are
-passed on."""
-PORTS_GATHERED = 0.005
-"""Seconds in which they are gathered into one message where there are more."""
 FIND_SECONDS = 5.0
 """Seconds that the hub waits to learn Ray's version, so that the first worker hears all at once."""
 GATHER_SECONDS = 0.2
@@ -107,25 +102,7 @@ class HeadRole:
         """The session in which a worker was last sent how Ray is, and all conditions."""
         self._sent_versions: tuple[str | None, str | None] = (None, None)
         self._sent_ray: messages.HeadRay | None = None
-        self._reached: set[str] = set()
-        """The nodes whose links were up when that was looked at last."""
-        self._ports_of: dict[str, str] = {}
-        """The session in which a worker has said which ports are open."""
         self._cuts = Cuts()
-        self._port_news = PortNews()
-        self._ports_due: asyncio.TimerHandle | None = None
-        """When the workers are told of ports that have opened and closed."""
-        self._handlers = (
-            messages.Handlers[[str]]()
-            .on(messages.Ray, self._hear_ray)
-            .on(messages.Conditions, self._hear_conditions)
-            .on(messages.DialBack, self._hear_dial_back)
-            .on(messages.OpenPorts, self._hear_open_ports)
-            .on(messages.DialRefused, self._hear_dial_refused)
-            .on(messages.SayAgain, self._hear_say_again)
-            .on(messages.Leaving, self._hear_leaving)
-        )
-        """What a worker says, and its name."""
         self._node = node = Node(config, self, view, makers)
         self._hub = Hub(
             self,
@@ -136,6 +113,7 @@ class HeadRole:
             ride_through=config.ride_through,
             limits=Limits(),
         )
+        self._ports = HeadPorts(node, self._hub)
         self._names = Names(node, self._roster, self._hub.give_back, self._here)
         self._token = HeadToken(
             node,
@@ -153,6 +131,17 @@ class HeadRole:
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
         self._dashboard_watch = DashboardWatch(own, node.ray, node.board, node.way)
+        self._handlers = (
+            messages.Handlers[[str]]()
+            .on(messages.Ray, self._hear_ray)
+            .on(messages.Conditions, self._hear_conditions)
+            .on(messages.DialBack, self._hear_dial_back)
+            .on(messages.OpenPorts, self._ports.hear)
+            .on(messages.DialRefused, self._ports.hear_refused)
+            .on(messages.SayAgain, self._hear_say_again)
+            .on(messages.Leaving, self._hear_leaving)
+        )
+        """What a worker says, and its name."""
 
     @property
     def node(self) -> Node:
@@ -210,8 +199,7 @@ class HeadRole:
         """The workers see the hub close; their Ray waits for this one's for a while."""
 
     async def end(self) -> None:
-        if self._ports_due is not None:
-            self._ports_due.cancel()
+        self._ports.close()
         await self._dial_back.close()
         self._dialling.end()
         await self._hub.close("the head's rayfwd was stopped")
@@ -277,10 +265,10 @@ class HeadRole:
         return self._hub.muxes()
 
     def waiting(self) -> list[tuple[Target, SocketRelay]]:
-        return self._hub.waiting
+        return self._hub.router.waiting
 
     def stop_accepting(self) -> socket.socket | None:
-        return self._hub.stop_accepting()
+        return self._hub.socket.hand_over()
 
     def hand_over(self) -> Tree:
         hub = self._hub
@@ -288,15 +276,15 @@ class HeadRole:
         for meeting in self._meetings:
             meeting.close()
         self._gather_no_more()
-        return {"path": str(hub.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
+        return {"path": str(hub.socket.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
 
     def _inherit_socket(self, arrival: Arrival) -> None:
         """The hub's, where an earlier process listened in the place that is asked for now."""
-        path = self._hub.path
+        path = self._hub.socket.path
         if arrival.tree["sessions"]["path"] == str(path) and path.is_socket():
             listening = arrival.listening()
             if listening is not None:
-                self._hub.inherit(listening)
+                self._hub.socket.inherit(listening)
 
     def take_over(self, tree: Tree) -> None:
         for each in tree["nodes"]:
@@ -363,7 +351,7 @@ class HeadRole:
             self._node.exchange.drop(name)
         self._node.board.drop(gone, but=(LINK,))
         self._look_for_interruptions()
-        self._settle_ports()
+        self._ports.settle()
         if (plans := self._roster.plans()) is self.view.nodes:
             self.changed()
         else:
@@ -444,79 +432,20 @@ class HeadRole:
                 self._sent_in[node.plan.name] = node.session
                 if node.mux is not None:
                     node.mux.send_message(self._head_ray_message())
-                    for ports in self._port_news.whole():
+                    for ports in self._ports.whole():
                         node.mux.send_message(ports)
                     if conditions is not None:
                         node.mux.send_message(conditions)
 
-    # -- which ports are open -----------------------------------------------------------
-
-    def _hear_open_ports(self, message: messages.OpenPorts, node: str) -> None:
-        """Ports have opened and closed on a worker."""
-        self._begin_ports(node)
-        if self._node.announced.hear(node, message):
-            self._settle_ports()
-            self._node.ports_changed_elsewhere()
-
     def open_ports_changed(self) -> None:
-        self._settle_ports()
+        self._ports.settle()
 
     def dial_refused(self, node: str, port: int, count: int) -> None:
-        self._tell_refused(node, messages.DialRefused(self._own.name, port, count))
-
-    def _hear_dial_refused(self, message: messages.DialRefused, node: str) -> None:
-        """A worker has refused to its programs what they dialled of another node."""
-        if message.node == self._own.name:
-            self._node.hear_refused(node, message.port, message.count)
-        else:
-            self._tell_refused(message.node, replace(message, node=node))
-
-    def _tell_refused(self, name: str, message: messages.DialRefused) -> None:
-        node = self._hub.nodes.get(name)
-        if node is not None and node.mux is not None:
-            node.mux.send_message(message)
+        self._ports.dial_refused(node, port, count)
 
     def reaches(self, name: str) -> bool:
         node = self._hub.nodes.get(name)
         return node is not None and node.state == "up"
-
-    def _settle_ports(self) -> None:
-        """What is known of each node, for the workers. Of one whose link is not up nothing is: its
-        ports may open unseen."""
-        news, there = self._port_news, {self._own.name}
-        due = news.put(self._own.name, self._node.open_ports)
-        for name, node in self._hub.nodes.items():
-            self._begin_ports(name)
-            if node.state == "up":
-                there.add(name)
-                due |= news.put(name, self._node.announced.ports(name))
-        if news.keep(there) or due:
-            self._tell_ports_soon()
-        if there != self._reached:
-            self._reached = there
-            self._node.reach_others()
-
-    def _begin_ports(self, name: str) -> None:
-        """Nothing is known of a new session before it says something: its first words may come
-        sooner than word of itself, which is gathered."""
-        node = self._hub.nodes.get(name)
-        if node is not None and node.session != self._ports_of.get(name, ""):
-            self._ports_of[name] = node.session
-            self._node.announced.hear(name, None)
-
-    def _tell_ports_soon(self) -> None:
-        if len(self._hub.nodes) <= FEW_NODES:
-            self._tell_ports()
-        elif self._ports_due is None:
-            loop = asyncio.get_running_loop()
-            self._ports_due = loop.call_later(PORTS_GATHERED, self._tell_ports)
-
-    def _tell_ports(self) -> None:
-        if self._ports_due is not None:
-            self._ports_due.cancel()
-        self._ports_due = None
-        for message in self._port_news.news():
-            self._hub.tell_all(message)
 
     def _head_ray_message(self) -> messages.HeadRay:
         """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
@@ -569,7 +498,7 @@ class HeadRole:
     # -- as the node's owner -------------------------------------------------------------
 
     def route(self, target: Target, relay: SocketRelay) -> None:
-        self._hub.open(target, relay)
+        self._hub.router.open(target, relay)
 
     def peers(self) -> dict[str, Peer]:
         if self._cluster is None or self._node.ray.now.state != "up":
@@ -590,7 +519,7 @@ class HeadRole:
     # -- how it is -----------------------------------------------------------------------
 
     def link_stands(self) -> bool:
-        return self._hub.started
+        return self._hub.socket.started
 
     def link_findings(self) -> list[Finding]:
         found = []
@@ -656,5 +585,5 @@ class HeadRole:
             streams=streams_of(mux for mux, _ in links),
             bytes=volume_of(links),
             roster=roster_rows(self._roster.plans(), states, self._node.listeners),
-            refused=self._hub.refused_ports.last(),
+            refused=self._hub.router.refused.last(),
         )

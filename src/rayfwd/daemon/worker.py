@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -34,14 +33,13 @@ from rayfwd.daemon.views import (
     streams_of,
     volume_of,
 )
+from rayfwd.daemon.worker_ray import WorkerRay
 from rayfwd.direct.ways import DirectWays
 from rayfwd.network.announced import change_of
-from rayfwd.problems import Problem, ProblemError, Severity
-from rayfwd.ray import token
+from rayfwd.problems import Severity
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, ProtocolError, first_frame
 from rayfwd.session.handshake import (
@@ -84,9 +82,6 @@ log = get_logger(__name__)
 CLAIM_INTERVAL = 5.0
 """Seconds between two looks at whether a network that another cluster has here is free."""
 
-NOT_UP = frozenset({"waiting", "starting", "stopping", "failed"})
-"""Phases of the head's Ray in which it cannot be joined; the head says why, where that is news."""
-
 
 class WorkerRole:
     """A worker, as the runtime runs it. Owner of its node and of its link."""
@@ -102,8 +97,6 @@ class WorkerRole:
         self._sent_ray: messages.Ray | None = None
         self._sent_ports: frozenset[int] | None = None
         """Open ports of this node that the head knows of; None: it was told nothing."""
-        self._head_ray: str | None = None
-        """State of the head's Ray; None: not told, in this session or by an older head."""
         self._hub_features: frozenset[str] = frozenset()
         self._told_nodes: tuple[NodePlan, ...] = ()
         """Of the hub's plan, whether this node may listen for them or not."""
@@ -125,6 +118,7 @@ class WorkerRole:
         """What the hub says."""
         view = ClusterView(config.hub.network, config.ride_through)
         self._node = Node(config, self, view, makers)
+        self._ray = WorkerRay(self._node, self._advertise, self.link_stands)
         head = config.head
         carrier: Carrier | None = makers.carrier(head) if head.ssh else None
         self._awaited: Awaited | None = None
@@ -290,7 +284,7 @@ class WorkerRole:
             versions = Versions(welcome.ray, welcome.python)
         self._hub_features = welcome.features
         try:
-            auth = self._taken_auth(welcome.ray_auth)
+            auth = self._ray.take_token(welcome.ray_auth)
         except ValueError as exc:
             log.warning("message_malformed", cause=str(exc))
         if own != view.own:
@@ -353,14 +347,11 @@ class WorkerRole:
             self._set_view(replace(self._node.view, head_versions=versions))
 
     def _hear_head_ray(self, message: messages.HeadRay) -> None:
-        self._head_ray = message.phase
-        if message.phase == "up":
-            self._node.ray.set_head_start(message.start)
-        self._let_ray_start()
+        self._ray.hear(message)
         self.changed()
 
     def _hear_auth(self, message: messages.Auth) -> None:
-        auth = self._taken_auth(message.to_wire())
+        auth = self._ray.take_token(message.to_wire())
         self._set_view(replace(self._node.view, auth=auth))
 
     def _hear_conditions(self, message: messages.Conditions) -> None:
@@ -400,11 +391,11 @@ class WorkerRole:
         if self._link.mux is None:
             self._sent_ray = self._sent_ports = None  # a new session knows nothing of it
             self._node.announced.forget()
-            self._head_ray = None
+            self._ray.forget()
             self._node.exchange.begin_again()
             self._node.exchange.drop(HEAD)
         self._direct.news()
-        self._let_ray_start()
+        self._ray.let_start()
         if self._node.view.nodes:
             self._node.reach_others()
         self.changed()
@@ -412,75 +403,11 @@ class WorkerRole:
 
     # -- Ray -----------------------------------------------------------------------------
 
-    def _taken_auth(self, data: Mapping[str, Any] | None) -> RayAuth | None:
-        """Ray's token, which is kept, or that there is none; an older head does not say.
-
-        Raises ValueError.
-        """
-        config = self._node.config
-        if data is None or config.ray.auth == "off":
-            return None if data is None else RayAuth("off")
-        auth = RayAuth.from_wire(data)
-        if auth != self._node.view.auth:
-            before = token.kept_auth(config.state_dir)
-            try:
-                token.keep(auth, config.state_dir)
-            except ProblemError as exc:
-                log.error(
-                    exc.problem.code.event, cause=exc.problem.cause, remedy=exc.problem.remedy
-                )
-            token.provide(auth, config.home_environment(os.environ), config.state_dir, before)
-        return auth
-
-    async def _check_token(self) -> None:
-        """Raises ProblemError where the head's Ray would refuse this node's."""
-        view = self._node.view
-        if self._node.config.ray.auth == "token" and (view.auth is None or view.auth.mode == "off"):
-            raise codes.RAY_AUTH_DIFFERS.error(
-                'ray.auth = "token" on this node, and the head gives out no token',
-                'set ray.auth = "token" on the head, or "auto" here',
-            )
-        if view.head is not None:
-            env = self._node.ray.environment or {}
-            dashboard = self._node.way(view.head, view.head.services["dashboard"])
-            problem = await token.check(dashboard, env)
-            if problem is not None:
-                raise ProblemError(problem)
-
     async def before_start(self, own: NodePlan, install: RayInstall) -> None:
-        if (problem := self._node.network_problem()) is not None:
-            raise ProblemError(problem)
-        await self._node.overlay.made()
-        await self._check_token()
-        if own.advertised and self._node.config.ray.advertise_check:
-            await self._advertise.run(own)
-
-    def _let_ray_start(self) -> None:
-        """Ray gives up after half a minute where the head's does not answer: it waits for that.
-        And it is never started towards a stranger, who has one of the head's ports here."""
-        self._node.ray.set_link_up(
-            self.link_stands() and self._head_ray not in NOT_UP and not self._in_the_way()
-        )
-
-    def _in_the_way(self) -> Problem | None:
-        """What keeps from a service of the head's."""
-        head = self._node.view.head
-        if head is None:
-            return None
-        try:
-            for port in head.head_services.values():
-                self._node.way(head, port)
-        except ProblemError as exc:
-            return exc.problem
-        return None
+        await self._ray.before_start(own)
 
     def ray_waits(self) -> str:
-        if self._head_ray in NOT_UP:
-            return f"Ray on this node waits for the head's Ray, whose state is: {self._head_ray}"
-        waits = self._node.ray.now.state == "waiting"
-        if waits and (problem := self._in_the_way()) is not None:
-            return f"Ray on this node waits until it can reach the head's Ray: {problem.cause}"
-        return f"Ray is {self._node.ray.now.state}"
+        return self._ray.waits()
 
     # -- what the head is told -----------------------------------------------------------
 
@@ -502,7 +429,7 @@ class WorkerRole:
             mux.send_message(message)
 
     def changed(self) -> None:
-        self._let_ray_start()
+        self._ray.let_start()
         self._tell_head_of_ray()
         self._tell_open_ports()
         self._node.changed()
@@ -564,7 +491,7 @@ class WorkerRole:
         link, head = self._link, self._node.view.head
         if head is None or not self.link_stands() or self._node.ray.now.state != "up":
             return {}
-        if self._head_ray in NOT_UP:
+        if self._ray.heads_is_down:
             return {}
         return {head.name: Peer(head, (link.since, link.link_stats.cuts))}
 

@@ -5,7 +5,8 @@ the socket's peer credentials, which node it is by the key that the node shows. 
 no nodes, come the same way: they reach some ports of the head, and nobody reaches them.
 """
 
-from rayfwd.hub.hub import Hub, HubOffer, HubOwner
+from rayfwd.hub.hub import Hub
+from rayfwd.hub.offer import HubOffer, HubOwner
 from rayfwd.hub.peers import HubClient, HubNode
 
 __all__ = ["Hub", "HubClient", "HubNode", "HubOffer", "HubOwner"]
