@@ -170,7 +170,7 @@ def test_no_wait_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even when looking takes long."""
     monkeypatch.setattr(teller, "QUIET_SECONDS", 0.05)
     out = io.StringIO()
-    tell = teller.Teller(out)
+    tell = teller.Narrator(out)
     enough = asyncio.Event()
 
     def how() -> str:

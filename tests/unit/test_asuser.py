@@ -17,7 +17,7 @@ from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
 from rayfwd.system.asuser import (
-    Account,
+    SystemUser,
     ChildError,
     account_named,
     call,
@@ -31,7 +31,7 @@ NOBODY = account_named("nobody")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 
 
-def shell(account: Account, script: str, **options: Any) -> asuser.Finished:
+def shell(account: SystemUser, script: str, **options: Any) -> asuser.Finished:
     return run(account, ["/bin/sh", "-c", script], **{"timeout": 20.0, **options})
 
 
@@ -67,7 +67,7 @@ def test_another_users_interpreter_imports_nothing_from_where_it_is_told() -> No
     """By the command line, as a checkout may be closed to that user."""
     seen = {}
 
-    def fake(account: Account, argv: list[str], **_: Any) -> asuser.Finished:
+    def fake(account: SystemUser, argv: list[str], **_: Any) -> asuser.Finished:
         seen[account.name] = argv[1]
         return asuser.Finished(1, b"", b"")
 
@@ -140,7 +140,7 @@ def test_only_root_becomes_another() -> None:
 @needs_root
 def test_an_owner_that_no_database_knows(tmp_path: Path) -> None:
     os.chown(tmp_path, 54321, 54322)
-    assert whose(tmp_path) == Account("54321", 54321, 54322, (54322,), Path("/"))
+    assert whose(tmp_path) == SystemUser("54321", 54321, 54322, (54322,), Path("/"))
 
 
 # Functions that are called in the child, which imports this module.
@@ -230,7 +230,7 @@ def test_answers_that_are_none(answer: bytes, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_answer_in_pieces() -> None:
     seen: list[Any] = []
-    answers = asuser.Answers(seen.append)
+    answers = asuser.ChildOutput(seen.append)
     for byte in json.dumps({"emit": [1, 2]}).encode() + b'\n{"result": null}\n':
         answers.feed(bytes([byte]))
     assert (seen, answers.returned, answers.result) == ([[1, 2]], True, None)

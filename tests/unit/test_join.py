@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rayfwd.cli import MistakeError, _parser, chosen, connect, front, head, join
-from rayfwd.cli.front import Screen
+from rayfwd.cli.front import StatusLine
 from rayfwd.config import Config, load, parse
 from rayfwd.daemon.claim import MachineClaim, free_networks
 from rayfwd.daemon.lifetime import Lifetime
@@ -325,7 +325,7 @@ def test_the_line_below_the_log_changes_in_place(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "20")
     out = Terminal()
-    screen = Screen(out)
+    screen = StatusLine(out)
     screen.show("waiting")
     screen.write("an event\n")
     screen.show("ready: and more than there is room for")
@@ -340,7 +340,7 @@ def test_the_line_below_the_log_changes_in_place(monkeypatch: pytest.MonkeyPatch
 
 def test_where_there_is_no_terminal_there_is_no_line() -> None:
     out = io.StringIO()
-    screen = Screen(out)
+    screen = StatusLine(out)
     screen.show("waiting")
     screen.write("an event\n")
     assert out.getvalue() == "an event\n"

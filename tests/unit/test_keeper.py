@@ -16,7 +16,7 @@ from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.ray import procfs
 from rayfwd.ray.install import Versions
-from rayfwd.ray.launcher import OUTPUT, ByKeeper, Direct, Launcher, launcher_of
+from rayfwd.ray.launcher import OUTPUT, ByKeeper, DirectLauncher, Launcher, launcher_of
 from rayfwd.ray.process import RECORD, RayProcess
 
 ENV = {"PATH": os.defpath}
@@ -60,7 +60,7 @@ def start(script: str, state_dir: Path, launcher: Launcher) -> RayProcess:
 def test_started_and_its_end_is_known(
     by_keeper: bool, keeper: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    launcher = ByKeeper(tmp_path / "k.sock") if by_keeper else Direct()
+    launcher = ByKeeper(tmp_path / "k.sock") if by_keeper else DirectLauncher()
     process = start("echo $RAYFWD_NODE; echo wrong >&2; read x; exit 7", tmp_path, launcher)
     until(lambda: not process.alive(), "it ends: it has nothing to read")
     assert process.exit_code == 7
@@ -80,7 +80,7 @@ def test_whose_child_it_is(keeper: subprocess.Popen[bytes], tmp_path: Path) -> N
 
 
 def test_what_cannot_be_started(keeper: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    for launcher in (Direct(), ByKeeper(tmp_path / "k.sock")):
+    for launcher in (DirectLauncher(), ByKeeper(tmp_path / "k.sock")):
         with pytest.raises(FileNotFoundError):
             launcher.spawn(["/no/such/ray"], ENV, tmp_path)
         with pytest.raises(FileNotFoundError):
@@ -140,5 +140,5 @@ def test_a_keeper_that_is_not_there_or_does_not_answer(
 
 
 def test_the_environment_says_which() -> None:
-    assert isinstance(launcher_of({}), Direct)
+    assert isinstance(launcher_of({}), DirectLauncher)
     assert isinstance(launcher_of({"RAYFWD_KEEPER": "/x"}), ByKeeper)

@@ -12,7 +12,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.daemon.advertise import AdvertiseCheck, DialBack
+from rayfwd.daemon.advertise import AdvertiseCheck, DialBackAttempts
 from rayfwd.problems import ProblemError
 from rayfwd.session import messages
 from rayfwd.session.messages import Message
@@ -173,7 +173,7 @@ class Ends:
     def __init__(self, plan: NodePlan, can: bool = True, answers: bool = True) -> None:
         self.plan = plan
         self.heard: list[Message] = []
-        self.dial_back = DialBack()
+        self.dial_back = DialBackAttempts()
         self.answers = answers
         features = frozenset({"dial_back"}) if can else frozenset[str]()
         self.check = AdvertiseCheck(self.to_head, lambda: features)
@@ -259,13 +259,13 @@ def bad_requests() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize("request_", list(bad_requests()))
 def test_a_head_dials_nothing_but_the_nodes_own_ports(request_: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        DialBack().asked(PLAN, messages.DialBack.from_wire(request_), lambda message: True)
+        DialBackAttempts().asked(PLAN, messages.DialBack.from_wire(request_), lambda message: True)
 
 
 def test_a_head_dials_no_node_that_is_reached_through_the_link() -> None:
     plan = NodePlan("gpu-1", "worker", "127.77.0.2", 20046, 40)
     with pytest.raises(ValueError, match="advertises"):
-        DialBack().asked(plan, messages.DialBack.from_wire(GOOD), lambda message: True)
+        DialBackAttempts().asked(plan, messages.DialBack.from_wire(GOOD), lambda message: True)
 
 
 @pytest.mark.parametrize(

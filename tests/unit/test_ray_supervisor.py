@@ -23,7 +23,7 @@ from rayfwd.ray import process as process_module
 from rayfwd.ray import supervisor as supervisor_module
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.install import find as find_ray
-from rayfwd.ray.launcher import Direct
+from rayfwd.ray.launcher import DirectLauncher
 from rayfwd.ray.process import RayProcess, clean_lines
 from rayfwd.ray.supervisor import RaySupervisor, check_versions
 from rayfwd.system.coalesce import WAKE_INTERVAL
@@ -184,7 +184,7 @@ def test_what_hears_no_signal_is_killed_and_named(
             digest="",
             versions=Versions("2.60.0", "3.11.7"),
             command="",
-            launcher=Direct(),
+            launcher=DirectLauncher(),
         )
         seen: list[str] = []
         while "ready" not in seen:

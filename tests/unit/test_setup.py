@@ -22,11 +22,11 @@ from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.ray import token
 from rayfwd.setup import places, texts, units
-from rayfwd.setup.apply import Outcome, apply, take_away
+from rayfwd.setup.apply import Applied, apply, take_away
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.planner import plan
 from rayfwd.setup.request import MAN_PAGES, Layout, Role, SetupRequest, system_layout, user_layout
-from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, User, public_key
+from rayfwd.setup.steps import Directory, File, SystemGroup, Key, Symlink, Member, User, public_key
 from rayfwd.setup.survey import Survey, probe
 from rayfwd.system.paths import belongs_to_root
 
@@ -102,7 +102,7 @@ def test_when_init_chooses_a_token(
 def test_the_machines_service() -> None:
     layout = replace(system_layout(COMMAND, PYTHON), overlay=True)
     steps = plan(worker(), layout, units.shipped())
-    assert steps[:2] == (Group("rayfwd"), Member("ann", "rayfwd"))
+    assert steps[:2] == (SystemGroup("rayfwd"), Member("ann", "rayfwd"))
     assert steps[2] == Directory(Path("/etc/rayfwd"), "root", "rayfwd", 0o750)
     assert isinstance(steps[3], Key)
     assert (steps[3].path, steps[3].owner) == (Path("/etc/rayfwd/id_ed25519"), "ann")
@@ -151,7 +151,7 @@ def test_what_belongs_to_root(tmp_path: Path) -> None:
 def test_a_user_that_is_to_be_made_comes_after_its_group() -> None:
     wanted = replace(head(), user="rayfwd", home=Path("/var/lib/rayfwd"), user_is_new=True)
     steps = plan(wanted, system_layout(COMMAND, PYTHON), units.shipped())
-    assert steps[:2] == (Group("rayfwd"), User("rayfwd", wanted.home, "rayfwd"))
+    assert steps[:2] == (SystemGroup("rayfwd"), User("rayfwd", wanted.home, "rayfwd"))
     assert not any(isinstance(step, Key | Directory) for step in steps)
 
 
@@ -177,7 +177,7 @@ def test_the_machines_man_pages(pages: Path) -> None:
     man = Path("/usr/local/share/man")
     steps = plan(head(), layout, units.shipped())
     directories = [Directory(man / name, None, None, 0o755) for name in ("man1", "man5")]
-    links = [Link(man / page, pages / page) for page in MAN_PAGES]
+    links = [Symlink(man / page, pages / page) for page in MAN_PAGES]
     assert list(steps[-4:]) == [*directories, *links]
 
 
@@ -188,7 +188,7 @@ def test_a_users_man_pages_come_and_go(layout: Layout, home: Path, pages: Path) 
     assert outcome.changed == dry.changed, "each directory once"
     for page in MAN_PAGES:
         assert (home / ".local/share/man" / page).read_text() == ".TH RAYFWD"
-    assert make(worker(home), layout)[0] == Outcome((), ())
+    assert make(worker(home), layout)[0] == Applied((), ())
     take_away(Manifest(layout.manifest), layout, False, False, Told())
     assert tree(home) == {}
 
@@ -200,7 +200,7 @@ def test_another_environments_man_pages(layout: Layout, home: Path, pages: Path)
     other.unlink()
     other.symlink_to("/elsewhere")
     outcome, _ = make(worker(home), replace(layout, pages=pages))
-    assert outcome == Outcome((str(page),), (str(other),))
+    assert outcome == Applied((str(page),), (str(other),))
     assert page.read_text() == ".TH RAYFWD"
     told = Told()
     take_away(Manifest(layout.manifest), layout, False, False, told)
@@ -383,7 +383,7 @@ class Told:
         self.lines.append((came, thing))
 
 
-def make(wanted: SetupRequest, layout: Layout, dry: bool = False) -> tuple[Outcome, Told]:
+def make(wanted: SetupRequest, layout: Layout, dry: bool = False) -> tuple[Applied, Told]:
     told = Told()
     steps = plan(wanted, layout, units.shipped())
     return apply(steps, Manifest(layout.manifest), layout, dry, told), told
@@ -415,7 +415,7 @@ def test_made_once_and_taken_away_whole(layout: Layout, home: Path) -> None:
     load(layout.config)
     made = tree(home)
     again, told = make(worker(home), layout)
-    assert again == Outcome((), ())
+    assert again == Applied((), ())
     assert {came for came, _ in told.lines} == {"is there"}
     assert tree(home) == made
 
@@ -433,7 +433,7 @@ def test_what_was_edited_is_never_overwritten_nor_removed(layout: Layout, home: 
     edited = layout.config.read_text() + "num_cpus = 3\n"
     layout.config.write_text(edited)
     outcome, _ = make(replace(worker(home), name="other"), layout)
-    assert outcome == Outcome((), (str(layout.config),))
+    assert outcome == Applied((), (str(layout.config),))
     assert layout.config.read_text() == edited
     assert take_away(Manifest(layout.manifest), layout, False, False, Told()) == (
         str(layout.config),

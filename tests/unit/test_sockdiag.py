@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from rayfwd.network.open_ports import OpenPorts
+from rayfwd.network.open_ports import KernelPorts
 from rayfwd.session.target import Target
 from rayfwd.system import sockdiag
-from rayfwd.system.sockdiag import ListeningSocket, Owner, SockDiag
+from rayfwd.system.sockdiag import ListeningSocket, SocketOwner, SockDiag
 from tests.unit.cluster import free_place
 from tests.unit.other_user import NOBODY, OTHER, UIDS, child, needs_root
 
@@ -62,7 +62,7 @@ def diag() -> Iterator[SockDiag]:
     diag.close()
 
 
-def owner(diag: SockDiag, near: socket.socket) -> Owner | None:
+def owner(diag: SockDiag, near: socket.socket) -> SocketOwner | None:
     return diag.owner_of_peer(near.getsockname(), near.getpeername())
 
 
@@ -70,16 +70,16 @@ class TestWhoseAConnectionIs:
     @pytest.mark.parametrize("uid", UIDS)
     def test_the_user_who_dialled(self, diag: SockDiag, uid: int) -> None:
         with dialled("open", uid) as (near, inode):
-            assert owner(diag, near) == Owner(uid, inode)
+            assert owner(diag, near) == SocketOwner(uid, inode)
 
     def test_this_user(self, diag: SockDiag) -> None:
         with dialled("open") as (near, inode):
-            assert owner(diag, near) == Owner(os.geteuid(), inode)
+            assert owner(diag, near) == SocketOwner(os.geteuid(), inode)
 
     @pytest.mark.parametrize("how", ["mapped", "half"])
     def test_one_that_was_made_by_ipv6_or_is_half_closed(self, diag: SockDiag, how: str) -> None:
         with dialled(how) as (near, inode):
-            assert owner(diag, near) == Owner(os.geteuid(), inode)
+            assert owner(diag, near) == SocketOwner(os.geteuid(), inode)
 
     @pytest.mark.parametrize("uid", [None, pytest.param(NOBODY, marks=needs_root)])
     def test_nobodys_once_it_is_closed_though_its_bytes_are_there(
@@ -118,7 +118,7 @@ print(sockdiag.opened().owner_of_peer(*eval(sys.argv[1])))
             early = "from rayfwd.system import sockdiag; sockdiag.opened().close()"
             ends = (near.getsockname(), near.getpeername())
             with child(asked, repr(ends), uid=OTHER, first=early) as asker:
-                assert asker.says() == repr(Owner(NOBODY, inode))
+                assert asker.says() == repr(SocketOwner(NOBODY, inode))
 
     def test_it_takes_no_time(self, diag: SockDiag) -> None:
         """18 us were measured; the bound leaves room for a machine that is busy with other work,
@@ -206,15 +206,15 @@ def test_a_port_is_open_where_a_program_of_the_user_takes_the_connection(
     family: socket.AddressFamily,
 ) -> None:
     at = Target(*free_place())
-    ports = OpenPorts(os.geteuid(), ())
+    ports = KernelPorts(os.geteuid(), ())
     with socket.socket(family) as listener:
         assert not ports.has(at)
         listener.bind(("", at.port))  # all addresses; of IPv6 as gRPC does
         assert not ports.has(at), "it does not listen yet"
         listener.listen()
         assert ports.has(at)
-        assert not OpenPorts(os.geteuid(), [at.port]).has(at)
-        assert not OpenPorts(OTHER, ()).has(at)
+        assert not KernelPorts(os.geteuid(), [at.port]).has(at)
+        assert not KernelPorts(OTHER, ()).has(at)
 
 
 @needs_root
@@ -223,4 +223,4 @@ def test_a_port_is_not_open_where_another_user_would_take_the_connection() -> No
     at = Target(*free_place())
     with child(LISTEN, *at, uid=NOBODY) as other:
         other.says()
-        assert not OpenPorts(os.geteuid(), ()).has(at)
+        assert not KernelPorts(os.geteuid(), ()).has(at)

@@ -14,7 +14,7 @@ from rayfwd.config import Config, ConfigError, LogConfig, load
 from rayfwd.doctor import unit_checks
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser, logs
-from rayfwd.system.asuser import Account
+from rayfwd.system.asuser import SystemUser
 from rayfwd.system.paths import find_socket, named_clusters, running_config, usual_config
 
 
@@ -64,7 +64,7 @@ def load_as_owner(args: argparse.Namespace) -> Config:
     return config
 
 
-def service_account(path: Path, config: Config | None) -> Account | None:
+def service_account(path: Path, config: Config | None) -> SystemUser | None:
     """As root: on whose behalf that configuration is looked at; None: root's own.
 
     Raises ProblemError (directory_unusable, user_unknown).

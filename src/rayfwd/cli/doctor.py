@@ -28,7 +28,7 @@ from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
-from rayfwd.system.asuser import Account, ChildError, account_named
+from rayfwd.system.asuser import SystemUser, ChildError, account_named
 from rayfwd.system.logs import escaped
 
 DOCTOR_TIMEOUT = 300.0
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(
     path: Path,
     config: Config | None,
-    account: Account | None,
+    account: SystemUser | None,
     found: dict[str, Any],
     args: argparse.Namespace,
 ) -> str:
@@ -119,7 +119,7 @@ def load_if_valid(path: Path) -> Config | None:
         return None
 
 
-def rows_of(path: Path, account: Account | None, emit: Callable[[Row], None]) -> list[Row]:
+def rows_of(path: Path, account: SystemUser | None, emit: Callable[[Row], None]) -> list[Row]:
     """All rows; each is emitted as it comes. `account`: as whom, if not as oneself.
 
     Raises ProblemError (rayfwd_not_executable).
@@ -144,7 +144,7 @@ def _own_rows(path: Path, emit: Callable[[Row], None]) -> list[Row]:
     return [row]
 
 
-def _rows_as(path: Path, account: Account, emit: Callable[[Row], None]) -> list[Row]:
+def _rows_as(path: Path, account: SystemUser, emit: Callable[[Row], None]) -> list[Row]:
     """In a child that is that user."""
     found: list[Row] = []
 
@@ -167,7 +167,7 @@ def emit_rows(path: str, emit: Callable[[Any], None]) -> None:
     _own_rows(Path(path), lambda row: emit(row.to_wire()))
 
 
-def _account(asked: str | None, path: Path) -> tuple[Account | None, Config | None]:
+def _account(asked: str | None, path: Path) -> tuple[SystemUser | None, Config | None]:
     """As whom to look, if not as oneself; and the configuration, read as whose it is."""
     if os.geteuid() != 0:
         if asked is not None:
@@ -183,7 +183,7 @@ def _account(asked: str | None, path: Path) -> tuple[Account | None, Config | No
         raise MistakeError([f"rayfwd doctor: --user {asked}: there is no such user"]) from None
 
 
-def _load_as(owner: Account, path: Path) -> Config | None:
+def _load_as(owner: SystemUser, path: Path) -> Config | None:
     text = asuser.call(owner, report.text_of, {"path": str(path)}, timeout=READ_TIMEOUT)
     try:
         return None if text is None else parse(tomllib.loads(text), path)

@@ -118,7 +118,7 @@ def hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
 
 def _hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
     faulthandler.enable()
-    screen = Screen(sys.stderr)
+    screen = StatusLine(sys.stderr)
     logs.setup(config.log, stream=screen)  # type: ignore[arg-type]
     _say_of_logout(config)
     front = Terminal(config, screen, what_next)
@@ -149,7 +149,7 @@ def _say_of_logout(config: Config) -> None:
         )
 
 
-class Screen:
+class StatusLine:
     """A stream for the log that keeps a line below it, where it leads to a terminal."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -198,7 +198,7 @@ class Screen:
 class Terminal:
     """What whoever started it is told (a `Front`)."""
 
-    def __init__(self, config: Config, screen: Screen, what_next: Next) -> None:
+    def __init__(self, config: Config, screen: StatusLine, what_next: Next) -> None:
         self._config = config
         self._screen = screen
         self._what_next = what_next

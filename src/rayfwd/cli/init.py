@@ -35,7 +35,7 @@ from rayfwd.setup.request import (
 )
 from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
-from rayfwd.system.asuser import Account, account_named, account_of, own_account
+from rayfwd.system.asuser import SystemUser, account_named, account_of, own_account
 from rayfwd.system.users import NOBODY, named, who_else_logs_in
 from rayfwd.transport.ownssh import KEY_FILE
 
@@ -356,7 +356,7 @@ def _name_of(uid: int, path: str) -> str:
         raise MistakeError([f"rayfwd init: --user: {wrong}"]) from None
 
 
-def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
+def _person(asked: str | None, ray: str | None) -> tuple[SystemUser, bool]:
     """Who is to run it; and whether that user has to be made (then nobody looks instead)."""
     if os.geteuid() != 0:
         return own_account(), False
@@ -380,7 +380,7 @@ def _person(asked: str | None, ray: str | None) -> tuple[Account, bool]:
     except KeyError:
         nobody = pwd.getpwnam("nobody")
         home = Path("/var/lib/rayfwd")
-        return Account(name, nobody.pw_uid, nobody.pw_gid, (), home), True
+        return SystemUser(name, nobody.pw_uid, nobody.pw_gid, (), home), True
     person = account_of(found)
     # One that we have made stays one, so that a second run finds the same plan.
     return person, person.home == Path("/var/lib/rayfwd")

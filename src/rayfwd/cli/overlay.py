@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         # The service manager says how the keeper ended. What one that was killed has left is for
         # the next one, a second later: until then the way to other nodes stays shut.
         if os.environ.get("SERVICE_RESULT") not in {"signal", "core-dump", "oom-kill"}:
-            overlay.Overlay(args.interface).down()
+            overlay.OverlayMaker(args.interface).down()
         return OK
     try:
         owner = None if args.user is None else pwd.getpwnam(args.user).pw_uid

@@ -95,7 +95,7 @@ class AdvertiseCheck:
             answer.set_result(message.results)
 
 
-class DialBack:
+class DialBackAttempts:
     """Of a head. Owns one attempt a node; a newer one takes its place."""
 
     def __init__(self) -> None:

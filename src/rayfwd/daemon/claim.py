@@ -11,7 +11,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.system import network_lock
 from rayfwd.system.logs import get_logger
-from rayfwd.system.network_lock import Holder, NetworkLock, holders_of, overlapping
+from rayfwd.system.network_lock import NetworkHolder, NetworkLock, holders_of, overlapping
 
 log = get_logger(__name__)
 
@@ -67,7 +67,7 @@ class MachineClaim:
             log.error(problem.code.event, cause=problem.cause, remedy=problem.remedy)
         return False
 
-    def _name_others(self, network: str, holders: Sequence[Holder]) -> None:
+    def _name_others(self, network: str, holders: Sequence[NetworkHolder]) -> None:
         """Other users say that they have it, which anybody may: where it is so, the ports that both
         want are taken, and each says whose they are."""
         for holder in holders[:MOST_NAMED]:

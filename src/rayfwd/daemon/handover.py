@@ -29,7 +29,7 @@ from rayfwd.system.tcp import reset_on_close
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux
-from rayfwd.transport.relay import Held, SocketRelay
+from rayfwd.transport.relay import HeldConnection, SocketRelay
 
 log = get_logger(__name__)
 
@@ -71,7 +71,7 @@ class Holder(Protocol):
         """Once the sessions are there: join streams that are joined to each other."""
 
 
-class Leaving:
+class Departure:
     """What is handed over, as it is put together."""
 
     def __init__(self, role: str, name: str) -> None:
@@ -115,7 +115,7 @@ class Leaving:
         last = [relay.held for relay in rest]
         self.tree["finishing"] = [[self._of(held), held.data] for held in last]
 
-    def _of(self, held: Held) -> int | None:
+    def _of(self, held: HeldConnection) -> int | None:
         return None if held.descriptor is None else self.add(held.descriptor)
 
 
@@ -124,7 +124,7 @@ async def leave(holder: Holder, role: str, name: str) -> Packed:
 
     Nothing of the holder's works afterwards, whether this succeeds or not.
     """
-    leaving = Leaving(role, name)
+    leaving = Departure(role, name)
     relays: set[SocketRelay] = set()
     with contextlib.ExitStack() as stack:
         try:

@@ -90,7 +90,7 @@ class HeadRole:
         self._cluster: ClusterReport | None = None
         self._cluster_told: Told | None = None
         self._workers_ray: dict[str, RayOfWorker] = {}
-        self._dial_back = advertise.DialBack()
+        self._dial_back = advertise.DialBackAttempts()
         self._interruptions = Interruptions(time.time())
         self._hub_news = False
         """The hub has changed since it was seen to."""

@@ -24,7 +24,7 @@ from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.announced import Announced
 from rayfwd.network.dials import Dials
 from rayfwd.network.manager import Overlay, Wanted
-from rayfwd.network.open_ports import Listening, OpenPorts, OpenPortsWatch, listening
+from rayfwd.network.open_ports import Listening, KernelPorts, OpenPortsWatch, listening
 from rayfwd.network.ruleset import LOWEST_PORT, PortRange, port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
@@ -181,7 +181,7 @@ class Node:
         self.canary = Canary(config.canary, config.ray, name, self.board, self)
         self.announced = Announced()
         """What other nodes say to be open."""
-        self._may_be_dialled = OpenPorts(os.geteuid(), config.network.deny)
+        self._may_be_dialled = KernelPorts(os.geteuid(), config.network.deny)
         self._open_ports = OpenPortsWatch(
             makers.listening,
             os.geteuid(),

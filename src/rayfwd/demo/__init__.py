@@ -18,7 +18,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.demo.story import Story
-from rayfwd.demo.teller import StepFailedError, Teller
+from rayfwd.demo.teller import StepFailedError, Narrator
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.system.logs import escaped
@@ -65,7 +65,7 @@ async def _run(ray: str, keep: bool) -> int:
 
 
 async def _in_a_folder(ray: str, keep: bool) -> int:
-    teller = Teller(sys.stdout)
+    teller = Narrator(sys.stdout)
     install = await _find_ray(ray)
     teller.plain(
         "rayfwd demo: a head and a walled-in worker on this machine, real Ray "
@@ -93,7 +93,7 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
     return 0
 
 
-async def _tell(story: Story, teller: Teller) -> bool:
+async def _tell(story: Story, teller: Narrator) -> bool:
     """False: a step failed, which was reported."""
     try:
         await story.tell()
@@ -117,7 +117,7 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-def _report(exc: Exception, teller: Teller, logs: Iterable[tuple[str, Path]]) -> None:
+def _report(exc: Exception, teller: Narrator, logs: Iterable[tuple[str, Path]]) -> None:
     """Which step failed, and the ends of the logs."""
     teller.plain(f"\nThe demo failed after {teller.seconds:.0f} s. Step: {teller.step}")
     teller.plain(f"  {exc}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli_w
 
-from rayfwd.demo.machine import Machine
+from rayfwd.demo.machine import DemoMachine
 from rayfwd.ray.install import RayInstall
 from rayfwd.status import Link, Status
 from rayfwd.system.control import ask
@@ -37,7 +37,7 @@ _NOT_OURS_EITHER = frozenset(
 class Daemon:
     """A `rayfwd run` in a machine of the demo."""
 
-    def __init__(self, machine: Machine, config: Mapping[str, Any]) -> None:
+    def __init__(self, machine: DemoMachine, config: Mapping[str, Any]) -> None:
         """`config` as the file has it; the directories are filled in."""
         folder = machine.folder
         self.machine = machine
@@ -83,7 +83,7 @@ class Daemon:
         self.machine.signal(_DAEMON, signal.SIGTERM)
 
 
-def environment(machine: Machine, caller: Mapping[str, str]) -> dict[str, str]:
+def environment(machine: DemoMachine, caller: Mapping[str, str]) -> dict[str, str]:
     """The caller's variables for a process in the machine, with a home directory of its own.
 
     There, no key, token or configuration of the caller is found by accident.

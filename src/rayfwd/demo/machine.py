@@ -28,7 +28,7 @@ _INIT = Path(__file__).with_name("machine_init.py")
 _SETTINGS = Path("/proc/sys")
 
 
-class Machine:
+class DemoMachine:
     """One machine. `close` ends everything in it; so does the death of this process."""
 
     def __init__(self, name: str, folder: Path, keep: Sequence[Path], shm: str) -> None:

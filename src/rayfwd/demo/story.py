@@ -19,9 +19,9 @@ from rayfwd.demo.daemons import (
     environment,
     needed_paths,
 )
-from rayfwd.demo.machine import Machine
+from rayfwd.demo.machine import DemoMachine
 from rayfwd.demo.sshserver import ALIAS, SSHServer
-from rayfwd.demo.teller import StepFailedError, Teller
+from rayfwd.demo.teller import StepFailedError, Narrator
 from rayfwd.problems import ProblemError
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall
@@ -41,7 +41,7 @@ _JOB = Path(__file__).with_name("job.py")
 
 
 @dataclass(slots=True)
-class Outcome:
+class Numbers:
     """The numbers for the last words."""
 
     ray: str = ""
@@ -56,13 +56,13 @@ class Outcome:
 class Story:
     """One run of the demo. `close` ends and removes everything, whatever state it is in."""
 
-    def __init__(self, folder: Path, ray: RayInstall, teller: Teller) -> None:
+    def __init__(self, folder: Path, ray: RayInstall, teller: Narrator) -> None:
         keep = needed_paths(folder, ray)
         shm = f"{OBJECT_STORE // 1_000_000 + 100}m"
         self._folder = folder
         self._ray = ray
         self._tell = teller
-        machines = [Machine(name, folder / name, keep, shm) for name in ("head", "worker")]
+        machines = [DemoMachine(name, folder / name, keep, shm) for name in ("head", "worker")]
         settings = {
             "command": ray.command,
             "num_cpus": 1,
@@ -82,7 +82,7 @@ class Story:
         }
         self._worker = Daemon(machines[1], {"role": "worker", "head": head, "ray": settings})
         self._job = Job(self._head.machine, folder, ray)
-        self._outcome = Outcome(ray=ray.versions.ray)
+        self._outcome = Numbers(ray=ray.versions.ray)
 
     async def tell(self) -> None:
         """All of it. Raises StepFailedError or ProblemError."""
@@ -320,7 +320,7 @@ class Story:
             await self._wait_empty(daemon.machine)
             self._tell.say(f"{daemon.machine.name}: ended in {seconds:.1f} s, no process is left")
 
-    async def _wait_empty(self, machine: Machine) -> None:
+    async def _wait_empty(self, machine: DemoMachine) -> None:
         """A process may need a moment to be gone once it has been told to."""
         left: list[str] = []
 
@@ -368,7 +368,7 @@ class Story:
 class Job:
     """The driver on the head (`job.py`), and what it has said so far."""
 
-    def __init__(self, machine: Machine, folder: Path, ray: RayInstall) -> None:
+    def __init__(self, machine: DemoMachine, folder: Path, ray: RayInstall) -> None:
         self.log = folder / "job.log"
         self.objects: list[dict[str, Any]] = []
         self.done: dict[str, int] = {}

@@ -16,7 +16,7 @@ class StepFailedError(Exception):
     """A step of the demo did not come out as it should; the text says what was seen instead."""
 
 
-class Teller:
+class Narrator:
     """Writes to a terminal or a file, a line at a time."""
 
     def __init__(self, out: TextIO) -> None:

@@ -62,7 +62,7 @@ async def greeting(host: str, port: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class UsableLimits:
     """What may be used, and whose limits they are."""
 
     whose: str
@@ -74,7 +74,7 @@ class Limits:
     """How many of them there are."""
 
 
-def limits(pid: int | None, ray: int | None = None) -> Limits:
+def limits(pid: int | None, ray: int | None = None) -> UsableLimits:
     """Of the daemon, or of this process where there is none or it may not be looked at.
 
     `ray` is the process id of Ray, which may run in a service of its own: its processes count.
@@ -99,7 +99,7 @@ def limits(pid: int | None, ray: int | None = None) -> Limits:
         if tightest is None or limit - running < tightest[0] - tightest[1]:
             tightest = (limit, running)
     threads, running = tightest if tightest is not None else (None, 0)
-    return Limits(whose, descriptors, threads, running)
+    return UsableLimits(whose, descriptors, threads, running)
 
 
 def _threads(uid: int) -> int:

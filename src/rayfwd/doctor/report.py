@@ -26,7 +26,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.ray import procfs, token
 from rayfwd.ray.launcher import OUTPUT
 from rayfwd.system import asuser
-from rayfwd.system.asuser import Account
+from rayfwd.system.asuser import SystemUser
 from rayfwd.system.control import ask
 from rayfwd.system.files import read_regular
 from rayfwd.system.paths import default_state_dir
@@ -88,7 +88,7 @@ def compose(
     env: Mapping[str, str],
     found: Mapping[str, Any],
     logs: Logs,
-    account: Account | None = None,
+    account: SystemUser | None = None,
 ) -> str:
     """The whole text. `path` is the configuration's, `found` the doctor's document.
 
@@ -141,7 +141,7 @@ def _data(text: str | None) -> dict[str, Any] | None:
         return None
 
 
-def _kept(path: Path, state_dir: Path, account: Account | None) -> dict[str, Any]:
+def _kept(path: Path, state_dir: Path, account: SystemUser | None) -> dict[str, Any]:
     """What the service's own files hold, read as the service's user."""
     asked = {"configuration": str(path), "state_dir": str(state_dir)}
     if account is None or account.is_own:

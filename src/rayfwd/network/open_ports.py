@@ -1,6 +1,6 @@
 """Which ports of this machine other nodes may dial besides the plan's: what Ray's user has open.
 
-`OpenPorts` is asked at each connection, `OpenPortsWatch` looks every so often, so that the others
+`KernelPorts` is asked at each connection, `OpenPortsWatch` looks every so often, so that the others
 can be told.
 """
 
@@ -40,7 +40,7 @@ Listening = Callable[[str], Iterable[ListeningSocket]]
 """The TCP sockets that listen on an address or on all. Raises OSError."""
 
 
-class OpenPorts:
+class KernelPorts:
     """Asks the kernel at each connection: a program may have begun to listen a moment ago."""
 
     def __init__(self, uid: int, deny: Collection[int]) -> None:

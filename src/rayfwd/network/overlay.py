@@ -131,7 +131,7 @@ def check_tools() -> None:
         ) from exc
 
 
-class Overlay:
+class OverlayMaker:
     """Makes an overlay and removes it. What it makes of nftables is its own where that can be."""
 
     def __init__(self, interface: str) -> None:

@@ -63,7 +63,7 @@ class OverlayKeeper:
         self._owner = owner
         self._networks = (*NETWORKS, *networks)
         self._until_eof = until_eof
-        self._overlay = overlay.Overlay(interface)
+        self._overlay = overlay.OverlayMaker(interface)
         self._rules: Rules | None = None
         self._turn = asyncio.Lock()
         self._stop = asyncio.Event()

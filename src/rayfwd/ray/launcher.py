@@ -55,7 +55,7 @@ class Launcher(Protocol):
 def launcher_of(env: Mapping[str, str]) -> Launcher:
     """The one that this environment names."""
     path = env.get(KEEPER)
-    return ByKeeper(Path(path)) if path else Direct()
+    return ByKeeper(Path(path)) if path else DirectLauncher()
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
@@ -80,7 +80,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str], state_dir: Path) -> int:
         os.close(output)
 
 
-class Direct:
+class DirectLauncher:
     """Ray is the daemon's own child."""
 
     log = None

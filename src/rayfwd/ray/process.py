@@ -27,7 +27,7 @@ from typing import Any
 from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
-from rayfwd.ray.launcher import OUTPUT, Direct, Launcher
+from rayfwd.ray.launcher import OUTPUT, DirectLauncher, Launcher
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 
@@ -66,7 +66,7 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RayRecord:
     """What `ray.json` holds."""
 
     token: str
@@ -88,7 +88,7 @@ class Record:
     """Of a worker: which start of the head's Ray it joined; None: not known."""
 
     @classmethod
-    def from_wire(cls, data: Any) -> Record:
+    def from_wire(cls, data: Any) -> RayRecord:
         """Raises ValueError for what is not a record."""
         try:
             return cls(
@@ -112,7 +112,7 @@ class Record:
 class RayProcess:
     """Our own `ray start` and all that came of it. Not safe to share between tasks."""
 
-    def __init__(self, state_dir: Path, record: Record, launcher: Launcher) -> None:
+    def __init__(self, state_dir: Path, record: RayRecord, launcher: Launcher) -> None:
         self._state_dir = state_dir
         self._launcher = launcher
         self.record = record
@@ -147,7 +147,7 @@ class RayProcess:
         There is no pause in it, so a task that is cancelled has started either nothing or all.
         """
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        record = Record(
+        record = RayRecord(
             token=secrets.token_hex(12),
             digest=digest,
             ray=versions.ray,
@@ -170,7 +170,7 @@ class RayProcess:
     def recover(cls, state_dir: Path, launcher: Launcher | None = None) -> RayProcess | None:
         """What an earlier daemon left: the Ray of its record, which may be dead or half dead."""
         try:
-            record = Record.from_wire(json.loads((state_dir / RECORD).read_text()))
+            record = RayRecord.from_wire(json.loads((state_dir / RECORD).read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -180,7 +180,7 @@ class RayProcess:
         if record.boot != _boot_id():
             (state_dir / RECORD).unlink(missing_ok=True)
             return None
-        process = cls(state_dir, record, launcher or Direct())
+        process = cls(state_dir, record, launcher or DirectLauncher())
         process.find_daemons()
         return process
 
@@ -368,5 +368,5 @@ def _boot_id() -> str:
         return ""
 
 
-def _write(path: Path, record: Record) -> None:
+def _write(path: Path, record: RayRecord) -> None:
     replace_file(path, json.dumps(asdict(record)).encode())

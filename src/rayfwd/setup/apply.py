@@ -26,7 +26,7 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Applied:
     """Of a whole plan."""
 
     changed: tuple[str, ...]
@@ -37,7 +37,7 @@ class Outcome:
 
 def apply(
     steps: Sequence[Step], manifest: Manifest, layout: Layout, dry: bool, report: Report
-) -> Outcome:
+) -> Applied:
     """Make what is not there. `dry` changes nothing. Raises ProblemError; what is done stays."""
     changed: list[str] = []
     kept: list[str] = []
@@ -60,7 +60,7 @@ def apply(
         if not dry:
             command([*manager(layout), "daemon-reload"])
         report("to do" if dry else "done", " ".join([*manager(layout), "daemon-reload"]))
-    return Outcome(tuple(changed), tuple(kept))
+    return Applied(tuple(changed), tuple(kept))
 
 
 def take_away(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rayfwd.setup import texts
 from rayfwd.setup.request import GROUP, MAN_PAGES, Layout, SetupRequest
-from rayfwd.setup.steps import Directory, File, Group, Key, Link, Member, Step, User
+from rayfwd.setup.steps import Directory, File, SystemGroup, Key, Symlink, Member, Step, User
 
 
 def plan(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> tuple[Step, ...]:
@@ -23,7 +23,7 @@ def plan(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> tup
 
 
 def _system(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> list[Step]:
-    steps: list[Step] = [Group(GROUP)]
+    steps: list[Step] = [SystemGroup(GROUP)]
     if request.user_is_new:
         steps.append(User(request.user, request.home, GROUP))
     else:
@@ -81,7 +81,7 @@ def _units(
 def _pages(layout: Layout, below: Path, mode: int) -> list[Step]:
     if layout.pages is None:
         return []
-    links = [Link(layout.man / page, layout.pages / page) for page in MAN_PAGES]
+    links = [Symlink(layout.man / page, layout.pages / page) for page in MAN_PAGES]
     missing = _with_parents([link.path.parent for link in links], below)
     # Whoever's these directories are: what is in them is only read, and by man.
     return [*(Directory(path, None, None, mode) for path in missing), *links]

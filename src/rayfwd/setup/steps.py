@@ -61,7 +61,7 @@ def group_id(name: str | None) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class SystemGroup:
     """A system group."""
 
     name: str
@@ -237,7 +237,7 @@ def _public(path: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Symlink:
     """A symbolic link. Whatever else is in its place is left there."""
 
     path: Path

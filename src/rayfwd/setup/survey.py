@@ -17,7 +17,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, token
 from rayfwd.setup.steps import public_key
 from rayfwd.system import asuser
-from rayfwd.system.asuser import Account
+from rayfwd.system.asuser import SystemUser
 from rayfwd.transport.ssh import SshConnector
 
 SURVEY_TIMEOUT = 90.0
@@ -48,7 +48,7 @@ class Survey:
 
 
 def survey(
-    account: Account, ray: str | None, head: str | None, identity: Path | None, fetch: bool
+    account: SystemUser, ray: str | None, head: str | None, identity: Path | None, fetch: bool
 ) -> Survey:
     """Look as `account`. `fetch`: have the head show its host key.
 

@@ -40,7 +40,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class SystemUser:
     """A user of this machine."""
 
     name: str
@@ -75,31 +75,31 @@ class ChildError(Exception):
     """A child could not be started, did not end in time, or wrote what nobody can take."""
 
 
-def account_named(name: str) -> Account:
+def account_named(name: str) -> SystemUser:
     """Raises KeyError where there is no such user."""
     return account_of(pwd.getpwnam(name))
 
 
-def account_of(entry: pwd.struct_passwd) -> Account:
+def account_of(entry: pwd.struct_passwd) -> SystemUser:
     """Of an entry of the user database."""
     groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, Path(entry.pw_dir))
+    return SystemUser(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, Path(entry.pw_dir))
 
 
-def own_account() -> Account:
+def own_account() -> SystemUser:
     """Who this process is."""
     return _with_uid(os.geteuid(), os.getegid())
 
 
-def _with_uid(uid: int, gid: int) -> Account:
+def _with_uid(uid: int, gid: int) -> SystemUser:
     """`gid` where the user database does not know that user."""
     try:
         return account_of(pwd.getpwuid(uid))
     except KeyError:
-        return Account(str(uid), uid, gid, (gid,), Path("/"))
+        return SystemUser(str(uid), uid, gid, (gid,), Path("/"))
 
 
-def whose(path: Path) -> Account | None:
+def whose(path: Path) -> SystemUser | None:
     """Who, other than root, has a say about `path`; None: nobody.
 
     Raises ProblemError (directory_unusable) where anybody has.
@@ -115,7 +115,7 @@ def whose(path: Path) -> Account | None:
     return _with_uid(found.uid, found.path.lstat().st_gid)
 
 
-def become(account: Account) -> None:
+def become(account: SystemUser) -> None:
     """Be `account` from now on: there is no way back to root.
 
     The environment is a child's, but for what says how to write on this terminal. Raises OSError,
@@ -143,7 +143,7 @@ def check_roots(path: Path) -> None:
         raise PermissionError(f"root does not run it: {found}")
 
 
-def environment(account: Account) -> dict[str, str]:
+def environment(account: SystemUser) -> dict[str, str]:
     """What a child that is `account` has for an environment."""
     env = {"HOME": str(account.home), "USER": account.name, "LOGNAME": account.name}
     env |= {"PATH": _PATH, "LC_ALL": "C.UTF-8"}
@@ -155,7 +155,7 @@ def environment(account: Account) -> dict[str, str]:
 
 
 def run(
-    account: Account,
+    account: SystemUser,
     argv: Sequence[str],
     *,
     timeout: float,
@@ -211,7 +211,7 @@ def run(
 
 
 def call(
-    account: Account,
+    account: SystemUser,
     function: Callable[..., Any],
     arguments: Mapping[str, Any],
     *,
@@ -233,7 +233,7 @@ def call(
     alone = "-P" if account.is_own else "-I"
     argv = [sys.executable, alone, "-m", "rayfwd.system.asuser", name]
     asked = {"arguments": dict(arguments), "emit": emit is not None}
-    answers = Answers(emit)
+    answers = ChildOutput(emit)
     try:
         done = run(
             account,
@@ -252,14 +252,14 @@ def call(
     return answers.result
 
 
-def _not_executable(account: Account, cause: str) -> ProblemError:
+def _not_executable(account: SystemUser, cause: str) -> ProblemError:
     return codes.RAYFWD_NOT_EXECUTABLE.error(
         f"user {account.name} cannot run {sys.executable}: {cause}",
         "install rayfwd where that user can read it, for example in /opt/rayfwd",
     )
 
 
-class Answers:
+class ChildOutput:
     """A called child's standard output: a line of JSON for each thing emitted, then the result."""
 
     def __init__(self, emit: Callable[[Any], None] | None) -> None:

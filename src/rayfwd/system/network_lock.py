@@ -36,7 +36,7 @@ taken in."""
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class NetworkHolder:
     """Who has a network."""
 
     network: str
@@ -83,19 +83,19 @@ class NetworkLock:
         self._socket.close()
 
 
-def holders_of(network: str) -> list[Holder]:
+def holders_of(network: str) -> list[NetworkHolder]:
     """Who has a network that overlaps this one, those that count first."""
     return overlapping(network, holders())
 
 
-def overlapping(network: str, among: Iterable[Holder]) -> list[Holder]:
+def overlapping(network: str, among: Iterable[NetworkHolder]) -> list[NetworkHolder]:
     """Those of them who have a network that overlaps this one, those that count first."""
     wanted = ipaddress.IPv4Network(network)
     found = [holder for holder in among if ipaddress.IPv4Network(holder.network).overlaps(wanted)]
     return sorted(found, key=lambda holder: not holder.counts)
 
 
-def holders() -> list[Holder]:
+def holders() -> list[NetworkHolder]:
     """Of every network."""
     try:
         with closing(SockDiag()) as diag:
@@ -129,7 +129,7 @@ def _maker_of(name: bytes) -> int | None:
         return peer_credentials(probe)[1]
 
 
-def _holder(sock: UnixListener) -> Holder | None:
+def _holder(sock: UnixListener) -> NetworkHolder | None:
     """None: it is for something else."""
     said = _NAME.fullmatch(sock.name)
     if said is None:
@@ -139,4 +139,4 @@ def _holder(sock: UnixListener) -> Holder | None:
     except ValueError:
         return None
     uid = _maker_of(sock.name) if sock.uid is None else sock.uid
-    return Holder(str(network), uid, sock.inode)
+    return NetworkHolder(str(network), uid, sock.inode)

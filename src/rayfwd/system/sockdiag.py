@@ -56,7 +56,7 @@ _MOST = 1 << 16
 """Bytes of one message of a dump; the kernel fits them to what is asked for."""
 
 
-class Owner(NamedTuple):
+class SocketOwner(NamedTuple):
     """Whose a socket is."""
 
     uid: int
@@ -105,7 +105,7 @@ class SockDiag:
     def close(self) -> None:
         self._sock.close()
 
-    def owner_of_peer(self, own: Address, peer: Address) -> Owner | None:
+    def owner_of_peer(self, own: Address, peer: Address) -> SocketOwner | None:
         """Who has the other end of the connection whose ends are these, both on this machine.
 
         None: nobody any more. A socket that its program has closed lives on in the kernel until its
@@ -117,17 +117,17 @@ class SockDiag:
         state, owner = self._find(peer, own)
         return owner if state != _TCP_LISTEN else None
 
-    def owner_of_listener(self, at: Address) -> Owner | None:
+    def owner_of_listener(self, at: Address) -> SocketOwner | None:
         """Who takes connections to `at`, which is on this machine; None: nobody. Raises OSError."""
         state, owner = self._find(at, (at[0], 0))
         return owner if state == _TCP_LISTEN else None
 
-    def _find(self, near: Address, far: Address) -> tuple[int, Owner | None]:
+    def _find(self, near: Address, far: Address) -> tuple[int, SocketOwner | None]:
         """State and owner of the socket that takes what `far` sends to `near`. Raises OSError."""
         wanted = _ID.pack(near[1], far[1], _packed(near[0]), _packed(far[0]), b"", _ANY_COOKIE)
         for message in self._ask(socket.AF_INET, _ANY_STATE, wanted, 0):
             _, state, *_, uid, inode = _MESSAGE.unpack_from(message)
-            return state, Owner(uid, inode) if inode else None
+            return state, SocketOwner(uid, inode) if inode else None
         return 0, None
 
     def listening(self, at: str | None = None) -> list[ListeningSocket]:
@@ -272,15 +272,15 @@ def programs(inodes: Collection[int]) -> dict[int, Program]:
     return found
 
 
-class Holder(NamedTuple):
+class PortHolder(NamedTuple):
     """Who listens where somebody else would."""
 
-    owner: Owner
+    owner: SocketOwner
     program: Program | None
     """None: it cannot be seen, as it is another user's."""
 
 
-def holders(places: Collection[Address], before: Mapping[Address, Holder]) -> dict[Address, Holder]:
+def holders(places: Collection[Address], before: Mapping[Address, PortHolder]) -> dict[Address, PortHolder]:
     """Who listens at these places; `before` is the last answer, from which programs are known.
 
     Places of which the kernel does not tell are left out. Blocks for milliseconds.
@@ -294,17 +294,17 @@ def holders(places: Collection[Address], before: Mapping[Address, Holder]) -> di
     for at in places:
         for sock in listening:
             if sock.takes(at):
-                found[at] = Owner(sock.uid, sock.inode)
+                found[at] = SocketOwner(sock.uid, sock.inode)
                 break
     news = [owner.inode for at, owner in found.items() if _known(before, at, owner) is None]
     seen = programs(news)
     return {
-        at: _known(before, at, owner) or Holder(owner, seen.get(owner.inode))
+        at: _known(before, at, owner) or PortHolder(owner, seen.get(owner.inode))
         for at, owner in found.items()
     }
 
 
-def _known(before: Mapping[Address, Holder], at: Address, owner: Owner) -> Holder | None:
+def _known(before: Mapping[Address, PortHolder], at: Address, owner: SocketOwner) -> PortHolder | None:
     known = before.get(at)
     return known if known is not None and known.owner == owner else None
 

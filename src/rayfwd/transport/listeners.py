@@ -17,7 +17,7 @@ from rayfwd.session.target import Target
 from rayfwd.system import descriptors, sockdiag
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
-from rayfwd.system.sockdiag import Address, Holder
+from rayfwd.system.sockdiag import Address, PortHolder
 from rayfwd.system.users import user_name
 from rayfwd.transport.acceptor import Acceptor
 from rayfwd.transport.admission import Admission
@@ -74,7 +74,7 @@ class Listeners:
         """Those of them that stand for a port on which another node's program listens for now."""
         self._open: dict[Target, socket.socket] = {}
         self._blocked: dict[Target, Problem] = {}
-        self._holders: dict[Address, Holder] = {}
+        self._holders: dict[Address, PortHolder] = {}
         """Who has the ports of those that are blocked."""
         self.keep: Callable[[Collection[socket.socket]], None] = lambda _: None
         """Called with the sockets of all, when they have changed: somebody else holds them, too."""
@@ -315,7 +315,7 @@ def _end(sock: socket.socket) -> None:
     sock.close()
 
 
-def said_of(holder: Holder | None) -> str:
+def said_of(holder: PortHolder | None) -> str:
     """Who it is, as ` by user …`; empty: not known."""
     if holder is None:
         return ""
@@ -325,7 +325,7 @@ def said_of(holder: Holder | None) -> str:
 
 
 def why_blocked(
-    listen: Target, target: Target, exc: OSError, holder: Holder | None = None
+    listen: Target, target: Target, exc: OSError, holder: PortHolder | None = None
 ) -> Problem:
     """The problem behind an error in listening there; `holder` listens there, if that is known."""
     if exc.errno == errno.EADDRINUSE:
@@ -352,7 +352,7 @@ def why_blocked(
     )
 
 
-def why_taken(listen: Target, holder: Holder | None = None) -> Problem:
+def why_taken(listen: Target, holder: PortHolder | None = None) -> Problem:
     """Why a port that has opened on another node is not reached from here."""
     return codes.OPEN_PORT_TAKEN.problem(
         f"a program on the node {listen.address} listens on port {listen.port}, but that port is "

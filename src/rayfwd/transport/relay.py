@@ -220,13 +220,13 @@ class SocketRelay(asyncio.Protocol):
     # -- for a process that comes after this one -------------------------------------------------
 
     @property
-    def held(self) -> Held:
+    def held(self) -> HeldConnection:
         """What the next process needs to go on with the connection."""
         if self._transport is None:
-            return Held(None, b"".join(self._early))
+            return HeldConnection(None, b"".join(self._early))
         descriptor = self._transport.get_extra_info("socket").fileno()
         waiting = self._transport.get_write_buffer_size()
-        return Held(descriptor, b"".join(self._written)[-waiting:] if waiting else b"")
+        return HeldConnection(descriptor, b"".join(self._written)[-waiting:] if waiting else b"")
 
     def release(self) -> None:
         """Another process has the connection now: close it here without a word to the program."""
@@ -251,7 +251,7 @@ class SocketRelay(asyncio.Protocol):
         self._connected = lambda relay: relay.stream_finished()
 
 
-class Held(NamedTuple):
+class HeldConnection(NamedTuple):
     """A connection as it is handed over."""
 
     descriptor: int | None

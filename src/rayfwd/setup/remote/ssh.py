@@ -21,7 +21,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts
 from rayfwd.setup.remote.hosts import Host
-from rayfwd.system.asuser import Answers, ChildError
+from rayfwd.system.asuser import ChildOutput, ChildError
 from rayfwd.system.files import write_new
 from rayfwd.transport.ssh import SshConnector
 
@@ -153,7 +153,7 @@ class Machine:
         name = f"{function.__module__}:{function.__qualname__}"
         line = f"exec {shlex.quote(python)} -I -m rayfwd.system.asuser {shlex.quote(name)}"
         asked = json.dumps({"arguments": dict(arguments), "emit": False}).encode()
-        answers = Answers(None)
+        answers = ChildOutput(None)
         try:
             out, said = await self._run(line, asked, seconds, may_fail=True)
             answers.feed(out)

@@ -28,7 +28,7 @@ from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places, own_command
 from rayfwd.setup.remote import keys
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
-from rayfwd.setup.steps import Directory, Link, Step, command, public_key
+from rayfwd.setup.steps import Directory, Symlink, Step, command, public_key
 from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
@@ -190,7 +190,7 @@ def _link(layout: Layout) -> list[Step]:
         folder = own_account().home / ".local" / "bin"
     made = [path for path in (folder.parent, folder) if not path.exists()]
     directories = [Directory(path, None, None, 0o755) for path in made]
-    return [*directories, Link(folder / "rayfwd", own)]
+    return [*directories, Symlink(folder / "rayfwd", own)]
 
 
 def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
