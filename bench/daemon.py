@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from rayfwd.cli import main
 from rayfwd.daemon.claim import MachineClaim
 from rayfwd.network.open_ports import OpenPortsWatch
-from rayfwd.ray import nodes, status_text
+from rayfwd.ray import dashboard, status_text
 from rayfwd.watch import cluster_watch
 from rayfwd.watch.cluster_watch import ClusterWatch
 
@@ -139,7 +139,7 @@ async def look_again(self: ClusterWatch) -> None:
     while True:
         await asyncio.sleep(REPORT_INTERVAL)
         answer = await asyncio.to_thread(table, self)
-        nodes._get = partial(given, answer)
+        dashboard.get = partial(given, answer)
         await self._scan()
 
 

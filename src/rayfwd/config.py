@@ -463,7 +463,7 @@ class RayConfig(_Section):
     """Ray's token (Ray 2.52 or newer); "auto": use it only with Ray versions whose tools find the
     token without extra settings (2.61 or newer)"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
-    """seconds between two runs of `ray status`; each takes about 1 s of CPU"""
+    """seconds between two looks at the cluster's resources and at Ray's node table"""
 
 
 class ListenersConfig(_Section):

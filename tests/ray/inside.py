@@ -154,6 +154,9 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
             while "tape" not in totals and time.monotonic() < deadline:
                 totals = (await status_text.ask(command, f"{HEAD.address}:6379", env)).totals
             assert totals["tape"] == (0.0, 2.0)
+            told = await status_text.fetch(Way(Target(HEAD.address, 8265)))
+            assert told is not None
+            assert told.totals["tape"] == (0.0, 2.0)
             worker.set_link_up(False)
             await asyncio.sleep(1.5)
             assert state(worker) == "up"

@@ -17,8 +17,8 @@ from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
 from rayfwd.system.asuser import (
-    SystemUser,
     ChildError,
+    SystemUser,
     account_named,
     call,
     environment,

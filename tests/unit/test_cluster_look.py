@@ -16,7 +16,7 @@ import pytest
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import RayConfig
 from rayfwd.daemon.watches import LINKS_BESIDE, LinkWatch
-from rayfwd.ray import nodes, status_text
+from rayfwd.ray import dashboard, nodes, status_text
 from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.status_text import RayStatus
 from rayfwd.session.messages import Cluster
@@ -69,8 +69,21 @@ class Owner:
         self.told.append((report, told, threading.current_thread()))
 
 
-async def find(*_: object) -> Any:
-    return SimpleNamespace(command="ray")
+class Look:
+    """A watch, and what it has put on the board."""
+
+    def __init__(self) -> None:
+        self.owner = Owner()
+        self.found: dict[str, Any] = {}
+        self.watch = ClusterWatch(
+            RayConfig(),
+            PLANS[0],
+            cast(Any, SimpleNamespace(environment={})),
+            cast(Any, SimpleNamespace(put_all=self.found.__setitem__, pending=lambda _: False)),
+            Interruptions(0.0),
+            cast(Any, self.owner),
+            lambda node, port: cast(Any, Target(node.address, port)),
+        )
 
 
 async def ask(*_: object) -> RayStatus:
@@ -91,38 +104,54 @@ def test_what_grows_with_the_nodes_is_done_beside_the_loop(
 
         monkeypatch.setattr(holder, name, note)
 
-    monkeypatch.setattr(cluster_watch, "find", find)
-    monkeypatch.setattr(status_text, "ask", ask)
-    monkeypatch.setattr(nodes, "_get", lambda *_: TABLE)
+    monkeypatch.setattr(status_text, "fetch", ask)
+    monkeypatch.setattr(dashboard, "get", lambda *_: TABLE)
     noted(nodes, "parse")
     for rule in ("fewer_than_declared", "not_listed", "nodes_without_resources"):
         noted(rules, rule)
     noted(ClusterReport, "message")
-    owner = Owner()
-    found: dict[str, Any] = {}
-    board = SimpleNamespace(put_all=found.__setitem__, pending=lambda _: False)
+    look = Look()
 
     async def main() -> None:
-        watch = ClusterWatch(
-            RayConfig(),
-            PLANS[0],
-            cast(Any, SimpleNamespace(environment={})),
-            cast(Any, board),
-            Interruptions(0.0),
-            cast(Any, owner),
-            lambda node, port: cast(Any, Target(node.address, port)),
-        )
-        assert not await watch._scan()
+        assert not await look.watch._scan()
 
     run(main)
     assert len(by) == 5
     assert threading.main_thread() not in by.values()
-    ((report, (message, left_out), thread),) = owner.told
+    ((report, (message, left_out), thread),) = look.owner.told
     assert thread is threading.main_thread()
     assert len(report.nodes) == COUNT
     assert isinstance(message, Cluster)
     assert left_out == ()
-    assert found["cluster"] == []
+    assert look.found["cluster"] == []
+
+
+def test_what_the_dashboard_does_not_say_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    async def fetch(*_: object) -> None:
+        return None
+
+    async def find(*_: object) -> Any:
+        return SimpleNamespace(command="/x/ray")
+
+    async def by_command(command: str, gcs: str, _: object) -> RayStatus:
+        asked.append((command, gcs))
+        return await ask()
+
+    monkeypatch.setattr(status_text, "fetch", fetch)
+    monkeypatch.setattr(cluster_watch, "find", find)
+    monkeypatch.setattr(status_text, "ask", by_command)
+    monkeypatch.setattr(dashboard, "get", lambda *_: TABLE)
+    look = Look()
+
+    async def main() -> None:
+        assert not await look.watch._scan()
+
+    run(main)
+    assert asked == [("/x/ray", "127.77.0.1:6379")]
+    ((report, _, _),) = look.owner.told
+    assert report.totals["CPU"] == (0.0, 8.0 * COUNT)
 
 
 @pytest.mark.parametrize("count", [LINKS_BESIDE - 1, LINKS_BESIDE])

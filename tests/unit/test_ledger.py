@@ -457,10 +457,14 @@ class TestPlacesOfThePlan:
         async def main() -> None:
             async with cluster(tmp_path) as c:
                 c.hub.ledger.most_listeners = 10
-                assert isinstance(await answer_to(c.hub.socket.path, hello_of("w1").encode()), Refusal)
+                assert isinstance(
+                    await answer_to(c.hub.socket.path, hello_of("w1").encode()), Refusal
+                )
                 assert c.roster.room(5) == 0
                 c.offered = replace(c.offered, listens=False)
-                assert isinstance(await answer_to(c.hub.socket.path, hello_of("w1").encode()), Welcome)
+                assert isinstance(
+                    await answer_to(c.hub.socket.path, hello_of("w1").encode()), Welcome
+                )
                 assert c.roster.room(5) == 5
 
         run(main)

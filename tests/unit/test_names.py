@@ -59,9 +59,15 @@ def test_a_machine_made_anew_has_its_name_address_and_ports_by_its_ssh_key(
             assert isinstance(stranger, Refusal)
             assert stranger.problem.code == codes.NAME_TAKEN
             other = Vouch("w2", vouch_secret(vouch)).encode()
-            assert refusal(await answer_to(c.hub.socket.path, other + anew.encode())) == codes.NAME_TAKEN
+            assert (
+                refusal(await answer_to(c.hub.socket.path, other + anew.encode()))
+                == codes.NAME_TAKEN
+            )
             forged = Vouch("w1", "0" * 64).encode()
-            assert refusal(await answer_to(c.hub.socket.path, forged + anew.encode())) == codes.VOUCH_WRONG
+            assert (
+                refusal(await answer_to(c.hub.socket.path, forged + anew.encode()))
+                == codes.VOUCH_WRONG
+            )
 
             welcome = await answer_to(c.hub.socket.path, vouch + anew.encode())
             assert isinstance(welcome, Welcome)
@@ -173,7 +179,14 @@ def test_the_ledger_has_the_ssh_key_that_a_node_came_by(
         async with cluster(tmp_path) as c:
             for name, words in (("w1", ()), ("w2", ("--node", "w2"))):
                 hello = hello_of(name).encode()
-                argv = [sys.executable, "-m", "rayfwd", "attach", "--socket", str(c.hub.socket.path)]
+                argv = [
+                    sys.executable,
+                    "-m",
+                    "rayfwd",
+                    "attach",
+                    "--socket",
+                    str(c.hub.socket.path),
+                ]
                 process = await asyncio.create_subprocess_exec(
                     *(*argv, *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE
                 )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayfwd.ray import dashboard as ray_dashboard
 from rayfwd.ray import nodes, status_text
 from rayfwd.ray.cluster_report import ClusterReport
+from rayfwd.session.target import Target
+from rayfwd.transport.ways import Way
+from tests.unit.daemons import free_port
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "ray_status"
 VERSIONS = ["2.9.3", "2.40.0", "2.60.0"]
@@ -124,6 +131,49 @@ def test_what_an_autoscaler_adds() -> None:
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not the output of ray status"):
         status_text.parse(text)
+
+
+Answers = dict[str, Any]
+"""What a dashboard says to a path."""
+PATH = "/api/cluster_status"
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    said: Answers = {}
+
+    def get(dashboard: Way, path: str, token: str | None) -> bytes:
+        assert (str(dashboard), token) == ("127.77.0.1:8265", "open sesame")
+        return json.dumps({"result": True, "data": {"clusterStatus": said[path]}}).encode()
+
+    monkeypatch.setattr(ray_dashboard, "get", get)
+    return said
+
+
+def fetched() -> status_text.RayStatus | None:
+    return asyncio.run(status_text.fetch(Way(Target("127.77.0.1", 8265)), "open sesame"))
+
+
+def test_by_the_dashboard(answers: Answers) -> None:
+    """Which may be in another zone than we are."""
+    answers[f"{PATH}?format=1"] = (FIXTURES / "2.60.0-busy.txt").read_text()
+    answers[PATH] = {"time": 1700000000.5, "gcsRequestTime": 0.001}
+    assert fetched() == replace(read("2.60.0-busy"), as_of=1700000000.5)
+
+
+@pytest.mark.parametrize("told", [None, {}, [], "x", {"time": None}, {"time": "soon"}])
+@pytest.mark.parametrize("text", [None, "no", {}])
+def test_what_is_no_status_of_the_dashboards_is_none(
+    told: Any, text: Any, answers: Answers
+) -> None:
+    answers[PATH], answers[f"{PATH}?format=1"] = told, text
+    assert fetched() is None
+    answers[PATH] = {"time": 1.0}
+    assert fetched() is None
+
+
+def test_a_dashboard_that_is_not_there_is_none() -> None:
+    assert asyncio.run(status_text.fetch(Way(Target("127.0.0.1", free_port())))) is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -26,7 +26,7 @@ from rayfwd.setup.apply import Applied, apply, take_away
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.planner import plan
 from rayfwd.setup.request import MAN_PAGES, Layout, Role, SetupRequest, system_layout, user_layout
-from rayfwd.setup.steps import Directory, File, SystemGroup, Key, Symlink, Member, User, public_key
+from rayfwd.setup.steps import Directory, File, Key, Member, Symlink, SystemGroup, User, public_key
 from rayfwd.setup.survey import Survey, probe
 from rayfwd.system.paths import belongs_to_root
 

@@ -14,7 +14,7 @@ import pytest
 from rayfwd.network.open_ports import KernelPorts
 from rayfwd.session.target import Target
 from rayfwd.system import sockdiag
-from rayfwd.system.sockdiag import ListeningSocket, SocketOwner, SockDiag
+from rayfwd.system.sockdiag import ListeningSocket, SockDiag, SocketOwner
 from tests.unit.cluster import free_place
 from tests.unit.other_user import NOBODY, OTHER, UIDS, child, needs_root
 

@@ -159,7 +159,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using head' -l port -x -d 'head only: Ray'"
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l dashboard-port -x -d 'on a head: the dashboard'"'"'s port; on a worker: where its default [[forward]] leads'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l client-port -x -d 'head only: Ray Client'"'"'s port (ray://)'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l auth -xka "auto token off" -d 'Ray'"'"'s token (Ray 2.52 or newer); "auto": use it only with Ray versions whose tools find the token without extra settings (2.61 or newer)'
-complete -c rayfwd -n '_shtab_rayfwd_using head' -l status-interval -x -d 'seconds between two runs of `ray status`; each takes about 1 s of CPU'
+complete -c rayfwd -n '_shtab_rayfwd_using head' -l status-interval -x -d 'seconds between two looks at the cluster'"'"'s resources and at Ray'"'"'s node table'
 complete -c rayfwd -n '_shtab_rayfwd_using head' -l set -x -d 'set any other key, with a value as in the file: --set canary.enabled=true'
 complete -c rayfwd -n '_shtab_rayfwd_using; and test $_shtab_rayfwd_npos -eq 0' -a add -d 'On the head: bring machines into the cluster over SSH, several at once.'
 complete -c rayfwd -n '_shtab_rayfwd_using add' -s h -l help -d 'show this help message and exit'

@@ -28,7 +28,7 @@ from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.rows import Result, Row, document, summary, worst
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser
-from rayfwd.system.asuser import SystemUser, ChildError, account_named
+from rayfwd.system.asuser import ChildError, SystemUser, account_named
 from rayfwd.system.logs import escaped
 
 DOCTOR_TIMEOUT = 300.0

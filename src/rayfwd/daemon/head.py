@@ -276,7 +276,11 @@ class HeadRole:
         for meeting in self._meetings:
             meeting.close()
         self._gather_no_more()
-        return {"path": str(hub.socket.path), "splices": splices(hub.muxes()), "nodes": hub.hand_over()}
+        return {
+            "path": str(hub.socket.path),
+            "splices": splices(hub.muxes()),
+            "nodes": hub.hand_over(),
+        }
 
     def _inherit_socket(self, arrival: Arrival) -> None:
         """The hub's, where an earlier process listened in the place that is asked for now."""

@@ -24,7 +24,7 @@ from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.announced import Announced
 from rayfwd.network.dials import Dials
 from rayfwd.network.manager import Overlay, Wanted
-from rayfwd.network.open_ports import Listening, KernelPorts, OpenPortsWatch, listening
+from rayfwd.network.open_ports import KernelPorts, Listening, OpenPortsWatch, listening
 from rayfwd.network.ruleset import LOWEST_PORT, PortRange, port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token

@@ -18,7 +18,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.demo.story import Story
-from rayfwd.demo.teller import StepFailedError, Narrator
+from rayfwd.demo.teller import Narrator, StepFailedError
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.system.logs import escaped

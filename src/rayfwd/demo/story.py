@@ -21,7 +21,7 @@ from rayfwd.demo.daemons import (
 )
 from rayfwd.demo.machine import DemoMachine
 from rayfwd.demo.sshserver import ALIAS, SSHServer
-from rayfwd.demo.teller import StepFailedError, Narrator
+from rayfwd.demo.teller import Narrator, StepFailedError
 from rayfwd.problems import ProblemError
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.install import RayInstall

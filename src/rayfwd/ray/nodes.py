@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfwd import codes
+from rayfwd.ray import dashboard as ray_dashboard
 from rayfwd.transport.ways import Way
 
-NODES_TIMEOUT = 10.0
 MOST_NODES = 10_000
 """The most that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
-
-BODY_LIMIT = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class NodeSeen:
 async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
     """Ask the head's dashboard. Raises ProblemError (ray_nodes_failed).
 
-    `token` is Ray's own (2.52 and later with RAY_AUTH_MODE=token). No proxy is used.
+    `token` is Ray's own.
     """
     try:
         return await asyncio.to_thread(_read, dashboard, token)
@@ -100,22 +98,5 @@ def _seconds(milliseconds: Any) -> float | None:
 
 
 def _read(dashboard: Way, token: str | None) -> list[NodeSeen]:
-    return parse(json.loads(_get(dashboard, token)))
-
-
-def _get(dashboard: Way, token: str | None) -> bytes:
-    # http.client knows no proxies, unlike urllib.
-    connection = http.client.HTTPConnection(*dashboard, timeout=NODES_TIMEOUT)
-    try:
-        # Older dashboards answer a request without User-Agent with status 500.
-        headers = {"Accept": "application/json", "User-Agent": "rayfwd"}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        connection.request("GET", f"/api/v0/nodes?detail=true&limit={MOST_NODES}", headers=headers)
-        response = connection.getresponse()
-        body = response.read(BODY_LIMIT)
-        if response.status != http.client.OK:
-            raise http.client.HTTPException(f"status {response.status}: {body[:200]!r}")
-        return body
-    finally:
-        connection.close()
+    path = f"/api/v0/nodes?detail=true&limit={MOST_NODES}"
+    return parse(json.loads(ray_dashboard.get(dashboard, path, token)))

@@ -1,20 +1,25 @@
-"""Asks `ray status` and reads its text.
+"""Has the text that `ray status` prints, and reads it.
 
 The text is made for people, by the monitor process on the head every 5 seconds; it can be stale,
-so its time stamp is part of what is read. Recorded outputs of several versions are in
-`tests/fixtures/ray_status/`.
+so its time stamp is part of what is read. The dashboard gives the same text as the command, at once
+and for nothing. Recorded outputs of several versions are in `tests/fixtures/ray_status/`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
+from rayfwd.ray import dashboard as ray_dashboard
+from rayfwd.transport.ways import Way
 
 STATUS_TIMEOUT = 30.0
 """Seconds for one call, which costs about one second of CPU."""
@@ -69,6 +74,30 @@ def parse(text: str) -> RayStatus:
     if as_of is None and "No cluster status" not in text:
         raise ValueError(f"not the output of ray status: {text[:200]!r}")
     return RayStatus(as_of, totals, tuple(active), counts["Pending"], counts["Recent failures"])
+
+
+async def fetch(dashboard: Way, token: str | None = None) -> RayStatus | None:
+    """Ask the head's dashboard. None: it does not say (yet, or with Ray's second autoscaler); `ask`
+    may know more."""
+    try:
+        return await asyncio.to_thread(_read, dashboard, token)
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+
+
+def _read(dashboard: Way, token: str | None) -> RayStatus:
+    """The text's own time is the dashboard's local one, and that Ray may have been started by hand,
+    in another zone than ours."""
+
+    def said(query: str) -> Any:
+        body = ray_dashboard.get(dashboard, f"/api/cluster_status{query}", token)
+        return json.loads(body)["data"]["clusterStatus"]
+
+    try:
+        as_of = float(said("")["time"])
+        return replace(parse(said("?format=1")), as_of=as_of)
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"not a cluster status: {exc!r}") from exc
 
 
 async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStatus:

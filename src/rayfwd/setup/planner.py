@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rayfwd.setup import texts
 from rayfwd.setup.request import GROUP, MAN_PAGES, Layout, SetupRequest
-from rayfwd.setup.steps import Directory, File, SystemGroup, Key, Symlink, Member, Step, User
+from rayfwd.setup.steps import Directory, File, Key, Member, Step, Symlink, SystemGroup, User
 
 
 def plan(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> tuple[Step, ...]:

@@ -280,7 +280,9 @@ class PortHolder(NamedTuple):
     """None: it cannot be seen, as it is another user's."""
 
 
-def holders(places: Collection[Address], before: Mapping[Address, PortHolder]) -> dict[Address, PortHolder]:
+def holders(
+    places: Collection[Address], before: Mapping[Address, PortHolder]
+) -> dict[Address, PortHolder]:
     """Who listens at these places; `before` is the last answer, from which programs are known.
 
     Places of which the kernel does not tell are left out. Blocks for milliseconds.
@@ -304,7 +306,9 @@ def holders(places: Collection[Address], before: Mapping[Address, PortHolder]) -
     }
 
 
-def _known(before: Mapping[Address, PortHolder], at: Address, owner: SocketOwner) -> PortHolder | None:
+def _known(
+    before: Mapping[Address, PortHolder], at: Address, owner: SocketOwner
+) -> PortHolder | None:
     known = before.get(at)
     return known if known is not None and known.owner == owner else None
 

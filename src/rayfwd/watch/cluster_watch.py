@@ -1,7 +1,7 @@
 """Looks at the cluster from the head every so often, and applies the rules to what it saw.
 
-`ClusterWatch` runs `ray status` and reads the node table; `DashboardWatch` asks the dashboard for
-no more than an answer, and more often.
+`ClusterWatch` reads what `ray status` would print, and the node table; `DashboardWatch` asks the
+dashboard for no more than an answer, and more often.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
 from rayfwd.system.coalesce import end_of_pause, sleep_coalesced
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.ways import WayTo
+from rayfwd.transport.ways import Way, WayTo
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
@@ -38,7 +38,7 @@ SETTLE_SECONDS = 6.0
 """Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
 
 SOON_RETRIES = 3
-"""Looks that fail one after another and are soon repeated: each costs a second of CPU."""
+"""Looks that fail one after another and are soon repeated: each may cost a second of CPU."""
 
 WATCHER = "cluster"
 TOTALS = "totals"
@@ -130,14 +130,11 @@ class ClusterWatch:
     async def _scan(self) -> bool:
         """One look. Returns whether a fault waits to be confirmed."""
         env = self._supervisor.environment or {}
-        install = await find(self._ray.command, env)
-        services = self._head.services
-        gcs = str(self._way(self._head, services["gcs"]))
-        status = await status_text.ask(install.command, gcs, env)
-        self._board.put_all(TOTALS, rules.stale_totals(status, self._head.name, time.time()))
         token = await asyncio.to_thread(read_token, env)
+        status = await self._totals(env, token)
+        self._board.put_all(TOTALS, rules.stale_totals(status, self._head.name, time.time()))
         # The table after the totals: what joins in between is confirmed by the next look.
-        seen = await node_table.fetch(self._way(self._head, services["dashboard"]), token)
+        seen = await node_table.fetch(self._dashboard, token)
         view, declared = self._owner.view, self._owner.declared()
         plans = {plan.address: plan for plan in view.nodes}
         names = {address: plan.name for address, plan in plans.items()}
@@ -162,6 +159,20 @@ class ClusterWatch:
         self._owner.reported(report, told)
         waits = status.as_of is None or rules.ageing(status, now)
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
+
+    @property
+    def _dashboard(self) -> Way:
+        """Raises ProblemError."""
+        return self._way(self._head, self._head.services["dashboard"])
+
+    async def _totals(self, env: Mapping[str, str], token: str | None) -> status_text.RayStatus:
+        """By the dashboard, or where that does not say by the command. Raises ProblemError."""
+        status = await status_text.fetch(self._dashboard, token)
+        if status is not None:
+            return status
+        install = await find(self._ray.command, env)
+        gcs = self._way(self._head, self._head.services["gcs"])
+        return await status_text.ask(install.command, str(gcs), env)
 
     def _log_totals(
         self, status: status_text.RayStatus, seen: Iterable[node_table.NodeSeen]

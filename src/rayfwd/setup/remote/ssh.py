@@ -21,7 +21,7 @@ from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts
 from rayfwd.setup.remote.hosts import Host
-from rayfwd.system.asuser import ChildOutput, ChildError
+from rayfwd.system.asuser import ChildError, ChildOutput
 from rayfwd.system.files import write_new
 from rayfwd.transport.ssh import SshConnector
 

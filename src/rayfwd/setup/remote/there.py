@@ -28,7 +28,7 @@ from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places, own_command
 from rayfwd.setup.remote import keys
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
-from rayfwd.setup.steps import Directory, Symlink, Step, command, public_key
+from rayfwd.setup.steps import Directory, Step, Symlink, command, public_key
 from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
