@@ -73,22 +73,62 @@ UNITS = {
     "the longest step": "ms",
 }
 TITLES = {
-    "near": "Beside each other on one machine",
-    "direct": "Between two workers: by the hub, and directly",
-    "openssh": "The carriers of a lane: AsyncSSH, and the system's ssh",
-    "compiled": "Pure Python and compiled, in turns",
-    "compiled-hub": "The messages of a hub with 50 workers and 1,000 streams",
-    "far": "One bulk stream, 50 ms there and back",
-    "distances": "Round trips, 0.5 ms (LAN) and 20 ms (WAN) from each other",
-    "crowd": "200 streams as of DDP between three nodes, and calls beside them",
-    "levels": "Between two machines of the lab: the overlay, the listeners, and what else there is",
+    "near": "A head and a worker on one machine",
+    "direct": "Between two workers: through the hub, and directly",
+    "openssh": "Lanes carried by AsyncSSH, and by the system's ssh",
+    "compiled": "Pure Python and compiled code, in turns",
+    "compiled-hub": "A hub with 50 workers and 1,000 streams",
+    "far": "One bulk stream, at a round-trip time of 50 ms",
+    "distances": "Round trips at 0.5 ms (LAN) and 20 ms (WAN)",
+    "crowd": "Calls beside 200 streams like DDP's, between three nodes",
+    "levels": "Two machines of the lab: the overlay, the listeners, and other ways",
     "ddp": "A step of DDP between two machines of the lab: gloo, 100 MB of gradients",
     "ray": "Ray: a driver on the head, an actor on a worker, objects of 300 MB",
-    "idle": "Idle: daemons of a cluster of three nodes, without Ray",
-    "idle-ray": "Idle: the same with Ray on all three",
-    "hub": "The hub with many workers",
-    "joins": "Workers that join in the same moment, and the hub with them at rest",
+    "idle": "Idle daemons in a cluster of three nodes, without Ray",
+    "idle-ray": "Idle daemons in the same cluster, with Ray",
+    "hub": "A hub with many workers",
+    "joins": "1,000 workers that join at the same moment, and the hub with them at rest",
 }
+
+LABELS = {
+    "far, up": "worker to head",
+    "far, down": "head to worker",
+    "processor": "processor time",
+    "processor for a message": "processor time for a message",
+    "processor, in use": "processor time, busy",
+    "memory, in use": "memory, busy",
+    "messages, for a whole core": "messages, with a core of its own",
+    "there": "to the other worker",
+    "until all know all": "until every node knows all others",
+    "processor for it": "processor time until then",
+    "told to the first": "message to the first",
+    "told of one that joins": "message when one joins",
+    "told of one that leaves": "message when one leaves",
+    "longest turn, joining": "longest turn of the loop, joining",
+    "longest turn, then": "longest turn of the loop, later",
+    "a collection": "a garbage collection",
+    "the least of a stream": "the slowest stream",
+}
+"""What a measure is called on the page, where benchmarks.json has a shorter name."""
+
+INTRODUCTION = """\
+This page compares rayfwd with `ssh -L` and with other ways to carry the same traffic. `make bench`
+measures them, and writes this page from docs/benchmarks.json.
+
+How to read the tables:
+
+- Each row is a way, each cell the median of its rounds. The ratio to `ssh -L` in the same round is
+  in brackets.
+- `direct` and "the relay alone" are connections without SSH. They show what the machine can do.
+- More is better for MB/s, calls/s and echoes/s. Less is better for times, processor time and
+  memory.
+- The load is the machine's mean of the last five minutes of a measurement. Two cores are full at a
+  load of 2.
+
+The [notes](#how-sure-the-figures-are) say how sure the figures are, and
+[what limits them](#what-limits-them).
+"""
+"""What stands at the top of the page."""
 
 
 def keep(name: str, results: Results) -> None:
@@ -143,7 +183,7 @@ def ratio(results: Results, way: str, key: str, to: str = REFERENCE) -> float | 
 def table(results: Results) -> list[str]:
     """Medians, in brackets the ratio to `ssh -L`."""
     keys = list(next(iter(results.values())))
-    lines = ["| | " + " | ".join(f"{key} ({UNITS[key]})" for key in keys) + " |"]
+    lines = ["| | " + " | ".join(f"{LABELS.get(key, key)} ({UNITS[key]})" for key in keys) + " |"]
     lines.append("|---" * (len(keys) + 1) + "|")
     for way, found in results.items():
         cells = []
@@ -196,8 +236,7 @@ def section(name: str, chunk: Mapping[str, object], results: Results) -> Sequenc
         f"## {TITLES[name]}",
         "",
         f"Medians of {rounds} {plural}, {chunk['at']}, code {chunk['commit']}"
-        + (f", load {chunk['load']}." if "load" in chunk else ".")
-        + (" In brackets the ratio to `ssh -L` in the same round." if REFERENCE in results else ""),
+        + (f", load {chunk['load']}." if "load" in chunk else "."),
         "",
         *table(results),
         "",
@@ -249,9 +288,11 @@ COMPILED = "rayfwd, compiled"
 TARGETS = (
     Target("one stream, worker to head", "compiled", "worker to head", 1.4, True, COMPILED),
     Target("one stream, head to worker", "compiled", "head to worker", 1.1, True, COMPILED),
-    Target(f"the same beside {GCM}, up", "near", "worker to head", 1.0, True, to=f"ssh -L, {GCM}"),
     Target(
-        f"the same beside {GCM}, down", "near", "head to worker", 1.0, True, to=f"ssh -L, {GCM}"
+        f"one stream, against {GCM}, up", "near", "worker to head", 1.0, True, to=f"ssh -L, {GCM}"
+    ),
+    Target(
+        f"one stream, against {GCM}, down", "near", "head to worker", 1.0, True, to=f"ssh -L, {GCM}"
     ),
     Target("round trip, idle, p50", "compiled", "round trip, p50", 2.2, way=COMPILED),
     Target("round trip beside bulk up, p99", "compiled", "beside bulk up, p99", 0.25, way=COMPILED),
@@ -262,20 +303,28 @@ TARGETS = (
     ),
     Target("processor time for a GB", "compiled", "processor time", 0.8, way=COMPILED),
     Target(
-        "worker to worker, beside worker to head: up",
+        "worker to worker, against worker to head: up",
         *("near", "worker to head", 0.7, True),
         way=BETWEEN,
         to="rayfwd",
     ),
     Target(
-        "worker to worker, beside worker to head: down",
+        "worker to worker, against worker to head: down",
         *("near", "head to worker", 0.7, True),
         way=BETWEEN,
         to="rayfwd",
     ),
-    Target("the hub", "compiled-hub", "messages", 30_000, True, way="compiled", to=None),
     Target(
-        "the hub, where it has a core for itself",
+        "the hub, which shares two cores",
+        "compiled-hub",
+        "messages",
+        30_000,
+        True,
+        way="compiled",
+        to=None,
+    ),
+    Target(
+        "the hub, with a core of its own",
         *("compiled-hub", "messages, for a whole core", 30_000, True),
         way="compiled",
         to=None,
@@ -288,12 +337,40 @@ TARGETS = (
     Target("50 ms, one bulk stream down", "far", "far, down", 4.0, True),
     Target("calls beside 200 streams, p99", "crowd", "call, p99", 0.25),
     Target("a DDP step, gloo, 100 MB", "ddp", "a step", 1.0, way="rayfwd, overlay"),
-    Target("1,000 workers: all know all", "joins", "until all know all", 60.0, way=MANY, to=None),
+    Target(
+        "1,000 workers: every node knows all others",
+        "joins",
+        "until all know all",
+        60.0,
+        way=MANY,
+        to=None,
+    ),
     Target("1,000 workers: the hub at rest", "joins", "processor", 20.0, way=MANY, to=None),
     Target("1,000 workers: memory", "joins", "memory", 600.0, way=MANY, to=None),
-    Target("1,000 workers: a report", "joins", "longest turn, then", 20.0, way=MANY, to=None),
-    Target("1,000 workers: one joins", "joins", "told of one that joins", 999, way=MANY, to=None),
-    Target("1,000 workers: one leaves", "joins", "told of one that leaves", 999, way=MANY, to=None),
+    Target(
+        "1,000 workers: longest turn of the loop",
+        "joins",
+        "longest turn, then",
+        20.0,
+        way=MANY,
+        to=None,
+    ),
+    Target(
+        "1,000 workers: message when one joins",
+        "joins",
+        "told of one that joins",
+        999,
+        way=MANY,
+        to=None,
+    ),
+    Target(
+        "1,000 workers: message when one leaves",
+        "joins",
+        "told of one that leaves",
+        999,
+        way=MANY,
+        to=None,
+    ),
 )
 """What is aimed at, each with where it is measured."""
 
@@ -303,10 +380,10 @@ def against_targets(data: Mapping[str, Any]) -> list[str]:
     return [
         "## Against the targets",
         "",
-        "x: the ratio to `ssh -L` as it is by default, in the same round; beside another way where "
-        "the measure says so.",
+        "`x` is the ratio to `ssh -L` with its default cipher, in the same round. Where a measure "
+        "names another way, it is the ratio to that way.",
         "",
-        "| measure | target | here | |",
+        "| measure | target | measured | |",
         "|---|---|---|---|",
         *(target.row(data) for target in TARGETS),
         "",
@@ -316,16 +393,16 @@ def against_targets(data: Mapping[str, Any]) -> list[str]:
 def write() -> None:
     """Write docs/benchmarks.md and docs/benchmarks.svg from what is kept."""
     data = json.loads(KEPT.read_text())
-    lines = ["# Benchmarks", "", "Written by `make bench` from docs/benchmarks.json.", ""]
     machines = list(dict.fromkeys(line for chunk in data.values() for line in chunk["machine"]))
-    lines += ["The machine:", "", *(f"- {line}" for line in machines), ""]
+    lines = ["# Benchmarks", "", INTRODUCTION]
+    lines += ["It was measured on:", "", *(f"- {line}" for line in machines), ""]
+    lines += against_targets(data)
     for name in TITLES:
         if name in data:
             lines += section(name, data[name], data[name]["results"])
             if name == "near":
                 (DOCS / "benchmarks.svg").write_text(plot(data[name]["results"]))
                 lines += ["![The ratios of this table](benchmarks.svg)", ""]
-    lines += against_targets(data)
     if NOTES.exists():
         lines.append(NOTES.read_text())
     (DOCS / "benchmarks.md").write_text("\n".join(lines).rstrip() + "\n")

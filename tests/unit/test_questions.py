@@ -26,8 +26,8 @@ FEW = 3
 MEAN = 20
 """Words of a page's sentences, on average."""
 
-ELSEWHERE = {"docs/benchmarks.md"}
-"""Pages that a program writes."""
+WRITTEN = {"docs/benchmarks.md"}
+"""Pages that a program writes, most of it tables; of these the notes are judged."""
 
 ANSWERS: dict[str, dict[str, str]] = tomllib.loads(
     (CHECKOUT / "tests" / "fixtures" / "answers.toml").read_text()
@@ -52,7 +52,7 @@ def sentences(text: str) -> list[str]:
     return [one for cell in cells for one in re.split(r"(?<=[.!?])\s+", plain(cell)) if one]
 
 
-@pytest.mark.parametrize("page", sorted({*ANSWERS, "CHANGELOG.md"} - ELSEWHERE))
+@pytest.mark.parametrize("page", sorted({*ANSWERS, "CHANGELOG.md", "bench/notes.md"} - WRITTEN))
 def test_sentences_are_short(page: str) -> None:
     found = [one for one in sentences((CHECKOUT / page).read_text()) if len(one.split()) > 2]
     longer = [one for one in found if len(one.split()) > LONGEST]
