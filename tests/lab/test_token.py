@@ -17,7 +17,7 @@ from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
-from tests.lab.process import HOME, UID, Process, until
+from tests.lab.process import HOME, Process, until
 
 pytestmark = pytest.mark.ray
 
@@ -176,7 +176,34 @@ def test_it_is_over_when_the_worker_shows_the_heads_own(cluster: Cluster) -> Non
 
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
 SSH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
-SOCKET = "/tmp/held"
+HELD, UNDER_WAY = "/tmp/held", "/tmp/under-way"
+"""Control sockets of connections with w2's key."""
+
+GATE = "/run/lab/gate"
+GATEKEEPER = """
+test "$PAM_RHOST" = {address} || exit 0
+while test -e {gate}.shut; do sleep 0.05; done
+"""
+"""A step of PAM's that takes its time, as some do: sshd is root's until it is over."""
+
+
+class Gate:
+    """Keeps logins from one machine between the check of their key and the start of a session."""
+
+    def __init__(self, head: Machine, source: Machine) -> None:
+        self._head = head
+        pam = Path("/etc/pam.d/sshd").read_text()
+        head.host_path("/run/lab/pam").write_text(
+            f"{pam}session required pam_exec.so /bin/sh {GATE}\n"
+        )
+        head.host_path(GATE).write_text(GATEKEEPER.format(gate=GATE, address=source.address))
+        head.run(["mount", "--bind", "/run/lab/pam", "/etc/pam.d/sshd"], user="root")
+        head.host_path(f"{GATE}.shut").touch()
+
+    def open(self) -> None:
+        """Let all through, for good."""
+        self._head.run(["umount", "/etc/pam.d/sshd"], user="root")
+        self._head.host_path(f"{GATE}.shut").unlink()
 
 
 def blocks_after_a_break_in() -> list[str]:
@@ -186,34 +213,57 @@ def blocks_after_a_break_in() -> list[str]:
     return [re.sub(r"(?m)^    ", "", block) for block in found]
 
 
-@pytest.mark.runs("sed -i * ~/.ssh/authorized_keys", "pkill -u * sshd", "rayfwd forget *")
+def test_who_is_not_root_ends_a_login_that_is_under_way_the_second_time(cluster: Cluster) -> None:
+    head, _, w2 = cluster.lab.machines
+    _, end, _ = blocks_after_a_break_in()
+    gate = Gate(head, w2)
+    login = log_in(cluster, UNDER_WAY)
+    head.run(["bash", "-ec", end])
+    gate.open()
+    only = ["-o", "ProxyCommand=false"]  # no connection but that one
+    argv = ["ssh", *SSH, *only, "-S", UNDER_WAY, f"ray@{head.address}", "rayfwd attach"]
+    assert "rayfwd attach" in w2.run(argv, check=False).stdout, "it has come through"
+    head.run(["bash", "-ec", end])
+    until(lambda: login.poll() is not None, 20, cluster.lab.tails)
+    for name in ("w1", "w2"):
+        cluster.worker(name).wait_status(lambda s: s["link"]["state"] == "up", 60)
+
+
+@pytest.mark.runs("sed -i * ~/.ssh/authorized_keys", "pkill -f *", "rayfwd forget *")
 def test_after_a_break_in(cluster: Cluster) -> None:
-    """Whoever has had w2 (its key, its token, a connection that stands) has nothing any more."""
+    """Whoever has had w2 has nothing any more: its key, its token, a connection that stands, one
+    that is under way while the key is removed."""
     head, w1, w2 = cluster.lab.machines
     old, known_as = token(w2), cluster.head.status()["workers"]
     assert {worker["name"] for worker in known_as} == {"w1", "w2"}
     assert request(head, old) == "200", "it is good for all of Ray"
-    held = hold_a_connection(cluster, w2)
+    stands = log_in(cluster, HELD)
+    gate = Gate(head, w2)
+    under_way = log_in(cluster, UNDER_WAY)
 
-    lock_out, forget = blocks_after_a_break_in()
+    remove, end, forget = (block.replace("gpu-1", "w2") for block in blocks_after_a_break_in())
     head.write(f"{HOME}/.config/rayfwd.toml", head.host_path(CONFIG).read_text())
     assert cluster.lab.rayfwd is not None
     env = {"PATH": f"{cluster.lab.rayfwd.parent}:/usr/bin:/bin"}
     w1_cuts = cluster.worker("w1").status()["link"]["cuts"]
-    head.run(["bash", "-ec", lock_out.replace("gpu-1", "w2")], env=env)
+    head.run(["bash", "-ec", remove])
+    head.run(["bash", "-ec", end], user="root")
+    gate.open()
     cluster.worker("w1").wait_status(
         lambda s: s["link"]["cuts"] > w1_cuts and s["link"]["state"] == "up", 60
     )
-    said = head.run(["bash", "-ec", forget.replace("gpu-1", "w2")], env=env).stdout
+    said = head.run(["bash", "-ec", forget], env=env).stdout
     assert "w2 is forgotten" in said
     assert "restarted now: Ray on head, w1\n" in said
 
-    # The key, also with the connection that stood.
-    until(lambda: held.poll() is not None, 20, cluster.lab.tails)
+    # The key, also with the connections that stood.
+    for login in (stands, under_way):
+        assert login.wait(20) == 255
     cluster.worker("w2").wait_event("ssh_auth_refused", WITHIN)
     target = f"ray@{head.address}"
-    again = w2.run(["timeout", "20", "ssh", *SSH, "-S", SOCKET, target], check=False)
-    assert "Permission denied (publickey" in again.stderr, again.stderr
+    for socket in (HELD, UNDER_WAY):
+        again = w2.run(["timeout", "20", "ssh", *SSH, "-S", socket, target], check=False)
+        assert "Permission denied (publickey" in again.stderr, again.stderr
 
     # The others, which rode through it, and work with the new token.
     for name in ("head", "w1"):
@@ -242,26 +292,11 @@ def test_after_a_break_in(cluster: Cluster) -> None:
     cluster.worker("w2").stop()
 
 
-def hold_a_connection(cluster: Cluster, w2: Machine) -> Process:
+def log_in(cluster: Cluster, socket: str) -> Process:
     """One more connection with w2's key, over which `rayfwd attach` could be asked for later."""
-    head = cluster.lab.machine("head")
-    before = logins(head)
-    argv = ["ssh", *SSH, "-N", "-M", "-S", SOCKET, f"ray@{head.address}"]
-    held = w2.popen(argv, log=cluster.lab.folder / "held.log")
-    until(w2.host_path(SOCKET).exists, 20, cluster.lab.tails)
-    # The client hears that it is let in before sshd has begun its session as that user.
-    until(lambda: logins(head) - before, 20, cluster.lab.tails)
-    return held
-
-
-def logins(head: Machine) -> set[int]:
-    """The sshd processes that run as the machine's user."""
-    return {pid for pid in head.pids() if is_login(Path(f"/proc/{pid}"))}
-
-
-def is_login(process: Path) -> bool:
-    try:
-        status = (process / "status").read_text()
-    except OSError:  # it has ended
-        return False
-    return status.startswith("Name:\tsshd") and f"\nUid:\t{UID}\t" in status
+    target = f"ray@{cluster.lab.machine('head').address}"
+    argv = ["ssh", *SSH, "-N", "-M", "-S", socket, target]
+    w2 = cluster.lab.machine("w2")
+    login = w2.popen(argv, log=cluster.lab.folder / "held.log")
+    until(w2.host_path(socket).exists, 20, cluster.lab.tails)  # its key was accepted
+    return login

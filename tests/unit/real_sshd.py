@@ -109,8 +109,10 @@ class RealSshd:
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
             if all_of_it:
+                process.send_signal(signal.SIGSTOP)  # else one might begin right now
                 self._end_children(process.pid)
             process.terminate()
+            process.send_signal(signal.SIGCONT)
             await process.wait()
 
     def cut(self) -> None:
@@ -121,6 +123,7 @@ class RealSshd:
     def _end_children(self, pid: int) -> None:
         with suppress(FileNotFoundError, ProcessLookupError):
             for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGSTOP)  # so that it has no more children
                 self._end_children(int(child))
                 os.kill(int(child), signal.SIGKILL)
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from rayfwd import codes
@@ -317,6 +318,24 @@ class TestWithoutSshd:
                 assert (await problem(s.by(ssh="someone@the-head"))).code is codes.SSH_AUTH_REFUSED
                 s.authorized.chmod(0o666)
                 assert (await problem(s.head)).code is codes.SSH_AUTH_REFUSED
+
+        run(main)
+
+    def test_a_connection_from_before_is_of_no_use_without_its_key(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                connector = SshConnector(s.head)
+                connection = await connector.connect()
+                _, writer = await connection.open_unix_connection(str(s.hub))
+                writer.close()
+                s.authorized.write_text("")
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await connection.open_unix_connection(str(s.hub))
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await connection.create_process("rayfwd attach")
+                connection.close()
+                await connection.wait_closed()
+                connector.close()
 
         run(main)
 

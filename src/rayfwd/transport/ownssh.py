@@ -88,7 +88,11 @@ class OwnSsh:
             connection.abort()
 
     def allowed(self, user: str, key: asyncssh.SSHKey) -> Mapping[str, object] | None:
-        """The options of that key's line; None: it lets nobody in. It is read for each login."""
+        """The options of that key's line; None: it lets nobody in.
+
+        It is read for each login, and for each session of one: whoever removes a line need end no
+        connection.
+        """
         file = self._authorized.expanduser()
         if user != pwd.getpwuid(os.geteuid()).pw_name or not _ours_alone(file):
             return None
@@ -110,6 +114,7 @@ class Login(asyncssh.SSHServer):
     def __init__(self, home: OwnSsh) -> None:
         self._home = home
         self._user = ""
+        self._key: asyncssh.SSHKey | None = None
         self.options: Mapping[str, object] = {}
 
     def begin_auth(self, username: str) -> bool:
@@ -121,8 +126,11 @@ class Login(asyncssh.SSHServer):
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         found = self._home.allowed(username, key)
-        self.options = found or {}
+        self._key, self.options = key, found or {}
         return found is not None
+
+    def _still_allowed(self) -> bool:
+        return self._key is not None and self.validate_public_key(self._user, self._key)
 
     @property
     def command(self) -> list[str]:
@@ -132,11 +140,14 @@ class Login(asyncssh.SSHServer):
             return ["/bin/sh", "-c", forced]
         return [sys.executable, "-m", "rayfwd", "attach", "--socket", str(self._home.hub)]
 
-    def session_requested(self) -> Command:
-        return Command(self.command)
+    def session_requested(self) -> Command | bool:
+        """False: refused."""
+        return self._still_allowed() and Command(self.command)
 
     def unix_connection_requested(self, dest_path: str) -> bool:
         """True: AsyncSSH connects to it."""
+        if not self._still_allowed():
+            return False
         shut = "restrict" in self.options and "port-forwarding" not in self.options
         return (
             not (shut or "no-port-forwarding" in self.options) and Path(dest_path) == self._home.hub
