@@ -63,7 +63,8 @@ def test_init_prints_what_goes_where(cluster: Cluster) -> None:
         said = machine.run(own).stdout
         lines = [line.strip() for line in said.splitlines()]
         assert any(line.startswith("restrict,port-forwarding ") for line in lines), said
-        assert f"ssh-keyscan -p 22 {third.address} >> ~/.ssh/known_hosts" in lines
+        scan = f"ssh-keyscan -p 22 {third.address} >> ~/.ssh/known_hosts"
+        assert f"mkdir -p ~/.ssh && {scan}" in lines
 
 
 @pytest.mark.parametrize("whose", ["head", "w1"])

@@ -575,6 +575,9 @@ def test_a_meeting_place_is_in_both_files_and_its_line_lets_sockets_only() -> No
     )
     at_head = tomllib.loads(texts.config_text(replace(head(), meet="ray@meet"), layout))
     assert at_head["hub"] == {"meet": [{"ssh": "ray@meet"}]}
+    keyed = replace(head(), meet="ray@meet", meet_identity=layout.identity)
+    (section,) = tomllib.loads(texts.config_text(keyed, layout))["hub"]["meet"]
+    assert section == {"ssh": "ray@meet", "identity": str(layout.identity)}
     there = replace(worker(), meet="ray@meet", host_key=None)
     config = tomllib.loads(texts.config_text(there, layout))
     assert config["head"]["meet"] == "ray@meet"

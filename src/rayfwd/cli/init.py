@@ -39,7 +39,6 @@ from rayfwd.system.asuser import SystemUser, account_named, account_of, own_acco
 from rayfwd.system.users import NOBODY, named, who_else_logs_in
 from rayfwd.transport.ownssh import KEY_FILE
 
-_HOST_KEY = "/etc/ssh/ssh_host_ed25519_key"
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""
 
@@ -85,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--identity",
         metavar="PATH",
         type=Path,
-        help="worker only: the SSH key to use (default: a new one is created)",
+        help="the SSH key to use: of a worker, or of a head with --meet\n(default: a new one is "
+        "created)",
     )
     parser.add_argument(
         "--head-rayfwd",
@@ -142,29 +142,18 @@ def run(args: argparse.Namespace) -> int:
     if args.role == "head":
         _print_for_workers(request, layout)
         if request.meet is not None:
-            _print_meeting(
-                request.meet, f"(the public key of {request.user}: ~/.ssh/id_ed25519.pub)"
-            )
-            host_key = f"{layout.state}/{KEY_FILE}" if request.own_ssh else _HOST_KEY
-            if request.own_ssh:
-                print(
-                    "\nNo sshd answers here at 127.0.0.1:22, so rayfwd answers there itself "
-                    '(sshd = "own").'
-                )
-            print("\nThis head's host key, for known_hosts of each worker, is in\n")
-            print(f"    {host_key}.pub")
+            _print_head_meeting(request, layout, seen)
     elif request.head is None:
         _print_dialled(request, layout, args.head_key or "(the head's public key)")
     elif not by_hand:
         own = seen.public_key if request.identity else public_key(layout.identity)
         _print_for_head(request, seen.login, own or "(the key that will be created)")
         if request.meet is not None:
-            _print_meeting(request.meet, own or "(the same key)")
+            _print_meeting(request, own or "(the same key)")
             host = HeadConfig(ssh=request.head or "").ssh_target()[1]
             print(
-                f"\nAdd the head's host key ({_HOST_KEY}.pub there; "
-                f"without sshd, {KEY_FILE}.pub in its state_dir)\n"
-                f"to ~{request.user}/.ssh/known_hosts on this machine:\n"
+                f"\nAdd the head's host key to ~{request.user}/.ssh/known_hosts on this machine. "
+                "The head's own\n`rayfwd init` printed the line:\n"
             )
             print(f"    {host} ssh-ed25519 AAAA…")
     if not layout.system:
@@ -188,7 +177,7 @@ def _doctor(request: SetupRequest, layout: Layout) -> bool:
 
 def _check_flags(args: argparse.Namespace) -> None:
     other = {
-        "head": ("head", "identity", "head_rayfwd", "fingerprint", "dialled", "head_key"),
+        "head": ("head", "head_rayfwd", "fingerprint", "dialled", "head_key"),
         "worker": ("login",),
     }
     wrong = [
@@ -196,6 +185,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         for name in other[args.role]
         if getattr(args, name)
     ]
+    if args.role == "head" and args.identity and not args.meet:
+        wrong.append("--identity: only for a worker, or with --meet")
     if args.user and os.geteuid() != 0:
         wrong.append(f"--user {args.user}: needs root; without root, the service belongs to you")
     if wrong:
@@ -254,6 +245,9 @@ def _request(
     if before is not None and before.head is not None and identity is None:
         kept = before.head.identity
         identity = kept if kept not in {None, layout.identity} else None
+    meet_identity = _meet_identity(args.role, before, meet, layout.identity)
+    if identity is None and meet_identity != layout.identity:
+        identity = meet_identity
     seen = survey(person, ray or "ray", head, identity, fetch)
     if seen.ray is None and ray is None:
         ray = _ask("--ray", "Where is the `ray` command on this machine? ")
@@ -281,6 +275,7 @@ def _request(
         by_hand=by_hand,
         auth=_auth(args.role, before, seen, person.name),
         meet=meet,
+        meet_identity=(identity or meet_identity) if args.role == "head" else None,
         own_ssh=meet is not None and args.role == "head" and not _sshd_answers(),
         host_key=host_key,
     )
@@ -302,6 +297,15 @@ def _meet_before(before: Config | None) -> str | None:
     if before.head is not None:
         return before.head.meet or None
     return next((meet.ssh for meet in before.hub.meet), None)
+
+
+def _meet_identity(role: str, before: Config | None, meet: str | None, new: Path) -> Path | None:
+    """A head's key at its meeting place: `new`, unless a file that is there says otherwise."""
+    if role != "head" or meet is None:
+        return None
+    if before is not None and before.hub.meet:
+        return before.hub.meet[0].identity
+    return new
 
 
 def _auth(role: str, before: Config | None, seen: Survey, user: str) -> str | None:
@@ -433,14 +437,19 @@ def _ask(flag: str, question: str) -> str:
     raise MistakeError([f"rayfwd init: {flag}: must be given, as there is no terminal to ask"])
 
 
-def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
-    prints = []
+def _host_keys() -> list[asyncssh.SSHKey]:
+    """Of this machine's sshd, those that a worker prefers first."""
+    found = []
     for kind in _HOST_KEYS:
-        path = Path(f"/etc/ssh/ssh_host_{kind}_key.pub")
         try:
-            prints.append(asyncssh.read_public_key(path).get_fingerprint())
+            found.append(asyncssh.read_public_key(Path(f"/etc/ssh/ssh_host_{kind}_key.pub")))
         except (OSError, ValueError):
             continue
+    return found
+
+
+def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
+    prints = [key.get_fingerprint() for key in _host_keys()]
     line = texts.worker_command(request, layout, socket.gethostname(), prints)
     print(
         "\nRun this on each worker, with this machine's name or address as the worker "
@@ -460,16 +469,38 @@ def _print_dialled(request: SetupRequest, layout: Layout, key: str) -> None:
     print(textwrap.indent(section, "    "))
 
 
-def _print_meeting(meet: str, key: str) -> None:
+def _print_head_meeting(request: SetupRequest, layout: Layout, seen: Survey) -> None:
+    """What the third host and the workers are to have of this head."""
+    if request.identity is not None:
+        own = seen.public_key
+    elif request.meet_identity is not None:
+        own = public_key(layout.identity) or "(the key that will be created)"
+    else:
+        own = None
+    _print_meeting(request, own or f"(the public key with which {request.user} logs in there)")
+    if request.own_ssh:
+        print(
+            "\nNo sshd answers here at 127.0.0.1:22, so rayfwd answers there itself "
+            '(sshd = "own").\nIts host key is created at the first start. Then add this line to '
+            "known_hosts on each worker,\nwith the key from the file:\n"
+        )
+        key = f"({layout.state}/{KEY_FILE}.pub)"
+    else:
+        print("\nAdd this head's host key to known_hosts on each worker:\n")
+        key = next((k.export_public_key().decode() for k in _host_keys()), "(its public key)")
+    print(f"    {socket.gethostname()} {key.strip()}")
+
+
+def _print_meeting(request: SetupRequest, key: str) -> None:
     """What the third host is to have, and what this machine of it."""
-    user, host, port = HeadConfig(ssh=meet).ssh_target()
+    user, host, port = HeadConfig(ssh=request.meet or "").ssh_target()
     print(f"\nAdd this line to {f'~{user}' if user else '~'}/.ssh/authorized_keys on {host}:\n")
     print(f"    {texts.forwarding_line(key)}")
     print(
-        f"\nAdd the host key of {host} to known_hosts on this machine, after you compare it "
-        "with its owner:\n"
+        f"\nAdd the host key of {host} to known_hosts on this machine, as {request.user}. Compare "
+        "it with the\none that its owner names:\n"
     )
-    print(f"    ssh-keyscan -p {port or 22} {host} >> ~/.ssh/known_hosts")
+    print(f"    mkdir -p ~/.ssh && ssh-keyscan -p {port or 22} {host} >> ~/.ssh/known_hosts")
 
 
 def _print_for_head(request: SetupRequest, login: str, key: str) -> None:

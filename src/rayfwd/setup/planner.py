@@ -28,8 +28,9 @@ def _system(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> 
         steps.append(User(request.user, request.home, GROUP))
     else:
         steps.append(Member(request.user, GROUP))
-    if request.role == "worker" and not request.by_hand:
+    if (request.role == "worker" or _has_a_key(request, layout)) and not request.by_hand:
         steps.append(Directory(layout.secrets, "root", GROUP, 0o750))
+    steps += _head_key(request, layout)
     steps += _worker_files(request, layout, "root", GROUP)
     text = texts.config_text(request, layout)
     steps.append(File(layout.config, text, "root", GROUP, 0o640))
@@ -42,11 +43,24 @@ def _user(request: SetupRequest, layout: Layout, units: Mapping[str, str]) -> li
     steps: list[Step] = [
         Directory(path, None, None, 0o700) for path in _with_parents(missing, request.home)
     ]
+    steps += _head_key(request, layout)
     steps += _worker_files(request, layout, None, None)
     text = texts.config_text(request, layout)
     steps.append(File(layout.config, text, None, None, 0o600))
     steps += _units(request, layout, units, None, None)
     return [*steps, *_pages(layout, request.home, 0o700)]
+
+
+def _has_a_key(request: SetupRequest, layout: Layout) -> bool:
+    """Whether a head has one of its own, for a meeting place."""
+    return request.meet_identity == layout.identity
+
+
+def _head_key(request: SetupRequest, layout: Layout) -> list[Step]:
+    if request.by_hand or not _has_a_key(request, layout):
+        return []
+    owner = request.user if layout.system else None
+    return [Key(layout.identity, owner, f"rayfwd {request.name}")]
 
 
 def _worker_files(

@@ -118,6 +118,8 @@ class SetupRequest:
     auth: str | None = None
     """Of a head: `ray.auth`; None: the default."""
     meet: str | None = None
+    meet_identity: Path | None = None
+    """Of a head: its key at that host; None: those that `ssh` would use."""
     own_ssh: bool = False
     """A head's: rayfwd answers at the meeting place itself, where there is no sshd."""
     """A third host that both log in to, where neither accepts SSH from the other."""

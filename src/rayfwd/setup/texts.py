@@ -50,8 +50,12 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     else:
         hub: dict[str, Any] = {"users": list(request.logins)} if request.logins else {}
         if request.meet is not None:
-            own = {"sshd": OWN_SSH} if request.own_ssh else {}
-            hub["meet"] = [{"ssh": request.meet, **own}]
+            meet = {"ssh": request.meet}
+            if request.meet_identity is not None:
+                meet["identity"] = str(request.meet_identity)
+            if request.own_ssh:
+                meet["sshd"] = OWN_SSH
+            hub["meet"] = [meet]
         config |= {"hub": hub} if hub else {}
     config["ray"] = {"command": request.ray}
     if request.auth is not None:
