@@ -226,7 +226,7 @@ class HeadConfig(_Section):
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
     """the only file in which the head's host key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only SSH configuration to read (`ssh -F`); default: ~/.ssh/config, /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/hub.sock")
     """path of the hub's socket on the head"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
@@ -239,7 +239,7 @@ class HeadConfig(_Section):
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for large transfers, in addition to the one for short messages"""
     extra_lanes: Whole = Field(default=3, ge=0, le=8)
-    """more of them while a transfer fills those; they help when a round trip takes long"""
+    """more such connections, opened while a transfer fills the others; for long round trips"""
 
     _destination: Destination = PrivateAttr(default=HEAD)
 
@@ -278,7 +278,7 @@ class DialConfig(_Section):
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
     """the only file in which the worker's host key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only SSH configuration to read (`ssh -F`); default: ~/.ssh/config, /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/link.sock")
     """where the worker waits: path of link.sock in its runtime_dir"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
@@ -317,7 +317,7 @@ class MeetConfig(_Section):
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
     """the only file in which that host's key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only SSH configuration to read (`ssh -F`); default: ~/.ssh/config, /etc/ssh/ssh_config"""
 
     @property
     def called(self) -> str:
@@ -358,7 +358,7 @@ class DirectConfig(_Section):
     known_hosts: LocalPath | None = Field(default=None, examples=["~/.ssh/known_hosts"])
     """the only file in which its host key is looked up; default: those that ssh reads"""
     ssh_config: LocalPath | None = Field(default=None, examples=["~/.ssh/config"])
-    """the only one that is read, as with `ssh -F`; default: this one and /etc/ssh/ssh_config"""
+    """the only SSH configuration to read (`ssh -F`); default: ~/.ssh/config, /etc/ssh/ssh_config"""
     socket: Annotated[Path, AfterValidator(_remote_path)] = Path("/run/rayfwd/peers.sock")
     """the other worker's socket: peers.sock in its runtime_dir"""
     transport: Literal["asyncssh", "openssh"] = "asyncssh"
@@ -399,7 +399,7 @@ class HubConfig(_Section):
     """Of a head: where workers and clients connect, and which addresses and ports nodes get."""
 
     socket: LocalPath | None = Field(default=None, examples=["/run/rayfwd/hub.sock"])
-    """where they connect; default: hub.sock in runtime_dir"""
+    """where workers and clients connect; default: hub.sock in runtime_dir"""
     network: Annotated[str, AfterValidator(_plan_network)] = "127.77.0.0/16"
     """the nodes' addresses, inside 127.0.0.0/8; nothing else may use them; docs/overlay.md"""
     port_base: Whole = Field(default=20000, ge=1024, lt=PORT_CEILING)

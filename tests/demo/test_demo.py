@@ -65,9 +65,9 @@ def test_to_its_end(box: Box, uid: int | None) -> None:
         "50 MB worker to head in",
         "2 SSH connections closed, new ones refused",
         "tasks done on the head, 0 on the worker",
-        "every result came, once, and was what it should be",
+        "every result arrived once and was correct",
         "head: ended in",
-        "none failed, none was tried again.",
+        "none failed, none was retried.",
         "The training did not notice:",
         "Next, on your own machines: run `rayfwd head`",
     ):

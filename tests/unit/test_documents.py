@@ -116,6 +116,14 @@ def test_rayfwds_own_commands_are_understood(name: str, command: str) -> None:
         _parser().parse_args(words)
 
 
+def test_the_table_of_commands_says_what_help_says() -> None:
+    table = (CHECKOUT / "README.md").read_text().split("\n## Commands\n")[1].split("\n## ")[0]
+    rows = re.findall(r"(?m)^\| `rayfwd (\w+)[^|]*\| (.*) \|$", table)
+    assert sorted(verb for verb, _ in rows) == sorted(VERBS)
+    differ = [verb for verb, said in rows if not said.startswith(VERBS[verb].help)]
+    assert differ == [], "one wording for both"
+
+
 def test_every_entry_is_used() -> None:
     written = {command for _, command in commands()}
     assert set(NOT_RUN) == {excused(command) for command in written} - {None}
@@ -140,6 +148,27 @@ def test_each_symptom_has_its_meaning_and_what_to_do_and_names_what_there_is() -
     events = re.findall(r"(?m)^\| `(\w+)`", (CHECKOUT / "docs/events.md").read_text())
     known = {*codes.ALL, *events, "ride_through", "authorized_keys"}
     assert set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text)) <= known
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1/3 clients joined",
+        "No available agent",
+        "connected but no resources",
+        "This node has an IP address of 127.0.0.1, while we can not find the matched Raylet",
+        "Some workers of the worker group … have failed to connect",
+        "ConnectionResetError",
+        "kex_exchange_identification: Connection closed",
+        "NCCL WARN Connect to",
+        "Waiting for creating a placement group of specs",
+    ],
+)
+def test_a_text_that_people_search_for_is_a_symptom(text: str) -> None:
+    """In a heading, or below it before anything is explained."""
+    sections = re.split(r"(?m)^### ", (CHECKOUT / "docs/symptoms.md").read_text())[1:]
+    shown = [" ".join(one.split("- **Meaning.** ")[0].split()) for one in sections]
+    assert [one for one in shown if text in one]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -493,7 +493,7 @@ async def is_alive(page: Browser, ridden: Daemon, lost: Daemon) -> None:
     lost.carrier._path = Path("/nowhere")
     lost.cut()
     await page.until("document.querySelectorAll('#picture .wire.parked').length === 1")
-    await page.until(f"{TEXT.format('link-gpu-1')}.includes('1, 1 ridden through')")
+    await page.until(f"{TEXT.format('link-gpu-1')}.includes('s, ridden through')")
     await page.until(f"{TEXT.format('conditions')}.includes('link_parked')")
     assert "gpu-3" in await page.value(TEXT.format("conditions"))
     assert await page.value("window.same === true")

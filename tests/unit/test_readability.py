@@ -61,6 +61,7 @@ BANNED = {
     r"; else see\b": "; otherwise check",
     r"\b(?:hereby|thereof|whence|thither|lest|ere|albeit)\b": "modern words",
     r"\bsaid again\b": "repeated",
+    r"\b(?:stood|from standing|it stands)\b": "is up",
 }
 """Constructions that had to be read twice, each with what takes its place."""
 
@@ -207,6 +208,11 @@ def test_a_remedy_is_something_to_do() -> None:
 def test_sentences_are_short_and_plain() -> None:
     found = ((where, hard_to_read(text)) for where, text in everything())
     assert [(where, hard) for where, hard in found if hard] == []
+
+
+def test_an_option_says_what_it_does_and_not_what_a_value_does() -> None:
+    """Its words are those of a key of the file, which is true or false."""
+    assert [where for where, text in flags() if re.search(r"\b(?:true|false): ", text)] == []
 
 
 def test_what_a_message_names_is_there() -> None:

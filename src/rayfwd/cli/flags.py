@@ -107,7 +107,10 @@ def flags_of(section: str | None, leave_out: Iterable[str] = ()) -> Iterator[Fla
             option=_NAMES.get(key, option),
             kind=kind,
             choices=tuple(inner.get("enum", ())),
-            help=words[name],
+            # An option has no value to be told.
+            help=re.sub(r"\b(?:true|false): ", "", words[name])
+            if kind == "boolean"
+            else words[name],
             default=field.default,
         )
 

@@ -68,9 +68,9 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
     teller = Narrator(sys.stdout)
     install = await _find_ray(ray)
     teller.plain(
-        "rayfwd demo: a head and a walled-in worker on this machine, real Ray "
-        f"{install.versions.ray}, a job, and a cut of the link in the middle. It takes about a "
-        "minute."
+        "rayfwd demo: a head and a worker without a network, both on this machine. Real Ray "
+        f"{install.versions.ray} runs a job on them, and the link is cut in the middle. This takes "
+        "about a minute."
     )
     # Unix sockets' paths are short (107 bytes), and a TMPDIR need not be.
     folder = Path(tempfile.mkdtemp(prefix="rayfwd-", dir="/tmp"))
@@ -84,7 +84,7 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
             await _to_the_end(asyncio.to_thread(shutil.rmtree, folder))
     if not went_well:
         return 1
-    teller.title(f"The machines are gone{'' if keep else ', with every mount and file of theirs'}")
+    teller.title(f"The machines are removed{'' if keep else ', with all their mounts and files'}")
     teller.plain("\nWhat happened:")
     for line in story.last_words():
         teller.plain(f"  - {line}")

@@ -113,14 +113,14 @@ class Story:
         ]
         return [
             f"Ray {out.ray} ran on two machines with {out.cpus:g} CPUs in all. The worker has no "
-            "network: all it has is SSH to the head.",
+            "network: it has only SSH to the head.",
             f"Every large object arrived whole: {', '.join(first)}; "
             f"{out.finished['bytes'] / 1e6:.0f} MB in all, compared by SHA-256.",
             f"The link was cut once: {out.connections} SSH connections closed, {out.down:.1f} s "
             f"without any, {out.held} connections of Ray's held meanwhile.",
             f"The job lost nothing: {tasks} tasks ({done['worker']} on the worker), "
             f"{done['exchange']} exchanges of objects and {done['actor']} calls of one actor; "
-            "none failed, none was tried again.",
+            "none failed, none was retried.",
             f"The training did not notice: {training['steps']} steps on both machines, the loss "
             f"from {training['first']:.2f} to {training['last']:.4f}, and the weights are, bit for "
             "bit, those of the same training in one process.",
@@ -143,12 +143,10 @@ class Story:
                 f"(interfaces: {', '.join(machine.interfaces)})"
             )
         await self._ssh.start()
-        self._tell.say(
-            "an SSH server at the head, on a Unix socket that both see, is all they share"
-        )
+        self._tell.say("they share one thing: an SSH server of the head, on a Unix socket")
 
     async def _start_daemons(self) -> None:
-        self._tell.title("`rayfwd run` on both; it starts Ray once the link stands")
+        self._tell.title("`rayfwd run` on both starts Ray once the link is up")
         self._head.start(environment(self._head.machine, os.environ))
         await self._wait_listening()
         self._worker.start(environment(self._worker.machine, os.environ))
@@ -237,7 +235,7 @@ class Story:
         self._tell.say(f"so far: {self._job}")
 
     async def _cut(self) -> None:
-        self._tell.title(f"The link is cut, and stays so for {CUT_SECONDS:.0f} s")
+        self._tell.title(f"The link is cut for {CUT_SECONDS:.0f} s")
         before = await self._worker.link()
         self._ssh.refusing = True
         cut_at = time.monotonic()
@@ -265,7 +263,7 @@ class Story:
             f"the training waits at step {now['training']}"
         )
         self._ssh.refusing = False
-        self._tell.title("The link may come back")
+        self._tell.title("The link is allowed to come back")
         await self._wait_link_up(before.cuts)
         await self._wait_job(lambda: self._job.all_above(now, WARM_TASKS), "work is resumed")
         self._tell.say(f"the job goes on: {self._job}")
@@ -287,7 +285,7 @@ class Story:
             raise StepFailedError(
                 f"{link.cuts} cuts were seen, {link.ridden_through} ridden through"
             )
-        self._tell.say(f"it stands again after {self._outcome.down:.1f} s")
+        self._tell.say(f"it is up again after {self._outcome.down:.1f} s")
 
     async def _finish_job(self) -> None:
         self._tell.title("The job finishes what is in flight")
@@ -301,8 +299,8 @@ class Story:
         for daemon in self._daemons:
             restarts = (await daemon.status()).ray.restarts
             if restarts:
-                raise StepFailedError(f"Ray on {daemon.machine.name} was started anew ({restarts})")
-        self._tell.say("every result came, once, and was what it should be")
+                raise StepFailedError(f"Ray on {daemon.machine.name} was restarted ({restarts})")
+        self._tell.say("every result arrived once and was correct")
 
     async def _stop(self) -> None:
         self._tell.title("Both are stopped, Ray first")

@@ -72,7 +72,8 @@ function lastCut(cut, now) {
   if (cut === null) return "";
   if (cut.seconds === null) return `began ${age(now - cut.began)} ago, still down`;
   const how = cut.ridden_through ? "ridden through" : "given up";
-  return `last ${age(now - cut.began)} ago, for ${cut.seconds.toFixed(1)} s, ${how}`;
+  const long = cut.seconds < 0.1 ? "less than 0.1" : cut.seconds.toFixed(1);
+  return `last ${age(now - cut.began)} ago, for ${long} s, ${how}`;
 }
 
 // -- the parts -----------------------------------------------------------------------------------
@@ -215,7 +216,9 @@ function row(link, now) {
 function cuts(link, now) {
   if (!link.cuts) return ["never"];
   const last = element("span", { class: "quiet" }, lastCut(link.last_cut, now));
-  return [`${link.cuts}, ${link.ridden_through} ridden through`, last];
+  const through = link.ridden_through === link.cuts ? "all" : link.ridden_through;
+  if (link.cuts === 1) return ["1 cut", last]; // which the line below is of
+  return [`${link.cuts} cuts${link.ridden_through ? `, ${through} ridden through` : ""}`, last];
 }
 
 const HOUR = 360; // samples
