@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import sys
 import zipfile
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -32,15 +35,17 @@ from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.head import HeadRole
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray.install import Versions
-from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, there, wheels
+from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, ssh, there, wheels
 from rayfwd.setup.remote.adding import Outcome
 from rayfwd.setup.remote.hosts import Host, HostsError
 from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import Python, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
+from rayfwd.setup.request import Layout
+from rayfwd.transport import dial
 from tests.commands import main
 from tests.unit.daemons import Site, site
-from tests.unit.loops import run, until
+from tests.unit.loops import run, run_on_fake_clock, until
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "status"
 
@@ -207,6 +212,7 @@ def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
     assert seen.python == seen.pythons[0]
     assert seen.free > 0
     assert seen.cpus > 0
+    assert seen.broken, "it has no Python"
     assert "does not reach a package index" in seen.lines()
 
 
@@ -305,6 +311,8 @@ def test_whether_our_own_packages_fit(changes: dict, why: str) -> None:  # type:
             "correct this on",
         ),
         (PIP, "No module named ensurepip", NO_PACKAGES, "python3-venv"),
+        (PIP, "mkdir: /home/ray: Read-only file system", codes.ADD_BLOCKED, "--prefix"),
+        (UV, "failed to write: No space left on device (os error 28)", codes.ADD_BLOCKED, "room"),
         (PIP, "No matching distribution found for pydantic", NO_PACKAGES, "correct this on"),
     ],
 )
@@ -455,8 +463,16 @@ class Remote:
         self.host.known_hosts.write_text(f"[127.0.0.1]:{port} {line}")
 
 
+async def passed_on(reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[bytes]) -> None:
+    """What a command prints, as it comes, as long as somebody wants it."""
+    while data := await reader.read(1 << 16):
+        with suppress(OSError):
+            writer.write(data)
+
+
 @asynccontextmanager
-async def remote(folder: Path) -> AsyncIterator[Remote]:
+async def remote(folder: Path, shell: str = "echo Welcome; ") -> AsyncIterator[Remote]:
+    """`shell`: what it does before a command; empty: no session is ever opened."""
     it = Remote(folder)
 
     class Server(asyncssh.SSHServer):
@@ -466,25 +482,42 @@ async def remote(folder: Path) -> AsyncIterator[Remote]:
         def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
             return key == it.user_key
 
+    class Silent(Server):
+        async def session_requested(self) -> bool:
+            await over.wait()
+            return False
+
+    over = asyncio.Event()
+    children: dict[Process, asyncio.Task[None]] = {}
+
     async def serve(process: asyncssh.SSHServerProcess[bytes]) -> None:
         child = await asyncio.create_subprocess_shell(
-            f"echo Welcome; {process.command}",
+            f"{shell}{process.command}",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             env={"HOME": str(it.home), "PATH": os.environ["PATH"]},
+            start_new_session=True,
         )
-        out, errors = await child.communicate(await process.stdin.read())
-        process.stdout.write(out)
-        process.stderr.write(errors)
+        if (serving := asyncio.current_task()) is not None:
+            children[child] = serving
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        told = asyncio.create_task(passed_on(child.stderr, process.stderr))
+        child.stdin.write(await process.stdin.read())
+        child.stdin.close()
+        await passed_on(child.stdout, process.stdout)
+        await told
+        await child.wait()
         process.exit(child.returncode or 0)
 
     acceptor = await asyncssh.listen(
         "127.0.0.1",
         0,
-        server_factory=Server,
+        server_factory=Server if shell else Silent,
         server_host_keys=[it.host_key],
-        process_factory=serve,
+        process_factory=serve if shell else None,
         encoding=None,
     )
     it.host = replace(it.host, ssh=f"ray@127.0.0.1:{acceptor.get_port()}")
@@ -492,6 +525,11 @@ async def remote(folder: Path) -> AsyncIterator[Remote]:
     try:
         yield it
     finally:
+        over.set()
+        for child, serving in children.items():
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            await asyncio.wait([serving])
         acceptor.close()
         await acceptor.wait_closed()
 
@@ -507,7 +545,7 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
                 with pytest.raises(Failed, match="not this"):
                     await machine.sh("echo 'not this' >&2; exit 3")
                 with pytest.raises(Failed, match="not done in"):
-                    await machine.sh("sleep 1", seconds=0.2)
+                    await machine.sh("exec sleep 60", seconds=2.0)
                 (tmp_path / "a.whl").write_bytes(b"\0" * 70000)
                 for python in (sys.executable, None):
                     folder = f"{it.home}/in coming"
@@ -524,6 +562,133 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
                 machine.close()
 
     run(main_)
+
+
+SLOW_DISK = """#!/bin/sh
+exec sleep 60
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "seconds", "cause", "remedy"),
+    [
+        ("", 0.2, "its sshd opened no session in 0 s", "if that hangs too, restart sshd"),
+        ("sleep 60; ", 0.2, "its login shell ran no command in 0 s", "(~/.profile, ~/.bashrc)"),
+        (
+            'PATH="{}:$PATH"; ',
+            4.0,
+            "a command was not done in 4 s: it hangs at the disk that has /",
+            "log in",
+        ),
+    ],
+)
+def test_a_machine_that_hangs_after_its_login_is_said_to_and_how_far_it_came(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shell: str,
+    seconds: float,
+    cause: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(adding, "LOOK_SECONDS", seconds)
+    monkeypatch.setattr(ssh, "SESSION_SECONDS", seconds)
+    (tmp_path / "df").write_text(SLOW_DISK)
+    (tmp_path / "df").chmod(0o755)
+    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
+
+    async def main_() -> None:
+        async with remote(tmp_path, shell.format(tmp_path)) as it:
+            outcome = Outcome(it.host.ssh)
+            await adding.add(cast("adding.Adding", shared), it.host, outcome)
+            assert outcome.at == "look"
+            assert outcome.problem is not None
+            problem = outcome.problem.problem
+            assert problem.code is codes.ADD_FAILED
+            assert problem.cause.startswith(f"{it.host.ssh} accepts the login, but {cause}")
+            assert remedy in problem.remedy
+            _, _, port = it.host.way().ssh_target()
+            assert f"`ssh -i {it.host.identity} -p {port} ray@127.0.0.1" in problem.remedy
+
+    run(main_)
+
+
+def test_a_call_that_hangs_is_no_broken_installation(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(SLOW_DISK)
+    python.chmod(0o755)
+
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            machine = await Machine.connect(it.host)
+            try:
+                with pytest.raises(ProblemError) as told:
+                    await machine.call(str(python), there.look, {}, seconds=2.0)
+            finally:
+                machine.close()
+            assert told.value.problem.code is codes.ADD_FAILED
+            assert (
+                told.value.problem.cause
+                == f"{it.host.ssh}: {python} there: a command was not done in 2 s"
+            )
+
+    run(main_)
+
+
+def test_a_server_that_accepts_and_says_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 0.3)
+    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
+
+    async def main_() -> None:
+        accepted: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_server(lambda _, it: accepted.append(it), "127.0.0.1", 0)
+        ssh_ = f"ray@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        outcome = Outcome(ssh_)
+        try:
+            await adding.add(cast("adding.Adding", shared), Host(ssh=ssh_), outcome)
+        finally:
+            server.close()
+            for writer in accepted:
+                writer.close()
+        assert outcome.at == "log in"
+        assert outcome.problem is not None
+        problem = outcome.problem.problem
+        assert problem.code is codes.SSH_UNREACHABLE
+        assert problem.cause.startswith(ssh_)
+        assert "accepts the connection" in problem.cause
+        assert "the head" not in str(problem)
+
+    run(main_)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_daemon_that_hangs_there_is_named_with_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    monkeypatch.setattr(there, "HANGS_SECONDS", 0.2)
+    path = tmp_path / "control.sock"
+    layout = cast("Layout", SimpleNamespace(runtime=tmp_path))
+    assert there._pid(layout) is None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hanging:
+        hanging.bind(str(path))
+        if not listens:
+            assert there._pid(layout) is None, "of one that has ended"
+            return
+        hanging.listen(8)
+        with pytest.raises(ProblemError) as told:
+            there._pid(layout)
+    assert told.value.problem.code is codes.ADD_BLOCKED
+    assert f"its rayfwd (process {os.getpid()}) hangs" in told.value.problem.cause
+    assert f"`kill -9 {os.getpid()}`" in told.value.problem.remedy
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ProblemError) as told:
+        there._opened(tmp_path / "file" / "rayfwd.log")
+    assert told.value.problem.code is codes.DIRECTORY_UNUSABLE
+    assert "rayfwd.log cannot be written: File exists" in told.value.problem.cause
 
 
 FAKE_UV = """#!/bin/sh
@@ -593,6 +758,30 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
         seen = replace(SEEN, prefix=str(target), made=made)
         assert await install.remove(machine, seen) == [str(target)]
         assert list(tmp_path.glob("a place*")) == []
+
+    run(main_)
+
+
+def test_what_is_broken_is_installed_anew(tmp_path: Path) -> None:
+    """As where the system's Python has gone to another version, or a disk was full."""
+    target, uv = tmp_path / "rayfwd", tmp_path / "uv"
+    (target / "bin").mkdir(parents=True)
+    (target / "bin" / "python").symlink_to(tmp_path / "python3.9")
+    made = {"wheel": SENT.digest, "name": "w1"}
+    (target / sight.MARKER).write_text(json.dumps(made))
+    (target / "half").touch()
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_INDEX_URL": "file:///"}
+    seen = sight.read(by_shell(sight.script(str(target), []), **env))
+    assert (seen.made, seen.broken) == (made, True)
+    machine = cast("Machine", Here())
+
+    async def main_() -> None:
+        place = replace(seen, uv=str(uv))
+        assert await install.rayfwd(machine, place, SENT, "w1")
+        assert not (target / "half").exists()
+        assert not await install.rayfwd(machine, replace(place, broken=False), SENT, "w1")
 
     run(main_)
 
@@ -719,6 +908,37 @@ def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert summary(outcomes, "in") == 1
     assert capsys.readouterr().out == "2 of 3 in; 1 unchanged; 1 failed: c\\x1b\n"
     assert summary(outcomes[:2], "in") == 0
+
+
+def test_a_machine_that_does_not_answer_holds_up_no_other(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its place is the next one's; once it has answered, it waits for one again."""
+    ended: dict[str, float] = {}
+    at_work: set[str] = set()
+
+    async def work(machine: str, outcome: Outcome) -> None:
+        async with outcome.place.lent(lambda: print(machine, "is slow")):
+            await asyncio.sleep({"slow": 22, "dead": 90}.get(machine, 1))
+            if machine == "dead":
+                return
+        at_work.add(machine)
+        assert len(at_work) <= 2
+        await asyncio.sleep(9)
+        at_work.remove(machine)
+        ended[machine] = asyncio.get_running_loop().time()
+
+    async def main_() -> None:
+        began = asyncio.get_running_loop().time()
+        machines = ["slow", "dead", "a", "b", "c", "d"]
+        assert await at_once(machines, str, work, 2, "in") == 0
+        took = {machine: round(at - began) for machine, at in ended.items()}
+        assert took == {"a": 20, "b": 20, "c": 30, "d": 30, "slow": 39}
+
+    run_on_fake_clock(main_)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["slow is slow", "dead is slow"]
+    assert said[-1] == "6 of 6 in; 6 unchanged"
 
 
 def test_an_interruption_says_how_far_each_came(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from rayfwd.cli import FAULT, OK
 from rayfwd.setup.remote.adding import Outcome
+from rayfwd.setup.remote.places import Place
 from rayfwd.system.logs import escaped
 
 JOBS = 8
@@ -49,11 +50,14 @@ async def at_once(
     Interrupted, it says of each how far it came.
     """
     places = asyncio.Semaphore(jobs)
-    outcomes = [Outcome(called(machine)) for machine in machines]
+    outcomes = [Outcome(called(machine), place=Place(places)) for machine in machines]
 
     async def one(machine: T, outcome: Outcome) -> None:
-        async with places:
+        await outcome.place.take()
+        try:
             await work(machine, outcome)
+        finally:
+            outcome.place.leave()
         outcome.ended = True
         tell_end(outcome, well)
 

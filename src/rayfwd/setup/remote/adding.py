@@ -19,9 +19,10 @@ from rayfwd.ray.install import Versions
 from rayfwd.setup.remote import hosts, install, keys, sight, there
 from rayfwd.setup.remote.here import Head, Way
 from rayfwd.setup.remote.hosts import Host
+from rayfwd.setup.remote.places import PATIENCE, Place
 from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
-from rayfwd.setup.remote.ssh import Failed, Machine
+from rayfwd.setup.remote.ssh import Failed, Hangs, Machine
 from rayfwd.status import Status
 
 LOOK_SECONDS = 90.0
@@ -47,6 +48,7 @@ class Outcome:
     """The step at which it is, or failed."""
     ended: bool = False
     """Well or not; False: it was interrupted."""
+    place: Place = field(default_factory=Place)
 
 
 @dataclass(slots=True)
@@ -82,7 +84,7 @@ async def add(all_: Adding, host: Host, outcome: Outcome) -> None:
     except ProblemError as exc:
         outcome.problem = exc
     except Failed as exc:
-        outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", "run the same command again")
+        outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", exc.remedy)
     finally:
         one.close()
     outcome.seconds = time.monotonic() - began
@@ -112,9 +114,10 @@ class _One:
     async def run(self) -> None:
         """Raises ProblemError, Failed."""
         self._at("log in")
-        self._machine = machine = await Machine.connect(self._host)
-        self._at("look")
-        seen = await look(machine, self._host.prefix, self._rays())
+        async with self._outcome.place.lent(lambda: self._say(no_answer_yet())):
+            self._machine = machine = await Machine.connect(self._host)
+            self._at("look")
+            seen = await look(machine, self._host.prefix, self._rays())
         self._say(seen.lines())
         self._check_ray_can_be_there(seen)
         name = self._name(seen)
@@ -211,9 +214,8 @@ class _One:
         wanted = self._head.ray.versions
         ours: list[Path] = []
         if (
-            seen.made_ray != install.ray_marker(wanted)
-            and seen.machine == self._all.shipment.machine
-        ):
+            seen.made_ray != install.ray_marker(wanted) or seen.broken_ray
+        ) and seen.machine == self._all.shipment.machine:
             with suppress(ProblemError):  # the index may have it
                 ours = await self._all.rays()
         new = await install.ray(machine, seen, self._all.shipment, wanted, ours)
@@ -354,6 +356,7 @@ class _One:
     async def _wait(self, machine: Machine, seen: Sight, python: str, name: str) -> None:
         """Until it is in the cluster. Raises ProblemError."""
         self._at("join")
+        self._outcome.place.leave()  # whoever waits does no work
         began = asked = time.monotonic()
         while not await self._head.is_ready(name):
             now = time.monotonic()
@@ -368,11 +371,20 @@ class _One:
         self._say("in the cluster, with its Ray")
 
 
+def no_answer_yet() -> str:
+    """Of a machine that keeps its place no longer."""
+    return f"no answer for {PATIENCE:.0f} s; the next machine begins"
+
+
 async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sight:
     """Raises ProblemError."""
     try:
         output = await machine.sh(sight.script(prefix, list(rays)), seconds=LOOK_SECONDS)
         return sight.read(output.decode(errors="replace"))
+    except Hangs as exc:
+        at = sight.last_look(exc.own.decode(errors="replace"))
+        cause = f"{machine.host.ssh} accepts the login, but {exc}"
+        raise codes.ADD_FAILED.error(cause + f": it hangs at {at}" * bool(at), exc.remedy) from None
     except (Failed, ValueError) as exc:
         raise codes.ADD_FAILED.error(
             f"{machine.host.ssh} cannot be examined: {exc}", "use a Linux machine that has `sh`"

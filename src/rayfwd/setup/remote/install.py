@@ -21,7 +21,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import MARKER, OLDEST_PYTHON, Sight
-from rayfwd.setup.remote.ssh import Failed, Machine
+from rayfwd.setup.remote.ssh import Failed, Hangs, Machine
 
 INSTALL_SECONDS = 900.0
 """For what may come from a package index."""
@@ -31,6 +31,9 @@ ROOM_FOR_RAY = 2 << 30
 
 _NO_PYTHON = re.compile("No interpreter found|(download|install) (cp|pypy)|python-build-standalone")
 """What uv says where it finds no interpreter, or cannot get one."""
+
+_DISK = re.compile("Read-only file system|No space left|Disk quota exceeded|Permission denied")
+"""What the system says where nothing can be written."""
 
 _SCRIPT = r"""
 set -e
@@ -53,7 +56,9 @@ fi
 for old in @TARGET@.incoming.*; do
   [ "$old" = @INCOMING@ ] || find "$old" -maxdepth 0 -mmin +60 -exec rm -rf {} + || :
 done
-[ -x @TARGET@/bin/python ] || { fresh=1; rm -rf @TARGET@; mkdir -p "$(dirname @TARGET@)"; }
+if [ ! -x @TARGET@/bin/python ] || [ -n "@BROKEN@" ]; then
+  fresh=1; rm -rf @TARGET@; mkdir -p "$(dirname @TARGET@)"
+fi
 pip_wheel=$(ls pip-*.whl 2>/dev/null | head -n 1) || :
 uv=@UV@
 if [ -z "$uv" ] && [ -n "@BRING_UV@" ]; then
@@ -153,7 +158,8 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
     Raises ProblemError.
     """
     target, made = sight.prefix, {"wheel": shipment.digest, "name": name}
-    if sight.made is not None and sight.made.get("wheel") == shipment.digest:
+    as_here = sight.made is not None and sight.made.get("wheel") == shipment.digest
+    if as_here and not sight.broken:
         return False
     _check_place(sight, target, sight.there and sight.made is None, ROOM)
     needs = await asyncio.to_thread(shipment.needs)
@@ -164,7 +170,9 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
     ours, index = f"put --no-index --find-links . {own}", f"put {own}"
     put = index if why else f"{ours} || {index}"
     try:
-        await _install(machine, target, tool, files, put, own, made)
+        await _install(machine, target, tool, files, put, own, made, sight.broken)
+    except Hangs:
+        raise
     except Failed as exc:
         raise _no_packages(machine, sight, tool, f"{exc}", why) from None
     return True
@@ -179,7 +187,7 @@ async def ray(
     ProblemError.
     """
     target, made = ray_prefix(sight), ray_marker(versions)
-    if sight.made_ray == made:
+    if sight.made_ray == made and not sight.broken_ray:
         return False
     _check_place(sight, target, False, ROOM_FOR_RAY)
     needs = await asyncio.to_thread(shipment.needs)
@@ -195,6 +203,8 @@ async def ray(
     files = [*(ours if here else ()), *_tools(shipment, needs, tool)]
     try:
         await _install(machine, target, tool, files, " || ".join(ways), "", made)
+    except Hangs:
+        raise
     except Failed as exc:
         raise _no_packages(machine, sight, tool, f"Ray {versions.ray}: {exc}", "") from None
     return True
@@ -236,8 +246,9 @@ async def _install(
     put: str,
     own: str,
     made: dict[str, str],
+    broken: bool = False,
 ) -> None:
-    """Raises Failed, ProblemError."""
+    """`broken`: what is there goes first. Raises Failed, ProblemError."""
     incoming = f"{target}.incoming.{secrets.token_hex(4)}"
     python = tool.python if tool.python.startswith("/") else None
     await machine.send(files, incoming, python)
@@ -252,6 +263,7 @@ async def _install(
         "@OWN@": own,
         "@MADE@": shlex.quote(json.dumps(made)),
         "@MARKER@": MARKER,
+        "@BROKEN@": "yes" if broken else "",
         "@SECONDS@": f"{INSTALL_SECONDS / 2:.0f}",
     }
     script = _SCRIPT
@@ -262,6 +274,12 @@ async def _install(
 
 def _no_packages(machine: Machine, sight: Sight, tool: Tool, said: str, why: str) -> ProblemError:
     by_uv = bool(tool.uv) or tool.bring_uv
+    if _DISK.search(said):
+        return codes.ADD_BLOCKED.error(
+            f"nothing can be written where {sight.prefix} goes on {machine.host.ssh}: {said}",
+            "make room there, or make it writable for that login, or choose another directory with "
+            "--prefix",
+        )
     if by_uv and not tool.python.startswith("/") and _NO_PYTHON.search(said):
         return codes.ADD_NO_PYTHON.error(
             f"there is no Python {tool.python} on {machine.host.ssh}, and uv got none: {said}",

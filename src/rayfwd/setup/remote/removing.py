@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.setup.remote import install, there
-from rayfwd.setup.remote.adding import Outcome, Report, look
+from rayfwd.setup.remote.adding import Outcome, Report, look, no_answer_yet
 from rayfwd.setup.remote.here import Head
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.ssh import Failed, Machine
@@ -50,7 +51,7 @@ async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Out
     except ProblemError as exc:
         outcome.problem = exc
     except Failed as exc:
-        outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", "run the same command again")
+        outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", exc.remedy)
     outcome.seconds = time.monotonic() - began
 
 
@@ -62,10 +63,13 @@ async def _there(
     paths = {
         key: Path(entry[key]) for key in ("identity", "known_hosts", "ssh_config") if key in entry
     }
-    machine = await Machine.connect(Host(ssh=entry["ssh"], **paths))  # type: ignore[arg-type]
-    try:
-        outcome.at = "look"
-        seen = await look(machine, entry.get("prefix"), ())
+    host = Host(ssh=entry["ssh"], **paths)  # type: ignore[arg-type]
+    async with AsyncExitStack() as stack:
+        async with outcome.place.lent(lambda: report(name, outcome.at, no_answer_yet())):
+            machine = await Machine.connect(host)
+            stack.callback(machine.close)
+            outcome.at = "look"
+            seen = await look(machine, entry.get("prefix"), ())
         if seen.made is not None:
             outcome.at = "stop"
             asked = {"service": bool(entry.get("service")), "name": f"head-of-{name}"}
@@ -76,8 +80,6 @@ async def _there(
         outcome.at = "uninstall"
         for place in await install.remove(machine, seen):
             report(name, "uninstall", f"removed {place}")
-    finally:
-        machine.close()
 
 
 async def _here(head: Head, name: str, outcome: Outcome, report: Report) -> None:

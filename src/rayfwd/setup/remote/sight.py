@@ -23,6 +23,7 @@ MARKER = "rayfwd-add.json"
 
 _SCRIPT = r"""
 say() { printf '%s %s\n' "$1" "$2"; }
+looking_at() { say at "$1"; }
 reach() {
   for tool in curl wget; do
     command -v $tool >/dev/null 2>&1 && break
@@ -32,6 +33,7 @@ reach() {
     wget) wget -q --spider -T 3 -t 1 "$index" 2>/dev/null && echo yes || echo no;;
   esac
 }
+looking_at "whether a package index is reached"
 net=unknown
 index=${PIP_INDEX_URL:-@INDEX@}
 [ -n "$index" ] && (command -v curl || command -v wget) >/dev/null 2>&1 && net=$(reach)
@@ -48,15 +50,23 @@ say gpus "$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l)"
 say index "$net"
 say libc "$( (getconf GNU_LIBC_VERSION || ldd --version 2>&1 | head -n 1) 2>/dev/null)"
 PREFIX=@PREFIX@
+looking_at "the home directory or the directory of rayfwd"
 [ -n "$PREFIX" ] || { if [ "$(id -u)" = 0 ]; then PREFIX=/opt/rayfwd
                       else PREFIX=$HOME/.local/share/rayfwd; fi; }
 say prefix "$PREFIX"
 [ -e "$PREFIX" ] && say there yes
 [ -f "$PREFIX/@MARKER@" ] && say made "$(tr '\n' ' ' <"$PREFIX/@MARKER@")"
 [ -f "$PREFIX-ray/@MARKER@" ] && say made-ray "$(tr '\n' ' ' <"$PREFIX-ray/@MARKER@")"
+[ -f "$PREFIX/@MARKER@" ] && looking_at "$PREFIX/bin/python" &&
+  { "$PREFIX/bin/python" -I -c 'import rayfwd' 2>/dev/null || say broken yes; }
+[ -f "$PREFIX-ray/@MARKER@" ] && looking_at "$PREFIX-ray/bin/python" &&
+  { "$PREFIX-ray/bin/python" -I -c 'from importlib.metadata import version; version("ray")' \
+      2>/dev/null || say broken-ray yes; }
+looking_at "the disk that has $PREFIX"
 above=$PREFIX
 while [ ! -d "$above" ]; do above=$(dirname "$above"); done
 say free "$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $4 }')"
+looking_at "systemd"
 [ -d /run/systemd/system ] && say systemd system
 # A user's manager that does not linger ends with our own connection.
 [ -d /run/systemd/system ] && [ "$(id -u)" != 0 ] && [ -e "/var/lib/systemd/linger/$(id -un)" ] &&
@@ -64,12 +74,14 @@ say free "$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $4 }')"
 for uv in "$(command -v uv 2>/dev/null)" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
   [ -n "$uv" ] && [ -x "$uv" ] && say uv "$uv" && break
 done
+looking_at "the Pythons of the PATH"
 for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
   at=$(command -v $python 2>/dev/null) || continue
   version=$("$at" -c 'import platform; print(platform.python_version())' 2>/dev/null)
   whole=$("$at" -c 'import asyncio, tarfile, venv' >/dev/null 2>&1 && echo whole)
   say python "$at $version $whole"
 done
+looking_at "where Ray may be"
 for ray in @RAYS@ "$(command -v ray 2>/dev/null)" "$PREFIX-ray/bin/ray" \
     "$HOME/.venv/bin/ray" "$HOME/venv/bin/ray" "$HOME/.local/bin/ray" \
     /opt/conda/bin/ray /opt/venv/bin/ray /usr/local/bin/ray; do
@@ -84,6 +96,12 @@ def script(prefix: str | None, rays: Sequence[str]) -> str:
     text = _SCRIPT.replace("@PREFIX@", shlex.quote(prefix or "")).replace("@MARKER@", MARKER)
     text = text.replace("@INDEX@", _usual_index())
     return text.replace("@RAYS@", " ".join(map(shlex.quote, rays)))
+
+
+def last_look(output: str) -> str:
+    """At what the script was when it had printed this; empty: it had not begun."""
+    at = [line.removeprefix("at ") for line in output.splitlines() if line.startswith("at ")]
+    return at[-1] if at else ""
 
 
 def _usual_index() -> str:
@@ -139,6 +157,9 @@ class Sight:
     made: dict[str, Any] | None = None
     """What the marker in our directory says; None: there is none."""
     made_ray: dict[str, Any] | None = None
+    broken: bool = False
+    """What is in our directory does not run."""
+    broken_ray: bool = False
     systemd: bool = False
     """A service can be made: the machine's for root, else the user's."""
     booted: bool = False
@@ -210,6 +231,8 @@ def read(output: str) -> Sight:
         there="there" in single,
         made=_object(single.get("made")),
         made_ray=_object(single.get("made-ray")),
+        broken="broken" in single,
+        broken_ray="broken-ray" in single,
         systemd=("system" if root else "user") in several["systemd"],
         booted=bool(several["systemd"]),
         uv=single.get("uv"),

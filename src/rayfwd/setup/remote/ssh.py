@@ -28,6 +28,8 @@ from rayfwd.transport.ssh import SshConnector
 BEGINS = "rayfwd-begins"
 """The line after which the output is a command's own."""
 COMMAND_SECONDS = 60.0
+SESSION_SECONDS = 10.0
+"""More, for the session in which a command is run."""
 KEEPALIVE_SECONDS = 15
 QUOTED = 400
 """Characters of what a command has said that are quoted."""
@@ -58,6 +60,18 @@ def of_machine(problem: Problem, host: str) -> Problem:
 
 class Failed(Exception):  # noqa: N818
     """A command ended with another code than 0, or not in time; holds what it said last."""
+
+    remedy = "run the same command again"
+
+
+class Hangs(Failed):
+    """A command that was not done in time; says how far the machine came with it."""
+
+    def __init__(self, cause: str, remedy: str, own: bytes = b"") -> None:
+        """`own`: what the command had printed by then."""
+        super().__init__(cause)
+        self.remedy = remedy
+        self.own = own
 
 
 class Machine:
@@ -110,9 +124,12 @@ class Machine:
         # Of no data AsyncSSH would tell no end.
         given: dict[str, Any] = {"input": data} if data else {"stdin": asyncssh.DEVNULL}
         try:
-            ran = await self._connection.run(line, encoding=None, timeout=seconds, **given)
-        except (asyncssh.TimeoutError, TimeoutError):
-            raise Failed(f"not done in {seconds:.0f} s") from None
+            async with asyncio.timeout(seconds + SESSION_SECONDS):
+                ran = await self._connection.run(line, encoding=None, timeout=seconds, **given)
+        except asyncssh.TimeoutError as exc:
+            raise self._hangs(bytes(exc.stdout or b""), seconds) from None  # type: ignore[arg-type]
+        except TimeoutError:
+            raise self._no_session(seconds + SESSION_SECONDS) from None
         except (asyncssh.Error, OSError) as exc:
             raise codes.SSH_LOST.error(
                 f"the SSH connection to {self.host.ssh} ended: {exc}", "run the same command again"
@@ -126,6 +143,29 @@ class Machine:
             last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
             raise Failed(last[-QUOTED:])
         return own, said
+
+    def _hangs(self, out: bytes, seconds: float) -> Hangs:
+        """`out`: what came until then."""
+        _, begins, own = out.partition(f"{BEGINS}\n".encode())
+        if begins:
+            return Hangs(
+                f"a command was not done in {seconds:.0f} s",
+                f"log in there (`{by_hand(self.host)}`) and see what hangs, such as a disk; then "
+                "run the same command again",
+                own,
+            )
+        return Hangs(
+            f"its login shell ran no command in {seconds:.0f} s",
+            f"run `{by_hand(self.host, 'true')}`: correct what hangs there, in the login shell's "
+            "files (~/.profile, ~/.bashrc) or in a home directory on a network disk",
+        )
+
+    def _no_session(self, seconds: float) -> Hangs:
+        return Hangs(
+            f"its sshd opened no session in {seconds:.0f} s",
+            f"run `{by_hand(self.host, 'true')}`: if that hangs too, restart sshd there, or the "
+            "machine",
+        )
 
     async def send(self, files: Iterable[Path], folder: str, python: str | None) -> None:
         """Put files into a new directory there. Raises Failed, ProblemError."""
@@ -157,6 +197,10 @@ class Machine:
         try:
             out, said = await self._run(line, asked, seconds, may_fail=True)
             answers.feed(out)
+        except Hangs as exc:
+            raise codes.ADD_FAILED.error(
+                f"{self.host.ssh}: {python} there: {exc}", exc.remedy
+            ) from None
         except (Failed, ChildError) as exc:
             raise self._not_executable(python, str(exc)) from None
         if answers.problem is not None:
@@ -168,13 +212,24 @@ class Machine:
     def _not_executable(self, python: str, cause: str) -> ProblemError:
         return codes.RAYFWD_NOT_EXECUTABLE.error(
             f"{self.host.ssh}: {python} cannot run rayfwd: {cause}",
-            "run `rayfwd remove` and then `rayfwd add`, which installs it again",
+            "run `rayfwd add` for this machine, which installs again what is broken; then run the "
+            "same command again",
         )
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connector.close()
+
+
+def by_hand(host: Host, *command: str) -> str:
+    """How somebody at the head's shell gets there by `ssh`, to run that command or none."""
+    user, name, port = host.way().ssh_target()
+    words = ["ssh"]
+    for option, value in (("-F", host.ssh_config), ("-i", host.identity), ("-p", port)):
+        if value is not None:
+            words += [option, str(value)]
+    return shlex.join([*words, name if user is None else f"{user}@{name}", *command])
 
 
 def _archive(files: list[Path]) -> bytes:

@@ -10,12 +10,13 @@ import asyncio
 import os
 import pwd
 import signal
+import socket
 import subprocess
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rayfwd import codes
 from rayfwd.cluster.plan import check_name
@@ -33,6 +34,7 @@ from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
 from rayfwd.system.control import ask
+from rayfwd.system.ownership import peer_credentials
 from rayfwd.system.paths import CONTROL_SOCKET, default_runtime_dir
 from rayfwd.transport.ssh import SshConnector
 
@@ -41,6 +43,8 @@ LOOK_SECONDS = 60.0
 """For Ray's Python to say which it is."""
 STOP_SECONDS = 90.0
 """Longer than a stop takes unless its file says otherwise: 30 s for Ray's tasks, and 20."""
+HANGS_SECONDS = 30.0
+"""Without an answer, after which a daemon is said to hang."""
 LOG = "rayfwd.log"
 """Of a daemon that no service manager has, in its state directory."""
 LOG_KEPT = 2000
@@ -270,10 +274,8 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
         if not anew:
             return {"came": "runs", "how": how}
         _end(pid)
-    layout.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     words = [layout.command, "run", "--config", str(layout.config)]
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "ab") as out:
+    with _opened(log) as out:
         child = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -283,7 +285,7 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
             start_new_session=True,
         )
     deadline = time.monotonic() + REACH_SECONDS
-    while _pid(layout) is None and time.monotonic() < deadline:
+    while _listening_at(layout.runtime / CONTROL_SOCKET) is None and time.monotonic() < deadline:
         if child.poll() is not None:
             raise codes.ADD_FAILED.error(
                 f"`{' '.join(words)}` ended immediately: {_end_of(log).strip()[-300:]}",
@@ -293,6 +295,19 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
     return {"came": "started", "how": how}
 
 
+def _opened(log: Path) -> IO[bytes]:
+    """For what is added at its end. Raises ProblemError."""
+    try:
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{log} cannot be written: {exc.strerror or exc}",
+            "make its directory writable there, and its disk not full",
+        ) from None
+    return os.fdopen(descriptor, "ab")
+
+
 def _status(layout: Layout) -> Status | None:
     with suppress(ProblemError):
         return Status.from_answer(ask(layout.runtime / CONTROL_SOCKET, "status"))
@@ -300,9 +315,39 @@ def _status(layout: Layout) -> Status | None:
 
 
 def _pid(layout: Layout) -> int | None:
-    """Of the daemon that runs from our file; None: none does."""
-    status = _status(layout)
-    return None if status is None else status.pid
+    """Of the daemon that runs from our file; None: none does.
+
+    Raises ProblemError where one does and does not answer.
+    """
+    path = layout.runtime / CONTROL_SOCKET
+    try:
+        ask(path, "status", timeout=HANGS_SECONDS)
+    except ProblemError as exc:
+        if exc.problem.code is codes.DAEMON_NOT_ANSWERING:
+            raise _hanging(path) from None
+        return None
+    return _listening_at(path)
+
+
+def _hanging(path: Path) -> ProblemError:
+    """A daemon that was killed in half, stopped, or waits for a disk that does not answer."""
+    pid = _listening_at(path)
+    told = "its rayfwd" if pid is None else f"its rayfwd (process {pid})"
+    return codes.ADD_BLOCKED.error(
+        f"{told} hangs: it answers no question on {path}",
+        f"end it there (`kill -9 {pid or 'PID'}`), then run the same command again",
+    )
+
+
+def _listening_at(path: Path) -> int | None:
+    """The process that does, by the kernel's word; None: there is none, or it takes nobody."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1.0)
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return None
+        return peer_credentials(sock)[0]
 
 
 def _end(pid: int) -> None:
