@@ -22,10 +22,10 @@ from rayfwd.ray.status_text import RayStatus
 from rayfwd.session.messages import Cluster
 from rayfwd.session.target import Target
 from rayfwd.watch import cluster_watch, rules
-from rayfwd.watch.cluster_watch import ClusterWatch
+from rayfwd.watch.cluster_watch import FEW_NODES, SETTLE_SECONDS, TABLE_INTERVAL, ClusterWatch
 from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.links import LinkRules, LinkSeen
-from tests.unit.loops import run, until
+from tests.unit.loops import run, run_on_fake_clock, until
 
 COUNT = 1001
 
@@ -152,6 +152,63 @@ def test_what_the_dashboard_does_not_say_the_command_does(monkeypatch: pytest.Mo
     assert asked == [("/x/ray", "127.77.0.1:6379")]
     ((report, _, _),) = look.owner.told
     assert report.totals["CPU"] == (0.0, 8.0 * COUNT)
+
+
+@pytest.mark.parametrize("nodes_of_plan", [3, FEW_NODES + 1])
+def test_a_node_that_comes_is_told_of_at_once(
+    monkeypatch: pytest.MonkeyPatch, nodes_of_plan: int
+) -> None:
+    """Its totals, which Ray renews every 5 s, follow. Of many nodes all is told together."""
+    rows, asked = ROWS[:1], []
+
+    async def noted(*args: object) -> RayStatus:
+        asked.append(asyncio.get_running_loop().time())
+        return await ask(*args)
+
+    def table(*_: object) -> bytes:
+        return json.dumps({"result": True, "data": {"result": {"result": rows}}}).encode()
+
+    monkeypatch.setattr(status_text, "fetch", noted)
+    monkeypatch.setattr(dashboard, "get", table)
+    owner = Owner()
+    owner.view = SimpleNamespace(nodes=tuple(PLANS[:nodes_of_plan]), gives_up_after=30.0)
+    board = SimpleNamespace(put=lambda *_: None, put_all=lambda *_: None, pending=lambda _: False)
+    up = SimpleNamespace(environment={}, now=SimpleNamespace(state="up"))
+
+    async def main() -> None:
+        now = asyncio.get_running_loop().time
+        watch = ClusterWatch(
+            RayConfig(),
+            PLANS[0],
+            cast(Any, up),
+            cast(Any, board),
+            Interruptions(0.0),
+            cast(Any, owner),
+            lambda node, port: cast(Any, Target(node.address, port)),
+        )
+        task = asyncio.create_task(watch.run())
+        await until(lambda: owner.told)
+        await asyncio.sleep(2)
+        took = []
+        for count in (2, 3):
+            rows.append(ROWS[count - 1])
+            began = now()
+            watch.scan_soon()
+            await until(lambda count=count: len(owner.told[-1][0].nodes) == count)  # type: ignore[misc]
+            took.append(now() - began)
+        if nodes_of_plan > FEW_NODES:
+            assert SETTLE_SECONDS <= took[0] < SETTLE_SECONDS + 2
+        else:
+            assert took[0] < 0.1
+            assert took[1] <= TABLE_INTERVAL
+            assert len(asked) == 1, "the totals are not renewed yet"
+            await until(lambda: len(asked) == 2)
+            assert now() - began <= SETTLE_SECONDS
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    run_on_fake_clock(main)
 
 
 @pytest.mark.parametrize("count", [LINKS_BESIDE - 1, LINKS_BESIDE])

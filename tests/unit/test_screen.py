@@ -65,6 +65,19 @@ def test_the_recordings_are_as_documented(path: Path) -> None:
     assert wrong == []
 
 
+def test_a_node_that_has_just_come_is_not_said_to_be_missing() -> None:
+    """The report from before it came is no sign; the condition is."""
+    status, now = recording(FIXTURES / "status" / "worker-ready.json")
+    own = status["node"]["address"]
+    rows = status["cluster"]["nodes"]
+    status["cluster"]["nodes"] = [row for row in rows if row["address"] != own]
+    (row,) = [line for line in drawn(status, now, 130).splitlines() if "(this)" in line]
+    assert "  up  " in row
+    status["conditions"] = [condition("ray_not_listed", status["name"])]
+    (row,) = [line for line in drawn(status, now, 130).splitlines() if "(this)" in line]
+    assert "not listed" in row
+
+
 def test_what_is_wrong_comes_first_and_once() -> None:
     shown = drawn(STATUS, 1000.0, 80)
     assert shown.splitlines()[:13] == [

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from rayfwd import codes
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.status import (
     Cut,
@@ -381,8 +382,15 @@ class Screen:
         if there is not None:
             return there.state.lower()
         if state == "up":
-            return "not listed" if self.status.cluster else "up"
+            return "not listed" if self._is_missed(node) else "up"
         return "-"
+
+    def _is_missed(self, node: RosterRow) -> bool:
+        """Whether Ray's table has lacked it for longer than a look at the table takes."""
+        return any(
+            each.code is codes.RAY_NOT_LISTED and each.subject == node.name
+            for each in self.status.conditions
+        )
 
     def _age(self, since: float) -> str:
         """How long ago `since` was."""

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from rayfwd import codes
@@ -36,6 +37,12 @@ SOON_INTERVAL = 5.0
 
 SETTLE_SECONDS = 6.0
 """Seconds after a change in which Ray's totals, renewed every 5 s, have taken it in."""
+
+TABLE_INTERVAL = 1.0
+"""Seconds between two looks at the node table alone, while nodes come or go."""
+
+FEW_NODES = 100
+"""Nodes up to which the table is looked at, and told to all, at each change."""
 
 SOON_RETRIES = 3
 """Looks that fail one after another and are soon repeated: each may cost a second of CPU."""
@@ -87,6 +94,8 @@ class ClusterWatch:
         self._interruptions = interruptions
         self._owner = owner
         self._totals_told: dict[str, float] | None = None
+        self._last: ClusterReport | None = None
+        """What was reported last."""
         self._soon = asyncio.Event()
 
     def take_config(self, ray: RayConfig) -> None:
@@ -94,7 +103,8 @@ class ClusterWatch:
         self._ray = ray
 
     def scan_soon(self) -> None:
-        """A node's Ray came up or went: the next look need not wait its whole turn."""
+        """A node's Ray came up or went: the node table is read at once, and the next look need not
+        wait its whole turn."""
         self._soon.set()
 
     async def run(self) -> None:
@@ -124,8 +134,34 @@ class ClusterWatch:
                 took = asyncio.get_running_loop().time() - began
                 async with asyncio.timeout_at(end_of_pause(max(1.0, wait - took))):
                     await self._soon.wait()
-                    await asyncio.sleep(SETTLE_SECONDS)
+                    await self._settle()
             self._soon.clear()
+
+    async def _settle(self) -> None:
+        """While the totals take a change in: who is there, at this change and at the next ones."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_SECONDS):
+                while len(self._owner.view.nodes) <= FEW_NODES:
+                    self._soon.clear()
+                    with suppress(ProblemError):  # the look that follows says why
+                        await self._look_at_table()
+                    await asyncio.sleep(TABLE_INTERVAL)
+                    await self._soon.wait()
+                await asyncio.Event().wait()
+
+    async def _look_at_table(self) -> None:
+        """Tell who is there, with the totals as they were. Raises ProblemError."""
+        if self._last is None or self._supervisor.now.state != "up":
+            return
+        token = await asyncio.to_thread(read_token, self._supervisor.environment or {})
+        seen = tuple(await node_table.fetch(self._dashboard, token))
+        if seen != self._last.nodes:
+            report = replace(self._last, nodes=seen)
+            self._report(report, await asyncio.to_thread(report.message))
+
+    def _report(self, report: ClusterReport, told: Told) -> None:
+        self._last = report
+        self._owner.reported(report, told)
 
     async def _scan(self) -> bool:
         """One look. Returns whether a fault waits to be confirmed."""
@@ -156,7 +192,7 @@ class ClusterWatch:
         found, told = await asyncio.to_thread(judge)
         self._log_totals(status, seen)
         self._board.put_all(WATCHER, found)
-        self._owner.reported(report, told)
+        self._report(report, told)
         waits = status.as_of is None or rules.ageing(status, now)
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 
