@@ -287,6 +287,8 @@ class Daemon:
         self.forwards: dict[Target, str] = {}
         self.more = ""
         """What its file has besides, before the sections."""
+        self.place = ""
+        """A head: what its [hub] has besides."""
         self.dialled = False
         """A worker: the head dials it, and it dials nobody."""
         self.dials_in_vain = False
@@ -355,7 +357,7 @@ class Daemon:
             f"expose = [{self.expose}]",
             self.more,
             *([] if self.forwards else ["forward = []"]),
-            f'[hub]\nnetwork = "{NETWORK}"\n{self._dials()}'
+            f'[hub]\nnetwork = "{NETWORK}"\n{self.place}\n{self._dials()}'
             if self is head
             else "[head]\ndialled = true\n"
             + 'ssh = "nobody"\nsocket = "/nowhere"' * self.dials_in_vain

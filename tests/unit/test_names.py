@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import subprocess
@@ -225,6 +226,31 @@ def test_a_name_that_was_away_for_long_is_given_back(
     run(main, 400)
 
 
+def test_an_ephemeral_node_that_went_while_no_head_ran_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the time in which it may still come: as w1, which is one too, and w3, which is none."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2", "w3") as s:
+            for name in ("w1", "w2"):
+                s.workers[name].more = "ephemeral = true"
+                s.workers[name].write()
+            await s.start()
+            await s.head.stop()
+            await s.workers["w2"].stop()
+            await s.workers["w3"].stop()
+            await s.head.start()
+            await asyncio.sleep(names_module.RETURN_SECONDS - names_module.NAMES_INTERVAL)
+            there = {row["name"] for row in (await s.head.ask("status"))["roster"]}
+            assert there == {"head", "w1", "w2", "w3"}
+            await asyncio.sleep(2 * names_module.NAMES_INTERVAL)
+            there = {row["name"] for row in (await s.head.ask("status"))["roster"]}
+            assert there == {"head", "w1", "w3"}
+
+    run(main, 900)
+
+
 def test_when_a_worker_was_seen_is_kept(tmp_path: Path) -> None:
     first = roster(tmp_path)
     first.join("w1", "k" * 32, 40, None)
@@ -236,6 +262,10 @@ def test_when_a_worker_was_seen_is_kept(tmp_path: Path) -> None:
     assert again.away_for(900, 2000.0) == ["w2"]
     again.join("w2", "k" * 32, 48, None)
     assert again.away_for(900, 2000.0) == ["w2"], "a place that changes says nothing of it"
+    again.join("w2", "k" * 32, 48, None, ephemeral=True)
+    assert roster(tmp_path).for_a_while() == ["w2"]
+    again.join("w2", "k" * 32, 48, None)
+    assert roster(tmp_path).for_a_while() == []
 
 
 @pytest.mark.parametrize("seen", ['"x"', "true", "-1", "1e300"])
@@ -245,6 +275,36 @@ def test_a_time_that_is_none_is_damage(tmp_path: Path, seen: str) -> None:
     path = tmp_path / "roster.json"
     path.write_text(path.read_text().replace('"seen": 0', f'"seen": {seen}'))
     assert [plan.name for plan in roster(tmp_path).plans()] == ["head"]
+
+
+def test_that_there_is_little_room_is_said_before_it_is_full(tmp_path: Path) -> None:
+    """Soon after each node that comes or goes for good, and of the last one that it was."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2", "w3") as s:
+            s.head.place = f"port_base = {32768 - 3 * 16}"
+            s.head.write()
+            await s.head.start()
+            board = s.head.role.node.board
+
+            def said() -> list[str]:
+                return [c.problem.cause for c in board.conditions if c.code is nearly]
+
+            nearly = codes.PLAN_NEARLY_FULL
+            begins = "there are addresses and ports for"
+            for words, name in (("only 2 more workers", "w1"), ("only 1 more worker", "w2")):
+                wanted = [f"{begins} {words} as large as the largest"]
+                await until(functools.partial(lambda wanted: said() == wanted, wanted))
+                await s.workers[name].start()
+            await until(lambda: "for no more worker as" in said()[0], 5)
+            await s.workers["w3"].start()
+            health = s.workers["w3"].runtime.health
+            await until(lambda: [c.code for c in health.waiting_for()] == [codes.PLAN_FULL])
+            await s.workers["w1"].stop()
+            await s.head.ask("forget", name="w1", keep_token=True)
+            await s.workers["w3"].ready()
+
+    run(main)
 
 
 def test_how_many_more_there_is_room_for(tmp_path: Path) -> None:

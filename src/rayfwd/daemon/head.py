@@ -359,6 +359,7 @@ class HeadRole:
         if (plans := self._roster.plans()) is self.view.nodes:
             self.changed()
         else:
+            self._names.plan_changed()
             self._node.set_view(replace(self.view, nodes=plans))
         self._tell_newcomers()  # what is so now that they are here
 

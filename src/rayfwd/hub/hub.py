@@ -234,7 +234,7 @@ class Hub:
             for _, hello, claim in joining:
                 if not hello.resumes:
                     with suppress(ProblemError):
-                        self._roster.join(hello.node, claim, *_asked(hello))
+                        self._joined(hello, claim)
         for each in joining:
             self._let_in(*each)
 
@@ -296,7 +296,7 @@ class Hub:
             check_renewal(node, hello)
             log.info("node_key_renewed", node=node.label)
         elif node is not None:
-            self._roster.check(hello.node, claim)
+            self._roster.check(hello.node, claim, _is_live(node))
             if node.mux is not None and node.session == hello.session:
                 return node
             check_session(node, hello)
@@ -416,11 +416,17 @@ class Hub:
             self._news.changed(plan.name)
         return node
 
+    def _joined(self, hello: Hello, claim: Claim, renew: bool = False) -> NodePlan:
+        """In the roster. Raises ProblemError."""
+        return self._roster.join(
+            hello.node, claim, *_asked(hello), renew=renew, ephemeral=hello.ephemeral
+        )
+
     def _place_for(self, hello: Hello, claim: Claim, renew: bool, payer: Payer) -> NodePlan:
         """In the roster; where none is left, that of a node which yields. Raises ProblemError."""
         while True:
             try:
-                return self._roster.join(hello.node, claim, *_asked(hello), renew=renew)
+                return self._joined(hello, claim, renew)
             except ProblemError as exc:
                 if exc.problem.code not in NO_ROOM:
                     raise

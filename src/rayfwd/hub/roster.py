@@ -52,6 +52,8 @@ class Record:
     """Which it has proved to have, and must prove again; None: it never did."""
     seen: float = 0.0
     """Unix seconds when it was here last, as far as that was written down; 0: not known."""
+    ephemeral: bool = False
+    """It is given back as soon as it has left."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -59,6 +61,7 @@ class Record:
             "key_sha256": self.key_sha256,
             "public_key": self.public_key,
             "seen": round(self.seen),
+            "ephemeral": self.ephemeral,
         }
 
     @classmethod
@@ -78,7 +81,7 @@ class Record:
         seen = data.get("seen", 0)
         if isinstance(seen, bool) or not isinstance(seen, int | float) or not 0 <= seen < 1e12:
             raise ValueError(f"node {plan.name}: seen = {seen!r}")
-        return cls(plan, str(digest), public, float(seen))
+        return cls(plan, str(digest), public, float(seen), data.get("ephemeral") is True)
 
     def belongs_to(self, claim: Claim) -> bool:
         """Whether this is the node that it was. A key that was proved once is to be proved always:
@@ -250,15 +253,18 @@ class Roster:
         advertise: str | None,
         level: Level = "listeners",
         renew: bool = False,
+        ephemeral: bool = False,
     ) -> NodePlan:
         """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
-        proved. `renew`: the name may have another key from now on.
+        proved. `renew`: the name may have another key from now on. `ephemeral`: it is not kept
+        when the worker has left.
 
         Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `listeners_full`,
         `join_bad` (a value that no rayfwd sends), `roster_unwritable`.
         """
         known = self._records.get(name)
         record = self._record(name, key, worker_ports, advertise, level, renew)
+        record = replace(record, ephemeral=ephemeral)
         if record != known:
             records = {**self._records, name: record}
             if not self._together:
@@ -273,10 +279,17 @@ class Roster:
             )
         return record.plan
 
-    def check(self, name: str, claim: Claim) -> None:
-        """Whether worker `name` is who it was. Raises ProblemError `name_taken`."""
-        if not self.has(name, claim):
-            raise _name_taken(name, "belongs to a node with another key")
+    def check(self, name: str, claim: Claim, live: bool = False) -> None:
+        """Whether worker `name` is who it was; `live`: the one that it was is there. Raises
+        ProblemError `name_taken`."""
+        if self.has(name, claim):
+            return
+        if live:
+            raise codes.NAME_TAKEN.error(
+                f"the name {name} belongs to a node with another key, which is connected now",
+                "give this node another name (`name`, or --name)",
+            )
+        raise _name_taken(name, "belongs to a node with another key")
 
     def changes(
         self, name: str, worker_ports: int, advertise: str | None, level: Level = "listeners"
@@ -377,6 +390,10 @@ class Roster:
     def away_for(self, seconds: float, now: float) -> list[str]:
         """Who was not seen for longer than that."""
         return [n for n, r in self._records.items() if r.seen and now - r.seen > seconds]
+
+    def for_a_while(self) -> list[str]:
+        """Who is not kept when it has left."""
+        return [name for name, record in self._records.items() if record.ephemeral]
 
     def room(self, most: int) -> int:
         """How many more workers have a place, `most` at the most: each as large as the largest, and
