@@ -254,14 +254,27 @@ def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_check_warns_of_ephemeral_ports_in_the_blocks(
     head_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    ports = tmp_path / "range"
+    ports, reserved = tmp_path / "range", tmp_path / "reserved"
     monkeypatch.setattr("rayfwd.doctor.settings._EPHEMERAL", ports)
+    monkeypatch.setattr("rayfwd.doctor.settings._RESERVED", reserved)
     ports.write_text("32768\t60999\n")
     assert main(["check", "--config", str(head_file)]) == 0
     assert "uses ephemeral ports" not in capsys.readouterr().out
     ports.write_text("16384\t60999\n")
     assert main(["check", "--config", str(head_file)]) == 0
-    assert "uses ephemeral ports from 16384 on" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "uses ephemeral ports from 16384 on" in shown
+    assert "Ray's ports 20000-32767 are among them" in shown
+    ports.write_text("1024\t65535\n")
+    reserved.write_text("8080,30000-32767\n")
+    assert main(["check", "--config", str(head_file)]) == 0
+    shown = capsys.readouterr().out
+    assert "Ray's ports 6379,8265,10001,20000-29999 are among them" in shown
+    wanted = "6379,8080,8265,10001,20000-32767"
+    assert f"`sysctl -w net.ipv4.ip_local_reserved_ports={wanted}`" in shown
+    reserved.write_text(f"{wanted}\n")
+    assert main(["check", "--config", str(head_file)]) == 0
+    assert "uses ephemeral ports" not in capsys.readouterr().out, "the kernel takes none of them"
 
 
 def test_check_warns_of_a_path_too_long_for_a_socket(tmp_path: Path, capsys: Any) -> None:

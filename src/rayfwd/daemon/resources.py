@@ -105,7 +105,8 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise codes.ALREADY_RUNNING.error(
                 f"another rayfwd is running with state_dir = {state_dir}",
-                "stop it first, or give this one its own state_dir and runtime_dir",
+                "stop it first; or, to have a second cluster here, give this one a name with "
+                "--cluster, or its own state_dir and runtime_dir",
             ) from None
         yield
     finally:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayfwd.cluster.plan import PORT_CEILING
-from rayfwd.config import Config, HeadConfig
+from rayfwd.config import Config, HeadConfig, HubConfig, RayConfig
 from rayfwd.problems import ProblemError
 from rayfwd.ray import token
 from rayfwd.system import sockdiag, unixsocket
 from rayfwd.system.users import named, who_else_logs_in
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
 UNIT = Path("/etc/systemd/system/rayfwd.service")
 MADE_BY_SYSTEMD = frozenset({Path("/run/rayfwd"), Path("/var/lib/rayfwd")})
@@ -28,13 +29,8 @@ def warnings(config: Config, version: str | None = None) -> Iterator[str]:
     if config.role == "client":
         yield from _client_warnings()
         return  # it has no ports of a plan, and no socket
-    low = _ephemeral_floor()
-    if low is not None and low < PORT_CEILING:
-        yield (
-            f"this machine uses ephemeral ports from {low} on ({_EPHEMERAL}), but Ray's ports lie "
-            f"below {PORT_CEILING}, so an outgoing connection may take one of them; let the range "
-            f"begin at {PORT_CEILING}"
-        )
+    if (line := _ephemeral_warning(config)) is not None:
+        yield line
     for socket in (config.control_socket, *([config.hub_socket] if config.role == "head" else [])):
         try:
             unixsocket.check_path(socket)
@@ -117,11 +113,60 @@ def _key_warnings(head: HeadConfig) -> Iterator[str]:
         yield f"head.ssh_config = {head.ssh_config}: no such file"
 
 
-def _ephemeral_floor() -> int | None:
-    try:
-        return int(_EPHEMERAL.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
+def _ephemeral_warning(config: Config) -> str | None:
+    """Where an outgoing connection may take a port of Ray's, as the kernel chooses it."""
+    ephemeral, reserved = _ephemeral(), _reserved()
+    exposed = {port for port in _ports(config) if port in ephemeral} - reserved
+    if not exposed:
         return None
+    wanted = _spans(exposed | reserved)
+    return (
+        f"this machine uses ephemeral ports from {ephemeral.start} on ({_EPHEMERAL}), and Ray's "
+        f"ports {_spans(exposed)} are among them, so an outgoing connection may take one of them; "
+        f"let the range begin at {PORT_CEILING}, or reserve them: "
+        f"`sysctl -w net.ipv4.ip_local_reserved_ports={wanted}` (as root, also in /etc/sysctl.d)"
+    )
+
+
+def _ports(config: Config) -> set[int]:
+    """Ray's on this machine: the single ones, and all that may be a node's. A worker's file does
+    not say where they begin; a head's usual values are taken."""
+    head = config if config.role == "head" else None
+    hub, ray = (HubConfig(), RayConfig()) if head is None else (head.hub, head.ray)
+    single = {ray.port, ray.dashboard_port, ray.client_port}
+    return single | set(range(hub.port_base, PORT_CEILING))
+
+
+def _ephemeral() -> range:
+    """Empty: not known."""
+    try:
+        low, high = map(int, _EPHEMERAL.read_text().split())
+    except (OSError, ValueError):
+        return range(0)
+    return range(low, high + 1)
+
+
+def _reserved() -> set[int]:
+    """What the kernel chooses for no connection (ip-sysctl.rst): `8080,9148-9150`."""
+    found: set[int] = set()
+    try:
+        for span in filter(None, _RESERVED.read_text().strip().split(",")):
+            first, _, last = span.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+    except (OSError, ValueError):
+        pass
+    return found
+
+
+def _spans(ports: set[int]) -> str:
+    """As the kernel writes them."""
+    spans: list[list[int]] = []
+    for port in sorted(ports):
+        if spans and spans[-1][1] == port - 1:
+            spans[-1][1] = port
+        else:
+            spans.append([port, port])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def not_writable(directory: Path) -> str | None:

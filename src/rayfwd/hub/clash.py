@@ -25,7 +25,7 @@ def check_session(peer: HubNode | HubClient, hello: Hello) -> None:
 def check_renewal(node: HubNode, hello: Hello) -> None:
     """Whether a machine with another key, which came by the SSH key of this node's line, may
     take its place. Raises ProblemError."""
-    if _is_live(node):
+    if is_live(node):
         raise codes.NAME_IN_USE.error(
             f"another machine is connected as {node.label} with the same SSH key",
             "stop rayfwd on one of the two, or give it a key and a name of its own",
@@ -42,7 +42,7 @@ def _clash(peer: HubNode | HubClient, hello: Hello) -> Problem | None:
     # after a while of silence the key alone says enough.
     older = int(hello.session, 16) < int(peer.session, 16)
     parked = not peer.mux.stats().lanes
-    if (parked and not older) or not _is_live(peer):
+    if (parked and not older) or not is_live(peer):
         return None
     if older:
         return codes.SESSION_STALE.problem(
@@ -56,7 +56,7 @@ def _clash(peer: HubNode | HubClient, hello: Hello) -> Problem | None:
     )
 
 
-def _is_live(peer: HubPeer) -> bool:
+def is_live(peer: HubPeer) -> bool:
     """It was heard a moment ago."""
     mux = peer.mux
     return mux is not None and mux.now() - mux.session.last_heard < IN_USE_SECONDS

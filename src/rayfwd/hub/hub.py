@@ -13,7 +13,7 @@ from typing import Any
 
 from rayfwd import __version__, codes
 from rayfwd.cluster.plan import RESERVED, Level, NodePlan, check_name
-from rayfwd.hub.clash import check_renewal, check_session, session_unknown
+from rayfwd.hub.clash import check_renewal, check_session, is_live, session_unknown
 from rayfwd.hub.connection import HubConnection
 from rayfwd.hub.hub_socket import HubSocket
 from rayfwd.hub.ledger import Ledger
@@ -296,7 +296,7 @@ class Hub:
             check_renewal(node, hello)
             log.info("node_key_renewed", node=node.label)
         elif node is not None:
-            self._roster.check(hello.node, claim, _is_live(node))
+            self._roster.check(hello.node, claim, is_live(node))
             if node.mux is not None and node.session == hello.session:
                 return node
             check_session(node, hello)
