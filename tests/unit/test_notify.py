@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.daemon.restart_job import being_restarted, job_of, own_unit
 from rayfwd.system.notify import Notifier
+from rayfwd.system.restart_job import being_restarted, job_of, own_unit
 
 SYSTEM = "0::/system.slice/rayfwd.service\n"
 USERS = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/rayfwd.service\n"

@@ -55,7 +55,7 @@ WORDS = {
 ELSEWHERE = {
     "explain": "reads the package",
     "demo": "has directories of its own making",
-    "overlay": "reads no file; listens at the path that root gives it",
+    "overlay": "reads only a file of its own beside the socket that root names, if it is root's",
     "join": "reads no file, and keeps its own where root alone may write",
     "head": "reads no file, and keeps its own where root alone may write",
 }
@@ -222,7 +222,7 @@ SPAWNERS = {
     "ray/launcher.py": "the daemon's or the keeper's: as the service's user",
     "ray/canary/sender.py": "the daemon's",
     "ray/status_text.py": "the daemon's",
-    "daemon/restart_job.py": "the daemon's; systemctl",
+    "system/restart_job.py": "the daemon's, or the overlay's keeper's; systemctl",
     "daemon/handover.py": "the daemon's own program again",
     "doctor/report.py": "commands of the system",
     "doctor/sshd.py": "a command of the system",

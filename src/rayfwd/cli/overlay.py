@@ -12,6 +12,7 @@ from pathlib import Path
 from rayfwd.cli import OK, MistakeError
 from rayfwd.config import LogConfig
 from rayfwd.network import overlay
+from rayfwd.network.last_rules import LastRules
 from rayfwd.network.overlay_keeper import OverlayKeeper
 from rayfwd.system import logs
 
@@ -42,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logs.setup(LogConfig())
     if args.remove:
-        # The service manager says how the keeper ended. What one that was killed has left is for
-        # the next one, a second later: until then the way to other nodes stays shut.
-        if os.environ.get("SERVICE_RESULT") not in {"signal", "core-dump", "oom-kill"}:
+        last = LastRules(args.socket)
+        if not _another_follows(last):
+            last.forget()
             overlay.OverlayMaker(args.interface).down()
         return OK
     try:
@@ -54,3 +55,12 @@ def run(args: argparse.Namespace) -> int:
     keeper = OverlayKeeper(args.socket, args.interface, owner, args.network, args.until_eof)
     asyncio.run(keeper.run())
     return OK
+
+
+def _another_follows(last: LastRules) -> bool:
+    """Whether what a keeper has left is for the next one, a second later: until then the way to
+    other nodes stays shut. The service manager says how it ended. One that was killed could not
+    say more; one that is restarted has left its rules, and one that is stopped has not."""
+    result = os.environ.get("SERVICE_RESULT")
+    killed = result in {"signal", "core-dump", "oom-kill"}
+    return killed or (result == "success" and last.path.exists())

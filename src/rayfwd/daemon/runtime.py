@@ -16,7 +16,7 @@ from prometheus_client.core import Metric
 
 from rayfwd import codes
 from rayfwd.config import Config, ConfigError, load, split_host_port
-from rayfwd.daemon import handover, reload, restart_job
+from rayfwd.daemon import handover, reload
 from rayfwd.daemon.canary_verb import CanaryVerb
 from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.health import Health
@@ -35,6 +35,7 @@ from rayfwd.system.control import ControlServer
 from rayfwd.system.fdpass import Packed
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
+from rayfwd.system.restart_job import being_restarted
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.tracing import tracing
 from rayfwd.watch.conditions import Finding
@@ -163,7 +164,7 @@ class Runtime:
             self._notifier.send("STOPPING=1")
             if not self._asked.is_set():
                 return False
-            if not await restart_job.being_restarted(os.environ):
+            if not await being_restarted(os.environ):
                 self._role.leaving()
                 self._front.shown(self.health.summary())
                 await self._node.ray.stop()

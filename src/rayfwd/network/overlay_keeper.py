@@ -5,6 +5,10 @@ removes them when it ends. In a service it has a unit of its own (`rayfwd-net.se
 starts as root and keeps CAP_NET_ADMIN alone; in a container that has this right it is the daemon's
 child, and ends with it (`until_eof`).
 
+A service that is restarted, or was killed, leaves the interface and the table that shuts the way.
+The next one makes the rules again from what the last one was asked for (`last_rules`). Connections
+that stand wait meanwhile, and so do new ones.
+
     up {rules} -> {}: everything is there; `rules` as `Rules.to_wire` gives them
     update {rules} -> {}: the ports are up to date
     found {} -> {interface, address, table, refused, may}: what stands now
@@ -26,15 +30,17 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
+from rayfwd.network.last_rules import LastRules
 from rayfwd.network.ruleset import LOWEST_PORT, Rules
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ControlServer
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
+from rayfwd.system.restart_job import being_restarted
 
 LEFT_SECONDS = 30.0
 """Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
-one before it has left is removed."""
+one before it has left, or has had, is removed."""
 REQUEST_LIMIT = 4 << 20
 """Bytes: the open ports of a thousand nodes."""
 NETWORKS = (ipaddress.IPv4Network("127.64.0.0/10"),)
@@ -65,6 +71,9 @@ class OverlayKeeper:
         self._until_eof = until_eof
         self._overlay = overlay.OverlayMaker(interface)
         self._rules: Rules | None = None
+        self._last = None if until_eof else LastRules(socket)
+        self._asked = False
+        """A daemon is there that wants something of this keeper."""
         self._turn = asyncio.Lock()
         self._stop = asyncio.Event()
         self._notifier = Notifier()
@@ -97,6 +106,7 @@ class OverlayKeeper:
             loop.add_signal_handler(number, self._stop.set)
         if self._until_eof:
             loop.add_reader(0, self._came_on_stdin)
+        await self._take_over()
         verbs = {
             "up": self._up,
             "update": self._update,
@@ -110,7 +120,7 @@ class OverlayKeeper:
         left = asyncio.create_task(self._remove_left(), name="left")
         try:
             _log.info("overlay_keeper_listening", socket=str(self._socket))
-            self._notifier.send("READY=1", "STATUS=no overlay")
+            self._notifier.send("READY=1", self._state())
             await self._stop.wait()
             self._notifier.send("STOPPING=1")
         finally:
@@ -118,17 +128,47 @@ class OverlayKeeper:
             left.cancel()
             await asyncio.gather(watch, left, return_exceptions=True)
             await server.close()
-            await asyncio.to_thread(self._overlay.down)
+            await self._end()
+
+    async def _take_over(self) -> None:
+        """Make again what a keeper before this one had, which was restarted or killed."""
+        left = self._last.found() if self._last is not None else None
+        if left is None:
+            return
+        try:
+            rules = self._checked({"rules": left})
+            await asyncio.to_thread(self._overlay.up, rules)
+        except ProblemError as exc:
+            _log.warning("overlay_not_restored", cause=exc.problem.cause)
+        else:
+            self._rules = rules
+            _log.info("overlay_taken_over", interface=rules.interface, address=rules.own)
+
+    async def _end(self) -> None:
+        """Leave nothing, unless another keeper follows at once."""
+        if self._rules is not None and self._last is not None and await being_restarted(os.environ):
+            _log.info("overlay_handed_on", interface=self._interface)
+            return
+        await self._remove()
+
+    async def _remove(self) -> None:
+        """Raises ProblemError."""
+        if self._last is not None:
+            self._last.forget()
+        await asyncio.to_thread(self._overlay.down)
+        self._rules = None
 
     async def _remove_left(self) -> None:
-        """One that was killed has left the way to other nodes shut."""
+        """One that was killed has left the way to other nodes shut, and the daemon is gone too."""
         await asyncio.sleep(LEFT_SECONDS)
         async with self._turn:
             with suppress(OSError, ProblemError):
-                if self._rules is None and await asyncio.to_thread(
-                    overlay.orphaned, self._interface
+                if not self._asked and (
+                    self._rules is not None
+                    or await asyncio.to_thread(overlay.orphaned, self._interface)
                 ):
-                    await asyncio.to_thread(self._overlay.down)
+                    await self._remove()
+                    self._notifier.send(self._state())
 
     async def _watch_tables(self) -> None:
         """Make the rules anew as soon as another program removes them (`nft flush ruleset`): until
@@ -152,42 +192,62 @@ class OverlayKeeper:
 
     async def _restore(self) -> None:
         async with self._turn:
-            rules = self._rules
-            if rules is None or (await asyncio.to_thread(overlay.found, rules)).table:
-                return  # removed, or replaced, by ourselves
-            try:
-                await asyncio.to_thread(self._overlay.up, rules)
-            except ProblemError as exc:
-                _log.warning("overlay_not_restored", cause=exc.problem.cause)
-                return
+            await self._look()
+
+    async def _look(self) -> overlay.Found:
+        """What stands now; rules that another program has removed are made again first."""
+        rules = self._rules
+        if rules is None:
+            return overlay.NOTHING
+        found = await asyncio.to_thread(overlay.found, rules)
+        if found.table:
+            return found  # also where it was removed, or replaced, by ourselves
+        try:
+            await asyncio.to_thread(self._overlay.up, rules)
+        except ProblemError as exc:
+            _log.warning("overlay_not_restored", cause=exc.problem.cause)
+            return found
         _log.warning("overlay_restored", interface=rules.interface)
+        return await asyncio.to_thread(overlay.found, rules)
 
     def _came_on_stdin(self) -> None:
         with suppress(BlockingIOError):
             if not os.read(0, 4096):
                 self._stop.set()
 
+    def _state(self) -> str:
+        if self._rules is None:
+            return "STATUS=no overlay"
+        return f"STATUS=the overlay of {self._rules.own} is up"
+
     async def _up(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             rules = self._checked(args)
             await asyncio.to_thread(self._overlay.up, rules)
-            self._rules = rules
+            await self._stands(rules)
         _log.info("overlay_up", interface=rules.interface, address=rules.own)
-        self._notifier.send(f"STATUS=the overlay of {rules.own} is up")
+        self._notifier.send(self._state())
         return {}
 
     async def _update(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             rules = self._checked(args)
             await asyncio.to_thread(self._overlay.update, rules)
-            self._rules = rules
+            await self._stands(rules)
         return {}
 
+    async def _stands(self, rules: Rules) -> None:
+        """From now on this is what there is to be."""
+        self._asked = True
+        self._rules = rules
+        if self._last is not None:
+            await asyncio.to_thread(self._last.keep, rules)
+
     async def _found(self, args: dict[str, Any]) -> dict[str, Any]:
+        self._asked = True
         may = [str(network) for network in self._networks]
-        if self._rules is None:
-            return {"may": may, **overlay.NOTHING.to_wire()}
-        found = await asyncio.to_thread(overlay.found, self._rules)
+        async with self._turn:
+            found = await self._look()
         return {"may": may, **found.to_wire()}
 
     async def _beside(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -195,10 +255,9 @@ class OverlayKeeper:
 
     async def _down(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
-            await asyncio.to_thread(self._overlay.down)
-            self._rules = None
+            await self._remove()
         _log.info("overlay_down", interface=self._interface)
-        self._notifier.send("STATUS=no overlay")
+        self._notifier.send(self._state())
         return {}
 
     def _checked(self, args: dict[str, Any]) -> Rules:

@@ -81,8 +81,7 @@ async def being_restarted(env: Mapping[str, str]) -> bool:
         _log.warning(
             "stop_or_restart_unknown",
             cause=f"systemctl list-jobs: {str(exc) or 'no answer'}",
-            remedy="Ray is stopped, as for a stop of the service; install dbus, so that rayfwd "
-            "can ask systemd",
+            remedy="install dbus, so that rayfwd can ask systemd; a restart counts as a stop now",
         )
         return False
     return job_of(name, out.decode(errors="replace")) == "restart"
