@@ -1,11 +1,15 @@
 """The overlay network as a service: `rayfwd-net`, which `rayfwd init` makes where rayfwd is root's.
 
-One cluster for all tests, which run in the order of this file.
+One cluster for all tests, which run in the order of this file. The worker begins with the units of
+0.1.0, which had no overlay.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,11 +69,30 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         yield made
 
 
+OLD_UNITS = Path(__file__).parents[1] / "fixtures" / "units-0.1.0"
+"""As `rayfwd init` of 0.1.0 made them on these machines."""
+MANIFEST = "/var/lib/rayfwd-init.json"
+
+
+def give_units_of_0_1_0(machine: Machine) -> None:
+    """And the record that it kept of them. Its configuration was the same."""
+    machine.run(["rm", f"/etc/systemd/system/{UNIT}.service"])
+    made = json.loads(machine.read(MANIFEST))
+    entries = {e["id"]: e for e in made["made"] if not e["id"].endswith(f"{UNIT}.service")}
+    for path in OLD_UNITS.iterdir():
+        text, place = path.read_text(), f"/etc/systemd/system/{path.name}"
+        machine.write(place, text)
+        entries[place]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    machine.write(MANIFEST, json.dumps({**made, "made": list(entries.values())}), mode=0o600)
+    machine.systemctl("daemon-reload")
+
+
 @pytest.fixture(scope="module")
 def auto(lab: Lab) -> Cluster:
     """Set up, and started at the best level that each machine allows."""
     cluster = Cluster(lab, level=None)
     cluster.set_up()
+    give_units_of_0_1_0(cluster.worker)
     cluster.start()
     cluster.wait_ready()
     return cluster
@@ -119,6 +142,45 @@ def left(machine: Machine) -> list[str]:
     tables = machine.run(["nft", "list", "tables"]).stdout
     assert "table inet firewall" in tables, "the machine's own"
     return [line for line in f"{links}{tables}".splitlines() if "rayfwd" in line]
+
+
+def test_with_the_units_of_0_1_0_it_says_what_is_missing(auto: Cluster) -> None:
+    """It works as before, beside a head with the overlay."""
+    network = auto.worker.status()["network"]
+    assert network["level"] == "listeners"
+    assert "there is no service rayfwd-net" in network["why"]
+    assert "`rayfwd init`" in network["remedy"]
+    assert f"to have the overlay: {network['remedy']}" in doctor(auto.worker)
+    assert auto.head.status()["network"]["level"] == "overlay"
+    assert left(auto.worker) == []
+
+
+def doctor(machine: Machine) -> str:
+    """Its row on the network."""
+    rows = json.loads(machine.run(["rayfwd", "doctor", "--json"], check=False).stdout)["checks"]
+    (row,) = [row for row in rows if row["check"] == "network"]
+    return str(row["said"])
+
+
+@pytest.mark.runs("rayfwd init worker", "systemctl restart rayfwd")
+def test_one_step_upgrades_it_and_restarts_its_ray_once(auto: Cluster) -> None:
+    """Which is said before it happens."""
+    worker, before = auto.worker, auto.raylets()
+    said = worker.run(["rayfwd", "init", "worker"]).stdout
+    assert "renewed   /etc/systemd/system/rayfwd.service\n" in said
+    assert f"made      /etc/systemd/system/{UNIT}.service\n" in said
+    assert "This node's Ray is then restarted once" in said
+    assert said.splitlines()[-1].strip() == "systemctl restart rayfwd"
+    assert "restarts this node's Ray once" in doctor(worker)
+    assert (auto.raylets(), left(worker)) == (before, []), "nothing has happened yet"
+    worker.systemctl("restart", "rayfwd")
+    worker.wait_for(ActiveState="active", SubState="running")
+    assert worker.status()["network"]["level"] == "overlay"
+    after = auto.raylets()
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+    assert len(worker.events("ray_restarting")) == 1
+    assert len(worker.events("ray_started")) == 2
+    assert "Nothing had to be done" in worker.run(["rayfwd", "init", "worker"]).stdout
 
 
 def test_init_has_made_it_and_the_service_starts_it(auto: Cluster) -> None:
@@ -237,6 +299,25 @@ def test_killed_it_is_there_again_and_what_stands_goes_on(
     auto.head.wait_for(UNIT, NRestarts=again, ActiveState="active")
     wait_dialled(auto.head, port)
     goes_on(standing)
+
+
+@pytest.mark.runs("systemctl restart rayfwd-net", "systemctl restart rayfwd-net rayfwd")
+def test_restarted_it_costs_nothing(auto: Cluster, port: int, standing: Process) -> None:
+    """Alone, and with the daemon as in an upgrade, on both sides of what stands."""
+    for machine in auto.lab.machines:
+        before = machine.show(UNIT)["MainPID"]
+        machine.systemctl("restart", UNIT)
+        assert dialled(auto.head, port) == BOTH[0]
+        goes_on(standing)
+        machine.systemctl("restart", UNIT, "rayfwd")
+        machine.wait_for(ActiveState="active", SubState="running")
+        assert machine.show(UNIT)["MainPID"] != before
+        goes_on(standing)
+        assert len(machine.events("overlay_handed_on", unit=UNIT)) == 2
+        assert len(machine.events("overlay_taken_over", unit=UNIT)) >= 2
+        conditions = machine.status()["conditions"]
+        assert not [c for c in conditions if c["code"].startswith("overlay")], conditions
+    wait_dialled(auto.head, port)
 
 
 @pytest.mark.runs("systemctl stop rayfwd-net", "systemctl start rayfwd-net")

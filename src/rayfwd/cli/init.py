@@ -21,10 +21,10 @@ from rayfwd.cli import OK, MistakeError, doctor
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import Config, ConfigError, HeadConfig, load, parse
 from rayfwd.doctor.rows import worst
-from rayfwd.doctor.unit_checks import SERVICE
+from rayfwd.doctor.unit_checks import OVERLAY_SERVICE, SERVICE
 from rayfwd.problems import ProblemError
 from rayfwd.setup import texts, units
-from rayfwd.setup.apply import apply
+from rayfwd.setup.apply import apply, service_runs
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places
 from rayfwd.setup.planner import plan
@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     def report(came: str, thing: str) -> None:
         print(f"  {came:<9} {thing}")
 
+    had_overlay = (layout.units / OVERLAY_SERVICE).exists()
     outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, report)
     if not outcome.changed:
         print("Nothing had to be done: everything exists already.")
@@ -159,10 +160,27 @@ def run(args: argparse.Namespace) -> int:
     if not layout.system:
         print("\nTo let the service start at boot and run after you log out, run this once:\n")
         print(f"    loginctl enable-linger {request.user}")
+    renewed = any(name.startswith(f"{layout.units}/") for name in outcome.changed)
+    if renewed and service_runs(layout):
+        _print_restart(layout, had_overlay, before)
+        return OK
     waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
     print(f"\nNext, here{waits}:\n")
     print(f"    {texts.next_command(layout)}")
     return OK
+
+
+def _print_restart(layout: Layout, had_overlay: bool, before: Config | None) -> None:
+    """What is left to do where the service runs by other units than are there now."""
+    wanted = before is None or before.network.level != "listeners"
+    if layout.overlay and not had_overlay and wanted:
+        print(
+            "\nThe next restart of rayfwd gives this node the overlay network, if the machine "
+            "allows it\n(docs/overlay.md). This node's Ray is then restarted once, which ends "
+            "what runs in it.\nNo other node's is."
+        )
+    print("\nNext, here, to run what is new:\n")
+    print(f"    {texts.restart_command(layout, had_overlay)}")
 
 
 def _doctor(request: SetupRequest, layout: Layout) -> bool:

@@ -131,6 +131,14 @@ def _end_service(manifest: Manifest, layout: Layout, dry: bool, report: Report) 
     report("to do" if dry else "done", " ".join(words))
 
 
+def service_runs(layout: Layout, unit: str = SERVICE) -> bool:
+    """Whether the service is up, or on its way."""
+    if not manager_runs(layout):
+        return False
+    words = [*manager(layout), "show", "--property=ActiveState", "--value", unit]
+    return command(words).strip() in {"active", "activating", "reloading"}
+
+
 def manager(layout: Layout) -> list[str]:
     """How systemd is spoken to."""
     return ["systemctl"] if layout.system else ["systemctl", "--user"]

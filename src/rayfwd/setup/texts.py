@@ -159,6 +159,12 @@ def next_command(layout: Layout) -> str:
     return f"{manager} enable --now --no-block rayfwd"
 
 
+def restart_command(layout: Layout, overlay: bool) -> str:
+    """The same where the service runs already; `overlay`: and so did that of the overlay."""
+    manager = "systemctl" if layout.system else "systemctl --user"
+    return f"{manager} restart {'rayfwd-net ' * overlay}rayfwd"
+
+
 def worker_command(
     request: SetupRequest, layout: Layout, host: str, fingerprints: Sequence[str]
 ) -> str:
