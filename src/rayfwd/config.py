@@ -479,6 +479,13 @@ def _interface_name(value: str) -> str:
     return value
 
 
+def _machines(value: str) -> str:
+    try:
+        return str(ipaddress.IPv4Network(value))
+    except ValueError:
+        raise ValueError("must be an IPv4 address or a network, as in 203.0.113.0/24") from None
+
+
 def _metrics_listen(value: str) -> str:
     if value.startswith(("/", "~/")):
         path = Path(value).expanduser()
@@ -500,6 +507,8 @@ class NetworkConfig(_Section):
     """"overlay": every port, by kernel rules; "listeners": by sockets; "auto": the best possible"""
     guard: YesNo = True
     """at the level overlay: true keeps other machines from Ray's ports unless they use rayfwd"""
+    guard_from: tuple[Annotated[str, AfterValidator(_machines)], ...] = ()
+    """machines that reach Ray's ports directly all the same; for ray.advertise: docs/overlay.md"""
     deny: tuple[Port, ...] = ()
     """ports of this machine that other nodes may never reach"""
     interface: Annotated[str, AfterValidator(_interface_name)] = "rayfwd0"

@@ -293,6 +293,12 @@ class Network:
     refused: Mapping[str, int]
     """Packets of connections that the kernel refused, by reason: `refused_user` (who may not dial),
     `refused_port`, `refused_node` (no such node), `guarded_in` (from another machine)."""
+    remedy: str | None = None
+    """What would give this node the overlay; None: it has it, or its file does not want it."""
+    guard: bool = False
+    """The kernel keeps other machines from Ray's ports here."""
+    guard_from: tuple[str, ...] = ()
+    """Networks that reach them all the same."""
     open: tuple[int, ...] | None = None
     """Ports of this node that others may dial besides the plan's; None: not known."""
     dialled: tuple[PortCount, ...] = ()

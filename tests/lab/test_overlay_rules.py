@@ -15,7 +15,8 @@ from tests.lab.process import UID, Process, until
 
 pytestmark = pytest.mark.lab
 
-SOCKET = "/run/lab/overlay.sock"
+SOCKET = "/run/overlay.sock"
+"""Where root alone may write, as in the service."""
 OWN, OTHER, UNKNOWN = "127.77.0.1", "127.77.0.2", "127.77.0.9"
 PORT = 19977
 RULES = Rules(
@@ -198,6 +199,19 @@ def test_the_interface_has_the_nodes_address(overlay: Overlay) -> None:
     assert f"inet {OWN}/32" in overlay.machine.network_command("ip", "addr", "show", "rayfwd0")
 
 
+NAMED = """
+import socket
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    sock.connect(("127.77.0.2", 9))
+    print(sock.getsockname()[0])
+"""
+"""As programs find out which address of theirs another node reaches."""
+
+
+def test_who_asks_which_address_leads_to_another_node_gets_the_nodes(overlay: Overlay) -> None:
+    assert overlay.machine.run([overlay.python, "-c", NAMED]).stdout.strip() == OWN
+
+
 def test_ports_are_updated_without_a_gap(overlay: Overlay) -> None:
     wire = {**RULES.to_wire(), "open_ports": {OTHER: [[20000, 20010], [43210, 43210]]}}
     assert overlay.dial(OTHER, 43210) == "ConnectionRefusedError 111"
@@ -306,7 +320,7 @@ def test_what_stands_outlives_all_that_is_done_to_the_kernels_tables(
     assert "inet rayfwd0\n" not in overlay.tables()
     assert overlay.dial(OTHER, 20006) == "TimeoutError None", "nobody answers"
     overlay.start()
-    assert overlay.ask("up", RULES.to_wire()) == {}
+    assert overlay.ask("found")["table"], "before the daemon has asked for it"
     goes_on()
     pair.signal(signal.SIGKILL)
     pair.wait(20)

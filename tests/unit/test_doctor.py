@@ -425,6 +425,32 @@ def test_the_overlays_service_before_the_first_start(
     run(main_)
 
 
+def test_what_a_level_lacks_and_whether_others_reach_rays_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unit_checks, "SYSTEM", tmp_path)
+    impossible = codes.OVERLAY_IMPOSSIBLE.problem("there is no right to", "ask for it")
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            s.env["HOME"] = str(tmp_path)
+
+            async def said(level: str, **more: Any) -> str:
+                network = {"level": level, "why": "so", "interface": None, "refused": {}, **more}
+                with daemon(tmp_path, status=status_of("up") | {"network": network}):
+                    return (await s.look())["network"].said
+
+            monkeypatch.setattr(common_checks, "possible", lambda: impossible)
+            assert await said("listeners") == "listeners: so; to have the overlay: ask for it"
+            monkeypatch.setattr(common_checks, "possible", lambda: None)
+            possible = "the overlay is possible now: restart rayfwd, which then restarts this"
+            assert possible in await said("listeners")
+            assert "network.guard_from names no machine" in await said("overlay")
+            assert await said("overlay", guard=True) == "overlay: so"
+
+    run(main_)
+
+
 def test_the_keeper_beside_a_daemon(tmp_path: Path) -> None:
     """The daemon's environment says where it is, whatever any file has."""
     keeper = tmp_path / "keeper"

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from rayfwd import codes
+from rayfwd.cli import main
 from rayfwd.cluster.environment import library_environment
 from rayfwd.config import NetworkConfig
-from rayfwd.network import manager
+from rayfwd.network import manager, overlay_keeper
 from rayfwd.network import overlay as network
 from rayfwd.network.announced import Announced, PortNews, applied, change_of
-from rayfwd.network.manager import Overlay
+from rayfwd.network.last_rules import LastRules
+from rayfwd.network.manager import Overlay, Wanted
 from rayfwd.network.open_ports import LOOKS_AT_ONCE, SHORT, OpenPortsWatch
 from rayfwd.network.overlay_client import KEEPER
+from rayfwd.network.overlay_keeper import OverlayKeeper
 from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
+from rayfwd.problems import ProblemError
 from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.messages import MOST_OPEN_PORTS, OpenPorts, OpenPortsOf, encode
+from rayfwd.system.control import ask
 from rayfwd.system.sockdiag import ListeningSocket
 
 RULES = Rules(
@@ -38,7 +47,24 @@ def test_over_the_wire_and_back() -> None:
     assert Rules.from_wire(RULES.to_wire()) == RULES
 
 
-@pytest.mark.parametrize("key", RULES.to_wire())
+def test_friends_are_let_in_and_an_older_keeper_shuts_out_nobody() -> None:
+    rules = replace(RULES, friends=("203.0.113.7/32", "10.0.0.0/8"))
+    wire = rules.to_wire()
+    assert Rules.from_wire(wire) == rules
+    assert wire["guarded"] == [], "which is all that one knows of"
+    text = ruleset(rules)
+    assert "add element inet rayfwd0 friends { 10.0.0.0/8, 203.0.113.7/32 }" in text
+    assert text.index("ip saddr @friends accept") < text.index("tcp dport @guarded")
+    assert "flush set inet rayfwd0 friends\n" in update(RULES)
+    for wrong in ("10.0.0.1/8", "anywhere", "0.0.0.0/0 } accept"):
+        with pytest.raises(ValueError):
+            Rules.from_wire({**wire, "guarded_but_from": [[wrong], []]})
+
+
+NEEDED = [key for key in RULES.to_wire() if key != "guarded_but_from"]
+
+
+@pytest.mark.parametrize("key", NEEDED)
 def test_a_key_that_is_missing(key: str) -> None:
     with pytest.raises(ValueError, match=key):
         Rules.from_wire({k: v for k, v in RULES.to_wire().items() if k != key})
@@ -220,7 +246,7 @@ def test_which_ports_are_told() -> None:
     ]
     found: list[frozenset[int] | None] = []
 
-    async def main() -> None:
+    async def scene() -> None:
         watch = OpenPortsWatch(
             lambda _: sockets,
             uid,
@@ -233,7 +259,7 @@ def test_which_ports_are_told() -> None:
         watch.look()
         watch.look()
 
-    asyncio.run(main())
+    asyncio.run(scene())
     assert found == [frozenset({29500, 29501, 29502, 8000})]
 
 
@@ -261,7 +287,7 @@ class Word:
 def test_a_port_is_told_before_the_words_that_may_name_it() -> None:
     """Long words are data, and name none; where no node has listeners nobody needs it."""
 
-    async def main() -> None:
+    async def scene() -> None:
         node = Word()
         node.herald(10)
         assert node.looks == 0, "it has no address yet"
@@ -276,13 +302,13 @@ def test_a_port_is_told_before_the_words_that_may_name_it() -> None:
         node.herald(10)
         assert node.told() == frozenset({41000})
 
-    asyncio.run(main())
+    asyncio.run(scene())
 
 
 def test_looks_before_words_are_bounded() -> None:
     """Who talks much costs no more; another kind of connection has looks of its own."""
 
-    async def main() -> None:
+    async def scene() -> None:
         node = Word()
         node.watch.address = "127.77.0.2"
         for _ in range(20 * LOOKS_AT_ONCE):
@@ -292,7 +318,7 @@ def test_looks_before_words_are_bounded() -> None:
         node.watch.herald(lambda: True)(10)
         assert node.looks == before + 1
 
-    asyncio.run(main())
+    asyncio.run(scene())
 
 
 IMPOSSIBLE = codes.OVERLAY_IMPOSSIBLE.problem("there is no right to", "ask for it")
@@ -327,3 +353,172 @@ def test_a_service_that_does_not_answer(tmp_path: Path) -> None:
     overlay = settled("auto", tmp_path, {KEEPER: str(tmp_path / "overlay.sock")})
     assert overlay.level == "listeners"
     assert "does not answer" in overlay.why or "is not there" in overlay.why
+
+
+def test_what_the_plan_cannot_ask_for_is_a_problem_and_no_fault(tmp_path: Path) -> None:
+    """As of a head of another version: the daemon goes on, and says so."""
+    overlay = settled("listeners", tmp_path, {})
+    with pytest.raises(ProblemError, match=r"203\.0\.113\.7 is not in the network"):
+        overlay._rules(Wanted("127.77.0.0/16", "203.0.113.7"))
+
+
+class Standing:
+    """In place of what changes the machine's network."""
+
+    def __init__(self, interface: str) -> None:
+        self.now: Rules | None = None
+        self.said: list[str] = []
+
+    def up(self, wanted: Rules) -> None:
+        self.now = wanted
+        self.said.append("up")
+
+    def update(self, wanted: Rules) -> None:
+        self.now = wanted
+        self.said.append("update")
+
+    def down(self) -> None:
+        self.now = None
+        self.said.append("down")
+
+
+@dataclass
+class Service:
+    """Keepers one after the other at the same place, as systemd runs them."""
+
+    directory: Path
+    restarts: bool = False
+    """systemd stops it in order to start it again."""
+    table: bool = True
+    """The rules stand."""
+
+    @property
+    def socket(self) -> Path:
+        return self.directory / "overlay.sock"
+
+    async def run(self, *work: Callable[[], None]) -> Standing:
+        """One of them, from its start until SIGTERM; `work` is done while it listens."""
+        keeper = OverlayKeeper(self.socket, "rayfwd0")
+        running = asyncio.create_task(keeper.run())
+        while not self.socket.exists():
+            assert not running.done(), running.result()
+            await asyncio.sleep(0.001)
+        for step in work:
+            await asyncio.to_thread(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+        assert isinstance(keeper._overlay, Standing)
+        return keeper._overlay
+
+    def ask(self, verb: str, rules: Rules = RULES) -> Callable[[], None]:
+        def asked() -> None:
+            ask(self.socket, verb, {"rules": rules.to_wire()})
+
+        return asked
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
+    made = Service(tmp_path)
+
+    async def being_restarted(env: object) -> bool:
+        return made.restarts
+
+    monkeypatch.setattr(network, "OverlayMaker", Standing)
+    monkeypatch.setattr(network, "check_tools", lambda: None)
+    monkeypatch.setattr(network, "orphaned", lambda _: False)
+    monkeypatch.setattr(network, "found", lambda _: network.Found(True, True, made.table, {}))
+    monkeypatch.setattr(overlay_keeper, "being_restarted", being_restarted)
+    return made
+
+
+def test_a_keeper_that_is_restarted_leaves_what_stands_to_the_next(service: Service) -> None:
+    later = replace(RULES, open_ports={"127.77.0.2": ((29500, 29500),)})
+
+    async def scene() -> None:
+        service.restarts = True
+        first = await service.run(service.ask("up"), service.ask("update", later))
+        assert first.said == ["up", "update"]
+        second = await service.run()
+        assert (second.said, second.now) == (["up"], later), "before the daemon has asked"
+        service.restarts = False
+        third = await service.run(service.ask("found"))
+        assert (third.said, third.now) == (["up", "down"], None)
+        fourth = await service.run()
+        assert fourth.said == ["down"], "it was stopped, and nothing is made again"
+
+    asyncio.run(scene())
+
+
+def test_rules_that_are_gone_are_made_again_before_the_daemon_is_told(service: Service) -> None:
+    """The kernel's word that they were removed may come later."""
+
+    async def scene() -> None:
+        service.table = False
+        assert (await service.run(service.ask("up"), service.ask("found"))).said[:2] == ["up"] * 2
+
+    asyncio.run(scene())
+
+
+def test_what_the_daemon_has_taken_down_is_not_made_again(service: Service) -> None:
+    async def scene() -> None:
+        service.restarts = True
+        await service.run(service.ask("up"), service.ask("down"))
+        assert (await service.run()).said == ["down"]
+
+    asyncio.run(scene())
+
+
+def test_what_a_daemon_that_is_gone_had_is_removed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlay_keeper, "LEFT_SECONDS", 0.01)
+
+    async def scene() -> None:
+        service.restarts = True
+        await service.run(service.ask("up"))
+        second = await service.run(lambda: time.sleep(0.5))
+        assert second.said == ["up", "down", "down"]
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("spoilt", ["theirs", "cut", "another interface"])
+def test_rules_in_which_others_had_a_hand_are_not_made_again(service: Service, spoilt: str) -> None:
+    last = LastRules(service.socket)
+    last.keep(replace(RULES, interface="eth0" if spoilt == "another interface" else "rayfwd0"))
+    if spoilt == "theirs":
+        last.path.chmod(0o666)
+    elif spoilt == "cut":
+        last.path.write_bytes(last.path.read_bytes()[:-9])
+    assert asyncio.run(service.run()).said == ["down"]
+
+
+@pytest.mark.parametrize(
+    ("result", "kept", "follows"),
+    [
+        ("signal", False, True),
+        ("success", True, True),
+        ("success", False, False),
+        ("timeout", True, False),
+        (None, True, False),
+    ],
+)
+def test_what_is_left_for_the_next_keeper_is_not_removed(
+    result: str | None,
+    kept: bool,
+    follows: bool,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the command that systemd runs after each end, and by hand."""
+    removed: list[str] = []
+    monkeypatch.setattr(Standing, "down", lambda self: removed.append("down"))
+    monkeypatch.delenv("SERVICE_RESULT", raising=False)
+    if result is not None:
+        monkeypatch.setenv("SERVICE_RESULT", result)
+    if kept:
+        LastRules(service.socket).keep(RULES)
+    assert main(["overlay", "--remove", str(service.socket)]) == 0
+    assert bool(removed) is not follows
+    assert LastRules(service.socket).path.exists() is (kept and follows)

@@ -244,6 +244,12 @@ class Screen:
         if network.interface is not None:
             line.append(f" by {escaped(network.interface)}")
         lines: list[RenderableType] = [line.append(f": {escaped(network.why)}" * bool(network.why))]
+        if network.remedy is not None:
+            lines.append(Text(f"to have the overlay: {escaped(network.remedy)}"))
+        if network.level == "overlay" and not network.guard and self.status.node is not None:
+            lines.append(Text("other machines reach Ray's ports here (network.guard)"))
+        elif network.guard_from:
+            lines.append(Text(f"Ray's ports are open to {', '.join(network.guard_from[:9])}"))
         for rows, words in (
             (network.dialled, "reached, besides the plan's ports"),
             (network.refused_there, "refused there"),

@@ -60,6 +60,12 @@ def in_loopback(network: str) -> bool:
     return ipaddress.IPv4Network(network).subnet_of(LOOPBACK)
 
 
+def ends_of(network: str) -> tuple[str, str]:
+    """The first and the last address, which are no node's."""
+    whole = ipaddress.IPv4Network(network)
+    return str(whole.network_address), str(whole.broadcast_address)
+
+
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 """No address of a machine (RFC 6890)."""
 
@@ -259,10 +265,9 @@ def fits(node: NodePlan, others: Iterable[NodePlan], network: str, port_base: in
 
 
 def _address_fits(node: NodePlan, others: Iterable[NodePlan], network: str) -> bool:
-    net = ipaddress.ip_network(network)
-    address = ipaddress.ip_address(node.address)
-    ends = (net.network_address, net.broadcast_address)
-    return address in net and address not in ends and all(n.address != node.address for n in others)
+    inside = ipaddress.ip_address(node.address) in ipaddress.ip_network(network)
+    taken = {*ends_of(network), *(other.address for other in others)}
+    return inside and node.address not in taken
 
 
 def _block_fits(node: NodePlan, others: Iterable[NodePlan], port_base: int) -> bool:

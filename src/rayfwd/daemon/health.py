@@ -71,6 +71,7 @@ class Health:
         """The whole of it, now."""
         role, node = self._role, self._role.node
         part = role.status()
+        guard, guard_from = node.guard()
         return Status(
             version=__version__,
             code=build.code(),
@@ -102,7 +103,10 @@ class Health:
             network=status.Network(
                 level=node.overlay.level,
                 why=node.overlay.why,
-                interface=node.overlay.interface,
+                remedy=node.overlay.remedy,
+                interface=node.interface,
+                guard=guard,
+                guard_from=guard_from,
                 refused=node.overlay.refused,
                 open=None if node.open_ports is None else tuple(sorted(node.open_ports)),
                 dialled=_counted(node.dials.made),

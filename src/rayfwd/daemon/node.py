@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
-from rayfwd.cluster.plan import NodePlan, in_loopback
+from rayfwd.cluster.plan import NodePlan, ends_of, in_loopback
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
@@ -335,14 +335,23 @@ class Node:
         own = self.view.own
         if own is None:
             return
+        network = self.view.network
         self.overlay.want(
             Wanted(
-                network=self.view.network,
-                own=own.address,
+                network=network,
+                own=ends_of(network)[1] if own.advertised else own.address,
                 open_ports=self._open_on(others),
                 guarded=self._guarded(own),
+                friends=self._friends(own),
             )
         )
+
+    @property
+    def interface(self) -> str | None:
+        """The interface that has the node's address. None: there is none, or the address is one
+        at which others reach this machine directly."""
+        own = self.view.own
+        return None if own is not None and own.advertised else self.overlay.interface
 
     def _open_on(self, others: Iterable[NodePlan]) -> dict[str, tuple[PortRange, ...]]:
         """What may be dialled of each node, by address: the plan's ports, and what it has opened.
@@ -359,12 +368,34 @@ class Node:
         return found
 
     def _guarded(self, own: NodePlan) -> tuple[PortRange, ...]:
-        """Ports of this machine that only loopback reaches: of Ray, and of programs of its user. As
-        root's may be anybody's, of those Ray's alone."""
-        if not self.config.network.guard or own.advertised:
+        """Ports of this machine that only loopback reaches, and friends: of Ray, and of programs of
+        its user. As root's may be anybody's, of those Ray's alone."""
+        if not self._guards(own):
             return ()
         ours = self.open_ports if os.geteuid() else None
         return port_ranges({*own.ports, *(ours or ())})
+
+    def _guards(self, own: NodePlan) -> bool:
+        """Whether other machines are kept from Ray's ports. Nodes dial one that advertises an
+        address themselves, and from where only its file can say."""
+        network = self.config.network
+        return network.guard and (not own.advertised or bool(network.guard_from))
+
+    def _friends(self, own: NodePlan) -> tuple[str, ...]:
+        """Who is let in all the same: whom the file names; and, where the others dial this node
+        themselves, those of them that have an address which the plan knows."""
+        named = self.config.network.guard_from
+        if not own.advertised or not named:
+            return named
+        others = (node.address for node in self.view.nodes if node.advertised)
+        return tuple(dict.fromkeys((*named, *(f"{at}/32" for at in others if at != own.address))))
+
+    def guard(self) -> tuple[bool, tuple[str, ...]]:
+        """Whether the kernel keeps other machines from Ray's ports here, and but for which."""
+        own = self.view.own
+        if own is None or self.overlay.port is None or not self._guards(own):
+            return False, ()
+        return True, self._friends(own)
 
     def _redirects(self) -> bool:
         port = self.overlay.port
@@ -525,7 +556,7 @@ class Node:
         return {
             "RAY_ADDRESS": f"{view.head.address}:{view.head.services['gcs']}",
             **no_proxy(view.network, view.own.address, os.environ),
-            **library_environment(view.own.address, self.overlay.interface, {}),
+            **library_environment(view.own.address, self.interface, {}),
             **token.environment(view.auth, self.config.state_dir),
         }
 

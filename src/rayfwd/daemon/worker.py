@@ -312,7 +312,7 @@ class WorkerRole:
                 view.ride_through,
                 view.network,
                 view.auth,
-                self._node.overlay.interface,
+                None if view.own.advertised else self._node.overlay.interface,
             )
         self._keep_plan(view)
         self._node.set_view(view)

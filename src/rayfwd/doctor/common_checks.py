@@ -17,6 +17,7 @@ from rayfwd.daemon.watches import temp_dir
 from rayfwd.doctor import judgements, observe, unit_checks
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import warnings
+from rayfwd.doctor.unit_checks import Unit
 from rayfwd.network.overlay import check_commands
 from rayfwd.network.overlay_client import START_SERVICE, possible
 from rayfwd.problems import Problem, ProblemError
@@ -24,7 +25,7 @@ from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.launcher import ByKeeper
 from rayfwd.ray.process import RayProcess, find_foreign
-from rayfwd.status import Status
+from rayfwd.status import Network, Status
 from rayfwd.system import capacity
 from rayfwd.system.control import ask
 from rayfwd.transport.listeners import listeners_for
@@ -42,6 +43,8 @@ OVERLAY_CODES = frozenset(
         codes.OVERLAY_BLOCKED,
     }
 )
+TAKE_OVERLAY = "restart rayfwd, which then restarts this node's Ray once"
+"""What gives a node the overlay, where it has become possible while the daemon runs."""
 OVERLAY_SOCKET = Path("/run/rayfwd-net/overlay.sock")
 """As the units have it (systemd/rayfwd.service)."""
 
@@ -193,7 +196,7 @@ class Examination(ABC):
         """How programs here reach other nodes, and why so; docs/overlay.md."""
         if self.status is not None:
             network = self.status.network
-            said = f"{network.level}: {network.why}"
+            said = f"{network.level}: {network.why}{await self._more_of(network)}"
             wrong = next((c for c in self.status.conditions if c.code in OVERLAY_CODES), None)
             if wrong is not None and wrong.subject.partition("/")[0] == self.config.name:
                 return warned("network", wrong.problem, level=network.level)
@@ -204,8 +207,7 @@ class Examination(ABC):
         problem = await asyncio.to_thread(self._no_overlay)
         if problem is None:
             return passed("network", "overlay: this machine allows it", level="overlay")
-        unit = unit_checks.find(self.config.path, self.env)
-        if problem.code == codes.OVERLAY_KEEPER_ABSENT and unit and unit.overlay.exists():
+        if (unit := self._starts_with_the_daemon(problem)) is not None:
             starts = f"{unit.overlay.name} is there, and starts with {unit.path.name}"
             said = f"overlay, if this machine allows it: {starts}"
             return passed("network", said, level="overlay")
@@ -213,6 +215,29 @@ class Examination(ABC):
             return warned("network", problem, level="listeners")
         said = f"listeners: {problem.cause}; to have the overlay: {problem.remedy}"
         return passed("network", said, level="listeners")
+
+    def _starts_with_the_daemon(self, problem: Problem) -> Unit | None:
+        """The unit of the daemon, where that of the overlay beside it is only not started yet."""
+        if problem.code != codes.OVERLAY_KEEPER_ABSENT:
+            return None
+        unit = unit_checks.find(self.config.path, self.env)
+        return unit if unit is not None and unit.overlay.exists() else None
+
+    async def _more_of(self, network: Network) -> str:
+        """What else there is to know of the level that a daemon has."""
+        if network.level == "listeners" and self.config.network.level != "listeners":
+            problem = await asyncio.to_thread(self._no_overlay)
+            if problem is None or self._starts_with_the_daemon(problem) is not None:
+                return f"; the overlay is possible now: {TAKE_OVERLAY}"
+            return f"; to have the overlay: {problem.remedy}"
+        if network.level == "overlay" and not network.guard and self.own is not None:
+            why = (
+                "this node advertises an address, and network.guard_from names no machine"
+                if self.config.network.guard
+                else "network.guard = false"
+            )
+            return f"; other machines reach Ray's ports here: {why}"
+        return ""
 
     def _no_overlay(self) -> Problem | None:
         """Why the daemon of this file could not have one; None: it could."""

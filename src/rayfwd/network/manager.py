@@ -27,6 +27,8 @@ log = get_logger(__name__)
 
 LOOK_INTERVAL = 10.0
 """Seconds between looks whether interface and rules are still there."""
+LOOK_AGAIN = 2.0
+"""The same while the keeper does not answer: a restart of it takes a second."""
 PROBE_TIMEOUT = 5.0
 """Seconds for a connection that the rules bring to this process: it takes a millisecond."""
 GATHER_SECONDS = 0.05
@@ -51,6 +53,7 @@ class Wanted:
     own: str
     open_ports: Mapping[str, tuple[PortRange, ...]] = field(default_factory=dict)
     guarded: tuple[PortRange, ...] = ()
+    friends: tuple[str, ...] = ()
 
 
 class Overlay:
@@ -72,6 +75,8 @@ class Overlay:
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
         self.why = f'network.level = "{config.level}"'
         """Why the level is what it is."""
+        self.remedy: str | None = None
+        """What would give this node the overlay, where it may have it and does not."""
         self.settled = False
         """It is known which level this machine allows."""
         self.refused: dict[str, int] = {}
@@ -164,7 +169,7 @@ class Overlay:
 
     def _fall_back(self, problem: Problem) -> None:
         """Take the next level, and say why."""
-        self.level, self.why = "listeners", problem.cause
+        self.level, self.why, self.remedy = "listeners", problem.cause, problem.remedy
         if self._config.level == "overlay":
             self.problem = problem
         log.info("network_level", level=self.level, cause=problem.cause, remedy=problem.remedy)
@@ -187,7 +192,7 @@ class Overlay:
         """Keep what stands as it is wanted, until cancelled."""
         while True:
             try:
-                async with asyncio.timeout(LOOK_INTERVAL):
+                async with asyncio.timeout(self._interval()):
                     await self._changed.wait()
                 await asyncio.sleep(GATHER_SECONDS)
             except TimeoutError:
@@ -196,9 +201,14 @@ class Overlay:
             if self._client is not None and self._wanted is not None:
                 await self._bring_up(self._client, self._wanted)
 
+    def _interval(self) -> float:
+        """Seconds until the next look."""
+        absent = self.problem is not None and self.problem.code is codes.OVERLAY_KEEPER_ABSENT
+        return LOOK_AGAIN if absent else LOOK_INTERVAL
+
     async def _bring_up(self, client: OverlayClient, wanted: Wanted) -> None:
-        rules = self._rules(wanted)
         try:
+            rules = self._rules(wanted)
             if self._made is None or _base(self._made) != _base(rules):
                 await client.up(rules)
             elif self._made != rules:
@@ -282,15 +292,23 @@ class Overlay:
         return self._made is not None and address == self._made.probe
 
     def _rules(self, wanted: Wanted) -> Rules:
-        return Rules(
-            interface=self._config.interface,
-            network=wanted.network,
-            own=wanted.own,
-            port=self._config.port,
-            uids=self._uids(),
-            open_ports=wanted.open_ports,
-            guarded=wanted.guarded,
-        )
+        """Raises ProblemError where the plan asks for something that cannot be."""
+        try:
+            return Rules(
+                interface=self._config.interface,
+                network=wanted.network,
+                own=wanted.own,
+                port=self._config.port,
+                uids=self._uids(),
+                open_ports=wanted.open_ports,
+                guarded=wanted.guarded,
+                friends=wanted.friends,
+            )
+        except ValueError as exc:
+            raise codes.OVERLAY_FAILED.error(
+                f"the overlay cannot be as the plan asks for it: {exc}",
+                'run the same version of rayfwd on the head, or set network.level = "listeners"',
+            ) from exc
 
     def _set_problem(self, problem: Problem | None) -> None:
         if problem != self.problem:

@@ -13,7 +13,7 @@ import shutil
 import socket
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,11 +210,7 @@ def nft(text: str) -> None:
 
 def found(wanted: Rules) -> Found:
     """What stands now."""
-    try:
-        rows = json.loads(_run(["ip", "-j", "addr", "show", "dev", wanted.interface]))
-    except (OSError, ValueError):
-        rows = []
-    addresses = {a.get("local") for row in rows for a in row.get("addr_info", ())}
+    rows = _shown(wanted.interface)
     try:
         # Terse: the sets of open ports may be long. Not as JSON, which nft 1.0.6 writes wrongly of
         # a table that has an owner.
@@ -225,11 +221,26 @@ def found(wanted: Rules) -> Found:
     counters = _COUNTER.findall(listing)
     return Found(
         interface=any("UP" in row.get("flags", ()) for row in rows),
-        address=wanted.own in addresses,
+        address=wanted.own in _addresses_of(rows),
         table=_chains_with_rules(listing) >= {"dial", "refuse", "refused", "unknown", "guard"},
         refused={name: int(packets) for name, packets in counters},
         refused_at=_refused_at(wanted.interface) if counters else (),
     )
+
+
+def _shown(interface: str) -> list[dict[str, Any]]:
+    """The interface as `ip` knows it, or nothing."""
+    try:
+        argv = ["ip", "-j", "addr", "show", "dev", interface]
+        rows: list[dict[str, Any]] = json.loads(_run(argv))
+    except (OSError, ValueError):
+        return []
+    return rows
+
+
+def _addresses_of(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    found = (a for row in rows for a in row.get("addr_info", ()))
+    return {str(a.get("local")) for a in found if a.get("family") == "inet"}
 
 
 def orphaned(interface: str) -> bool:
@@ -296,13 +307,14 @@ def _make_interface(wanted: Rules) -> None:
             peer = ("peer", "name", f"{interface[:13]}-p")
             _run(["ip", "link", "add", interface, "type", "veth", *peer])
             _run(["ip", "link", "set", "dev", f"{interface[:13]}-p", "up"])
-    _run(["ip", "addr", "flush", "dev", interface])
-    _run(["ip", "addr", "add", f"{wanted.own}/32", "dev", interface])
+    if _addresses_of(_shown(interface)) != {wanted.own}:
+        _run(["ip", "addr", "flush", "dev", interface])
+        _run(["ip", "addr", "add", f"{wanted.own}/32", "dev", interface])
     _run(["ip", "link", "set", "dev", interface, "up"])
-    if not in_loopback(wanted.network):
-        # As in 127/8, every address is this machine's own: a program may bind any of them. The
-        # route goes with the interface.
-        _run(["ip", "route", "replace", "local", wanted.network, "dev", interface])
+    # As in the rest of 127/8, every address is this machine's own: a program may bind any of them.
+    # What dials one without binding has this node's address. The route goes with the interface.
+    route = ("local", wanted.network, "dev", interface, "src", wanted.own)
+    _run(["ip", "route", "replace", *route])
 
 
 def check_unused(wanted: Rules) -> None:

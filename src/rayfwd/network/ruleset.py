@@ -6,7 +6,7 @@ decided here, so that `connect()` fails as it would on a LAN: a port on which no
 refused, a node that is unknown is unreachable. A port may have opened a moment ago: so the first
 two packets to one that is not known to be open are dropped, and the third, which the kernel sends
 two or three seconds after the first, decides: refused or taken. What comes to Ray's ports from
-other interfaces than loopback is dropped.
+other interfaces than loopback is dropped, unless it comes from a friend.
 
 The table is replaced as a whole, in one transaction; the sets are updated in another. Beside it
 stands a table that shuts the way to other nodes' addresses, which are this machine's own as well:
@@ -28,6 +28,8 @@ LOWEST_PORT = 1024
 
 MOST_RANGES = 20_000
 """Ranges of open ports of all nodes together, at most."""
+MOST_FRIENDS = 4096
+"""Networks that reach the guarded ports, at most."""
 MOST_REMEMBERED, REMEMBERED_DAYS = 262_144, 2
 """Connections of which it is remembered where they were to go, and for how long."""
 HOLD_SECONDS = 5
@@ -54,7 +56,9 @@ class Rules:
     open_ports: Mapping[str, tuple[PortRange, ...]] = field(default_factory=dict)
     """The ports that may be dialled, by the address of each other node."""
     guarded: tuple[PortRange, ...] = ()
-    """Ports of this machine that only loopback reaches."""
+    """Ports of this machine that only loopback reaches, and `friends`."""
+    friends: tuple[str, ...] = ()
+    """Networks from which other machines may reach them as well."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where it could do anything but that."""
@@ -72,6 +76,10 @@ class Rules:
                 raise ValueError(f"ports {first} to {last} are out of range")
         if any(not 0 <= uid < 1 << 32 for uid in self.uids):
             raise ValueError("a user id is out of range")
+        for friend in self.friends:
+            ipaddress.IPv4Network(friend)
+        if len(self.friends) > MOST_FRIENDS:
+            raise ValueError(f"{len(self.friends)} networks are over {MOST_FRIENDS}")
 
     @property
     def probe(self) -> str:
@@ -87,13 +95,17 @@ class Rules:
             "port": self.port,
             "uids": sorted(self.uids),
             "open_ports": {address: list(of) for address, of in self.open_ports.items()},
-            "guarded": list(self.guarded),
+            # A keeper that is older does not know of friends: it guards nothing rather than shut
+            # them out.
+            "guarded": [] if self.friends else list(self.guarded),
+            "guarded_but_from": [list(self.friends), list(self.guarded)] if self.friends else None,
         }
 
     @classmethod
     def from_wire(cls, data: Mapping[str, Any]) -> Rules:
         """The inverse of `to_wire`. Raises ValueError on anything else."""
         try:
+            friends, guarded = data.get("guarded_but_from") or ((), data["guarded"])
             return cls(
                 interface=_text(data["interface"]),
                 network=str(ipaddress.IPv4Network(_text(data["network"]))),
@@ -104,7 +116,8 @@ class Rules:
                     str(ipaddress.IPv4Address(_text(address))): _ranges(of)
                     for address, of in dict(data["open_ports"]).items()
                 },
-                guarded=_ranges(data["guarded"]),
+                guarded=_ranges(guarded),
+                friends=tuple(str(ipaddress.IPv4Network(_text(friend))) for friend in friends),
             )
         except (KeyError, TypeError) as exc:
             raise ValueError(f"not the rules of an overlay: {exc!r}") from exc
@@ -200,6 +213,7 @@ table inet {rules.interface} {{{owner}
     set nodes {{ type ipv4_addr; }}
     set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
     set guarded {{ type inet_service; flags interval; auto-merge; }}
+    set friends {{ type ipv4_addr; flags interval; auto-merge; }}
     set held {{ {_HELD} }}
     set held_again {{ {_HELD} }}
     set refused_at {{
@@ -238,6 +252,7 @@ table inet {rules.interface} {{{owner}
         type filter hook input priority -10; policy accept;
         iifname "lo" accept
         ip daddr {rules.network} drop
+        ip saddr @friends accept
         tcp dport @guarded ct state new counter name guarded_in drop
     }}
 }}
@@ -247,7 +262,7 @@ table inet {rules.interface} {{{owner}
 def update(rules: Rules) -> str:
     """Text that brings the sets of a table that stands up to date; connections notice nothing."""
     table = f"inet {rules.interface}"
-    flush = [f"flush set {table} {name}\n" for name in ("nodes", "open", "guarded")]
+    flush = [f"flush set {table} {name}\n" for name in ("nodes", "open", "guarded", "friends")]
     return "".join(flush) + _elements(rules)
 
 
@@ -276,6 +291,7 @@ def _elements(rules: Rules) -> str:
         "nodes": sorted(rules.open_ports),
         "open": opened,
         "guarded": [_span(ports) for ports in rules.guarded],
+        "friends": sorted(rules.friends),
     }
     table = f"inet {rules.interface}"
     return "".join(
