@@ -355,6 +355,26 @@ class TestUnits:
             texts.unit_text("u", "[Service]\nExecStart=/bin/x\n", "ann", system_layout("r", "p"))
 
 
+@pytest.mark.parametrize(
+    ("had_overlay", "level", "said", "command"),
+    [
+        (False, "auto", True, "systemctl restart rayfwd"),
+        (False, "listeners", False, "systemctl restart rayfwd"),
+        (True, "auto", False, "systemctl restart rayfwd-net rayfwd"),
+    ],
+)
+def test_what_is_left_to_do_where_the_service_runs(
+    had_overlay: bool, level: str, said: bool, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the restart costs is said before it."""
+    layout = replace(system_layout("/opt/rayfwd/bin/rayfwd", "/opt/x/python"), overlay=True)
+    before = parse({"role": "head", "name": "h", "network": {"level": level}})
+    init._print_restart(layout, had_overlay, before)
+    out = capsys.readouterr().out
+    assert ("This node's Ray is then restarted once" in out) is said
+    assert out.splitlines()[-1].strip() == command
+
+
 def test_an_aliass_login_is_found(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the SSH configuration, and nobody is dialled for it."""
     monkeypatch.setenv("HOME", str(home))
