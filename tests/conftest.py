@@ -35,7 +35,7 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 LONG = (
     *("lab/test_problems", "lab/test_libraries", "lab/test_stop_and_restart", "lab/test_token"),
     *("lab/test_losses", "lab/test_overlay", "lab/test_advertise_checks", "lab/test_versions"),
-    *("systemd/test_boot", "lab/test_ways", "systemd/test_service", "lab/test_conditions_link"),
+    *("systemd/test_restarts", "lab/test_ways", "systemd/test_service", "lab/test_conditions_link"),
     *("package/test_compiled", "ray/test_ray", "lab/test_cluster", "lab/test_doctor"),
     *("lab/test_join", "lab/test_canary", "lab/test_conditions_ray", "demo/test_demo"),
     *("systemd/test_trixie", "hostile/test_peers", "package/test_package", "lab/test_dialled"),
