@@ -33,12 +33,18 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first."""
 
 LONG = (
-    *("lab/test_problems", "lab/test_libraries", "lab/test_stop_and_restart", "lab/test_token"),
-    *("lab/test_losses", "lab/test_overlay", "lab/test_advertise_checks", "lab/test_versions"),
-    *("systemd/test_restarts", "lab/test_ways", "systemd/test_service", "lab/test_conditions_link"),
-    *("package/test_compiled", "ray/test_ray", "lab/test_cluster", "lab/test_doctor"),
-    *("lab/test_join", "lab/test_canary", "lab/test_conditions_ray", "demo/test_demo"),
-    *("systemd/test_trixie", "hostile/test_peers", "package/test_package", "lab/test_dialled"),
+    *("lab/test_cluster", "lab/test_libraries", "lab/test_problems", "lab/test_stop_and_restart"),
+    *("lab/test_token", "systemd/test_cluster", "lab/test_losses", "lab/test_conditions_ray"),
+    *(
+        "lab/test_advertise_checks",
+        "lab/test_advertise",
+        "lab/test_doctor",
+        "systemd/test_service",
+        "lab/test_ways",
+    ),
+    *("lab/test_overlay", "package/test_compiled", "ray/test_ray", "package/test_package"),
+    *("lab/test_conditions_link", "lab/test_versions", "systemd/test_trixie", "demo/test_demo"),
+    *("hostile/test_peers", "lab/test_dialled", "lab/test_join", "systemd/test_overlay"),
 )
 """The files that take longest, the longest first (tests/times.py says which): they come right
 after `unit`, and those that are `alone` last of all, so that whoever runs files side by side has

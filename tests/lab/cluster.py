@@ -23,6 +23,10 @@ RUNTIME_DIR = f"{HOME}/run"
 HUB_SOCKET = f"{RUNTIME_DIR}/hub.sock"
 
 WORKLOAD = Path(__file__).with_name("workload.py")
+LARGE = 20_000_000
+"""Bytes of a large object, where a test does not say: some of the chunks in which Ray fetches it,
+and more than a stream's window ever is. To make, send and compare it is most of what `essential`
+computes."""
 
 Data = dict[str, Any]
 
@@ -141,7 +145,8 @@ class Cluster:
         where = self.lab.machine(machine) if isinstance(machine, str) else machine
         script = f"{HOME}/workload.py"
         where.write(script, WORKLOAD.read_text())
-        argv = [str(where.ray_python(self.ray_version)), script, *map(str, script_args)]
+        argv = [str(where.ray_python(self.ray_version)), script, f"--large={LARGE}"]
+        argv += map(str, script_args)
         try:
             ran = where.run(argv, timeout=timeout, check=False, env=env)
         except TimeoutError as exc:

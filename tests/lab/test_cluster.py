@@ -1,6 +1,6 @@
 """Every kind of Ray work, from a driver on any node against every node, behind firewalls.
 
-Then what is seen of that cluster: the status, the screen, the metrics, the dashboard.
+Then what is seen of that cluster: the status, the screen, the metrics, the dashboard, and canaries.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import exposition, status_doc
+from tests.lab.canaries import check_healed, dropped, named, nothing_of_it, of, plan_of, send
 from tests.lab.checks import EVERYWHERE, FROM_A_WORKER, verify
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import Cluster, change
 from tests.lab.daemon import CONFIG, Daemon
 from tests.lab.machines import Lab
-from tests.lab.process import UID
+from tests.lab.process import UID, until
 
 pytestmark = pytest.mark.ray
 
@@ -31,6 +32,7 @@ CASES = [
 ]
 
 
+LARGE = "50000000"
 METRICS = "127.0.0.1:9477"
 SCRAPE = f"""
 import urllib.request
@@ -43,6 +45,7 @@ SELDOM = {
     "clients",  # whose rows test_client.py holds to the document
     *("dialled", "refused_here", "refused_there"),  # ports of programs: test_overlay.py
     "network.open[]",  # the same, test_direct.py
+    "network.guard_from[]",  # test_advertise.py
 }
 """What a healthy cluster has none of below these, or only one kind of node has."""
 
@@ -82,7 +85,7 @@ def test_work(
     if driver not in runs:
         checks = ",".join(c for d, c in CHECKS if d == driver)
         runs[driver] = []  # a run that breaks down is not made again for every check
-        runs[driver] = cluster.driver(driver, ["--checks", checks])
+        runs[driver] = cluster.driver(driver, ["--checks", checks, "--large", LARGE])
     verify(runs[driver], driver, addresses, [check])
 
 
@@ -270,3 +273,110 @@ def test_metrics_are_asked_for_on_loopback_only(cluster: Cluster) -> None:
     for daemon in cluster.daemons:
         listening = daemon.machine.network_command("ss", "-Hltn", "sport = :9477").split()
         assert listening[3] == METRICS
+
+
+# -- its canary, which names a node that takes no tasks or no objects, and the port that is dead
+
+NEXT = 60.0
+"""Seconds in which the next canary has come back: its interval, its time-out, a slow machine."""
+SOONER = 45.0
+"""Seconds in which the look at the ports finds a dead one: every 20 s, confirmed once."""
+
+
+@pytest.fixture(scope="module")
+def canary(cluster: Cluster) -> None:
+    """It is switched on under the running head."""
+    head = cluster.head
+    change(cluster.configs["head"], {"canary": {"enabled": True, "interval": 10, "timeout": 12}})
+    head.machine.write(CONFIG, cluster.config("head"))
+    before = head.events()[-1]
+    head.machine.run([str(cluster.lab.rayfwd), "reload", "--config", CONFIG])
+    head.wait_event("canary_back", 120, where={"ok": True, "failed": []}, after=before)
+    check_healed(cluster)
+
+
+@pytest.mark.usefixtures("canary")
+def test_on_demand(cluster: Cluster) -> None:
+    code, answer = send(cluster.head)
+    assert code == 0
+    assert answer["ok"] is True
+    assert [node["name"] for node in answer["nodes"]] == ["head", "w1", "w2"]
+    for node in answer["nodes"]:
+        assert node["stages"].keys() == {"task", "to", "from"}
+        assert all(stage["ok"] for stage in node["stages"].values())
+    assert 0 < answer["cost"]["cpu"] < 60
+    assert cluster.head.status()["canary"]["ok"] is True
+
+
+@pytest.mark.usefixtures("canary")
+def test_on_demand_from_a_worker_that_has_it_off(cluster: Cluster) -> None:
+    """Its own canary goes to the head and to itself."""
+    code, answer = send(cluster.worker("w1"))
+    assert (code, answer["ok"]) == (0, True)
+    assert [node["name"] for node in answer["nodes"]] == ["head", "w1"]
+
+
+@pytest.mark.usefixtures("canary")
+@pytest.mark.runs("rayfwd canary")
+def test_a_line_a_node(cluster: Cluster) -> None:
+    argv = [str(cluster.lab.rayfwd), "canary", "--config", CONFIG]
+    lines = cluster.lab.machine("head").run(argv, timeout=150).stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["head", "ok"], ["w1", "ok"], ["w2", "ok"]]
+
+
+@pytest.mark.usefixtures("canary")
+def test_nothing_of_it_is_left(cluster: Cluster) -> None:
+    """No process of the canary's outlives its round. Another round may have begun by itself."""
+    send(cluster.head)
+    until(lambda: nothing_of_it(cluster), 30, lambda: "a process of the canary's is always there")
+
+
+@pytest.mark.usefixtures("canary")
+def test_one_direction_only_and_an_object_manager_alone(cluster: Cluster) -> None:
+    """The head's listeners to w1 are shut while w1 still reaches the head; w2 takes no objects."""
+    (w1, first, _), (w2, second, _) = plan_of(cluster, "w1"), plan_of(cluster, "w2")
+    head = cluster.lab.machine("head")
+    with dropped(head, f"ip daddr {w1} meta l4proto tcp", f"ip daddr {w2} tcp dport {second + 1}"):
+        sooner = named(cluster.head, "ray_port_unreachable", "w1", SOONER)
+        assert f"{first} (the raylet)" in sooner["cause"]
+        assert f"the listener at {w1}" in sooner["cause"]
+        assert "on head itself drops packets" in sooner["cause"]
+        problem = named(cluster.head, "canary_no_task", "w1", NEXT)
+        assert f"{first} (the raylet)" in problem["cause"]
+        assert "firewall" in problem["remedy"]
+
+        problem = named(cluster.head, "canary_no_objects", "w2", 10)
+        assert "from head to w2" in problem["cause"]
+        assert f"{second + 1} (the object manager)" in problem["cause"]
+        assert f"{second} (the raylet)" not in problem["cause"]
+        sooner = named(cluster.head, "ray_port_unreachable", "w2", SOONER)
+        assert f"{second + 1} (the object manager)" in sooner["cause"]
+        # The worker concerned hears of it, and so does the third.
+        for name in ("w1", "w2"):
+            assert named(cluster.worker(name), "canary_no_task", "w1", 20)["cause"]
+    check_healed(cluster)
+
+
+@pytest.mark.usefixtures("canary")
+def test_worker_ports_alone_and_what_a_worker_sees(cluster: Cluster) -> None:
+    """The head reaches no worker process of w1; w2 does not reach the head's object manager."""
+    (w1, first, last), (head, base, _) = plan_of(cluster, "w1"), plan_of(cluster, "head")
+    ports = f"{first + 8}-{last}"
+    with (
+        dropped(cluster.lab.machine("head"), f"ip daddr {w1} tcp dport {ports}"),
+        dropped(cluster.lab.machine("w2"), f"ip daddr {head} tcp dport {base + 1}"),
+    ):
+        problem = named(cluster.head, "canary_no_task", "w1", NEXT)
+        assert f"port {ports} (workers) of w1" in problem["cause"]
+        problem = named(cluster.worker("w2"), "ray_port_unreachable", "head", SOONER)
+        assert f"{base + 1} (the object manager) of head" in problem["cause"]
+        assert "on w2 itself drops packets" in problem["cause"]
+        code, answer = send(cluster.head)
+        assert code == 1
+        rows = {node["name"]: node for node in answer["nodes"]}
+        assert rows["head"]["ok"]
+        assert rows["w1"]["problem"]["code"] == "canary_no_task"
+        # From the head all ports of w2 answer; w2 itself names the listener.
+        assert rows["w2"]["problem"]["code"] == "canary_no_objects"
+        assert of(cluster.head.status(), "ray_port_unreachable", "w1") is None
+    check_healed(cluster)

@@ -1,7 +1,7 @@
 """`rayfwd doctor` on real machines: all passes where all is well, and each fault is named.
 
 Before the first start, beside running daemons, and with each thing broken for real. Ray is looked
-at and not run, but for one look at the ports of a Ray that is up.
+at and not run; test_stop_and_restart.py has a look at the ports of a Ray that is up.
 """
 
 from __future__ import annotations
@@ -443,22 +443,6 @@ def test_a_report(cluster: Cluster) -> None:
         assert part in text, part
     assert worker.stop() == 0
     del cluster.configs["w2"]["ray"]["env"]
-
-
-def test_the_ports_of_a_ray_that_is_up(cluster: Cluster) -> None:
-    """Ray's own ports are no fault of the machine's, with a daemon or after it was killed."""
-    cluster.configs["head"]["ray"]["start"] = True
-    assert cluster.head.stop() == 0
-    head = cluster.start_node("head")
-    head.wait_ready()
-    found = doctor(cluster, "head")
-    assert found.of("fail") == [], found.rows
-    assert "in use by this node's Ray" in found.rows["ports"]["said"]
-    head.kill()
-    found = doctor(cluster, "head")
-    assert found.of("fail") == [], found.rows
-    assert "that rayfwd started and will take over" in found.rows["ports"]["said"]
-    cluster.start_node("head").wait_event("ray_adopted")
 
 
 def test_machines_are_as_they_were(cluster: Cluster) -> None:

@@ -1,10 +1,13 @@
-"""Ray's token: the head makes one, the link hands it over, and nobody gets in without it. After a
-break-in, by the commands of docs/security.md, there is another.
+"""Ray's token: the head makes one, the link hands it over, and nobody gets in without it.
+
+And an SSH key that may run `rayfwd attach` and nothing else. After a break-in, by the commands of
+docs/security.md, there is another token, and that key is of no use.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ pytestmark = pytest.mark.ray
 
 TOKEN_FILE = f"{HOME}/.ray/auth_token"
 WITHIN = 30.0
+SSH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 MODE = {"RAY_AUTH_MODE": "token"}
 
 REQUEST = """
@@ -174,8 +178,78 @@ def test_it_is_over_when_the_worker_shows_the_heads_own(cluster: Cluster) -> Non
         cluster.head.wait_event("problem_over", 5, where={"node": "w2", "code": code})
 
 
+# -- the key of w2 may run `rayfwd attach` and nothing else: enough for `via = "exec"`
+
+
+def commands(cluster: Cluster) -> list[str]:
+    """Ids of the commands that have handed their pipes to the hub, and wait."""
+    script = """for pid in $(pgrep -f 'rayfwd attach'); do
+        [ "$(readlink /proc/$pid/fd/0 /proc/$pid/fd/1 | uniq)" = /dev/null ] && echo $pid
+        done; true"""
+    return cluster.lab.machine("head").run(["sh", "-c", script]).stdout.split()
+
+
+def test_a_killed_command_and_a_restart_of_the_head_are_ridden_through(cluster: Cluster) -> None:
+    head, w2 = cluster.head, cluster.worker("w2")
+    w2.wait_status(lambda status: len(status["link"]["lanes"]) == 2, 60)
+    lanes = commands(cluster)
+    assert len(lanes) == 2
+    before = w2.events()[-1]
+    cluster.lab.machine("head").run(["kill", "-9", lanes[0]])
+    w2.wait_event("lane_lost", 20, after=before)
+    before = w2.wait_event("lane_up", 60, after=before)
+    after = commands(cluster)
+    assert (len(after), lanes[1] in after) == (2, True)
+    told = head.events()[-1]
+    head.process.signal(signal.SIGUSR2)
+    assert head.wait_event("handover_taken", 60, after=told)["reset"] == 0
+    w2.wait_event("link_resumed", 60, after=before)
+    head.wait_event("rayfwd_ready", 60, after=told)
+    w2.wait_status(lambda status: len(status["link"]["lanes"]) == 2, 60)
+    assert not set(commands(cluster)) & set(after), "those of the process before have ended"
+    addresses = [node["address"] for node in head.status()["roster"]]
+    lines = cluster.driver("head", ["--checks", "small_tasks"])
+    verify(lines, "head", addresses, ("small_tasks",))
+
+
+def test_the_key_runs_no_command(cluster: Cluster) -> None:
+    """What ssh asks for is ignored: `rayfwd attach` runs instead and ends with its input."""
+    ran = ssh(cluster, [], f"touch {HOME}/proof; id")
+    assert "uid=" not in ran
+    assert not cluster.lab.machine("head").host_path(f"{HOME}/proof").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-W", "127.0.0.1:22"], ["-N", "-R", "17171:127.0.0.1:22"]],
+    ids=["local", "remote"],
+)
+def test_the_key_forwards_nothing(cluster: Cluster, options: list[str]) -> None:
+    said = ssh(cluster, ["-o", "ExitOnForwardFailure=yes", *options])
+    assert "administratively prohibited" in said or "remote port forwarding failed" in said
+    assert "SSH-2.0" not in said
+
+
+def test_the_key_reads_no_files(cluster: Cluster) -> None:
+    """SFTP is a command too."""
+    w2 = cluster.lab.machine("w2")
+    argv = ["sftp", *SSH, "-b", "-", f"ray@{cluster.lab.machine('head').address}"]
+    ran = w2.run(argv, check=False, input=f"get {HOME}/rayfwd.toml {HOME}/stolen\n")
+    assert ran.returncode != 0
+    assert not w2.host_path(f"{HOME}/stolen").exists()
+
+
+def ssh(cluster: Cluster, options: list[str], *command: str) -> str:
+    """What an attempt with the worker's key says, in all."""
+    target = f"ray@{cluster.lab.machine('head').address}"
+    argv = ["timeout", "20", "ssh", *SSH, *options, target, *command]
+    ran = cluster.lab.machine("w2").run(argv, check=False)
+    return ran.stdout + ran.stderr
+
+
+# -- after a break-in
+
 SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
-SSH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
 HELD, UNDER_WAY = "/tmp/held", "/tmp/under-way"
 """Control sockets of connections with w2's key."""
 
@@ -273,7 +347,7 @@ def test_after_a_break_in(cluster: Cluster) -> None:
     assert cluster.worker("w1").status()["link"]["ridden_through"] >= 1
     assert [row["name"] for row in cluster.head.status()["roster"]] == ["head", "w1"]
     assert cluster.worker("w1").events("ray_token_wrong") == []
-    checks = ["small_tasks", "large_results", "actors"]
+    checks = ["small_tasks", "large_results"]
     addresses = [node["address"] for node in cluster.head.status()["roster"]]
     for driver in ("head", "w1"):
         verify(cluster.driver(driver, ["--nodes", "2", "--checks", ",".join(checks)]), driver,

@@ -36,7 +36,6 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-LARGE = 50_000_000
 SMALL = 2_000
 ESSENTIAL = (
     "small_tasks",
@@ -64,6 +63,7 @@ class Settings:
     """What the command line says."""
 
     patience = 60.0
+    large = 50_000_000
     dashboard = "http://127.0.0.1:8265"
     client = "127.77.0.1:10001"
     results = sys.stdout
@@ -224,18 +224,18 @@ class Run:
     def large_results(self) -> Ends:
         for node in self.nodes:
             label = f"result {node.id}"
-            made = make.options(scheduling_strategy=node.here()).remote(label, LARGE)
+            made = make.options(scheduling_strategy=node.here()).remote(label, Settings.large)
 
             def end(label: str = label, made: Any = made) -> None:
                 data = fetch(made)
-                expect(len(data), LARGE, "length")
-                expect(digest(data), digest(content(label, LARGE)), "digest")
+                expect(len(data), Settings.large, "length")
+                expect(digest(data), digest(content(label, Settings.large)), "digest")
 
             yield node.address, end
 
     def large_arguments(self) -> Ends:
         for node in self.nodes:
-            data = content(f"argument {node.id}", LARGE)
+            data = content(f"argument {node.id}", Settings.large)
             there = digest_of.options(scheduling_strategy=node.here()).remote(data)
 
             wanted = digest(data)
@@ -257,7 +257,7 @@ class Run:
 
     def borrowed_large(self) -> Ends:
         yield from self._borrowed(
-            "large", LARGE, lambda owner, label: owner.put.remote(label, LARGE)
+            "large", Settings.large, lambda owner, label: owner.put.remote(label, Settings.large)
         )
 
     def borrowed_small(self) -> Ends:
@@ -313,9 +313,9 @@ class Run:
             label = f"pulled {a.id} {b.id}"
 
             def end(a: Node = a, b: Node = b, label: str = label) -> None:
-                made = make.options(scheduling_strategy=a.here()).remote(label, LARGE)
+                made = make.options(scheduling_strategy=a.here()).remote(label, Settings.large)
                 there = digest_of.options(scheduling_strategy=b.here()).remote(made)
-                expect(fetch(there), digest(content(label, LARGE)), "digest")
+                expect(fetch(there), digest(content(label, Settings.large)), "digest")
 
             yield f"{a.address}>{b.address}", end
 
@@ -575,12 +575,14 @@ def main() -> int:
     parser.add_argument("--without", default="", help="names with commas")
     parser.add_argument("--nodes", type=int, default=3, help="how many nodes there must be")
     parser.add_argument("--patience", type=float, default=Settings.patience, metavar="SECONDS")
+    parser.add_argument("--large", type=int, default=Settings.large, metavar="BYTES")
     parser.add_argument("--dashboard", default=Settings.dashboard, metavar="URL")
     parser.add_argument("--client", default=Settings.client, metavar="HOST:PORT")
     parser.add_argument("--as-client", metavar="HOST:PORT", help=argparse.SUPPRESS)
     parser.add_argument("--ids", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     Settings.patience = args.patience
+    Settings.large = args.large
     Settings.dashboard = args.dashboard
     Settings.client = args.client
     if args.as_client:

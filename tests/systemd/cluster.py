@@ -23,8 +23,8 @@ object_store_memory = 100000000
 """Lines for [ray]: two nodes share a machine with all other tests."""
 
 TASKS = """
-import json, ray, sys, time
-ray.init(address="auto", logging_level="error", log_to_driver=False)
+import json, ray, time
+ray.is_initialized() or ray.init(address="auto", logging_level="error", log_to_driver=False)
 deadline = time.monotonic() + 120
 while len([n for n in ray.nodes() if n["Alive"]]) < 2 and time.monotonic() < deadline:
     time.sleep(0.2)
@@ -112,19 +112,13 @@ class Cluster:
         for machine in self.lab.machines:
             machine.wait_for(timeout=timeout, user=self.user, ActiveState="active")
 
-    def work(self) -> list[tuple[int, str, int]]:
-        """Of a task on each of two nodes: bytes that it got, its node's address, bytes it gave."""
-        said = self.head.run([str(PYTHON), "-c", TASKS], user="ray", timeout=200)
-        # Ray prints what raylets and workers say between the lines.
-        (done,) = [line for line in said.stdout.splitlines() if line.startswith("done ")]
-        found = json.loads(done.removeprefix("done "))
-        return [(sent, address, back) for sent, address, back in found]
+    def driver(self, script: str, *words: str) -> str:
+        """What a script says that Ray's Python runs on the head."""
+        return self.head.run([str(PYTHON), "-c", script, *words], user="ray", timeout=200).stdout
 
     def addresses_that_work(self) -> list[str]:
         """Of the nodes that have run a task, with 1 MB there and 2 MB back; waits for two nodes."""
-        done = self.work()
-        assert {(sent, back) for sent, _, back in done} == {(1_000_000, 2_000_000)}
-        return sorted(address for _, address, _ in done)
+        return that_worked(self.driver(TASKS))
 
     def job(self) -> Job:
         """A job that counts every call, from a driver on the worker."""
@@ -152,3 +146,12 @@ class Cluster:
     def raylets(self) -> list[int]:
         """Their process ids, the head's first."""
         return [int(machine.run(["pgrep", "-x", "raylet"]).stdout) for machine in self.lab.machines]
+
+
+def that_worked(said: str) -> list[str]:
+    """The addresses of nodes that have run a task of `TASKS`, by what it has said."""
+    # Ray prints what raylets and workers say between the lines.
+    (done,) = [line for line in said.splitlines() if line.startswith("done ")]
+    found = json.loads(done.removeprefix("done "))
+    assert {(sent, back) for sent, _, back in found} == {(1_000_000, 2_000_000)}
+    return sorted(address for _, address, _ in found)
