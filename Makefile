@@ -84,14 +84,15 @@ packages:
 demo-packages:
 	@tests/setup_packages.sh demo '$(PYTHON)'
 
-# Only root can make the machines that need these.
-ray-envs: $(VENV)/.installed
-	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_envs.py; \
+# Only root can make the machines that need these. They take nothing of the environment's, which is
+# made meanwhile.
+ray-envs: packages
+	@if [ "$$(id -u)" -eq 0 ]; then $(PYTHON) tests/setup_envs.py; \
 	else echo "not root: the lab with its real Ray is not run"; fi
 
-roots: $(VENV)/.installed
-	@if [ "$$(id -u)" -eq 0 ]; then $(BIN)/python tests/setup_roots.py \
-		&& $(BIN)/python -m tests.setup_firewalls; \
+roots: packages
+	@if [ "$$(id -u)" -eq 0 ]; then $(PYTHON) tests/setup_roots.py \
+		&& $(PYTHON) -m tests.setup_firewalls; \
 	else echo "not root: the machines that are booted are not made"; fi
 
 wheel: $(VENV)/.installed

@@ -98,28 +98,33 @@ def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
     run(*pip, RAY, built["wheel"], cwd=tmp_path)
 
 
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `uv` and `pipx` are."""
+    folder = tmp_path_factory.mktemp("tools")
+    run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
+    pip = (folder / "env/bin/python", "-m", "pip", "install", "--quiet")
+    run(*pip, "uv", "pipx", cwd=folder)
+    return folder / "env/bin"
+
+
 @pytest.mark.runs("uv tool install *")
-def test_uv_installs_it(built: dict[str, Path], tmp_path: Path) -> None:
+def test_uv_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:
     """With its own resolver; what it needs was fetched as pip is set up to."""
-    env, wheels = tmp_path / "env", tmp_path / "wheels"
-    run(sys.executable, "-m", "venv", env, cwd=tmp_path)
-    run(env / "bin/python", "-m", "pip", "install", "--quiet", "uv", cwd=tmp_path)
+    wheels = tmp_path / "wheels"
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "-w", wheels, built["wheel"], cwd=tmp_path)
     places = {name: str(tmp_path / name) for name in ("UV_TOOL_DIR", "UV_TOOL_BIN_DIR")}
     offline = ("--no-index", "--find-links", wheels, "--python", sys.executable)
-    words = (env / "bin/uv", "tool", "install", "--no-config", *offline, built["wheel"])
+    words = (tools / "uv", "tool", "install", "--no-config", *offline, built["wheel"])
     run(*words, cwd=tmp_path, env=places)
     said = run(tmp_path / "UV_TOOL_BIN_DIR" / "rayfwd", "--version", cwd=tmp_path)
     assert said == f"rayfwd {rayfwd.__version__}\n"
 
 
-def test_pipx_installs_it(built: dict[str, Path], tmp_path: Path) -> None:
+def test_pipx_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:
     """With its man pages, in places of this test's own."""
-    env = tmp_path / "env"
-    run(sys.executable, "-m", "venv", env, cwd=tmp_path)
-    run(env / "bin/python", "-m", "pip", "install", "--quiet", "pipx", cwd=tmp_path)
     places = {name: str(tmp_path / name) for name in ("PIPX_HOME", "PIPX_BIN_DIR", "PIPX_MAN_DIR")}
-    run(env / "bin/pipx", "install", built["wheel"], cwd=tmp_path, env=places)
+    run(tools / "pipx", "install", built["wheel"], cwd=tmp_path, env=places)
     said = run(tmp_path / "PIPX_BIN_DIR" / "rayfwd", "--version", cwd=tmp_path)
     assert said == f"rayfwd {rayfwd.__version__}\n"
     assert (tmp_path / "PIPX_MAN_DIR/man1/rayfwd.1").is_file()
