@@ -145,7 +145,13 @@ class TestWhileAnotherWorkerIsCutFor100Seconds:
 
     @pytest.mark.parametrize(
         ("name", "seconds"),
-        [("swallow_from", 8), ("swallow_to", 8), ("swallow", 45), ("swallow", 20)],
+        [
+            ("swallow_from", 8),
+            ("swallow_to", 8),
+            ("swallow", 45),
+            # Longer than it takes to be noticed, as the one before.
+            pytest.param("swallow", 20, marks=pytest.mark.thorough),
+        ],
     )
     def test_silence(self, rig: Rig, cut: Cut100, name: str, seconds: float) -> None:
         silence(rig, name, seconds, OF_W1)

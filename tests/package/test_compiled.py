@@ -77,7 +77,8 @@ def test_what_is_listed_is_compiled_and_the_command_says_so(compiled: dict[str, 
 def test_the_unit_tests_hold_of_it(compiled: dict[str, str]) -> None:
     files = [f"tests/unit/test_{name}.py" for name in HELD]
     argv = [sys.executable, "-m", "pytest", "-q", *files, "-p", "no:cacheprovider"]
-    said = run(argv, {**compiled, "RAYFWD_INSIDE": "1"})
+    others = {"RAYFWD_FIRST_SEED": "750"}  # unit/test_session_faults.py has those before
+    said = run(argv, {**compiled, **others, "RAYFWD_INSIDE": "1"})
     assert " passed" in said
     assert " skipped" not in said
 

@@ -18,8 +18,9 @@ from rayfwd.session.states import StreamState
 from rayfwd.session.stream import ReceiveSide, SendSide, Stream
 from tests.unit.wire import Wire
 
-SCHEDULES = int(os.environ.get("RAYFWD_SCHEDULES", "1500"))
-"""How many; a deep run sets 100,000 and more."""
+SCHEDULES = int(os.environ.get("RAYFWD_SCHEDULES", "750"))
+"""How many; a deep run sets 100,000 and more. `make test` does as many others with the compiled
+code (package/test_compiled.py)."""
 BATCHES = 20
 
 TINY = Limits(
