@@ -103,7 +103,9 @@ async def scene(directory: Path) -> AsyncIterator[dict[str, HeadConfig]]:
             "the worker dials, AsyncSSH": HeadConfig(**direct),
             "the worker dials, the system's ssh": HeadConfig(**direct, transport="openssh"),
             "through a jump host": HeadConfig(**by_jump),
+            "through a jump host, the system's ssh": HeadConfig(**by_jump, transport="openssh"),
             "a meeting place": HeadConfig(**met),
+            "a meeting place, the system's ssh": HeadConfig(**met, transport="openssh"),
         }
     finally:
         meeting.close()

@@ -199,10 +199,25 @@ class Destination:
         """That a key is to be this, in a sentence."""
         return f'{name} = "{value}" in {self.section}'
 
+    @property
+    def answerer(self) -> str:
+        """Who answers at the socket there, in a sentence."""
+        return "the hub" if self == HEAD else f"rayfwd on {self.name}"
+
+    @property
+    def socket_called(self) -> str:
+        """The socket there, in a sentence."""
+        return "the hub's socket" if self == HEAD else f"rayfwd's socket on {self.name}"
+
 
 HEAD = Destination("the head", "[head]")
 DIALLED_WORKER = Destination("the worker", "its [[hub.dial]]")
 MEETING_PLACE = Destination("the meeting place", "its [[hub.meet]]", takes_transport=False)
+
+
+def other_worker(node: str) -> Destination:
+    """A worker that another one dials directly."""
+    return Destination(node, f"the [[direct]] of {node}")
 
 
 class HeadConfig(_Section):
@@ -376,7 +391,8 @@ class DirectConfig(_Section):
         """The same, as a way by SSH is described."""
         own = self.model_dump(exclude={"node"}, exclude_unset=True)
         defaults = {"socket": self.socket, "via": self.via, "attach_command": self.attach_command}
-        return HeadConfig.model_validate({**defaults, **own})
+        way = HeadConfig.model_validate({**defaults, **own})
+        return way.leading_to(other_worker(self.node))
 
 
 def _plan_network(value: str) -> str:
@@ -662,10 +678,6 @@ class Config(_Section):
             mistakes.append(
                 f'hub.network = "{self.hub.network}": outside of 127.0.0.0/8 it needs the overlay, '
                 'and network.level is "listeners"'
-            )
-        if self.head is not None and self.head.meet and self.head.transport == "openssh":
-            mistakes.append(
-                'head.meet: cannot be used with transport = "openssh": `ssh -W` reaches no socket'
             )
         mistakes += _direct_mistakes(self.name, self.direct)
         if self.role == "client":

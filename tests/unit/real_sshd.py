@@ -58,7 +58,7 @@ class RealSshd:
     def authorize(self, *lines: str) -> None:
         (self.directory / "authorized_keys").write_text("".join(f"{line}\n" for line in lines))
 
-    async def start(self, *options: str) -> None:
+    async def start(self, *options: str, sftp: bool = True) -> None:
         """Listen; `options` are lines of sshd_config."""
         config = self.directory / "sshd_config"
         config.write_text(
@@ -75,7 +75,7 @@ class RealSshd:
                     "KbdInteractiveAuthentication no",
                     "PerSourcePenalties no" if await _has_penalties() else "",
                     "LogLevel VERBOSE",
-                    "Subsystem sftp internal-sftp",
+                    "Subsystem sftp internal-sftp" if sftp else "",
                 ]
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
 from rayfwd.transport.ssh import SshConnector
+from tests.need import tool
 from tests.unit.loops import closing, log_events, of, run, until
 from tests.unit.real_sshd import RealSshd
 from tests.unit.way_probe import SAID, answer, problem
@@ -84,7 +86,8 @@ async def site(directory: Path, *, head_sshd: bool = True) -> AsyncIterator[Site
     async with closing():
         await made.third.start()
         if head_sshd:
-            await made.at_head.start()
+            # What the user's own files would have the shell do is no matter here.
+            await made.at_head.start(f"SetEnv HOME={directory}")
         task = asyncio.create_task(made.meeting.run())
         try:
             yield made
@@ -106,6 +109,60 @@ def test_who_logs_in_is_at_the_head_and_the_host_between_sees_ssh_only(tmp_path:
             reader, writer = await asyncio.open_unix_connection(str(s.socket))
             assert (await reader.readline()).startswith(b"SSH-2.0-OpenSSH")
             writer.close()
+
+    run(main)
+
+
+def hub_of(s: Site, directory: Path) -> HeadConfig:
+    """The way to something that echoes at the head, by the system's `ssh`."""
+    attach = directory / "attach"
+    attach.write_text("#!/bin/sh\nprintf '\\000rayfwd attach\\000\\n'; exec cat\n")
+    attach.chmod(0o755)
+    by = {"transport": "openssh", "via": "exec", "attach_command": str(attach)}
+    return s.head.model_copy(update=by)
+
+
+@pytest.mark.parametrize("has", ["python3", "perl"])
+def test_the_systems_ssh_goes_there_by_a_command(tmp_path: Path, has: str) -> None:
+    """By Python, or by Perl where there is none."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sh").symlink_to(tool("sh"))
+    (tools / has).symlink_to(Path(sys.executable).resolve() if has == "python3" else tool(has))
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.third.stop()
+            await s.third.start(f"SetEnv PATH={tools} HOME={tmp_path}")
+            await until(s.held, 20)
+            way = hub_of(s, tmp_path)
+            assert await answer(way) == SAID
+            s.meeting.close()
+            s.third.cut()
+            s.socket.unlink(missing_ok=True)
+            said = await problem(way)
+            assert said.code is codes.JUMP_REFUSED
+            assert f"the meeting place {s.third.target} leads to nobody" in said.cause
+            assert "No such file" in said.cause
+            s.know(s.at_head.known_hosts_line("the-head"))
+            said = await problem(way)
+            assert said.code is codes.HOST_KEY_UNKNOWN
+            assert f"the meeting place {s.third.target}" in said.cause
+
+    run(main, 60)
+
+
+def test_the_systems_ssh_names_a_meeting_place_without_either(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sh").symlink_to(tool("sh"))
+
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.third.stop()
+            await s.third.start(f"SetEnv PATH={tmp_path}/bin HOME={tmp_path}")
+            said = await problem(hub_of(s, tmp_path))
+            assert said.code is codes.JUMP_REFUSED
+            assert "neither python3 nor perl is there" in said.cause
 
     run(main)
 
@@ -192,6 +249,22 @@ def test_a_third_host_that_forbids_it_is_told_what_to_allow(tmp_path: Path, shut
     run(main)
 
 
+def test_a_third_host_without_sftp_is_told_so_on_both_sides(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path) as s:
+            await s.third.stop()
+            await s.third.start("Subsystem other /bin/false", sftp=False)
+            await until(lambda: "no SFTP" in str(s.meeting.problem and s.meeting.problem.cause), 30)
+            assert s.meeting.problem is not None
+            assert s.meeting.problem.code is codes.MEETING_REFUSED
+            assert "sftp subsystem" in s.meeting.problem.remedy
+            said = await problem(s.head.model_copy(update={"meet_socket": "meet.sock"}))
+            assert said.code is codes.JUMP_REFUSED
+            assert f"the meeting place {s.third.target} has no SFTP" in said.cause
+
+    run(main, 60)
+
+
 def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     async def main() -> None:
         (tmp_path / "other").mkdir()
@@ -272,8 +345,9 @@ class TestWithoutSshd:
                 other = tmp_path / "other.sock"
                 server = await asyncio.start_unix_server(lambda _r, w: w.close(), other)
                 said = await problem(s.by(socket=other))
-                assert said.code is codes.HUB_UNREACHABLE
                 server.close()
+                assert said.code is codes.CHANNEL_REFUSED
+                assert 'set via = "exec"' in said.remedy
 
         run(main)
 
@@ -287,7 +361,7 @@ class TestWithoutSshd:
                 s.authorized.write_text(f'restrict,command="{forced}" {key}\n')
                 by_command = s.by(via="exec", attach_command="touch /tmp/never")
                 assert await answer(by_command) == SAID
-                assert (await problem(s.head)).code is codes.HUB_UNREACHABLE
+                assert (await problem(s.head)).code is codes.CHANNEL_REFUSED
                 await until(lambda: not _children_called("cat"), 10)
 
         run(main)
@@ -370,9 +444,6 @@ def test_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"hub\.meet\[0\]\.sshd"):
         parse({"role": "head", "hub": {"meet": [{"ssh": "m", "sshd": "10.0.0.1:22"}]}})
     worker = {"role": "worker", "name": "w1"}
-    head = {"ssh": "ray@head", "meet": "ray@meet", "transport": "openssh"}
-    with pytest.raises(ConfigError, match=r"head\.meet: cannot be used with transport"):
-        parse({**worker, "head": head})
     with pytest.raises(ConfigError, match=r"head\.ssh: must be given"):
         parse({**worker, "head": {"meet": "ray@meet"}})
 

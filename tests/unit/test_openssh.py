@@ -20,7 +20,7 @@ DIRECT = [OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, True, 
 VIA_COMMAND = [OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, True, True)]
 BEHIND = [
     OpensshHop("bastion", KnownHosts("198.51.100.9"), "me", False, True, False),
-    OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, False, False),
+    OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, False, False, before="bastion"),
 ]
 IN = 'Authenticated to 198.51.100.9 ([198.51.100.9]:22) using "publickey".\n'
 PARTIAL = 'Authenticated using "publickey" with partial success.\n'
@@ -99,6 +99,13 @@ DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
             "stdio forwarding failed",
             codes.JUMP_REFUSED,
             "may not connect to the-head port 22 for ray@the-head",
+        ),
+        (
+            BEHIND,
+            IN + "Connection timed out during banner exchange\n"
+            "Connection to UNKNOWN port 65535 timed out",
+            codes.SSH_UNREACHABLE,
+            "the jump host bastion was asked to connect to the-head port 22",
         ),
         (
             BEHIND,

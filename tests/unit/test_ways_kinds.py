@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from rayfwd import codes
-from rayfwd.config import DialConfig, HeadConfig
+from rayfwd.config import DialConfig, DirectConfig, HeadConfig
 from rayfwd.problems import Code
 from rayfwd.transport import dial, openssh, openssh_carrier
 from tests.need import tool
@@ -126,7 +127,8 @@ def test_a_key_that_is_there_and_not_taken(
         async with scene(tmp_path, shuts) as s:
             s.sshd.directory.chmod(0o777)
             option = shuts.partition(" ")[0]
-            await says(s.head(transport), codes.SSH_AUTH_REFUSED, option, s.sshd.user)
+            dialled = f"(dialled {s.sshd.address} port {s.sshd.port})"
+            await says(s.head(transport), codes.SSH_AUTH_REFUSED, option, s.sshd.user, dialled)
 
     run(main)
 
@@ -291,8 +293,9 @@ def test_a_path_that_loses_long_packets(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @both
+@pytest.mark.parametrize("behind", [False, True])
 def test_a_resolver_that_does_not_answer(
-    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, transport: Transport, behind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`ssh` says nothing while it waits for one: whether it is that, is looked at."""
     monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.5)
@@ -314,8 +317,13 @@ def test_a_resolver_that_does_not_answer(
         nonlocal asked
         asked = asyncio.Event()
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
-        head = Scene(tmp_path).head(transport, ssh="ray@a-name.example")
-        await says(head, codes.SSH_UNREACHABLE, "resolver", "a-name.example", "DNS")
+        s = Scene(tmp_path)
+        if behind:
+            s.configure("Host the-head\n  ProxyJump ray@a-name.example\n")
+        head = s.head(transport, ssh="ray@the-head" if behind else "ray@a-name.example")
+        called = "the jump host ray@a-name.example" if behind else "ray@a-name.example"
+        words = f"no answer for the name a-name.example of {called}"
+        await says(head, codes.SSH_UNREACHABLE, "resolver", words, "DNS")
 
     run(main)
 
@@ -380,6 +388,212 @@ def test_of_two_jump_hosts_the_one_that_forbids_it(tmp_path: Path, transport: Tr
             finally:
                 await second.stop()
                 await first.stop()
+
+    run(main)
+
+
+@asynccontextmanager
+async def behind_a_jump_host(
+    directory: Path, *options: str
+) -> AsyncIterator[tuple[Scene, RealSshd]]:
+    """A head, and before it a jump host with these options."""
+    async with scene(directory) as s:
+        jump = RealSshd(directory / "jump", "127.0.0.2")
+        jump.authorize(s.sshd.public_key)
+        s.know(s.sshd.known_hosts_line(), jump.known_hosts_line())
+        s.configure(f"Host 127.0.0.1\n  ProxyJump {jump.target}\n")
+        await jump.start(*options)
+        try:
+            yield s, jump
+        finally:
+            await jump.stop()
+
+
+@both
+@pytest.mark.parametrize("option", ["MaxSessions 0", "ForceCommand /bin/false", "PermitTTY no"])
+def test_what_a_jump_host_may_forbid_and_is_not_needed(
+    tmp_path: Path, transport: Transport, option: str
+) -> None:
+    """It passes connections on, and runs nothing."""
+
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path, option) as (s, _):
+            assert await answer(s.head(transport)) == SAID
+
+    run(main)
+
+
+@both
+def test_a_second_factor_at_the_jump_host(tmp_path: Path, transport: Transport) -> None:
+    second = ("AuthenticationMethods publickey,password", "PasswordAuthentication yes")
+
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path, *second) as (s, jump):
+            await says(
+                s.head(transport),
+                codes.SSH_SECOND_FACTOR,
+                f"the jump host {jump.target} accepted this machine's key",
+                f"(dialled {jump.address} port {jump.port})",
+                f"on the jump host {jump.target}",
+            )
+
+    run(main)
+
+
+@both
+def test_another_host_key_at_the_jump_host(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path) as (s, jump):
+            another = s.sshd.known_hosts_line(f"[{jump.address}]:{jump.port}")
+            s.know(s.sshd.known_hosts_line(), another)
+            await says(
+                s.head(transport),
+                codes.HOST_KEY_MISMATCH,
+                f"the jump host {jump.target}",
+                f"ssh-keygen -R '[{jump.address}]:{jump.port}'",
+            )
+
+    run(main)
+
+
+@both
+def test_a_jump_host_that_takes_long_to_log_in(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than a connection may take: the head behind it has its own time."""
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(openssh_carrier, "CONNECT_TIMEOUT", 1)
+
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path) as (s, jump), slowly(jump) as port:
+            there = f"{jump.user}@{jump.address}:{port}"
+            known = jump.known_hosts_line(f"[{jump.address}]:{port}")
+            s.know(s.sshd.known_hosts_line(), known)
+            s.configure(f"Host 127.0.0.1\n  ProxyJump {there}\n")
+            assert await answer(s.head(transport)) == SAID
+
+    run(main)
+
+
+@asynccontextmanager
+async def slowly(sshd: RealSshd) -> AsyncIterator[int]:
+    """A port that leads to that server, where what is said after the banner takes its time."""
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, to_them = await asyncio.open_connection(sshd.address, sshd.port)
+
+        async def copy(
+            source: asyncio.StreamReader, sink: asyncio.StreamWriter, pause: float
+        ) -> None:
+            sink.write(await source.readline())
+            await asyncio.sleep(pause)
+            while data := await source.read(1 << 16):
+                sink.write(data)
+            sink.close()
+
+        await asyncio.gather(copy(reader, to_them, 1.5), copy(theirs, writer, 0.0))
+
+    server = await asyncio.start_server(relay, sshd.address, 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("words", [b"", b"SSH-2.0-OpenSSH_9.9\r\n"])
+@both
+def test_a_jump_host_that_falls_silent(
+    tmp_path: Path, transport: Transport, words: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, or after its banner."""
+    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
+    monkeypatch.setattr(openssh_carrier, "LOGIN_TIMEOUT", 1.0)
+    monkeypatch.setattr(openssh_carrier, "CONNECT_TIMEOUT", 1)
+
+    async def main() -> None:
+        s = Scene(tmp_path)
+        async with speaking(s, words, stays=True) as head:
+            jump, port = head.ssh, head.ssh_target()[2]
+            s.configure(f"Host the-head\n  ProxyJump {jump}\n")
+            seen = "answers as SSH" if words else "accepts the connection"
+            code = codes.SSH_UNREACHABLE
+            if words and transport == "openssh":
+                code = codes.SSH_LOGIN_TIMEOUT
+            called = f"the jump host {jump} {seen}"
+            await says(s.head(transport, ssh="ray@the-head"), code, called, str(port))
+
+    run(main)
+
+
+@both
+@pytest.mark.parametrize(
+    ("option", "code", "seen"),
+    [
+        ("Ciphers aes128-cbc", codes.SSH_ALGORITHMS, "no cipher"),
+        ("DenyUsers *", codes.SSH_AUTH_REFUSED, "refuses this machine's SSH keys"),
+        ("PermitOpen none", codes.JUMP_REFUSED, "may not connect to 127.0.0.1"),
+        ("AllowTcpForwarding no", codes.JUMP_REFUSED, "may not connect to 127.0.0.1"),
+        ("DisableForwarding yes", codes.JUMP_REFUSED, "may not connect to 127.0.0.1"),
+    ],
+)
+def test_what_a_jump_host_forbids_is_its_own(
+    tmp_path: Path, transport: Transport, option: str, code: Code, seen: str
+) -> None:
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path, option) as (s, jump):
+            await says(s.head(transport), code, f"jump host {jump.target}", seen)
+
+    run(main)
+
+
+@both
+def test_a_jump_host_whose_connection_onwards_comes_to_nothing(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a firewall that drops it, or a resolver that is silent there."""
+    monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 1.0)
+    monkeypatch.setattr(openssh_carrier, "CONNECT_TIMEOUT", 1)
+    monkeypatch.setattr(openssh, "LOGIN_TIMEOUT", 1.0)
+
+    async def main() -> None:
+        async with behind_a_jump_host(tmp_path) as (s, jump):
+            with a_full_backlog("127.0.0.3") as port:
+                s.configure(f"Host hole\n  HostName 127.0.0.3\n  ProxyJump {jump.target}\n")
+                await says(
+                    s.head(transport, ssh=f"ray@hole:{port}"),
+                    codes.SSH_UNREACHABLE,
+                    f"the jump host {jump.target} was asked to connect to 127.0.0.3 port {port}",
+                    "firewalls between the two",
+                )
+
+    run(main)
+
+
+@contextmanager
+def a_full_backlog(address: str) -> Iterator[int]:
+    """A port at which the kernel drops every further SYN."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind((address, 0))
+        server.listen(0)
+        at = server.getsockname()
+        for _ in range(4):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(at)
+        yield at[1]
+
+
+@both
+def test_a_jump_hosts_name_that_is_not_found(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        s = Scene(tmp_path)
+        s.configure("Host 127.0.0.1\n  ProxyJump me@no-such-host.invalid\n")
+        await says(
+            s.head(transport),
+            codes.SSH_UNREACHABLE,
+            "no-such-host.invalid of the jump host me@no-such-host.invalid cannot be resolved",
+        )
 
     run(main)
 
@@ -450,21 +664,39 @@ def test_a_controlmaster_that_is_dead(
     run(main)
 
 
-def test_a_dialled_workers_problem_is_a_workers(tmp_path: Path) -> None:
+@both
+@pytest.mark.parametrize("kind", [DialConfig, DirectConfig])
+def test_a_workers_problem_is_a_workers(
+    tmp_path: Path, transport: Transport, kind: type[DialConfig | DirectConfig]
+) -> None:
+    """Whoever dials it: what is said names it, and neither a head nor a head's keys."""
+
     async def main() -> None:
         async with scene(tmp_path) as s:
-            for transport in ("asyncssh", "openssh"):
-                way = DialConfig(
-                    ssh=s.sshd.target,
-                    known_hosts=s.known_hosts,
-                    ssh_config=s.ssh_config,
-                    identity=s.sshd.identity,
-                    socket=tmp_path / "nobody.sock",
-                    transport=transport,
-                ).way()
-                found = await problem(way)
-                assert found.code in {codes.HUB_ABSENT, codes.HUB_UNREACHABLE}
-                assert "worker" in found.cause
-                assert "head" not in found.cause + found.remedy
+            given: dict[str, Any] = {
+                "ssh": s.sshd.target,
+                "known_hosts": s.known_hosts,
+                "ssh_config": s.ssh_config,
+                "identity": s.sshd.identity,
+                "transport": transport,
+                **({"node": "gpu-2"} if kind is DirectConfig else {}),
+            }
+            name = "gpu-2" if kind is DirectConfig else "the worker"
 
-    run(main)
+            async def meets(code: Code, **keys: Any) -> None:
+                found = await problem(kind(**{**given, **keys}).way())
+                assert found.code is code
+                assert name in found.cause + found.remedy or "[[hub.dial]]" in found.remedy
+                assert not re.search(r"\b(head|hub)\b(?!\.dial)", found.cause + found.remedy)
+
+            nobody = {"socket": tmp_path / "nobody.sock", "via": "socket"}
+            absent = codes.HUB_ABSENT if transport == "asyncssh" else codes.HUB_UNREACHABLE
+            await meets(absent, **nobody)
+            await meets(codes.HUB_CLOSED, via="exec", attach_command="exit 3")
+            await meets(codes.SSH_FILE_UNREADABLE, identity=tmp_path / "no-key")
+            s.sshd.authorize()
+            await meets(codes.SSH_AUTH_REFUSED)
+            s.know("")
+            await meets(codes.HOST_KEY_UNKNOWN)
+
+    run(main, 60)

@@ -12,13 +12,12 @@ from rayfwd.direct.reserve import ThroughHub
 from rayfwd.problems import Problem
 from rayfwd.session.frames import Frame
 from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
-from rayfwd.session.lane import LaneClass
+from rayfwd.session.lane import Lane, LaneClass
 from rayfwd.session.messages import Message
 from rayfwd.session.proof import NodeKey, check
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.transport.carrier import Carrier
-from rayfwd.transport.held import said_of
 from rayfwd.transport.link import LaneTask, Link, LinkLane
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 
@@ -31,14 +30,15 @@ KEY, SIGNATURE = "key", "signature"
 
 def stands(mux: Mux | None) -> bool:
     """A lane of the session goes by the direct way, and is well."""
-    return (
-        mux is not None
-        and not mux.ended
-        and any(
-            lane.lane_class is not LaneClass.RESERVE and not lane.sidelined
-            for lane in mux.session.lanes.values()
-        )
-    )
+    return any(not lane.sidelined for lane in direct_lanes(mux))
+
+
+def direct_lanes(mux: Mux | None) -> list[Lane]:
+    """Those of the session that go by the direct way."""
+    if mux is None or mux.ended:
+        return []
+    lanes = mux.session.lanes.values()
+    return [lane for lane in lanes if lane.lane_class is not LaneClass.RESERVE]
 
 
 class DirectOwner(Protocol):
@@ -106,7 +106,7 @@ class DirectLink(Link):
     def _worded(self, slot: LaneTask, problem: Problem) -> Problem:
         if slot is self._reserve_slot:
             return self._reserve.problem(problem)
-        return said_of(problem, self._node, "[[direct]]")
+        return problem
 
     def _longest(self, slot: LaneTask) -> float:
         longest = super()._longest(slot)

@@ -145,6 +145,9 @@ class Attempt(asyncssh.SSHClient):
             self._stands(made[1])
             return made
         sock = await self._connect(host, port)
+        with suppress(OSError):  # it has ended already
+            reached = sock.getpeername()
+            self.dialled = [f"{reached[0]} port {reached[1]}"]
         connection = factory()
         self._stands(connection)
         first = _FirstWords(connection, self)

@@ -20,26 +20,6 @@ from rayfwd.transport.urgency import rest
 log = get_logger(__name__)
 
 
-_OF_WORKER = (
-    ("`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file", ""),
-    ("(hub.users)", "(it must be the daemon's)"),
-    ("its hub's socket", "the socket where its daemon waits"),
-    ("the hub closed the lane before it answered", "the connection ended before it began"),
-)
-_KEYS = ("known_hosts", "ssh_config", "identity", "ssh", "socket")
-
-
-def said_of(problem: Problem, machine: str, section: str) -> Problem:
-    """A problem on the way to a head, as one on the way to this `machine`, which a list of sections
-    of the head's file describes."""
-    pairs = [(f"head.{key}", f"{key} of its {section}") for key in _KEYS]
-    pairs += [*_OF_WORKER, ("[head]", f"its {section}"), ("the head", machine)]
-    cause, remedy = problem.cause, problem.remedy
-    for of_head, of_other in pairs:
-        cause, remedy = cause.replace(of_head, of_other), remedy.replace(of_head, of_other)
-    return problem.code.problem(cause, remedy.removesuffix("; or ").removesuffix(", or "))
-
-
 class Held:
     """Of one machine."""
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from rayfwd import codes
-from rayfwd.config import HeadConfig
+from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import (
@@ -127,7 +127,8 @@ class LinkOwner(Protocol):
 class LinkLane:
     """A pipe to the hub: first the handshake, then a lane of a session."""
 
-    def __init__(self) -> None:
+    def __init__(self, to: Destination = HEAD) -> None:
+        self._to = to
         self._pipe: Pipe | None = None
         self._buffer = bytearray()
         self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
@@ -159,7 +160,7 @@ class LinkLane:
     def pipe_lost(self, why: str) -> None:
         if not self._answer.done():
             said = self._stderr.decode(errors="replace").strip()
-            self._answer.set_exception(ProblemError(why_no_answer(said, why)))
+            self._answer.set_exception(ProblemError(why_no_answer(said, why, self._to)))
             self._answer.exception()  # seen, also where nobody waits for the answer any more
         if not self.lost.done():
             self.lost.set_result(why)
@@ -208,11 +209,12 @@ class LinkLane:
                 self._answer_challenge(Challenge.decode(frame))
                 self._take_answer()
             elif frame.kind is Kind.REFUSE:
-                self._answer.set_exception(LinkRefusedError(refusal_in(frame), self._session))
+                refusal = refusal_in(frame, self._to)
+                self._answer.set_exception(LinkRefusedError(refusal, self._session))
             else:
                 self._answer.set_result(Welcome.decode(frame))
         except ProtocolError as exc:
-            self._answer.set_exception(ProblemError(not_the_hubs(exc)))
+            self._answer.set_exception(ProblemError(not_the_hubs(exc, self._to)))
 
     def _answer_challenge(self, challenge: Challenge) -> None:
         """Once: a hub has no use for a second signature. Raises ProtocolError."""
@@ -500,13 +502,13 @@ class Link:
 
     async def _one_lane(self, slot: LaneTask) -> None:
         """Dial, be welcomed, and stay until the lane is lost."""
-        connection = await self._connection_for(slot)
-        lane, kept = LinkLane(), False
+        connection, to = await self._connection_for(slot), self.head.destination
+        lane, kept = LinkLane(to), False
         try:
             pipe = await self._within_time(
                 connection.open(lane),
-                "the head's sshd opened no channel",
-                "nothing if it comes back; otherwise check the head's load and its sshd log",
+                f"{to.name}'s sshd opened no channel",
+                f"nothing if it comes back; otherwise check {to.name}'s load and its sshd log",
             )
             if self._closing:
                 return
@@ -518,8 +520,8 @@ class Link:
             self._lanes.add(lane)
             welcome = await self._within_time(
                 self._greet(pipe, lane, hello),
-                "the hub did not answer",
-                "read rayfwd's log on the head",
+                f"{to.answerer} did not answer",
+                f"read rayfwd's log on {to.name}",
             )
             self._check(slot, lane, welcome)
             self._join(slot, lane, welcome, session)

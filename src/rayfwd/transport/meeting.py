@@ -24,7 +24,7 @@ from rayfwd.transport.link import (
 )
 from rayfwd.transport.ownssh import OwnSsh
 from rayfwd.transport.passage import Passage
-from rayfwd.transport.places import place_of
+from rayfwd.transport.places import NoSftpError, place_of
 from rayfwd.transport.ssh import CHANNEL_WINDOW, SshConnector
 from rayfwd.transport.urgency import AdaptiveTimeout
 
@@ -118,6 +118,8 @@ class Meeting(Held):
             raise self._refused(f"its sshd opens no socket at {path}: {exc}") from exc
         except asyncssh.SFTPError as exc:
             raise self._refused(f"by SFTP: {exc.reason}") from exc
+        except (asyncssh.ChannelOpenError, NoSftpError) as exc:
+            raise self._refused(f"it has no SFTP: {exc}") from exc
         except (OSError, asyncssh.Error) as exc:
             raise codes.SSH_LOST.error(
                 f"the SSH connection to the meeting place {self.called} ended: {exc}",

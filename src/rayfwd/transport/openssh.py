@@ -11,6 +11,7 @@ Jump hosts are called here, not by `ssh`, which would hand them none of these op
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport import knownhosts
+from rayfwd.transport import joined_there, knownhosts
+from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
 from rayfwd.transport.knownhosts import KnownHosts
 
@@ -34,6 +36,7 @@ LOOK_TIMEOUT = 20.0
 """Seconds for `ssh -G`, which reads files and may run the commands of `Match exec`."""
 KEYS = "identityfiles"
 """Under this name, all that `ssh -G` has of that option, a line each."""
+_NEEDLESS = re.compile(r"\[([^]:]+)\]")
 ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
 """What would have ssh ask on a screen."""
 ALWAYS = {
@@ -79,8 +82,9 @@ class OpensshHop:
     before: str = ""
     """The hop before, as the configuration names it."""
     meet: str | None = None
-    """No hop waits at a meeting place by this way."""
+    """The socket of a meeting place where it waits: the hop before is that host."""
     meets: bool = False
+    """It is such a host."""
     to: Destination = HEAD
     """Whom the way leads to."""
     keys: tuple[Path, ...] = ()
@@ -93,7 +97,9 @@ class OpensshHop:
     @property
     def called(self) -> str:
         """In a sentence."""
-        return self.written if self.is_head else f"the jump host {self.written}"
+        if self.is_head:
+            return self.written
+        return f"the {'meeting place' if self.meets else 'jump host'} {self.written}"
 
 
 def environment() -> dict[str, str]:
@@ -113,6 +119,10 @@ def find_way(head: HeadConfig) -> list[OpensshHop]:
     for name in ("identity", "ssh_config", "known_hosts"):
         _check_readable(head, name)
     way = _way(head, head.ssh, True, ())
+    if head.meet:
+        *before, host = _way(head, head.meet, False, ())
+        at_head = replace(way[-1], first=False, command=False, meet=head.meet_socket)
+        way = [*before, replace(host, meets=True), at_head]
     return [way[0], *(replace(hop, before=last.written) for last, hop in pairwise(way))]
 
 
@@ -138,7 +148,7 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
     hop = _hop(head, written, is_head, said, first=jumps == "none")
     if hop.shared or jumps == "none":
         return [replace(hop, first=True)]
-    first, *others = [jump.strip().removeprefix("ssh://") for jump in jumps.split(",")]
+    first, *others = [_jump(word) for word in jumps.split(",")]
     after = (*after, written)
     # As with ssh: the first has a way of its own, the others are reached from the one before.
     way = _way(head, first, False, after)
@@ -146,6 +156,11 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
         found = _hop(head, other, False, _looked_up(head, other), first=False)
         way.append(replace(found, command=False))
     return [*way, hop]
+
+
+def _jump(word: str) -> str:
+    """As it was written: `ssh -G` puts brackets around every host that has a port."""
+    return _NEEDLESS.sub(r"\1", word.strip().removeprefix("ssh://"))
 
 
 def _hop(
@@ -278,18 +293,23 @@ def command(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int) -> list[
 def _options(
     head: HeadConfig, before: Sequence[OpensshHop], hop: OpensshHop, seconds: int
 ) -> list[str]:
-    options = {**ALWAYS, "ConnectTimeout": str(seconds)}
+    # Of a hop behind others the time begins before they are logged in to.
+    logins = len(before) * int(LOGIN_TIMEOUT)
+    options = {**ALWAYS, "ConnectTimeout": str(seconds + logins)}
     if before:
-        options["ProxyCommand"] = _through(head, before, seconds)
+        options["ProxyCommand"] = _through(head, before, seconds, hop.meet)
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     return ["-T", "-x", "-a", *words, *hop.options]
 
 
-def _through(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int) -> str:
-    """A ProxyCommand that has the last of these jump hosts connect to where ssh wants to."""
+def _through(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int, meet: str | None) -> str:
+    """A ProxyCommand that has the last of these hosts connect to where ssh wants to, or to the
+    socket of a meeting place."""
     *before, hop = hops
     words = ["ssh", *_options(head, before, hop, seconds)]
     target = _target(head, hop.written)
+    if meet is not None:
+        return _literal(shlex.join([*words, *target, joined_there.command(meet)]))
     return f"{_literal(shlex.join(words))} -W '[%h]:%p' {_literal(shlex.join(target))}"
 
 

@@ -65,26 +65,27 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where the server has answered, or nothing was dialled."""
     if (found := _SETTING.search(said)) is not None:
         return codes.SSH_CONFIG_INVALID.problem(found[0], "correct the SSH configuration")
+    dialled = f" (dialled {hop.known.host} port {hop.known.port})"
     # A banner may say anything; what ends a login stands last, but for the `ssh` that it was for.
     lines = filter(None, said.splitlines())
     own = [line for line in lines if not _ENDED.fullmatch(line) and not _CHATTER.match(line)]
     last = next(reversed(own), "")
     if (found := _DENIED.search(last)) is not None:
         if "with partial success" in said:
-            return sshproblems.second_factor(hop)
+            return sshproblems.second_factor(hop, dialled)
         if (key := _KEY.search(said)) is not None:
             return sshproblems.key_unusable(key[1], hop.to)
-        return sshproblems.keys_refused(f"it takes: {found[1]}", hop)
+        return sshproblems.keys_refused(f"it takes {found[1]}", hop, dialled)
     if (found := _NEGOTIATE.search(said)) is not None:
-        return sshproblems.nothing_in_common(found[1], found[2].split(","), hop)
+        return sshproblems.nothing_in_common(found[1], found[2].split(","), hop, dialled)
     if (found := _CERTIFICATE.search(said)) is not None:
-        return sshproblems.certificate_invalid(found[1], hop)
+        return sshproblems.certificate_invalid(found[1], hop, dialled)
     if _REVOKED.search(said):
-        return sshproblems.host_key_problem(head, hop, revoked=True)
+        return sshproblems.host_key_problem(head, hop, True, dialled)
     if _HOST_KEY.search(said):
-        return sshproblems.host_key_problem(head, hop)
+        return sshproblems.host_key_problem(head, hop, dialled=dialled)
     if (found := _TOO_MANY.search(said)) is not None:
-        return sshproblems.too_many_keys(found[1], hop)
+        return sshproblems.too_many_keys(found[1], hop, dialled)
     return None
 
 
@@ -92,11 +93,18 @@ def _of_jump(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where a jump host did not lead on to this hop."""
     if hop.first:
         return None
+    if hop.meet is not None and _ENDED.search(said) and (last := _last_of_command(said)):
+        return sshproblems.nobody_waits(last, hop, by_command=True)
     if (found := _FORBIDDEN.search(said)) is not None:
         return sshproblems.jump_forbids(found[1], hop)
     if (found := _NOT_OPENED.search(said)) is not None:
         return sshproblems.jump_cannot(found[1], hop)
     return None
+
+
+def _last_of_command(said: str) -> str:
+    """What the command at a meeting place said last, where it said anything."""
+    return next(reversed(beside(said).splitlines()), "")
 
 
 _OF_CONNECT: tuple[tuple[str, Callable[[OpensshHop, str], Problem]], ...] = (
@@ -122,6 +130,8 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     place = f" ({hop.known.host} port {hop.known.port})"
     if "timed out during banner exchange" in said and hop.command and hop.first:
         return sshproblems.command_ended(hop, "none in time")
+    if "timed out during banner exchange" in said and not hop.first:
+        return sshproblems.jump_silent(hop)
     if "timed out during banner exchange" in said:
         return sshproblems.says_nothing(hop, place)
     if re.search(r"^Connection to .* timed out", said, re.MULTILINE):
@@ -129,7 +139,7 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     if (found := _ENDED.search(said)) is not None:
         if "kex_exchange_identification" in said or "banner exchange" in said:
             return sshproblems.turned_away("what it says, `ssh` does not tell", hop, place)
-        return sshproblems.ended(found[0], hop, in_login="closed by" in found[0])
+        return sshproblems.ended(found[0], hop, place, in_login="closed by" in found[0])
     return None
 
 

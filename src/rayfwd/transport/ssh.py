@@ -20,6 +20,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
+from rayfwd.transport.places import NoSftpError
 from rayfwd.transport.sshproblems import (
     explain,
     explain_files,
@@ -220,7 +221,7 @@ class SshConnector:
         )
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
-        except (OSError, asyncssh.Error, ValueError, TimeoutError) as exc:
+        except (OSError, asyncssh.Error, NoSftpError, ValueError, TimeoutError) as exc:
             self.stopped_at = hop
             problem = explain(exc, self._head, hop, attempt)
             raise ProblemError(with_passed_over(problem, hop)) from exc

@@ -8,6 +8,7 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +17,14 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem
+from rayfwd.session.preamble import MARKER
 from rayfwd.system import unixsocket
 from rayfwd.system.files import read_regular
 from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
+from rayfwd.transport.places import NoSftpError
 
 
 class Server(Protocol):
@@ -127,21 +130,27 @@ def _unknown(exc: Exception, called: str) -> Problem:
 
 def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem | None:
     """Where the server has answered."""
+    dialled = _dialled(attempt)
     match exc:
         case asyncssh.HostKeyNotVerifiable() if "ertificate " in str(exc):
-            return certificate_invalid(exc.reason.partition(" for host ")[0], hop)
+            return certificate_invalid(exc.reason.partition(" for host ")[0], hop, dialled)
         case asyncssh.HostKeyNotVerifiable():
-            return host_key_problem(head, hop, revoked="revoked" in str(exc))
+            return host_key_problem(head, hop, "revoked" in str(exc), dialled)
         case asyncssh.PermissionDenied() if attempt.wants_more:
-            return second_factor(hop)
+            return second_factor(hop, dialled)
         case asyncssh.PermissionDenied():
-            return keys_refused(exc.reason, hop)
+            return keys_refused(exc.reason, hop, dialled)
         case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
-            return too_many_keys(exc.reason, hop)
+            return too_many_keys(exc.reason, hop, dialled)
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
             return key_unusable(exc, hop.to)
         case _:
             return None
+
+
+def _dialled(attempt: Attempt) -> str:
+    """Where the attempt went, in brackets."""
+    return f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
 
 
 def _where(hop: Server) -> str:
@@ -153,29 +162,29 @@ def _its(hop: Server) -> str:
     return hop.to.name if hop.is_head else hop.called
 
 
-def second_factor(hop: Server) -> Problem:
+def second_factor(hop: Server, dialled: str) -> Problem:
     """A key was accepted, and was not enough."""
     by_hand = (
         f"; or set {hop.to.set_to('transport', 'openssh')} and log in once by hand as a "
         "ControlMaster, whose connection is used (docs/ways.md)"
     )
     return codes.SSH_SECOND_FACTOR.problem(
-        f"{hop.called} accepted this machine's key, but wants a second factor as well (a one-time "
-        "code or a password), which a daemon cannot give",
+        f"{hop.called} accepted this machine's key{dialled}, but wants a second factor as well "
+        "(a one-time code or a password), which a daemon cannot give",
         f"let this key log in alone {_where(hop)}: in its sshd_config, `Match User {hop.user}` "
         "with `AuthenticationMethods publickey`, and restrict the key in authorized_keys "
         f"(docs/security.md){by_hand if hop.to.takes_transport else ''}",
     )
 
 
-def keys_refused(reason: str, hop: Server) -> Problem:
+def keys_refused(reason: str, hop: Server, dialled: str) -> Problem:
     """No key was accepted. sshd never says why: its log does."""
     named = (
         f"set {hop.to.key('identity')} to a key that is already there"
         if hop.is_head
         else "set IdentityFile of that host in the SSH configuration to a key that is already there"
     )
-    refused = f"{hop.called} refuses this machine's SSH keys ({reason})"
+    refused = f"{hop.called} refuses this machine's SSH keys{dialled}: {reason}"
     if locked := _with_passphrase(hop.keys):
         return codes.SSH_AUTH_REFUSED.problem(
             f"{refused}; {locked} has a passphrase, and was not offered",
@@ -204,11 +213,11 @@ def _with_passphrase(keys: Sequence[Path]) -> Path | None:
     return None
 
 
-def too_many_keys(reason: str, hop: Server) -> Problem:
+def too_many_keys(reason: str, hop: Server, dialled: str) -> Problem:
     """The server ended before all keys were tried."""
     return codes.SSH_AUTH_REFUSED.problem(
-        f"{hop.called} refused several of this machine's keys, and ended the connection before "
-        f"all were tried ({reason})",
+        f"{hop.called} refused several of this machine's keys{dialled}, and ended the connection "
+        f"before all were tried: {reason}",
         f"set {hop.to.key('identity')} to the one key that the server accepts; or set "
         "`IdentitiesOnly yes` with IdentityFile in the SSH configuration, so that an agent's other "
         "keys are not tried",
@@ -217,14 +226,16 @@ def too_many_keys(reason: str, hop: Server) -> Problem:
 
 def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:
     """Where no login was tried, or the connection ended under it."""
-    dialled = f" (dialled {', '.join(attempt.dialled)})" if attempt.dialled else ""
+    dialled = _dialled(attempt)
     words = attempt.words.decode(errors="replace").strip()
     if hop.direct_command and not attempt.is_ssh:
         return command_ended(hop, _why_command_ended(exc))
     match exc:
+        case NoSftpError():
+            return no_sftp(str(exc), hop)
         case asyncssh.ChannelOpenError():
             if hop.meet is not None:
-                return nobody_waits(exc, hop)
+                return nobody_waits(exc.reason, hop)
             if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED:
                 return jump_forbids(exc.reason, hop)
             return jump_cannot(exc.reason, hop)
@@ -238,11 +249,11 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             and (missing := missing_in(attempt.offered, hop.options, hop.known.key_types()))
         ):
             if missing.what == HOST_KEYS and not set(missing.theirs) <= OUTDATED_HOST_KEYS:
-                return host_key_problem(head, hop)
-            return nothing_in_common(missing.what, missing.theirs, hop)
+                return host_key_problem(head, hop, dialled=dialled)
+            return nothing_in_common(missing.what, missing.theirs, hop, dialled)
         case asyncssh.DisconnectError() | ConnectionError() if attempt.connected:
             why = str(exc) or type(exc).__name__
-            return ended(why, hop, in_login=attempt.has_keys)
+            return ended(why, hop, dialled, in_login=attempt.has_keys)
         case socket.gaierror():
             return unresolved(str(exc.strerror), hop)
         case TimeoutError() if attempt.resolving:
@@ -255,6 +266,8 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return no_ssh(words, hop, dialled)
         case TimeoutError() if attempt.connected:
             return says_nothing(hop, dialled)
+        case TimeoutError() if hop.before:
+            return jump_silent(hop)
         case TimeoutError():
             return no_answer(hop, dialled)
         case ConnectionRefusedError():
@@ -267,17 +280,17 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return _unknown(exc, hop.called)
 
 
-def ended(why: str, hop: Server, in_login: bool) -> Problem:
+def ended(why: str, hop: Server, dialled: str, in_login: bool) -> Problem:
     """The connection did; `in_login`: when it was secret already, and the user's turn came."""
     if in_login:
         return codes.SSH_LOST.problem(
-            f"the SSH connection to {hop.called} ended in the middle of the login of {hop.user}: "
-            f"{why}",
+            f"the SSH connection to {hop.called}{dialled} ended in the middle of the login of "
+            f"{hop.user}: {why}",
             f"nothing, if it comes back; otherwise check the sshd log of {_its(hop)}: the account "
             "may be shut there for now (expired, /run/nologin while it boots or stops, PAM)",
         )
     return codes.SSH_LOST.problem(
-        f"the SSH connection to {hop.called} ended: {why}",
+        f"the SSH connection to {hop.called}{dialled} ended: {why}",
         f"nothing if it comes back; otherwise read the sshd log of {_its(hop)} "
         "(MaxStartups, firewall)",
     )
@@ -398,15 +411,29 @@ def no_ssh(words: str, hop: Server, dialled: str) -> Problem:
     )
 
 
-def nobody_waits(exc: asyncssh.ChannelOpenError, hop: Server) -> Problem:
-    """The meeting place opens no way to the head. Its sshd does not say why."""
+def nobody_waits(why: str, hop: Server, by_command: bool = False) -> Problem:
+    """The meeting place opens no way to the head. Its sshd does not say why; where a command is to
+    do it, that does."""
+    allows = (
+        "its account there must be able to run commands, and have python3 or perl"
+        if by_command
+        else "its sshd must allow it: AllowStreamLocalForwarding, AllowTcpForwarding, and "
+        "`restrict,port-forwarding` before this machine's key in authorized_keys"
+    )
     return codes.JUMP_REFUSED.problem(
-        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}; its sshd says: "
-        f"{exc.reason}",
+        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}; "
+        f"{'what was run there' if by_command else 'its sshd'} says: {why}",
         "check `rayfwd status` on the head: its [[hub.meet]] must be connected, with that socket, "
-        "and logged in as the same user there (only that user can open the socket); its sshd must "
-        "allow it: AllowStreamLocalForwarding, AllowTcpForwarding, and `restrict,port-forwarding` "
-        "before this machine's key in authorized_keys",
+        f"and logged in as the same user there (only that user can open the socket); {allows}",
+    )
+
+
+def no_sftp(why: str, hop: Server) -> Problem:
+    """A path in the home directory of a meeting place cannot be told."""
+    return codes.JUMP_REFUSED.problem(
+        f"the meeting place {hop.before} has no SFTP, which says where {hop.meet} is: {why}",
+        "enable the sftp subsystem in its sshd_config (without a ForceCommand for this key); or "
+        "set the same absolute path in head.meet_socket here",
     )
 
 
@@ -432,11 +459,32 @@ def jump_cannot(why: str, hop: Server) -> Problem:
     )
 
 
-def host_key_problem(head: HeadConfig, hop: Server, revoked: bool = False) -> Problem:
+def jump_silent(hop: Server) -> Problem:
+    """The jump host was asked for a connection to `hop`, and nothing came of it: its resolver may
+    be silent, or what it dials."""
+    if hop.meet is not None:
+        return codes.SSH_UNREACHABLE.problem(
+            f"the meeting place {hop.before} does not answer whether it leads on to {hop.called}",
+            f"check the load of {hop.before} and its sshd log, and that no ForceCommand holds for "
+            "this key there",
+        )
+    target = f"{hop.known.host} port {hop.known.port}"
+    return codes.SSH_UNREACHABLE.problem(
+        f"the jump host {hop.before} was asked to connect to {target} for {hop.called}, and "
+        "nothing came back",
+        f"on the jump host, check that the name is found (`getent hosts {hop.known.host}`), that "
+        "sshd answers there, and that firewalls between the two let SSH through",
+    )
+
+
+def host_key_problem(
+    head: HeadConfig, hop: Server, revoked: bool = False, dialled: str = ""
+) -> Problem:
     """What is wrong with the host key that the hop showed, and was not taken."""
     known = hop.known
     what = _its(hop).removeprefix("the ") if hop.is_head else _kind(hop)
     called = known.host if hop.is_head else f"{hop.called} ({known.host} port {known.port})"
+    called += dialled if known.host not in dialled else ""
     if revoked:
         files = ", ".join(str(file.path) for file in known.files)
         return codes.HOST_KEY_REVOKED.problem(
@@ -474,20 +522,21 @@ def _kind(hop: Server) -> str:
     return "meeting place" if hop.meets else "jump host"
 
 
-def certificate_invalid(why: str, hop: Server) -> Problem:
+def certificate_invalid(why: str, hop: Server, dialled: str) -> Problem:
     """An authority that is trusted has signed its key, and that does not hold here and now."""
     now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     return codes.HOST_CERTIFICATE_INVALID.problem(
-        f"the host certificate of {hop.called} does not hold: {why}",
+        f"the host certificate of {hop.called}{dialled} does not hold: {why}",
         f"make a new one for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and check "
         f"this machine's clock: it says {now} UTC",
     )
 
 
-def nothing_in_common(what: str, theirs: Sequence[str], hop: Server) -> Problem:
+def nothing_in_common(what: str, theirs: Sequence[str], hop: Server, dialled: str) -> Problem:
     """Its SSH server is too old for the one here, or the other way round."""
     return codes.SSH_ALGORITHMS.problem(
-        f"{hop.called} and this machine have no {what} in common: it offers {', '.join(theirs)}",
+        f"{hop.called} and this machine have no {what} in common{dialled}: it offers "
+        f"{', '.join(theirs)}",
         f"upgrade sshd {_where(hop)}; or, as what it offers may be weak, allow it for that host "
         "alone in the SSH configuration here (HostKeyAlgorithms, KexAlgorithms, Ciphers or MACs, "
         "as in `HostKeyAlgorithms +ssh-rsa`)",
@@ -537,6 +586,9 @@ async def look_at_socket(
     that somebody listens, and this user may, it is sshd that will not.
     """
     to, path = head.destination, head.socket
+    ran = await _ran(connection)
+    if ran is not None and ran.by_attach:
+        return attach_forced(to)
     absent = codes.HUB_ABSENT.problem(
         f"nothing answers at {path} on {to.name}",
         f"start rayfwd on {to.name}, or set {to.key('socket')} to the path that `rayfwd check` "
@@ -553,7 +605,7 @@ async def look_at_socket(
     except asyncssh.SFTPPermissionDenied:
         return _not_permitted(path, "this user may not enter its directory", to)
     except (asyncssh.Error, OSError, TimeoutError):
-        said = await _said_by_session(connection)
+        said = "" if ran is None else ran.stderr
         return password_expired(said, to) or socket_unreachable(path, reason, to)
     mode = seen.permissions or 0
     if own not in {0, seen.uid} and not mode & 0o002:
@@ -568,14 +620,42 @@ async def look_at_socket(
     return absent
 
 
-async def _said_by_session(connection: asyncssh.SSHClientConnection) -> str:
-    """What a command that does nothing is told on standard error."""
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What came of a command that does nothing."""
+
+    stdout: bytes
+    stderr: str
+
+    @property
+    def by_attach(self) -> bool:
+        """`rayfwd attach` ran in its place. To SFTP it would listen, and the hub would wait for a
+        hello that never comes."""
+        return MARKER in self.stdout or "rayfwd attach: " in self.stderr
+
+
+async def _ran(connection: asyncssh.SSHClientConnection) -> _Ran | None:
+    """None: there was no session, or it did not end."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            ran = await connection.run("true", stdin=asyncssh.DEVNULL, request_pty=False)
-            return str(ran.stderr or "")
+            ran = await connection.run(
+                "true", stdin=asyncssh.DEVNULL, request_pty=False, encoding=None
+            )
     except (asyncssh.Error, OSError, TimeoutError):
-        return ""
+        return None
+    stdout, stderr = ran.stdout or b"", ran.stderr or b""
+    assert isinstance(stdout, bytes), "no encoding was asked for"
+    assert isinstance(stderr, bytes), "no encoding was asked for"
+    return _Ran(stdout, stderr.decode(errors="replace"))
+
+
+def attach_forced(to: Destination) -> Problem:
+    """The line of authorized_keys decides what runs, and lets nothing else be done."""
+    return codes.CHANNEL_REFUSED.problem(
+        f"this machine's key may run `rayfwd attach` on {to.name} and nothing else (a forced "
+        "command in authorized_keys, or rayfwd's own SSH there), so no socket is opened for it",
+        f"set {to.set_to('via', 'exec')}",
+    )
 
 
 def password_expired(said: str, to: Destination) -> Problem | None:
