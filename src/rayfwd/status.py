@@ -110,6 +110,8 @@ class Direct:
     """One of the class `reserve` goes through the hub."""
     streams: int
     bytes: Volume
+    cuts: int
+    """How often all of its lanes were lost, the one through the hub apart."""
     lost: int
     """How often one of its lanes was lost, the one through the hub apart."""
     why: str | None

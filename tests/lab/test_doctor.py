@@ -107,7 +107,7 @@ def test_a_good_worker_before_its_first_start(cluster: Cluster, via: str) -> Non
     roster = cluster.head.status()["roster"]
     found = doctor(cluster, "w1", head__via=via, head__attach_command=command)
     assert found.of("fail") + found.of("warn") == [], found.rows
-    assert found.of("skip") == ["daemon", "keeper", "advertise", "advertise_self"]
+    assert found.of("skip") == ["daemon", "keeper", "direct", "advertise", "advertise_self"]
     assert found.code == 0
     assert abs(found.rows["clock"]["seen"]["seconds_behind"]) < 0.5, "one clock"
     assert found.rows["link"]["seen"]["down"] > 1e6

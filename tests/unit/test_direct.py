@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from rayfwd import codes
-from rayfwd.config import ConfigError, parse
+from rayfwd.config import ConfigError, load, parse
 from rayfwd.daemon import head as head_module
 from rayfwd.direct import dialled as dialled_module
 from rayfwd.direct.reserve import ThroughHub
+from rayfwd.doctor import direct_checks
+from rayfwd.hub.connection import HELLO_TIMEOUT
 from rayfwd.session.frames import MAX_PAYLOAD, Frame, Kind, first_frame
 from rayfwd.session.handshake import PROOF, Challenge, Hello, Refusal, Welcome
 from rayfwd.session.lane import LaneClass
@@ -219,6 +221,7 @@ def test_a_drop_costs_nothing_and_streams_come_back(tmp_path: Path, silent: bool
                 assert row is not None
                 assert row.way == "hub"
                 assert row.lost >= (0 if silent else 2)
+                assert row.cuts == (0 if silent else 1)
                 carrier(s).barred = False
                 await all_lanes(s)
                 assert await send(8) < MEGABYTE / 4
@@ -281,6 +284,76 @@ def test_by_ssh(tmp_path: Path) -> None:
             await sshd.stop()
 
     run(main, 90)
+
+
+@asynccontextmanager
+async def by_forced_command(tmp_path: Path, via: str) -> AsyncIterator[tuple[Site, RealSshd]]:
+    """w1 dials w2, whose sshd lets its key run `rayfwd attach --peer` and nothing else."""
+    sshd = RealSshd(tmp_path / "sshd")
+    attach = f"{Path(sys.executable).with_name('rayfwd')} attach --peer"
+    attach += f" --socket {tmp_path / 'w2/run/peers.sock'}"
+    sshd.authorize(f'restrict,command="{attach}" {sshd.public_key}')
+    known = tmp_path / "known_hosts"
+    known.write_text(sshd.known_hosts_line())
+    # What the user's own files would have the shell do is no matter here.
+    await sshd.start(f"SetEnv HOME={tmp_path}")
+    try:
+        async with site(tmp_path, "w1", "w2") as s:
+            w1 = s.workers["w1"]
+            w1.directs = ["w2"]
+            w1.direct_ssh = (
+                f'ssh = "{sshd.target}"\nidentity = "{sshd.identity}"\nvia = "{via}"\n'
+                f'known_hosts = "{known}"\nssh_config = "/dev/null"\nextra_lanes = 0'
+            )
+            await s.start()
+            yield s, sshd
+    finally:
+        await sshd.stop()
+
+
+def test_a_forced_command_takes_nothing_else_for_a_hello(tmp_path: Path) -> None:
+    """By `via = "auto"` the socket is tried first, and why it is none is looked for."""
+
+    async def main() -> None:
+        with log_events() as events:
+            async with by_forced_command(tmp_path, "auto") as (s, _):
+                await all_lanes(s)
+                await asyncio.sleep(HELLO_TIMEOUT + 1)  # from then on it would be refused
+        assert not of(events, "direct_refused")
+
+    run(main, 90)
+
+
+def test_the_doctor_goes_it_hop_by_hop(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with by_forced_command(tmp_path, "exec") as (s, sshd):
+            await all_lanes(s)
+            config = load(s.workers["w1"].file)
+            good = await direct_checks.look(config, ())
+            assert good.result == "pass"
+            assert f"w2: logged in as {sshd.user}" in good.said
+            assert good.seen["ways"]["w2"]["rtt_ms"] > 0
+            other = config.model_copy(
+                update={"direct": (config.direct[0].model_copy(update={"node": "w3"}),)}
+            )
+            wrong = await direct_checks.look(other, ())
+            assert wrong.problem is not None
+            assert wrong.problem.code is codes.DIRECT_WRONG
+            assert f"{sshd.target} is w2, and not w3" in wrong.said
+            sshd.authorize()
+            refused = await direct_checks.look(config, ())
+            assert refused.result == "warn", "streams go by the head"
+            assert refused.problem is not None
+            assert refused.problem.code is codes.SSH_AUTH_REFUSED
+            assert refused.said.startswith(f"the direct way to w2: {sshd.target} refuses")
+            assert "on w2, or set identity of the [[direct]] of w2" in refused.problem.remedy
+            assert "head" not in refused.problem.remedy
+            away = s.workers["w2"].runtime.health.now().direct
+            row = await direct_checks.look(config.model_copy(update={"direct": ()}), away)
+            assert row.said == "the way of w1, which dials, is up"
+            assert set(s.workers["w2"].worker._direct.taken.peers) == {"w1"}
+
+    run(main, 60)
 
 
 def test_new_streams_go_by_the_hub_while_there_is_no_direct_way(tmp_path: Path) -> None:

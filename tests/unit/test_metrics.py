@@ -26,7 +26,7 @@ from rayfwd import codes
 from rayfwd.daemon import httpserver, metrics
 from rayfwd.daemon.httpserver import HttpServer
 from rayfwd.daemon.metrics import MetricsService, families, registry
-from rayfwd.status import Status
+from rayfwd.status import Direct, Status, Volume
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.watch.canary_round import NodeResult, Round, StageResult
 from rayfwd.watch.conditions import Condition
@@ -36,6 +36,20 @@ from tests.unit.loops import until
 from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "status").glob("*.json"))
+
+DIRECT = Direct(
+    node="w2",
+    way="direct",
+    dialled=True,
+    rtt_ms=0.5,
+    lanes=(),
+    streams=3,
+    bytes=Volume(received=100, sent=200),
+    cuts=2,
+    lost=4,
+    why=None,
+)
+DOWN = replace(DIRECT, dialled=False, way="hub", rtt_ms=None, cuts=0)
 
 CANARY = Round(
     began=1000.0,
@@ -74,6 +88,7 @@ def exposition(path: Path) -> str:
         status = replace(status, canary=CANARY)
         link_stats = {worker.name: past() for worker in status.workers or ()}
     else:
+        status = replace(status, direct=(DIRECT, DOWN))
         link_stats = {metrics.HEAD: past()}
     return generate_latest(registry(lambda: families(status, link_stats, 25.0))).decode()
 
@@ -139,6 +154,12 @@ def test_values_of_a_worker() -> None:
     assert text["rayfwd_conditions", (waits.code.name, "note")] == 1
     assert ("rayfwd_conditions", (parked.code.name, "note")) not in text
     assert text["rayfwd_link_cuts_total", ("head",)] == 6
+    assert text["rayfwd_direct_up", ("here", "w2")] == 1
+    assert text["rayfwd_direct_up", ("there", "w2")] == 0
+    assert text["rayfwd_direct_round_trip_seconds", ("here", "w2")] == 0.0005
+    assert ("rayfwd_direct_round_trip_seconds", ("there", "w2")) not in text
+    assert text["rayfwd_direct_sent_bytes_total", ("here", "w2")] == 200
+    assert text["rayfwd_direct_cuts_total", ("here", "w2")] == 2
     assert text["rayfwd_link_parked_seconds_total", ("head",)] == pytest.approx(5007.2 + 2 + 5)
     bucket = "rayfwd_link_ride_through_seconds_bucket"
     assert [text[bucket, (le, "head")] for le in ("0.5", "1.0", "5.0", "1800.0", "+Inf")] == [

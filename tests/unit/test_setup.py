@@ -589,6 +589,58 @@ def test_a_worker_that_is_dialled_has_no_key_and_is_told_both_lines() -> None:
     assert head.hub.dial[0].via == "exec"
 
 
+@pytest.mark.parametrize("dialled", [False, True])
+def test_a_direct_way_has_a_section_and_a_key(dialled: bool) -> None:
+    """Also where the head dials this worker, which then needs a key for the other one alone."""
+    layout = system_layout(COMMAND, PYTHON)
+    asked = replace(worker(), direct=(("gpu-2", "ray@gpu-2.example.org"),))
+    request = replace(asked, head=None, host_key=None) if dialled else asked
+    assert any(isinstance(step, Key) for step in plan(request, layout, units.shipped()))
+    config = tomllib.loads(texts.config_text(request, layout))
+    (direct,) = parse(config).direct
+    assert (direct.node, direct.ssh, direct.via) == ("gpu-2", "ray@gpu-2.example.org", "exec")
+    assert direct.identity == layout.identity
+    assert direct.attach_command == f"{COMMAND} attach --peer"
+    assert texts.authorized_line(COMMAND, "ssh-ed25519 AAAA x\n", peer=True) == (
+        f'restrict,command="{COMMAND} attach --peer" ssh-ed25519 AAAA x'
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "peers", "lines"),
+    [
+        (head(), False, ["this machine: the port of its sshd, for the workers"]),
+        (
+            replace(head(), meet="ray@meet:2222"),
+            False,
+            ["this machine: nothing", "meet: port 2222, for this machine"],
+        ),
+        (
+            replace(worker(), head="ray@head.example.org"),
+            False,
+            ["this machine: nothing", "head.example.org: port 22, for this machine"],
+        ),
+        (
+            replace(worker(), head="ray@head", meet="ray@meet"),
+            False,
+            ["this machine: nothing", "meet: port 22, for this machine"],
+        ),
+        (
+            replace(worker(), head=None, direct=(("w2", "ray@w2:23"),)),
+            True,
+            [
+                "this machine: the port of its sshd, for the head and the worker that dials it",
+                "w2: port 23, for this machine",
+            ],
+        ),
+    ],
+)
+def test_what_is_to_be_open_is_said_of_each_way(
+    request_: SetupRequest, peers: bool, lines: list[str]
+) -> None:
+    assert texts.to_open(request_, peers) == lines
+
+
 def test_a_meeting_place_is_in_both_files_and_its_line_lets_sockets_only() -> None:
     layout = user_layout(
         Path("/home/ann"), 1000, "/opt/rayfwd/bin/rayfwd", "/usr/bin/python3", None

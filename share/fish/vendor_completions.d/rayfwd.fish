@@ -51,7 +51,7 @@ function _shtab_rayfwd_using
 end
 
 set -g _shtab_rayfwd_commands init run join head add remove connect reload check doctor plan status canary trace explain attach keeper env exec overlay forget uninstall demo
-set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --env --expose --extra-args --extra-lanes --file --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --jobs --known-hosts --labels --log --log-format --log-level --login --meet --meet-socket --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --port --port-base --prefix --ray --ray-command --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -f -i -p
+set -g _shtab_rayfwd_opts_with_value --advertise --attach-command --auth --bulk-lanes --client-port --cluster --config --dashboard-port --dial --direct --env --expose --extra-args --extra-lanes --file --fingerprint --forget-after --forward --frames --head --head-key --head-rayfwd --identity --interface --jobs --known-hosts --labels --log --log-format --log-level --login --meet --meet-socket --name --network --node --num-cpus --num-gpus --object-store-memory --page-port --peer --peer-key --port --port-base --prefix --ray --ray-command --report --resources --ride-through --runtime-dir --seconds --set --socket --ssh-config --state-dir --status-interval --stop-after --stop-timeout --transport --user --users --via --wait-for --watch --worker-ports -F -f -i -p
 
 complete -c rayfwd -e
 complete -c rayfwd -f
@@ -69,6 +69,8 @@ complete -c rayfwd -n '_shtab_rayfwd_using init' -l head -x -d 'worker only: how
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l dialled -d 'worker only: the head dials this machine; this machine dials nobody'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l head-key -x -d 'with --dialled: the head'"'"'s public key, for the line that is printed'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l meet -x -d 'a third host that both the head and the workers can log in to, if'
+complete -c rayfwd -n '_shtab_rayfwd_using init' -l direct -x -d 'worker only: another worker that this one may log in to; streams'
+complete -c rayfwd -n '_shtab_rayfwd_using init' -l peer-key -x -d 'worker only: the public key of another worker that dials this one'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l ray -xka "(__fish_complete_path (commandline -ct))" -d 'the `ray` command (default: rayfwd searches for it)'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l name -x -d 'this node'"'"'s name (default: the host name)'
 complete -c rayfwd -n '_shtab_rayfwd_using init' -l user -x -d 'the user that runs rayfwd and Ray (root only; default: the user that'

@@ -12,6 +12,7 @@ import pwd
 import socket
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import asyncssh
@@ -63,6 +64,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="USER@HOST",
         help="a third host that both the head and the workers can log in to, if\nneither accepts "
         "SSH from the other; use it on both",
+    )
+    parser.add_argument(
+        "--direct",
+        metavar="NODE=USER@HOST",
+        action="append",
+        default=[],
+        help="worker only: another worker that this one may log in to; streams\nbetween the two "
+        "then go there directly",
+    )
+    parser.add_argument(
+        "--peer-key",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="worker only: the public key of another worker that dials this one\ndirectly, for "
+        "the line that is printed",
     )
     parser.add_argument(
         "--ray", metavar="PATH", help="the `ray` command (default: rayfwd searches for it)"
@@ -157,6 +174,19 @@ def run(args: argparse.Namespace) -> int:
                 "The head's own\n`rayfwd init` printed the line:\n"
             )
             print(f"    {host} ssh-ed25519 AAAA…")
+    if args.role == "worker":
+        own = seen.public_key if request.identity else public_key(layout.identity)
+        asked = _only(request, args.direct)
+        if asked.direct and (by_hand or str(layout.config) in outcome.kept):
+            print(f"\nAdd this at the end of {layout.config}:\n")
+            print(textwrap.indent(texts.direct_text(asked, layout), "    "))
+        _print_direct(asked if by_hand else request, layout, own or "(this machine's public key)")
+        for key in args.peer_key:
+            _print_peer(request, layout, key)
+    if not by_hand:
+        print("\nWhat firewalls must let in (TCP), and nothing else:\n")
+        lines = texts.to_open(request, bool(args.peer_key))
+        print(textwrap.indent("\n".join(lines), "    "))
     if not layout.system:
         print("\nTo let the service start at boot and run after you log out, run this once:\n")
         print(f"    loginctl enable-linger {request.user}")
@@ -195,7 +225,7 @@ def _doctor(request: SetupRequest, layout: Layout) -> bool:
 
 def _check_flags(args: argparse.Namespace) -> None:
     other = {
-        "head": ("head", "head_rayfwd", "fingerprint", "dialled", "head_key"),
+        "head": ("head", "head_rayfwd", "fingerprint", "dialled", "head_key", "direct", "peer_key"),
         "worker": ("login",),
     }
     wrong = [
@@ -247,7 +277,11 @@ def _request(
         if head is not None:
             way = {"ssh": head} | ({"meet": args.meet} if args.meet else {})
             parse({"role": "worker", "name": name, "head": way})
-        elif args.role == "head" and args.meet:
+        direct = _directs(args.direct, before)
+        if direct:
+            ways = [{"node": node, "ssh": ssh} for node, ssh in direct]
+            parse({"role": "worker", "name": name, "head": {"dialled": True}, "direct": ways})
+        if args.role == "head" and args.meet:
             parse({"role": "head", "name": name, "hub": {"meet": [{"ssh": args.meet}]}})
     except ConfigError as exc:
         raise MistakeError([f"rayfwd init: {line}" for line in exc.problems]) from None
@@ -294,6 +328,7 @@ def _request(
         auth=_auth(args.role, before, seen, person.name),
         meet=meet,
         meet_identity=(identity or meet_identity) if args.role == "head" else None,
+        direct=direct,
         own_ssh=meet is not None and args.role == "head" and not _sshd_answers(),
         host_key=host_key,
     )
@@ -307,6 +342,18 @@ def _sshd_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+def _directs(asked: list[str], before: Config | None) -> tuple[tuple[str, str], ...]:
+    """Those of the file that is there, and what is asked for now. Raises MistakeError."""
+    found = {} if before is None else {direct.node: direct.ssh for direct in before.direct}
+    for each in asked:
+        node, equals, ssh = each.partition("=")
+        if not (node and equals and ssh):
+            wrong = "must be NODE=USER@HOST: the worker's name, and how ssh reaches it"
+            raise MistakeError([f"rayfwd init: --direct {each}: {wrong}"])
+        found[node] = ssh
+    return tuple(found.items())
 
 
 def _meet_before(before: Config | None) -> str | None:
@@ -519,6 +566,36 @@ def _print_meeting(request: SetupRequest, key: str) -> None:
         "it with the\none that its owner names:\n"
     )
     print(f"    mkdir -p ~/.ssh && ssh-keyscan -p {port or 22} {host} >> ~/.ssh/known_hosts")
+
+
+def _only(request: SetupRequest, asked: list[str]) -> SetupRequest:
+    """With those direct ways alone that were asked for now."""
+    names = {each.partition("=")[0] for each in asked}
+    return replace(request, direct=tuple(way for way in request.direct if way[0] in names))
+
+
+def _print_direct(request: SetupRequest, layout: Layout, key: str) -> None:
+    """What each worker is to have that this one dials, and what this one of it."""
+    for node, ssh in request.direct:
+        user, host, port = HeadConfig(ssh=ssh).ssh_target()
+        print(
+            f"\nDirectly to {node}: add this line to ~{user or request.user}/.ssh/authorized_keys "
+            f"there:\n"
+        )
+        print(f"    {texts.authorized_line(layout.command, key, peer=True)}")
+        print(
+            f"\nAdd the host key of {host} to ~{request.user}/.ssh/known_hosts on this machine, "
+            "after you compare it\nwith its owner:\n"
+        )
+        print(f"    ssh-keyscan -p {port or 22} {host} >> ~{request.user}/.ssh/known_hosts")
+
+
+def _print_peer(request: SetupRequest, layout: Layout, key: str) -> None:
+    print(
+        f"\nA worker dials this one directly. Add this line to ~{request.user}/.ssh/authorized_keys"
+        " on this machine:\n"
+    )
+    print(f"    {texts.authorized_line(layout.command, key, peer=True)}")
 
 
 def _print_for_head(request: SetupRequest, login: str, key: str) -> None:

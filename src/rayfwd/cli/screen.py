@@ -179,8 +179,8 @@ class Screen:
             lanes = sum(lane.lane_class != "reserve" for lane in way.lanes)
             line.append(f", {lanes} {'lane' if lanes == 1 else 'lanes'}")
         line.append(f"; {size(way.bytes.received)} in, {size(way.bytes.sent)} out")
-        if way.lost:
-            line.append(f"; lost {_times(way.lost)}")
+        if way.cuts:
+            line.append(f"; cut {_times(way.cuts)}")
         if way.why is not None:
             line.append(f"; {escaped(way.why)}")
         return line

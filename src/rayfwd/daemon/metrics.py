@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from rayfwd import codes
 from rayfwd.daemon.httpserver import Answer, Request
 from rayfwd.problems import Problem
-from rayfwd.status import Link, Network, Status, Streams, Volume, Worker
+from rayfwd.status import Direct, Link, Network, Status, Streams, Volume, Worker
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
 from rayfwd.watch.canary_round import Round
@@ -59,6 +59,7 @@ def families(status: Status, link_stats: Mapping[str, LinkStats], now: float) ->
         "rayfwd_node_state", "1 for the state of the node, else 0.", NODE_STATES, status.state
     )
     yield from _links(status, link_stats, now)
+    yield from _direct(status.direct)
     yield from _ledger(status)
     yield from _listeners(status)
     yield from _network(status.network)
@@ -155,6 +156,52 @@ def _histories(link_stats: Mapping[str, LinkStats], now: float) -> Iterator[Metr
             buckets.append((bound, float(count)))
         ridden.add_metric([peer], buckets, one.ridden_seconds)
     yield from (cuts, sessions, parked, ridden)
+
+
+def _direct(ways: Iterable[Direct]) -> Iterator[Metric]:
+    """Of a worker: its ways to others. Two rows of one peer differ in who dials."""
+    labels = ["peer", "dialled"]
+    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+        "up": GaugeMetricFamily(
+            "rayfwd_direct_up", "1 if the direct way to the worker is up, else 0.", labels=labels
+        ),
+        "trip": GaugeMetricFamily(
+            "rayfwd_direct_round_trip_seconds",
+            "Shortest round-trip time of the lanes of a direct way.",
+            labels=labels,
+        ),
+        "streams": GaugeMetricFamily(
+            "rayfwd_direct_streams", "TCP connections that the direct way carries.", labels=labels
+        ),
+        "received": CounterMetricFamily(
+            "rayfwd_direct_received_bytes",
+            "Bytes received from the other worker, including the protocol's own.",
+            labels=labels,
+        ),
+        "sent": CounterMetricFamily(
+            "rayfwd_direct_sent_bytes",
+            "Bytes sent to the other worker, including the protocol's own.",
+            labels=labels,
+        ),
+        "cuts": CounterMetricFamily(
+            "rayfwd_direct_cuts",
+            "How often the direct way lost all of its lanes; streams went through the head then.",
+            labels=labels,
+        ),
+    }
+    for way in ways:
+        values = {
+            "up": float(way.way == "direct"),
+            "trip": None if way.rtt_ms is None else way.rtt_ms / 1000,
+            "streams": way.streams,
+            "received": way.bytes.received,
+            "sent": way.bytes.sent,
+            "cuts": way.cuts,
+        }
+        for name, value in values.items():
+            if value is not None:
+                families[name].add_metric([way.node, "here" if way.dialled else "there"], value)
+    yield from families.values()
 
 
 def _ledger(status: Status) -> Iterator[Metric]:

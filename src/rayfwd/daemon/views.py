@@ -210,6 +210,7 @@ def direct_row(way: WaySeen) -> status.Direct:
         lanes=lanes_of(way.mux),
         streams=0 if present is None else present.streams,
         bytes=status.Volume(received=received, sent=sent),
+        cuts=way.cuts,
         lost=sum(count for name, count in way.link_stats.lanes_lost.items() if name != "reserve"),
         why=None if way.why_not is None else way.why_not.cause,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from rayfwd.hub.ledger import Ledger
 from rayfwd.hub.peers import HubPeer
 from rayfwd.hub.pending import Pending
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.session.checks import CheckReply
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.handshake import Hello, Vouch, Welcome
 from rayfwd.session.lane import LaneClass
@@ -53,6 +55,7 @@ class Taken:
 
     def __init__(
         self,
+        own: str,
         path: Path,
         ride_through: float,
         owner: DirectOwner,
@@ -60,6 +63,7 @@ class Taken:
         refused: RefusedStreams,
     ) -> None:
         self.peers: dict[str, TakenPeer] = {}
+        self._own = own
         self._path = path
         self._ride_through = ride_through
         self._owner = owner
@@ -128,8 +132,18 @@ class Taken:
         return False
 
     def asked(self, lane: HubConnection, hello: Hello, claim: Claim) -> None:
-        del hello, claim
-        lane.refuse(_no_peer())
+        """A doctor asks who is here. Nothing comes of it: no session, no lane."""
+        try:
+            if hello.role != "peer" or not claim.proven or lane.by_hub is not None:
+                raise ProblemError(_no_peer())
+            self._pending.asks(lane)
+        except ProblemError as exc:
+            lane.refuse(exc.problem)
+            return
+        ride_through = min(self._ride_through, hello.ride_through)
+        welcome = Welcome(__version__, {"name": self._own}, (), "-", ride_through)
+        log.info("direct_asked", node=hello.node, version=hello.version)
+        lane.examine(CheckReply(welcome, time.time()), None)
 
     def refused(self, lane: HubConnection, refusal: Problem) -> None:
         self._pending.went(lane)

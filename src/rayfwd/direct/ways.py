@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Protocol
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
-from rayfwd.direct.dialled import Dialled, stands
+from rayfwd.direct.dialled import Dialled, direct_lanes, stands
 from rayfwd.direct.reserve import LANE_PORT, ThroughHub
 from rayfwd.direct.taken import Taken
 from rayfwd.hub.ledger import Ledger
@@ -27,6 +28,9 @@ from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.cluster_view import ClusterView
+
+Way = tuple[str, bool]
+"""The other worker, and whether this one dials."""
 
 
 class WaysOwner(Protocol):
@@ -53,6 +57,8 @@ class WaySeen:
     dialled_here: bool
     mux: Mux | None
     link_stats: LinkStats
+    cuts: int
+    """How often it lost all of its lanes but the one through the hub."""
     why_not: Problem | None
     """What keeps it from standing; None: it stands, or there is no more to say here."""
 
@@ -77,8 +83,12 @@ class DirectWays:
         self._costs: dict[str, HubPeer] = {}
         """What those cost that are dialled from here, by name."""
         self._ledger = Ledger(self._peers, self._now)
-        self.taken = Taken(config.peers_socket, config.ride_through, self, self._ledger, refused)
+        self.taken = Taken(
+            config.name, config.peers_socket, config.ride_through, self, self._ledger, refused
+        )
         self.dialled: dict[str, Dialled] = {}
+        self._cuts: Counter[Way] = Counter()
+        self._with_lanes: set[Way] = set()
         for direct in config.direct if self.on else ():
             name = direct.node
             self._costs[name] = HubPeer(name)
@@ -212,7 +222,20 @@ class DirectWays:
         return self._owner.accept_opening(stream, Opening(opening.target, plan.address))
 
     def direct_changed(self) -> None:
+        self._count_cuts()
         self._owner.direct_changed()
+
+    def _count_cuts(self) -> None:
+        """A session that ended in order, or began anew, was not cut."""
+        muxes = {(way.node, way.dialled_here): way.mux for way in self.seen()}
+        before, self._with_lanes = (
+            self._with_lanes,
+            {way for way, mux in muxes.items() if direct_lanes(mux)},
+        )
+        for way in before - self._with_lanes:
+            mux = muxes.get(way)
+            if mux is not None and not mux.ended:
+                self._cuts[way] += 1
 
     # -- how it is -------------------------------------------------------------------------------
 
@@ -223,6 +246,7 @@ class DirectWays:
                 dialled_here=True,
                 mux=each.link.mux,
                 link_stats=each.link.link_stats,
+                cuts=self._cuts[name, True],
                 why_not=each.link.why_not,
             )
             for name, each in self.dialled.items()
@@ -233,6 +257,7 @@ class DirectWays:
                 dialled_here=False,
                 mux=peer.mux,
                 link_stats=peer.link_stats,
+                cuts=self._cuts[peer.name, False],
                 why_not=None,
             )
             for peer in self.taken.peers.values()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from rayfwd import codes
 from rayfwd.cluster.identity import Identity
+from rayfwd.config import HEAD, Destination
 from rayfwd.doctor.judgements import Tick
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import checks
@@ -38,9 +39,10 @@ SHORTEST_TRANSFER = 0.4
 
 
 class HubProbe:
-    """Owns a pipe to the hub; one question at a time."""
+    """Owns a pipe to the hub, or to another worker; one question at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, to: Destination = HEAD) -> None:
+        self._to = to
         self._pipe: Pipe | None = None
         self._decoder = FrameDecoder()
         self._stderr = bytearray()
@@ -67,13 +69,13 @@ class HubProbe:
                 else:
                     self._answers.put_nowait(frame)
         except ProtocolError as exc:
-            self._end(not_the_hubs(exc))
+            self._end(not_the_hubs(exc, self._to))
 
     def pipe_writable(self) -> None:
         self._writable.set()
 
     def pipe_lost(self, why: str) -> None:
-        self._end(why_no_answer(self._stderr.decode(errors="replace").strip(), why))
+        self._end(why_no_answer(self._stderr.decode(errors="replace").strip(), why, self._to))
 
     def _end(self, problem: Problem) -> None:
         if self._over is None:
@@ -99,7 +101,7 @@ class HubProbe:
                 frame = await self._answer()
             return CheckReply.decode(frame)
         except ProtocolError as exc:
-            raise ProblemError(not_the_hubs(exc)) from None
+            raise ProblemError(not_the_hubs(exc, self._to)) from None
 
     async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """A question and its answer. Raises ProblemError."""
@@ -107,7 +109,7 @@ class HubProbe:
         try:
             return checks.read(await self._answer())
         except ProtocolError as exc:
-            raise ProblemError(not_the_hubs(exc)) from None
+            raise ProblemError(not_the_hubs(exc, self._to)) from None
 
     async def ticks(self) -> list[Tick]:
         """Ask for the head's clock, several times. Raises ProblemError."""
@@ -119,7 +121,7 @@ class HubProbe:
             try:
                 found.append(Tick(asked, checks.read_time(answer), trip))
             except ProtocolError as exc:
-                raise ProblemError(not_the_hubs(exc)) from None
+                raise ProblemError(not_the_hubs(exc, self._to)) from None
         return found
 
     async def rates(self, trip: float) -> tuple[float, float]:
@@ -152,7 +154,7 @@ class HubProbe:
         try:
             self._opened.write([data])
         except OSError:
-            self._end(why_no_answer("", CLOSED))
+            self._end(why_no_answer("", CLOSED, self._to))
             self._check()
 
     @property
@@ -169,7 +171,7 @@ class HubProbe:
         if isinstance(found, Problem):
             raise ProblemError(found)
         if found.kind is Kind.REFUSE:
-            raise ProblemError(_refused(found))
+            raise ProblemError(_refused(found, self._to))
         return found
 
     async def _bounded(self, what: Awaitable[T], name: str, seconds: float) -> T:
@@ -178,8 +180,8 @@ class HubProbe:
                 return await what
         except TimeoutError:
             raise codes.HUB_SILENT.error(
-                f"the hub gave no {name} within {seconds:.0f} s",
-                "read rayfwd's log on the head",
+                f"{self._to.answerer} gave no {name} within {seconds:.0f} s",
+                f"read rayfwd's log on {self._to.name}",
             ) from None
 
 
@@ -195,6 +197,6 @@ async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
         size = min(4 * size, MOST_FILLER)
 
 
-def _refused(frame: Frame) -> Problem:
-    refusal = refusal_in(frame)
+def _refused(frame: Frame, to: Destination) -> Problem:
+    refusal = refusal_in(frame, to)
     return OLDER if refusal.code == codes.FRAME_UNKNOWN else refusal

@@ -16,9 +16,9 @@ SCHEMA = 1
 """Raised when a key of the JSON changes its meaning or goes; new keys and checks may come."""
 
 WORKER = (
-    "config", "daemon", "keeper", "ssh", "host_key", "auth", "channel", "hub", "place", "ray",
-    "versions", "ports", "listeners", "network", "limits", "clock", "names", "proxies", "link",
-    "advertise", "advertise_self",
+    "config", "daemon", "keeper", "ssh", "host_key", "auth", "channel", "hub", "place",
+    "direct", "ray", "versions", "ports", "listeners", "network", "limits", "clock", "names",
+    "proxies", "link", "advertise", "advertise_self",
 )  # fmt: skip
 HEAD = (
     "config", "daemon", "keeper", "socket", "sshd", "dial", "meet", "ray", "ports", "listeners",

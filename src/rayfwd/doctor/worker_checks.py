@@ -11,6 +11,7 @@ from rayfwd.cluster import probe
 from rayfwd.cluster.identity import KEY_FILE, Identity
 from rayfwd.daemon import advertise
 from rayfwd.daemon.worker import hello_of
+from rayfwd.doctor import direct_checks
 from rayfwd.doctor.common_checks import plan_of
 from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.reachability import NOT_REACHED, WayExamination
@@ -35,6 +36,8 @@ class WorkerExamination(WayExamination):
         self.emit(await self.daemon())
         self.emit(await self.keeper())
         await self.way()
+        running = () if self.status is None else self.status.direct
+        self.emit(await direct_checks.look(self.config, running))
         row, found = await self.ray()
         self.emit(row)
         self.emit(self._compared(found))

@@ -66,7 +66,7 @@ def _head_key(request: SetupRequest, layout: Layout) -> list[Step]:
 def _worker_files(
     request: SetupRequest, layout: Layout, owner: str | None, group: str | None
 ) -> list[Step]:
-    if request.head is None or request.by_hand:
+    if request.by_hand or (request.head is None and not request.direct):
         return []
     steps: list[Step] = []
     if request.identity is None:

@@ -118,11 +118,13 @@ class SetupRequest:
     auth: str | None = None
     """Of a head: `ray.auth`; None: the default."""
     meet: str | None = None
+    """A third host that both log in to, where neither accepts SSH from the other."""
     meet_identity: Path | None = None
     """Of a head: its key at that host; None: those that `ssh` would use."""
     own_ssh: bool = False
     """A head's: rayfwd answers at the meeting place itself, where there is no sshd."""
-    """A third host that both log in to, where neither accepts SSH from the other."""
+    direct: tuple[tuple[str, str], ...] = ()
+    """Of a worker: others that it can log in to, each with its name and how."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the configuration, as a file has them."""
     made_by: str = "rayfwd init"

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli_w
 
-from rayfwd.config import OWN_SSH
+from rayfwd.config import OWN_SSH, HeadConfig
 from rayfwd.setup.request import Layout, SetupRequest
 
 _SHIPPED_COMMAND = "/opt/rayfwd/bin/rayfwd"
@@ -57,6 +57,8 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
                 meet["sshd"] = OWN_SSH
             hub["meet"] = [meet]
         config |= {"hub": hub} if hub else {}
+    if request.direct:
+        config["direct"] = direct_sections(request, layout)
     config["ray"] = {"command": request.ray}
     if request.auth is not None:
         config["ray"]["auth"] = request.auth
@@ -67,14 +69,32 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     return first + tomli_w.dumps(config)
 
 
-def attach_command(rayfwd: str) -> str:
-    """What a worker's key runs on the head, as a shell takes it."""
-    return f"{shlex.quote(rayfwd)} attach"
+def direct_sections(request: SetupRequest, layout: Layout) -> list[dict[str, str]]:
+    """What the file of a worker says of others that it can log in to."""
+    identity = request.identity or layout.identity
+    attach = attach_command(layout.command, peer=True)
+    same = {"identity": str(identity), "attach_command": attach}
+    return [{"node": node, "ssh": ssh, **same} for node, ssh in request.direct]
 
 
-def authorized_line(rayfwd: str, public_key: str) -> str:
-    """The line for the head's authorized_keys (sshd(8)): this key reaches the hub, nothing else."""
-    command = attach_command(rayfwd).replace("\\", "\\\\").replace('"', '\\"')
+def direct_text(request: SetupRequest, layout: Layout) -> str:
+    """The same, as it is to be put at the end of a file."""
+    sections = []
+    for section in direct_sections(request, layout):
+        lines = [f"{key} = {json.dumps(value)}" for key, value in section.items()]
+        sections.append("\n".join(["[[direct]]", *lines]))
+    return "\n\n".join(sections)
+
+
+def attach_command(rayfwd: str, peer: bool = False) -> str:
+    """What a worker's key runs on the head, as a shell takes it; of a `peer`, on another worker."""
+    return f"{shlex.quote(rayfwd)} attach" + " --peer" * peer
+
+
+def authorized_line(rayfwd: str, public_key: str, peer: bool = False) -> str:
+    """The line for the head's authorized_keys (sshd(8)): this key reaches the hub, nothing else. Of
+    a `peer`: for another worker's, and what waits there for workers."""
+    command = attach_command(rayfwd, peer).replace("\\", "\\\\").replace('"', '\\"')
     return f'restrict,command="{command}" {public_key.strip()}'
 
 
@@ -89,6 +109,22 @@ def dial_section(request: SetupRequest, layout: Layout, host: str) -> str:
 def forwarding_line(public_key: str) -> str:
     """The line for a meeting place's authorized_keys: this key makes and finds sockets there."""
     return f"restrict,port-forwarding {public_key.strip()}"
+
+
+def to_open(request: SetupRequest, dialled_by_peers: bool) -> list[str]:
+    """What firewalls are to let in, a line a machine. Nothing else is."""
+    who = ["the workers"] if request.role == "head" and request.meet is None else []
+    who += ["the head"] if request.role == "worker" and request.head is None else []
+    who += ["the worker that dials it"] if dialled_by_peers else []
+    port = f"the port of its sshd, for {' and '.join(who)}" if who else "nothing"
+    lines = [f"this machine: {port}"]
+    head = request.head if request.meet is None else request.meet
+    way = head if request.role == "worker" else request.meet
+    for ssh in (way, *(ssh for _, ssh in request.direct)):
+        if ssh:
+            _, host, number = HeadConfig(ssh=ssh).ssh_target()
+            lines.append(f"{host}: port {number or 22}, for this machine")
+    return lines
 
 
 def known_hosts_line(host: str, port: int, public_key: str) -> str:

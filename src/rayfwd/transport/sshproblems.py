@@ -432,7 +432,7 @@ def no_sftp(why: str, hop: Server) -> Problem:
     """A path in the home directory of a meeting place cannot be told."""
     return codes.JUMP_REFUSED.problem(
         f"the meeting place {hop.before} has no SFTP, which says where {hop.meet} is: {why}",
-        "enable the sftp subsystem in its sshd_config (without a ForceCommand for this key); or "
+        "allow the sftp subsystem in its sshd_config (without a ForceCommand for this key); or "
         "set the same absolute path in head.meet_socket here",
     )
 
