@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.checks import verify
+from tests.lab.checks import ESSENTIAL, verify
 from tests.lab.cluster import Cluster
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab
@@ -36,8 +36,9 @@ def cluster(
 def test_essential_work(cluster: Cluster, driver: str) -> None:
     status = cluster.head.status()
     assert status["ray"]["version"] == cluster.ray_version
-    lines = cluster.driver(driver, ["--checks", "essential"])
-    verify(lines, driver, [node["address"] for node in status["roster"]])
+    checks = ESSENTIAL if driver == "w1" else ("small_tasks", "large_results", "actors")
+    lines = cluster.driver(driver, ["--checks", ",".join(checks)])
+    verify(lines, driver, [node["address"] for node in status["roster"]], checks)
 
 
 def test_canary(cluster: Cluster) -> None:

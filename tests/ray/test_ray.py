@@ -28,6 +28,8 @@ TESTS = [
     "test_port_in_use_and_stop_while_starting",
     "test_started_by_hand",
 ]
+THOROUGH = {"test_start_and_stop[2.40.0]", "test_started_by_hand"}
+"""The second is lab/test_by_hand.py in one namespace."""
 
 
 def place() -> list[str]:
@@ -54,7 +56,7 @@ def why_not() -> str | None:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(t, marks=[pytest.mark.thorough] if "2.40.0" in t else []) for t in TESTS],
+    [pytest.param(t, marks=[pytest.mark.thorough] if t in THOROUGH else []) for t in TESTS],
 )
 def test_inside(name: str) -> None:
     need(why_not())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lab.process import until
-from tests.systemd.cluster import PYTHON, Cluster
+from tests.systemd.cluster import BOTH, TASKS, Cluster, that_worked
 from tests.systemd.machines import Machine
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400), pytest.mark.story]
@@ -49,14 +49,14 @@ if sys.argv[1] == "make":
         name="counter", lifetime="detached", scheduling_strategy=On(node, soft=False)
     ).remote()
 counter = ray.get_actor("counter")
-print(json.dumps(ray.get(counter.add.remote(), timeout=60)))
+print("counter", json.dumps(ray.get(counter.add.remote(), timeout=60)))
 """
 
 
-def ask_actor(cluster: Cluster, verb: str) -> tuple[int, str, int]:
-    """Process id, address of its node, and how often it was asked."""
-    argv = [str(PYTHON), "-c", ACTOR, verb]
-    pid, address, count = json.loads(cluster.head.run(argv, user="ray", timeout=120).stdout)
+def counted(said: str) -> tuple[int, str, int]:
+    """Process id, address of its node, and how often it was asked, by what `ACTOR` has said."""
+    (line,) = [line for line in said.splitlines() if line.startswith("counter ")]
+    pid, address, count = json.loads(line.removeprefix("counter "))
     return pid, address, count
 
 
@@ -90,7 +90,7 @@ class Kept:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.pid, _, self.count = ask_actor(cluster, "make")
+        self.pid, _, self.count = counted(cluster.driver(ACTOR, "make"))
         self.raylets = self.now()
 
     def now(self) -> list[int]:
@@ -100,9 +100,9 @@ class Kept:
         """Ray is the same everywhere, and the cluster is whole: tasks with data on every node."""
         assert self.now() == self.raylets
         self.count += 1
-        assert ask_actor(self.cluster, "ask") == (self.pid, "127.77.0.2", self.count)
-        # In no order: Ray lists its nodes by their random ids.
-        assert self.cluster.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+        said = self.cluster.driver(ACTOR + TASKS, "ask")
+        assert counted(said) == (self.pid, "127.77.0.2", self.count)
+        assert that_worked(said) == BOTH
 
 
 @pytest.fixture(scope="module")
@@ -507,8 +507,7 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
     worker.systemctl("kill", "--signal=KILL", "--kill-whom=main", "rayfwd-ray")
     until(lambda: nodes() - old, 60, lambda: "it joins as a new node")
     (new,) = nodes() - old
-    said = head.run([str(PYTHON), "-c", ON_NODE, new], user="ray", timeout=120)
-    assert "ran on 127.77.0.2" in said.stdout.splitlines()
+    assert "ran on 127.77.0.2" in kept.cluster.driver(ON_NODE, new).splitlines()
     assert "`journalctl -u rayfwd-ray`" in worker.events("ray_died")[-1]["REMEDY"]
     assert (worker.show()["MainPID"], raylets(head)) == (daemon, others)
     assert group(worker, raylet(worker)) == "rayfwd-ray.service"

@@ -17,7 +17,11 @@ PYTHON = {"bookworm": "/usr/bin/python3.11", "trixie": "/usr/bin/python3.13"}
 
 
 @pytest.fixture(
-    scope="module", params=[("trixie", "bookworm"), ("bookworm", "trixie")], ids="-".join
+    scope="module",
+    params=[
+        pytest.param(("trixie", "bookworm"), id="trixie-bookworm"),
+        pytest.param(("bookworm", "trixie"), id="bookworm-trixie", marks=pytest.mark.thorough),
+    ],
 )
 def lab(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Lab]:
     """Head and worker, in that order."""
