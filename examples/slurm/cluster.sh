@@ -27,6 +27,10 @@ hub="$RUNTIME_DIRECTORY/clusters/$RAYFWD_CLUSTER/hub.sock"
 one=(srun --overlap --nodes=1 --ntasks=1)
 cpus=(--num-cpus "${SLURM_CPUS_PER_TASK:-1}")
 
+# A job that lacks something ends here, and says where.
+srun --overlap bash -c 'for name in rayfwd ray; do command -v "$name" > /dev/null ||
+    { echo "$(hostname): $name is not on the PATH" >&2; exit 1; }; done'
+
 "${one[@]}" --nodelist="$head" rayfwd head "${cpus[@]}" &
 nodes=($!)
 for host in "${hosts[@]:1}"; do
@@ -36,10 +40,17 @@ for host in "${hosts[@]:1}"; do
 done
 
 # The driver begins when the head is ready; Ray waits for the others as they come.
-code=0
 "${one[@]}" --nodelist="$head" bash -c '
     until rayfwd status > /dev/null 2>&1; do sleep 1; done
-    exec rayfwd exec -- "$@"' driver "$@" || code=$?
+    exec rayfwd exec -- "$@"' driver "$@" &
+driver=$!
+code=0
+wait -n "${nodes[0]}" "$driver" || code=$?
+if kill -0 "$driver" 2> /dev/null; then
+    echo "rayfwd on $head has ended, and so does the job" >&2
+    kill "$driver"
+    [ "$code" -ne 0 ] || code=1
+fi
 
 # The steps are told, which leave in order; an srun that is told kills its step at once.
 scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "${nodes[@]}" 2> /dev/null || true

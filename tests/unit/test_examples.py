@@ -35,36 +35,53 @@ echo "$(basename "$0") $*" >> "$CALLS"
 case "$(basename "$0") $1" in
     "scontrol show") printf 'n1\\nn2\\n' ;;
     scancel*) kill -TERM $(cat "$CALLS.pids") ;;
-    "rayfwd head"|"rayfwd join") echo $$ >> "$CALLS.pids"
+    "rayfwd head"|"rayfwd join") [ "$1" != "${ENDS:-}" ] || exit 5
+        echo $$ >> "$CALLS.pids"
         trap 'echo "ended $1 $*" >> "$CALLS"; exit 0' TERM
         while :; do sleep 0.1; done ;;
-    "rayfwd status") test -e "$CALLS.up" || { touch "$CALLS.up"; exit 3; } ;;
+    "rayfwd status") [ -z "${ENDS:-}" ] || exit 1
+        test -e "$CALLS.up" || { touch "$CALLS.up"; exit 3; } ;;
     "rayfwd exec") exit 7 ;;
     srun*) while [[ "$1" == --* ]]; do shift; done; exec "$@" ;;
 esac
 """
 
 
-def test_the_jobs_script_starts_a_head_and_workers_and_ends_them(tmp_path: Path) -> None:
+def run_script(tmp_path: Path, *names: str, **more: str) -> subprocess.CompletedProcess[str]:
     """Slurm's commands and rayfwd are stood in for: which commands there are, and the exit code."""
-    for name in ("srun", "scontrol", "scancel", "rayfwd"):
+    for name in ("srun", "scontrol", "scancel", *names):
         (tmp_path / name).write_text(RECORDER)
         (tmp_path / name).chmod(0o755)
-    calls = tmp_path / "calls"
     env = {
         **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "CALLS": str(calls),
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "CALLS": str(tmp_path / "calls"),
         "TMPDIR": str(tmp_path),
         "SLURM_JOB_ID": "42",
         "SLURM_JOB_NODELIST": "n[1-2]",
         "SLURM_CPUS_PER_TASK": "4",
         "USER": "ann",
+        **more,
     }
-    script = EXAMPLES / "slurm" / "cluster.sh"
-    ran = subprocess.run(
-        ["bash", str(script), "python", "train.py"], env=env, timeout=60, capture_output=True
-    )
+    words = ["bash", str(EXAMPLES / "slurm" / "cluster.sh"), "python", "train.py"]
+    return subprocess.run(words, env=env, timeout=60, capture_output=True, text=True)
+
+
+def test_a_job_that_lacks_a_program_ends_and_says_where(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, "ray")
+    assert ran.returncode != 0
+    assert ran.stderr.endswith(": rayfwd is not on the PATH\n")
+    assert "rayfwd head" not in (tmp_path / "calls").read_text()
+
+
+def test_a_job_whose_head_has_ended_does_not_wait_for_it(tmp_path: Path) -> None:
+    ran = run_script(tmp_path, "rayfwd", "ray", ENDS="head")
+    assert ran.returncode == 5
+    assert "rayfwd on n1 has ended, and so does the job" in ran.stderr
+
+
+def test_the_jobs_script_starts_a_head_and_workers_and_ends_them(tmp_path: Path) -> None:
+    ran, calls = run_script(tmp_path, "rayfwd", "ray"), tmp_path / "calls"
     assert ran.returncode == 7, ran.stderr
     said = calls.read_text().splitlines()
     rayfwd = [line.removeprefix("rayfwd ") for line in said if line.startswith("rayfwd ")]
