@@ -88,9 +88,60 @@ def ray_left(machine: Machine) -> str:
 
 
 def test_uninstall(own: Cluster) -> None:
-    for machine in (own.worker, own.head):
-        machine.run(["rayfwd", "uninstall", "--purge"], user="ray", timeout=150)
-        left = machine.run(["find", "/home/ray", "-iname", "*rayfwd*"]).stdout
-        assert left == ""
-        assert machine.show(user="ray")["LoadState"] == "not-found"
-        assert ray_left(machine) == ""
+    uninstalled(own.worker)
+
+
+def uninstalled(machine: Machine) -> None:
+    """Take it away, and see that nothing of it is left."""
+    machine.run(["rayfwd", "uninstall", "--purge"], user="ray", timeout=150)
+    left = machine.run(["find", "/home/ray", "-iname", "*rayfwd*"]).stdout
+    assert left == ""
+    assert machine.show(user="ray")["LoadState"] == "not-found"
+    assert ray_left(machine) == ""
+
+
+@pytest.mark.runs("rayfwd add * --fingerprint *")
+@pytest.mark.parametrize("login", ["ray", pytest.param("root", marks=pytest.mark.thorough)])
+def test_a_machine_is_added_from_the_head(own: Cluster, login: str) -> None:
+    """It has Ray and sshd, and its system's Python: a service of the user's, or the machine's."""
+    head, worker = own.head, own.worker
+    open_to_ssh(head, worker)
+    if login == "root":
+        worker.run(["rm", "-r", "/opt/rayfwd", "/usr/local/bin/rayfwd"])
+    words = [f"{login}@worker", "--fingerprint", worker.fingerprint]
+    for key in ("num_cpus=1", "object_store_memory=100000000"):
+        words += ["--set", f"ray.{key}"]
+    said = on_head(head, "add", *words)
+    kind = {"ray": "a service of this user's, who lingers", "root": "the machine's service"}
+    assert f"worker  start     started: {kind[login]}\n" in said
+    assert said.splitlines()[-1] == "1 of 1 in the cluster"
+    assert worker.show(user=login)["ActiveState"] == "active"
+    assert own.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
+    assert on_head(head, "remove", "worker").splitlines()[-1] == "1 of 1 removed"
+    assert worker.show(user=login)["LoadState"] == "not-found"
+    assert ray_left(worker) == ""
+    places = {"ray": ["/home/ray"], "root": ["/root", "/etc", "/opt", "/var/lib", "/usr/local"]}
+    assert worker.run(["find", *places[login], "-iname", "*rayfwd*"]).stdout == ""
+
+
+def test_uninstall_on_the_head(own: Cluster) -> None:
+    uninstalled(own.head)
+
+
+def open_to_ssh(head: Machine, worker: Machine) -> None:
+    """The head's user has a key, which lets in on the worker."""
+    worker.firewall(22)
+    key = "/home/ray/.ssh/id_ed25519"
+    if not head.host_path(key).exists():
+        head.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], user="ray")
+    for home, owner in (("/home/ray", "ray"), ("/root", "root")):
+        worker.run(["install", "-d", "-m", "0700", "-o", owner, f"{home}/.ssh"])
+        keys = f"{home}/.ssh/authorized_keys"
+        worker.write(keys, head.read(f"{key}.pub"), owner, 0o600)
+
+
+def on_head(head: Machine, *words: str) -> str:
+    ran = head.run(["rayfwd", *words], user="ray", timeout=250, check=False)
+    print(ran.stdout, ran.stderr)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
