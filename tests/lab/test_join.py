@@ -265,22 +265,24 @@ SETS += ["--set", "ray.object_store_memory=100000000"]
 
 @pytest.mark.runs("rayfwd add *", "rayfwd add -f hosts.txt", "rayfwd add")
 def test_two_machines_are_added_from_the_head(machines: Lab, nodes: dict[str, InFront]) -> None:
-    """They have neither rayfwd nor a package index; one dials the head, the other is dialled."""
+    """They have neither rayfwd nor a package index. One dials the head. To the other the head's
+    sshd is shut, as a laptop's is, so that the head dials."""
     head, w1, w2 = nodes["head"], machines.machine("w1"), machines.machine("w2")
     for machine in (w1, w2):
         machine.authorize(head.machine.public_key)
         machine.firewall([22])
         machine.start_sshd()
     head.machine.know(*(f"{m.address} {m.host_key}" for m in (w1, w2)))
-    hosts = (
-        f"ray@{w1.address} --via worker  # as it is\nray@{w2.address}:22 --name two --via head\n"
-    )
+    from_w2 = f"ip saddr {w2.address} tcp dport 22"
+    head.machine.nft(f"insert rule inet firewall input {from_w2} reject with tcp reset\n")
+    hosts = f"ray@{w1.address} --via worker  # as it is\nray@{w2.address}:22 --name two\n"
     head.machine.write(f"{HOME}/hosts.txt", hosts)
     began = time.monotonic()
     ran = said_on(head, "add", "-f", "hosts.txt", *SETS)
     print(f"two machines added in {time.monotonic() - began:.1f} s")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster"
+    assert "two  way       the head dials it, because it does not reach the head: " in ran.stdout
     assert len(task(w2)) == 3
     line = head.machine.host_path(f"{HOME}/.ssh/authorized_keys").read_text().splitlines()[-1]
     assert re.match(r'restrict,command="\S+ attach --socket \S+ --node w1" ssh-ed25519 ', line)
