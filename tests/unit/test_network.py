@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -149,6 +150,21 @@ def test_what_stands_is_read_from_what_nft_writes(monkeypatch: pytest.MonkeyPatc
     more = "".join(f"\tchain {name} {{\n{rule}\t}}\n" for name in ("refused", "unknown", "guard"))
     answers["nft"] = LISTED.replace("filter; policy accept;\n", f"filter;\n{rule}") + more
     assert network.found(RULES).table
+
+
+def test_tables_of_others_are_named_those_of_iptables_legacy_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains = [
+        {"chain": {"family": "ip", "table": "nat", "name": "OUTPUT", "hook": "output"}},
+        {"chain": {"family": "inet", "table": "rayfwd0", "name": "dial", "hook": "output"}},
+    ]
+    monkeypatch.setattr(network, "_run", lambda argv, _=None: json.dumps({"nftables": chains}))
+    monkeypatch.setattr(network, "_LEGACY_TABLES", tmp_path / "names")
+    assert network.beside("rayfwd0") == ["ip nat"]
+    (tmp_path / "names").write_text("nat\nfilter\n")
+    legacy = ["iptables-legacy filter", "iptables-legacy nat"]
+    assert network.beside("rayfwd0") == ["ip nat", *legacy]
 
 
 def test_too_many_ranges() -> None:

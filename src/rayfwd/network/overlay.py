@@ -15,6 +15,7 @@ import struct
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
@@ -41,6 +42,7 @@ _ON_THE_WAY = frozenset({"output", "postrouting", "prerouting", "input"})
 """The hooks that a packet passes which a machine sends to itself."""
 _CHAIN = re.compile(r"\tchain (\S+) \{")
 _COUNTER = re.compile(r"counter (\S+) \{\s+packets (\d+)")
+_LEGACY_TABLES = Path("/proc/self/net/ip_tables_names")
 CAP_NET_ADMIN = 12
 """Its bit in /proc/self/status (capabilities(7))."""
 
@@ -265,8 +267,21 @@ def _chains_with_rules(listing: str) -> set[str]:
 
 
 def beside(interface: str) -> list[str]:
-    """Tables of others that see what this machine sends to itself: `ip nat`, by family and name.
-    Empty also where they cannot be listed."""
+    """Tables of others that see what this machine sends to itself: `ip nat`, by family and name,
+    or `iptables-legacy nat`. Those that cannot be listed are left out."""
+    return _nft_beside(interface) + _legacy_tables()
+
+
+def _legacy_tables() -> list[str]:
+    """Of iptables-legacy, which nft does not see. Root alone may read which there are."""
+    try:
+        names = _LEGACY_TABLES.read_text().split()
+    except OSError:
+        return []
+    return sorted(f"iptables-legacy {name}" for name in names)
+
+
+def _nft_beside(interface: str) -> list[str]:
     try:
         listing = json.loads(_run(["nft", "-j", "list", "chains"]))
         chains = [row["chain"] for row in listing["nftables"] if "chain" in row]
