@@ -12,7 +12,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -35,11 +35,12 @@ class Connection:
 
 
 class Faults:
-    """The faults of a lab's machines."""
+    """The faults of a lab's machines: of the connections that machines make to one sshd, which is
+    the head's unless another `server` is named. Its `worker` is whoever dials."""
 
-    def __init__(self, lab: Lab, sshd_options: tuple[str, ...] = ()) -> None:
+    def __init__(self, lab: Lab, sshd_options: tuple[str, ...] = (), server: str = "head") -> None:
         self.lab = lab
-        self.head = lab.machine("head")
+        self.head = lab.machine(server)
         self.sshd_options = sshd_options
 
     def connections(self, worker: Machine) -> list[Connection]:
@@ -91,7 +92,9 @@ class Faults:
         (Restarted by systemd, Debian's sshd leaves connections alone.)
         """
         self.head.stop_sshd()
-        for machine in self.lab.machines[1:]:
+        for machine in self.lab.machines:
+            if machine is self.head:
+                continue
             for connection in self.connections(machine):
                 kill(connection, signal.SIGTERM)
         time.sleep(1.0)
@@ -204,10 +207,16 @@ MIX: dict[str, tuple[float, float]] = {
 """The faults that are mixed: how long each lasts, seconds."""
 
 
-def schedule(seed: int, cuts: int, workers: list[str], longest: float = 20.0) -> list[Cut]:
+def schedule(
+    seed: int,
+    cuts: int,
+    workers: list[str],
+    longest: float = 20.0,
+    without: Sequence[str] = (),
+) -> list[Cut]:
     """So many faults, every kind about equally often, in an order and of lengths by the seed."""
     rng = random.Random(seed)
-    names = list(MIX)
+    names = [name for name in MIX if name not in without]
     found: list[Cut] = []
     while len(found) < cuts:
         rng.shuffle(names)
@@ -240,11 +249,12 @@ def provoke(faults: Faults, cut: Cut, chance: random.Random) -> None:
             undo()
 
 
-def strict_firewalls(lab: Lab) -> None:
-    """Firewalls that drop whatever belongs to no connection that they saw begin."""
+def strict_firewalls(lab: Lab, servers: Sequence[str] = ("head",)) -> None:
+    """Firewalls that drop whatever belongs to no connection that they saw begin; SSH comes in at
+    the `servers`."""
     for machine in lab.machines:
         # The kernel's own default picks connections up in the middle. Written from within: what
         # this file stands for is decided by the network of whoever opens it.
         loose = "/proc/sys/net/netfilter/nf_conntrack_tcp_loose"
         machine.run(["sh", "-c", f"echo 0 > {loose} && grep -qx 0 {loose}"], user="root")
-        machine.firewall([22] if machine.name == "head" else [], strict=True)
+        machine.firewall([22] if machine.name in servers else [], strict=True)

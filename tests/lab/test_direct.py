@@ -92,6 +92,29 @@ def test_the_rows_of_the_status_are_as_documented(cluster: Cluster) -> None:
     assert rows <= seen
 
 
+def test_the_doctor_goes_it(cluster: Cluster) -> None:
+    """Hop by hop from the worker that dials; the other one says that it is dialled."""
+    goes(cluster, "direct")
+    found = {name: doctors_row(cluster, name) for name in ("w1", "w2")}
+    assert [row["result"] for row in found.values()] == ["pass", "pass"]
+    assert found["w1"]["seen"]["ways"]["w2"]["user"] == "ray"
+    assert found["w2"]["said"] == "the way of w1, which dials, is up"
+    w2 = cluster.lab.machine("w2")
+    w2.stop_sshd()
+    away = doctors_row(cluster, "w1")
+    assert (away["result"], away["code"]) == ("warn", "ssh_unreachable")
+    assert f"nothing listens on the SSH port of ray@{w2.address}" in away["said"]
+    assert "check that sshd runs on w2" in away["remedy"]
+    w2.start_sshd()
+
+
+def doctors_row(cluster: Cluster, name: str) -> dict[str, Any]:
+    argv = [str(cluster.lab.rayfwd), "doctor", "--json", "--config", f"{HOME}/rayfwd.toml"]
+    said = cluster.lab.machine(name).run(argv, check=False, timeout=120).stdout
+    row: dict[str, Any] = next(c for c in json.loads(said)["checks"] if c["check"] == "direct")
+    return row
+
+
 def test_a_direct_way_that_is_cut_costs_no_stream(cluster: Cluster, talk: Talk) -> None:
     """Its packets are dropped, and nobody is told: the streams go on by the head, then return."""
     lab, w1, w2 = cluster.lab, cluster.lab.machine("w1"), cluster.lab.machine("w2")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_the_line_is_exact(line: str) -> None:
     assert re.fullmatch(
         r'restrict,command="\S+/bin/rayfwd attach" ssh-ed25519 [A-Za-z0-9+/=]+ rayfwd w1', line
     )
+
+
+def test_a_direct_way_has_its_section_and_its_line(lab: Lab, line: str) -> None:
+    """On the worker that dials, which is set up again, and for the key of one that dials it."""
+    w1, w2 = lab.machine("w1"), lab.machine("w2")
+    said = rayfwd(w1, "init", "worker", "--direct", f"w2=ray@{w2.address}")
+    key = line.partition('attach" ')[2]
+    peers = f'restrict,command="{lab.rayfwd} attach --peer" {key}'
+    assert printed(said, "restrict,command=") == line
+    assert f"    {peers}" in said.splitlines()
+    assert printed(said, "ssh-keyscan") == (
+        f"ssh-keyscan -p 22 {w2.address} >> ~ray/.ssh/known_hosts"
+    )
+    assert "direct" in said, "what the doctor has found"
+    (direct,) = tomllib.loads(w1.host_path(FILE).read_text())["direct"]
+    assert (direct["node"], direct["ssh"]) == ("w2", f"ray@{w2.address}")
+    assert "Nothing had to be done" in rayfwd(w1, "init", "worker")
+    told = rayfwd(w1, "init", "worker", "--peer-key", w2.public_key, "--dry-run")
+    theirs = f'    restrict,command="{lab.rayfwd} attach --peer" {w2.public_key}'
+    assert theirs in told.splitlines()
 
 
 @pytest.mark.runs(

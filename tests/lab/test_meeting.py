@@ -1,10 +1,12 @@
 """A meeting place: neither the head nor a worker lets anybody in, and a third host with a stock
-sshd and nothing of rayfwd's lets both. The tests are one story over one cluster with Ray.
+sshd and nothing of rayfwd's lets both. The tests are one story over one cluster with Ray, in which
+a counted job runs through cuts, mixed faults and a restart of the head.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Iterator
 
@@ -12,6 +14,8 @@ import pytest
 
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
+from tests.lab.legs import legs_of, mixed
+from tests.lab.loadgen import Job
 from tests.lab.machines import Lab
 from tests.lab.process import HOME
 
@@ -19,6 +23,7 @@ pytestmark = [pytest.mark.ray("2.60.0"), pytest.mark.story, pytest.mark.timeout(
 
 CONFIG = f"{HOME}/rayfwd.toml"
 NODES = ["127.77.0.1", "127.77.0.2"]
+CHECKS = ("small_tasks", "large_results", "actors")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +48,16 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
     made.stop()
 
 
+@pytest.fixture(scope="module")
+def job(cluster: Cluster) -> Job:
+    driver = cluster.lab.machine("w1")
+    return Job(driver, driver.ray_python(), "--rest", "3", "--nodes", "2")
+
+
 def test_ray_works_by_it(cluster: Cluster) -> None:
     cluster.wait_ready()
-    lines = cluster.driver("w1", ["--checks", "small_tasks", "--nodes", "2"])
-    verify(lines, "w1", NODES, ("small_tasks",))
+    lines = cluster.driver("w1", ["--checks", ",".join(CHECKS), "--nodes", "2"])
+    verify(lines, "w1", NODES, CHECKS)
     listening = cluster.lab.machine("w2").network_command("ss", "-Hltn")
     assert len(listening.splitlines()) == 2, "sshd's are the only ports there"
 
@@ -68,7 +79,7 @@ def test_init_prints_what_goes_where(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("whose", ["head", "w1"])
-def test_a_cut_of_either_side_is_ridden_through(cluster: Cluster, whose: str) -> None:
+def test_a_cut_of_either_side_is_ridden_through(cluster: Cluster, job: Job, whose: str) -> None:
     lab, w1 = cluster.lab, cluster.worker("w1")
     last = w1.events()[-1]
     lab.cut(lab.machine(whose))
@@ -79,7 +90,34 @@ def test_a_cut_of_either_side_is_ridden_through(cluster: Cluster, whose: str) ->
     w1.wait_event("link_resumed", 30, after=last)
     print(json.dumps({"cut": whose, "seconds": round(time.monotonic() - began, 1)}))
     cluster.wait_ready()
+    job.check()
     assert not cluster.head.events("session_ended")
+
+
+def test_a_restart_of_the_head_is_ridden_through(cluster: Cluster, job: Job) -> None:
+    """The next process logs in there anew, in the place of a socket that was left."""
+    head, w1 = cluster.head, cluster.worker("w1")
+    last, last_here = head.events()[-1], w1.events()[-1]
+    head.process.signal(signal.SIGUSR2)
+    head.wait_event("meeting_held", 60, after=last)
+    w1.wait_event("link_resumed", 60, after=last_here)
+    cluster.wait_ready()
+    job.check()
+
+
+def test_mixed_faults_cost_no_call(cluster: Cluster, job: Job) -> None:
+    legs = legs_of(cluster.lab, "w1>w2", "head>w2")
+    for _ in mixed(legs, seed=15, cuts=6, longest=3.0, pause=2.0, moving="w1"):
+        job.check()
+    cluster.wait_ready()
+    job.finish()
+    counts = job.counts()
+    for kind, count in counts.items():
+        assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
+        assert count["done"] > 1, f"{kind}: {counts}"
+    job.check()
+    for daemon in cluster.daemons:
+        assert not daemon.events("session_ended")
 
 
 def test_that_the_third_host_is_down_is_said_on_both_sides(cluster: Cluster) -> None:
@@ -101,3 +139,11 @@ def test_that_the_third_host_is_down_is_said_on_both_sides(cluster: Cluster) -> 
     third.start_sshd()
     cluster.wait_ready()
     assert not head.events("session_ended")
+
+
+def test_a_head_that_was_killed_waits_there_again(cluster: Cluster) -> None:
+    """In the place of the socket that it has left; its Ray lives on."""
+    cluster.head.kill()
+    cluster.start_node("head")
+    cluster.head.wait_event("meeting_held", 60)
+    cluster.wait_ready()
