@@ -130,14 +130,14 @@ class Machine:
         `systemctl is-system-running --wait` would wait for rayfwd too, which waits for its head.
         """
         units = ["systemctl", "is-active", "dbus.service", "ssh.service", "systemd-logind.service"]
+        said = ["no first process"]
 
         def up() -> bool:
-            if self._leader() == 0:
-                return False
-            said = self.run(units, check=False).stdout.split()
+            if self._leader() != 0:
+                said[:] = self.run(units, check=False).stdout.split()
             return said == ["active"] * 3
 
-        until(up, timeout, lambda: f"{self.name} is up{tail(self.console)}")
+        until(up, timeout, lambda: f"{self.name} is up: {said}{tail(self.console)}")
 
     @property
     def is_on(self) -> bool:

@@ -175,7 +175,8 @@ def test_one_step_upgrades_it_and_restarts_its_ray_once(auto: Cluster) -> None:
     assert (auto.raylets(), left(worker)) == (before, []), "nothing has happened yet"
     worker.systemctl("restart", "rayfwd")
     worker.wait_for(ActiveState="active", SubState="running")
-    assert worker.status()["network"]["level"] == "overlay"
+    status = worker.status()
+    assert (status["network"]["level"], status["node"]["level"]) == ("overlay", "overlay")
     after = auto.raylets()
     assert (after[0] == before[0], after[1] == before[1]) == (True, False)
     assert len(worker.events("ray_restarting")) == 1
@@ -335,6 +336,19 @@ def test_stopped_it_leaves_nothing(auto: Cluster, port: int) -> None:
     head.systemctl("start", UNIT)
     wait_dialled(head, port)
     until(lambda: not codes(), 60, lambda: f"it is over: {codes()}")
+
+
+def test_after_a_reboot_it_is_there_again(auto: Cluster) -> None:
+    """Before the daemon needs it, and with nothing left of the boot before."""
+    worker = auto.worker
+    node = worker.status()["node"]
+    worker.reboot()
+    auto.wait_ready()
+    assert worker.status()["node"] == node
+    assert worker.status()["network"]["level"] == "overlay"
+    assert worker.show(UNIT)["StatusText"] == f"the overlay of {node['address']} is up"
+    assert auto.addresses_that_work() == BOTH
+    assert not [c for c in worker.status()["conditions"] if c["code"].startswith("overlay")]
 
 
 def test_a_stop_of_the_daemon_takes_it_down(auto: Cluster) -> None:

@@ -285,6 +285,7 @@ class Daemon:
         self.name = self.directory_name = name
         self.expose = free_port()
         self.forwards: dict[Target, str] = {}
+        self.worker_ports = 8
         self.more = ""
         """What its file has besides, before the sections."""
         self.place = ""
@@ -363,7 +364,7 @@ class Daemon:
             + 'ssh = "nobody"\nsocket = "/nowhere"' * self.dials_in_vain
             if self.dialled
             else f'[head]\nssh = "head"\nsocket = "{head.directory}/run/hub.sock"',
-            f'[ray]\ncommand = "{self.directory}/no-ray"\nworker_ports = 8',
+            f'[ray]\ncommand = "{self.directory}/no-ray"\nworker_ports = {self.worker_ports}',
             "[canary]\nenabled = false",
             f'[network]\nlevel = "listeners"\ndirect = "{self.direct}"',
         ]

@@ -363,6 +363,33 @@ def test_a_restart_hands_over(tmp_path: Path, who: str) -> None:
     run(main)
 
 
+def test_a_restart_that_asks_for_another_plan_has_it_at_once(tmp_path: Path) -> None:
+    """A session keeps the plan that it began with: `ray.worker_ports` was raised, and the node
+    restarted, as its problem says, and nothing came of it until the next cut that was too long."""
+
+    async def main() -> None:
+        async with started(tmp_path, "w1", "w2") as s:
+            w1 = s.workers["w1"]
+            sessions = dict(s.head.head.muxes())
+            w1.worker_ports += 4
+            await w1.restart()
+            await w1.ready()
+
+            def known() -> list[int]:
+                views = [node.role.node.view for node in (s.head, w1, s.workers["w2"])]
+                return [n.worker_ports for view in views for n in view.nodes if n.name == "w1"]
+
+            await until(lambda: known() == [w1.worker_ports] * 3, what=lambda: str(known()))
+            assert s.head.head.muxes()["w1"] is not sessions["w1"]
+            assert s.head.head.muxes()["w2"] is sessions["w2"]
+            session = s.head.head.muxes()["w1"]
+            await w1.restart()
+            await w1.ready()
+            assert s.head.head.muxes()["w1"] is session, "it asks for what it has"
+
+    run(main)
+
+
 def test_the_heads_ray_is_started_anew(tmp_path: Path) -> None:
     """Workers hear which start of it is up; a restart of the daemon is none."""
 

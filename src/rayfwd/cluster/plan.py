@@ -108,6 +108,11 @@ class NodePlan:
     level: Level = "listeners"
     """As the node said when it joined last."""
 
+    def suits(self, worker_ports: int, advertise: str | None, level: Level) -> bool:
+        """A node that asks for these keeps this plan."""
+        same = self.worker_ports == worker_ports and self.level == level
+        return same and (self.address == advertise if self.advertised else advertise is None)
+
     @property
     def size(self) -> int:
         return RESERVED + self.worker_ports

@@ -232,10 +232,19 @@ class WorkerRole:
                     self._hear_nodes(messages.Nodes(tuple(tree["nodes"])))
             except (ProtocolError, ValueError) as exc:
                 raise SnapshotError(str(exc)) from exc
-        if link is not None:
+        if link is not None and self._asks_for_another_plan():
+            # A session keeps the plan that it began with. Ray is started anew in any case.
+            log.info("session_ended", node=HEAD, cause="this node asks for another plan now")
+        elif link is not None:
             self._link.take_over(link).send_message(messages.SayAgain())
         self._direct.take_over(tree.get("direct") or {})
         self.link_changed()
+
+    def _asks_for_another_plan(self) -> bool:
+        """By its file, or by the level that it has, than the one that it had before a restart."""
+        own, config = self._node.view.own, self._node.config
+        asked = config.worker_ports, config.ray.advertise, self._node.overlay.level
+        return own is not None and not own.suits(*asked)
 
     def take_over_splices(self, tree: Tree) -> None: ...
 

@@ -296,7 +296,7 @@ class Roster:
     ) -> bool:
         """Whether worker `name` has another plan than it would with these."""
         known = self._records.get(name)
-        return known is None or not _asks_for(known.plan, worker_ports, advertise, level)
+        return known is None or not known.plan.suits(worker_ports, advertise, level)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -349,7 +349,7 @@ class Roster:
             raise _name_taken(name, "is the head's")
         if known is not None and not (renew or known.belongs_to(claim)):
             raise _name_taken(name, "belongs to a node with another key")
-        if known is not None and _asks_for(known.plan, worker_ports, advertise, level):
+        if known is not None and known.plan.suits(worker_ports, advertise, level):
             plan = known.plan  # it fits beside all others, as they were made to
         else:
             plan = allocate(
@@ -468,11 +468,6 @@ def _set_aside(path: Path) -> Path:
             "make state_dir writable for this user, and check that its disk is not full",
         ) from exc
     return aside
-
-
-def _asks_for(plan: NodePlan, worker_ports: int, advertise: str | None, level: Level) -> bool:
-    same = plan.worker_ports == worker_ports and plan.level == level
-    return same and (plan.address == advertise if plan.advertised else advertise is None)
 
 
 def _name_taken(name: str, why: str) -> ProblemError:
