@@ -346,6 +346,7 @@ def test_head_reboots(cluster: Cluster) -> None:
     cluster.head.reboot()
     cluster.wait_ready()
     assert cluster.addresses_that_work() == BOTH
+    assert not cluster.head.events("stop_or_restart_unknown"), "D-Bus ends after it"
 
 
 @pytest.mark.thorough  # as the next one, with the head there; lab/test_losses.py does that too
