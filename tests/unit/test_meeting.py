@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import asyncssh
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
+from rayfwd.transport import ownssh
 from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
 from rayfwd.transport.ssh import SshConnector
@@ -363,6 +365,31 @@ class TestWithoutSshd:
                 assert await answer(by_command) == SAID
                 assert (await problem(s.head)).code is codes.CHANNEL_REFUSED
                 await until(lambda: not _children_called("cat"), 10)
+
+        run(main)
+
+    def test_what_ends_before_its_command_has_begun_ends(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A command that reads to its end would never end."""
+        start = asyncio.create_subprocess_exec
+
+        async def late(*argv: str, **given: Any) -> asyncio.subprocess.Process:
+            await asyncio.sleep(0.3)
+            return await start(*argv, **given)
+
+        monkeypatch.setattr(ownssh.asyncio, "create_subprocess_exec", late)
+
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                s.authorized.write_text(f'restrict,command="cat" {s.at_head.public_key}\n')
+                connector = SshConnector(s.head)
+                connection = await connector.connect()
+                ran = await connection.run("anything", input=b"all of it", encoding=None)
+                assert ran.stdout == b"all of it"
+                connection.close()
+                await connection.wait_closed()
+                connector.close()
 
         run(main)
 

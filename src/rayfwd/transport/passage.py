@@ -31,6 +31,8 @@ class Passage(asyncssh.SSHUNIXSession[bytes]):
         self._dialling: asyncio.Task[Any] | None = None
         self._before = bytearray()
         """What came too early for the other side: pausing a channel at its start has no effect."""
+        self._ended_before = False
+        """So did the end of it."""
 
     def connection_made(self, chan: Any) -> None:
         self._channel = chan
@@ -60,7 +62,9 @@ class Passage(asyncssh.SSHUNIXSession[bytes]):
             self._channel.abort()
 
     def eof_received(self) -> bool:
-        if self._far is not None and not self._far.is_closing():
+        if self._far is None:
+            self._ended_before = True
+        elif not self._far.is_closing():
             self._far.write_eof()
         return True  # the other side may have more to say
 
@@ -89,6 +93,8 @@ class Passage(asyncssh.SSHUNIXSession[bytes]):
         far.set_write_buffer_limits(BUFFER)
         far.write(bytes(self._before))
         self._before.clear()
+        if self._ended_before:
+            far.write_eof()
 
     def said(self, data: bytes) -> None:
         if not self._channel.is_closing():
