@@ -121,11 +121,18 @@ class RealSshd:
         self._end_children(self._process.pid)
 
     def _end_children(self, pid: int) -> None:
-        with suppress(FileNotFoundError, ProcessLookupError):
-            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-                os.kill(int(child), signal.SIGSTOP)  # so that it has no more children
-                self._end_children(int(child))
-                os.kill(int(child), signal.SIGKILL)
+        for child in _children(pid):
+            with suppress(ProcessLookupError):  # that one alone has ended by itself
+                os.kill(child, signal.SIGSTOP)  # so that it has no more children
+                self._end_children(child)
+                os.kill(child, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 async def _has_penalties() -> bool:

@@ -16,7 +16,6 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
-from rayfwd.transport import ownssh
 from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
 from rayfwd.transport.ssh import SshConnector
@@ -378,7 +377,7 @@ class TestWithoutSshd:
             await asyncio.sleep(0.3)
             return await start(*argv, **given)
 
-        monkeypatch.setattr(ownssh.asyncio, "create_subprocess_exec", late)
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", late)
 
         async def main() -> None:
             async with own_site(tmp_path) as s:
