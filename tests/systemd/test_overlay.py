@@ -338,19 +338,6 @@ def test_stopped_it_leaves_nothing(auto: Cluster, port: int) -> None:
     until(lambda: not codes(), 60, lambda: f"it is over: {codes()}")
 
 
-def test_after_a_reboot_it_is_there_again(auto: Cluster) -> None:
-    """Before the daemon needs it, and with nothing left of the boot before."""
-    worker = auto.worker
-    node = worker.status()["node"]
-    worker.reboot()
-    auto.wait_ready()
-    assert worker.status()["node"] == node
-    assert worker.status()["network"]["level"] == "overlay"
-    assert worker.show(UNIT)["StatusText"] == f"the overlay of {node['address']} is up"
-    assert auto.addresses_that_work() == BOTH
-    assert not [c for c in worker.status()["conditions"] if c["code"].startswith("overlay")]
-
-
 def test_a_stop_of_the_daemon_takes_it_down(auto: Cluster) -> None:
     for machine in reversed(auto.lab.machines):
         machine.systemctl("stop", "rayfwd")
