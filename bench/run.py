@@ -236,7 +236,7 @@ def far(bench: Bench) -> Results:
     """One bulk stream where a round trip takes 50 ms."""
 
     def look(port: int, _: list[int]) -> dict[str, float]:
-        peers.upload(port, 64 * MB)  # windows open, and the lanes that are made when they are full
+        peers.upload(port, 128 * MB)  # until the lanes stand that are made when the others are full
         up, down = peers.upload(port, bench.size), peers.download(port, bench.size)
         return {"far, up": bench.size / 1e6 / up, "far, down": bench.size / 1e6 / down}
 
