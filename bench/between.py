@@ -126,6 +126,8 @@ def by_sshuttle(lab: Lab) -> Iterator[Between]:
     argv = ["sshuttle", "--method", "nft", "-e", ssh, "-r", f"ray@{head.address}", f"{own}/32"]
     running = worker.popen(argv, user="root")
     until(lambda: "Connected" in running.log.read_text(), 30, running.log.read_text)
+    # sshuttle takes what the machine would send somewhere; others have a default route for it.
+    worker.network_command("ip", "route", "add", own, "via", head.address)
     yield Between(lab, (own, ""), "")
 
 
