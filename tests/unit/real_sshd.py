@@ -111,8 +111,9 @@ class RealSshd:
             if all_of_it:
                 process.send_signal(signal.SIGSTOP)  # else one might begin right now
                 self._end_children(process.pid)
-            process.terminate()
-            process.send_signal(signal.SIGCONT)
+                process.kill()  # at SIGTERM it would accept who waits in the kernel's queue first
+            else:
+                process.terminate()
             await process.wait()
 
     def cut(self) -> None:
@@ -121,11 +122,15 @@ class RealSshd:
         self._end_children(self._process.pid)
 
     def _end_children(self, pid: int) -> None:
-        for child in _children(pid):
-            with suppress(ProcessLookupError):  # that one alone has ended by itself
-                os.kill(child, signal.SIGSTOP)  # so that it has no more children
-                self._end_children(child)
-                os.kill(child, signal.SIGKILL)
+        ended: set[int] = set()
+        # The kernel leaves some out where another one ends while it is read (proc(5)).
+        while new := set(_children(pid)) - ended:
+            for child in new:
+                with suppress(ProcessLookupError):  # that one alone has ended by itself
+                    os.kill(child, signal.SIGSTOP)  # so that it has no more children
+                    self._end_children(child)
+                    os.kill(child, signal.SIGKILL)
+            ended |= new
 
 
 def _children(pid: int) -> list[int]:
