@@ -101,6 +101,17 @@ class Job:
         assert last is not None
         assert last.get("over"), self.lines.process.log.read_text()[-4000:]
 
+    def finish_whole(self, least: int, timeout: float = 60) -> dict[str, dict[str, float]]:
+        """Let it end: each kind of call was made more than `least` times, and nothing was lost.
+        Returns the counts."""
+        self.finish(timeout)
+        counts = self.counts()
+        for kind, count in counts.items():
+            assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
+            assert count["done"] > least, f"{kind}: {counts}"
+        self.check()
+        return counts
+
     def check(self) -> None:
         """Nothing was lost so far."""
         assert self.bad() == []

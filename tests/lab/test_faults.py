@@ -246,12 +246,7 @@ def test_a_mix(rig: Rig) -> None:
 
 @pytest.mark.ray
 def test_nothing_was_lost(rig: Rig) -> None:
-    rig.job.finish()
-    counts = rig.job.counts()
-    for kind, count in counts.items():
-        assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
-        assert count["done"] > 5, f"{kind}: {counts}"
-    assert rig.job.dead == []
+    rig.job.finish_whole(5)
     assert rig.echoes.failed() == []
     for daemon in rig.cluster.daemons:
         ended = daemon.events("session_ended") + daemon.events("not_json")

@@ -163,12 +163,7 @@ def test_it_is_held_together(lab: Lab, name: str) -> None:
     for _ in mixed(legs, 20261123, CUTS, LONGEST, PAUSE, plan.moving):
         job.check()
     echoes.beats(60)
-    job.finish(120)
-    counts = job.counts()
-    for count in counts.values():
-        assert (count["failed"], count["again"], count["corrupt"]) == (0, 0, 0), counts
-        assert count["done"] > 5, counts
-    assert job.dead == []
+    counts = job.finish_whole(5, timeout=120)
     assert echoes.failed() == []
     for daemon in cluster.daemons:
         assert daemon.events("session_ended") == []

@@ -82,6 +82,19 @@ class Site:
 
 
 @asynccontextmanager
+async def meeting(made: Site) -> AsyncIterator[None]:
+    """The head logs in there, and logs in again, until this is left."""
+    task = asyncio.create_task(made.meeting.run())
+    try:
+        yield
+    finally:
+        made.meeting.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await made.third.stop()
+
+
+@asynccontextmanager
 async def site(directory: Path, *, head_sshd: bool = True) -> AsyncIterator[Site]:
     made = Site(directory)
     async with closing():
@@ -89,14 +102,10 @@ async def site(directory: Path, *, head_sshd: bool = True) -> AsyncIterator[Site
         if head_sshd:
             # What the user's own files would have the shell do is no matter here.
             await made.at_head.start(f"SetEnv HOME={directory}")
-        task = asyncio.create_task(made.meeting.run())
         try:
-            yield made
+            async with meeting(made):
+                yield made
         finally:
-            made.meeting.close()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await made.third.stop()
             await made.at_head.stop()
 
 
@@ -326,15 +335,11 @@ async def own_site(directory: Path) -> AsyncIterator[OwnSite]:
     async with closing():
         await made.third.start()
         server = await asyncio.start_unix_server(echo, made.hub)
-        task = asyncio.create_task(made.meeting.run())
         try:
-            await until(made.held, 20)
-            yield made
+            async with meeting(made):
+                await until(made.held, 20)
+                yield made
         finally:
-            made.meeting.close()
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await made.third.stop()
             server.close()
 
 

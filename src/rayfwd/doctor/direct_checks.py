@@ -14,7 +14,7 @@ from rayfwd import __version__, codes
 from rayfwd.cluster.identity import Identity
 from rayfwd.config import Config, DirectConfig
 from rayfwd.doctor.common_checks import several
-from rayfwd.doctor.hub_probe import ANSWER_TIMEOUT, HubProbe
+from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.rows import Row, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.handshake import PROOF, Hello
@@ -132,16 +132,8 @@ async def _ask(
     login: Gone,
 ) -> Gone:
     """Raises ProblemError."""
-    to = direct.way().destination
-    probe = HubProbe(to)
-    try:
-        async with asyncio.timeout(ANSWER_TIMEOUT):
-            pipe = await connection.open(probe)
-    except TimeoutError:
-        raise codes.HUB_SILENT.error(
-            f"{to.name}'s sshd opened no channel in {ANSWER_TIMEOUT:.0f} s",
-            f"check {to.name}'s load and its sshd log",
-        ) from None
+    probe = HubProbe(direct.way().destination)
+    pipe = await probe.opened(connection.open(probe))
     try:
         answer = await probe.begin(pipe, hello, identity)
     except ProblemError as exc:

@@ -86,6 +86,17 @@ class HubProbe:
 
     # -- questions --------------------------------------------------------
 
+    async def opened(self, opening: Awaitable[Pipe]) -> Pipe:
+        """The pipe, once the SSH server there has opened its channel. Raises ProblemError."""
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                return await opening
+        except TimeoutError:
+            raise codes.HUB_SILENT.error(
+                f"{self._to.name}'s sshd opened no channel in {ANSWER_TIMEOUT:.0f} s",
+                f"check {self._to.name}'s load and its sshd log",
+            ) from None
+
     async def begin(self, pipe: Pipe, hello: Hello, identity: Identity) -> CheckReply:
         """What would come of this HELLO, whose key is that of `identity`. Raises ProblemError."""
         self._pipe = pipe

@@ -19,7 +19,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor import judgements, observe
 from rayfwd.doctor.common_checks import Emit, Examination, is_address
-from rayfwd.doctor.hub_probe import ANSWER_TIMEOUT, HubProbe
+from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
@@ -146,13 +146,7 @@ class WayExamination(Examination):
         self, connection: SshConnection | OpensshConnection, hub_probe: HubProbe
     ) -> CheckReply:
         """Reach the hub by the way whose turn it is, and ask. Raises ProblemError."""
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
-                pipe = await connection.by(self._head).open(hub_probe)
-        except TimeoutError:
-            cause = f"the head's sshd opened no channel in {ANSWER_TIMEOUT:.0f} s"
-            problem = codes.HUB_SILENT.problem(cause, "check the head's load and its sshd log")
-            raise ProblemError(problem) from None
+        pipe = await hub_probe.opened(connection.by(self._head).open(hub_probe))
         return await hub_probe.begin(pipe, self.hello(), self.identity)
 
     def _stopped(self, problem: Problem, target: str) -> None:
