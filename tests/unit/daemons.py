@@ -416,7 +416,7 @@ class Daemon:
 
     async def _run(self, runtime: Runtime, stack: ExitStack) -> None:
         with stack:
-            await runtime.run(signals=False)
+            await runtime.run()
 
     def _makers(self) -> Makers:
         return Makers(

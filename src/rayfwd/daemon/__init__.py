@@ -14,6 +14,7 @@ from rayfwd.daemon.node import Makers
 from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.runtime import Runtime
+from rayfwd.daemon.signals import Signals
 from rayfwd.daemon.worker import WorkerRole
 from rayfwd.problems import ProblemError
 from rayfwd.system import fdpass, fdstore
@@ -46,6 +47,7 @@ def run(config: Config, lifetime: Lifetime | None = None, front: Front | None = 
 async def _run(config: Config, lifetime: Lifetime, front: Front) -> Runtime:
     """Raises ProblemError."""
     with claimed(config), recorded(config):
+        signals = Signals(asyncio.get_running_loop())
         log.info("rayfwd_starting", version=__version__, role=config.role, node=config.name)
         notifier = Notifier()
         given = fdpass.received(os.environ)
@@ -54,6 +56,7 @@ async def _run(config: Config, lifetime: Lifetime, front: Front) -> Runtime:
             role = role_of(config)
             role.node.hold_listeners(FdStore(notifier), fdstore.taken(given))
             runtime = Runtime(role, notifier, arrival, lifetime, front)
+            signals.obeyed_by(runtime)
             await runtime.run()
         finally:
             if arrival is not None:

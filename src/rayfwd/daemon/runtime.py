@@ -1,4 +1,4 @@
-"""Runs a role in this process: signals, control socket, service manager, metrics, reload, the end.
+"""Runs a role in this process: control socket, service manager, metrics, reload, the end.
 
 The order of ending matters: Ray first, while its connections still stand, then the streams.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from collections.abc import Coroutine, Iterable
 from typing import Any
@@ -82,11 +81,9 @@ class Runtime:
 
     # -- life ----------------------------------------------------------------------------
 
-    async def run(self, signals: bool = True) -> None:
-        """Raises ProblemError when it cannot begin. `signals`: this process is the daemon's own."""
+    async def run(self) -> None:
+        """Raises ProblemError when it cannot begin."""
         config = self._node.config
-        if signals:
-            self._take_signals(asyncio.get_running_loop())
         if self._arrival is not None:
             self._node.listeners.inherit(self._arrival.listeners())
         tracing.follow(config.log.level)
@@ -110,15 +107,6 @@ class Runtime:
         finally:
             await control.close()
         log.info("rayfwd_stopped", node=config.name)
-
-    def _take_signals(self, loop: asyncio.AbstractEventLoop) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop, signal.Signals(number).name)
-        loop.add_signal_handler(signal.SIGUSR2, self.restart)
-        if os.isatty(0):  # where there is a terminal, this is its end
-            loop.add_signal_handler(signal.SIGHUP, self.stop, "SIGHUP")
-        else:
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
 
     async def _work(self) -> None:
         node, role = self._node, self._role
