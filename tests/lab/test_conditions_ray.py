@@ -18,7 +18,7 @@ from tests.lab.cluster import Cluster, change
 from tests.lab.daemon import Daemon
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import named, over, said_at
-from tests.lab.process import HOME, until
+from tests.lab.process import HOME, tail, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -144,7 +144,12 @@ def test_worker_ports_are_exhausted(cluster: Cluster) -> None:
     head.machine.write(script, HOARD.read_text())
     argv = [str(head.machine.ray_python()), script, "tape", str(FEW + 2)]
     driver = head.machine.popen(argv)
-    until(lambda: taken(w2) == FEW, 200, lambda: f"only {taken(w2)} ports{head.tail()}")
+
+    def all_taken() -> bool:
+        assert driver.poll() is None, f"the driver has ended{tail(driver.log)}"
+        return taken(w2) == FEW
+
+    until(all_taken, 200, lambda: f"only {taken(w2)} ports{tail(driver.log)}{head.tail()}")
     since = time.time()
     for row in named([w2, head], "ray_worker_ports_exhausted", "w2", 60, since):
         assert f"all {FEW} ports" in row["cause"]
