@@ -253,7 +253,7 @@ class HeadConfig(_Section):
     """the command for via = "exec"; a forced command in authorized_keys replaces it"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for large transfers, in addition to the one for short messages"""
-    extra_lanes: Whole = Field(default=3, ge=0, le=8)
+    extra_lanes: Whole = Field(default=5, ge=0, le=8)
     """more such connections, opened while a transfer fills the others; for long round trips"""
 
     _destination: Destination = PrivateAttr(default=HEAD)
@@ -384,7 +384,7 @@ class DirectConfig(_Section):
     """the command that via = "exec" runs; a forced command in authorized_keys replaces it"""
     bulk_lanes: Whole = Field(default=1, ge=0, le=8)
     """SSH connections for big transfers, in addition to the one for short messages"""
-    extra_lanes: Whole = Field(default=3, ge=0, le=8)
+    extra_lanes: Whole = Field(default=5, ge=0, le=8)
     """more such connections, opened while a transfer fills the others"""
 
     def way(self) -> HeadConfig:

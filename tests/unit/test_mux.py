@@ -354,6 +354,35 @@ def test_acknowledgements_go_by_the_lane_for_short_messages(takes_bytes: bool) -
     run(main)
 
 
+def test_long_transfers_take_turns_among_the_bulk_lanes() -> None:
+    """Filled one after another, the first would queue what a reader waits for, and the last would
+    carry nothing."""
+
+    async def main() -> None:
+        async with pair(INTERACTIVE, BULK, BULK, BULK) as p:
+            went: list[int] = []
+            for number, lane in enumerate(p.worker.lanes):
+                write = lane.write
+
+                def spy(chunks: Sequence[bytes], n: int = number, write: Any = write) -> None:
+                    if sum(map(len, chunks)) > 1 << 14:
+                        went.append(n)
+                    write(chunks)
+
+                lane.write = spy  # type: ignore[method-assign, assignment]
+            mine = Owner()
+            stream = p.worker.open(mine)
+            for number in range(6):
+                stream.send(bytes(1 << 17))
+                came = (number + 1) << 17
+                await until(lambda n=came: p.hub.accepted and len(p.hub.accepted[0].got) == n)  # type: ignore[misc]
+                await until(lambda: not p.worker.mux.session.buffered)
+            by_bulk = [number for number in went if number]
+            assert by_bulk[:4] == [1, 2, 3, 1], went
+
+    run(main)
+
+
 def test_lanes_come_and_go() -> None:
     async def main() -> None:
         async with pair(INTERACTIVE, BULK) as p:

@@ -243,13 +243,13 @@ class TestReceiving:
         side.end(25)
         assert side.ack_urgent()
 
-    def test_the_window_doubles_for_a_reader_that_takes_half_of_it_a_round_trip(self) -> None:
+    def test_a_reader_that_takes_half_the_window_a_round_trip_gets_four_times_as_much(self) -> None:
         side = ReceiveSide(100, 0.0)
         side.consumed = 49
         assert side.wanted_window(0.9, 1.0, LOTS) == 100, "asked before a round trip was over"
         assert side.wanted_window(1.0, 1.0, LOTS) == 100
         side.consumed += 50
-        assert side.wanted_window(2.0, 1.0, LOTS) == 200
+        assert side.wanted_window(2.0, 1.0, LOTS) == 400
         side.consumed += 50
         assert side.wanted_window(3.0, 1.0, 150) == 150
 

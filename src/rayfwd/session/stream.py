@@ -404,13 +404,13 @@ class ReceiveSide:
         return self.next > self.ack_sent or self.limit - self.limit_sent >= self.window >> 3
 
     def wanted_window(self, now: float, round_trip: float, ceiling: int) -> int:
-        """The window, larger if the reader took half of it within a round trip."""
+        """The window, four times as large if the reader took half of it within a round trip."""
         if now - self.mark_time < round_trip:
             return self.window
         rate = (self.consumed - self.mark_consumed) / max(now - self.mark_time, 1e-6)
         self.mark_time, self.mark_consumed = now, self.consumed
         if rate * round_trip >= self.window / 2:
-            return min(self.window * 2, ceiling)
+            return min(self.window * 4, ceiling)
         return self.window
 
     def check_invariants(self) -> None:

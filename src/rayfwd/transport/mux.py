@@ -422,13 +422,17 @@ class Mux:
         if self._to_tell:
             self._tell(CONTROL_BUFFER)
         for number, record in list(self.lanes.items()):
-            transport = record.transport
+            transport, took = record.transport, False
             # The word that it is over goes behind what waits: the peer would hold on for it.
             while not transport.paused or self.session.ended:
                 chunks = self.session.data_to_send(number, FLUSH_BYTES, now)
                 if not chunks:
                     break
                 transport.write(chunks)
+                took = True
+            if took and record.lane_class is LaneClass.BULK:
+                # Last next time: what waits in one queue while others are empty holds up a reader.
+                self.lanes[number] = self.lanes.pop(number)
         if self._on_memory is not None:
             self._tell_memory(self._on_memory)
         if drained := self.session.drained():
