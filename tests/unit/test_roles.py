@@ -19,9 +19,12 @@ from rayfwd import codes
 from rayfwd.config import LogConfig, load
 from rayfwd.daemon import head as head_module
 from rayfwd.daemon import watching
+from rayfwd.daemon.head import HeadRole
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
 from rayfwd.daemon.worker import WorkerRole
+from rayfwd.hub.offer import HubOffer
 from rayfwd.hub.peers import TELLINGS
+from rayfwd.network.manager import Overlay
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.cluster_report import ClusterReport
@@ -29,7 +32,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE, Chunk
-from rayfwd.session.handshake import CHANGES, Refusal, Welcome
+from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
@@ -386,6 +389,47 @@ def test_a_restart_that_asks_for_another_plan_has_it_at_once(tmp_path: Path) -> 
             await w1.restart()
             await w1.ready()
             assert s.head.head.muxes()["w1"] is session, "it asks for what it has"
+
+    run(main)
+
+
+def test_a_head_that_knows_no_levels_is_not_asked_for_one_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of 0.1.0: a worker with the overlay keeps its session through each restart. When the
+    head is upgraded, the next restart brings the level into the plan."""
+    offer = HeadRole.offer
+
+    def older(role: HeadRole) -> HubOffer:
+        return replace(offer(role), features=frozenset({"dial_back"}))
+
+    async def allowed(overlay: Overlay) -> None:
+        overlay.level, overlay.settled = "overlay", True
+
+    monkeypatch.setattr(HeadRole, "offer", older)
+
+    async def main() -> None:
+        async with started(tmp_path, "w1") as s:
+            w1, session = s.workers["w1"], s.head.head.muxes()["w1"]
+
+            async def restart() -> None:
+                cuts = s.head.peer("w1").cuts
+                await w1.restart()
+                await until(lambda: s.head.peer("w1").cuts > cuts)
+                await until(w1.worker.link_stands)
+
+            with monkeypatch.context() as patched:
+                patched.setattr(Overlay, "settle", allowed)
+                for _ in range(2):
+                    await restart()
+                    assert s.head.head.muxes()["w1"] is session
+                monkeypatch.setattr(HeadRole, "offer", offer)
+                w1.cut()
+                await until(lambda: OVERLAY in w1.worker._hub_features)
+                await restart()
+            assert s.head.head.muxes()["w1"] is not session
+            nodes = s.head.role.node
+            await until(lambda: {n.name: n.level for n in nodes.view.nodes}["w1"] == "overlay")
 
     run(main)
 

@@ -44,7 +44,7 @@ from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session import messages
-from rayfwd.session.handshake import DIRECT
+from rayfwd.session.handshake import DIRECT, OVERLAY
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -309,7 +309,7 @@ class HeadRole:
         return HubOffer(
             ray=ray,
             python=python,
-            features=frozenset({advertise.FEATURE, DIRECT}),
+            features=frozenset({advertise.FEATURE, DIRECT, OVERLAY}),
             ray_auth=None if auth is None else auth.to_wire(),
             client_ports=frozenset(
                 {services["dashboard"], services["client"], *self._node.config.expose}

@@ -243,8 +243,11 @@ class WorkerRole:
     def _asks_for_another_plan(self) -> bool:
         """By its file, or by the level that it has, than the one that it had before a restart."""
         own, config = self._node.view.own, self._node.config
-        asked = config.worker_ports, config.ray.advertise, self._node.overlay.level
-        return own is not None and not own.suits(*asked)
+        if own is None:
+            return False
+        # A hub that knows of no levels would give the same plan again.
+        level = self._node.overlay.level if OVERLAY in self._hub_features else own.level
+        return not own.suits(config.worker_ports, config.ray.advertise, level)
 
     def take_over_splices(self, tree: Tree) -> None: ...
 
