@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -20,9 +21,10 @@ import pytest
 from rayfwd.daemon import handover
 from rayfwd.daemon import head as head_module
 from rayfwd.daemon import worker as worker_module
+from rayfwd.daemon.handover import Arrival
 from rayfwd.session.session import Limits
-from rayfwd.session.snapshot import SnapshotError, Tree, dump
-from rayfwd.session.target import Target
+from rayfwd.session.snapshot import MAGIC, SnapshotError, Tree, dump, load
+from rayfwd.session.target import Opening, Target
 from rayfwd.system import fdpass
 from rayfwd.system.notify import Notifier
 from rayfwd.transport import link as link_module
@@ -129,6 +131,56 @@ def test_streams_go_on_through_restarts(
     run(main, 60)
 
 
+def of_0_1_0(data: bytes) -> bytes:
+    """The same bundle as 0.1.0 wrote it."""
+    tree = load(data)
+    tree["doors"] = tree.pop("listeners")
+    tree["pumps"] = [
+        [name, number, at, dialled and list(Opening.decode(dialled).target), rest]
+        for name, number, at, dialled, rest in tree.pop("relays")
+    ]
+    old = bytearray(b"".join(dump(tree)))
+    struct.pack_into(">I", old, len(MAGIC), 1)
+    return bytes(old)
+
+
+@pytest.mark.parametrize("who", ["head", "w1"])
+def test_streams_go_on_through_an_upgrade_from_0_1_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """It had other words for listeners and relays."""
+    opened = handover.opened
+
+    def older(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival:
+        return opened(of_0_1_0(data), descriptors, role, name)
+
+    monkeypatch.setattr(handover, "opened", older)
+
+    async def main() -> None:
+        done: list[int] = []
+        async with site(tmp_path, "w1") as s:
+            paths = [s.path("w1", "head"), s.path("head", "w1")]
+            await s.start()
+            async with (
+                serving(echo, exposed(s.head)),
+                serving(echo, exposed(s.workers["w1"])),
+                asyncio.TaskGroup() as group,
+            ):
+                came = Came()
+                for seed, listen in enumerate(paths):
+                    group.create_task(converse(listen, seed, 1_000_000, done, came))
+                await until(lambda: came.count > 200_000)
+                with log_events() as log:
+                    await s.node(who).restart()
+                    await s.ready()
+                (taken,) = of(log, "handover_taken")
+                assert taken["reset"] == 0
+                assert taken["streams"] >= 2
+            assert len(done) == 2
+
+    run(main, 60)
+
+
 def test_a_refused_snapshot_resets_every_connection(tmp_path: Path) -> None:
     """What cannot be joined again is reset on both sides, once, and said."""
 
@@ -204,6 +256,7 @@ class TestArrival:
                 "it belongs to the head w1, and this is the worker w1",
             ),
             ({}, "it belongs to the None None, and this is the worker w1"),
+            ({"role": "worker", "name": "w1", "doors": []}, "it is no bundle of 0.1.0"),
         ],
     )
     def test_that_of_another_node_is_refused(self, tree: Tree, why: str) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -313,10 +314,24 @@ def opened(data: bytes, descriptors: list[int], role: str, name: str) -> Arrival
         of = (tree.get("role"), tree.get("name"))
         if of != (role, name):
             raise SnapshotError(f"it belongs to the {of[0]} {of[1]}, and this is the {role} {name}")
+        if "doors" in tree:
+            _renew(tree)
     except SnapshotError:
         Arrival(tree, descriptors).close()
         raise
     return Arrival(tree, descriptors)
+
+
+def _renew(tree: Tree) -> None:
+    """Give the tree of a 0.1.0 the names of this version. Raises SnapshotError."""
+    try:
+        tree["listeners"] = tree.pop("doors")
+        tree["relays"] = [
+            [name, number, at, None if target is None else Target(*target).encode(), data]
+            for name, number, at, target, data in tree.pop("pumps")
+        ]
+    except (KeyError, TypeError, ValueError, struct.error) as exc:
+        raise SnapshotError(f"it is no bundle of 0.1.0: {exc!r}") from exc
 
 
 def exec_again(left: Packed | None) -> NoReturn:

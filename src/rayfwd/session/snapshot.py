@@ -5,7 +5,7 @@ What a snapshot holds is a tree of dicts, lists, numbers, text, true, false, nul
 
     magic | u32 format | u64 length of the JSON | JSON | all bytes of the tree, one after another
 
-A format is read by the same format only: a snapshot is seconds old, and what it holds are the
+A format is read by the versions that know it: a snapshot is seconds old, and what it holds are the
 insides of one version. Where it cannot be read, streams are reset, as if there were none.
 """
 
@@ -18,8 +18,10 @@ from typing import Any, Final
 Tree = dict[str, Any]
 
 MAGIC: Final = b"rayfwd snapshot\n"
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever a key comes, goes, or changes its meaning, in any of the trees."""
+OF_0_1_0: Final = 1
+"""Read as well; `daemon.handover` knows what it calls otherwise."""
 
 _HEAD: Final = struct.Struct(">IQ")
 _BYTES: Final = "bytes"
@@ -54,7 +56,7 @@ def load(data: bytes | memoryview) -> Tree:
     if len(view) < start or bytes(view[: len(MAGIC)]) != MAGIC:
         raise SnapshotError("it does not begin as a snapshot does")
     number, length = _HEAD.unpack_from(view, len(MAGIC))
-    if number != FORMAT:
+    if number not in {FORMAT, OF_0_1_0}:
         raise SnapshotError(f"it has format {number}, and this version reads format {FORMAT}")
     rest = view[start + length :]
 
