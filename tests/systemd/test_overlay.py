@@ -195,7 +195,23 @@ def test_init_has_made_it_and_the_service_starts_it(auto: Cluster) -> None:
         *links, one, other = left(machine)  # two of a pair where the kernel has no `dummy`
         assert links
         assert {one, other} == {"table inet rayfwd0", "table inet rayfwd0-shut"}
+
+
+def test_after_a_reboot_it_is_there_again(auto: Cluster) -> None:
+    """And between the two boots there is nothing of it, in a network that outlives the machine."""
+    worker = auto.worker
+    node = worker.status()["node"]
+    worker.poweroff()
+    for what in (("ip", "-brief", "link"), ("nft", "list", "tables")):
+        assert "rayfwd" not in worker.network_command(*what)
+    worker.boot()
+    auto.wait_ready()
+    status = worker.status()
+    assert status["node"] == node
+    assert status["network"]["level"] == node["level"] == "overlay"
+    assert worker.show(UNIT)["StatusText"] == f"the overlay of {node['address']} is up"
     assert auto.addresses_that_work() == BOTH
+    until(lambda: not worker.status()["conditions"], 30, lambda: f"{worker.status()['conditions']}")
 
 
 def test_it_has_one_right_of_roots(auto: Cluster) -> None:
