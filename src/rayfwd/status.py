@@ -100,7 +100,7 @@ class Direct:
 
     node: str
     way: str
-    """`direct`; or `hub`: it does not stand now, and streams go by the head."""
+    """`direct`; or `hub`: it is down now, and streams go through the head."""
     dialled: bool
     """This node dials, and not the other one."""
     rtt_ms: float | None

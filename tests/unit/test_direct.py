@@ -342,7 +342,7 @@ def test_the_doctor_goes_it_hop_by_hop(tmp_path: Path) -> None:
             assert f"{sshd.target} is w2, and not w3" in wrong.said
             sshd.authorize()
             refused = await direct_checks.look(config, ())
-            assert refused.result == "warn", "streams go by the head"
+            assert refused.result == "warn", "streams go through the head"
             assert refused.problem is not None
             assert refused.problem.code is codes.SSH_AUTH_REFUSED
             assert refused.said.startswith(f"the direct way to w2: {sshd.target} refuses")
@@ -370,7 +370,9 @@ def test_new_streams_go_by_the_hub_while_there_is_no_direct_way(tmp_path: Path) 
             (found,) = w1.worker.link_findings()
             assert found.subject == "w1/w2"
             assert found.problem.code is codes.DIRECT_ABSENT
-            assert "no direct way to w2, and streams to it go by the head" in found.problem.cause
+            assert (
+                "no direct way to w2, and streams to it go through the head" in found.problem.cause
+            )
             assert w1.runtime.health.state() == "ready"
 
     run(main)

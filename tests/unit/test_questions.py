@@ -73,3 +73,20 @@ def test_a_sentence_of_the_page_answers(page: str, question: str) -> None:
     answer = ANSWERS[page][question]
     assert answer in plain((CHECKOUT / page).read_text()), f"{page}: {question}"
     assert len(answer.split()) <= MOST_WORDS
+
+
+def lines(text: str) -> list[str]:
+    """Those that are read: neither empty nor the edge of a block."""
+    return [line for line in text.splitlines() if line and not line.startswith("```")]
+
+
+def test_what_it_is_takes_ten_lines_and_each_situation_fewer() -> None:
+    """With the commands, and the output that one sees."""
+    readme = (CHECKOUT / "README.md").read_text()
+    assert len(lines(readme.partition("\n![")[0].partition("\n")[2])) <= 10
+    _, part = readme.split("\n## Your situation\n")
+    situations = part.split("\n## ")[0].split("\n### ")[1:]
+    assert len(situations) > 4
+    for one in situations:
+        title, _, text = one.partition("\n")
+        assert len(lines(text)) < 10, title

@@ -196,7 +196,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using connect' -s p -l port -x -d 'the head
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -s i -l identity -xka "(__fish_complete_path (commandline -ct))" -d 'the private key to use (default: as ssh would choose)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l via -xka "socket exec" -d 'how to reach the hub there: by its socket, or by running `rayfwd attach`'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l socket -xka "(__fish_complete_path (commandline -ct))" -d 'the hub'"'"'s socket there (default: /run/rayfwd/hub.sock)'
-complete -c rayfwd -n '_shtab_rayfwd_using connect' -l meet -x -d 'a third host where the head waits ([[hub.meet]] there), logged in to instead;'
+complete -c rayfwd -n '_shtab_rayfwd_using connect' -l meet -x -d 'a third host to log in to, where the head waits ([[hub.meet]] in its file);'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l dashboard-port -x -d 'port of the dashboard on 127.0.0.1 (default: 8265, or the next free one)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l client-port -x -d 'port of Ray Client on 127.0.0.1 (default: 10001, or the next free one)'
 complete -c rayfwd -n '_shtab_rayfwd_using connect' -l page-port -x -d 'port of the head'"'"'s page in the browser on 127.0.0.1'

@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--meet",
         metavar="USER@HOST",
-        help="a third host where the head waits ([[hub.meet]] there), logged in to instead;\n"
-        "HEAD is then whom to be at the head, and the name of its host key",
+        help="a third host to log in to, where the head waits ([[hub.meet]] in its file);\n"
+        "HEAD then gives the user at the head, and the name of its host key",
     )
     parser.add_argument(
         "--dashboard-port",

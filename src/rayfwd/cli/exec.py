@@ -1,7 +1,7 @@
 """Run a command with the environment that `rayfwd env` prints: a driver, a notebook, torchrun.
 
-`rayfwd exec -- python train.py`. The command takes this process's place. Variables that are set
-already keep their values. For root, the command runs as the user that runs rayfwd.
+For example: `rayfwd exec -- python train.py`. The command takes this process's place. Variables
+that are set already keep their values. For root, the command runs as the user that runs rayfwd.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def direct_row(way: WaySeen) -> status.Direct:
 def direct_absent(node: str, why: Problem) -> Problem:
     """A direct way that the file tells of, and that does not stand."""
     return codes.DIRECT_ABSENT.problem(
-        f"there is no direct way to {node}, and streams to it go by the head: {why.cause}",
+        f"there is no direct way to {node}, and streams to it go through the head: {why.cause}",
         why.remedy,
     )
 

@@ -36,7 +36,10 @@ class ThroughHub:
         del urgent
         relay = SocketRelay(self._relays)
         if not self._open_stream(relay):
-            raise codes.DIRECT_AWAY.error("the link to the head is not up", "see the link")
+            raise codes.DIRECT_AWAY.error(
+                "the link to the head is not up",
+                "nothing if it comes back; `rayfwd status` says why",
+            )
         self._last = relay
         near, far = _pair()
         loop = asyncio.get_running_loop()
@@ -57,7 +60,9 @@ class ThroughHub:
             return otherwise
         reason, text = self._last.refused
         if reason is ResetReason.NODE_AWAY:
-            return codes.DIRECT_AWAY.problem(f"{self._node} is away", "see the head's status")
+            return codes.DIRECT_AWAY.problem(
+                f"{self._node} is away", "run `rayfwd status` on the head, which says why"
+            )
         return codes.DIRECT_ABSENT.problem(
             f"{self._node} has no session for a direct way: {text or reason.name.lower()}",
             f"run the same rayfwd on the head and on {self._node}, with no network.direct = "

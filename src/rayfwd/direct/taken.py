@@ -169,7 +169,12 @@ class Taken:
         mux = peer.mux
         assert mux is not None, "it has a session"
         if len(mux.lanes) >= MOST_LANES:
-            lane.refuse(codes.LANES_FULL.problem("the session has all lanes that it may", "wait"))
+            lane.refuse(
+                codes.LANES_FULL.problem(
+                    f"the session already has {MOST_LANES} lanes, which is the limit",
+                    "nothing if it passes by itself",
+                )
+            )
             return
         lane.welcome(self._welcome(lane, peer, mux), peer, mux, hello)
         log.info("lane_up", node=peer.name, lane=hello.lane.value)
@@ -275,6 +280,6 @@ class Taken:
 
 def _no_peer() -> Problem:
     return codes.HELLO_MALFORMED.problem(
-        "what came to this worker's socket for direct ways is no other worker's hello",
+        "what connected to this worker's socket for direct ways is not another worker",
         "run the same rayfwd on both workers",
     )

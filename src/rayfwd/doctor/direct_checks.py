@@ -88,7 +88,7 @@ def _dialled_by_others(running: Sequence[Direct]) -> Row:
     others = [way for way in running if not way.dialled]
     if not others:
         return skipped("direct", "this worker dials no other worker ([[direct]])")
-    states = {"direct": "is up", "hub": "is down, and streams go by the head"}
+    states = {"direct": "is up", "hub": "is down, and streams go through the head"}
     said = ", ".join(f"the way of {way.node}, which dials, {states[way.way]}" for way in others)
     return passed("direct", said)
 

@@ -310,7 +310,7 @@ def resolver_silent(seconds: float, hop: Server) -> Problem:
     return codes.SSH_UNREACHABLE.problem(
         f"this machine's resolver has no answer for the name {hop.known.host} of {hop.called} in "
         f"{seconds:.0f} s",
-        "see this machine's DNS (`getent hosts NAME`; a server in /etc/resolv.conf that does not "
+        "check this machine's DNS (`getent hosts NAME`; a server in /etc/resolv.conf that does not "
         "answer), or put the name into /etc/hosts here",
     )
 
@@ -327,7 +327,7 @@ def login_slow(seconds: float, hop: Server, dialled: str) -> Problem:
 def no_key_exchange(seconds: float, hop: Server, dialled: str) -> Problem:
     """It is SSH, and then nothing: the first long packets come next."""
     return codes.SSH_UNREACHABLE.problem(
-        f"{hop.called} answers as SSH{dialled}, and no key exchange comes of it in {seconds:.0f} s",
+        f"{hop.called} answers as SSH{dialled}, but no key exchange follows within {seconds:.0f} s",
         "check that long packets get through (`ping -M do -s 1400` to it; a VPN or tunnel on the "
         f"way needs a smaller MTU here), and the load and memory of {_its(hop)}",
     )
@@ -663,9 +663,9 @@ def password_expired(said: str, to: Destination) -> Problem | None:
     if "assword change required" not in said:
         return None
     return codes.CHANNEL_REFUSED.problem(
-        f"the password of this account on {to.name} has expired, and its sshd opens nothing before "
-        "there is a new one",
-        f"change it there (`ssh` by hand asks for it), or have its age checked no more: on "
+        f"the password of this account on {to.name} has expired, and its sshd opens no channel "
+        "until it is changed",
+        "change it there (`ssh` by hand asks for it), or let it never expire: on "
         f"{to.name}, `chage -M -1 USER`",
     )
 

@@ -123,10 +123,10 @@ def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) 
         return Tool(bring_uv=True, old_python=sight.any_python, python=python)
     if found is not None:
         raise codes.ADD_NO_PYTHON.error(
-            f"{found.path} there is without its standard library, and there is no uv that could do "
-            "without",
-            "install that there, as in `apt-get install python3-venv`, or uv; or have uv on the "
-            "head",
+            f"{found.path} there is without its standard library, and there is no uv, which would "
+            "bring its own",
+            "install that library there, for example with `apt-get install python3-venv`, or "
+            "install uv there or on the head",
         )
     least = f"Python {version}" if wanted else "Python 3.11 or newer"
     has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
@@ -282,7 +282,8 @@ def _no_packages(machine: Machine, sight: Sight, tool: Tool, said: str, why: str
         )
     if by_uv and not tool.python.startswith("/") and _NO_PYTHON.search(said):
         return codes.ADD_NO_PYTHON.error(
-            f"there is no Python {tool.python} on {machine.host.ssh}, and uv got none: {said}",
+            f"there is no Python {tool.python} on {machine.host.ssh}, and uv could not get one: "
+            f"{said}",
             f"install Python {tool.python} there, or give uv a way to one "
             "(UV_PYTHON_INSTALL_MIRROR in the environment of that login)",
         )

@@ -303,7 +303,7 @@ def _opened(log: Path) -> IO[bytes]:
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{log} cannot be written: {exc.strerror or exc}",
-            "make its directory writable there, and its disk not full",
+            "make its directory writable there, and check that its disk is not full",
         ) from None
     return os.fdopen(descriptor, "ab")
 
