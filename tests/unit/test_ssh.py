@@ -476,11 +476,14 @@ def test_a_server_that_says_nothing_is_told_from_one_that_is_slow(
     monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 0.6)
 
     async def main() -> None:
+        given_up = asyncio.Event()
+
         async def silent(_: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(1.5)
+            await given_up.wait()
 
         server, port = await once(silent)
         problem = await fails(HeadConfig(ssh=f"u@127.0.0.1:{port}"), codes.SSH_UNREACHABLE)
+        given_up.set()
         assert "says nothing" in problem.cause
         assert f"127.0.0.1 port {port}" in problem.cause
         server.close()
