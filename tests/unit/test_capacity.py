@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayfwd.config import RayConfig
-from rayfwd.ray import supervisor
+from rayfwd.ray import starter
 from rayfwd.system import capacity
 from rayfwd.system.capacity import rays_store
 from rayfwd.watch.machine_watch import MachineSeen, judge, sample
@@ -54,10 +54,10 @@ def test_processors_by_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "rays_cpus", lambda *_: 256)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     assert capacity.cpus() == 3
-    assert supervisor._as_bounded(RayConfig()).num_cpus == 3
-    assert supervisor._as_bounded(RayConfig(num_cpus=7)).num_cpus == 7
+    assert starter._as_bounded(RayConfig()).num_cpus == 3
+    assert starter._as_bounded(RayConfig(num_cpus=7)).num_cpus == 7
     monkeypatch.setattr(capacity, "rays_cpus", lambda *_: 3)
-    assert supervisor._as_bounded(RayConfig()).num_cpus is None, "Ray counts right by itself"
+    assert starter._as_bounded(RayConfig()).num_cpus is None, "Ray counts right by itself"
 
 
 def test_memory_by_the_control_group(tmp_path: Path) -> None:
@@ -123,16 +123,16 @@ def test_ray_is_told_of_bounds_that_it_does_not_see(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(capacity, "rays_cpus", lambda: 64)
     monkeypatch.setattr(capacity, "rays_memory", lambda: 512 * GIB)
     monkeypatch.setattr(capacity, "memory", lambda: 10 * GIB)
-    told = supervisor._as_bounded(RayConfig())
+    told = starter._as_bounded(RayConfig())
     store = 3 * GIB
     assert (told.num_cpus, told.object_store_memory) == (2, store)
     assert told.extra_args == (f"--memory={10 * GIB - store}",)
     said = RayConfig(object_store_memory=GIB, extra_args=("--memory=1",), num_cpus=1)
-    assert supervisor._as_bounded(said) == said
+    assert starter._as_bounded(said) == said
     monkeypatch.setattr(capacity, "memory", lambda: GIB // 8)
-    assert supervisor._as_bounded(RayConfig()).object_store_memory == capacity.STORE_LEAST
+    assert starter._as_bounded(RayConfig()).object_store_memory == capacity.STORE_LEAST
     monkeypatch.setattr(capacity, "memory", lambda: 512 * GIB)
-    assert supervisor._as_bounded(RayConfig()).extra_args == (), "Ray counts right by itself"
+    assert starter._as_bounded(RayConfig()).extra_args == (), "Ray counts right by itself"
 
 
 DOCKER = MachineSeen(

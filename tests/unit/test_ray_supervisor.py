@@ -20,12 +20,13 @@ from rayfwd.config import parse
 from rayfwd.problems import ProblemError
 from rayfwd.ray import ports, procfs
 from rayfwd.ray import process as process_module
-from rayfwd.ray import supervisor as supervisor_module
+from rayfwd.ray import starter as starter_module
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.install import find as find_ray
 from rayfwd.ray.launcher import DirectLauncher
 from rayfwd.ray.process import RayProcess, clean_lines
-from rayfwd.ray.supervisor import RaySupervisor, check_versions
+from rayfwd.ray.starter import check_versions
+from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.system.coalesce import WAKE_INTERVAL
 from tests.unit.loops import log_events, run_on_fake_clock
 
@@ -68,7 +69,7 @@ def test_a_missing_ray_is_told_once_and_tried_again(
         attempts.append(asyncio.get_running_loop().time())
         return await find_ray(command, env)
 
-    monkeypatch.setattr(supervisor_module, "find", find)
+    monkeypatch.setattr(starter_module, "find", find)
     config = parse(
         {
             "role": "head",

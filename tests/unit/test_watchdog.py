@@ -11,6 +11,7 @@ import pytest
 
 from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
+from rayfwd.ray import starter as starter_module
 from rayfwd.ray import supervisor as supervisor_module
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.session import Limits, Session
@@ -115,7 +116,7 @@ def test_a_supervisor_that_waits_is_not_late_and_one_that_hangs_is(
         for _ in range(1000):
             await asyncio.sleep(7)
             assert heartbeat.late() == 0, "it tries again and again"
-        monkeypatch.setattr(supervisor_module, "find", hangs)
+        monkeypatch.setattr(starter_module, "find", hangs)
         supervisor.set_plan(own, own, None, 61.0)
         await asyncio.sleep(supervisor_module.BUSY_TURN_TIMEOUT)
         assert heartbeat.late() == pytest.approx(0, abs=1)

@@ -31,7 +31,8 @@ from rayfwd.ray import token
 from rayfwd.ray.commandline import no_proxy
 from rayfwd.ray.install import RayInstall
 from rayfwd.ray.nodes import NodeSeen
-from rayfwd.ray.supervisor import BeforeStart, RaySupervisor
+from rayfwd.ray.starter import BeforeStart
+from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.system.coalesce import sleep_coalesced

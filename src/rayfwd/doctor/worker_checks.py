@@ -18,7 +18,7 @@ from rayfwd.doctor.reachability import NOT_REACHED, WayExamination
 from rayfwd.doctor.rows import Row, failed, passed, skipped
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall
-from rayfwd.ray.supervisor import check_versions
+from rayfwd.ray.starter import check_versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
 from rayfwd.status import Status

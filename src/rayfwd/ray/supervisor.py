@@ -17,28 +17,26 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shlex
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.config import Config, RayConfig
+from rayfwd.config import Config
 from rayfwd.problems import Code, Problem, ProblemError
-from rayfwd.ray import commandline, ports, procfs, token
-from rayfwd.ray.install import RayInstall, Versions, find
+from rayfwd.ray import procfs
+from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of, started_by
+from rayfwd.ray.starter import BeforeStart, Starter, Wanted
 from rayfwd.ray.token import RayAuth
-from rayfwd.system import capacity
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
-from rayfwd.system.redact import redact_command
 
 State = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -68,11 +66,6 @@ TURN_TIMEOUT = 60.0
 BUSY_TURN_TIMEOUT = 300.0
 """The same where it starts or ends Ray: the checks before, Ray's own drain time."""
 
-LEFT_FOR_THE_LINK = 1.5
-"""Seconds of `stop_timeout` that are not Ray's: for the link's end, and the daemon's."""
-TASKS_PART = 0.5
-"""Of Ray's seconds, those that its tasks have to end where `stop_timeout` bounds a stop."""
-
 REJOIN_SECONDS = 5.0
 """Seconds that Ray may take to end where the Ray that it belongs to is gone, its tasks with it."""
 
@@ -85,10 +78,6 @@ _EXITED = re.compile(r" -- (\w+) \[exit code=-?\d+\]$")
 """How `ray start --block` says which of its children has failed (Ray 2.9 to 2.60)."""
 
 _log = get_logger(__name__)
-
-BeforeStart = Callable[[NodePlan, RayInstall], Awaitable[None]]
-"""Awaited before each start of our own, with the ports known to be free; raises ProblemError where
-Ray is not to be started yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +100,6 @@ class RayNow:
     """As a shell line, secrets blanked; by hand: what is to be run."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    own: NodePlan
-    head: NodePlan
-    head_versions: Versions | None
-    ride_through: float
-    digest: str
-    auth: RayAuth | None
-    interface: str | None
-
-
 class RaySupervisor:
     """Owns Ray on this machine. `on_change` is called in the loop after every change of `now`."""
 
@@ -136,10 +114,10 @@ class RaySupervisor:
         """`launcher`: None is the one that the environment names."""
         self.now = RayNow("waiting", time.time())
         self._launcher = launcher or launcher_of(os.environ)
+        self._starter = Starter(config, network, self._launcher, before_start)
         self._config = config
-        self._network = network
         self._on_change = on_change
-        self._wanted: _Wanted | None = None
+        self._wanted: Wanted | None = None
         self._link_up = True
         self._head_start: str | None = None
         """Which start of the head's Ray there is to join; None: not known."""
@@ -153,13 +131,12 @@ class RaySupervisor:
         self._last_command: str | None = None
         self._backoff = Backoff(BACKOFF_FIRST, BACKOFF_LAST)
         self._starts = 0
-        self._before_start = before_start
 
     @property
     def environment(self) -> dict[str, str] | None:
         """What Ray's own command-line tools need here; None before the plan is known."""
         wanted = self._wanted
-        return self._environment(wanted) if wanted else None
+        return self._starter.environment(wanted) if wanted else None
 
     @property
     def by_hand(self) -> bool:
@@ -188,11 +165,9 @@ class RaySupervisor:
 
         A change that reaches Ray restarts it; any other does not.
         """
-        self._network = network or self._network
-        digest = commandline.digest(
-            own, head, self._config.ray, ride_through, self._network, auth, interface
+        wanted = self._starter.wanted(
+            own, head, head_versions, ride_through, network, auth, interface
         )
-        wanted = _Wanted(own, head, head_versions, ride_through, digest, auth, interface)
         if wanted != self._wanted:
             self._wanted = wanted
             self._wake.set()
@@ -238,7 +213,7 @@ class RaySupervisor:
         if self._process is None:
             self._process = await self._recover()
         if self._process is not None:
-            await self._end("stop", within=self._stop_within)
+            await self._end("stop", within=self._starter.stop_within)
         elif self.now.state == "up":
             _log.info("ray_left_running", pid=self.now.pid, ours=False)
         await asyncio.to_thread(self._launcher.done)
@@ -249,12 +224,6 @@ class RaySupervisor:
         await self._cease()
         if self.now.pid is not None:
             _log.info("ray_left_running", pid=self.now.pid, ours=self._process is not None)
-
-    @property
-    def _stop_within(self) -> float | None:
-        """Seconds for Ray's own end, of those for the whole stop."""
-        timeout = self._config.stop_timeout
-        return None if timeout is None else timeout - LEFT_FOR_THE_LINK
 
     async def _cease(self) -> None:
         self._stopping = True
@@ -281,7 +250,7 @@ class RaySupervisor:
             except ProblemError as exc:
                 await self._failed(exc.problem)
 
-    async def _one_life(self, wanted: _Wanted) -> None:
+    async def _one_life(self, wanted: Wanted) -> None:
         """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
         returns where the plan changed or something has to be waited for first."""
         self.heartbeat.beat(BUSY_TURN_TIMEOUT)
@@ -332,42 +301,20 @@ class RaySupervisor:
                 "one of them",
             )
 
-    async def _start(self, wanted: _Wanted) -> RayProcess | None:
+    async def _start(self, wanted: Wanted) -> RayProcess | None:
         """None: meanwhile the link has gone, or the plan has changed."""
-        ray = self._config.ray
-        env = self._environment(wanted)
-        install = await find(ray.command, env)
-        check_versions(install, wanted.head_versions, env)
-        await asyncio.to_thread(ports.check_free, wanted.own.ports)
-        if self._before_start is not None:
-            await self._before_start(wanted.own, install)
-            if not self._link_up or self._plan_changed(wanted):
-                return None
-        argv = commandline.start_command(wanted.own, wanted.head, _as_bounded(ray), install)
-        command = shlex.join(redact_command(argv))
+        install = await self._starter.check(wanted)
+        if not self._link_up or self._plan_changed(wanted):
+            return None
         try:
-            process = RayProcess.spawn(
-                argv,
-                env,
-                self._config.state_dir,
-                digest=wanted.digest,
-                versions=install.versions,
-                command=command,
-                launcher=self._launcher,
-                joined=self._head_start,
-            )
+            process = self._starter.start(wanted, install, joined=self._head_start)
         except ProblemError as exc:
             if exc.problem.code == codes.KEEPER_SILENT:  # it may have been started all the same
                 self._process = await self._recover()
             raise
-        except OSError as exc:
-            raise codes.RAY_START_FAILED.error(
-                f"{install.command} cannot be started: {exc}",
-                "check that this user can run that command and write to state_dir "
-                f"({self._config.state_dir})",
-            ) from None
         self._process = process
         self._starts += 1
+        command = process.record.command
         self._set(
             state="starting",
             versions=install.versions,
@@ -385,7 +332,7 @@ class RaySupervisor:
         )
         return process
 
-    async def _watch(self, process: RayProcess, wanted: _Wanted) -> None:
+    async def _watch(self, process: RayProcess, wanted: Wanted) -> None:
         """Until our Ray has ended or has to be ended."""
         began = time.monotonic()
         up_at: float | None = None
@@ -432,17 +379,16 @@ class RaySupervisor:
             process.mark_joined(self._head_start)
         return process.record.joined != self._head_start
 
-    async def _is_up(self, process: RayProcess, wanted: _Wanted) -> bool:
+    async def _is_up(self, process: RayProcess, wanted: Wanted) -> bool:
         if not process.said_started or "raylet" not in process.daemons:
             return False
         if wanted.own.role == "worker":
             return True
         return await _accepts(wanted.own.address, wanted.own.services["gcs"])
 
-    async def _watch_foreign(self, raylet: procfs.Process, wanted: _Wanted) -> None:
+    async def _watch_foreign(self, raylet: procfs.Process, wanted: Wanted) -> None:
         with suppress(ProblemError):
-            install = await find(self._config.ray.command, self._environment(wanted))
-            self._set(versions=install.versions)
+            self._set(versions=(await self._starter.find(wanted)).versions)
         _log.info("ray_adopted", pid=raylet.pid, ours=False, session_dir=session_dir_of(raylet))
         self._last_logged = None
         self._backoff.reset()
@@ -459,20 +405,11 @@ class RaySupervisor:
                 "nothing: rayfwd now starts Ray itself",
             )
 
-    async def _wait_for_hand(self, wanted: _Wanted) -> None:
+    async def _wait_for_hand(self, wanted: Wanted) -> None:
         install = None
         with suppress(ProblemError):
-            install = await find(self._config.ray.command, self._environment(wanted))
-        command = commandline.by_hand(
-            wanted.own,
-            wanted.head,
-            self._config.ray,
-            wanted.ride_through,
-            self._network,
-            install,
-            self._auth(wanted),
-            wanted.interface,
-        )
+            install = await self._starter.find(wanted)
+        command = self._starter.by_hand(wanted, install)
         self._set(
             state="by_hand",
             pid=None,
@@ -519,25 +456,7 @@ class RaySupervisor:
 
     # Small parts
 
-    def _environment(self, wanted: _Wanted) -> dict[str, str]:
-        env = commandline.start_environment(
-            wanted.ride_through,
-            self._config.ray,
-            wanted.own,
-            self._network,
-            os.environ,
-            self._auth(wanted),
-            wanted.interface,
-        )
-        if (within := self._stop_within) is not None:
-            # The rest is for `ray start`, which ends its children one by one after that.
-            env.setdefault(commandline.DRAIN_VARIABLE, f"{within * TASKS_PART:.1f}")
-        return env
-
-    def _auth(self, wanted: _Wanted) -> dict[str, str]:
-        return token.environment(wanted.auth, self._config.state_dir)
-
-    def _plan_changed(self, wanted: _Wanted) -> bool:
+    def _plan_changed(self, wanted: Wanted) -> bool:
         return self._wanted is not None and self._wanted.digest != wanted.digest
 
     def _log_output(self, process: RayProcess, everything: bool = False) -> None:
@@ -564,45 +483,6 @@ class RaySupervisor:
         if now != self.now:
             self.now = now
             self._on_change()
-
-
-def check_versions(install: RayInstall, head: Versions | None, env: dict[str, str]) -> None:
-    """Raises ProblemError where this node's Ray or Python is not the head's.
-
-    Ray compares both as text, Python with its patch level (`ray._private.utils.check_version_info`;
-    newer Rays take the level from RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL).
-    """
-    if head is None:
-        return
-    own = install.versions
-    if own.ray != head.ray:
-        raise codes.RAY_VERSION_DIFFERS.error(
-            f"this node has Ray {own.ray} ({install.command}), the head has Ray {head.ray}",
-            f"install Ray {head.ray} here, or Ray {own.ray} on the head: both must have "
-            "the same version",
-        )
-    parts = 2 if env.get("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL") == "minor" else 3
-    if own.python.split(".")[:parts] != head.python.split(".")[:parts]:
-        raise codes.PYTHON_VERSION_DIFFERS.error(
-            f"this node runs Ray with Python {own.python} ({install.python}), the head with "
-            f"Python {head.python}",
-            f"use Python {head.python} for Ray here, or Python {own.python} on the head: Ray "
-            "compares the whole version",
-        )
-
-
-def _as_bounded(ray: RayConfig) -> RayConfig:
-    """Ray knows what the outermost control group leaves, and not that an affinity, or a job's group
-    below it, leaves less."""
-    update: dict[str, Any] = {}
-    if ray.num_cpus is None and (cpus := capacity.cpus()) < capacity.rays_cpus():
-        update["num_cpus"] = cpus
-    if (memory := capacity.memory()) < capacity.rays_memory():
-        store = ray.object_store_memory or capacity.store_within(memory)
-        update["object_store_memory"] = store
-        if not any(word.startswith("--memory") for word in ray.extra_args):
-            update["extra_args"] = (*ray.extra_args, f"--memory={max(0, memory - store)}")
-    return ray.model_copy(update=update) if update else ray
 
 
 def _ending(process: RayProcess, dead: list[str], up: bool, late: bool, log: str | None) -> Problem:
