@@ -934,7 +934,7 @@ class TestControl:
         """Also where each message is longer than the window, so that most of it completes none."""
         size, count = MAX_MESSAGE // 2, 12
         talk = Talk(INTERACTIVE)
-        talk.hub.session.holds_messages = True
+        talk.hub.session.inbox.holds = True
         for _ in range(count):
             talk.worker.session.send_message(b"x" * size)
         heard = 0

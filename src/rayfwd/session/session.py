@@ -5,8 +5,9 @@ what its events say, and asks `data_to_send` for each lane that has room, and th
 writers that may go on. It keeps no clock: `now` is monotonic, in seconds.
 
 It conducts: what a stream is about is the stream's, whose turn it is the scheduler's, what is owed
-for what came the answers', who must wait before it sends more the writers', and which numbers are
-used the numbers'. Its own are the lanes, the credit, and its state.
+for what came the answers', what may come yet the credit's, who must wait before it sends more the
+writers', which messages are heard the inbox's, and which numbers are used the numbers'. Its own are
+the lanes and its state.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Final
 
 from rayfwd import codes
 from rayfwd.session.answers import LIMIT, Answers
+from rayfwd.session.credit import Credit
 from rayfwd.session.events import (
     DataReceived,
     EndReceived,
@@ -36,12 +38,12 @@ from rayfwd.session.frames import (
     Frame,
     FrameDecoder,
     Kind,
-    MessageDecoder,
     ProtocolError,
     close_frame,
     encode_message,
     frame_header,
 )
+from rayfwd.session.inbox import Inbox
 from rayfwd.session.lane import Lane, LaneClass
 from rayfwd.session.numbers import CONTROL_STREAM, Side, StreamNumbers
 from rayfwd.session.scheduler import Scheduler
@@ -57,7 +59,6 @@ from rayfwd.session.stats import LaneStats, SessionStats
 from rayfwd.session.stream import (
     MAX_SENTENCE,
     PROBE_AFTER,
-    ReceiveSide,
     ResetReason,
     SendSide,
     Stream,
@@ -119,29 +120,19 @@ class Session:
         """How often the last lane went down."""
         self.trace: Trace | None = None
         """Told of every frame and of every change of state, where somebody wants to know."""
-        self.holds_messages = False
-        """The driver says by `message_done` when it is done with a message, so that the peer sends
-        no more of them than are heard."""
-        self._unheard = 0
-        """Messages that the driver has and is not done with."""
-        self._behind_unheard = 0
-        """Bytes of the next message, which came while there were some."""
+        self.inbox = Inbox()
         self._numbers = StreamNumbers(side, limits.streams)
         self._of_hub = side == "hub"
         self._scheduler = Scheduler(self.lanes)
         self._answers = Answers(self.streams)
         self._writers = Writers(self.streams, limits.stream_buffer, limits.session_buffer)
-        self._messages = MessageDecoder()
+        self._credit = Credit(limits.window, limits.window_ceiling, limits.window_budget)
         self._decoders: dict[int, FrameDecoder] = {}
         self._next_lane = 1
         self._parked_at: float | None = now
         """Since when there is no lane."""
         self._probe_at = now
         self._closing: bytes | None = None
-        self._window_spent = 0
-        """What the credits of all streams have grown by."""
-        self._held = 0
-        """Bytes received and not yet taken by a reader, of all streams."""
 
     @property
     def ended(self) -> bool:
@@ -155,7 +146,7 @@ class Session:
     @property
     def memory(self) -> int:
         """Bytes that it holds: kept for sending, and received and not yet taken by a reader."""
-        return self._writers.buffered + self._held
+        return self._writers.buffered + self._credit.held
 
     @property
     def control_buffered(self) -> int:
@@ -179,7 +170,7 @@ class Session:
             ride_through=self.ride_through,
             streams=max(len(self.streams) - 1, 0),  # one is the control stream
             buffered=self.buffered,
-            held=self._held,
+            held=self._credit.held,
             backlog=bool(self._scheduler.short or self._scheduler.bulk),
             cuts=self.cuts,
             bytes_in=self.bytes_in,
@@ -349,29 +340,23 @@ class Session:
         stream = self.streams.get(number)
         if stream is None or stream.state is StreamState.RESETTING:
             return
-        receive = stream.receive
+        receive, credit = stream.receive, self._credit
         receive.consumed += size
-        self._held -= size
+        credit.held -= size
         round_trip = self._scheduler.round_trip()
         keeps_up = now - receive.mark_time >= round_trip
         if (
             keeps_up
-            and self.memory < 2 * self.limits.session_buffer
-            and not (number == CONTROL_STREAM and self.holds_messages)
+            and self._writers.buffered + credit.held < 2 * self.limits.session_buffer
+            and not (number == CONTROL_STREAM and self.inbox.holds)
         ):
-            self._widen(receive, round_trip, now)
+            credit.widen(receive, round_trip, now)
         self._answers.after(stream, now)
 
-    def _widen(self, receive: ReceiveSide, round_trip: float, now: float) -> None:
-        """Give more credit to a stream whose reader keeps up."""
-        ceiling = min(
-            self.limits.window_ceiling,
-            receive.window + self.limits.window_budget - self._window_spent,
-        )
-        window = receive.wanted_window(now, round_trip, ceiling)
-        if window > receive.window:
-            self._window_spent += window - receive.window
-            receive.window = window
+    def message_done(self, event: MessageReceived, now: float) -> None:
+        """The driver has heard it: the peer may send as much more."""
+        if credit := self.inbox.done(event):
+            self.consumed(CONTROL_STREAM, credit, now)
 
     def send_message(self, data: bytes) -> None:
         """Send a message to the peer: reliable, in order. Raises ValueError: it is too long."""
@@ -486,12 +471,13 @@ class Session:
             receive.end(frame.offset)
         complete = receive.complete
         if early or receive.early_bytes:
-            self._held += receive.memory - held
+            self._credit.held += receive.memory - held
         elif receive.next != before:
-            self._held += receive.next - before - (complete and not was_complete)
+            self._credit.held += receive.next - before - (complete and not was_complete)
         for data in came:
             if stream.id == CONTROL_STREAM:
-                self._control_bytes(data, now, events)
+                if credit := self.inbox.take(data, events, self.trace):
+                    self.consumed(CONTROL_STREAM, credit, now)
             else:
                 events.append(DataReceived(stream.id, data))
         if complete and not was_complete:
@@ -500,34 +486,6 @@ class Session:
         self._answers.after(stream, now, again=known)
         if complete:
             self._finish(stream, events)
-
-    def _control_bytes(self, data: Chunk, now: float, events: list[Event]) -> None:
-        found = self._messages.feed(data)
-        for each in found:
-            if self.trace is not None:
-                self.trace(message("in", each))
-        if not self.holds_messages:
-            events += map(MessageReceived, found)
-            self.consumed(CONTROL_STREAM, len(data), now)
-            return
-        self._unheard += len(found)
-        if found:
-            events += [MessageReceived(each) for each in found[:-1]]
-            events.append(MessageReceived(found[-1], len(data)))
-        elif self._unheard:
-            self._behind_unheard += len(data)
-        else:  # one that is longer than the window has to go on
-            self.consumed(CONTROL_STREAM, len(data), now)
-
-    def message_done(self, event: MessageReceived, now: float) -> None:
-        """The driver has heard it: the peer may send as much more."""
-        self._unheard -= 1
-        credit = event.credit
-        if not self._unheard:
-            credit += self._behind_unheard
-            self._behind_unheard = 0
-        if credit:
-            self.consumed(CONTROL_STREAM, credit, now)
 
     def _open(self, frame: Frame, now: float, events: list[Event]) -> None:
         number = frame.stream
@@ -644,11 +602,8 @@ class Session:
     def _drop_buffers(self, stream: Stream) -> None:
         self._writers.dropped(stream)
         self._scheduler.bulk_ids.discard(stream.id)
-        self._held -= stream.receive.memory
-        stream.receive.drop()
+        self._credit.drop(stream.receive)
         stream.send = SendSide(stream.send.limit)
-        self._window_spent -= stream.receive.window - self.limits.window
-        stream.receive.window = self.limits.window
         self._answers.forget(stream.id)
 
     def _forget(self, stream: Stream, event: StreamEvent) -> None:
@@ -671,7 +626,7 @@ class Session:
         self._scheduler.clear()
         self._answers.clear()
         self._writers.clear()
-        self._window_spent = self._held = 0
+        self._credit.clear()
         events.append(SessionEnded(why))
         return events
 
@@ -717,17 +672,11 @@ class Session:
         assert self._decoders.keys() == self.lanes.keys()
         assert bool(self.lanes) == (self.state is SessionState.UP)
         assert (self._parked_at is None) == (self.state is SessionState.UP)
-        window, budget = self.limits.window, self.limits.window_budget
-        spent = sum(stream.receive.window - window for stream in self.streams.values())
-        assert self._window_spent == spent, "the count of credit that was added is wrong"
-        assert 0 <= spent <= budget, "more credit was added than there is"
-        held = sum(stream.receive.memory for stream in self.streams.values())
-        assert self._held == held, "the count of bytes that nobody has taken is wrong"
+        self._credit.check_invariants(self.streams)
         for number, stream in self.streams.items():
             assert stream.id == number
             assert number == CONTROL_STREAM or self._numbers.is_used(number)
             assert stream.state is not StreamState.OVER, "a stream that is over was kept"
-            assert stream.receive.window <= max(window, self.limits.window_ceiling)
             stream.check_invariants()
         self._numbers.check_invariants()
         self._scheduler.check_invariants(self.streams)
@@ -751,7 +700,7 @@ class Session:
             "cuts": self.cuts,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
-            "message": self._messages.held,
+            "message": self.inbox.held,
             "streams": [stream.snapshot() for stream in self.streams.values()],
         }
 
@@ -768,7 +717,7 @@ class Session:
             session.cuts = tree["cuts"]
             session.bytes_in, session.bytes_out = tree["bytes_in"], tree["bytes_out"]
             session._numbers = StreamNumbers.from_snapshot(tree, session.limits.streams)
-            session._messages = MessageDecoder(tree["message"])
+            session.inbox = Inbox(tree["message"])
             for each in tree["streams"]:
                 session._take_in(Stream.from_snapshot(each, now))
         except (
@@ -785,9 +734,7 @@ class Session:
     def _take_in(self, stream: Stream) -> None:
         self.streams[stream.id] = stream
         self._writers.restored(stream)
-        self._held += stream.receive.memory
-        if stream.state is not StreamState.RESETTING:
-            self._window_spent += stream.receive.window - self.limits.window
+        self._credit.restored(stream.receive, stream.state is not StreamState.RESETTING)
         self._answers.again(stream)
         if stream.bulk and stream.state is not StreamState.RESETTING:
             self._scheduler.bulk_ids.add(stream.id)

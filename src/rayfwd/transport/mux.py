@@ -223,7 +223,7 @@ class Mux:
         self._hearing: asyncio.TimerHandle | None = None
         self.messages = 0
         """Messages that came, in all."""
-        session.holds_messages = on_memory is not None
+        session.inbox.holds = on_memory is not None
         tracing.began(session, peer)
 
     def now(self) -> float:
