@@ -3,13 +3,15 @@
 Usage: python -m tests.setup_wheel
 
 It is in .cache/wheels/KEY; KEY is made of all that goes in, so that it is compiled once a change.
-Where there is no compiler it is pure Python.
+Where there is no compiler it is pure Python. Beside it, in KEY-pure, is the one without a compiler,
+which is made when a test first asks for it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -19,33 +21,39 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 WHEELS = CHECKOUT / ".cache" / "wheels"
-KEPT = 8
+KEPT = 16
 """Wheels of earlier states of the sources, and of other checkouts that share the cache."""
 
 MADE_FROM = ("src", "systemd", "share", "docs/conditions.md", "tools/compiled.py", "pyproject.toml")
 
 
-def made() -> Path | None:
+def made(pure: bool = False) -> Path | None:
     """The wheel of this checkout as it is now; None: it was not made."""
-    return next(WHEELS.joinpath(_key()).glob("*.whl"), None)
+    return next(_place(pure).glob("*.whl"), None)
 
 
-def make() -> Path:
+def make(pure: bool = False) -> Path:
     """The same, made if need be. Raises CalledProcessError where pip cannot."""
     WHEELS.mkdir(parents=True, exist_ok=True)
     with (WHEELS / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two at once: the second finds it made
-        if (built := made()) is not None:
+        if (built := made(pure)) is not None:
             return built
         for old in sorted(WHEELS.glob("*/"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             shutil.rmtree(old)
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        build = ["wheel", "--no-deps", f"--wheel-dir={WHEELS / _key()}", str(CHECKOUT)]
-        env = {**os.environ, "RAYFWD_COMPILE": "auto"}
-        subprocess.run([*pip, *build], env=env, stdin=subprocess.DEVNULL, check=True)
-    built = made()
+        # What a compiler needs, pip fetches; a pure one is made with what is here, if it is.
+        here = ["--no-build-isolation"] if pure and importlib.util.find_spec("hatchling") else []
+        build = ["wheel", "--no-deps", *here, f"--wheel-dir={_place(pure)}", str(CHECKOUT)]
+        env = {**os.environ, "RAYFWD_COMPILE": "0" if pure else "auto"}
+        subprocess.run([*pip, *build], env=env, cwd="/", stdin=subprocess.DEVNULL, check=True)
+    built = made(pure)
     assert built is not None, "the sources were changed meanwhile"
     return built
+
+
+def _place(pure: bool) -> Path:
+    return WHEELS / (f"{_key()}-pure" if pure else _key())
 
 
 def _key() -> str:

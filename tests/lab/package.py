@@ -7,15 +7,12 @@ without: what is edited is run some seconds later.
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from tests import setup_wheel
-from tests.need import CHECKOUT
 
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 
@@ -43,21 +40,11 @@ def install(folder: Path) -> Path:
 def _install(folder: Path, env: Path) -> None:
     old = os.umask(0o022)  # the machines' ordinary user is to run it
     try:
-        compiled = os.environ.get("RAYFWD_COMPILE") == "1"
-        built = setup_wheel.make() if compiled else wheel(folder / "wheels")
+        built = setup_wheel.make(pure=os.environ.get("RAYFWD_COMPILE") != "1")
         _run([sys.executable, "-m", "venv", str(env)])
         _run([str(env / "bin" / "python"), *PIP, "install", str(built)])
     finally:
         os.umask(old)
-
-
-def wheel(folder: Path) -> Path:
-    """Build the wheel of this checkout into `folder`, which has no other: pure Python, for any."""
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
-    build = ["wheel", "--no-deps", *isolation, f"--wheel-dir={folder}", str(CHECKOUT)]
-    _run([sys.executable, *PIP, *build], {"RAYFWD_COMPILE": "0"})
-    (built,) = folder.glob("rayfwd-*.whl")
-    return built
 
 
 def current() -> Path | None:
@@ -66,9 +53,8 @@ def current() -> Path | None:
     return Path(given) if given else _installed
 
 
-def _run(argv: list[str], env: Mapping[str, str] | None = None) -> None:
-    whole = {**os.environ, **(env or {})}
-    ran = subprocess.run(argv, cwd="/", env=whole, capture_output=True, text=True, timeout=600)
+def _run(argv: list[str]) -> None:
+    ran = subprocess.run(argv, cwd="/", capture_output=True, text=True, timeout=600)
     if ran.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: {ran.stdout[-4000:]}\n{ran.stderr[-4000:]}")
 

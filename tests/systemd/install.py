@@ -16,8 +16,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests import setup_firewalls, setup_roots
-from tests.lab import package
+from tests import setup_firewalls, setup_roots, setup_wheel
 
 README = (
     "python3 -m venv /opt/rayfwd && /opt/rayfwd/bin/pip install {wheel}"
@@ -59,17 +58,15 @@ def installed(suite: str) -> Installed:
     layers.mkdir(exist_ok=True)
     with (layers / f".{suite}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fresh = layers / f"{suite}-new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        (fresh / "wheels").mkdir(parents=True)
-        wheel = package.wheel(fresh / "wheels")
+        wheel = setup_wheel.make(pure=True)
         names = "\0".join([root.name, setup_roots.wheels(suite).name, README, INSTALL])
         inputs = wheel.read_bytes() + names.encode()
         layer = layers / f"{suite}-{hashlib.sha256(inputs).hexdigest()[:12]}"
         if not layer.exists():
+            fresh = layers / f"{suite}-new"
+            shutil.rmtree(fresh, ignore_errors=True)
             _install(suite, fresh, wheel)
             fresh.rename(layer)
-        shutil.rmtree(fresh, ignore_errors=True)
         # Those of other states, a run of which may still be under way: not the last few.
         old = sorted(layers.glob(f"{suite}-*"), key=lambda path: path.stat().st_mtime)
         for path in old[:-4]:
@@ -123,8 +120,9 @@ def _link_ray(source: Path, layer: Path) -> None:
 
 
 def _install(suite: str, fresh: Path, wheel: Path) -> None:
-    for path in (fresh / "upper", fresh / "work"):
-        path.mkdir()
+    for path in (fresh / "upper", fresh / "work", fresh / "wheels"):
+        path.mkdir(parents=True)
+    shutil.copy(wheel, fresh / "wheels")
     for path in setup_roots.wheels(suite).glob("*.whl"):
         os.link(path, fresh / "wheels" / path.name)
     command = README.format(wheel=f"/wheels/{wheel.name}")
