@@ -1,12 +1,14 @@
 """The service as it is lived with: restarted, upgraded, reloaded, hung, misconfigured, stopped.
 
-One cluster for all tests, which run in the order of this file. A detached actor on the worker's
-node is there from the first to the last: its state shows that nothing was started anew.
+One cluster for all tests, which run in the order of this file. A driver on the head and its actor
+on the worker's node are there from the first to the last: their state shows that nothing was
+started anew, and one driver costs less than one for each question.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -14,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.lab.process import until
-from tests.systemd.cluster import BOTH, TASKS, Cluster, that_worked
+from tests.lab.process import tail, until
+from tests.systemd.cluster import BOTH, PYTHON, TASKS, Cluster, that_worked
 from tests.systemd.machines import Machine
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400), pytest.mark.story]
@@ -32,9 +34,12 @@ TimeoutAbortSec=2
 """
 """A drop-in: what takes 40 s otherwise."""
 
-ACTOR = """
+ASKED = "/home/ray/asked"
+"""The pipe by which the driver is asked."""
+
+DRIVER = f"""
 import json, os, ray, sys
-ray.init(address="auto", logging_level="error", log_to_driver=False, namespace="kept")
+ray.init(address="auto", logging_level="error", log_to_driver=False)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
 class Counter:
@@ -43,18 +48,25 @@ class Counter:
         self.count += 1
         return [os.getpid(), ray.util.get_node_ip_address(), self.count]
 
-if sys.argv[1] == "make":
-    (node,) = [n["NodeID"] for n in ray.nodes() if n["NodeManagerAddress"] == "127.77.0.2"]
-    ray.remote(num_cpus=0)(Counter).options(
-        name="counter", lifetime="detached", scheduling_strategy=On(node, soft=False)
-    ).remote()
-counter = ray.get_actor("counter")
-print("counter", json.dumps(ray.get(counter.add.remote(), timeout=60)))
+(node,) = [n["NodeID"] for n in ray.nodes() if n["NodeManagerAddress"] == "127.77.0.2"]
+# A connection that a killed daemon has cut is made anew by the next call, which is one more try.
+counter = ray.remote(num_cpus=0, max_task_retries=3)(Counter).options(
+    scheduling_strategy=On(node, soft=False)
+).remote()
+# For writing as well: it does not end when one who has asked is done.
+asked = os.fdopen(os.open("{ASKED}", os.O_RDWR))
+print("ready", flush=True)
+for line in asked:
+    if line == "end\\n":
+        break
+    print("counter", json.dumps(ray.get(counter.add.remote(), timeout=60)))
+    exec({TASKS!r})
+    print("answered", line, end="", flush=True)
 """
 
 
 def counted(said: str) -> tuple[int, str, int]:
-    """Process id, address of its node, and how often it was asked, by what `ACTOR` has said."""
+    """Process id, address of its node, and how often it was asked, by what `DRIVER` has said."""
     (line,) = [line for line in said.splitlines() if line.startswith("counter ")]
     pid, address, count = json.loads(line.removeprefix("counter "))
     return pid, address, count
@@ -90,7 +102,11 @@ class Kept:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        self.pid, _, self.count = counted(cluster.driver(ACTOR, "make"))
+        cluster.head.run(["mkfifo", ASKED], user="ray")
+        self._driver = cluster.head.popen([str(PYTHON), "-c", DRIVER], user="ray")
+        self._wait_said("ready\n")
+        self.count = 0
+        self.pid, _, _ = counted(self._ask())
         self.raylets = self.now()
 
     def now(self) -> list[int]:
@@ -99,10 +115,41 @@ class Kept:
     def check(self) -> None:
         """Ray is the same everywhere, and the cluster is whole: tasks with data on every node."""
         assert self.now() == self.raylets
-        self.count += 1
-        said = self.cluster.driver(ACTOR + TASKS, "ask")
+        said = self._ask()
         assert counted(said) == (self.pid, "127.77.0.2", self.count)
         assert that_worked(said) == BOTH
+
+    def _ask(self) -> str:
+        """What the driver says to one more question."""
+        self.count += 1
+        before = len(self._driver.log.read_text())
+        self._tell(str(self.count))
+        self._wait_said(f"answered {self.count}\n")
+        return self._driver.log.read_text()[before:]
+
+    def _wait_said(self, text: str) -> None:
+        driver = self._driver
+
+        def said() -> bool:
+            ended = driver.poll() is not None
+            there = text in driver.log.read_text()
+            assert there or not ended, f"the driver has ended{tail(driver.log)}"
+            return there
+
+        until(said, 200, lambda: f"the driver says {text!r}{tail(driver.log)}")
+
+    def _tell(self, line: str) -> None:
+        """Raises OSError where the driver has ended."""
+        pipe = os.open(self.cluster.head.host_path(ASKED), os.O_WRONLY | os.O_NONBLOCK)
+        try:
+            os.write(pipe, f"{line}\n".encode())
+        finally:
+            os.close(pipe)
+
+    def end(self) -> None:
+        """Let the driver end, and its actor with it."""
+        self._tell("end")
+        assert self._driver.wait(60) == 0, tail(self._driver.log)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +230,7 @@ def test_a_restart_leaves_ray_alone(kept: Kept, name: str) -> None:
     assert machine.events("ray_adopted")[-1]["OURS"] == "true"
 
 
+@pytest.mark.thorough  # test_cluster.py has one under a job that counts every call
 @pytest.mark.runs("/opt/rayfwd/bin/pip install --upgrade *")
 def test_an_upgrade_leaves_ray_alone(kept: Kept) -> None:
     """As docs/operations.md has it, each file of rayfwd replaced under its keeper."""
@@ -496,6 +544,7 @@ print("ran on", ray.get(address.remote(), timeout=60))
 
 def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept) -> None:
     """systemd ends what is left of its unit; the daemon lives on, and starts Ray anew."""
+    kept.end()
     head, worker = kept.cluster.head, kept.cluster.worker
 
     def nodes() -> set[str]:
