@@ -83,9 +83,17 @@ def watch_turns(path: Path) -> None:
         run(self)
         spent = time.thread_time() - began - (collector.spent - before)
         if spent >= LONG:
-            out.write(f"{time.time():.3f} {1000 * spent:.2f} {callback!r}\n")
+            out.write(f"{time.time():.3f} {1000 * spent:.2f} {name_of(callback)}\n")
 
     asyncio.Handle._run = timed  # type: ignore[method-assign]
+
+
+def name_of(callback: Any) -> str:
+    """Of a task's turn its name and where it is; of another callback what it is."""
+    task = getattr(callback, "__self__", None)
+    if not isinstance(task, asyncio.Task):
+        return repr(callback)
+    return f"{task.get_name()}: {task.get_coro()!r}"
 
 
 def show_ray() -> None:

@@ -226,7 +226,7 @@ def test_many_links_are_judged_beside_the_loop(count: int, monkeypatch: pytest.M
     seen = {f"n{number}": LinkSeen({}, 0.001) for number in range(count)}
 
     async def main() -> None:
-        task = asyncio.create_task(LinkWatch(board, lambda: seen).run())
+        task = asyncio.create_task(LinkWatch(board, lambda: iter(seen.items())).run())
         await until(lambda: put)
         task.cancel()
         with suppress(asyncio.CancelledError):

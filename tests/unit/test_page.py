@@ -343,10 +343,10 @@ def dialled(worker: Daemon, target: Target, lost: list[ResetReason]) -> None:
 
 def test_an_hour_is_kept_and_no_more() -> None:
     links = {"w1": LinkNow(0.020, 0, 0)}
-    history = History(lambda: links)
+    history = History(links.items)
     for second in range(0, 5000, 10):
         links["w1"] = LinkNow(None if second == 4980 else 0.020, 1000 * second, 500 * second)
-        history.take(float(second))
+        history.take(links, float(second))
     told = history.since(0)
     assert (told["taken"], told["length"], told["interval"]) == (500, 360, 10.0)
     w1 = told["links"]["w1"]
@@ -357,18 +357,18 @@ def test_an_hour_is_kept_and_no_more() -> None:
     assert history.since(500)["links"]["w1"]["in"] == []
     assert len(history.since(501)["links"]["w1"]["in"]) == 360, "it is of an earlier daemon"
     links["w2"] = LinkNow(None, 0, 0)
-    history.take(5000.0)
+    history.take(links, 5000.0)
     assert history.since(499)["links"]["w2"] == {"rtt_ms": [None], "in": [0], "out": [0]}
     del links["w1"]
-    history.take(5010.0)
+    history.take(links, 5010.0)
     assert list(history.since(0)["links"]) == ["w2"]
 
 
 def test_links_that_have_a_history_are_bounded() -> None:
     links = {f"w{i}": LinkNow(None, 0, 0) for i in range(history_module.MOST_LINKS + 3)}
-    history = History(lambda: links)
+    history = History(links.items)
     for second in (0.0, 10.0):
-        history.take(second)
+        history.take(links, second)
     assert len(history.since(0)["links"]) == history_module.MOST_LINKS
 
 

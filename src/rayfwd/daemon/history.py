@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import math
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rayfwd.system.coalesce import sleep_coalesced
+from rayfwd.system.turns import gathered
 
 INTERVAL = 10.0
 """Seconds between two samples."""
@@ -60,7 +61,9 @@ class History:
     """Of one daemon's links. `run` takes the samples."""
 
     def __init__(
-        self, look: Callable[[], Mapping[str, LinkNow]], wanted: Callable[[], bool] = lambda: True
+        self,
+        look: Callable[[], Iterable[tuple[str, LinkNow]]],
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """While it is not `wanted`, no sample is taken."""
         self._look = look
@@ -74,15 +77,14 @@ class History:
         loop = asyncio.get_running_loop()
         while True:
             if self._wanted():
-                self.take(loop.time())
+                self.take(await gathered(self._look()), loop.time())
             await sleep_coalesced(INTERVAL)
 
-    def take(self, now: float) -> None:
+    def take(self, links: Mapping[str, LinkNow], now: float) -> None:
         """A sample; `now` in seconds of a clock that does not jump."""
         seconds = INTERVAL if self._at is None else max(0.001, now - self._at)
         self._at = now
         self._taken += 1
-        links = self._look()
         self._links = {name: kept for name, kept in self._links.items() if name in links}
         for name, link in links.items():
             if name not in self._links and len(self._links) >= MOST_LINKS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -111,7 +111,7 @@ class NodeOwner(Protocol):
     def ray_waits(self) -> str:
         """What Ray, which is not up, is about."""
 
-    def links_seen(self) -> Mapping[str, LinkSeen]:
+    def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
         """The role's links that are up, by the worker's name."""
 
     def peers(self) -> Mapping[str, Peer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,7 +72,7 @@ class Role(Holder, Protocol):
     def status(self) -> RoleStatus:
         """The role's part of the status."""
 
-    def links_now(self) -> Mapping[str, LinkNow]:
+    def links_now(self) -> Iterator[tuple[str, LinkNow]]:
         """How the role's links are at the moment, by the peer's name."""
 
     def link_stats(self) -> Mapping[str, LinkStats]:

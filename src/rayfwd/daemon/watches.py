@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rayfwd.config import Config
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
+from rayfwd.system.turns import gathered
 from rayfwd.transport.listeners import Listeners
 from rayfwd.watch import links, machine_watch
 from rayfwd.watch.board import Board
@@ -24,9 +25,12 @@ LINKS_LATE = 60.0
 
 
 class LinkWatch:
-    """Looks at the links that are up, which `links_seen` gives by the worker's name."""
+    """Looks at the links that are up, which `links_seen` gives with their workers' names, each as
+    it is when it is asked for."""
 
-    def __init__(self, board: Board, links_seen: Callable[[], Mapping[str, LinkSeen]]) -> None:
+    def __init__(
+        self, board: Board, links_seen: Callable[[], Iterator[tuple[str, LinkSeen]]]
+    ) -> None:
         self.heartbeat = Heartbeat("links")
         self._board = board
         self._links_seen = links_seen
@@ -37,7 +41,7 @@ class LinkWatch:
         loop = asyncio.get_running_loop()
         while True:
             self.heartbeat.beat(links.LINKS_INTERVAL + LINKS_LATE)
-            seen, now = self._links_seen(), loop.time()
+            seen, now = await gathered(self._links_seen()), loop.time()
             if len(seen) < LINKS_BESIDE:
                 found = rules.sample(seen, now)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -555,14 +555,14 @@ class WorkerRole:
             found.append(Finding(own, dialling, blocks_ready=True))
         return found
 
-    def links_seen(self) -> Mapping[str, LinkSeen]:
-        return {self._node.config.name: link_seen(self._link.mux, self._link.link_stats)}
+    def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
+        yield self._node.config.name, link_seen(self._link.mux, self._link.link_stats)
 
     def link_stats(self) -> Mapping[str, LinkStats]:
         return {HEAD: self._link.link_stats}
 
-    def links_now(self) -> Mapping[str, LinkNow]:
-        return {HEAD: link_now(self._link.mux, self._link.link_stats)}
+    def links_now(self) -> Iterator[tuple[str, LinkNow]]:
+        yield HEAD, link_now(self._link.mux, self._link.link_stats)
 
     def status(self) -> RoleStatus:
         link, node, ways = self._link, self._node, self._direct.seen()
