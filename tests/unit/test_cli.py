@@ -700,6 +700,26 @@ def test_attach_hands_its_pipes_over_and_waits(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
+def test_attach_of_a_worker_of_0_1_0_sends_frames_alone(tmp_path: Path) -> None:
+    """It knows no marker, and would take it for a frame. It does not prove its key."""
+    older = encode(Kind.HELLO, 0, 1, b'{"node": "w1", "key": "abababababababab", "features": []}')
+    with attached(tmp_path / "hub.sock") as (process, end):
+        stdin, stdout = pipes(process)
+        stdin.write(older)
+        stdin.flush()
+        assert end.recv(65536) == older
+        end.sendall(b"\x02 welcome")
+        end.close()
+        assert stdout.read() == b"\x02 welcome"
+        assert process.wait(30) == 0
+
+
+def test_attach_says_that_it_is_there_before_a_hello_that_does_not_come(tmp_path: Path) -> None:
+    with attached(tmp_path / "hub.sock") as (process, _):
+        _, stdout = pipes(process)
+        assert stdout.read(len(MARKER)) == MARKER
+
+
 def test_attach_with_a_hub_that_takes_no_pipes(tmp_path: Path) -> None:
     """One of an earlier version: what is passed it does not see, and answers with a frame."""
     with attached(tmp_path / "hub.sock") as (process, end):

@@ -51,8 +51,11 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _HELLO_LIMIT = 1 << 16
 _HELLO_TIMEOUT = 10.0
 """As the hub has them."""
-_PROTOCOL = 1
-"""The protocol's version (`session/handshake.py`, which is slow to load)."""
+_HELLO_USUAL = 2.0
+"""Seconds in which it comes from who has one: it is sent with the command."""
+_PROTOCOL, _PROOF = 1, "proof"
+"""The protocol's version, and a feature that every version since 0.1.0 has (`session/handshake.py`,
+which is slow to load)."""
 _AT_ONCE = 1 << 14
 """Bytes that come to the hub in one piece, and the descriptors with them."""
 _TAKEN = b"\0"
@@ -87,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.socket or hub_socket(args.config, args.cluster, args.peer)
-    begun = b""
+    begun = hello = b""
     if args.client:
-        begun = _read_hello()
+        begun = hello = _read_hello()
         if not _is_clients(begun):
             return _refuse(
                 codes.CLIENT_ONLY,
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 "use a key whose line in authorized_keys has no --client",
             )
     if args.node is not None and not args.client:
-        begun = _read_hello()
+        begun = hello = _read_hello()
         claimed = _node_of(begun)
         if claimed is not None and claimed != args.node:
             return _refuse(
@@ -137,10 +140,12 @@ def run(args: argparse.Namespace) -> int:
             f"no hub answers on {path} ({exc.strerror or exc})",
             "start rayfwd on the head (`systemctl start rayfwd`), or correct the socket's path",
         )
-    with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
-        os.write(_STDOUT, MARKER)
+    hello = hello or _read_hello(hub, within=_HELLO_USUAL)
+    if not _knows_no_marker(hello):
+        with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
+            os.write(_STDOUT, MARKER)
     if not begun:
-        begun = _read_hello(hub)
+        begun = _read_hello(hub, hello)
         if not args.client:
             begun = _vouched_for_key(path, begun)
     if not _handed_over(hub, begun):
@@ -148,26 +153,33 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _read_hello(hub: socket.socket | None = None) -> bytes:
-    """Standard input until its first frame is whole, or cannot be one, or does not come, or the hub
-    has something to say before."""
-    buffer = b""
-    deadline = time.monotonic() + _HELLO_TIMEOUT
+def _read_hello(
+    hub: socket.socket | None = None, buffer: bytes = b"", within: float = _HELLO_TIMEOUT
+) -> bytes:
+    """Standard input, which began with `buffer`, until its first frame is whole, or cannot be one,
+    or does not come, or the hub has something to say before."""
+    deadline = time.monotonic() + within
     ready = select.poll()
     ready.register(_STDIN, select.POLLIN)
     if hub is not None:
         ready.register(hub, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0 and (what := ready.poll(left * 1000)):
-        if what[0][0] != _STDIN:
+    while not _is_decided(buffer) and (left := deadline - time.monotonic()) > 0:
+        what = ready.poll(left * 1000)
+        if not what or what[0][0] != _STDIN:
             break
         data = os.read(_STDIN, _CHUNK)
-        buffer += data
-        try:
-            if not data or first_frame(bytearray(buffer), _HELLO_LIMIT) is not None:
-                break
-        except ProtocolError:
+        if not data:
             break
+        buffer += data
     return buffer
+
+
+def _is_decided(begun: bytes) -> bool:
+    """Its first frame is whole, or cannot be one."""
+    try:
+        return first_frame(bytearray(begun), _HELLO_LIMIT) is not None
+    except ProtocolError:
+        return True
 
 
 def _whole_frame(begun: bytes) -> Frame | None:
@@ -205,6 +217,15 @@ def _is_clients(begun: bytes) -> bool:
     whose payload is the same."""
     body = _said_in(begun)
     return body is not None and body.get("role") == "client"
+
+
+def _knows_no_marker(begun: bytes) -> bool:
+    """Whether it begins with what a 0.1.0 says: to that, all that comes back is frames."""
+    body = _said_in(begun)
+    if body is None or "key" not in body:
+        return False
+    features = body.get("features")
+    return not isinstance(features, list) or _PROOF not in features
 
 
 def _node_of(begun: bytes) -> str | None:
