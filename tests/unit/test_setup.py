@@ -356,22 +356,29 @@ class TestUnits:
 
 
 @pytest.mark.parametrize(
-    ("had_overlay", "level", "said", "command"),
+    ("role", "had_overlay", "level", "said", "command"),
     [
-        (False, "auto", True, "systemctl restart rayfwd"),
-        (False, "listeners", False, "systemctl restart rayfwd"),
-        (True, "auto", False, "systemctl restart rayfwd-net rayfwd"),
+        ("head", False, "auto", "ends every job of the cluster", "systemctl restart rayfwd"),
+        ("worker", False, "auto", "No other node's is.", "systemctl restart rayfwd"),
+        ("head", False, "listeners", "", "systemctl restart rayfwd"),
+        ("head", True, "auto", "", "systemctl restart rayfwd-net rayfwd"),
     ],
 )
 def test_what_is_left_to_do_where_the_service_runs(
-    had_overlay: bool, level: str, said: bool, command: str, capsys: pytest.CaptureFixture[str]
+    role: str,
+    had_overlay: bool,
+    level: str,
+    said: str,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What the restart costs is said before it."""
+    """What the restart costs is said before it: on the head that is all of Ray's state."""
     layout = replace(system_layout("/opt/rayfwd/bin/rayfwd", "/opt/x/python"), overlay=True)
     before = parse({"role": "head", "name": "h", "network": {"level": level}})
-    init._print_restart(layout, had_overlay, before)
+    init._print_restart(layout, had_overlay, before, role)
     out = capsys.readouterr().out
-    assert ("This node's Ray is then restarted once" in out) is said
+    assert ("This node's Ray is then restarted once" in out) is bool(said)
+    assert said in " ".join(out.split())
     assert out.splitlines()[-1].strip() == command
 
 

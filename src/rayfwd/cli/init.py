@@ -192,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"    loginctl enable-linger {request.user}")
     renewed = any(name.startswith(f"{layout.units}/") for name in outcome.changed)
     if renewed and service_runs(layout):
-        _print_restart(layout, had_overlay, before)
+        _print_restart(layout, had_overlay, before, request.role)
         return OK
     waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
     print(f"\nNext, here{waits}:\n")
@@ -200,14 +200,19 @@ def run(args: argparse.Namespace) -> int:
     return OK
 
 
-def _print_restart(layout: Layout, had_overlay: bool, before: Config | None) -> None:
+def _print_restart(layout: Layout, had_overlay: bool, before: Config | None, role: str) -> None:
     """What is left to do where the service runs by other units than are there now."""
     wanted = before is None or before.network.level != "listeners"
     if layout.overlay and not had_overlay and wanted:
+        cost = (
+            "what runs in it.\nNo other node's is."
+            if role == "worker"
+            else "every job\nof the cluster: the workers' Ray joins the new one."
+        )
         print(
             "\nThe next restart of rayfwd gives this node the overlay network, if the machine "
             "allows it\n(docs/overlay.md). This node's Ray is then restarted once, which ends "
-            "what runs in it.\nNo other node's is."
+            f"{cost}"
         )
     print("\nNext, here, to run what is new:\n")
     print(f"    {texts.restart_command(layout, had_overlay)}")

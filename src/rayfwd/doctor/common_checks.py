@@ -228,7 +228,8 @@ class Examination(ABC):
         if network.level == "listeners" and self.config.network.level != "listeners":
             problem = await asyncio.to_thread(self._no_overlay)
             if problem is None or self._starts_with_the_daemon(problem) is not None:
-                return f"; the overlay is possible now: {TAKE_OVERLAY}"
+                jobs = ", and ends every job" if self.config.role == "head" else ""
+                return f"; the overlay is possible now: {TAKE_OVERLAY}{jobs}"
             return f"; to have the overlay: {problem.remedy}"
         if network.level == "overlay" and not network.guard and self.own is not None:
             why = (
