@@ -35,10 +35,10 @@ OTHER_TESTS = $(filter-out tests/unit/,$(sort $(dir $(wildcard tests/*/test_*.py
 SIDE_BY_SIDE = -n 4 --dist loadfile --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=25 tests/unit $(OTHER_TESTS)
 
-.PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots wheel show-pytest clean
+.PHONY: test demo bench manual recording site checks lint types fast packages demo-packages ray-envs roots wheel bytecode show-pytest clean
 .DEFAULT_GOAL := test
 
-test: packages checks wheel ray-envs roots
+test: packages checks wheel bytecode ray-envs roots
 	$(PYTEST)
 
 demo: $(VENV)/.usable
@@ -97,6 +97,10 @@ roots: packages
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m tests.setup_wheel
+
+# The tests' own: where there is none, each of those that run files side by side makes all of it.
+bytecode: $(VENV)/.installed
+	@said=$$($(BIN)/pytest --collect-only -qq tests) || { echo "$$said"; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | packages
 	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed, with venv" >&2; exit 1; }

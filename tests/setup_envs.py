@@ -4,7 +4,8 @@ Usage: python tests/setup_envs.py [--root DIRECTORY] [VERSION...]
 
 Each is DIRECTORY/ray-VERSION, a virtual environment made by the Python that runs this; pip takes
 Ray from wherever it is set up to take packages from. `2.60.0-libraries` has besides what people run
-on Ray (`EXTRAS`, for CPUs): what pip does not find is said and left out. One that was made by hand
+on Ray (`EXTRAS`, for CPUs): what pip does not find is said and left out. It begins as a copy of
+`2.60.0` by hard links, which pip, where it exchanges a package, replaces. One that was made by hand
 is used as it is, if it has that Ray. A stamp file marks those that are complete, so that an
 interrupted run is made good by the next.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -141,13 +143,33 @@ def add_libraries(env: Path) -> Iterator[str]:
         yield line
 
 
+def copy(source: Path, env: Path) -> None:
+    """Make `env` an environment with the packages of another one, as the same files."""
+    venv.create(env, clear=True, symlinks=True, with_pip=False)
+    (packages,) = source.glob("lib/python3*/site-packages")
+    within = packages.relative_to(source)
+    shutil.copytree(
+        packages, env / within, symlinks=True, copy_function=os.link, dirs_exist_ok=True
+    )
+    for script in (source / "bin").iterdir():
+        own = env / "bin" / script.name
+        if not (own.exists() or own.is_symlink()):
+            # What pip has made names the environment's Python in its first line.
+            own.write_bytes(script.read_bytes().replace(bytes(source), bytes(env)))
+            own.chmod(script.stat().st_mode)
+
+
 def make(env: Path, version: str) -> None:
     began = time.monotonic()
     print(f"Ray {version}: making {env} (some 100 MB to fetch, some minutes) …", flush=True)
     building, complete = stamps(env)
     building.touch()
     complete.unlink(missing_ok=True)
-    venv.create(env, clear=True, symlinks=True, with_pip=True)
+    plain = env.with_name(f"ray-{ray_version(version)}")
+    if plain != env and stamps(plain)[1].exists():
+        copy(plain, env)
+    else:
+        venv.create(env, clear=True, symlinks=True, with_pip=True)
     pins = requirements(version)
     # Wheels alone: what would have to be compiled has no wheel for this Python.
     installed = pip(env, ["--only-binary=ray,grpcio", *pins])

@@ -56,6 +56,7 @@ def test_test_is_everything() -> None:
         "tests/setup_roots.py",
         "tests.setup_firewalls",
         "tests.setup_wheel",
+        "/pytest --collect-only",
     ):
         assert made in done
 
