@@ -5,8 +5,8 @@ Markers: `ray` needs Ray (2.60.0, or the versions in its arguments), `lab` needs
 tests/systemd/). Without them a test is skipped with a reason, or fails where RAYFWD_REQUIRE=all.
 `interpreted` is for a test that replaces what is compiled in a wheel: a compiled rayfwd does not
 run it. `alone` is for a file that measures how long something takes: where files run side by side
-(`pytest -n 4`), none runs beside it. `runs` names commands of the documents that a test runs
-(`tests/commands.py`), and `story` is for a file whose tests need those before them
+(`pytest -n 4`), none runs beside it but those in `LIGHT`. `runs` names commands of the documents
+that a test runs (`tests/commands.py`), and `story` is for a file whose tests need those before them
 (`tests/stories.py`). `thorough` is for what other tests show as well, another way, and takes long:
 it is run where RAYFWD_THOROUGH=1.
 """
@@ -33,22 +33,25 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first."""
 
 LONG = (
-    *("lab/test_cluster", "lab/test_libraries", "lab/test_problems", "lab/test_stop_and_restart"),
-    *("lab/test_token", "systemd/test_cluster", "lab/test_losses", "lab/test_conditions_ray"),
-    *(
-        "lab/test_advertise_checks",
-        "lab/test_advertise",
-        "lab/test_doctor",
-        "systemd/test_service",
-        "lab/test_ways",
-    ),
-    *("lab/test_overlay", "package/test_compiled", "ray/test_ray", "package/test_package"),
-    *("lab/test_conditions_link", "lab/test_versions", "systemd/test_trixie", "demo/test_demo"),
-    *("hostile/test_peers", "lab/test_dialled", "lab/test_join", "systemd/test_overlay"),
+    *("lab/test_libraries", "lab/test_cluster", "lab/test_token", "systemd/test_cluster"),
+    *("lab/test_advertise_checks", "lab/test_losses", "lab/test_stop_and_restart"),
+    *("lab/test_conditions_ray", "lab/test_ways", "systemd/test_overlay", "lab/test_join"),
+    *("systemd/test_service", "lab/test_doctor", "lab/test_problems_of_ray", "lab/test_dialled"),
+    *("ray/test_ray", "demo/test_demo", "hostile/test_peers", "lab/test_meeting"),
+    *("systemd/test_trixie", "lab/test_init", "lab/test_overlay", "systemd/test_user_service"),
+    *("package/test_compiled", "package/test_package", "systemd/test_init", "lab/test_versions"),
+    *("lab/test_advertise", "hostile/test_servers"),
 )
 """The files that take longest, the longest first (tests/times.py says which): they come right
 after `unit`, and those that are `alone` last of all, so that whoever runs files side by side has
 short ones for everybody at the end, and waits for the others once."""
+
+LIGHT = (
+    *("lab/test_conditions_link", "lab/test_problems", "lab/test_budget", "lab/test_lab"),
+    "lab/test_overlay_rules",
+)
+"""Files that mostly wait, the longest first: they take a tenth of a processor, and never start Ray.
+They are kept for the end, for the others to run beside one that is `alone`."""
 
 LIMITS = {"unit": 60, "ray": 200, "hostile": 300, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""
@@ -70,16 +73,23 @@ def folder(item: pytest.Item) -> str:
         return ""
 
 
-def turn_of(item: pytest.Item) -> tuple[bool, int, int]:
+def file_of(item: pytest.Item) -> str:
+    """As `LONG` and `LIGHT` have it."""
+    return f"{folder(item)}/{item.path.stem}"
+
+
+def turn_of(item: pytest.Item) -> tuple[int, int]:
     """Where in the order a test's file has its place."""
-    where = folder(item)
-    alone = item.get_closest_marker("alone") is not None
+    where, file = folder(item), file_of(item)
+    if item.get_closest_marker("alone") is not None:
+        return 3, 0
+    if file in LIGHT:
+        return 4, LIGHT.index(file)
     if where == "unit":
-        return alone, 0, 0
-    file = f"{where}/{item.path.stem}"
+        return 0, 0
     if file in LONG:
-        return alone, 1, LONG.index(file)
-    return alone, 2, ORDER.index(where) if where in ORDER else len(ORDER)
+        return 1, LONG.index(file)
+    return 2, ORDER.index(where) if where in ORDER else len(ORDER)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -156,7 +166,7 @@ def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
     """Hold a turn from a file's first test until the fixtures of its last are gone."""
-    if not turn.taken:
+    if not turn.taken and file_of(item) not in LIGHT:
         turn.take(item.get_closest_marker("alone") is not None)
     try:
         return (yield)

@@ -19,7 +19,8 @@ from tests.lab.cluster import HUB_SOCKET, Cluster, change
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, until
-from tests.lab.test_problems import pretend, squat
+from tests.lab.test_problems import squat
+from tests.lab.test_problems_of_ray import pretend
 from tests.need import need
 
 pytestmark = pytest.mark.ray("2.60.0", "2.40.0")
