@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.lab.checks import ESSENTIAL, verify
+from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 
@@ -31,9 +31,11 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
 
 WAYS = ("small_tasks", "large_results", "large_arguments")
 """From that node to each, with data both ways; what else there is goes the same ways."""
+AMONG = (*WAYS, "nested_tasks", "worker_to_worker")
+"""And between each two of the others."""
 
 
-@pytest.mark.parametrize(("driver", "checks"), [("head", WAYS), ("w1", ESSENTIAL), ("w2", WAYS)])
+@pytest.mark.parametrize(("driver", "checks"), [("head", WAYS), ("w1", AMONG), ("w2", WAYS)])
 def test_essential_work(cluster: Cluster, driver: str, checks: Sequence[str]) -> None:
     addresses = {node["name"]: node["address"] for node in cluster.head.status()["roster"]}
     assert addresses["w1"] == cluster.lab.machine("w1").address

@@ -58,10 +58,8 @@ def test_every_node_is_at_the_best_level(cluster: Cluster) -> None:
         assert status["conditions"] == []
 
 
-@pytest.mark.parametrize(
-    "where",
-    ["head", pytest.param("w1", marks=pytest.mark.thorough)],  # test_libraries.py does
-)
+@pytest.mark.thorough  # test_libraries.py has Ray Train from both, and this job through faults
+@pytest.mark.parametrize("where", ["head", "w1"])
 def test_torch_trains_between_machines(cluster: Cluster, where: str) -> None:
     ranks = Training(cluster.lab, where, 2).finish(60)
     assert ranks[0]["steps"] > 1

@@ -5,13 +5,13 @@ One cluster of a head and a worker for all tests, which run in the order of this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lab.checks import ESSENTIAL, verify
+from tests.lab.checks import verify
 from tests.lab.cluster import RUNTIME_DIR, Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import waited_for
@@ -150,7 +150,7 @@ def test_the_head_is_stopped_under_a_worker_and_comes_back(cluster: Cluster) -> 
     )
     # While the head's Ray was starting, nobody wondered at its ports.
     assert worker.events("ray_port_unreachable") == []
-    works(cluster, "w1", ESSENTIAL)
+    works(cluster, "w1")
 
 
 def test_an_orderly_end_is_known_at_once(cluster: Cluster) -> None:
@@ -163,10 +163,10 @@ def test_an_orderly_end_is_known_at_once(cluster: Cluster) -> None:
     assert ended["node"] == "w1"
 
 
-def works(cluster: Cluster, driver: str, checks: Sequence[str] = BOTH_WAYS) -> None:
+def works(cluster: Cluster, driver: str) -> None:
     """Ray does, from that machine."""
-    lines = cluster.driver(driver, ["--checks", ",".join(checks), "--nodes", "2"])
-    verify(lines, driver, addresses(cluster), checks)
+    lines = cluster.driver(driver, ["--checks", ",".join(BOTH_WAYS), "--nodes", "2"])
+    verify(lines, driver, addresses(cluster), BOTH_WAYS)
 
 
 def ports_by_doctor(cluster: Cluster) -> str:

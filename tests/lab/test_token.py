@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab.checks import ESSENTIAL, verify
+from tests.lab.checks import verify
 from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
@@ -73,12 +73,18 @@ def request(machine: Machine, *value: str) -> str:
     return machine.run(argv).stdout.strip()
 
 
-@pytest.mark.parametrize("driver", ["head", "w1", "w2"])
+CHECKS = ("small_tasks", "large_results", "actors", "worker_to_worker")
+"""Calls of GCS, raylets, workers and object managers: who is asked for a token is asked by them."""
+
+
+@pytest.mark.parametrize(
+    "driver",
+    ["head", pytest.param("w1", marks=pytest.mark.thorough), "w2"],  # w1: after the break-in
+)
 def test_drivers_need_no_further_step(cluster: Cluster, driver: str) -> None:
-    checks = ESSENTIAL if driver == "w1" else ["small_tasks", "large_results", "actors"]
-    lines = cluster.driver(driver, ["--checks", ",".join(checks)])
+    lines = cluster.driver(driver, ["--checks", ",".join(CHECKS)])
     addresses = [node["address"] for node in cluster.head.status()["roster"]]
-    verify(lines, driver, addresses, checks)
+    verify(lines, driver, addresses, CHECKS)
 
 
 def test_everybody_has_the_heads_token(cluster: Cluster) -> None:

@@ -29,10 +29,11 @@ def cluster(
         cluster.start()
         cluster.wait_ready()
         yield cluster
-        cluster.stop()
+        assert set(cluster.stop().values()) == {0}
 
 
-@pytest.mark.parametrize("driver", ["head", "w1"])
+# From the head goes the canary, with data both ways.
+@pytest.mark.parametrize("driver", [pytest.param("head", marks=pytest.mark.thorough), "w1"])
 def test_essential_work(cluster: Cluster, driver: str) -> None:
     status = cluster.head.status()
     assert status["ray"]["version"] == cluster.ray_version

@@ -28,8 +28,12 @@ TESTS = [
     "test_port_in_use_and_stop_while_starting",
     "test_started_by_hand",
 ]
-THOROUGH = {"test_start_and_stop[2.40.0]", "test_started_by_hand"}
-"""The second is lab/test_by_hand.py in one namespace."""
+THOROUGH = {
+    "test_start_and_stop[2.9.3]",  # lab/test_versions.py
+    "test_start_and_stop[2.40.0]",
+    "test_started_by_hand",  # lab/test_by_hand.py
+}
+"""What the lab does with these as well."""
 
 
 def place() -> list[str]:
