@@ -35,7 +35,7 @@ Ray is not to be started yet."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class RayWanted:
     """What Ray is to be here."""
 
     own: NodePlan
@@ -76,19 +76,19 @@ class Starter:
         network: str | None,
         auth: RayAuth | None,
         interface: str | None,
-    ) -> Wanted:
+    ) -> RayWanted:
         """What Ray is to be by this plan; `network`: None is the one before."""
         self._network = network or self._network
         digest = commandline.digest(
             own, head, self._config.ray, ride_through, self._network, auth, interface
         )
-        return Wanted(own, head, head_versions, ride_through, digest, auth, interface)
+        return RayWanted(own, head, head_versions, ride_through, digest, auth, interface)
 
-    async def find(self, wanted: Wanted) -> RayInstall:
+    async def find(self, wanted: RayWanted) -> RayInstall:
         """The installation that `ray.command` names. Raises ProblemError."""
         return await find(self._config.ray.command, self.environment(wanted))
 
-    async def check(self, wanted: Wanted) -> RayInstall:
+    async def check(self, wanted: RayWanted) -> RayInstall:
         """What is to be started, which can be now. Raises ProblemError where it cannot."""
         install = await self.find(wanted)
         check_versions(install, wanted.head_versions, self.environment(wanted))
@@ -97,7 +97,7 @@ class Starter:
             await self._before_start(wanted.own, install)
         return install
 
-    def start(self, wanted: Wanted, install: RayInstall, joined: str | None) -> RayProcess:
+    def start(self, wanted: RayWanted, install: RayInstall, joined: str | None) -> RayProcess:
         """`ray start`, which runs on; `joined`: which start of the head's Ray it joins, if that is
         known. Raises ProblemError."""
         ray = _as_bounded(self._config.ray)
@@ -120,7 +120,7 @@ class Starter:
                 f"({self._config.state_dir})",
             ) from None
 
-    def by_hand(self, wanted: Wanted, install: RayInstall | None) -> str:
+    def by_hand(self, wanted: RayWanted, install: RayInstall | None) -> str:
         """The shell line that starts it, for a person."""
         return commandline.by_hand(
             wanted.own,
@@ -133,7 +133,7 @@ class Starter:
             wanted.interface,
         )
 
-    def environment(self, wanted: Wanted) -> dict[str, str]:
+    def environment(self, wanted: RayWanted) -> dict[str, str]:
         """What Ray and its own command-line tools are given."""
         env = commandline.start_environment(
             wanted.ride_through,
@@ -149,7 +149,7 @@ class Starter:
             env.setdefault(commandline.DRAIN_VARIABLE, f"{within * TASKS_PART:.1f}")
         return env
 
-    def _auth(self, wanted: Wanted) -> dict[str, str]:
+    def _auth(self, wanted: RayWanted) -> dict[str, str]:
         return token.environment(wanted.auth, self._config.state_dir)
 
 

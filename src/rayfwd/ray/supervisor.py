@@ -31,7 +31,7 @@ from rayfwd.ray import procfs
 from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of, started_by
-from rayfwd.ray.starter import BeforeStart, Starter, Wanted
+from rayfwd.ray.starter import BeforeStart, RayWanted, Starter
 from rayfwd.ray.token import RayAuth
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
@@ -117,7 +117,7 @@ class RaySupervisor:
         self._starter = Starter(config, network, self._launcher, before_start)
         self._config = config
         self._on_change = on_change
-        self._wanted: Wanted | None = None
+        self._wanted: RayWanted | None = None
         self._link_up = True
         self._head_start: str | None = None
         """Which start of the head's Ray there is to join; None: not known."""
@@ -250,7 +250,7 @@ class RaySupervisor:
             except ProblemError as exc:
                 await self._failed(exc.problem)
 
-    async def _one_life(self, wanted: Wanted) -> None:
+    async def _one_life(self, wanted: RayWanted) -> None:
         """Ray from its start or adoption to its end. Raises ProblemError with what went wrong;
         returns where the plan changed or something has to be waited for first."""
         self.heartbeat.beat(BUSY_TURN_TIMEOUT)
@@ -301,7 +301,7 @@ class RaySupervisor:
                 "one of them",
             )
 
-    async def _start(self, wanted: Wanted) -> RayProcess | None:
+    async def _start(self, wanted: RayWanted) -> RayProcess | None:
         """None: meanwhile the link has gone, or the plan has changed."""
         install = await self._starter.check(wanted)
         if not self._link_up or self._plan_changed(wanted):
@@ -332,7 +332,7 @@ class RaySupervisor:
         )
         return process
 
-    async def _watch(self, process: RayProcess, wanted: Wanted) -> None:
+    async def _watch(self, process: RayProcess, wanted: RayWanted) -> None:
         """Until our Ray has ended or has to be ended."""
         began = time.monotonic()
         up_at: float | None = None
@@ -379,14 +379,14 @@ class RaySupervisor:
             process.mark_joined(self._head_start)
         return process.record.joined != self._head_start
 
-    async def _is_up(self, process: RayProcess, wanted: Wanted) -> bool:
+    async def _is_up(self, process: RayProcess, wanted: RayWanted) -> bool:
         if not process.said_started or "raylet" not in process.daemons:
             return False
         if wanted.own.role == "worker":
             return True
         return await _accepts(wanted.own.address, wanted.own.services["gcs"])
 
-    async def _watch_foreign(self, raylet: procfs.Process, wanted: Wanted) -> None:
+    async def _watch_foreign(self, raylet: procfs.Process, wanted: RayWanted) -> None:
         with suppress(ProblemError):
             self._set(versions=(await self._starter.find(wanted)).versions)
         _log.info("ray_adopted", pid=raylet.pid, ours=False, session_dir=session_dir_of(raylet))
@@ -405,7 +405,7 @@ class RaySupervisor:
                 "nothing: rayfwd now starts Ray itself",
             )
 
-    async def _wait_for_hand(self, wanted: Wanted) -> None:
+    async def _wait_for_hand(self, wanted: RayWanted) -> None:
         install = None
         with suppress(ProblemError):
             install = await self._starter.find(wanted)
@@ -456,7 +456,7 @@ class RaySupervisor:
 
     # Small parts
 
-    def _plan_changed(self, wanted: Wanted) -> bool:
+    def _plan_changed(self, wanted: RayWanted) -> bool:
         return self._wanted is not None and self._wanted.digest != wanted.digest
 
     def _log_output(self, process: RayProcess, everything: bool = False) -> None:
