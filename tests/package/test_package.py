@@ -92,6 +92,7 @@ def test_it_is_installed_and_runs(built: dict[str, Path], kind: str, tmp_path: P
     run(env / "bin/python", "-m", "pip", "check", cwd=tmp_path)
 
 
+@pytest.mark.thorough  # systemd/test_install.py installs it there: nothing of Ray's is exchanged
 def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
     """pip finds a set of packages that suits both; nothing is installed."""
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed")
@@ -102,8 +103,8 @@ def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where `uv` and `pipx` are."""
     folder = tmp_path_factory.mktemp("tools")
-    run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
-    pip = (folder / "env/bin/python", "-m", "pip", "install", "--quiet")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
+    pip = (sys.executable, "-m", "pip", "--python", folder / "env/bin/python", "install", "--quiet")
     run(*pip, "uv", "pipx", cwd=folder)
     return folder / "env/bin"
 
