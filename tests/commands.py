@@ -64,9 +64,17 @@ def since(start: int) -> list[list[str]]:
     return _ran[start:]
 
 
+def simple(text: str) -> list[str]:
+    """The single commands of a shell's line: what is between pipes, `&&`, `;` and the like."""
+    return [found.strip() for found in _SIMPLE.findall(text)]
+
+
+_SIMPLE = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^'"|;&\n\\]|(?<!&)&(?!&)|['"\\])+""")
+
+
 def is_run(command: str, ran: Iterable[Sequence[str]]) -> bool:
     """Whether one of these is this command, perhaps with more options."""
-    wanted = command.split()
+    wanted = _words(command)
     return any(_in_order(wanted, line) for argv in ran for line in _lines(argv))
 
 
@@ -99,7 +107,7 @@ def _lines(argv: Sequence[str]) -> Iterator[list[str]]:
     """The words of a command, and of every line of a script among them."""
     yield list(argv)
     for word in argv:
-        for line in re.split(r"\n|&&|\|\||[|;]", word) if " " in word else ():
+        for line in [*simple(word), *re.split(r"\n|[|;]|&&", word)] if " " in word else ():
             try:
                 yield shlex.split(line, comments=True)
             except ValueError:  # half a quotation: no command of a document is in it
@@ -120,6 +128,7 @@ def named() -> dict[str, list[str]]:
 
 
 def _commands(decorators: Iterable[ast.expr]) -> Iterator[str]:
-    for one in decorators:
+    """Of the test as a whole, and of its single cases (`pytest.param`)."""
+    for one in (part for decorator in decorators for part in ast.walk(decorator)):
         if isinstance(one, ast.Call) and ast.unparse(one.func) == "pytest.mark.runs":
             yield from (ast.literal_eval(arg) for arg in one.args)

@@ -39,6 +39,8 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/de
     need fish fish "the look at its completion"
     need faketime faketime "a clock that is wrong, in the lab"
     need ps procps "the lab's look at processes"
+    need jq jq "what the documents do with a status"
+    need nc netcat-openbsd "what they try a port with"
     need slurmctld slurmctld "a job of Slurm, in the lab"
     need slurmd slurmd "its nodes"
     need sbatch slurm-client "its users"

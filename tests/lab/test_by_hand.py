@@ -29,7 +29,7 @@ def named(pid: int) -> str:
         return ""
 
 
-@pytest.mark.runs("rayfwd plan")
+@pytest.mark.runs("rayfwd plan", "ray start")
 def test_ray_is_started_by_hand_and_outlives_rayfwd(lab: Lab) -> None:
     cluster = Cluster(lab, workers=("w1",), every={"ray.start": False})
     cluster.start()

@@ -90,7 +90,7 @@ def connected(cluster: Cluster, laptop: Machine) -> Iterator[Connected]:
     cluster.head.wait_status(lambda status: status["clients"] == [], 20)
 
 
-@pytest.mark.runs("rayfwd connect *")
+@pytest.mark.runs("rayfwd connect", "rayfwd connect *")
 def test_it_tells_what_to_use(connected: Connected, laptop: Machine) -> None:
     said = connected.said()
     assert f"connected to {HEAD} (Ray 2.60.0, Python 3.1" in said

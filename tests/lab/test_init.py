@@ -135,6 +135,7 @@ def test_a_direct_way_has_its_section_and_its_line(lab: Lab, line: str) -> None:
 
 
 @pytest.mark.runs(
+    "rayfwd init",
     "rayfwd init head --ray *",
     "rayfwd init worker --head * --ray * --fingerprint *",
     "rayfwd init worker",

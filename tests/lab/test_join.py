@@ -90,7 +90,7 @@ def worker(head: dict[str, Any], name: str) -> dict[str, Any] | None:
     return next((w for w in head["workers"] if w["name"] == name), None)
 
 
-@pytest.mark.runs("rayfwd head", "rayfwd join *", "rayfwd join * --socket *")
+@pytest.mark.runs("rayfwd head", "rayfwd join", "rayfwd join *", "rayfwd join * --socket *")
 def test_from_nothing_to_a_task_on_a_second_machine(
     machines: Lab, nodes: dict[str, InFront]
 ) -> None:

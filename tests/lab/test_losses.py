@@ -9,7 +9,6 @@ are lost.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,8 +81,9 @@ class Rig:
         """Restart these daemons at once; what each said of what it took over."""
         daemons = [self.cluster.head if n == "head" else self.cluster.worker(n) for n in names]
         before = [daemon.events() for daemon in daemons]
-        for daemon in daemons:
-            daemon.process.signal(signal.SIGUSR2)
+        ids = [daemon.status()["pid"] for daemon in daemons]
+        for daemon, pid in zip(daemons, ids, strict=True):
+            daemon.machine.run(["kill", "-USR2", str(pid)])
         taken = []
         for daemon, events in zip(daemons, before, strict=True):
             taken.append(daemon.wait_event("handover_taken", 60, after=events[-1]))
@@ -108,6 +108,7 @@ def rig(cluster: Cluster) -> Rig:
 
 
 @pytest.mark.ray
+@pytest.mark.runs("kill -USR2")
 @pytest.mark.parametrize("names", [["w1"], ["head"], ["head", "w1", "w2"]])
 def test_no_call_is_lost(rig: Rig, names: list[str]) -> None:
     for taken in rig.restart(*names):

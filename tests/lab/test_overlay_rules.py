@@ -287,6 +287,7 @@ def test_beside_other_tables(overlay: Overlay) -> None:
     assert overlay.ask("up", RULES.to_wire()) == {}
 
 
+@pytest.mark.runs("conntrack -F", "nft flush ruleset")
 def test_what_stands_outlives_all_that_is_done_to_the_kernels_tables(
     module_lab: Lab, rayfwd: Path
 ) -> None:

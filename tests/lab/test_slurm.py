@@ -159,6 +159,7 @@ def sbatch(lab: Lab, *options: str, log: str = "job.out") -> list[str]:
     return found
 
 
+@pytest.mark.runs("sbatch examples/slurm/cluster.sh python train.py")
 def test_a_job_has_a_cluster_of_its_nodes(slurm: Lab) -> None:
     """And leaves nothing: no process, no node that is drained, no state outside of its own."""
     assert sbatch(slurm) == ["127.77.0.1", "127.77.0.2"]

@@ -92,6 +92,7 @@ def test_everybody_has_the_heads_token(cluster: Cluster) -> None:
     assert len(value) == 64
 
 
+@pytest.mark.runs("ray status", "ray job submit", "ray job")
 def test_tools_with_an_address_need_the_mode(cluster: Cluster) -> None:
     """What the README says of Ray before 2.61."""
     w1 = cluster.lab.machine("w1")

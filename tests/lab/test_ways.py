@@ -425,7 +425,7 @@ class TestOpenssh:
             if not head.sshd_runs:
                 head.start_sshd()
 
-    @pytest.mark.runs("ssh -M -f -N *")
+    @pytest.mark.runs("ssh -M", "ssh -M -f -N *")
     @pytest.mark.parametrize("via", ["socket", "exec"])
     def test_a_second_factor_by_a_login_that_stands(
         self, cluster: Cluster, head: Machine, w1: Machine, via: str

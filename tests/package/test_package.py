@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -77,11 +78,22 @@ def test_the_wheel_has_what_is_not_python(built: dict[str, Path]) -> None:
     assert not [name for name in names if name.startswith(("tests/", "tools/", "bench/"))]
 
 
-@pytest.mark.parametrize("kind", ["wheel", pytest.param("sdist", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("sdist", marks=pytest.mark.runs("pip install .")),
+        pytest.param("wheel", marks=pytest.mark.thorough),
+    ],
+)
 def test_it_is_installed_and_runs(built: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """The sdist as a checkout, by the README's command."""
     env = tmp_path / "env"
     run(sys.executable, "-m", "venv", env, cwd=tmp_path)
-    run(env / "bin/python", "-m", "pip", "install", "--quiet", built[kind], cwd=tmp_path)
+    what, where = built[kind], tmp_path
+    if kind == "sdist":
+        shutil.unpack_archive(what, tmp_path)
+        what, (where,) = Path("."), tmp_path.glob("rayfwd-*")
+    run(env / "bin/pip", "install", "--quiet", what, cwd=where)
     command = env / "bin/rayfwd"
     assert run(command, "--version", cwd=tmp_path) == f"rayfwd {rayfwd.__version__}\n"
     file = tmp_path / "rayfwd.toml"
@@ -93,6 +105,7 @@ def test_it_is_installed_and_runs(built: dict[str, Path], kind: str, tmp_path: P
 
 
 @pytest.mark.thorough  # systemd/test_install.py installs it there: nothing of Ray's is exchanged
+@pytest.mark.runs("pip install ray*")
 def test_it_goes_beside_ray(built: dict[str, Path], tmp_path: Path) -> None:
     """pip finds a set of packages that suits both; nothing is installed."""
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed")
@@ -109,7 +122,7 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "env/bin"
 
 
-@pytest.mark.runs("uv tool install *")
+@pytest.mark.runs("uv tool install *", "uv venv --seed *")
 def test_uv_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:
     """With its own resolver; what it needs was fetched as pip is set up to."""
     wheels = tmp_path / "wheels"
@@ -120,6 +133,11 @@ def test_uv_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> 
     run(*words, cwd=tmp_path, env=places)
     said = run(tmp_path / "UV_TOOL_BIN_DIR" / "rayfwd", "--version", cwd=tmp_path)
     assert said == f"rayfwd {rayfwd.__version__}\n"
+    seeds = ("pip", "setuptools", "wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "-w", wheels, *seeds, cwd=tmp_path)
+    place = tmp_path / "seeded"
+    run(tools / "uv", "venv", "--no-config", "--seed", *offline, place, cwd=tmp_path)
+    assert run(place / "bin/pip", "--version", cwd=tmp_path).startswith("pip ")
 
 
 def test_pipx_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:

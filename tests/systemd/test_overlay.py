@@ -268,7 +268,7 @@ DOCKER = (
         *("-m", "addrtype", "--dst-type", "LOCAL", "-j", "DOCKER"),
     ),
     ("iptables-nft", "-P", "FORWARD", "DROP"),
-    ("iptables-nft", "-F"),
+    ("iptables", "-F"),
     ("iptables-nft", "-t", "nat", "-F"),
     ("nft", "flush", "ruleset"),
 )
@@ -278,9 +278,21 @@ DOCKER = (
     ("switched", "off"),
     [
         # Its three commands call iptables a hundred times.
-        pytest.param(UFW, ("ufw", "disable"), marks=pytest.mark.thorough),
-        (FIREWALLD, ("systemctl", "stop", "firewalld")),
-        (DOCKER, ("systemctl", "restart", "nftables")),
+        pytest.param(
+            UFW,
+            ("ufw", "disable"),
+            marks=[pytest.mark.thorough, pytest.mark.runs("ufw enable", "ufw reload")],
+        ),
+        pytest.param(
+            FIREWALLD,
+            ("systemctl", "stop", "firewalld"),
+            marks=pytest.mark.runs("firewall-cmd --reload", "firewall-cmd --complete-reload"),
+        ),
+        pytest.param(
+            DOCKER,
+            ("systemctl", "restart", "nftables"),
+            marks=pytest.mark.runs("iptables -F"),
+        ),
     ],
     ids=["ufw", "firewalld", "iptables"],
 )

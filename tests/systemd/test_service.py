@@ -173,6 +173,7 @@ def with_section(lines: str) -> Callable[[str], str]:
     return lambda text: f"{text}\n{lines}\n"
 
 
+@pytest.mark.runs("systemd-analyze security rayfwd")
 def test_ray_has_a_service_of_its_own(kept: Kept) -> None:
     for machine in kept.cluster.lab.machines:
         assert group(machine, raylet(machine)) == "rayfwd-ray.service"

@@ -29,7 +29,7 @@ def test_it_is_a_cluster(own: Cluster) -> None:
         assert config == "600 ray\n"
 
 
-@pytest.mark.runs("systemctl --user restart rayfwd")
+@pytest.mark.runs("systemctl --user restart rayfwd", "systemctl --user")
 def test_a_restart_costs_no_call_and_leaves_ray_alone(own: Cluster) -> None:
     """A user's service manager keeps descriptors, and says what it is about, as the machine's."""
     job, raylets = own.job(), own.raylets()
@@ -58,6 +58,7 @@ def test_the_doctor_beside_it(own: Cluster) -> None:
         machine.run(["rm", "/home/ray/report.txt"])
 
 
+@pytest.mark.runs("loginctl enable-linger")
 def test_said_again_it_changes_nothing(own: Cluster) -> None:
     said = own.init_worker()
     assert "Nothing had to be done" in said

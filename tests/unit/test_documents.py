@@ -1,14 +1,19 @@
 """Every command in the documents: held to a test that runs it, or to why none does; and every link.
 
 Which test runs which is said at the tests (`tests/commands.py`). A command of rayfwd's is parsed by
-its own command line besides. What counts is a line of a block that begins with one of `PROGRAMS` or
-`OTHERS`, and words in backquotes that begin with one of `PROGRAMS`.
+its own command line besides. What counts is a line of a block, or words in backquotes, that begins
+with one of `PROGRAMS`; and whatever else begins with a program of this machine's is in `WORDS`.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,68 +23,93 @@ from rayfwd import codes
 from rayfwd.cli import VERBS, _parser
 from rayfwd.setup import texts
 from rayfwd.setup.request import user_layout
-from tests.commands import matches
+from tests.commands import matches, simple
 from tests.commands import named as named_by_tests
 from tests.systemd.install import README
 
 CHECKOUT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in CHECKOUT.glob("docs/*.md")))
-PROGRAMS = (
-    "rayfwd ",
-    "systemctl ",
-    "journalctl ",
-    "python3 ",
-    "/opt/",
-    "make ",
-    "ray ",
-    "ln ",
-    "mv ",
+SPEAKING = (*DOCUMENTS, "CHANGELOG.md", "config.example.toml")
+"""What names commands."""
+_PROGRAMS = (
+    "conntrack docker eval export fail2ban-client find firewall-cmd install ip iptables "
+    "iptables-legacy journalctl jq kill ln loginctl make man modprobe mv nc nft pgrep pip pkill "
+    "podman python python3 ray rayfwd sbatch scancel scontrol sed ss ssh ssh-keygen ssh-keyscan "
+    "sysctl systemctl systemd-analyze timedatectl ufw ulimit uv"
 )
-OTHERS = ("eval ", "install ", "jq ", "pip ", "pkill ", "sbatch ", "sed ", "ssh -", "uv ")
+PROGRAMS = frozenset(_PROGRAMS.split())
+_SHELL = "alias cd exec exit set source test time trap type umask unset wait"
+SHELL = frozenset(_SHELL.split())
+"""What a shell has, and no directory of PATH."""
+WORDS = frozenset({"head", "init", "node", "sshd", "time"})
+"""Programs whose names begin what is no command."""
 
 # The README's commands as `tests/systemd/install.py` runs them, which makes each machine from them.
 INSTALLS = [part.strip() for part in README.format(wheel=".").split("&&")]
 
+# Named in a sentence, and not to be typed.
+NAMES = {
+    "journalctl --user": "the same for a user's own service",
+    "pip install": "a name, with what is installed left out",
+    "pkill -u ray": "what the page says not to type",
+    "ray client *": "an error text",
+    "ray start --address=*": "of the recipe that the page replaces",
+    "ray start --block": "what rayfwd runs; tests/ray/test_ray.py runs that",
+    "ray start --head *": "of the recipe that the page replaces",
+    "scancel *": "what examples/slurm/cluster.sh runs, which tests/unit/test_examples.py checks",
+    "ssh head-node -N": "of the recipe that the page replaces",
+    "ufw limit": "a limit of other people's servers; tests/lab/test_budget.py has one",
+}
+
 # Run by no test, and why.
 NOT_RUN = {
-    "systemctl --user": "a name, not a command",
-    "journalctl --user": "a name, not a command",
-    "rayfwd connect": "a name; it does nothing without a head",
-    "rayfwd join": "a name; it does nothing without a head",
-    "rayfwd init": "a name; it does nothing without a role",
-    "systemctl stop rayfwd-ray": "what `systemctl stop rayfwd` does besides",
-    "ray stop": "would end every Ray of this machine",
-    "ray start*": "rayfwd's own business; the recipe's is tried in tests/lab/test_by_hand.py",
-    "ray status": "run by rayfwd itself",
-    "ray job*": "Ray's own",
-    "ray list": "Ray's own",
-    "ray client *": "an error text",
+    **NAMES,
+    "docker *": "no Docker runs here; docs/join.md says what was tried by hand",
+    "podman *": "its images are to be fetched; docs/join.md says what was tried by hand",
+    "fail2ban-client *": "it would watch over the sshd of the machine that runs the tests",
+    "iptables-legacy -F": "tried by hand (docs/overlay.md); the tests have iptables of nftables",
+    "export RAY_AUTH_MODE=token": "the tests give Ray this variable: tests/lab/test_token.py",
+    "loginctl show-user --property=Linger": "shows what `loginctl enable-linger` sets",
+    "modprobe *": "loads a part of the kernel, which all machines share",
+    "timedatectl set-ntp *": "sets the clock, which all machines share",
+    "ray stop": "ends every Ray of its user by name, those of other tests too",
+    "ray list": "Ray's own, by the port that `ray job submit` uses",
     "systemctl edit *": "opens an editor",
-    "rayfwd attach --client": "sshd runs it by a key's line: tests/lab/test_client.py",
-    "rayfwd attach --node NAME": "sshd runs it by a key's line: tests/lab/test_join.py",
-    "jq *": "the keys are held by docs/status.md's own test",
-    "pip install .": "what `/opt/rayfwd/bin/pip install .` does, in another environment",
-    "sbatch *": "Slurm's; the script is run by tests/unit/test_examples.py",
-    ".venv/bin/python -m pytest *": "what runs this",
+    "systemctl stop rayfwd-ray": "what `systemctl stop rayfwd` does besides",
+    "scontrol requeue": "runs a whole job twice; tried by hand",
+    ".venv/bin/python -m pytest *": "what runs this; its words are looked up by a test below",
+    "python -m *": "measures for minutes; its words are parsed by a test below",
+    ".venv/bin/pip install -e .": "compiles for a minute what tests/setup_wheel.py compiles, too",
 }
 
 
+def written(name: str) -> Iterator[str]:
+    """Lines of a document's blocks, comments taken off, and what is in backquotes, on one line."""
+    text = re.sub(r"(?ms)^```.*?^```$", "", (CHECKOUT / name).read_text())
+    blocks = re.compile(r"(?m)^(?: {4}| {6,7})(\S.*)$")
+    for block in blocks.findall(text):
+        if not re.match(r"\w+ = ", block):  # a line of a configuration
+            yield re.sub(r"\s{2,}#.*", "", block).strip()
+    for spoken in re.findall(r"`([^`]+)`", blocks.sub("", text)):
+        yield " ".join(spoken.split())
+
+
 def commands() -> list[tuple[str, str]]:
-    """Document and command, comments taken off."""
-    found = []
-    for name in DOCUMENTS:
-        text = (CHECKOUT / name).read_text()
-        blocks = [m[1] for m in re.finditer(r"(?m)^(?: {4}| {6,7})(\S.*)$", text)]
-        spoken = [m[1] for m in re.finditer(r"`([^`\n]+)`", text)]
-        for lines, programs in ((blocks, PROGRAMS + OTHERS), (spoken, PROGRAMS)):
-            for line in lines:
-                command = re.sub(r"\s{2,}#.*", "", line).strip()
-                command = re.sub(r" \[[^]]*\]", "", command)  # options that may be left out
-                if not command.startswith((*programs, ".venv/")) or "…:" in command:
-                    continue
-                parts = [part.strip() for part in command.split("&&")]
-                found += [(name, part) for part in parts if " " in part]  # else a path
-    return sorted(set(found))
+    """Document and command; each one of a pipe by itself."""
+    found = set()
+    for name in SPEAKING:
+        for part in (part for line in written(name) for part in simple(line)):
+            command = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", part)
+            command = re.sub(r" \[[^]]*\]", "", command)  # options that may be left out
+            if " " in command and program(command) in PROGRAMS:
+                found.add((name, command))
+    return sorted(found)
+
+
+def program(command: str) -> str:
+    """What a command begins with, also in an environment's directory."""
+    word, _, _ = command.partition(" ")
+    return word.rpartition("/")[2] if word.startswith(("/opt/", ".venv/")) else word
 
 
 def excused(command: str) -> str | None:
@@ -102,6 +132,14 @@ def test_a_command_is_run_by_a_test(name: str, command: str) -> None:
     assert tests, f"{name}: no test has @pytest.mark.runs for `{command}`"
 
 
+def test_no_program_is_passed_over() -> None:
+    """A command that is new in a document begins with a program that nobody has named yet."""
+    begun = {program(line) for name in SPEAKING for line in written(name) if " " in line}
+    path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    known = PROGRAMS | WORDS
+    assert not {word for word in begun - known if word in SHELL or shutil.which(word, path=path)}
+
+
 def test_what_is_excused_is_run_by_none() -> None:
     for command in {command for _, command in commands()}:
         if (key := excused(command)) is not None:
@@ -114,6 +152,47 @@ def test_rayfwds_own_commands_are_understood(name: str, command: str) -> None:
     assert words[0] in {*VERBS, "--version"}
     if len(words) > 1:  # else the verb is only spoken of
         _parser().parse_args(words)
+
+
+@pytest.mark.parametrize("command", sorted({c for _, c in commands() if " -m pytest " in c}))
+def test_what_pytest_is_given_is_there(command: str) -> None:
+    """The file, a test of it that `-k` selects, and the variables that stand before."""
+    file, *words = command.partition(" -m pytest ")[2].split()
+    text = (CHECKOUT / file).read_text()
+    if words:
+        option, name = words
+        assert option == "-k"
+        assert name in text
+    page = (CHECKOUT / "docs/developing.md").read_text()
+    for given in re.findall(rf"(?m)^ +((?:[A-Z_]+=\S+ )+){re.escape(command)}", page):
+        for variable in re.findall(r"(\w+)=", given):
+            assert f'"{variable}"' in text
+
+
+class ParsedError(Exception):
+    """A command line was understood; its values."""
+
+
+@pytest.mark.parametrize(
+    "command", sorted({c for _, c in commands() if c.startswith("python -m ")})
+)
+def test_what_is_measured_for_minutes_is_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module takes the words that the document gives it, if it takes any."""
+    module, *words = command.removeprefix("python -m ").split()
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser: argparse.ArgumentParser) -> None:
+        raise ParsedError(vars(parse(parser, words)))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    main = importlib.import_module(module).main
+    if words:
+        with pytest.raises(ParsedError) as caught:
+            main()
+        for option, value in zip(words[::2], words[1::2], strict=True):
+            assert value in repr(caught.value.args[0][option.removeprefix("--")])
 
 
 def test_the_table_of_commands_says_what_help_says() -> None:

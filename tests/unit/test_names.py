@@ -90,6 +90,7 @@ def refusal(answer: Welcome | Refusal | None) -> object:
     return answer.problem.code
 
 
+@pytest.mark.runs("rayfwd attach --node *")
 def test_it_is_who_it_is_through_attach_itself(tmp_path: Path) -> None:
     """As sshd starts it, with pipes that it passes on."""
 
@@ -134,6 +135,13 @@ def test_a_key_that_names_a_node_is_for_the_hubs_own_user(tmp_path: Path) -> Non
     code, said = attach(tmp_path, hello_of("w1").encode(), "--node", "w1")
     assert code == 1
     assert said.startswith("rayfwd attach: hub_not_permitted: ")
+
+
+@pytest.mark.runs("rayfwd attach --client")
+def test_a_key_for_clients_is_for_no_node(tmp_path: Path) -> None:
+    code, said = attach(tmp_path, hello_of("w1").encode(), "--client")
+    assert code == 1
+    assert said.startswith("rayfwd attach: client_only: ")
 
 
 def test_what_attach_says_first_is_what_the_hub_reads(tmp_path: Path) -> None:
