@@ -32,7 +32,6 @@ CASES = [
 ]
 
 
-LARGE = "50000000"
 METRICS = "127.0.0.1:9477"
 SCRAPE = f"""
 import urllib.request
@@ -85,7 +84,7 @@ def test_work(
     if driver not in runs:
         checks = ",".join(c for d, c in CHECKS if d == driver)
         runs[driver] = []  # a run that breaks down is not made again for every check
-        runs[driver] = cluster.driver(driver, ["--checks", checks, "--large", LARGE])
+        runs[driver] = cluster.driver(driver, ["--checks", checks])
     verify(runs[driver], driver, addresses, [check])
 
 
