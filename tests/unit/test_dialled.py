@@ -74,6 +74,34 @@ def test_a_stream_outlives_a_cut_and_a_restart_of_either_end(
     run(main)
 
 
+def test_a_machine_made_anew_that_the_head_dials_is_who_it_was(tmp_path: Path) -> None:
+    """Its host key was checked, and the head knows whom it has dialled. One that comes by itself
+    under that name is a stranger."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            w1 = s.workers["w1"]
+            w1.dialled = True
+            await s.start()
+            head = s.head.role.node
+            await until(lambda: head.view.node_named("w1") is not None)
+            before = head.view.node_named("w1")
+            await w1.stop()
+            (w1.directory / "state/node.key").unlink()
+            with log_events() as events:
+                w1.dialled = False
+                await w1.start()
+                await until(lambda: bool(of(events, "name_taken")))
+                await w1.stop()
+                w1.dialled = True
+                await w1.start()
+                await w1.ready()
+                assert of(events, "node_key_renewed")
+            assert head.view.node_named("w1") == before
+
+    run(main)
+
+
 def test_a_worker_that_cannot_be_dialled_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

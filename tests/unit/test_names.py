@@ -17,17 +17,21 @@ import pytest
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon import names as names_module
+from rayfwd.hub import clash
+from rayfwd.hub.clash import IN_USE_SECONDS, is_live
 from rayfwd.hub.roster import Roster
 from rayfwd.problems import ProblemError
-from rayfwd.session.frames import Kind, encode, first_frame
+from rayfwd.session.frames import Frame, Kind, encode, first_frame
 from rayfwd.session.handshake import Hello, Refusal, Vouch, Welcome
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.paths import SECRET
+from tests.need import tool
 from tests.unit.cluster import answer_to, cluster, hello_of
 from tests.unit.daemons import site
 from tests.unit.loops import run as run_in_real_time
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
+from tests.unit.real_sshd import RealSshd
 
 OWN = NodePlan("head", "head", "127.77.0.1", 20000, 40, False, {"gcs": 6379})
 
@@ -77,6 +81,104 @@ def test_a_machine_made_anew_has_its_name_address_and_ports_by_its_ssh_key(
             assert isinstance(await answer_to(c.hub.socket.path, again.encode()), Welcome)
 
     run(main)
+
+
+OURS, OTHERS = (f"SHA256:{letter * 43}" for letter in "ab")
+"""Fingerprints of SSH keys."""
+
+
+def by_key(path: Path, ssh_key: str) -> bytes:
+    """What `rayfwd attach` says first where sshd tells the key, and its line names no node."""
+    return Vouch(None, path.with_name(SECRET).read_text().strip(), ssh_key).encode()
+
+
+def test_a_machine_made_anew_is_known_by_the_key_that_sshd_tells(tmp_path: Path) -> None:
+    """Though no line names it: by the key with which that node came last, unless others have it."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            path = c.hub.socket.path
+            first = hello_of("w1")
+            welcome = await answer_to(path, by_key(path, OURS) + first.encode())
+            assert isinstance(welcome, Welcome)
+            anew = hello_of("w1", key="another key of the node w1, as made anew")
+
+            async def tried(first: bytes, hello: Hello = anew) -> object:
+                answer = await answer_to(path, first + hello.encode())
+                return answer.problem.code if isinstance(answer, Refusal) else dict(answer.node)  # type: ignore[union-attr]
+
+            assert await tried(by_key(path, OURS)) == codes.NAME_IN_USE, "it was heard just now"
+            await asyncio.sleep(IN_USE_SECONDS)
+            assert await tried(b"") == codes.NAME_TAKEN
+            assert await tried(by_key(path, OTHERS)) == codes.NAME_TAKEN
+            assert await tried(by_key(path, OURS)) == dict(welcome.node)
+
+            for name in ("w2", "w3"):
+                assert isinstance(await tried(by_key(path, OTHERS), hello_of(name)), dict)
+            await asyncio.sleep(IN_USE_SECONDS)
+            other = hello_of("w2", key="another key of the node w2, as made anew")
+            assert await tried(by_key(path, OTHERS), other) == codes.NAME_TAKEN, "w3 has it too"
+
+    run(main)
+
+
+def test_a_real_sshd_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `ExposeAuthInfo yes`, and a forced command that names no node."""
+    monkeypatch.setattr(clash, "IN_USE_SECONDS", 0.0)
+
+    async def come(sshd: RealSshd, hello: Hello) -> Frame | None:
+        argv = [tool("ssh"), "-F", "none", "-i", str(sshd.identity), "-p", str(sshd.port)]
+        argv += ["-o", f"UserKnownHostsFile={tmp_path}/known", f"{sshd.user}@127.0.0.1"]
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(hello.encode())
+        await process.stdout.readuntil(MARKER)
+        said = bytearray()
+        while (frame := first_frame(said, 1 << 20)) is None:
+            said += await process.stdout.read(65536)
+        process.stdin.close()
+        process.kill()
+        await process.wait()
+        return frame
+
+    async def main() -> None:
+        async with cluster(tmp_path) as c:
+            sshd = RealSshd(tmp_path / "sshd")
+            attach = f"{sys.executable} -m rayfwd attach --socket {c.hub.socket.path}"
+            sshd.authorize(f'restrict,command="{attach}" {sshd.public_key}')
+            (tmp_path / "known").write_text(sshd.known_hosts_line())
+            # Whoever tests may have a shell that does much in its own home.
+            await sshd.start("ExposeAuthInfo yes", f"SetEnv HOME={tmp_path}")
+            try:
+                welcome = await come(sshd, hello_of("w1"))
+                await until(lambda: not is_live(c.hub.nodes["w1"]))
+                anew = hello_of("w1", key="another key of the node w1, as made anew")
+                again = await come(sshd, anew)
+            finally:
+                await sshd.stop()
+            assert welcome is not None
+            assert again is not None
+            assert Welcome.decode(again).node == Welcome.decode(welcome).node
+
+    run_in_real_time(main)
+
+
+def test_the_ssh_key_of_a_worker_is_kept(tmp_path: Path) -> None:
+    first = roster(tmp_path)
+    first.join("w1", "k" * 32, 40, None, ssh_key=OURS)
+    first.join("w1", "k" * 32, 40, None)
+    again = roster(tmp_path)
+    assert again.came_by("w1", OURS), "once told, it is known where sshd tells none"
+    assert not again.came_by("w1", None)
+    assert not again.came_by("w2", OURS)
+    again.join("w1", "k" * 32, 40, None, ssh_key=OTHERS)
+    assert not again.came_by("w1", OURS), "it has a new one"
+    path = tmp_path / "roster.json"
+    path.write_text(path.read_text().replace(OTHERS, "SHA256:x"))
+    assert [plan.name for plan in roster(tmp_path).plans()] == ["head"], "no fingerprint"
 
 
 def vouch_secret(vouch: bytes) -> str:

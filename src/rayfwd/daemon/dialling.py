@@ -48,10 +48,18 @@ def all_dials(config: Config) -> tuple[DialConfig, ...]:
 class Dialling:
     """Owns a dialler for each. `run` until it is cancelled."""
 
-    def __init__(self, config: Config, make: MakeCarrier, on_change: Callable[[], None]) -> None:
-        """Raises ProblemError where the record of those that were added is no good."""
+    def __init__(
+        self,
+        config: Config,
+        make: MakeCarrier,
+        on_change: Callable[[], None],
+        vouch_for: Callable[[str], bytes],
+    ) -> None:
+        """`vouch_for`: what tells the hub that a connection is the node's of that name. Raises
+        ProblemError where the record of those that were added is no good."""
         self._config = config
         self._make = make
+        self._vouch_for = vouch_for
         self._on_change = on_change
         self._added = added(config)
         self._of_file = [self._dialler(dial) for dial in config.hub.dial]
@@ -61,8 +69,15 @@ class Dialling:
 
     def _dialler(self, dial: DialConfig) -> Dialler:
         config = self._config
-        carrier = self._make(dial)
-        return Dialler(dial, carrier, config.hub_socket, config.ride_through, self._on_change)
+        return Dialler(
+            dial,
+            self._make(dial),
+            config.hub_socket,
+            config.ride_through,
+            self._on_change,
+            # Its host key is checked: whoever answers there is the machine of this name.
+            self._vouch_for(dial.called),
+        )
 
     def _all(self) -> list[Dialler]:
         return [*self._of_file, *self._by_name.values()]

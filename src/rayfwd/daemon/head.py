@@ -122,7 +122,12 @@ class HeadRole:
             self._tell_ray,
             lambda worker: self._state_of_ray(worker) == "by_hand",
         )
-        self._dialling = Dialling(config, lambda dial: makers.carrier(dial.way()), self.changed)
+        self._dialling = Dialling(
+            config,
+            lambda dial: makers.carrier(dial.way()),
+            self.changed,
+            self._hub.socket.vouch_for,
+        )
         own_ssh = cache(lambda: OwnSsh(config.state_dir, config.hub_socket))
         self._meetings = [
             Meeting(meet, config.ride_through, self.changed, own_ssh) for meet in hub.meet

@@ -108,6 +108,8 @@ class HubConnection(asyncio.Protocol):
         """The node whose SSH key it came by, where that key's line names one."""
         self.key = ""
         """That key, or the name in its line, as the ledger has it; empty: not known."""
+        self.ssh_key: str | None = None
+        """The fingerprint of that key; None: sshd has not told it."""
         self.lane_class = ""
         self.node = ""
         """What its HELLO says, as the log has it."""
@@ -167,7 +169,7 @@ class HubConnection(asyncio.Protocol):
             )
             self.refuse(codes.VOUCH_WRONG.problem(cause, remedy))
             return
-        self.vouched = vouch.node
+        self.vouched, self.ssh_key = vouch.node, vouch.key
         self.key = vouch.key or f"--node {vouch.node}"
         self._take_frame()
 

@@ -231,10 +231,10 @@ class Hub:
         if self._closing:
             return
         with suppress(ProblemError), self._roster.together():  # each meets it again, and is told
-            for _, hello, claim in joining:
+            for lane, hello, claim in joining:
                 if not hello.resumes:
                     with suppress(ProblemError):
-                        self._joined(hello, claim)
+                        self._joined(hello, claim, lane)
         for each in joining:
             self._let_in(*each)
 
@@ -291,7 +291,7 @@ class Hub:
                 self._start_session(client, hello)
             return client
         node = self.nodes.get(hello.node)
-        renew = lane.vouched == hello.node and not self._roster.has(hello.node, claim)
+        renew = self._is_by_its_ssh_key(lane, hello) and not self._roster.has(hello.node, claim)
         if node is not None and renew:
             check_renewal(node, hello)
             log.info("node_key_renewed", node=node.label)
@@ -302,9 +302,14 @@ class Hub:
             check_session(node, hello)
         elif hello.resumes:
             raise ProblemError(session_unknown())
-        node = self._admit(hello, claim, renew, (lane.uid, lane.key))
+        node = self._admit(hello, claim, renew, lane)
         self._start_session(node, hello)
         return node
+
+    def _is_by_its_ssh_key(self, lane: HubConnection, hello: Hello) -> bool:
+        """Whether it came by the SSH key of the node that it says to be: then it is that machine,
+        made anew where its own key is another than before."""
+        return lane.vouched == hello.node or self._roster.came_by(hello.node, lane.ssh_key)
 
     def _close_a_lane(self) -> None:
         """Where all peers together have too many: the greediest's newest."""
@@ -357,7 +362,7 @@ class Hub:
                 self._client(hello, claim, lane.uid)
             else:
                 ports = hello.worker_ports
-                renew = lane.vouched == hello.node
+                renew = self._is_by_its_ssh_key(lane, hello)
                 plan = self._roster.preview(hello.node, claim, ports, hello.advertise, renew)
         except ProblemError as exc:
             refusal = exc.problem
@@ -384,7 +389,7 @@ class Hub:
             features=offer.features,
         )
 
-    def _admit(self, hello: Hello, claim: Claim, renew: bool, payer: Payer) -> HubNode:
+    def _admit(self, hello: Hello, claim: Claim, renew: bool, lane: HubConnection) -> HubNode:
         """The node of a hello, in the roster from now on. `renew`: its key may be another than
         before. Raises ProblemError."""
         name = hello.node
@@ -398,7 +403,7 @@ class Hub:
                     "there with other settings",
                 )
             node.roster_writes += 1
-        plan = self._place_for(hello, claim, renew, payer)
+        plan = self._place_for(hello, claim, renew, lane)
         if node is None:
             node = self.nodes[name] = HubNode(name, plan=plan, roster_writes=1, joined=self._now())
             log.info(
@@ -416,17 +421,25 @@ class Hub:
             self._news.changed(plan.name)
         return node
 
-    def _joined(self, hello: Hello, claim: Claim, renew: bool = False) -> NodePlan:
+    def _joined(
+        self, hello: Hello, claim: Claim, lane: HubConnection, renew: bool = False
+    ) -> NodePlan:
         """In the roster. Raises ProblemError."""
         return self._roster.join(
-            hello.node, claim, *_asked(hello), renew=renew, ephemeral=hello.ephemeral
+            hello.node,
+            claim,
+            *_asked(hello),
+            renew=renew,
+            ephemeral=hello.ephemeral,
+            ssh_key=lane.ssh_key,
         )
 
-    def _place_for(self, hello: Hello, claim: Claim, renew: bool, payer: Payer) -> NodePlan:
+    def _place_for(self, hello: Hello, claim: Claim, renew: bool, lane: HubConnection) -> NodePlan:
         """In the roster; where none is left, that of a node which yields. Raises ProblemError."""
+        payer: Payer = (lane.uid, lane.key)
         while True:
             try:
-                return self._joined(hello, claim, renew)
+                return self._joined(hello, claim, lane, renew)
             except ProblemError as exc:
                 if exc.problem.code not in NO_ROOM:
                     raise

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from rayfwd.cluster.plan import check_name
 from rayfwd.session.handshake import Vouch
 from rayfwd.system import unixsocket
 from rayfwd.system.files import replace_file
@@ -63,6 +64,14 @@ class HubSocket:
             replace_file(path, self._secret.encode() + b"\n")
         except OSError as exc:
             log.warning("secret_not_written", file=str(path), cause=str(exc))
+
+    def vouch_for(self, node: str) -> bytes:
+        """What this process itself says first on a connection to the machine of that name; nothing
+        where no node can have it."""
+        try:
+            return Vouch(check_name(node), self._secret).encode()
+        except ValueError:
+            return b""
 
     def vouched(self, vouch: Vouch) -> bool:
         """Whether it has read the secret."""

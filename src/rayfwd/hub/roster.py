@@ -41,6 +41,10 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
+def _is_fingerprint(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("SHA256:[A-Za-z0-9+/]{43}", value) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A worker as the roster keeps it."""
@@ -54,6 +58,9 @@ class Record:
     """Unix seconds when it was here last, as far as that was written down; 0: not known."""
     ephemeral: bool = False
     """It is given back as soon as it has left."""
+    ssh_key: str | None = None
+    """The fingerprint of the SSH key by which it came last, where sshd has told; None: it never
+    has."""
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -62,6 +69,7 @@ class Record:
             "public_key": self.public_key,
             "seen": round(self.seen),
             "ephemeral": self.ephemeral,
+            "ssh_key": self.ssh_key,
         }
 
     @classmethod
@@ -81,7 +89,11 @@ class Record:
         seen = data.get("seen", 0)
         if isinstance(seen, bool) or not isinstance(seen, int | float) or not 0 <= seen < 1e12:
             raise ValueError(f"node {plan.name}: seen = {seen!r}")
-        return cls(plan, str(digest), public, float(seen), data.get("ephemeral") is True)
+        ssh_key = data.get("ssh_key")
+        if ssh_key is not None and not _is_fingerprint(ssh_key):
+            raise ValueError(f"node {plan.name}: ssh_key is no fingerprint")
+        ephemeral = data.get("ephemeral") is True
+        return cls(plan, str(digest), public, float(seen), ephemeral, ssh_key)
 
     def belongs_to(self, claim: Claim) -> bool:
         """Whether this is the node that it was. A key that was proved once is to be proved always:
@@ -254,17 +266,20 @@ class Roster:
         level: Level = "listeners",
         renew: bool = False,
         ephemeral: bool = False,
+        ssh_key: str | None = None,
     ) -> NodePlan:
         """The plan of worker `name`, made now or kept from before. `key`: a secret, or what was
         proved. `renew`: the name may have another key from now on. `ephemeral`: it is not kept
-        when the worker has left.
+        when the worker has left. `ssh_key`: by which it has come; None: not known this time.
 
         Raises ProblemError: `name_taken`, `address_taken`, `plan_full`, `listeners_full`,
         `join_bad` (a value that no rayfwd sends), `roster_unwritable`.
         """
         known = self._records.get(name)
         record = self._record(name, key, worker_ports, advertise, level, renew)
-        record = replace(record, ephemeral=ephemeral)
+        if ssh_key is None and known is not None:
+            ssh_key = known.ssh_key
+        record = replace(record, ephemeral=ephemeral, ssh_key=ssh_key)
         if record != known:
             records = {**self._records, name: record}
             if not self._together:
@@ -332,6 +347,14 @@ class Roster:
         """Whether worker `name` has that key."""
         known = self._records.get(name)
         return known is not None and known.belongs_to(claim)
+
+    def came_by(self, name: str, ssh_key: str | None) -> bool:
+        """Whether this SSH key is the one by which worker `name` has come, and no other worker
+        has."""
+        owners = [
+            n for n, r in self._records.items() if ssh_key is not None and r.ssh_key == ssh_key
+        ]
+        return owners == [name]
 
     def _record(
         self,

@@ -45,12 +45,15 @@ class Dialler(Held):
         hub: Path,
         ride_through: float,
         on_change: Callable[[], None],
+        vouch: bytes = b"",
     ) -> None:
-        """`hub`: where the hub listens. `on_change`: `problem` is another."""
+        """`hub`: where the hub listens. `on_change`: `problem` is another. `vouch`: what the hub is
+        told first, so that it knows whose the connection is."""
         super().__init__(dial.called, ride_through, on_change)
         self._lanes = 1 + dial.bulk_lanes
         self._carrier = carrier
         self._hub = hub
+        self._vouch = vouch
         self._channel_timeout = AdaptiveTimeout(URGENT_HANDSHAKE, HANDSHAKE_TIMEOUT)
         self._joints: set[Joint] = set()
         self._connections: set[Connection] = set()
@@ -93,7 +96,7 @@ class Dialler(Held):
             connection = await self._carrier.dial(self._urgent)
             self._connections.add(connection)
             kept.made(now())
-        joint, again = Joint(self._hub, self._stands), False
+        joint, again = Joint(self._hub, self._stands, self._vouch), False
         try:
             joint.pipe = await within_time(
                 connection.open(joint),
@@ -139,12 +142,13 @@ class Dialler(Held):
 class Joint(asyncio.Protocol):
     """Joins a pipe from a worker to a connection to the hub's socket."""
 
-    def __init__(self, hub: Path, on_stand: Callable[[Joint], None]) -> None:
+    def __init__(self, hub: Path, on_stand: Callable[[Joint], None], vouch: bytes = b"") -> None:
         self.pipe: Pipe | None = None
         self.said = bytearray()
         self.stood = False
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._hub = hub
+        self._vouch = vouch
         self._on_stand = on_stand
         self._transport: asyncio.Transport | None = None
         self._connecting: asyncio.Task[object] | None = None
@@ -190,7 +194,7 @@ class Joint(asyncio.Protocol):
         if self.lost.done():
             self._transport.abort()
             return
-        self._transport.write(bytes(self._before))
+        self._transport.write(self._vouch + self._before)
         self._before.clear()
         assert self.pipe is not None, "it has brought data"
         self.pipe.carry(self._deliver, self.pipe_writable)
