@@ -398,6 +398,7 @@ def test_it_leaves_after_its_time() -> None:
 FIRST = """
 import os, signal, sys, time
 from rayfwd.system import first_process
+first_process.SPARE = 0.1
 os.getpid = lambda: 1
 def work():
     if os.fork() == 0:
@@ -405,10 +406,12 @@ def work():
             time.sleep(0.1)
         os._exit(0)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    if len(sys.argv) > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("works", flush=True)
-    time.sleep(30)
+    time.sleep(60)
     return 0
-sys.exit(first_process.run(work))
+sys.exit(first_process.run(work, float(sys.argv[1]) if len(sys.argv) > 1 else None))
 """
 
 
@@ -418,6 +421,39 @@ def test_process_1_passes_signals_on_and_has_its_childs_exit_code() -> None:
         assert first.stdout.readline() == b"works\n"
         first.terminate()
         assert first.wait(20) == 7
+
+
+def test_process_1_ends_in_its_time_whatever_its_child_is_about() -> None:
+    """The kernel ends the child with it; in the place of a container it is killed."""
+    with subprocess.Popen([sys.executable, "-c", FIRST, "0.5"], stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"works\n"
+        first.terminate()
+        assert first.wait(20) == 128 + 9
+
+
+STUCK = """
+import signal, sys, time
+from rayfwd.config import LogConfig
+from rayfwd.daemon import lifetime
+from rayfwd.system import logs
+lifetime.CUT_BEFORE = 0.1
+logs.setup(LogConfig(format="json"), sys.stdout)
+def kill():
+    print("killed", flush=True)
+    return 2
+lifetime.cut_short_after(0.5, kill, 3)
+time.sleep(60)
+"""
+
+
+def test_a_daemon_ends_in_its_time_though_its_loop_does_not_turn() -> None:
+    """And its Ray with it."""
+    ran = subprocess.run([sys.executable, "-c", STUCK], timeout=30, capture_output=True, text=True)
+    killed, said = ran.stdout.splitlines()
+    assert (ran.returncode, killed) == (3, "killed")
+    told = json.loads(said)
+    assert (told["event"], told["seconds"], told["killed"]) == ("stop_cut_short", 0.5, 2)
 
 
 def test_process_1_ends_when_it_is_told_while_it_is_still_loading() -> None:

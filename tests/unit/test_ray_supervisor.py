@@ -203,6 +203,52 @@ def test_what_hears_no_signal_is_killed_and_named(
     assert not (tmp_path / "state" / "ray.json").exists()
 
 
+def deaf(state_dir: Path) -> RayProcess:
+    """A `ray start` that takes no SIGTERM."""
+    return RayProcess.spawn(
+        ["/bin/sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"],
+        os.environ,
+        state_dir,
+        digest="",
+        versions=Versions("2.60.0", "3.11.7"),
+        command="",
+        launcher=DirectLauncher(),
+    )
+
+
+def test_what_cannot_be_killed_is_not_waited_for_beyond_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that the kernel keeps for a disk: signals reach it later."""
+    monkeypatch.setattr(process_module, "KILL_RESERVE", 0.2)
+
+    async def scenario() -> float:
+        process = deaf(tmp_path / "state")
+        with monkeypatch.context() as patch:
+            patch.setattr(procfs, "send", lambda process, number: True)
+            began = time.monotonic()
+            await process.end(lambda: None, within=1.0)
+            took = time.monotonic() - began
+        while process.alive():
+            process.kill_now()
+            await asyncio.sleep(0.02)
+        return took
+
+    took = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert took < process_module.KILL_TIMEOUT / 2
+
+
+def test_what_is_left_of_it_can_be_killed_at_once(tmp_path: Path) -> None:
+    async def scenario() -> int:
+        process = deaf(tmp_path / "state")
+        killed = process.kill_now()
+        while process.alive():
+            await asyncio.sleep(0.02)
+        return killed
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 20)) >= 1
+
+
 def test_output_is_cleaned() -> None:
     data = b"\x1b[1m\x1b[32mRay runtime started.\x1b[0m\r\n\n 10%\r 20%\r 30%\nlast \xff"
     assert clean_lines(data) == ["Ray runtime started.", " 30%", "last \ufffd"]

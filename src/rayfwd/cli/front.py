@@ -21,7 +21,7 @@ from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.flags import Flag, add_set, as_option, duration, flags_of, given_by
 from rayfwd.config import Config, ConfigError, parse
-from rayfwd.daemon.lifetime import Lifetime
+from rayfwd.daemon.lifetime import Lifetime, cut_short_after
 from rayfwd.problems import ProblemError
 from rayfwd.status import Status
 from rayfwd.system import first_process, logs
@@ -113,7 +113,7 @@ def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
     """The exit code, when it has ended."""
-    return first_process.run(lambda: _hold(config, args, what_next))
+    return first_process.run(lambda: _hold(config, args, what_next), config.stop_timeout)
 
 
 def _hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
@@ -205,6 +205,10 @@ class Terminal:
 
     def shown(self, summary: str) -> None:
         self._screen.show(f"{self._config.name}: {summary}")
+
+    def stopping(self, kill: Callable[[], int], code: int) -> None:
+        if (seconds := self._config.stop_timeout) is not None:
+            cut_short_after(seconds, kill, code)
 
     def ready(self, status: Status) -> None:
         lines = "".join(f"{line}\n" for line in self._what_next(self._config, status))

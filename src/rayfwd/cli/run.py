@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         with closing(Notifier()) as notifier:
             notifier.send(f"STATUS=not started, a mistake in the file: {exc.lines[0]}{more}")
         raise
-    return first_process.run(lambda: _hold(config))
+    return first_process.run(lambda: _hold(config), config.stop_timeout)
 
 
 def _hold(config: Config) -> int:

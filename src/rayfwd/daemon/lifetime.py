@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from rayfwd.status import Status
+from rayfwd.system.logs import get_logger
 
 NOT_READY = 3
 """The exit code of a daemon that was not ready in time."""
+
+OWN_END = 1.0
+"""Seconds of `stop_timeout` in which the process ends once its loop has nothing more to do."""
+CUT_BEFORE = 0.7
+"""Seconds before the end of `stop_timeout` at which a stop that is not done is cut short."""
+LOG_SECONDS = 0.1
+"""For the log to take that; where nobody reads it, it may take none of it."""
+
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +60,10 @@ class Front(Protocol):
     def ready(self, status: Status) -> None:
         """It is ready, for the first time."""
 
+    def stopping(self, kill: Callable[[], int], code: int) -> None:
+        """It is told to end. `kill` ends at once what is left of its Ray, from any thread, and says
+        how many processes that was. `code`: the exit code."""
+
 
 class Nobody:
     """A daemon that nobody looks at."""
@@ -54,3 +71,24 @@ class Nobody:
     def shown(self, summary: str) -> None: ...
 
     def ready(self, status: Status) -> None: ...
+
+    def stopping(self, kill: Callable[[], int], code: int) -> None: ...
+
+
+def cut_short_after(seconds: float, kill: Callable[[], int], code: int) -> None:
+    """See that this process has ended in `seconds`: whoever stopped it kills it soon after, and its
+    Ray with it, or leaves that behind. A thread does it, as the loop may be what does not turn."""
+    threading.Thread(
+        target=_cut_short, args=(seconds, kill, code), name="stop-timeout", daemon=True
+    ).start()
+
+
+def _cut_short(seconds: float, kill: Callable[[], int], code: int) -> None:
+    time.sleep(seconds - CUT_BEFORE)
+    killed = kill()
+    told = threading.Thread(
+        target=lambda: log.warning("stop_cut_short", seconds=seconds, killed=killed), daemon=True
+    )
+    told.start()
+    told.join(LOG_SECONDS)
+    os._exit(code)

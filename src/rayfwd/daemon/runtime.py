@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Coroutine, Iterable
+from contextlib import suppress
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -21,7 +22,7 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.health import Health
 from rayfwd.daemon.history import History
 from rayfwd.daemon.httpserver import Served
-from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
+from rayfwd.daemon.lifetime import OWN_END, Front, Lifetime, Nobody
 from rayfwd.daemon.metrics import MetricsService, families
 from rayfwd.daemon.page import PageService
 from rayfwd.daemon.role import Role
@@ -69,6 +70,8 @@ class Runtime:
         self._front = front or Nobody()
         self._asked = asyncio.Event()
         """It was told to stop."""
+        self._ends: float | None = None
+        """By the loop's clock, when it is to have stopped; None: it takes what it takes."""
         self._notified = ""
         self._canary_verb = CanaryVerb(self._node.canary)
         self._watchdog = Watchdog(self._late, lambda: self.health.ready_said, notifier)
@@ -130,8 +133,10 @@ class Runtime:
             left = await self._finish()
         finally:
             if not left:
-                await role.end()
-                await node.overlay.close()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._ends):
+                        await role.end()
+                        await node.overlay.close()
             elif self.again:
                 node.overlay.pass_on(os.environ)
             for task in [asked, *parts, *looking]:
@@ -176,6 +181,9 @@ class Runtime:
         """End in order; `why` is the signal's name."""
         if not self._asked.is_set():
             log.info("rayfwd_stopping", signal=why)
+            if (within := self._node.config.stop_timeout) is not None:
+                self._ends = asyncio.get_running_loop().time() + within - OWN_END
+            self._front.stopping(self._node.ray.kill_now, self.code)
         self._asked.set()
 
     def _over(self, why: str, code: int) -> None:

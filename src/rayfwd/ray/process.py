@@ -300,9 +300,9 @@ class RayProcess:
                     if procfs.send(process, number) and number == signal.SIGKILL:
                         killed += 1
                         _log.info("ray_process_killed", pid=process.pid, title=title)
-            deadline = time.monotonic() + wait
-            if number != signal.SIGKILL:
-                deadline = min(deadline, ends)
+            # The last step has what was kept for it.
+            last = ends + KILL_RESERVE if number == signal.SIGKILL else ends
+            deadline = min(time.monotonic() + wait, last)
             while left and time.monotonic() < deadline:
                 await asyncio.sleep(0.2)
                 self.alive()  # reaps
@@ -317,10 +317,18 @@ class RayProcess:
             (self._state_dir / RECORD).unlink(missing_ok=True)
         return killed
 
+    def kill_now(self) -> int:
+        """Kill all of it, and wait for nothing; how many processes. Blocks for some
+        milliseconds."""
+        return sum(procfs.send(process, signal.SIGKILL) for process in self._there())
+
     async def _left(self) -> list[procfs.Process]:
+        return await asyncio.to_thread(self._there)
+
+    def _there(self) -> list[procfs.Process]:
         leader = self._main if self.record.pid and self.record.start else None
         marker = f"{MARKER}={self.record.token}"
-        found = await asyncio.to_thread(procfs.offspring, leader, marker)
+        found = procfs.offspring(leader, marker)
         return [p for p in found if p.pid != os.getpid()]
 
     def _save(self) -> None:

@@ -209,15 +209,24 @@ class RaySupervisor:
 
     async def stop(self) -> None:
         """End our own Ray in order, within its drain time, and all that came of it."""
+        began = time.monotonic()
         await self._cease()
         if self._process is None:
             self._process = await self._recover()
         if self._process is not None:
-            await self._end("stop", within=self._starter.stop_within)
+            within = self._starter.stop_within
+            spent = time.monotonic() - began
+            await self._end("stop", within=None if within is None else max(0.0, within - spent))
         elif self.now.state == "up":
             _log.info("ray_left_running", pid=self.now.pid, ours=False)
         await asyncio.to_thread(self._launcher.done)
         self._set(state="off", pid=None)
+
+    def kill_now(self) -> int:
+        """Kill what there is of our own Ray, and wait for nothing; how many processes. From any
+        thread."""
+        process = self._process
+        return 0 if process is None else process.kill_now()
 
     async def leave(self) -> None:
         """Watch no more. Ray goes on, and the next daemon adopts it."""

@@ -417,6 +417,10 @@ class EventLog(Protocol):
     def warning(self, event: Literal["session_full"], /, *, streams: int) -> None: ...
     @overload
     def warning(
+        self, event: Literal["stop_cut_short"], /, *, seconds: float, killed: int
+    ) -> None: ...
+    @overload
+    def warning(
         self, event: Literal["stop_or_restart_unknown"], /, *, cause: str, remedy: str
     ) -> None: ...
     @overload
