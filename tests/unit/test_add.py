@@ -10,10 +10,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 import zipfile
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -22,7 +25,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import asyncssh
 import pytest
@@ -35,13 +38,15 @@ from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.head import HeadRole
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray.install import Versions
+from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, ssh, there, wheels
 from rayfwd.setup.remote.adding import Outcome
 from rayfwd.setup.remote.hosts import Host, HostsError
 from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import Python, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
-from rayfwd.setup.request import Layout
+from rayfwd.setup.request import Layout, user_layout
+from rayfwd.setup.steps import undo
 from rayfwd.transport import dial
 from tests.commands import main
 from tests.unit.daemons import Site, site
@@ -204,7 +209,7 @@ def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
     (tools / "python3.13").chmod(0o755)
     words = sight.script(str(prefix), [str(ray)])
     env = {"PATH": path, "HOME": str(tmp_path), "SSH_CONNECTION": "198.51.100.1 5 198.51.100.2 22"}
-    seen = sight.read(by_shell(words, **env))
+    seen = sight.read(by_shell(words, **env), time.time())
     assert (seen.prefix, seen.made, seen.there) == (str(prefix), {"wheel": "x"}, True)
     assert (seen.root, seen.head_as, seen.index) == (os.geteuid() == 0, "198.51.100.1", "no")
     assert seen.rays[0] == str(ray)
@@ -214,6 +219,61 @@ def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
     assert seen.cpus > 0
     assert seen.broken, "it has no Python"
     assert "does not reach a package index" in seen.lines()
+    assert (seen.noexec, seen.readonly, seen.shut, seen.clock()) == (False, False, "", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("ro", "nothing can be written where {} goes: that disk is mounted read-only"),
+        ("noexec", "nothing can be run from where {} goes: that disk is mounted noexec"),
+        ("size=1m", "1 MB are free where {} goes, but 262 MB are needed"),
+    ],
+)
+def test_a_disk_on_which_nothing_can_be_installed_is_named_before(
+    tmp_path: Path, options: str, said: str
+) -> None:
+    """And where to: `--prefix`."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a disk")
+    prefix = tmp_path / "disk" / "a" / "rayfwd"
+    prefix.parents[1].mkdir()
+    mounted = f"mount -t tmpfs -o {options} disk {shlex.quote(str(prefix.parents[1]))} || exit 1\n"
+    inner = mounted + sight.script(str(prefix), [])
+    outer = "exec unshare --mount sh -c " + shlex.quote(inner)
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/", "PIP_INDEX_URL": "file:///"}
+    seen = sight.read(by_shell(outer, **env))
+    with pytest.raises(ProblemError) as told:
+        install._check_place(seen, str(prefix), False, install.ROOM)
+    assert told.value.problem.code is codes.ADD_BLOCKED
+    assert told.value.problem.cause == said.format(prefix)
+    assert "--prefix" in told.value.problem.remedy
+
+
+def test_a_directory_that_is_not_this_logins_is_named() -> None:
+    seen = replace(SEEN, shut="/opt")
+    with pytest.raises(ProblemError) as told:
+        install._check_place(seen, "/opt/rayfwd", False, install.ROOM)
+    assert told.value.problem.cause.endswith(": ray may create nothing in /opt")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        (1_000_010, ""),
+        (1_010_800, "its clock is 3:00:00 ahead of the head's"),
+        (1, "its clock is 11 days, 13:46:39 behind the head's"),
+    ],
+)
+def test_a_wrong_clock_is_seen(theirs: int, said: str) -> None:
+    seen = sight.read(f"kernel Linux\nprefix /x\nnow {theirs}\n", 1e6)
+    assert seen.clock() == said
+    assert seen.lines().endswith(said)
+    machine = cast("Machine", SimpleNamespace(host=Host(ssh="ray@gpu-1")))
+    error = "SSL: CERTIFICATE_VERIFY_FAILED certificate is not yet valid"
+    problem = install._no_packages(machine, seen, PIP, error, "").problem
+    assert problem.code is codes.ADD_NO_PACKAGES
+    assert ("timedatectl" in problem.remedy) == bool(said)
 
 
 def test_what_is_no_linux_is_told() -> None:
@@ -255,6 +315,18 @@ BARE = Python("/e", "3.11.2", whole=False)
             None,
             install.Tool(bring_uv=True, old_python="/p", python="3.11"),
         ),
+        (  # the head's own uv does not run there
+            {"pythons": (Python("/p", "3.10.1"),), "index": "yes", "libc": "musl libc (x86_64)"},
+            {"uv": Path("/b")},
+            None,
+            install.Tool(bring_uv=True, old_python="/p", python="3.11"),
+        ),
+        (
+            {"pythons": (Python("/p", "3.12.1"),), "machine": "aarch64", "uv": "/u"},
+            {"uv": Path("/b")},
+            "3.11.7",
+            install.Tool(uv="/u", python="3.11.7"),
+        ),
     ],
 )
 def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.Tool) -> None:  # type: ignore[type-arg]
@@ -268,11 +340,12 @@ def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.T
         ({"pythons": (Python("/p", "3.10.1"),)}, None, "(it has 3.10.1)"),
         ({}, "3.11.7", "no Python 3.11.7 (it has 3.11.2)"),
         ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
+        ({"pythons": (), "libc": "musl libc"}, None, "no uv"),
         ({"pythons": (OLD, BARE)}, None, "/e there is without its standard library"),
     ],
 )
 def test_no_tool(changes: dict, wanted: str | None, said: str) -> None:  # type: ignore[type-arg]
-    sent = replace(SENT, uv=Path("/uv")) if "machine" in changes else SENT
+    sent = replace(SENT, uv=Path("/uv")) if {"machine", "libc"} & changes.keys() else SENT
     with pytest.raises(ProblemError) as told:
         install.choose(replace(SEEN, **changes), sent, True, wanted)
     assert told.value.problem.code is codes.ADD_NO_PYTHON
@@ -324,6 +397,36 @@ def test_what_is_said_of_an_installation_that_failed(
     assert problem.code is code
     assert said in problem.cause
     assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause", "remedy"),
+    [
+        ({"machine": "aarch64"}, "its processor is aarch64, but the head's is x86_64", ""),
+        ({"libc": "musl libc (x86_64)"}, "its C library is musl libc (x86_64), but the", ""),
+        (
+            {"pythons": (Python("/p", "3.12.1"),)},
+            "its Python is 3.12, but the head's rayfwd has 3.11",
+            ", or install the Python of the head's rayfwd there (3.11 at least): then everything "
+            "goes over SSH",
+        ),
+    ],
+)
+def test_what_to_do_where_neither_the_heads_packages_nor_an_index_are_of_use(
+    changes: dict[str, Any], cause: str, remedy: str
+) -> None:
+    """Another Python is of use only where that is all that differs."""
+    seen = replace(SEEN, **changes)
+    tool = install.choose(seen, SENT, True, None)
+    machine = cast("Machine", SimpleNamespace(host=Host(ssh="ray@gpu-1")))
+    why = install.fits(seen, SENT, tool)
+    problem = install._no_packages(machine, seen, tool, "no index", why).problem
+    assert problem.code is codes.ADD_NO_PACKAGES
+    assert cause in problem.cause
+    assert problem.remedy == f"{LET_IT_REACH_AN_INDEX}{remedy}"
+
+
+LET_IT_REACH_AN_INDEX = "let that machine reach a package index (pip's index-url there)"
 
 
 @pytest.mark.parametrize(
@@ -471,8 +574,11 @@ async def passed_on(reader: asyncio.StreamReader, writer: asyncssh.SSHWriter[byt
 
 
 @asynccontextmanager
-async def remote(folder: Path, shell: str = "echo Welcome; ") -> AsyncIterator[Remote]:
-    """`shell`: what it does before a command; empty: no session is ever opened."""
+async def remote(
+    folder: Path, shell: str = "echo Welcome; ", login: str = "/bin/sh"
+) -> AsyncIterator[Remote]:
+    """`shell`: what it does before a command; empty: no session is ever opened. `login`: which
+    shell it is."""
     it = Remote(folder)
 
     class Server(asyncssh.SSHServer):
@@ -491,12 +597,16 @@ async def remote(folder: Path, shell: str = "echo Welcome; ") -> AsyncIterator[R
     children: dict[Process, asyncio.Task[None]] = {}
 
     async def serve(process: asyncssh.SSHServerProcess[bytes]) -> None:
-        child = await asyncio.create_subprocess_shell(
-            f"{shell}{process.command}",
+        child = await asyncio.create_subprocess_exec(
+            *(login, "-c", f"{shell}{process.command}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={"HOME": str(it.home), "PATH": os.environ["PATH"]},
+            env={
+                "HOME": str(it.home),
+                "PATH": os.environ["PATH"],
+                "PIP_INDEX_URL": "file:///",  # no network is asked
+            },
             start_new_session=True,
         )
         if (serving := asyncio.current_task()) is not None:
@@ -505,7 +615,9 @@ async def remote(folder: Path, shell: str = "echo Welcome; ") -> AsyncIterator[R
         assert child.stdout is not None
         assert child.stderr is not None
         told = asyncio.create_task(passed_on(child.stderr, process.stderr))
-        child.stdin.write(await process.stdin.read())
+        with suppress(OSError):  # a command that does not read its input to the end
+            child.stdin.write(await process.stdin.read())
+            await child.stdin.drain()
         child.stdin.close()
         await passed_on(child.stdout, process.stdout)
         await told
@@ -560,6 +672,51 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
                 assert told.value.problem.code is codes.RAYFWD_NOT_EXECUTABLE
             finally:
                 machine.close()
+
+    run(main_)
+
+
+SHELLS = [s for s in ("bash", "dash", "zsh", "fish", "tcsh", "csh", "ksh") if shutil.which(s)]
+
+
+@pytest.mark.parametrize("login", [*SHELLS, pytest.param("busybox", id="ash")])
+def test_any_login_shell_passes_a_script_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login: str
+) -> None:
+    """Also one that knows no newline between quotes, takes a backslash for another, or expands an
+    exclamation mark. What the script reads comes behind it."""
+    shell = tmp_path / "shell"
+    shell.write_text(f'#!/bin/sh\nexec {login} {"sh " * (login == "busybox")}"$@"\n')
+    shell.chmod(0o755)
+    data = bytes(range(256)) * 300
+
+    async def main_() -> None:
+        async with remote(tmp_path, "echo Welcome; ", str(shell)) as it:
+            machine = await Machine.connect(it.host)
+            try:
+                script = r"""printf '%s\n' 'a\'\''!b\\' "$HOME"; cat"""
+                said = await machine.sh(script, data)
+                assert said == (r"a\'!b\\" + f"\n{it.home}\n").encode() + data
+                with pytest.raises(Failed, match="not this"):
+                    await machine.sh("echo 'not this' >&2; exit 3", data)
+            finally:
+                machine.close()
+
+    run(main_)
+
+
+def test_half_a_script_is_not_run(tmp_path: Path) -> None:
+    """Where something in the login shell's files reads its input."""
+
+    async def main_() -> None:
+        async with remote(tmp_path, "dd bs=40 count=1 of=/dev/null 2>/dev/null; ") as it:
+            machine = await Machine.connect(it.host)
+            try:
+                with pytest.raises(Failed, match="login shell files reads their standard input"):
+                    await machine.sh(f"touch {it.home}/a\ntouch {it.home}/b\ntouch {it.home}/c")
+            finally:
+                machine.close()
+            assert not list(it.home.iterdir())
 
     run(main_)
 
@@ -668,7 +825,8 @@ def test_a_daemon_that_hangs_there_is_named_with_its_process(
 ) -> None:
     monkeypatch.setattr(there, "HANGS_SECONDS", 0.2)
     path = tmp_path / "control.sock"
-    layout = cast("Layout", SimpleNamespace(runtime=tmp_path))
+    config, command = tmp_path / "rayfwd.toml", str(tmp_path / "rayfwd")
+    layout = cast("Layout", SimpleNamespace(runtime=tmp_path, config=config, command=command))
     assert there._pid(layout) is None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as hanging:
         hanging.bind(str(path))
@@ -681,6 +839,98 @@ def test_a_daemon_that_hangs_there_is_named_with_its_process(
     assert told.value.problem.code is codes.ADD_BLOCKED
     assert f"its rayfwd (process {os.getpid()}) hangs" in told.value.problem.cause
     assert f"`kill -9 {os.getpid()}`" in told.value.problem.remedy
+
+
+def places_below(home: Path) -> Layout:
+    """Of a user with that home, whose rayfwd runs in the background."""
+    layout = user_layout(home, os.getuid(), str(home / "rayfwd"), sys.executable, None)
+    return replace(layout, runtime=layout.state / "run")
+
+
+def prepared(ray: str = "ray", **more: object) -> dict[str, Any]:
+    return there.prepare(
+        "w1", ray, False, "ray@192.0.2.1", "192.0.2.1 ssh-ed25519 AAAA\n", "rayfwd", more
+    )
+
+
+def test_a_machine_that_has_lost_its_state_directory_is_added_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file says whose it is. It gets a new key, for the head's line; what was edited stays."""
+    layout = places_below(tmp_path)
+    monkeypatch.setattr(there, "layout_of", lambda service: layout)
+    monkeypatch.setattr(there, "_link", lambda layout: [])
+    first, text = prepared(), layout.config.read_text()
+    for edited in ("", "# mine\n"):
+        shutil.rmtree(layout.state)
+        layout.config.write_text(text + edited)
+        again = prepared()
+        assert again["key"] not in {None, first["key"]}
+        assert again["kept"] == [str(layout.config)] * bool(edited)
+        assert layout.config.read_text() == text + edited
+        assert prepared()["changed"] == []
+        made = Manifest(layout.manifest).of(str(layout.config))
+        assert made is not None
+        assert undo(made, purge=True, really=False) == "removed", "by `rayfwd remove`"
+
+    layout.config.write_text(text.replace("w1", "w2"))
+    shutil.rmtree(layout.state)
+    with pytest.raises(ProblemError, match="this machine is w2 already, and would be w1"):
+        prepared()
+    layout.config.write_text('name = "w1"\nrole = "worker"\n')
+    with pytest.raises(ProblemError, match="`rayfwd add` did not make it"):
+        prepared()
+
+
+def test_a_daemon_whose_socket_has_gone_with_its_state_directory_is_found(tmp_path: Path) -> None:
+    layout = places_below(tmp_path)
+    Path(layout.command).write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [sys.executable, *there._daemon_words(layout)], stdout=subprocess.PIPE
+    ) as daemon:
+        assert daemon.stdout is not None
+        daemon.stdout.readline()
+        assert there._pid(layout) == daemon.pid
+        assert there._pid(places_below(tmp_path / "other")) is None
+        daemon.kill()
+
+
+@pytest.mark.parametrize(
+    ("named", "up", "blocked"),
+    [
+        (None, False, "if this machine takes the place of the other one, which is gone, use --na"),
+        ("w1", True, "choose another name with --name, or run `rayfwd remove` for the other mach"),
+        ("w1", False, ""),
+    ],
+)
+def test_a_machine_at_another_address_takes_the_place_of_one_that_has_gone(
+    named: str | None, up: bool, blocked: str
+) -> None:
+    """Where that is what was said, and never while the other one is there."""
+
+    class Head:
+        async def is_up(self, name: str) -> bool:
+            return up
+
+    said: list[str] = []
+    shared = SimpleNamespace(head=Head(), report=lambda _host, _at, came: said.append(came))
+    host = Host(ssh="root@203.0.113.8:41022", name=named)
+    one = adding._One(cast("adding.Adding", shared), host, Outcome("w1"))
+    known = {"w1": {"ssh": "root@203.0.113.7:41022"}}
+
+    async def main_() -> None:
+        if not blocked:
+            await one._check_nobody_has("w1", known)
+            return
+        with pytest.raises(ProblemError) as told:
+            await one._check_nobody_has("w1", known)
+        assert told.value.problem.code is codes.ADD_BLOCKED
+        assert blocked in told.value.problem.remedy
+
+    run(main_)
+    assert said == ["takes the place of root@203.0.113.7:41022, which is not connected"] * (
+        not blocked
+    )
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -760,6 +1010,45 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
         assert list(tmp_path.glob("a place*")) == []
 
     run(main_)
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing_and_is_named(tmp_path: Path) -> None:
+    """Once there is room, the same command does it."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a disk")
+    uv, own = tmp_path / "uv", tmp_path / "rayfwd-1-py3-none-any.whl"
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    own.write_bytes(bytes(3 << 20))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "disk", str(disk)]
+    subprocess.run(mount, check=True)
+
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            machine = await Machine.connect(it.host)
+            seen = replace(SEEN, prefix=str(disk / "rayfwd"), uv=str(uv))
+            sent = replace(SENT, own=own)
+            try:
+                with pytest.raises(ProblemError) as told:
+                    await install.rayfwd(machine, seen, sent, "w1")
+                problem = told.value.problem
+                assert problem.code is codes.ADD_BLOCKED
+                assert problem.cause.startswith(f"nothing can be written where {disk}/rayfwd goes")
+                assert "make room there" in problem.remedy
+                left = [path.name for path in disk.rglob("*") if not path.name.endswith(".lock")]
+                assert left == []
+                again = ["mount", "-o", "remount,size=16m", str(disk)]
+                await asyncio.to_thread(subprocess.run, again, check=True)
+                assert await install.rayfwd(machine, seen, sent, "w1")
+            finally:
+                machine.close()
+
+    try:
+        run(main_)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_what_is_broken_is_installed_anew(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,16 @@ def with_argument(name: str, argument: str) -> list[Process]:
         p
         for p in _all()
         if p.name == name and wanted in _read_list(p.pid, "cmdline") and _same_machine(p.pid)
+    ]
+
+
+def with_command(words: Sequence[str]) -> list[Process]:
+    """Processes whose command line ends with these words, of our user and of our own machine."""
+    wanted = [os.fsencode(word) for word in words]
+    return [
+        p
+        for p in _all()
+        if _read_list(p.pid, "cmdline")[:-1][-len(wanted) :] == wanted and _same_machine(p.pid)
     ]
 
 

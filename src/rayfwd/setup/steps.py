@@ -204,7 +204,13 @@ class File:
         data = self.text.encode()
         uid, gid = user_id(self.owner), group_id(self.group)
         write_new(self.path, data, self.mode, uid, gid, replace=self.path.exists())
-        return {"id": self.id, "kind": "file", "path": str(self.path), "sha256": digest(data)}
+        return self.entry
+
+    @property
+    def entry(self) -> Entry:
+        """What the manifest has of it once it is there."""
+        made = digest(self.text.encode())
+        return {"id": self.id, "kind": "file", "path": str(self.path), "sha256": made}
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +269,11 @@ class Symlink:
         fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         fresh.symlink_to(self.target)
         fresh.rename(self.path)
+        return self.entry
+
+    @property
+    def entry(self) -> Entry:
+        """What the manifest has of it once it is there."""
         return {"id": self.id, "kind": "link", "path": self.id, "target": str(self.target)}
 
 

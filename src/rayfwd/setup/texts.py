@@ -65,8 +65,13 @@ def config_text(request: SetupRequest, layout: Layout) -> str:
     for key, value in request.more.items():
         both = isinstance(value, Mapping) and isinstance(config.get(key), dict)
         config[key] = {**config[key], **value} if both else value
-    first = f"# Made by `{request.made_by}`. `rayfwd check` says what it amounts to.\n"
+    first = f"{made_by(request.made_by)} `rayfwd check` says what it amounts to.\n"
     return first + tomli_w.dumps(config)
+
+
+def made_by(command: str) -> str:
+    """How the configuration begins that this command has made."""
+    return f"# Made by `{command}`."
 
 
 def direct_sections(request: SetupRequest, layout: Layout) -> list[dict[str, str]]:

@@ -120,7 +120,7 @@ class _One:
             seen = await look(machine, self._host.prefix, self._rays())
         self._say(seen.lines())
         self._check_ray_can_be_there(seen)
-        name = self._name(seen)
+        name = await self._name(seen)
         await self._check_it_is_free(machine, seen, name)
         self._remember(name, seen, None)
         self._at("install")
@@ -152,7 +152,7 @@ class _One:
     def _starts_ray(self) -> bool:
         return dict(self._host.more.get("ray", {})).get("start") is not False
 
-    def _name(self, seen: Sight) -> str:
+    async def _name(self, seen: Sight) -> str:
         """The node's. Raises ProblemError where another machine has it."""
         known = self._head.added()
         before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
@@ -168,14 +168,13 @@ class _One:
                 f"{self._host.ssh} is the node {before[0]} already, and would become {name}",
                 f"run `rayfwd remove {before[0]}` first, or leave --name out",
             )
-        other = known.get(name, {}).get("ssh", self._host.ssh)
         first = self._all.names.setdefault(name, self._host.ssh)
-        for taken in (other, first):
-            if taken != self._host.ssh:
-                raise codes.ADD_BLOCKED.error(
-                    f"{self._host.ssh} would get the name {name}, which {taken} has",
-                    "choose another name with --name, or run `rayfwd remove` for the other machine",
-                )
+        if first != self._host.ssh:
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} would get the name {name}, which {first} has",
+                "choose another name with --name",
+            )
+        await self._check_nobody_has(name, known)
         if name in (self._head.config.name, "head"):
             raise codes.ADD_BLOCKED.error(
                 f"{self._host.ssh} would get the name {name}, which the head has",
@@ -183,6 +182,26 @@ class _One:
             )
         self._outcome.name = self._outcome.called = name
         return name
+
+    async def _check_nobody_has(self, name: str, known: dict[str, dict[str, Any]]) -> None:
+        """Whether the machine that has the name has gone, and this one was said to be in its
+        place. Raises ProblemError."""
+        other = known.get(name, {}).get("ssh", self._host.ssh)
+        if other == self._host.ssh:
+            return
+        cause = f"{self._host.ssh} would get the name {name}, which {other} has"
+        if await self._head.is_up(name):
+            raise codes.ADD_BLOCKED.error(
+                f"{cause}, and that one is connected",
+                "choose another name with --name, or run `rayfwd remove` for the other machine",
+            )
+        if self._host.name != name:
+            raise codes.ADD_BLOCKED.error(
+                cause,
+                f"choose another name with --name; if this machine takes the place of the other "
+                f"one, which is gone, use --name {name}",
+            )
+        self._say(f"takes the place of {other}, which is not connected")
 
     async def _check_it_is_free(self, machine: Machine, seen: Sight, name: str) -> None:
         """Raises ProblemError where it is a node already: under another name, or in the cluster of
@@ -330,7 +349,7 @@ class _One:
         }
         made: dict[str, Any] = await machine.call(python, there.prepare, asked, START_SECONDS)
         for thing in made["kept"]:
-            self._say(f"{thing} was left as it is, because it was edited")
+            self._say(f"{thing} was left as it is, because it was edited or added otherwise before")
         changed = made["changed"]
         came = f"{len(changed)} files and directories are new" if changed else "nothing is new"
         self._say(f"{came}; its file is {made['config']}", bool(changed))
@@ -380,7 +399,7 @@ async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sig
     """Raises ProblemError."""
     try:
         output = await machine.sh(sight.script(prefix, list(rays)), seconds=LOOK_SECONDS)
-        return sight.read(output.decode(errors="replace"))
+        return sight.read(output.decode(errors="replace"), time.time())
     except Hangs as exc:
         at = sight.last_look(exc.own.decode(errors="replace"))
         cause = f"{machine.host.ssh} accepts the login, but {exc}"

@@ -32,8 +32,15 @@ ROOM_FOR_RAY = 2 << 30
 _NO_PYTHON = re.compile("No interpreter found|(download|install) (cp|pypy)|python-build-standalone")
 """What uv says where it finds no interpreter, or cannot get one."""
 
-_DISK = re.compile("Read-only file system|No space left|Disk quota exceeded|Permission denied")
-"""What the system says where nothing can be written."""
+_DISK = re.compile(
+    "Read-only file system|No space left|Disk quota exceeded|Permission denied|Wrote only"
+)
+"""What the system says where nothing can be written, and tar where not all could be."""
+
+_CERTIFICATE = re.compile("certificate", re.IGNORECASE)
+"""In what is said where a server's certificate is not valid yet, or no longer."""
+
+_ITS_PYTHON = "its Python is"
 
 _SCRIPT = r"""
 set -e
@@ -117,7 +124,7 @@ def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) 
         return Tool(uv=sight.uv, python=python)
     if (whole := next((p for p in fitting if p.whole), None)) is not None:
         return Tool(python=whole.path)
-    if shipment.uv is not None and shipment.machine == sight.machine:
+    if shipment.uv is not None and not of_another_kind(sight, shipment):
         return Tool(bring_uv=True, python=python)
     if sight.any_python is not None and sight.index != "no" and has_pip:
         return Tool(bring_uv=True, old_python=sight.any_python, python=python)
@@ -139,16 +146,23 @@ def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) 
 
 def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
     """Why what is compiled here is not for that machine; empty: it is."""
-    if sight.machine != shipment.machine:
-        return f"its processor is {sight.machine}, but the head's is {shipment.machine}"
-    if (shipment.libc == "glibc") == sight.is_musl:
-        return f"its C library is {sight.libc or 'unknown'}, but the head's is {shipment.libc}"
+    if other := of_another_kind(sight, shipment):
+        return other
     key = next((p.key for p in sight.pythons if p.path == tool.python), None)
     if key is None:
         key = tuple(int(part) for part in tool.python.split(".")[:2])
     if key != shipment.python:
         there, here = (".".join(map(str, k)) for k in (key, shipment.python))
-        return f"its Python is {there}, but the head's rayfwd has {here}"
+        return f"{_ITS_PYTHON} {there}, but the head's rayfwd has {here}"
+    return ""
+
+
+def of_another_kind(sight: Sight, shipment: Shipment) -> str:
+    """Why no program of this machine runs on that one; empty: it does."""
+    if sight.machine != shipment.machine:
+        return f"its processor is {sight.machine}, but the head's is {shipment.machine}"
+    if (shipment.libc == "glibc") == sight.is_musl:
+        return f"its C library is {sight.libc or 'unknown'}, but the head's is {shipment.libc}"
     return ""
 
 
@@ -225,6 +239,21 @@ def _check_place(sight: Sight, target: str, strange: bool, room: int) -> None:
             f"{target} exists there, but `rayfwd add` did not make it",
             "move it away there, or choose another directory with --prefix",
         )
+    if sight.readonly or sight.shut:
+        why = (
+            "that disk is mounted read-only"
+            if sight.readonly
+            else (f"{sight.user} may create nothing in {sight.shut}")
+        )
+        raise codes.ADD_BLOCKED.error(
+            f"nothing can be written where {target} goes: {why}",
+            "make it writable for that login, or choose another directory with --prefix",
+        )
+    if sight.noexec:
+        raise codes.ADD_BLOCKED.error(
+            f"nothing can be run from where {target} goes: that disk is mounted noexec",
+            "choose a directory on another disk with --prefix, or mount that one without noexec",
+        )
     if 0 < sight.free < room:
         raise codes.ADD_BLOCKED.error(
             f"{sight.free / 1e6:.0f} MB are free where {target} goes, but {room / 1e6:.0f} MB are "
@@ -291,17 +320,22 @@ def _no_packages(machine: Machine, sight: Sight, tool: Tool, said: str, why: str
     if why:
         cause += f" (the head's own packages were not sent: {why})"
     remedy = "correct this on that machine, then run the same command again"
-    if not by_uv and ("ensurepip" in said or "venv" in said):
+    if _CERTIFICATE.search(said) and (clock := sight.clock()):
+        cause += f"; {clock}"
+        remedy = "set its clock (`timedatectl set-ntp true`), then run the same command again"
+    elif not by_uv and ("ensurepip" in said or "venv" in said):
         remedy = (
             "install what creates environments, for example with `apt-get install "
             "python3-venv` there, or install uv"
         )
     elif why and sight.index == "no":
-        least = ".".join(map(str, OLDEST_PYTHON))
-        remedy = (
-            "let that machine reach a package index (pip's index-url there), or install the "
-            f"Python of the head's rayfwd there ({least} at least): then everything goes over SSH"
-        )
+        remedy = "let that machine reach a package index (pip's index-url there)"
+        if why.startswith(_ITS_PYTHON):
+            least = ".".join(map(str, OLDEST_PYTHON))
+            remedy += (
+                f", or install the Python of the head's rayfwd there ({least} at least): then "
+                "everything goes over SSH"
+            )
     return codes.ADD_NO_PACKAGES.error(cause, remedy)
 
 

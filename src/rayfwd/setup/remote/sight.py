@@ -10,10 +10,14 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from importlib import import_module
 from typing import Any
 
 _INDEX = {"yes": "reaches a package index", "no": "does not reach a package index"}
+
+CLOCK_SECONDS = 60.0
+"""By which a clock may differ from ours before it is said; the look itself takes some of it."""
 
 OLDEST_PYTHON = (3, 11)
 """That rayfwd runs with."""
@@ -40,6 +44,7 @@ index=${PIP_INDEX_URL:-@INDEX@}
 say system "$( (. /etc/os-release 2>/dev/null && echo "$PRETTY_NAME") || uname -s)"
 say machine "$(uname -m)"
 say kernel "$(uname -s)"
+say now "$(date +%s)"
 say uid "$(id -u)"
 say user "$(id -un 2>/dev/null || id -u)"
 say home "$HOME"
@@ -66,6 +71,10 @@ looking_at "the disk that has $PREFIX"
 above=$PREFIX
 while [ ! -d "$above" ]; do above=$(dirname "$above"); done
 say free "$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $4 }')"
+mount=$(df -Pk "$above" 2>/dev/null | awk 'NR == 2 { print $6 }')
+say mount "$(awk -v at="$mount" '$2 == at { found = $4 } END { print found }' /proc/self/mounts \
+  2>/dev/null)"
+[ -w "$above" ] || say shut "$above"
 looking_at "systemd"
 [ -d /run/systemd/system ] && say systemd system
 # A user's manager that does not linger ends with our own connection.
@@ -157,6 +166,14 @@ class Sight:
     made: dict[str, Any] | None = None
     """What the marker in our directory says; None: there is none."""
     made_ray: dict[str, Any] | None = None
+    noexec: bool = False
+    """Nothing can be run from the disk where rayfwd goes."""
+    readonly: bool = False
+    """That disk is mounted read-only."""
+    shut: str = ""
+    """The directory there in which this login may create nothing; empty: it may."""
+    ahead: float = 0.0
+    """Seconds by which its clock is ahead of ours."""
     broken: bool = False
     """What is in our directory does not run."""
     broken_ray: bool = False
@@ -182,6 +199,13 @@ class Sight:
     def any_python(self) -> str | None:
         return next((p.path for p in self.pythons if p.version), None)
 
+    def clock(self) -> str:
+        """What is wrong with its clock; empty: nothing."""
+        if abs(self.ahead) < CLOCK_SECONDS:
+            return ""
+        which = "ahead of" if self.ahead > 0 else "behind"
+        return f"its clock is {timedelta(seconds=round(abs(self.ahead)))} {which} the head's"
+
     def lines(self) -> str:
         """In words."""
         python = self.python or next(iter(self.pythons), None)
@@ -193,12 +217,14 @@ class Sight:
             f"{self.free / 1e9:.1f} GB free",
             _INDEX.get(self.index, ""),
             "systemd" if self.systemd else "no service manager",
+            self.clock(),
         ]
         return ", ".join(filter(None, words))
 
 
-def read(output: str) -> Sight:
-    """Of what the script has printed. Raises ValueError where that is no machine's."""
+def read(output: str, now: float | None = None) -> Sight:
+    """Of what the script has printed. `now`: what our clock shows, in Unix seconds; None: its clock
+    is not looked at. Raises ValueError where that is no machine's."""
     single: dict[str, str] = {}
     several: dict[str, list[str]] = {"systemd": [], "python": [], "ray": []}
     for line in output.splitlines():
@@ -210,6 +236,8 @@ def read(output: str) -> Sight:
     if single.get("kernel") != "Linux" or not single.get("prefix", "").startswith("/"):
         raise ValueError(f"it is {single.get('kernel') or 'no machine with a POSIX shell'}")
     root = single.get("uid") == "0"
+    options = single.get("mount", "").split(",")
+    theirs = _number(single.get("now"))
     pythons = [
         Python(path, version, bool(whole))
         for path, version, whole in (f"{value}  ".split(" ")[:3] for value in several["python"])
@@ -231,6 +259,10 @@ def read(output: str) -> Sight:
         there="there" in single,
         made=_object(single.get("made")),
         made_ray=_object(single.get("made-ray")),
+        noexec="noexec" in options,
+        readonly="ro" in options,
+        shut=single.get("shut", ""),
+        ahead=theirs - now if theirs and now is not None else 0.0,
         broken="broken" in single,
         broken_ray="broken-ray" in single,
         systemd=("system" if root else "user") in several["systemd"],

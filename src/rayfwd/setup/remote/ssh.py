@@ -1,7 +1,7 @@
 """A machine over SSH: its shell, files sent to it, and functions of the rayfwd that it has.
 
-Everything is a command of the login user's, given what it needs on standard input. What a login
-shell prints before is passed over.
+Everything is a command of the login user's, given what it needs on standard input: the script, and
+the data that it reads. What a login shell prints before is passed over.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ SESSION_SECONDS = 10.0
 KEEPALIVE_SECONDS = 15
 QUOTED = 400
 """Characters of what a command has said that are quoted."""
+
+_FIRST = "{ : rayfwd"
+"""How a script begins that has come whole."""
+_EATEN = "something in its login shell files reads their standard input"
 
 _WORDS = (
     ("head.known_hosts", "--known-hosts"),
@@ -120,12 +124,12 @@ class Machine:
         self, script: str, data: bytes, seconds: float, may_fail: bool = False
     ) -> tuple[bytes, str]:
         assert self._connection is not None, "connected"
-        line = "sh -c " + shlex.quote(f"echo {BEGINS}\n{script}")
-        # Of no data AsyncSSH would tell no end.
-        given: dict[str, Any] = {"input": data} if data else {"stdin": asyncssh.DEVNULL}
+        line, own = by_any_shell(f"echo {BEGINS}\n{script}")
         try:
             async with asyncio.timeout(seconds + SESSION_SECONDS):
-                ran = await self._connection.run(line, encoding=None, timeout=seconds, **given)
+                ran = await self._connection.run(
+                    line, encoding=None, timeout=seconds, input=own + data
+                )
         except asyncssh.TimeoutError as exc:
             raise self._hangs(bytes(exc.stdout or b""), seconds) from None  # type: ignore[arg-type]
         except TimeoutError:
@@ -138,6 +142,7 @@ class Machine:
         _, begins, own = out.partition(f"{BEGINS}\n".encode())
         said = errors.decode(errors="replace").strip()
         if not begins:
+            said = said or out.decode(errors="replace").strip()
             raise Failed(said[-QUOTED:] or "its login shell cannot run `sh`")
         if ran.exit_status != 0 and not may_fail:
             last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
@@ -176,7 +181,8 @@ class Machine:
             by_python = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
             unpack = f"if command -v tar >/dev/null; then {unpack}; else {by_python}; fi"
         place = shlex.quote(folder)
-        script = f"umask 077; rm -rf {place}; mkdir -p {place} && cd {place} && {unpack}"
+        half = f"{{ code=$?; cd /; rm -rf {place}; exit $code; }}"
+        script = f"umask 077; rm -rf {place}; mkdir -p {place} && cd {place} && {unpack} || {half}"
         await self.sh(script, data, seconds=600.0)
 
     async def call(
@@ -220,6 +226,16 @@ class Machine:
         if self._connection is not None:
             self._connection.close()
         self._connector.close()
+
+
+def by_any_shell(script: str) -> tuple[str, bytes]:
+    """A line that every login shell passes on as it is, csh and fish too, and what the line reads
+    first on its standard input: the script, which runs whole or not at all."""
+    own = f"{_FIRST}\n{script}\n}}\n".encode()
+    # One byte at a time: what follows is the script's own input.
+    read = f's="`dd bs=1 count={len(own)} 2>/dev/null`"'
+    run = f'case $s in "{_FIRST}"*"}}") eval "$s";; *) echo "{_EATEN}" >&2; exit 1;; esac'
+    return f"sh -c '{read}; {run}'", own
 
 
 def by_hand(host: Host, *command: str) -> str:

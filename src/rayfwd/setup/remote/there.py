@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,14 @@ from rayfwd import codes
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import ConfigError, HeadConfig, load
 from rayfwd.problems import ProblemError
-from rayfwd.ray import install
+from rayfwd.ray import install, procfs
 from rayfwd.setup import apply as applying
-from rayfwd.setup import planner, units
+from rayfwd.setup import planner, texts, units
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places, own_command
 from rayfwd.setup.remote import keys
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
-from rayfwd.setup.steps import Directory, Step, Symlink, command, public_key
+from rayfwd.setup.steps import Directory, File, Step, Symlink, Verdict, command, public_key
 from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
@@ -47,6 +48,8 @@ HANGS_SECONDS = 30.0
 """Without an answer, after which a daemon is said to hang."""
 LOG = "rayfwd.log"
 """Of a daemon that no service manager has, in its state directory."""
+OWN_FILE = texts.made_by("rayfwd add")
+"""How the file begins that `prepare` writes."""
 LOG_KEPT = 2000
 """Characters of its end that are told."""
 
@@ -146,8 +149,10 @@ def prepare(
         made_by="rayfwd add",
     )
     manifest = Manifest(layout.manifest)
-    _check_free(layout, manifest, name)
+    lost = _has_lost_its_record(layout, manifest, name)
     steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link(layout)]
+    if lost:
+        _adopt(steps, manifest, layout)
     said: list[list[str]] = []
     outcome = applying.apply(
         steps, manifest, layout, False, lambda came, thing: said.append([came, thing])
@@ -197,18 +202,21 @@ def _link(layout: Layout) -> list[Step]:
     return [*directories, Symlink(folder / "rayfwd", own)]
 
 
-def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
-    """Raises ProblemError where another rayfwd has this machine, or ours under another name."""
+def _has_lost_its_record(layout: Layout, manifest: Manifest, name: str) -> bool:
+    """Whether this machine was set up by us as this node, and the record of that has gone, as with
+    its state directory. Raises ProblemError where another rayfwd has this machine, or ours under
+    another name."""
     if not layout.config.exists():
-        return
+        return False
+    recorded = manifest.of(str(layout.config)) is not None
     try:
         other = load(layout.config)
         what = f"a {other.role} named {other.name}"
     except ConfigError:
         other, what = None, "another rayfwd's"
-    if manifest.of(str(layout.config)) is not None:
+    if recorded or layout.config.read_text(errors="replace").startswith(OWN_FILE):
         if other is None or other.name == name:
-            return
+            return not recorded
         raise codes.ADD_BLOCKED.error(
             f"this machine is {other.name} already, and would be {name}", other_name(other.name)
         )
@@ -217,6 +225,16 @@ def _check_free(layout: Layout, manifest: Manifest, name: str) -> None:
         "to join a second cluster there, run `rayfwd join HEAD --cluster NAME` on that "
         "machine; otherwise remove the file",
     )
+
+
+def _adopt(steps: Sequence[Step], manifest: Manifest, layout: Layout) -> None:
+    """Have in the record again what stands as it would be made now. The file is ours in any case;
+    where it stands otherwise, it counts as edited."""
+    for step in steps:
+        if isinstance(step, File | Symlink) and step.inspect(manifest) is Verdict.THERE:
+            manifest.add(step.entry)
+    if manifest.of(path := str(layout.config)) is None:
+        manifest.add({"id": path, "kind": "file", "path": path, "sha256": ""})
 
 
 def other_name(name: str) -> str:
@@ -274,7 +292,7 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
         if not anew:
             return {"came": "runs", "how": how}
         _end(pid)
-    words = [layout.command, "run", "--config", str(layout.config)]
+    words = _daemon_words(layout)
     with _opened(log) as out:
         child = subprocess.Popen(
             words,
@@ -293,6 +311,10 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
             )
         time.sleep(0.05)
     return {"came": "started", "how": how}
+
+
+def _daemon_words(layout: Layout) -> list[str]:
+    return [layout.command, "run", "--config", str(layout.config)]
 
 
 def _opened(log: Path) -> IO[bytes]:
@@ -325,7 +347,9 @@ def _pid(layout: Layout) -> int | None:
     except ProblemError as exc:
         if exc.problem.code is codes.DAEMON_NOT_ANSWERING:
             raise _hanging(path) from None
-        return None
+        # Its socket may have gone with its state directory.
+        found = procfs.with_command(_daemon_words(layout))
+        return found[0].pid if found else None
     return _listening_at(path)
 
 
