@@ -11,7 +11,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Code, ProblemError
-from rayfwd.transport import openssh, openssh_problems
+from rayfwd.transport import openssh, openssh_problems, ssh_process
 from rayfwd.transport.knownhosts import KnownHosts
 from rayfwd.transport.openssh import OpensshHop
 
@@ -164,7 +164,7 @@ def test_it_is_called_strictly_and_asks_nobody(
     second = _asked([*call, "--", "two"])
     assert second["stricthostkeychecking"] == "true"
     assert second["proxycommand"].endswith(f"-W '[%h]:%p' -F {config} -- one")
-    assert "SSH_ASKPASS" not in openssh.environment()
+    assert "SSH_ASKPASS" not in ssh_process.environment()
 
 
 def _asked(words: list[str]) -> dict[str, str]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -23,96 +21,13 @@ from rayfwd.config import DialConfig, DirectConfig, HeadConfig
 from rayfwd.problems import Code
 from rayfwd.transport import dial, openssh, openssh_carrier
 from tests.need import tool
-from tests.unit.loops import closing, run
+from tests.unit.loops import run
 from tests.unit.real_sshd import RealSshd
 from tests.unit.way_probe import SAID, answer, problem
+from tests.unit.way_scene import Scene, Transport, both, impatient, keygen, says, scene
 
-Transport = Literal["asyncssh", "openssh"]
+NEWKEYS = b"\x15"
 HTTP = b"HTTP/1.1 400 Bad Request\r\n\r\n"
-both = pytest.mark.parametrize("transport", ["asyncssh", "openssh"])
-
-
-class Scene:
-    """A head with a hub that echoes, and the files of who dials it."""
-
-    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
-        directory.mkdir(exist_ok=True)
-        self.directory = directory
-        self.sshd = RealSshd(directory / "sshd", address)
-        self.known_hosts = directory / "known_hosts"
-        self.ssh_config = directory / "ssh_config"
-        self.hub = directory / "hub.sock"
-        self.attach = directory / "attach"
-        self.know(self.sshd.known_hosts_line())
-        self.configure("")
-        self.attach.write_text("#!/bin/sh\nprintf '\\000rayfwd attach\\000\\n'; exec cat\n")
-        self.attach.chmod(0o755)
-
-    def know(self, *lines: str) -> None:
-        self.known_hosts.write_text("".join(lines))
-
-    def configure(self, text: str) -> None:
-        self.ssh_config.write_text(text)
-
-    def head(self, transport: Transport = "asyncssh", **keys: Any) -> HeadConfig:
-        given = {
-            "ssh": self.sshd.target,
-            "known_hosts": self.known_hosts,
-            "ssh_config": self.ssh_config,
-            "identity": self.sshd.identity,
-            "socket": self.hub,
-            "attach_command": str(self.attach),
-            "transport": transport,
-            **keys,
-        }
-        return HeadConfig(**{key: value for key, value in given.items() if value is not None})
-
-    def key(self, name: str, *words: str) -> Path:
-        """A new key pair."""
-        path = self.directory / name
-        keygen("-t", "ed25519", "-N", "", "-f", str(path), *words)
-        return path
-
-    def host_certificate(self, authority: Path, *words: str) -> Path:
-        """Of sshd's own key: the name of the files without `-cert.pub`."""
-        own = self.directory / "host"
-        shutil.copy(self.sshd.directory / "host_key", own)
-        public = [tool("ssh-keygen"), "-y", "-f", str(own)]
-        made = subprocess.run(public, capture_output=True, check=True)
-        own.with_suffix(".pub").write_bytes(made.stdout)
-        keygen("-s", str(authority), "-I", "x", "-h", *words, f"{own}.pub")
-        return own
-
-
-def keygen(*words: str) -> None:
-    subprocess.run([tool("ssh-keygen"), "-q", *words], check=True, capture_output=True)
-
-
-@asynccontextmanager
-async def scene(directory: Path, *options: str, address: str = "127.0.0.1") -> AsyncIterator[Scene]:
-    made = Scene(directory, address)
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(1000):
-            writer.write(data)
-        writer.close()
-
-    async with closing():
-        hub = await asyncio.start_unix_server(echo, made.hub)
-        # What the user's own files would have the shell do is no matter here.
-        await made.sshd.start(*options, f"SetEnv HOME={directory}")
-        try:
-            yield made
-        finally:
-            await made.sshd.stop()
-            hub.close()
-
-
-async def says(head: HeadConfig, code: Code, *words: str) -> None:
-    found = await problem(head)
-    assert found.code is code, found
-    for word in words:
-        assert word in found.cause + found.remedy, found
 
 
 # -- the login ---------------------------------------------------------------------------------
@@ -249,7 +164,9 @@ def test_a_server_of_another_time(
 
 
 @asynccontextmanager
-async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator[HeadConfig]:
+async def speaking(
+    s: Scene, words: bytes, stays: bool = False, transport: Transport = "asyncssh"
+) -> AsyncIterator[HeadConfig]:
     """The way to something that says this, where sshd is expected."""
     over = asyncio.Event()
 
@@ -264,32 +181,124 @@ async def speaking(s: Scene, words: bytes, stays: bool = False) -> AsyncIterator
     server = await asyncio.start_server(speak, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
-        yield s.head(ssh=f"ray@127.0.0.1:{port}")
+        yield s.head(transport, ssh=f"ray@127.0.0.1:{port}")
     finally:
         over.set()
         server.close()
 
 
-def test_something_else_than_sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
+@both
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize(
+    "words", [HTTP, b"220 mail.example ESMTP\r\n", b"\x15\x03\x01\x00\x02\x02\x0a"]
+)
+def test_something_else_than_sshd(
+    tmp_path: Path,
+    transport: Transport,
+    stays: bool,
+    words: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    impatient(monkeypatch)
 
     async def main() -> None:
-        for stays in (False, True):
-            async with speaking(Scene(tmp_path / str(stays)), HTTP, stays) as head:
-                await says(head, codes.SSH_UNREACHABLE, "no SSH server", "HTTP/1.1 400")
+        async with speaking(Scene(tmp_path / "s"), words, stays, transport) as head:
+            said = words.decode(errors="replace").strip()[:12] if words[:1].isalnum() else ""
+            await says(head, codes.SSH_UNREACHABLE, "no SSH server", repr(said)[1:-1])
 
     run(main)
 
 
-def test_a_path_that_loses_long_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_why_it_closes_at_once_is_quoted(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        words = b"Not allowed at this time\r\n"
+        async with speaking(Scene(tmp_path / "s"), words, transport=transport) as head:
+            await says(head, codes.SSH_TURNED_AWAY, "Not allowed at this time", "MaxStartups")
+        async with scene(tmp_path, "MaxStartups 1") as s:
+            idle, banner = None, b""
+            while not banner.startswith(
+                b"SSH-"
+            ):  # until the server has done with whoever came before
+                if idle is not None:
+                    idle.close()
+                reader, idle = await asyncio.open_connection(s.sshd.address, s.sshd.port)
+                banner = await reader.readline()
+            assert idle is not None
+            where = f"(dialled {s.sshd.address} port {s.sshd.port})"
+            await says(s.head(transport), codes.SSH_TURNED_AWAY, where, "MaxStartups")
+            idle.close()
+
+    run(main)
+
+
+@both
+def test_a_path_that_loses_long_packets(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The banner comes through, and the key exchange, whose packets are long, does not."""
-    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
+    impatient(monkeypatch)
+    banner = b"SSH-2.0-OpenSSH_9.9\r\n"
 
     async def main() -> None:
-        async with speaking(Scene(tmp_path), b"SSH-2.0-OpenSSH_9.9\r\n", stays=True) as head:
+        async with speaking(Scene(tmp_path), banner, stays=True, transport=transport) as head:
             await says(head, codes.SSH_UNREACHABLE, "answers as SSH", "MTU", "key exchange")
 
     run(main)
+
+
+@both
+def test_a_login_that_takes_too_long(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key exchange is over, and what the server asks for the keys is silent."""
+    impatient(monkeypatch)
+
+    async def main() -> None:
+        async with scene(tmp_path) as s, silent_after_keys(s.sshd) as port:
+            there = f"{s.sshd.user}@127.0.0.1:{port}"
+            s.know(s.sshd.known_hosts_line(f"[127.0.0.1]:{port}"))
+            await says(
+                s.head(transport, ssh=there),
+                codes.SSH_LOGIN_TIMEOUT,
+                f"{there} answers as SSH (dialled 127.0.0.1 port {port}), but the login does not",
+                "LDAP",
+            )
+
+    run(main)
+
+
+@asynccontextmanager
+async def silent_after_keys(sshd: RealSshd) -> AsyncIterator[int]:
+    """A port that leads to that server, which hears nothing after the key exchange."""
+    over = asyncio.Event()
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, to_them = await asyncio.open_connection(sshd.address, sshd.port)
+
+        async def back() -> None:
+            while data := await theirs.read(1 << 16):
+                writer.write(data)
+
+        copying = asyncio.create_task(back())
+        to_them.write(await reader.readline())
+        kind = b""
+        while kind != NEWKEYS:
+            length = await reader.readexactly(4)
+            packet = await reader.readexactly(int.from_bytes(length, "big"))
+            to_them.write(length + packet)
+            kind = packet[1:2]
+        await over.wait()
+        copying.cancel()
+        for end in (writer, to_them):
+            end.close()
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        over.set()
+        server.close()
 
 
 @both
@@ -297,9 +306,9 @@ def test_a_path_that_loses_long_packets(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_resolver_that_does_not_answer(
     tmp_path: Path, transport: Transport, behind: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ssh` says nothing while it waits for one: whether it is that, is looked at."""
     monkeypatch.setattr(dial, "CONNECT_TIMEOUT", 0.5)
     monkeypatch.setattr(openssh_carrier, "RESOLVES_WITHIN", 0.2)
+    # As `ssh` does, which says nothing while it waits for one.
     real = tool("ssh")
     (tmp_path / "bin").mkdir()
     slow = tmp_path / "bin/ssh"
@@ -339,7 +348,7 @@ def test_a_proxycommand_that_brings_nothing(tmp_path: Path, transport: Transport
             await says(
                 s.head(transport),
                 codes.SSH_UNREACHABLE,
-                f"the ProxyCommand of {s.sshd.target}",
+                f"the ProxyCommand of {s.sshd.target} led to no SSH server: no such tunnel",
                 "check that the command works",
             )
 
@@ -506,9 +515,7 @@ def test_a_jump_host_that_falls_silent(
     tmp_path: Path, transport: Transport, words: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, or after its banner."""
-    monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 1.0)
-    monkeypatch.setattr(openssh_carrier, "LOGIN_TIMEOUT", 1.0)
-    monkeypatch.setattr(openssh_carrier, "CONNECT_TIMEOUT", 1)
+    impatient(monkeypatch)
 
     async def main() -> None:
         s = Scene(tmp_path)
@@ -516,11 +523,8 @@ def test_a_jump_host_that_falls_silent(
             jump, port = head.ssh, head.ssh_target()[2]
             s.configure(f"Host the-head\n  ProxyJump {jump}\n")
             seen = "answers as SSH" if words else "accepts the connection"
-            code = codes.SSH_UNREACHABLE
-            if words and transport == "openssh":
-                code = codes.SSH_LOGIN_TIMEOUT
-            called = f"the jump host {jump} {seen}"
-            await says(s.head(transport, ssh="ray@the-head"), code, called, str(port))
+            called = f"the jump host {jump} {seen} (dialled 127.0.0.1 port {port})"
+            await says(s.head(transport, ssh="ray@the-head"), codes.SSH_UNREACHABLE, called)
 
     run(main)
 

@@ -17,6 +17,7 @@ import aiohappyeyeballs
 import asyncssh
 
 from rayfwd.transport.places import place_of
+from rayfwd.transport.ssh_process import ProxyCommand
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.witness import Witness
 
@@ -32,6 +33,8 @@ FIRST_WORDS, PATIENT = 2.0, 4
 """Seconds for what a server says first through a meeting place, while streams wait: the socket
 there may still lead to a connection of the head's that is dead. One attempt in so many has the
 usual time, for ways that are that slow."""
+SAYS_WITHIN = 0.2
+"""Seconds for what a ProxyCommand that has ended still has to say."""
 WORDS = 1024
 """Bytes of what a server says first that are kept."""
 
@@ -57,11 +60,15 @@ class Attempt(asyncssh.SSHClient):
         meet: str | None = None,
         patient: bool = False,
         agent: str = "",
+        command: str = "",
     ) -> None:
-        """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
-        moment of it on; then the login has what `login_timeout` says."""
+        """`jump`: what the connection goes through; `command`: or what makes it (ProxyCommand).
+        `urgent`: streams wait for it, now or from some moment of it on; then the login has what
+        `login_timeout` says."""
         self._witness = witness or Witness()
         self._agent_path = agent
+        self._command = command
+        self._process: ProxyCommand | None = None
         self._agent: asyncssh.SSHAgentClient | None = None
         self._patient = patient or meet is None
         self._listening: asyncio.Task[None] | None = None
@@ -118,6 +125,13 @@ class Attempt(asyncssh.SSHClient):
         except TimeoutError:
             if self._urgent.is_set() and self.connected and (self.is_ssh or self._patient):
                 self._login_timeout.timed_out()
+            await self._end_command()
+            raise
+        except Exception:
+            await self._end_command()
+            raise
+        except BaseException:
+            self.close()
             raise
         finally:
             hurrying.cancel()
@@ -144,15 +158,49 @@ class Attempt(asyncssh.SSHClient):
             made = await self.jump.create_connection(factory, host, port)
             self._stands(made[1])
             return made
+        if self._command:
+            return await self._by_command(factory)
         sock = await self._connect(host, port)
         with suppress(OSError):  # it has ended already
             reached = sock.getpeername()
             self.dialled = [f"{reached[0]} port {reached[1]}"]
-        connection = factory()
+        return await self._listening_along(factory(), sock)
+
+    async def _listening_along(self, connection: Any, sock: socket.socket) -> Any:
         self._stands(connection)
         first = _FirstWords(connection, self)
         transport, _ = await asyncio.get_running_loop().create_connection(lambda: first, sock=sock)
         return transport, connection
+
+    async def _by_command(self, factory: Callable[[], Any]) -> Any:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        try:
+            with far:
+                self._process = ProxyCommand(self._command, far.fileno())
+            await self._process.listen()
+        except BaseException:
+            near.close()
+            raise
+        return await self._listening_along(factory(), near)
+
+    async def _end_command(self) -> None:
+        """Where it has led to no login."""
+        if self._process is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SAYS_WITHIN):
+                    await self._process.silent.wait()
+            self.close()
+
+    @property
+    def said_by_command(self) -> str:
+        """On standard error, in one line."""
+        return " ".join(self._process.said.split()) if self._process is not None else ""
+
+    def close(self) -> None:
+        """What was started for the connection ends."""
+        if self._process is not None:
+            self._process.end()
 
     async def _at_meeting(
         self, jump: asyncssh.SSHClientConnection, socket: str, factory: Callable[[], Any]
@@ -201,9 +249,9 @@ class Attempt(asyncssh.SSHClient):
 
     # -- as AsyncSSH's client --------------------------------------------------------------------
 
-    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        if not self.connected:
-            self._stands(conn)  # a command of the SSH configuration (ProxyCommand) dials by itself
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.close()
 
     async def public_key_auth_requested(self) -> Any:
         """There is no further key, but for the agent's once."""

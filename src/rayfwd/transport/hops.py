@@ -7,6 +7,7 @@ the file that is named (`head.ssh_config`) alone, as by `ssh -F`, else the user'
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -37,6 +38,9 @@ CIPHERS = (
 )
 """In order of preference: with AES in the CPU, GCM moves about twice what chacha20 does."""
 
+AGENT_BY_NAME = re.compile(r"\$?((?<=\$)\w+|SSH_AUTH_SOCK)")
+"""IdentityAgent where it names a variable of the environment (ssh_config(5))."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:
@@ -61,24 +65,32 @@ class Hop:
     to: Destination = HEAD
     """Whom the way leads to."""
     keys: tuple[Path, ...] = ()
-    """Files of private keys that are offered."""
+    """Files of private keys that are offered, and of certificates."""
     passed_over: tuple[str, ...] = ()
     """Options of the SSH configuration that AsyncSSH has no use for."""
+
+    command: str = ""
+    """Of the SSH configuration (ProxyCommand), which dials it."""
 
     @property
     def direct(self) -> bool:
         """It is dialled from here, not by a jump host or a command."""
-        return self.first and not self.options.proxy_command
+        return self.first and not self.command
 
     @property
     def direct_command(self) -> bool:
         """A command of the SSH configuration (ProxyCommand) dials it."""
-        return self.first and bool(self.options.proxy_command)
+        return self.first and bool(self.command)
 
     @property
     def user(self) -> str:
         """Whom it is logged in as there."""
         return self.options.username
+
+    @property
+    def agent_socket(self) -> str:
+        """Of the agent whose keys are offered; empty: none is asked."""
+        return self.agent or self.options.agent_path or ""
 
     @property
     def called(self) -> str:
@@ -96,7 +108,7 @@ def find_way(head: HeadConfig) -> list[Hop]:
     way = _way(head, head.ssh, True, ())
     if head.meet:
         *before, host = _way(head, head.meet, False, ())
-        at_head = replace(way[-1], first=False, meet=head.meet_socket)
+        at_head = replace(way[-1], first=False, command="", meet=head.meet_socket)
         way = [*before, replace(host, meets=True), at_head]
     return [way[0], *(replace(hop, before=last.written) for last, hop in pairwise(way))]
 
@@ -106,7 +118,9 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
         raise ProblemError(jumps_in_a_circle((*after, written)))
     options, agent = _options(head, written, is_head)
     jumps = options.config.get("ProxyJump")
-    known = _known_hosts(head, options, is_head)
+    known = _known_hosts(head, _host_of(head, written), options, is_head)
+    command = options.config.get("ProxyCommand")
+    by_command = isinstance(command, str) and not isinstance(jumps, str)
     ignored = passed_over.found_in(options.config)
     if "RevokedHostKeys" in ignored:
         raise ProblemError(_revocations_unread(head, written))
@@ -120,6 +134,7 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
         to=head.destination,
         keys=_keys(head, options, is_head),
         passed_over=ignored,
+        command=str(command) if by_command else "",
     )
     if not isinstance(jumps, str):
         return [hop]
@@ -129,8 +144,13 @@ def _way(head: HeadConfig, written: str, is_head: bool, after: tuple[str, ...]) 
     way = _way(head, first, False, after)
     for other in others:
         reached = _way(head, other, False, (*after, first))[-1]
-        way.append(replace(reached, first=False))
+        way.append(replace(reached, first=False, command=""))
     return [*way, hop]
+
+
+def _host_of(head: HeadConfig, written: str) -> str:
+    """As it was given to the SSH configuration."""
+    return head.model_copy(update={"ssh": written}).ssh_target()[1]
 
 
 def jumps_in_a_circle(names: Sequence[str]) -> Problem:
@@ -163,10 +183,9 @@ def _options(
         given["username"] = user
     if port is not None:
         given["port"] = port
-    if head.identity is not None and is_head:
-        given["client_keys"] = [str(head.identity.expanduser())]
     options = asyncssh.SSHClientConnectionOptions(
         **given,
+        client_keys=None,  # they are loaded below, where they are
         tunnel=None,  # it is ours: each hop is dialled with known hosts of its own
         connect_timeout=None,
         login_timeout=None,
@@ -175,29 +194,49 @@ def _options(
         kbdint_auth=True,
         compression_algs=None,
     )
-    changes: dict[str, Any] = {}
+    keys, agent = _keys_and_agent(head, options, is_head)
+    # Read once: a second time its percent signs would be expanded again.
+    changes: dict[str, Any] = {"config": [], "proxy_command": None, **keys}
     if not options.config.get("Ciphers"):
         changes["encryption_algs"] = CIPHERS
-    if head.identity is not None and not is_head:
-        changes["client_keys"] = _keys_for_jump(options, head.identity)
-        changes["ignore_encrypted"] = True
-    if isinstance(options.config.get("ProxyJump"), str) or (is_head and head.meet):
-        changes["proxy_command"] = None
-    agent = _agent_after(options)
+    return asyncssh.SSHClientConnectionOptions(options=options, **changes), agent
+
+
+def _keys_and_agent(
+    head: HeadConfig, options: asyncssh.SSHClientConnectionOptions, is_head: bool
+) -> tuple[dict[str, Any], str]:
+    """Options for AsyncSSH, and the agent whose keys come after those that are named. As by ssh, a
+    file that the configuration names and that is not there is passed over."""
+    path = _agent_path(options.config.get("IdentityAgent", ""))
+    if head.identity is not None and is_head:
+        return {"client_keys": [str(head.identity.expanduser())], "agent_path": None}, ""
     if head.identity is not None:
-        agent = "" if is_head else options.agent_path or ""
-    if head.identity is not None or agent:
-        changes["agent_path"] = None
-    if changes:
-        options = asyncssh.SSHClientConnectionOptions(options=options, **changes)
-    return options, agent
+        keys = _keys_for_jump(options, head.identity)
+        return {"client_keys": keys, "ignore_encrypted": True, "agent_path": None}, path
+    if not isinstance(options.config.get("IdentityFile"), list):
+        return {"client_keys": (), "agent_path": path}, ""
+    named = _named_keys(options)
+    there = [str(each) for each in named if _is_readable(each)]
+    if options.config.get("IdentitiesOnly"):
+        # Of a key that the agent has the public half is enough.
+        public = [each.with_name(f"{each.name}.pub") for each in named if not _is_readable(each)]
+        there += [str(each) for each in public if _is_readable(each)]
+        return {"client_keys": there or None, "ignore_encrypted": True, "agent_path": path}, ""
+    return {"client_keys": there or None, "ignore_encrypted": True, "agent_path": None}, path
 
 
-def _agent_after(options: asyncssh.SSHClientConnectionOptions) -> str:
-    """The agent, where keys are named that come before its own."""
-    if not options.config.get("IdentityFile") or options.agent_identities:
-        return ""
-    return options.agent_path or ""
+def _is_readable(path: Path) -> bool:
+    return os.access(path, os.R_OK)
+
+
+def _agent_path(named: object) -> str:
+    """Where IdentityAgent says that it is; empty: there is none."""
+    if not isinstance(named, str):
+        return ""  # none
+    variable = AGENT_BY_NAME.fullmatch(named or "SSH_AUTH_SOCK")
+    if variable is not None:
+        return os.environ.get(variable[1], "")
+    return str(Path(named).expanduser())
 
 
 def _config_files(head: HeadConfig) -> list[str]:
@@ -217,7 +256,12 @@ def _keys(
     head: HeadConfig, options: asyncssh.SSHClientConnectionOptions, is_head: bool
 ) -> tuple[Path, ...]:
     named = () if head.identity is None else (head.identity.expanduser(),)
-    return named if is_head and named else (*named, *_named_keys(options))
+    found = named if is_head and named else (*named, *_named_keys(options))
+    if options.config.get("PKCS11Provider"):
+        return ()  # a token has them
+    certificates = options.config.get("CertificateFile")
+    listed = certificates if isinstance(certificates, list) else []
+    return (*found, *(Path(str(name)).expanduser() for name in listed))
 
 
 def _keys_for_jump(options: asyncssh.SSHClientConnectionOptions, identity: Path) -> list[str]:
@@ -228,10 +272,15 @@ def _keys_for_jump(options: asyncssh.SSHClientConnectionOptions, identity: Path)
 
 
 def _known_hosts(
-    head: HeadConfig, options: asyncssh.SSHClientConnectionOptions, is_head: bool
+    head: HeadConfig, written: str, options: asyncssh.SSHClientConnectionOptions, is_head: bool
 ) -> KnownHosts:
     """Raises ProblemError."""
-    user, system = knownhosts.named_files(options.config)
+    user, system = knownhosts.named_files(
+        options.config,
+        knownhosts.tokens(
+            written, options.host, options.port, options.host_key_alias, options.username
+        ),
+    )
     new = user[0] if user else None
     named = head.known_hosts
     paths = [*user, *system]

@@ -9,8 +9,10 @@ of the server's names is refused, whatever else is known of it, as ssh does
 from __future__ import annotations
 
 import errno
+import getpass
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,8 @@ SYSTEM_FILES = (Path("/etc/ssh/ssh_known_hosts"), Path("/etc/ssh/ssh_known_hosts
 SSH_PORT = 22
 _TRUSTING = (0, 1, 3, 5)
 """Which of AsyncSSH's seven lists trust somebody."""
+_TOKEN = re.compile(r"%(.)")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,9 @@ class KnownHosts:
         return [f"{file.path} line {line}" for file in self.files for line in file.damaged]
 
 
-def named_files(config: asyncssh.config.SSHConfig) -> tuple[list[Path], list[Path]]:
+def named_files(
+    config: asyncssh.config.SSHConfig, tokens: Mapping[str, str]
+) -> tuple[list[Path], list[Path]]:
     """The user's and the system's files, as an SSH configuration names them; else the usual."""
     found = []
     for option, usual in (
@@ -119,8 +125,30 @@ def named_files(config: asyncssh.config.SSHConfig) -> tuple[list[Path], list[Pat
     ):
         named = config.get(option)
         names = named if isinstance(named, list) else usual
-        found.append([Path(str(name)) for name in names])
+        found.append([expanded(str(name), tokens) for name in names])
     return found[0], found[1]
+
+
+def tokens(written: str, host: str, port: int, alias: str | None, user: str) -> dict[str, str]:
+    """What percent signs stand for in the name of a file (ssh_config(5)); `written`: the host as it
+    was given."""
+    return {
+        "%": "%",
+        "d": str(Path.home()),
+        "h": host,
+        "i": str(os.getuid()),
+        "k": alias or host,
+        "n": written,
+        "p": str(port),
+        "r": user,
+        "u": getpass.getuser(),
+    }
+
+
+def expanded(name: str, tokens: Mapping[str, str]) -> Path:
+    """With these, and variables of the environment as `${NAME}`; what is neither stays."""
+    name = _TOKEN.sub(lambda found: tokens.get(found[1], found[0]), name)
+    return Path(_VARIABLE.sub(lambda found: os.environ.get(found[1], found[0]), name))
 
 
 def read(

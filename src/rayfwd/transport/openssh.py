@@ -23,10 +23,11 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport import joined_there, knownhosts
+from rayfwd.transport import joined_there, knownhosts, openssh_words
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
 from rayfwd.transport.knownhosts import KnownHosts
+from rayfwd.transport.ssh_process import environment
 
 CONNECT_TIMEOUT = 10
 """Seconds for each address, and for the server's first answer."""
@@ -35,17 +36,16 @@ CHECK_TIMEOUT = 3.0
 LOOK_TIMEOUT = 20.0
 """Seconds for `ssh -G`, which reads files and may run the commands of `Match exec`."""
 KEYS = "identityfiles"
-"""Under this name, all that `ssh -G` has of that option, a line each."""
+"""Under this name, all that `ssh -G` has of these options, a line each."""
+FILES_OF_KEYS = ("identityfile ", "certificatefile ")
 _NEEDLESS = re.compile(r"\[([^]:]+)\]")
-ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
-"""What would have ssh ask on a screen."""
 ALWAYS = {
     "BatchMode": "yes",
     "StrictHostKeyChecking": "yes",
     "VerifyHostKeyDNS": "no",
     "NoHostAuthenticationForLocalhost": "no",
     "UpdateHostKeys": "no",
-    "LogLevel": "VERBOSE",
+    "LogLevel": openssh_words.LEVEL,
     "ControlMaster": "no",
     "ControlPersist": "no",
     "PermitLocalCommand": "no",
@@ -58,7 +58,10 @@ ALWAYS = {
     "ServerAliveInterval": "5",
     "ServerAliveCountMax": "3",
 }
-"""Of every call. At VERBOSE it says when it has logged in, and that a key was not enough."""
+"""Of every call."""
+USUAL = {"SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
+"""What is set back where the configuration has something else: an `ssh` before 8.7 knows none of
+them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,9 @@ class OpensshHop:
     to: Destination = HEAD
     """Whom the way leads to."""
     keys: tuple[Path, ...] = ()
-    """Files of private keys that are offered."""
+    """Files of private keys that are offered, and of certificates."""
+    agent_socket: str = ""
+    """Of the agent whose keys are offered; empty: none is asked."""
 
     @property
     def direct(self) -> bool:
@@ -100,12 +105,6 @@ class OpensshHop:
         if self.is_head:
             return self.written
         return f"the {'meeting place' if self.meets else 'jump host'} {self.written}"
-
-
-def environment() -> dict[str, str]:
-    """What `ssh` is to have of ours: an agent, a ticket, no way to ask."""
-    kept = {name: value for name, value in os.environ.items() if name not in ASKS_NOBODY}
-    return kept | {"SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
 
 
 def find_way(head: HeadConfig) -> list[OpensshHop]:
@@ -167,15 +166,20 @@ def _hop(
     head: HeadConfig, written: str, is_head: bool, said: Mapping[str, str], first: bool
 ) -> OpensshHop:
     own = _own_options(head, is_head, said)
-    files = shlex.split(own["UserKnownHostsFile"])
-    system = shlex.split(own["GlobalKnownHostsFile"])
+    port, alias = int(said["port"]), said.get("hostkeyalias")
+    host = head.model_copy(update={"ssh": written}).ssh_target()[1]
+    tokens = knownhosts.tokens(host, said["hostname"], port, alias, said["user"])
+    files = [knownhosts.expanded(name, tokens) for name in shlex.split(own["UserKnownHostsFile"])]
+    system = [
+        knownhosts.expanded(name, tokens) for name in shlex.split(own["GlobalKnownHostsFile"])
+    ]
     proxy = said.get("proxycommand", "none")
     known = KnownHosts(
         host=said["hostname"],
-        port=int(said["port"]),
-        alias=said.get("hostkeyalias"),
-        files=knownhosts.read(map(Path, dict.fromkeys([*files, *system]))),
-        new=None if files[0] in {"none", os.devnull} else Path(files[0]),
+        port=port,
+        alias=alias,
+        files=knownhosts.read(dict.fromkeys([*files, *system])),
+        new=None if str(files[0]) in {"none", os.devnull} else files[0],
     )
     shared = _stands(head, written, said.get("controlpath", "none"))
     if not shared:
@@ -194,12 +198,24 @@ def _hop(
         tuple(words),
         to=head.destination,
         keys=_keys(head, is_head, said),
+        agent_socket=_agent(said.get("identityagent", ""), os.environ),
     )
+
+
+def _agent(named: str, variables: Mapping[str, str]) -> str:
+    """Where IdentityAgent says that it is (ssh_config(5)); empty: there is none."""
+    if named == "none":
+        return ""
+    if named in {"", "SSH_AUTH_SOCK"} or named.startswith("$"):
+        return variables.get(named.strip("${}") or "SSH_AUTH_SOCK", "")
+    return str(knownhosts.expanded(named, {}).expanduser())
 
 
 def _keys(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> tuple[Path, ...]:
     """The files of private keys that are offered, if they are there."""
     named = () if head.identity is None else (head.identity,)
+    if said.get("pkcs11provider", "none") != "none":
+        return ()  # a token has them
     if is_head and named:
         return named
     return (*named, *map(Path, said.get(KEYS, "").splitlines()))
@@ -218,7 +234,9 @@ def _own_options(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> di
     own |= {"UserKnownHostsFile": user, "GlobalKnownHostsFile": system}
     if head.identity is not None and is_head:
         own["IdentitiesOnly"] = "yes"
-    return own
+    return own | {
+        name: usual for name, usual in USUAL.items() if said.get(name.lower(), usual) != usual
+    }
 
 
 def _target(head: HeadConfig, written: str) -> list[str]:
@@ -235,12 +253,13 @@ def _looked_up(head: HeadConfig, written: str) -> dict[str, str]:
     always = [word for name, value in ALWAYS.items() for word in ("-o", f"{name}={value}")]
     ran = run(["-G", *always, *_target(head, written)])
     if ran is None or ran.returncode != 0:
-        raise ProblemError(_config_problem(head, "" if ran is None else ran.stderr.strip()))
+        said = "" if ran is None else openssh_words.spoken(ran.stderr)
+        raise ProblemError(_config_problem(head, said))
     found: dict[str, str] = {}
     for line in ran.stdout.splitlines():
         name, _, value = line.partition(" ")
         found.setdefault(name.lower(), value)
-    named = [line for line in ran.stdout.splitlines() if line.startswith("identityfile ")]
+    named = [line for line in ran.stdout.splitlines() if line.startswith(FILES_OF_KEYS)]
     found[KEYS] = "\n".join(line.partition(" ")[2] for line in named)
     return found
 
@@ -250,7 +269,10 @@ def _config_problem(head: HeadConfig, said: str) -> Problem:
     if head.ssh_config is None:
         named = head.destination.key("ssh_config")
         remedy += f", or set {named} to a file of your own, which is then the only one that is read"
-    silent = f"`ssh -G` does not answer within {LOOK_TIMEOUT:.0f} s (a command of `Match exec`?)"
+    silent = (
+        f"`ssh -G` does not answer within {LOOK_TIMEOUT:.0f} s (a command of `Match exec`, or a "
+        "name for CanonicalizeHostname that this machine's resolver does not answer?)"
+    )
     return codes.SSH_CONFIG_INVALID.problem(" ".join(said.split()) or silent, remedy)
 
 
@@ -296,8 +318,14 @@ def _options(
     # Of a hop behind others the time begins before they are logged in to.
     logins = len(before) * int(LOGIN_TIMEOUT)
     options = {**ALWAYS, "ConnectTimeout": str(seconds + logins)}
+    # The configuration's own forwards are left out where nothing is forwarded for us: a second
+    # lane could not have their ports.
+    forwards = hop.is_head and head.via != "exec"
+    options["ClearAllForwardings"] = "no" if forwards else "yes"
+    options["ExitOnForwardFailure"] = "no"
     if before:
         options["ProxyCommand"] = _through(head, before, seconds, hop.meet)
+        options["ProxyUseFdpass"] = "no"
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     return ["-T", "-x", "-a", *words, *hop.options]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -20,15 +19,17 @@ from pathlib import Path
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.problems import Problem, ProblemError
+from rayfwd.problems import ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.system.paths import default_runtime_dir
-from rayfwd.transport import openssh, openssh_problems, sshproblems
+from rayfwd.transport import agent, openssh, openssh_problems
 from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
+from rayfwd.transport.openssh_words import reached
 from rayfwd.transport.socketpipe import SocketPipe
 from rayfwd.transport.ssh import SLOW_LOGIN
+from rayfwd.transport.ssh_process import SshProcess
 from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 
 log = get_logger(__name__)
@@ -40,17 +41,17 @@ URGENT_DIAL = 4.0
 URGENT_CONNECT = 2
 """Seconds for the connection while streams wait: the kernel repeats a SYN that got lost ever less
 often, and a new attempt finds a path that has come back sooner."""
-SAID = 1 << 14
-"""Bytes of what `ssh` says that are kept, the last ones."""
+SEVERAL_CONNECT = 3
+"""Seconds for the connection to an address, where there are others."""
 RESOLVES_WITHIN = 2.0
-"""Seconds for a look at whether this machine's resolver answers."""
+"""Seconds for a look at how many addresses a name has."""
 LISTENS_WITHIN = 5.0
 """Seconds from the login until `ssh` listens for us."""
 LOOK_AGAIN = 0.01
 SAYS_WITHIN = 0.1
 """Seconds for `ssh` to say why a channel was not opened, where it goes on itself."""
 ENDS_WITHIN = 1.0
-"""Seconds for `ssh` to end by itself, and to be reaped once it was killed."""
+"""Seconds for `ssh` to end by itself."""
 
 
 class OpensshCarrier:
@@ -60,6 +61,8 @@ class OpensshCarrier:
         self._head = head
         self._login_timeout = AdaptiveTimeout(URGENT_DIAL, LOGIN_TIMEOUT)
         self._slow = False
+        self._mute = False
+        """The last server dialled took the connection and did not say in time that it is SSH."""
         self.stopped_at: OpensshHop | None = None
         """Where the last attempt failed."""
 
@@ -67,7 +70,7 @@ class OpensshCarrier:
         """`urgent`: set while streams wait for it. Raises ProblemError."""
         hops = await self.hops()
         connection = OpensshConnection(self._head, hops)
-        connect = URGENT_CONNECT if urgent.is_set() else CONNECT_TIMEOUT
+        connect = await self._connect_time(urgent, hops[0])
         loop = asyncio.get_running_loop()
         began = loop.time()
         usual = len(hops) * CONNECT_TIMEOUT + LOGIN_TIMEOUT
@@ -76,15 +79,27 @@ class OpensshCarrier:
                 await connection.log_in(connect)
         except TimeoutError:
             hop = self.stopped_at = connection.reached
-            raise ProblemError(await _not_in_time(hop, loop.time() - began)) from None
+            why = openssh_problems.not_in_time(hop, connection.said, loop.time() - began)
+            raise ProblemError(await agent.blamed(why, hop)) from None
         except ProblemError:
             self.stopped_at = connection.reached
+            at = reached(connection.said)
+            self._mute = at.connected and not at.is_ssh
             raise
         finally:
             if not connection.stands:
                 connection.abort()
         self._took(loop.time() - began)
         return connection
+
+    async def _connect_time(self, urgent: asyncio.Event, first: OpensshHop) -> int:
+        """Seconds for each address, and for what a server says first. `ssh` tries one address after
+        the other: where a name has several, the first may be a black hole."""
+        if self._mute:
+            return CONNECT_TIMEOUT
+        if urgent.is_set():
+            return URGENT_CONNECT
+        return SEVERAL_CONNECT if await _has_several(first) else CONNECT_TIMEOUT
 
     async def hops(self) -> list[OpensshHop]:
         """The way as `ssh` has it. Raises ProblemError."""
@@ -105,73 +120,15 @@ class OpensshCarrier:
         """Its connections share nothing of ours."""
 
 
-async def _not_in_time(hop: OpensshHop, seconds: float) -> Problem:
-    """What `ssh` was at it does not say; whether a name is what keeps it can be found out."""
-    if hop.direct:
-        try:
-            async with asyncio.timeout(RESOLVES_WITHIN):
-                loop = asyncio.get_running_loop()
-                await loop.getaddrinfo(hop.known.host, hop.known.port, type=socket.SOCK_STREAM)
-        except TimeoutError:
-            return sshproblems.resolver_silent(seconds, hop)
-        except OSError:
-            pass
-    return sshproblems.login_slow(seconds, hop, "")
-
-
-class SshProcess(asyncio.Protocol):
-    """An `ssh`. It has no terminal, and is ended with what it has started (ProxyCommand)."""
-
-    def __init__(self, words: Sequence[str], stdin: int, stdout: int):
-        """Raises OSError."""
-        self.said = ""
-        """The end of what came on standard error."""
-        self.news = asyncio.Event()
-        """Something came, or it is over."""
-        self.over = asyncio.get_running_loop().create_future()
-        self._popen = subprocess.Popen(
-            words,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-            env=openssh.environment(),
-        )
-        self._transport: asyncio.BaseTransport | None = None
-
-    async def listen(self) -> None:
-        """Read what it says, and note when it is over."""
-        loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.connect_read_pipe(lambda: self, self._popen.stderr)
-
-    def close_stdin(self) -> None:
-        """What runs on the head for its sake may end."""
-        if self._popen.stdin is not None:
-            self._popen.stdin.close()
-
-    def data_received(self, data: bytes) -> None:
-        self.said = (self.said + data.decode(errors="replace"))[-SAID:]
-        self.news.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del exc
-        self.end()
-
-    def end(self) -> None:
-        """At once; nothing comes of it any more."""
-        if self.over.done():
-            return
-        self.over.set_result(None)
-        self.news.set()
-        self.close_stdin()
-        with suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            self._popen.wait(ENDS_WITHIN)  # a process that was killed is gone at once
-        if self._transport is not None:
-            self._transport.close()
-        elif self._popen.stderr is not None:
-            self._popen.stderr.close()
+async def _has_several(hop: OpensshHop) -> bool:
+    """Whether its name has more than one address, as far as this is known soon."""
+    if not hop.direct or hop.shared:
+        return False
+    loop, found = asyncio.get_running_loop(), []
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(RESOLVES_WITHIN):
+            found = await loop.getaddrinfo(hop.known.host, None, type=socket.SOCK_STREAM)
+    return len(found) > 1
 
 
 class OpensshConnection:
@@ -197,8 +154,13 @@ class OpensshConnection:
     @property
     def reached(self) -> OpensshHop:
         """The hop that it has not got past."""
-        said = self._process.said if self._process is not None else ""
-        return self.hops[min(openssh_problems.hops_passed(self.hops, said), len(self.hops) - 1)]
+        passed = openssh_problems.hops_passed(self.hops, self.said)
+        return self.hops[min(passed, len(self.hops) - 1)]
+
+    @property
+    def said(self) -> str:
+        """By `ssh`, so far."""
+        return self._process.said if self._process is not None else ""
 
     async def log_in(self, connect: int) -> None:
         """`connect`: seconds for each address of a hop. Raises ProblemError."""

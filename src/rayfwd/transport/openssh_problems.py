@@ -10,10 +10,8 @@ from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.transport import sshproblems
 from rayfwd.transport.openssh import OpensshHop
+from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
 
-_LOGGED_IN = re.compile(
-    r"^Authenticated to \S+ \((?:\[\S+\]:\d+|via proxy)\) using \"[\w-]+\"\.\r?$", re.MULTILINE
-)
 _CONNECT = re.compile(r"connect to (?:host|address) (\S+) port (\d+): (.+)")
 _RESOLVE = re.compile(r"Could not resolve hostname \S+: (.+)")
 _DENIED = re.compile(r"^\S+: Permission denied \(([\w,@.-]+)\)\.$", re.MULTILINE)
@@ -30,10 +28,10 @@ _FORBIDDEN = re.compile(r"open failed: administratively prohibited: (.*)")
 _NOT_OPENED = re.compile(r"open failed: (?:connect failed|resource shortage|\S+ \S+): (.*)")
 _KEY = re.compile(r'^Load key (".*?": .+)', re.MULTILINE)
 _CHATTER = re.compile(
-    r"^(?:Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
+    r"^(?:debug1: |Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
     r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by ).*"
 )
-"""What `ssh` itself says of how a connection goes, at VERBOSE."""
+"""What `ssh` itself says of how a connection goes."""
 _REVOKED = re.compile(r"REVOKED HOST KEY|revoked host key|is revoked|marked as revoked")
 _HOST_KEY = re.compile(
     r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|host key is known for"
@@ -44,7 +42,7 @@ _SETTING = re.compile(r".*(?:Bad configuration option|Bad owner or permissions|t
 def hops_passed(hops: Sequence[OpensshHop], said: str) -> int:
     """To how many of the hops it has logged in: each `ssh` says so of its own."""
     needed = [hop for hop in hops if not hop.shared]
-    return len(hops) - len(needed) + min(len(_LOGGED_IN.findall(said)), len(needed))
+    return len(hops) - len(needed) + min(len(LOGGED_IN.findall(said)), len(needed))
 
 
 def explain(head: HeadConfig, hops: Sequence[OpensshHop], said: str) -> Problem:
@@ -54,7 +52,7 @@ def explain(head: HeadConfig, hops: Sequence[OpensshHop], said: str) -> Problem:
     for look in (_of_login, _of_jump, _of_connection):
         if (problem := look(head, hop, said)) is not None:
             return problem
-    last = next(reversed(said.splitlines()), "") or "`ssh` ended without a message"
+    last = next(reversed(spoken(said).splitlines()), "") or "`ssh` ended without a message"
     return codes.SSH_FAILED.problem(
         f"{hop.called}: {last}",
         f"run `ssh -v {head.ssh}` on this machine, as the user that runs rayfwd, to see more",
@@ -65,7 +63,10 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where the server has answered, or nothing was dialled."""
     if (found := _SETTING.search(said)) is not None:
         return codes.SSH_CONFIG_INVALID.problem(found[0], "correct the SSH configuration")
-    dialled = f" (dialled {hop.known.host} port {hop.known.port})"
+    at = reached(said)
+    dialled = f" (dialled {at.dialled[-1] if at.dialled else _place(hop)})"
+    if hop.command and hop.first:
+        dialled = ""  # where that led is not known
     # A banner may say anything; what ends a login stands last, but for the `ssh` that it was for.
     lines = filter(None, said.splitlines())
     own = [line for line in lines if not _ENDED.fullmatch(line) and not _CHATTER.match(line)]
@@ -117,35 +118,70 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where no login was tried, or the connection ended under it."""
     if (found := _RESOLVE.search(said)) is not None:
         return sshproblems.unresolved(found[1], hop)
+    at = reached(said)
     if tried := list(_CONNECT.finditer(said)):
-        dialled = f" (dialled {', '.join(f'{one[1]} port {one[2]}' for one in tried)})"
+        addresses = at.dialled or [f"{one[1]} port {one[2]}" for one in tried]
+        dialled = f" (dialled {', '.join(addresses)})"
         why = tried[-1][3]
         for words, made in _OF_CONNECT:
             if words in why:
                 return made(hop, dialled)
         return sshproblems.no_way(why, hop, dialled)
-    if hop.command and hop.first and (found := _ENDED.search(said)) is not None:
-        its = [line for line in said.splitlines() if line and not _ENDED.search(line)]
+    by_command = hop.command and hop.first and not at.is_ssh
+    if by_command and (found := _ENDED.search(said)) is not None:
+        its = [line for line in spoken(said).splitlines() if not _ENDED.search(line)]
         return sshproblems.command_ended(hop, " ".join(its) or "it ended without a word")
-    place = f" ({hop.known.host} port {hop.known.port})"
-    if "timed out during banner exchange" in said and hop.command and hop.first:
-        return sshproblems.command_ended(hop, "none in time")
-    if "timed out during banner exchange" in said and not hop.first:
-        return sshproblems.jump_silent(hop)
+    place = _where(hop, at)
     if "timed out during banner exchange" in said:
-        return sshproblems.says_nothing(hop, place)
+        return _silent(hop, at)
     if re.search(r"^Connection to .* timed out", said, re.MULTILINE):
         return sshproblems.no_answer(hop, place)
     if (found := _ENDED.search(said)) is not None:
+        if "invalid characters" in said or "invalid format" in said:
+            return sshproblems.no_ssh(at.words or "bytes that are no text", hop, place)
         if "kex_exchange_identification" in said or "banner exchange" in said:
-            return sshproblems.turned_away("what it says, `ssh` does not tell", hop, place)
-        return sshproblems.ended(found[0], hop, place, in_login="closed by" in found[0])
+            return sshproblems.turned_away(at.words, hop, place)
+        return sshproblems.ended(found[0], hop, place, in_login=at.has_keys)
     return None
+
+
+def not_in_time(hop: OpensshHop, said: str, seconds: float) -> Problem:
+    """What it was at when its time was over; `hop`: the one that has not let it in."""
+    at = reached(said)
+    if at.has_keys:
+        return sshproblems.login_slow(seconds, hop, _where(hop, at))
+    if at.is_ssh:
+        return sshproblems.no_key_exchange(seconds, hop, _where(hop, at))
+    if hop.direct and not at.dialled:
+        return sshproblems.resolver_silent(seconds, hop)
+    if hop.direct and not at.connected:
+        return sshproblems.no_answer(hop, _where(hop, at))
+    return _silent(hop, at)
+
+
+def _silent(hop: OpensshHop, at: Reached) -> Problem:
+    """Whatever was to lead there does, as far as it says, and nothing comes that is SSH."""
+    if hop.command and hop.first:
+        return sshproblems.command_ended(hop, "none in time")
+    if not hop.first:
+        return sshproblems.jump_silent(hop)
+    if at.words:
+        return sshproblems.no_ssh(at.words, hop, _where(hop, at))
+    return sshproblems.says_nothing(hop, _where(hop, at))
+
+
+def _place(hop: OpensshHop) -> str:
+    return f"{hop.known.host} port {hop.known.port}"
+
+
+def _where(hop: OpensshHop, at: Reached) -> str:
+    """Where it went, in brackets."""
+    return f" (dialled {', '.join(at.dialled)})" if at.dialled else f" ({_place(hop)})"
 
 
 def beside(said: str) -> str:
     """What came on standard error once it had logged in, without what `ssh` says of itself."""
-    _, *after = _LOGGED_IN.split(said)
+    _, *after = LOGGED_IN.split(said)
     lines = (line.strip() for line in (after[-1] if after else said).splitlines())
     return "\n".join(line for line in lines if line and not _CHATTER.match(line))
 

@@ -1,4 +1,5 @@
-"""Options of an SSH configuration that AsyncSSH has no use for: which of them hold for a server.
+"""Where AsyncSSH reads an SSH configuration otherwise than `ssh`: options that it has no use for,
+and the order of files that are included.
 
 AsyncSSH skips what it does not know without a word. It is told of these, so that it keeps them as
 it does the others, by `Host` and `Match`; then whoever cannot be reached for want of one is told.
@@ -6,7 +7,10 @@ it does the others, by `Host` and `Match`; then whoever cannot be reached for wa
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from asyncssh.config import SSHClientConfig
@@ -21,6 +25,7 @@ OPTIONS = (
     "VerifyHostKeyDNS",
 )
 """ssh_config(5). Those that may decide whether a server is reached, and by what it is known."""
+SYSTEM = Path("/etc/ssh")
 _NOTHING = (None, "none", "no")
 
 
@@ -36,9 +41,27 @@ def make_known() -> None:
     if isinstance(handlers, dict):
         for name in OPTIONS:
             handlers.setdefault(name.lower(), (name, _keep))
+        if "include" in handlers:
+            name, include = handlers["include"]
+            handlers["include"] = name, _in_order(include)
 
 
 def _keep(config: Any, option: str, args: list[str]) -> None:
     """The first one that holds counts."""
     config._options.setdefault(option, " ".join(args))
     args.clear()
+
+
+def _in_order(include: Callable[[Any, str, list[str]], None]) -> Callable[..., None]:
+    """As ssh has it: sorted by name, and what has no slash before it is beside the file that
+    includes it, where that is the system's. AsyncSSH takes them as the directory has them."""
+
+    def included(config: Any, option: str, args: list[str]) -> None:
+        beside = SYSTEM if Path(config._path).is_relative_to(SYSTEM) else Path("~/.ssh")
+        patterns = [beside.expanduser() / Path(arg).expanduser() for arg in args]
+        args[:] = [
+            glob.escape(found) for pattern in patterns for found in sorted(glob.glob(str(pattern)))
+        ]
+        include(config, option, args)
+
+    return included

@@ -18,6 +18,7 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
+from rayfwd.transport import agent
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.places import NoSftpError
@@ -147,7 +148,7 @@ class SshConnector:
                 known.host,
                 known.port,
                 options=head.options,
-                tunnel=None if head.direct_command else cast(Any, attempt),
+                tunnel=cast(Any, attempt),
                 server_host_key_algs=types,
             )
 
@@ -191,7 +192,7 @@ class SshConnector:
                 options=hop.options,
                 known_hosts=hop.known.for_asyncssh,
                 client_factory=lambda: attempt,
-                tunnel=None if hop.direct_command else cast(Any, attempt),
+                tunnel=cast(Any, attempt),
             )
 
         made = await self._attempt(hop, jump, urgent, connect)
@@ -218,13 +219,16 @@ class SshConnector:
             hop.meet,
             patient=self._tries % PATIENT == 0,
             agent=hop.agent,
+            command=hop.command,
         )
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, NoSftpError, ValueError, TimeoutError) as exc:
             self.stopped_at = hop
-            problem = explain(exc, self._head, hop, attempt)
+            problem = await agent.blamed(explain(exc, self._head, hop, attempt), hop)
             raise ProblemError(with_passed_over(problem, hop)) from exc
+        if not isinstance(made, asyncssh.SSHClientConnection):
+            attempt.close()
         self._took(hop, attempt.seconds)
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import socket
@@ -52,6 +53,8 @@ class Server(Protocol):
     def to(self) -> Destination: ...
     @property
     def keys(self) -> tuple[Path, ...]: ...
+    @property
+    def agent_socket(self) -> str: ...
 
 
 TABLE_LIMIT = 1 << 21
@@ -59,6 +62,8 @@ TABLE_LIMIT = 1 << 21
 TABLE_PIECE = 1 << 14
 OUTDATED_HOST_KEYS = {"ssh-rsa", "ssh-dss"}
 """Algorithms of host keys (with SHA-1) that neither AsyncSSH nor `ssh` takes unless told to."""
+USER_CERTIFICATE = 1
+"""The kind of a certificate that is a user's (SSH_CERT_TYPE_USER in PROTOCOL.certkeys)."""
 _OTHERS = re.compile(r"HTTP/|220[ -]|\+OK|\* OK|RFB |<|\x15\x03|\x16\x03")
 """How servers of other protocols begin: the web, mail, FTP, VNC, TLS."""
 
@@ -191,12 +196,26 @@ def keys_refused(reason: str, hop: Server, dialled: str) -> Problem:
             f"run `ssh-add {locked}` for an agent whose SSH_AUTH_SOCK the daemon has; or "
             f"{named}, without a passphrase",
         )
+    if hop.keys and not hop.agent_socket and not any(map(_is_there, hop.keys)):
+        return codes.SSH_AUTH_REFUSED.problem(
+            f"{hop.called} wants an SSH key{dialled}, and this machine has none to offer: there is "
+            f"no agent, and no {', '.join(map(str, hop.keys))}",
+            f"as the user that runs rayfwd, make one (`ssh-keygen -t ed25519`), and add its public "
+            f"half to authorized_keys of {hop.user} {_where(hop)}; or {named}",
+        )
+    if expired := _out_of_date(hop.keys):
+        return codes.SSH_AUTH_REFUSED.problem(
+            f"{refused}; {expired} at {_now()}, as this machine's clock has it",
+            f"sign the key anew (`ssh-keygen -s CA -I NAME -n {hop.user} KEY.pub`), and check the "
+            "clock here and there",
+        )
     return codes.SSH_AUTH_REFUSED.problem(
         refused,
         f"add the public key to authorized_keys of {hop.user} {_where(hop)}, or {named}; if it is "
         "there, the sshd log there says what is wrong: that file or a directory above it may be "
         "written by others (StrictModes), the account is locked or shut out (AllowUsers, "
-        "DenyUsers, PermitRootLogin), or `from=` or `expiry-time=` before the key",
+        "DenyUsers, PermitRootLogin), its login shell does not exist, or `from=` or `expiry-time=` "
+        "stands before the key",
     )
 
 
@@ -211,6 +230,26 @@ def _with_passphrase(keys: Sequence[Path]) -> Path | None:
         except OSError:
             continue
     return None
+
+
+def _is_there(path: Path) -> bool:
+    return os.path.lexists(path.expanduser())
+
+
+def _out_of_date(keys: Sequence[Path]) -> str:
+    """Which certificate of these keys does not hold now, in words."""
+    for key in keys:
+        for path in (key.expanduser(), key.expanduser().with_name(f"{key.name}-cert.pub")):
+            try:
+                certificate = asyncssh.import_certificate(read_regular(path))
+            except (OSError, asyncssh.KeyImportError):
+                continue
+            try:
+                certificate.validate(USER_CERTIFICATE, None)  # type: ignore[attr-defined]
+            except (AttributeError, ValueError) as exc:
+                why = str(exc).removeprefix("Certificate ")
+                return f"the certificate {path} is {why}"
+    return ""
 
 
 def too_many_keys(reason: str, hop: Server, dialled: str) -> Problem:
@@ -229,7 +268,7 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
     dialled = _dialled(attempt)
     words = attempt.words.decode(errors="replace").strip()
     if hop.direct_command and not attempt.is_ssh:
-        return command_ended(hop, _why_command_ended(exc))
+        return command_ended(hop, attempt.said_by_command or _why_command_ended(exc, words))
     match exc:
         case NoSftpError():
             return no_sftp(str(exc), hop)
@@ -524,12 +563,15 @@ def _kind(hop: Server) -> str:
 
 def certificate_invalid(why: str, hop: Server, dialled: str) -> Problem:
     """An authority that is trusted has signed its key, and that does not hold here and now."""
-    now = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     return codes.HOST_CERTIFICATE_INVALID.problem(
         f"the host certificate of {hop.called}{dialled} does not hold: {why}",
         f"make a new one for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and check "
-        f"this machine's clock: it says {now} UTC",
+        f"this machine's clock: it says {_now()}",
     )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
 
 
 def nothing_in_common(what: str, theirs: Sequence[str], hop: Server, dialled: str) -> Problem:
@@ -552,10 +594,10 @@ def command_ended(hop: Server, why: str) -> Problem:
     )
 
 
-def _why_command_ended(exc: Exception) -> str:
-    return (
-        "none in time" if isinstance(exc, TimeoutError) else "it ended (see its words in the log)"
-    )
+def _why_command_ended(exc: Exception, words: str) -> str:
+    if words:
+        return f"what answers says {words!r}"
+    return "none in time" if isinstance(exc, TimeoutError) else "it ended without a word"
 
 
 def _add_key(head: HeadConfig, hop: Server) -> str:

@@ -1,0 +1,58 @@
+"""Whether an SSH agent answers: one that does not keeps a login waiting, and the server is not to
+blame (draft-miller-ssh-agent). One that was forwarded over a connection that is dead is such a one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from rayfwd import codes
+from rayfwd.config import Destination
+from rayfwd.problems import Problem
+
+ANSWERS_WITHIN = 2.0
+"""Seconds for the list of its keys."""
+_WHICH_KEYS = b"\x00\x00\x00\x01\x0b"
+"""SSH_AGENTC_REQUEST_IDENTITIES."""
+
+
+class AsksAgent(Protocol):
+    """A server whose login takes keys of an agent."""
+
+    @property
+    def called(self) -> str: ...
+    @property
+    def to(self) -> Destination: ...
+    @property
+    def agent_socket(self) -> str: ...
+
+
+async def blamed(problem: Problem, hop: AsksAgent) -> Problem:
+    """The same, or where a login was not over in time and the agent is silent, that it is."""
+    path = hop.agent_socket
+    if problem.code is not codes.SSH_LOGIN_TIMEOUT or not path or await _answers(path):
+        return problem
+    return codes.SSH_LOGIN_TIMEOUT.problem(
+        f"the login at {hop.called} does not finish, because the SSH agent here, at {path}, does "
+        "not answer",
+        "start that agent anew (if it was forwarded, log in here again), or set "
+        f"{hop.to.key('identity')} to a key without a passphrase: then no agent is asked",
+    )
+
+
+async def _answers(path: str) -> bool:
+    """Also where nobody is there: then nobody is waited for."""
+    try:
+        async with asyncio.timeout(ANSWERS_WITHIN):
+            reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                writer.write(_WHICH_KEYS)
+                await reader.read(1)
+            finally:
+                writer.close()
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,103 @@
+"""An `ssh`, or a command of the SSH configuration that dials in its place (ProxyCommand): a process
+whose words on standard error are kept, and that is ended with what it has started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from rayfwd.transport.openssh_words import Words
+
+ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
+"""What would have ssh ask on a screen."""
+REAPED_WITHIN = 1.0
+"""Seconds for a process that was killed."""
+SHELL: Final = "/bin/sh"
+"""Runs a ProxyCommand where the user has none."""
+
+
+def environment() -> dict[str, str]:
+    """What `ssh` is to have of ours: an agent, a ticket, no way to ask."""
+    kept = {name: value for name, value in os.environ.items() if name not in ASKS_NOBODY}
+    return kept | {"SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
+
+
+class SshProcess(asyncio.Protocol):
+    """An `ssh`. It has no terminal, and is ended with what it has started (ProxyCommand)."""
+
+    def __init__(self, words: Sequence[str], stdin: int, stdout: int):
+        """Raises OSError."""
+        self._words = Words()
+        self.news = asyncio.Event()
+        """Something came, or it is over."""
+        self.over = asyncio.get_running_loop().create_future()
+        self._popen = subprocess.Popen(
+            words,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=environment(),
+        )
+        self._transport: asyncio.BaseTransport | None = None
+
+    @property
+    def said(self) -> str:
+        """What is kept of what came on standard error."""
+        return self._words.text
+
+    async def listen(self) -> None:
+        """Read what it says, and note when it is over."""
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.connect_read_pipe(lambda: self, self._popen.stderr)
+
+    def close_stdin(self) -> None:
+        """What runs on the head for its sake may end."""
+        if self._popen.stdin is not None:
+            self._popen.stdin.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._words.feed(data)
+        self.news.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.end()
+
+    def end(self) -> None:
+        """At once; nothing comes of it any more."""
+        if self.over.done():
+            return
+        self._words.close()
+        self.over.set_result(None)
+        self.news.set()
+        self.close_stdin()
+        with suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(REAPED_WITHIN)  # a process that was killed is gone at once
+        if self._transport is not None:
+            self._transport.close()
+        elif self._popen.stderr is not None:
+            self._popen.stderr.close()
+
+
+class ProxyCommand(SshProcess):
+    """Its standard input and output lead to a server. Unlike `ssh`, it may be mute."""
+
+    def __init__(self, command: str, end: int) -> None:
+        """By the user's shell, as `ssh` runs it; `end`: a socket. Raises OSError."""
+        shell = os.environ.get("SHELL") or SHELL
+        super().__init__([shell, "-c", f"exec {command}"], end, end)
+        self.silent = asyncio.Event()
+        """Nothing more comes on standard error."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self.silent.set()
