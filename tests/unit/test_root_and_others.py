@@ -234,7 +234,7 @@ SPAWNERS = {
     "setup/remote/shipment.py": "the Python of the head's Ray, as the head's user",
     "setup/remote/there.py": "commands of the system, and its own daemon as its own user",
     "transport/openssh.py": "the system's ssh, as the service's user or the file's owner",
-    "transport/openssh_carrier.py": "the same",
+    "transport/ssh_process.py": "the same, and the ProxyCommand of its configuration",
     "transport/ownssh.py": "the daemon's; a forced command of its own user's authorized_keys",
     "system/first_process.py": "no program: a child that goes on with what was said",
     "demo/machine_init.py": "its own makings",

@@ -36,7 +36,7 @@ async def blamed(problem: Problem, hop: AsksAgent) -> Problem:
     return codes.SSH_LOGIN_TIMEOUT.problem(
         f"the login at {hop.called} does not finish, because the SSH agent here, at {path}, does "
         "not answer",
-        "start that agent anew (if it was forwarded, log in here again), or set "
+        "start that agent again (if it was forwarded, log in here again), or set "
         f"{hop.to.key('identity')} to a key without a passphrase: then no agent is asked",
     )
 

@@ -206,8 +206,8 @@ def keys_refused(reason: str, hop: Server, dialled: str) -> Problem:
     if expired := _out_of_date(hop.keys):
         return codes.SSH_AUTH_REFUSED.problem(
             f"{refused}; {expired} at {_now()}, as this machine's clock has it",
-            f"sign the key anew (`ssh-keygen -s CA -I NAME -n {hop.user} KEY.pub`), and check the "
-            "clock here and there",
+            f"make a new certificate (`ssh-keygen -s CA -I NAME -n {hop.user} KEY.pub`), "
+            "and check the clocks of both machines",
         )
     return codes.SSH_AUTH_REFUSED.problem(
         refused,
