@@ -9,7 +9,7 @@ faults; `training.py` is the same for longer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,15 @@ FROM = {
     "tune": "head",
     "compiled_graph": "head",
     "debugger": "w1",
+    "serve_fast": "head",
     "jax": "head",
 }
 """The machines that each job's driver runs on."""
+APART = {"serve_fast", "jax"}
+"""Jobs that need what the others shall not have: an environment, a line in /etc/hosts. Each has a
+driver of its own, after the others."""
+THOROUGH = {"serve_fast"}
+"""A second Serve, in other modes: half a minute of a processor."""
 NEEDS = {name: name for name in ("xgboost", "lightgbm", "jax")} | {"debugger": "debugpy"}
 MARGIN = 5.0
 """Seconds that a step may take longer than the silence it fell into, on a machine that is busy."""
@@ -60,8 +66,10 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
 class Drivers:
     """A driver on a machine, when it is first asked of, which does all jobs of that machine."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, cases: Sequence[tuple[str, str]]) -> None:
+        """`cases`: the jobs, each with the machine of its driver."""
         self._cluster = cluster
+        self._cases = cases
         self._lab = cluster.lab
         self._lines: dict[tuple[str, str], Lines] = {}
 
@@ -77,11 +85,12 @@ class Drivers:
 
     def found(self, where: str, library: str) -> Found:
         """What a job has found, when it is over."""
-        apart = "jax" if library == "jax" else ""
+        apart = library if library in APART else ""
         if (lines := self._lines.get((where, apart))) is None:
             if apart:
                 know_own_names(self._cluster)
-            names = [n for n, on in CASES if on == where and (n == "jax") == bool(apart)]
+            others = [n for n, on in self._cases if on == where and n not in APART]
+            names = [apart] if apart else others
             lines = self._lines[where, apart] = self.start(where, names)
         log = lines.process.log
 
@@ -123,7 +132,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def drivers(cluster: Cluster) -> Drivers:
-    return Drivers(cluster)
+    return Drivers(cluster, CASES)
 
 
 def one_model(found: Found) -> bool:
@@ -137,6 +146,7 @@ EXPECTED: dict[str, Callable[[Found], bool]] = {
     "lightgbm": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
     "collective": lambda f: f["sums"] == [3.0] * 3 and f["passed"] == sum(range(1000)),
     "serve": lambda f: f["grpc"] == MACHINES,
+    "serve_fast": lambda f: f["backs"] == MACHINES and f["pairs"] == [9, 9, 9],
     "data": lambda f: (
         f["sums"] == [sum(range(k, 3000, 7)) for k in range(7)]
         and f["rows"] == 3000
@@ -149,8 +159,19 @@ EXPECTED: dict[str, Callable[[Found], bool]] = {
 }
 
 
-@pytest.mark.parametrize(("library", "where"), CASES)
+@pytest.mark.parametrize(
+    ("library", "where"),
+    [
+        pytest.param(*case, marks=pytest.mark.thorough) if case[0] in THOROUGH else case
+        for case in CASES
+    ],
+)
 def test_a_library_spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
+    spans_the_machines(drivers, library, where)
+
+
+def spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
+    """Its ranks ran on all three, and its result is right."""
     need_libraries(*([NEEDS[library]] if library in NEEDS else []))
     found = drivers.found(where, library)
     assert sorted(found["hosts"]) == MACHINES
