@@ -58,8 +58,13 @@ def test_the_doctor_beside_it(own: Cluster) -> None:
         machine.run(["rm", "/home/ray/report.txt"])
 
 
-@pytest.mark.runs("loginctl enable-linger")
+@pytest.mark.runs("loginctl enable-linger", "loginctl show-user --property=Linger")
+@pytest.mark.runs("journalctl --user")
 def test_said_again_it_changes_nothing(own: Cluster) -> None:
+    shown = own.worker.run(["loginctl", "show-user", "--property=Linger", "ray"]).stdout
+    assert shown == "Linger=yes\n"
+    mine = ["journalctl", "--user", "--no-pager", "-u", "rayfwd"]
+    assert "rayfwd_ready" in own.worker.run(mine, user="ray").stdout
     said = own.init_worker()
     assert "Nothing had to be done" in said
     assert "loginctl enable-linger ray" in said

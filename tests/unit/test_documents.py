@@ -49,7 +49,6 @@ INSTALLS = [part.strip() for part in README.format(wheel=".").split("&&")]
 
 # Named in a sentence, and not to be typed.
 NAMES = {
-    "journalctl --user": "the same for a user's own service",
     "pip install": "a name, with what is installed left out",
     "pkill -u ray": "what the page says not to type",
     "ray client *": "an error text",
@@ -69,7 +68,6 @@ NOT_RUN = {
     "fail2ban-client *": "it would watch over the sshd of the machine that runs the tests",
     "iptables-legacy -F": "tried by hand (docs/overlay.md); the tests have iptables of nftables",
     "export RAY_AUTH_MODE=token": "the tests give Ray this variable: tests/lab/test_token.py",
-    "loginctl show-user --property=Linger": "shows what `loginctl enable-linger` sets",
     "modprobe *": "loads a part of the kernel, which all machines share",
     "timedatectl set-ntp *": "sets the clock, which all machines share",
     "ray stop": "ends every Ray of its user by name, those of other tests too",
