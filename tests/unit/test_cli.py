@@ -235,7 +235,7 @@ def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["check", "--config", str(path)]) == 0
     text = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    dials = "head ray@head, port 2222, 2 SSH connections (and up to 3 more)"
+    dials = "head ray@head, port 2222, 2 SSH connections (and up to 5 more)"
     assert f"{dials}, running `rayfwd attach` there" in lines
     assert "forward 127.0.0.1:8265 here is head:8265" in lines
     assert "advertise others reach this worker directly at 203.0.113.7" in lines
