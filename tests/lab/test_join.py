@@ -297,6 +297,30 @@ def test_added_again_nothing_changes(nodes: dict[str, InFront]) -> None:
     assert {w["name"]: w["since"] for w in head.status()["workers"] if not w["left"]} == before
 
 
+def test_machines_that_have_lost_their_state_are_added_again_as_who_they_were(
+    machines: Lab, nodes: dict[str, InFront]
+) -> None:
+    """While their daemons run, whose sockets have gone with it: one that dials the head, with a
+    new SSH key, and one that the head dials. Their keys of rayfwd's are new, too."""
+    head, added = nodes["head"], [machines.machine(name) for name in ("w1", "w2")]
+    before = roster(head)
+    for machine in added:
+        machine.run(["rm", "-r", STATE])
+    ran = said_on(head, "add", "-f", "hosts.txt", *SETS)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster"
+    assert roster(head) == before
+    assert {e["node"] for e in head.events("node_key_renewed")} == {"w1", "two"}
+    assert len(task(head.machine)) == 3
+    for machine in added:
+        daemons = machine.run(["pgrep", "-fc", "rayfwd run --config"]).stdout
+        assert daemons == "1\n", "the one that had lost its state has ended"
+
+
+def roster(head: InFront) -> dict[str, str]:
+    return {row["name"]: row["address"] for row in head.status()["roster"]}
+
+
 @pytest.mark.runs("rayfwd remove *", "rayfwd remove --gone *", "rayfwd remove")
 def test_what_was_added_is_removed(machines: Lab, nodes: dict[str, InFront]) -> None:
     head, w1, w2 = nodes["head"], machines.machine("w1"), machines.machine("w2")
