@@ -20,6 +20,7 @@ import pytest
 from rayfwd.cli import MistakeError, _parser, chosen, connect, front, head, join
 from rayfwd.cli.front import StatusLine
 from rayfwd.config import Config, load, parse
+from rayfwd.daemon import claim as claim_module
 from rayfwd.daemon.claim import MachineClaim, free_networks
 from rayfwd.daemon.lifetime import Lifetime
 from rayfwd.daemon.resources import claimed, recorded
@@ -246,7 +247,7 @@ def test_two_daemons_do_not_have_one_network() -> None:
         assert claim.problem.code.name == "network_in_use"
         assert f"pid {other.pid}) has 127.118.0.0/17" in claim.problem.cause
         assert "hub.network" in claim.problem.remedy
-        assert "127.118.0.0/16" not in list(free_networks())
+        assert not any("127.118.0.0/16" in networks for networks in free_networks())
         other.stdin.close()
     later = MachineClaim()
     assert later.take("127.118.0.0/16")
@@ -256,6 +257,39 @@ def test_two_daemons_do_not_have_one_network() -> None:
     assert held.uid == os.geteuid()
     later.close()
     assert network_lock.holders_of("127.118.0.0/16") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_a_network_that_another_user_takes_after_the_look_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both would have it otherwise: one looked before the other came, and one after."""
+    program = (
+        "import os, socket, sys; os.setgid(4242); os.setuid(4242); sys.stdin.readline(); "
+        "s = socket.socket(socket.AF_UNIX); "
+        "s.bind('\\0rayfwd-network-127.117.0.0-16-4242'); s.listen(1); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+
+        def looked() -> tuple[list[str], list[str]]:
+            assert other.stdout is not None
+            assert other.stdin is not None
+            other.stdin.write(b"now\n")
+            other.stdin.flush()
+            other.stdout.readline()
+            return ["127.117.0.0/16", "127.116.0.0/16"], []
+
+        monkeypatch.setattr(claim_module, "free_networks", looked)
+        try:
+            assert claim_module.reserve() == "127.116.0.0/16"
+        finally:
+            claim_module._Reserved.taken("")
+            other.stdin.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
@@ -283,9 +317,11 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
         assert first.problem is None
         assert f"pid {stranger.pid}" in of(log, "network_shared")[0]["who"]
         assert not second.take("127.117.0.0/16"), "it is still held against our own"
-        assert "127.117.0.0/16" not in list(free_networks())
+        assert not any("127.117.0.0/16" in networks for networks in free_networks())
         first.close()
-        assert list(free_networks())[-1] == "127.117.0.0/16", "others come first"
+        free, shared = free_networks()
+        assert "127.117.0.0/16" not in free, "others come first"
+        assert shared == ["127.117.0.0/16"]
         stranger.stdin.close()
 
 

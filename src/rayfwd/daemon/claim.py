@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -79,16 +79,16 @@ class MachineClaim:
             self._lock = None
 
 
-def free_networks() -> Iterator[str]:
-    """Those that nobody holds, the usual one first; then those that only others say they do."""
-    shared, everybody = [], network_lock.holders()
+def free_networks() -> tuple[list[str], list[str]]:
+    """Those that nobody holds, the usual one first; and those that only others say they do."""
+    free, shared, everybody = [], [], network_lock.holders()
     for network in map(str, NETWORKS):
         holders = overlapping(network, everybody)
         if not holders:
-            yield network
+            free.append(network)
         elif not holders[0].counts:
             shared.append(network)
-    yield from shared
+    return free, shared
 
 
 class _Reserved:
@@ -111,13 +111,13 @@ def reserve() -> str | None:
     Of several who look in one moment each has another: whoever sees somebody else's name beside
     its own goes on to the next network.
     """
-    for network in free_networks():
-        shared = bool(holders_of(network))
+    free, shared = free_networks()
+    for network in (*free, *shared):
         try:
             lock = NetworkLock(network)
         except OSError:
             continue
-        if not shared and len(holders_of(network)) > 1:
+        if network in free and len(holders_of(network)) > 1:
             lock.close()
             continue
         _Reserved.taken("")
@@ -127,4 +127,5 @@ def reserve() -> str | None:
 
 
 def _another() -> str:
-    return next(free_networks(), "127.120.0.0/16")
+    free, shared = free_networks()
+    return next(iter((*free, *shared)), "127.120.0.0/16")
