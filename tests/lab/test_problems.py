@@ -225,7 +225,7 @@ class TestNames:
         assert cluster.worker("w1").status()["state"] == "ready", "the first one goes on"
         assert cluster.worker("w1").stop() == 0
         # Only now may it be told to forget the first one, and that is news.
-        second.wait_event("name_taken", 90, lambda event: "rayfwd forget w1" in event["remedy"])
+        second.wait_event("name_taken", 90, lambda event: "rayfwd forget" in event["remedy"])
         forget(cluster, "w1")
         check_healed(second, "name_taken", "name_taken")
 
