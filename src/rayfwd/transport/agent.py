@@ -37,7 +37,7 @@ async def blamed(problem: Problem, hop: AsksAgent) -> Problem:
         f"the login at {hop.called} does not finish, because the SSH agent here, at {path}, does "
         "not answer",
         "start that agent again (if it was forwarded, log in here again), or set "
-        f"{hop.to.key('identity')} to a key without a passphrase: then no agent is asked",
+        f"{hop.to.key('identity')} to a key without a passphrase, so that no agent is asked",
     )
 
 
