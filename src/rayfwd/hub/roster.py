@@ -351,10 +351,10 @@ class Roster:
     def came_by(self, name: str, ssh_key: str | None) -> bool:
         """Whether this SSH key is the one by which worker `name` has come, and no other worker
         has."""
-        owners = [
-            n for n, r in self._records.items() if ssh_key is not None and r.ssh_key == ssh_key
-        ]
-        return owners == [name]
+        known = self._records.get(name)
+        if ssh_key is None or known is None or known.ssh_key != ssh_key:
+            return False
+        return sum(record.ssh_key == ssh_key for record in self._records.values()) == 1
 
     def _record(
         self,
