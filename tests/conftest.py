@@ -33,18 +33,20 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first."""
 
 LONG = (
-    *("lab/test_libraries", "lab/test_cluster", "lab/test_token", "systemd/test_cluster"),
-    *("lab/test_advertise_checks", "lab/test_losses", "lab/test_stop_and_restart"),
-    *("lab/test_conditions_ray", "lab/test_ways", "systemd/test_overlay", "lab/test_join"),
-    *("systemd/test_service", "lab/test_doctor", "lab/test_problems_of_ray", "lab/test_dialled"),
-    *("ray/test_ray", "demo/test_demo", "hostile/test_peers", "lab/test_meeting"),
-    *("systemd/test_trixie", "lab/test_init", "lab/test_overlay", "systemd/test_user_service"),
-    *("package/test_compiled", "package/test_package", "systemd/test_init", "lab/test_versions"),
-    *("lab/test_advertise", "hostile/test_servers"),
+    *("lab/test_libraries", "lab/test_cluster", "lab/test_advertise_checks"),
+    *("systemd/test_user_service", "lab/test_token", "systemd/test_service", "lab/test_ways"),
+    *("systemd/test_cluster", "lab/test_losses", "systemd/test_overlay"),
+    *("lab/test_stop_and_restart", "lab/test_conditions_ray", "lab/test_join", "lab/test_doctor"),
+    *("lab/test_problems_of_ray", "lab/test_dialled", "ray/test_ray", "demo/test_demo"),
+    *("hostile/test_peers", "lab/test_meeting", "systemd/test_trixie", "lab/test_init"),
+    *("lab/test_overlay", "package/test_compiled", "package/test_package", "systemd/test_init"),
+    *("lab/test_versions", "lab/test_advertise", "hostile/test_servers"),
 )
-"""The files that take longest, the longest first (tests/times.py says which): they come right
-after `unit`, and those that are `alone` last of all, so that whoever runs files side by side has
-short ones for everybody at the end, and waits for the others once."""
+"""The files that take longest (tests/times.py says which). The longest come first, and beside the
+two that take most of the processors some that mostly wait: four clusters at work on two processors
+keep each other's tasks waiting for minutes. They come right after `unit`, and those that are
+`alone` last of all, so that whoever runs files side by side has short ones for everybody at the
+end, and waits for the others once."""
 
 LIGHT = (
     *("lab/test_conditions_link", "lab/test_problems", "lab/test_budget", "lab/test_lab"),

@@ -295,7 +295,7 @@ def canary(cluster: Cluster) -> None:
 def every_ten_seconds(cluster: Cluster, enabled: bool) -> None:
     """In the head's file, which it reads again."""
     head = cluster.head
-    change(cluster.configs["head"], {"canary": {"enabled": enabled, "interval": 10, "timeout": 12}})
+    change(cluster.configs["head"], {"canary": {"enabled": enabled, "interval": 10, "timeout": 30}})
     head.machine.write(CONFIG, cluster.config("head"))
     head.machine.run([str(cluster.lab.rayfwd), "reload", "--config", CONFIG])
 
