@@ -231,6 +231,13 @@ class Machine:
         manager = ["systemctl"] if user == "root" else ["systemctl", "--user"]
         return self.run([*manager, *words], user=user, check=check, timeout=150).stdout
 
+    def edit_unit(self, unit: str, text: str) -> None:
+        """`systemctl edit`, on a terminal, with an editor that writes this."""
+        self.write("/root/written", text)
+        self.write("/root/editor", '#!/bin/sh\ncat /root/written > "$1"\n', mode=0o755)
+        edit = ["script", "-qec", f"systemctl edit {unit}", "/dev/null"]
+        self.run(edit, env={"SYSTEMD_EDITOR": "/root/editor"})
+
     def show(self, unit: str = "rayfwd", user: str = "root") -> dict[str, str]:
         """Every property of a unit: ActiveState, StatusText, MainPID, NRestarts and so on."""
         lines = self.systemctl("show", unit, user=user).splitlines()

@@ -7,6 +7,7 @@ One cluster for all tests, which run in the order of this file. The worker begin
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -349,7 +350,18 @@ def test_restarted_it_costs_nothing(auto: Cluster, port: int, standing: Process)
     wait_dialled(auto.head, port)
 
 
+ANOTHER = "10.77.0.0/16"
+
+
+def unit_for_another_network() -> str:
+    """What docs/overlay.md says to enter."""
+    text = (Path(__file__).parents[2] / "docs" / "overlay.md").read_text()
+    _, block = text.split("`systemctl edit rayfwd-net` and enter:\n\n")
+    return inspect.cleandoc(block.partition("\n\n")[0]) + "\n"
+
+
 @pytest.mark.runs("systemctl stop rayfwd-net", "systemctl start rayfwd-net")
+@pytest.mark.runs("systemctl edit rayfwd-net")
 def test_stopped_it_leaves_nothing(auto: Cluster, port: int) -> None:
     """The daemon says so, and goes on with it as soon as it is started."""
     head = auto.head
@@ -361,7 +373,11 @@ def test_stopped_it_leaves_nothing(auto: Cluster, port: int) -> None:
         return [condition["code"] for condition in head.status()["conditions"]]
 
     until(lambda: "overlay_keeper_absent" in codes(), 30, lambda: f"it is said: {codes()}")
+    head.edit_unit(UNIT, unit_for_another_network())
     head.systemctl("start", UNIT)
+    arguments = head.read(f"/proc/{head.show(UNIT)['MainPID']}/cmdline").split("\0")
+    assert arguments[arguments.index("--network") + 1] == ANOTHER
+    head.systemctl("revert", UNIT)
     wait_dialled(head, port)
     until(lambda: not codes(), 60, lambda: f"it is over: {codes()}")
 

@@ -563,6 +563,26 @@ def test_a_keeper_that_is_killed_takes_ray_with_it_and_both_come_back(kept: Kept
     assert group(worker, raylet(worker)) == "rayfwd-ray.service"
 
 
+@pytest.mark.runs("systemctl stop rayfwd-ray", "systemctl edit rayfwd", "systemctl edit rayfwd-ray")
+def test_ray_of_a_daemon_that_has_failed_is_ended_by_its_own_service(kept: Kept) -> None:
+    """And with changed units both begin again."""
+    worker = kept.cluster.worker
+    file = edit(worker, with_key("ride_through = 1"))
+    worker.run(["systemctl", "restart", "rayfwd"], check=False)
+    worker.wait_for(ActiveState="failed")
+    assert raylets(worker)
+    worker.systemctl("stop", "rayfwd-ray")
+    assert raylets(worker) == []
+    edit(worker, lambda _: file)
+    worker.edit_unit("rayfwd", "[Service]\nLimitNOFILE=65432\n")
+    worker.edit_unit("rayfwd-ray", "[Service]\nTasksMax=54321\n")
+    worker.systemctl("restart", "rayfwd")
+    kept.cluster.wait_ready()
+    assert worker.show()["LimitNOFILE"] == "65432"
+    assert worker.show("rayfwd-ray")["TasksMax"] == "54321"
+    assert raylets(worker)
+
+
 @pytest.mark.runs("systemctl stop rayfwd")
 def test_a_stop_ends_ray_in_order_and_leaves_nothing(kept: Kept) -> None:
     for machine in reversed(kept.cluster.lab.machines):
