@@ -1,20 +1,28 @@
-"""Whether an SSH agent answers: one that does not keeps a login waiting, and the server is not to
-blame (draft-miller-ssh-agent). One that was forwarded over a connection that is dead is such a one.
+"""The SSH agent: where it is, and whether it answers (draft-miller-ssh-agent).
+
+One that does not answer keeps a login waiting, and the server is not to blame. One that was
+forwarded over a connection that is dead is such a one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.config import Destination
 from rayfwd.problems import Problem
+from rayfwd.transport.knownhosts import expanded
 
 ANSWERS_WITHIN = 2.0
 """Seconds for the list of its keys."""
 _WHICH_KEYS = b"\x00\x00\x00\x01\x0b"
 """SSH_AGENTC_REQUEST_IDENTITIES."""
+USUAL = "SSH_AUTH_SOCK"
+BY_NAME = re.compile(rf"{USUAL}|\$(\w+)|\$\{{(\w+)\}}")
+"""IdentityAgent where it names a variable."""
 
 
 class AsksAgent(Protocol):
@@ -26,6 +34,17 @@ class AsksAgent(Protocol):
     def to(self) -> Destination: ...
     @property
     def agent_socket(self) -> str: ...
+
+
+def agent_at(named: str) -> str:
+    """Where IdentityAgent says that it is (ssh_config(5)): by a variable of the environment, or a
+    path; empty: there is none."""
+    if named == "none":
+        return ""
+    variable = BY_NAME.fullmatch(named or USUAL)
+    if variable is not None:
+        return os.environ.get(variable[1] or variable[2] or USUAL, "")
+    return str(expanded(named, {}).expanduser())
 
 
 async def blamed(problem: Problem, hop: AsksAgent) -> Problem:

@@ -7,7 +7,6 @@ the file that is named (`head.ssh_config`) alone, as by `ssh -F`, else the user'
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,6 +19,7 @@ from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.transport import knownhosts, passed_over
+from rayfwd.transport.agent import agent_at
 from rayfwd.transport.knownhosts import KnownHosts
 
 USER_CONFIG = Path("~/.ssh/config")
@@ -37,9 +37,6 @@ CIPHERS = (
     "aes256-ctr",
 )
 """In order of preference: with AES in the CPU, GCM moves about twice what chacha20 does."""
-
-AGENT_BY_NAME = re.compile(r"\$?((?<=\$)\w+|SSH_AUTH_SOCK)")
-"""IdentityAgent where it names a variable of the environment (ssh_config(5))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +204,8 @@ def _keys_and_agent(
 ) -> tuple[dict[str, Any], str]:
     """Options for AsyncSSH, and the agent whose keys come after those that are named. As by ssh, a
     file that the configuration names and that is not there is passed over."""
-    path = _agent_path(options.config.get("IdentityAgent", ""))
+    named_agent = options.config.get("IdentityAgent", "")
+    path = agent_at(named_agent) if isinstance(named_agent, str) else ""  # none
     if head.identity is not None and is_head:
         return {"client_keys": [str(head.identity.expanduser())], "agent_path": None}, ""
     if head.identity is not None:
@@ -229,21 +227,11 @@ def _is_readable(path: Path) -> bool:
     return os.access(path, os.R_OK)
 
 
-def _agent_path(named: object) -> str:
-    """Where IdentityAgent says that it is; empty: there is none."""
-    if not isinstance(named, str):
-        return ""  # none
-    variable = AGENT_BY_NAME.fullmatch(named or "SSH_AUTH_SOCK")
-    if variable is not None:
-        return os.environ.get(variable[1], "")
-    return str(Path(named).expanduser())
-
-
 def _config_files(head: HeadConfig) -> list[str]:
     if head.ssh_config is not None:
         return [str(head.ssh_config.expanduser())]
     usual = [USER_CONFIG.expanduser(), SYSTEM_CONFIG]
-    return [str(path) for path in usual if path.is_file() and os.access(path, os.R_OK)]
+    return [str(path) for path in usual if path.is_file() and _is_readable(path)]
 
 
 def _named_keys(options: asyncssh.SSHClientConnectionOptions) -> list[Path]:
@@ -268,7 +256,7 @@ def _keys_for_jump(options: asyncssh.SSHClientConnectionOptions, identity: Path)
     """The keys that ssh would offer a jump host, and the one that the configuration names."""
     paths = _named_keys(options)
     own = identity.expanduser()
-    return [str(path) for path in paths if path != own and os.access(path, os.R_OK)] + [str(own)]
+    return [str(path) for path in paths if path != own and _is_readable(path)] + [str(own)]
 
 
 def _known_hosts(

@@ -24,6 +24,7 @@ from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.transport import joined_there, knownhosts, openssh_words
+from rayfwd.transport.agent import agent_at
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
 from rayfwd.transport.knownhosts import KnownHosts
@@ -198,17 +199,8 @@ def _hop(
         tuple(words),
         to=head.destination,
         keys=_keys(head, is_head, said),
-        agent_socket=_agent(said.get("identityagent", ""), os.environ),
+        agent_socket=agent_at(said.get("identityagent", "")),
     )
-
-
-def _agent(named: str, variables: Mapping[str, str]) -> str:
-    """Where IdentityAgent says that it is (ssh_config(5)); empty: there is none."""
-    if named == "none":
-        return ""
-    if named in {"", "SSH_AUTH_SOCK"} or named.startswith("$"):
-        return variables.get(named.strip("${}") or "SSH_AUTH_SOCK", "")
-    return str(knownhosts.expanded(named, {}).expanduser())
 
 
 def _keys(head: HeadConfig, is_head: bool, said: Mapping[str, str]) -> tuple[Path, ...]:
