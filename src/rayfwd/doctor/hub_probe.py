@@ -88,14 +88,12 @@ class HubProbe:
 
     async def opened(self, opening: Awaitable[Pipe]) -> Pipe:
         """The pipe, once the SSH server there has opened its channel. Raises ProblemError."""
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT):
-                return await opening
-        except TimeoutError:
-            raise codes.HUB_SILENT.error(
-                f"{self._to.name}'s sshd opened no channel in {ANSWER_TIMEOUT:.0f} s",
-                f"check {self._to.name}'s load and its sshd log",
-            ) from None
+        return await _within(
+            ANSWER_TIMEOUT,
+            opening,
+            f"{self._to.name}'s sshd opened no channel in {ANSWER_TIMEOUT:.0f} s",
+            f"check {self._to.name}'s load and its sshd log",
+        )
 
     async def begin(self, pipe: Pipe, hello: Hello, identity: Identity) -> CheckReply:
         """What would come of this HELLO, whose key is that of `identity`. Raises ProblemError."""
@@ -186,14 +184,21 @@ class HubProbe:
         return found
 
     async def _bounded(self, what: Awaitable[T], name: str, seconds: float) -> T:
-        try:
-            async with asyncio.timeout(seconds):
-                return await what
-        except TimeoutError:
-            raise codes.HUB_SILENT.error(
-                f"{self._to.answerer} gave no {name} within {seconds:.0f} s",
-                f"read rayfwd's log on {self._to.name}",
-            ) from None
+        return await _within(
+            seconds,
+            what,
+            f"{self._to.answerer} gave no {name} within {seconds:.0f} s",
+            f"read rayfwd's log on {self._to.name}",
+        )
+
+
+async def _within(seconds: float, what: Awaitable[T], silence: str, remedy: str) -> T:
+    """Raises ProblemError where it does not come in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await what
+    except TimeoutError:
+        raise codes.HUB_SILENT.error(silence, remedy) from None
 
 
 async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
