@@ -291,7 +291,7 @@ class Hub:
                 self._start_session(client, hello)
             return client
         node = self.nodes.get(hello.node)
-        renew = self._is_by_its_ssh_key(lane, hello) and not self._roster.has(hello.node, claim)
+        renew = not self._roster.has(hello.node, claim) and self._is_by_its_ssh_key(lane, hello)
         if node is not None and renew:
             check_renewal(node, hello)
             log.info("node_key_renewed", node=node.label)
