@@ -11,9 +11,9 @@ import pwd
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -230,17 +230,24 @@ def test_heads_that_are_started_together_have_networks_and_ports_of_their_own(
         assert len({each[key] for each in found}) == 4, (key, found)
 
 
+@contextlib.contextmanager
+def running(program: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]]:
+    """A Python program in a process of its own, its standard input and output."""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield process, process.stdin, process.stdout
+
+
 def test_two_daemons_do_not_have_one_network() -> None:
     program = (
         "import sys; from rayfwd.system.network_lock import NetworkLock; "
         "lock = NetworkLock('127.118.0.0/17'); print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdin is not None
-        other.stdout.readline()
+    with running(program) as (other, stdin, stdout):
+        stdout.readline()
         claim = MachineClaim()
         assert not claim.take("127.118.0.0/16")
         assert claim.problem is not None
@@ -248,7 +255,7 @@ def test_two_daemons_do_not_have_one_network() -> None:
         assert f"pid {other.pid}) has 127.118.0.0/17" in claim.problem.cause
         assert "hub.network" in claim.problem.remedy
         assert not any("127.118.0.0/16" in networks for networks in free_networks())
-        other.stdin.close()
+        stdin.close()
     later = MachineClaim()
     assert later.take("127.118.0.0/16")
     assert later.problem is None
@@ -270,18 +277,12 @@ def test_a_network_that_another_user_takes_after_the_look_is_left_to_it(
         "s.bind('\\0rayfwd-network-127.117.0.0-16-4242'); s.listen(1); "
         "print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdin is not None
+    with running(program) as (_, stdin, stdout):
 
         def looked() -> tuple[list[str], list[str]]:
-            assert other.stdout is not None
-            assert other.stdin is not None
-            other.stdin.write(b"now\n")
-            other.stdin.flush()
-            other.stdout.readline()
+            stdin.write(b"now\n")
+            stdin.flush()
+            stdout.readline()
             return ["127.117.0.0/16", "127.116.0.0/16"], []
 
         monkeypatch.setattr(claim_module, "free_networks", looked)
@@ -289,7 +290,7 @@ def test_a_network_that_another_user_takes_after_the_look_is_left_to_it(
             assert claim_module.reserve() == "127.116.0.0/16"
         finally:
             claim_module._Reserved.taken("")
-            other.stdin.close()
+            stdin.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
@@ -303,14 +304,8 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
         "[socket.socket(socket.AF_UNIX).connect(s.getsockname()) for _ in range(1)]; "
         "sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as stranger:
-        assert stranger.stdin is not None
-        assert stranger.stdout is not None
-        stranger.stdout.readline()
+    with running(program) as (stranger, stdin, stdout):
+        stdout.readline()
         first, second = MachineClaim(), MachineClaim()
         with log_events() as log:
             assert first.take("127.117.0.0/16")
@@ -322,7 +317,7 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
         free, shared = free_networks()
         assert "127.117.0.0/16" not in free, "others come first"
         assert shared == ["127.117.0.0/16"]
-        stranger.stdin.close()
+        stdin.close()
 
 
 def test_a_network_is_held_where_the_kernel_has_no_module_for_it(

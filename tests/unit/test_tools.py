@@ -190,11 +190,16 @@ def test_a_fingerprint_over_the_network_is_that_of_the_file(tmp_path: Path) -> N
     beside_sshd(tmp_path, body)
 
 
+def known_in(directory: Path, sshd: RealSshd) -> list[str]:
+    """Options for `ssh`, which knows this server and asks nobody."""
+    (directory / "known").write_text(sshd.known_hosts_line())
+    return [f"-oUserKnownHostsFile={directory}/known", "-oBatchMode=yes", "-F", "/dev/null"]
+
+
 @pytest.mark.runs("ssh -v", "ssh -F")
 def test_ssh_says_how_far_it_gets(tmp_path: Path) -> None:
     def body(sshd: RealSshd) -> None:
-        (tmp_path / "known").write_text(sshd.known_hosts_line())
-        options = [f"-oUserKnownHostsFile={tmp_path}/known", "-oBatchMode=yes", "-F", "/dev/null"]
+        options = known_in(tmp_path, sshd)
         target = ["-oIdentityFile=none", "-p", str(sshd.port), f"{sshd.user}@{sshd.address}"]
         with pytest.raises(AssertionError) as caught:
             run("ssh", "-v", *options, *target, "true")
@@ -209,8 +214,7 @@ def test_a_port_is_forwarded(tmp_path: Path) -> None:
     """To what answers at the far end, as the page does."""
 
     def body(sshd: RealSshd) -> None:
-        (tmp_path / "known").write_text(sshd.known_hosts_line())
-        options = [f"-oUserKnownHostsFile={tmp_path}/known", "-oBatchMode=yes", "-F", "/dev/null"]
+        options = known_in(tmp_path, sshd)
         login = ["-i", str(sshd.identity), "-p", str(sshd.port), f"{sshd.user}@{sshd.address}"]
         with (
             socket.create_server(("127.0.0.1", 0)) as far,
