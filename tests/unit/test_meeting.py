@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -376,13 +378,13 @@ class TestWithoutSshd:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A command that reads to its end would never end."""
-        start = asyncio.create_subprocess_exec
+        start = asyncio.BaseEventLoop.subprocess_exec
 
-        async def late(*argv: str, **given: Any) -> asyncio.subprocess.Process:
+        async def late(*argv: Any, **given: Any) -> Any:
             await asyncio.sleep(0.3)
             return await start(*argv, **given)
 
-        monkeypatch.setattr(asyncio, "create_subprocess_exec", late)
+        monkeypatch.setattr(asyncio.BaseEventLoop, "subprocess_exec", late)
 
         async def main() -> None:
             async with own_site(tmp_path) as s:
@@ -396,6 +398,31 @@ class TestWithoutSshd:
                 connector.close()
 
         run(main)
+
+    def test_a_command_whose_own_child_stays_leaves_nothing_open(self, tmp_path: Path) -> None:
+        """The child keeps the pipe for complaints open, so that its end never comes."""
+        told = tmp_path / "stays"
+
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                forced = tmp_path / "forced"
+                forced.write_text(f"#!/bin/sh\nsleep 600 <&- >&- &\necho $! >{told}\nexec cat\n")
+                forced.chmod(0o755)
+                key = s.at_head.public_key
+                s.authorized.write_text(f'restrict,command="{forced}" {key}\n')
+                connector = SshConnector(s.head)
+                connection = await connector.connect()
+                ran = await connection.run("anything", input=b"all of it", encoding=None)
+                assert ran.stdout == b"all of it"
+                connection.close()
+                await connection.wait_closed()
+                connector.close()
+
+        try:
+            run(main)
+            gc.collect()  # an error where something is open still
+        finally:
+            os.kill(int(told.read_text()), signal.SIGKILL)
 
     def test_rayfwd_attach_is_all_that_another_key_may_run(self, tmp_path: Path) -> None:
         async def main() -> None:

@@ -9,7 +9,6 @@ in. There is no shell, no forwarding to anything but the hub's socket, no file.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pwd
 import socket
@@ -30,8 +29,6 @@ KEY_FILE = "ssh_host_ed25519_key"
 AUTHORIZED = Path("~/.ssh/authorized_keys")
 LOGIN_SECONDS = 60.0
 """For a login; sshd gives 120."""
-SAID = 4096
-"""Bytes of a command's standard error that are passed on at a time."""
 MOST_LOGINS = 32
 """Connections that have not logged in yet; one more is closed at once."""
 
@@ -161,42 +158,41 @@ class Command(Passage, asyncssh.SSHServerSession[bytes]):
         super().__init__(self._start, lambda why: None)
         self._words = command
         self._asked = ""
-        self._attending: asyncio.Task[None] | None = None
+        self._child: asyncio.SubprocessTransport | None = None
 
     def exec_requested(self, command: str) -> bool:
         self._asked = command
         return True
 
     async def _start(self, factory: Callable[[], asyncio.Protocol]) -> None:
+        loop = asyncio.get_running_loop()
         near, far = socket.socketpair()
         with far:
-            child = await asyncio.create_subprocess_exec(
+            self._child, _ = await loop.subprocess_exec(
+                lambda: _Complaints(self._channel),
                 *self._words,
                 stdin=far.fileno(),
                 stdout=far.fileno(),
-                stderr=asyncio.subprocess.PIPE,
                 env=_environment(self._asked),
             )
-        self._attending = asyncio.create_task(self._attend(child), name="command of own ssh")
-        await asyncio.get_running_loop().create_connection(factory, sock=near)
-
-    async def _attend(self, child: asyncio.subprocess.Process) -> None:
-        """Pass on why it fails, and see that it is gone once its channel is."""
-        assert child.stderr is not None, "it is a pipe"
-        try:
-            while data := await child.stderr.read(SAID):
-                if not self._channel.is_closing():
-                    self._channel.write_stderr(data)
-            await child.wait()
-        finally:
-            if child.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.kill()
+        await loop.create_connection(factory, sock=near)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._attending is not None:
-            self._attending.cancel()
+        if self._child is not None:
+            self._child.close()  # kills it where it still runs
+
+
+class _Complaints(asyncio.SubprocessProtocol):
+    """Passes on what a command says on its standard error: why it fails."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        del fd
+        if not self._channel.is_closing():
+            self._channel.write_stderr(data)
 
 
 def _environment(asked: str) -> dict[str, str]:
