@@ -10,6 +10,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,7 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session import session
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.preamble import MARKER
+from rayfwd.system import build
 from rayfwd.system.control import ControlServer
 from tests.commands import main
 
@@ -136,6 +138,25 @@ def test_version_with_what_it_is_made_of(capsys: pytest.CaptureFixture[str]) -> 
     assert code == f"code: {'pure Python' if pure else 'compiled'}"
     assert python.startswith(f"Python: {platform.python_version()}, built with")
     assert python.endswith(f"optimizations ({sys.executable})")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"CONFIG_ARGS": "'--enable-optimizations' '--with-lto'"}, "with"),
+        ({"CONFIG_ARGS": "", "PGO_PROF_USE_FLAG": "-fprofile-use"}, "without"),
+        (
+            {"CONFIG_ARGS": "'--enable-shared'", "PGO_PROF_USE_FLAG": ""},
+            "with",
+        ),  # Debian's, Ubuntu's
+        ({}, "without"),
+    ],
+)
+def test_whether_this_python_is_optimized(
+    record: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_config_vars", lambda: record)
+    assert build.python.__wrapped__().endswith(f"built {said} optimizations")
 
 
 @pytest.mark.parametrize(

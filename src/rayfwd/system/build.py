@@ -6,9 +6,11 @@ import importlib.util
 import platform
 import sys
 import sysconfig
+from collections.abc import Mapping
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.resources import files
+from typing import Any
 
 _ONE_OF_THEM = "rayfwd.session.session"
 """All hot modules are compiled, or none: `tools/compiled.py`."""
@@ -30,10 +32,20 @@ def python() -> str:
 
     CPython's own build has none unless it is asked for them; a distribution's has.
     """
-    asked = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     name = platform.python_implementation()
     brand = "" if name == "CPython" else f"{name} "
-    return f"{brand}{platform.python_version()}, built with{'' if asked else 'out'} optimizations"
+    with_or_out = "with" if _optimized(sysconfig.get_config_vars()) else "without"
+    return f"{brand}{platform.python_version()}, built {with_or_out} optimizations"
+
+
+def _optimized(build: Mapping[str, Any]) -> bool:
+    """By CPython's own record of its build: guided by a profile (PGO).
+
+    Debian and Ubuntu build `profile-opt` without being configured for it, and then strike the
+    compiler's flag for it out of the record, so that extensions are not built with it.
+    """
+    asked = "--enable-optimizations" in str(build.get("CONFIG_ARGS", ""))
+    return asked or build.get("PGO_PROF_USE_FLAG") == ""
 
 
 def why_not() -> str:
