@@ -399,6 +399,23 @@ class TestWithoutSshd:
 
         run(main)
 
+    def test_why_a_command_fails_is_told(self, tmp_path: Path) -> None:
+        """Also where it is said after the end of its output."""
+
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                words = "exec >&- <&-; sleep 0.2; echo for a reason >&2; exit 1"
+                s.authorized.write_text(f'restrict,command="{words}" {s.at_head.public_key}\n')
+                connector = SshConnector(s.head)
+                connection = await connector.connect()
+                ran = await connection.run("anything", encoding=None)
+                assert ran.stderr == b"for a reason\n"
+                connection.close()
+                await connection.wait_closed()
+                connector.close()
+
+        run(main)
+
     def test_a_command_whose_own_child_stays_leaves_nothing_open(self, tmp_path: Path) -> None:
         """The child keeps the pipe for complaints open, so that its end never comes."""
         told = tmp_path / "stays"

@@ -29,6 +29,9 @@ KEY_FILE = "ssh_host_ed25519_key"
 AUTHORIZED = Path("~/.ssh/authorized_keys")
 LOGIN_SECONDS = 60.0
 """For a login; sshd gives 120."""
+LAST_WORDS = 1.0
+"""Seconds for what a command says on its standard error once its output is at its end: a child of
+its may hold that open."""
 MOST_LOGINS = 32
 """Connections that have not logged in yet; one more is closed at once."""
 
@@ -159,6 +162,9 @@ class Command(Passage, asyncssh.SSHServerSession[bytes]):
         self._words = command
         self._asked = ""
         self._child: asyncio.SubprocessTransport | None = None
+        self._complains = True
+        """Its standard error is not at its end."""
+        self._last_words: asyncio.TimerHandle | None = None
 
     def exec_requested(self, command: str) -> bool:
         self._asked = command
@@ -169,7 +175,7 @@ class Command(Passage, asyncssh.SSHServerSession[bytes]):
         near, far = socket.socketpair()
         with far:
             self._child, _ = await loop.subprocess_exec(
-                lambda: _Complaints(self._channel),
+                lambda: _Complaints(self),
                 *self._words,
                 stdin=far.fileno(),
                 stdout=far.fileno(),
@@ -177,22 +183,43 @@ class Command(Passage, asyncssh.SSHServerSession[bytes]):
             )
         await loop.create_connection(factory, sock=near)
 
+    def over(self) -> None:
+        """Its output is at its end. Why it failed may be on its way still."""
+        if self._complains and self._last_words is None:
+            self._last_words = asyncio.get_running_loop().call_later(LAST_WORDS, super().over)
+        elif not self._complains:
+            super().over()
+
+    def complained(self, data: bytes) -> None:
+        if not self._channel.is_closing():
+            self._channel.write_stderr(data)
+
+    def complains_no_more(self) -> None:
+        self._complains = False
+        if self._last_words is not None:
+            self.over()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self._last_words is not None:
+            self._last_words.cancel()
         if self._child is not None:
             self._child.close()  # kills it where it still runs
 
 
 class _Complaints(asyncio.SubprocessProtocol):
-    """Passes on what a command says on its standard error: why it fails."""
+    """What a command says on its standard error: why it fails."""
 
-    def __init__(self, channel: Any) -> None:
-        self._channel = channel
+    def __init__(self, command: Command) -> None:
+        self._command = command
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         del fd
-        if not self._channel.is_closing():
-            self._channel.write_stderr(data)
+        self._command.complained(data)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        del fd, exc
+        self._command.complains_no_more()
 
 
 def _environment(asked: str) -> dict[str, str]:
