@@ -20,6 +20,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import HeadConfig, load
 from rayfwd.daemon import handover, role_of
 from rayfwd.daemon.head import HeadRole
+from rayfwd.daemon.lifetime import Front
 from rayfwd.daemon.node import Makers
 from rayfwd.daemon.resources import claimed
 from rayfwd.daemon.role import Role
@@ -38,6 +39,7 @@ from rayfwd.system.control import ask
 from rayfwd.system.fdpass import Packed
 from rayfwd.system.notify import Notifier
 from rayfwd.system.sockdiag import ListeningSocket
+from rayfwd.system.steps import Begin, no_step
 from rayfwd.transport.carrier import Carrier, PipeOwner
 from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.listeners import Listeners
@@ -101,7 +103,8 @@ class FakeRay(RaySupervisor):
         self.now = replace(self.now, state=state, **fields)
         self._on_change()
 
-    async def stop(self) -> None:
+    async def stop(self, begin: Begin = no_step) -> None:
+        begin("ray_tasks")
         await asyncio.sleep(STOP_SECONDS)
         self.ended = "stopped"
 
@@ -302,6 +305,7 @@ class Daemon:
         self.direct: Literal["told", "off"] = "told"
         self.direct_ssh = ""
         """The keys by which these are dialled with real SSH; empty: by their sockets."""
+        self.front: Front | None = None
         self.direct_carriers: dict[str, DirectCarrier] = {}
         self._site = site
         self._index = index
@@ -404,7 +408,7 @@ class Daemon:
             if arrival is not None:
                 stack.callback(arrival.close)
             self._role = role_of(config, self._makers())
-            self._runtime = Runtime(self._role, Notifier(), arrival)
+            self._runtime = Runtime(self._role, Notifier(), arrival, front=self.front)
             running = self._run(self._runtime, stack.pop_all())
         self._task = asyncio.create_task(running, name=f"daemon {self.name}")
         await until(lambda: config.control_socket.exists() or self.over)

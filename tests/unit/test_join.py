@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import io
 import json
@@ -11,7 +12,7 @@ import pwd
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,12 +23,14 @@ from rayfwd.cli.front import StatusLine
 from rayfwd.config import Config, load, parse
 from rayfwd.daemon import claim as claim_module
 from rayfwd.daemon.claim import MachineClaim, free_networks
-from rayfwd.daemon.lifetime import Lifetime
+from rayfwd.daemon.lifetime import Lifetime, Nobody
 from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
 from rayfwd.system.sockdiag import SockDiag, UnixListener
+from rayfwd.system.steps import Steps
 from tests import commands
+from tests.unit.daemons import site
 from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.test_ownership import OTHER
@@ -468,12 +471,15 @@ import signal, sys, time
 from rayfwd.config import LogConfig
 from rayfwd.daemon import lifetime
 from rayfwd.system import logs
+from rayfwd.system.steps import Steps
 lifetime.CUT_BEFORE = 0.1
 logs.setup(LogConfig(format="json"), sys.stdout)
 def kill():
     print("killed", flush=True)
     return 2
-lifetime.cut_short_after(0.5, kill, 3)
+steps = Steps("asked")
+steps.begin("ray_tasks")
+lifetime.cut_short_after(0.5, kill, steps, 3)
 time.sleep(60)
 """
 
@@ -485,6 +491,40 @@ def test_a_daemon_ends_in_its_time_though_its_loop_does_not_turn() -> None:
     assert (ran.returncode, killed) == (3, "killed")
     told = json.loads(said)
     assert (told["event"], told["seconds"], told["killed"]) == ("stop_cut_short", 0.5, 2)
+    assert (told["step"], list(told["steps"])) == ("ray_tasks", ["asked", "ray_tasks"])
+    assert 0.3 < told["steps"]["ray_tasks"] <= 1.0, "with the 0.4 s that it had"
+
+
+class Watching(Nobody):
+    """What it is told of a daemon's end."""
+
+    steps: Steps
+
+    def stopping(self, kill: Callable[[], int], steps: Steps, code: int) -> None:
+        self.steps = steps
+
+
+def test_a_daemon_tells_the_steps_of_its_end(tmp_path: Path) -> None:
+    watching = Watching()
+
+    async def scenario() -> None:
+        async with site(tmp_path) as s:
+            s.head.front = watching
+            await s.head.start()
+            await s.head.ready()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert list(watching.steps.seconds()) == ["asked", "ray_tasks", "link", "overlay", "rest"]
+
+
+def test_a_step_that_comes_again_has_all_its_time() -> None:
+    now = 0.0
+    steps = Steps("asked", lambda: now)
+    for name, at in (("link", 1.0), ("asked", 3.0), ("rest", 3.5)):
+        now = at
+        steps.begin(name)
+    now = 4.04
+    assert (steps.now, steps.seconds()) == ("rest", {"asked": 1.5, "link": 2.0, "rest": 0.5})
 
 
 def test_process_1_ends_when_it_is_told_while_it_is_still_loading() -> None:

@@ -221,13 +221,14 @@ def test_what_cannot_be_killed_is_not_waited_for_beyond_the_time(
 ) -> None:
     """As a process that the kernel keeps for a disk: signals reach it later."""
     monkeypatch.setattr(process_module, "KILL_RESERVE", 0.2)
+    steps: list[str] = []
 
     async def scenario() -> float:
         process = deaf(tmp_path / "state")
         with monkeypatch.context() as patch:
             patch.setattr(procfs, "send", lambda process, number: True)
             began = time.monotonic()
-            await process.end(lambda: None, within=1.0)
+            await process.end(lambda: None, within=1.0, begin=steps.append)
             took = time.monotonic() - began
         while process.alive():
             process.kill_now()
@@ -236,6 +237,7 @@ def test_what_cannot_be_killed_is_not_waited_for_beyond_the_time(
 
     took = asyncio.run(asyncio.wait_for(scenario(), 20))
     assert took < process_module.KILL_TIMEOUT / 2
+    assert steps == ["ray_start", "ray_processes"], "it had not said that it is up"
 
 
 def test_what_is_left_of_it_can_be_killed_at_once(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rayfwd.status import Status
 from rayfwd.system import first_process, logs
 from rayfwd.system.logs import escaped
 from rayfwd.system.paths import RECORD, running_config
+from rayfwd.system.steps import Steps
 
 STOP_TIMEOUT = 8.0
 """Seconds for a stop, unless said otherwise: Docker kills 10 s after its SIGTERM."""
@@ -206,9 +207,9 @@ class Terminal:
     def shown(self, summary: str) -> None:
         self._screen.show(f"{self._config.name}: {summary}")
 
-    def stopping(self, kill: Callable[[], int], code: int) -> None:
+    def stopping(self, kill: Callable[[], int], steps: Steps, code: int) -> None:
         if (seconds := self._config.stop_timeout) is not None:
-            cut_short_after(seconds, kill, code)
+            cut_short_after(seconds, kill, steps, code)
 
     def ready(self, status: Status) -> None:
         lines = "".join(f"{line}\n" for line in self._what_next(self._config, status))

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from rayfwd.status import Status
 from rayfwd.system.logs import get_logger
+from rayfwd.system.steps import Steps
 
 NOT_READY = 3
 """The exit code of a daemon that was not ready in time."""
@@ -60,9 +61,9 @@ class Front(Protocol):
     def ready(self, status: Status) -> None:
         """It is ready, for the first time."""
 
-    def stopping(self, kill: Callable[[], int], code: int) -> None:
+    def stopping(self, kill: Callable[[], int], steps: Steps, code: int) -> None:
         """It is told to end. `kill` ends at once what is left of its Ray, from any thread, and says
-        how many processes that was. `code`: the exit code."""
+        how many processes that was. `steps`: what its end is about. `code`: the exit code."""
 
 
 class Nobody:
@@ -72,22 +73,26 @@ class Nobody:
 
     def ready(self, status: Status) -> None: ...
 
-    def stopping(self, kill: Callable[[], int], code: int) -> None: ...
+    def stopping(self, kill: Callable[[], int], steps: Steps, code: int) -> None: ...
 
 
-def cut_short_after(seconds: float, kill: Callable[[], int], code: int) -> None:
+def cut_short_after(seconds: float, kill: Callable[[], int], steps: Steps, code: int) -> None:
     """See that this process has ended in `seconds`: whoever stopped it kills it soon after, and its
     Ray with it, or leaves that behind. A thread does it, as the loop may be what does not turn."""
     threading.Thread(
-        target=_cut_short, args=(seconds, kill, code), name="stop-timeout", daemon=True
+        target=_cut_short, args=(seconds, kill, steps, code), name="stop-timeout", daemon=True
     ).start()
 
 
-def _cut_short(seconds: float, kill: Callable[[], int], code: int) -> None:
+def _cut_short(seconds: float, kill: Callable[[], int], steps: Steps, code: int) -> None:
     time.sleep(seconds - CUT_BEFORE)
+    at, took = steps.now, steps.seconds()
     killed = kill()
     told = threading.Thread(
-        target=lambda: log.warning("stop_cut_short", seconds=seconds, killed=killed), daemon=True
+        target=lambda: log.warning(
+            "stop_cut_short", seconds=seconds, step=at, steps=took, killed=killed
+        ),
+        daemon=True,
     )
     told.start()
     told.join(LOG_SECONDS)

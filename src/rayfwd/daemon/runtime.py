@@ -36,6 +36,7 @@ from rayfwd.system.fdpass import Packed
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.restart_job import being_restarted
+from rayfwd.system.steps import Steps
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.tracing import tracing
 from rayfwd.watch.conditions import Finding
@@ -70,6 +71,8 @@ class Runtime:
         self._front = front or Nobody()
         self._asked = asyncio.Event()
         """It was told to stop."""
+        self._steps: Steps | None = None
+        """Of its end; None: it was not told to stop."""
         self._ends: float | None = None
         """By the loop's clock, when it is to have stopped; None: it takes what it takes."""
         self._notified = ""
@@ -135,10 +138,13 @@ class Runtime:
             if not left:
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(self._ends):
+                        self._begin("link")
                         await role.end()
+                        self._begin("overlay")
                         await node.overlay.close()
             elif self.again:
                 node.overlay.pass_on(os.environ)
+            self._begin("rest")
             for task in [asked, *parts, *looking]:
                 task.cancel()
             await self._canary_verb.close()
@@ -160,7 +166,7 @@ class Runtime:
             if not await being_restarted(os.environ):
                 self._role.leaving()
                 self._front.shown(self.health.summary())
-                await self._node.ray.stop()
+                await self._node.ray.stop(self._begin)
                 return False
         if self._arrival is not None:
             await self._arrival.settled()
@@ -183,8 +189,14 @@ class Runtime:
             log.info("rayfwd_stopping", signal=why)
             if (within := self._node.config.stop_timeout) is not None:
                 self._ends = asyncio.get_running_loop().time() + within - OWN_END
-            self._front.stopping(self._node.ray.kill_now, self.code)
+            self._steps = Steps("asked")
+            self._front.stopping(self._node.ray.kill_now, self._steps, self.code)
         self._asked.set()
+
+    def _begin(self, step: str) -> None:
+        """Of an end that was asked for, this is next; docs/join.md has the steps."""
+        if self._steps is not None:
+            self._steps.begin(step)
 
     def _over(self, why: str, code: int) -> None:
         """The time that it was given is over."""

@@ -30,6 +30,7 @@ from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import OUTPUT, DirectLauncher, Launcher
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
+from rayfwd.system.steps import Begin, no_step
 
 _log = get_logger(__name__)
 
@@ -265,19 +266,24 @@ class RayProcess:
             await asyncio.sleep(0.1)
 
     async def end(
-        self, on_output: Callable[[], None], drain: bool = True, within: float | None = None
+        self,
+        on_output: Callable[[], None],
+        drain: bool = True,
+        within: float | None = None,
+        begin: Begin = no_step,
     ) -> int:
         """End all of it; returns how many processes had to be killed.
 
         First SIGTERM to `ray start` and, with `drain`, the time its tasks may take; then whatever
-        else came of it. `within`: seconds that all of it may take. Removes the record once nothing
-        is left.
+        else came of it. `within`: seconds that all of it may take. `begin`: what is told of the
+        steps. Removes the record once nothing is left.
         """
         ends = math.inf if within is None else time.monotonic() + within - KILL_RESERVE
         grace = (self.record.drain if drain else 0.0) + DRAIN_MARGIN
         if not self.said_started:
             grace = STARTING_TIMEOUT
         if self.alive():
+            begin("ray_tasks" if self.said_started else "ray_start")
             procfs.send(self._main, signal.SIGTERM)
             deadline = min(time.monotonic() + grace, ends)
             while self.alive() and time.monotonic() < deadline:
@@ -288,6 +294,7 @@ class RayProcess:
             (signal.SIGTERM, SETTLE_TIMEOUT),
             (signal.SIGKILL, KILL_TIMEOUT),
         ]
+        begin("ray_processes")
         killed = 0
         left: list[procfs.Process] = []
         for number, wait in steps[1:] if self.alive() else steps:

@@ -37,6 +37,7 @@ from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
+from rayfwd.system.steps import Begin, no_step
 
 State = Literal["waiting", "starting", "up", "stopping", "failed", "by_hand", "off"]
 
@@ -207,16 +208,19 @@ class RaySupervisor:
         if not self._inner.cancelled():
             self._inner.result()
 
-    async def stop(self) -> None:
-        """End our own Ray in order, within its drain time, and all that came of it."""
+    async def stop(self, begin: Begin = no_step) -> None:
+        """End our own Ray in order, within its drain time, and all that came of it. `begin`: what
+        is told of the steps, so that whoever waits can say where the time went."""
         began = time.monotonic()
+        begin("ray_watch")
         await self._cease()
         if self._process is None:
             self._process = await self._recover()
         if self._process is not None:
             within = self._starter.stop_within
             spent = time.monotonic() - began
-            await self._end("stop", within=None if within is None else max(0.0, within - spent))
+            left = None if within is None else max(0.0, within - spent)
+            await self._end("stop", within=left, begin=begin)
         elif self.now.state == "up":
             _log.info("ray_left_running", pid=self.now.pid, ours=False)
         await asyncio.to_thread(self._launcher.done)
@@ -449,7 +453,13 @@ class RaySupervisor:
             )
         await self._sleep(delay)
 
-    async def _end(self, reason: str, drain: bool = True, within: float | None = None) -> None:
+    async def _end(
+        self,
+        reason: str,
+        drain: bool = True,
+        within: float | None = None,
+        begin: Begin = no_step,
+    ) -> None:
         process = self._process
         if process is None:
             return
@@ -457,7 +467,7 @@ class RaySupervisor:
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(state="stopping")
-        killed = await process.end(lambda: self._log_output(process), drain, within)
+        killed = await process.end(lambda: self._log_output(process), drain, within, begin)
         self._log_output(process, everything=True)
         if drain:
             _log.info("ray_stopped", pid=process.pid, exit_code=process.exit_code, killed=killed)

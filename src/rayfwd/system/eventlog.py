@@ -417,7 +417,14 @@ class EventLog(Protocol):
     def warning(self, event: Literal["session_full"], /, *, streams: int) -> None: ...
     @overload
     def warning(
-        self, event: Literal["stop_cut_short"], /, *, seconds: float, killed: int
+        self,
+        event: Literal["stop_cut_short"],
+        /,
+        *,
+        seconds: float,
+        step: str,
+        steps: dict[str, float],
+        killed: int,
     ) -> None: ...
     @overload
     def warning(
