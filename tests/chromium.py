@@ -112,8 +112,8 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
             )
 
-    async def picture(self, path: Path, width: int) -> None:
-        """The whole page, as PNG."""
+    async def window(self, width: int) -> None:
+        """Make it so many pixels wide."""
         await self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -121,6 +121,10 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
+
+    async def picture(self, path: Path, width: int) -> None:
+        """The whole page, as PNG."""
+        await self.window(width)
         size = (await self.call("Page.getLayoutMetrics"))["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
         shot = await self.call(

@@ -443,12 +443,33 @@ def test_in_a_real_chromium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             await is_alive(page, gpu1, gpu3)
             await is_for_everybody(page)
             await write_pictures(page)
+            await fits_a_narrow_window(page)
             await is_harmless(page, s.head)
             await s.head.stop()
             await page.until("!document.getElementById('stale').hidden")
             assert "does not answer" in await page.value(TEXT.format("stale"))
             foreign = [asked for asked in page.requests if not asked.startswith(url)]
             assert not foreign, "no outside resources"
+
+    run(main, 120.0)
+
+
+def test_without_javascript_it_says_where_to_look(tmp_path: Path) -> None:
+    need_chromium()
+
+    async def main() -> None:
+        async with site(tmp_path) as s, browser() as page:
+            await s.start()
+            await page.call("Emulation.setScriptExecutionDisabled", value=True)
+            await page.call("Page.navigate", url=f"http://127.0.0.1:{await port_of(s.head)}/")
+            await page.until("document.querySelector('noscript p') !== null")
+            shown = (await page.value("document.body.innerText")).splitlines()
+            assert [line for line in shown if line.strip()] == [
+                "Skip to the content",
+                "rayfwd",
+                "This page needs JavaScript. In a terminal on this machine, rayfwd status shows "
+                "the same.",
+            ]
 
     run(main, 120.0)
 
@@ -538,6 +559,40 @@ async def is_for_everybody(page: Browser) -> None:
         stops.add(await page.value("document.activeElement.id || document.activeElement.tagName"))
     assert {"box-link-gpu-1", "box-link-gpu-2", "box-link-gpu-3"} <= stops
     await page.value("document.activeElement.blur()")
+
+
+async def fits_a_narrow_window(page: Browser) -> None:
+    """As a phone's: nothing is cut off, and each figure has its name."""
+    await page.window(380)
+    await page.until("document.querySelector('#picture svg').clientWidth <= 380")
+    assert await page.value("document.scrollingElement.scrollWidth") <= 380
+    beyond = (
+        "[...document.querySelectorAll('#links td, #refused td, #picture text, #conditions p')]"
+        ".filter((e) => e.getBoundingClientRect().right > 380).map((e) => e.textContent)"
+    )
+    assert await page.value(beyond) == []
+    named = (
+        "[...document.querySelectorAll('#link-gpu-1 td')]"
+        ".map((e) => getComputedStyle(e, '::before').content)"
+    )
+    assert await page.value(named) == [
+        f'"{name}"'
+        for name in (
+            "State",
+            "Round trip",
+            "Round trip, last hour",
+            "In and out",
+            "Traffic, last hour",
+            "Connections",
+            "Cuts",
+        )
+    ]
+    assert await page.value(CONTRAST) == []
+    if WRITES_PICTURES:
+        await page.media(prefers_color_scheme="light", prefers_reduced_motion="reduce")
+        await page.picture(CHECKOUT / "docs" / "page-narrow.png", 380)
+    await page.window(1200)
+    await page.until("document.querySelector('#picture svg').clientWidth > 600")
 
 
 async def write_pictures(page: Browser) -> None:

@@ -19,6 +19,7 @@ let taken = 0;
 let series = new Map(); // of each link: {rtt_ms, in, out}, arrays that end now
 let shown = new Map(); // what each part was last made of
 let heard = null; // when the daemon last answered
+let latest = null; // what it last answered
 
 // -- making elements -----------------------------------------------------------------------------
 
@@ -113,7 +114,8 @@ function condition(each, data) {
   return element("article", { class: `condition ${each.severity}${root ? " symptom" : ""}` }, ...parts);
 }
 
-const BOX = { width: 230, height: 50, gap: 14, left: 20, reach: 300, top: 12 };
+const BOX = { width: 230, height: 50, gap: 14, left: 20, reach: 300, least: 215, top: 12 };
+const STACK = { left: 4, trunk: 20, indent: 48, label: 22, most: 460 };
 
 // The hub at the left, everybody who has a link to it at the right, a line for each link.
 function picture(data) {
@@ -127,14 +129,18 @@ function picture(data) {
   const rows = others.map((machine) => [machine, links.get(machine.link) || null]);
   const shownNow = rows.map(([machine, link]) =>
     [machine, link && [link.state, Math.round(link.rtt_ms), rates(link)]]);
-  show("picture", [hub, shownNow], () => [drawing(hub, rows)]);
+  const room = byId("picture").clientWidth;
+  const spare = room - 2 * (BOX.left + BOX.width);
+  show("picture", [hub, shownNow, room], () =>
+    [spare < BOX.least ? stacked(hub, rows, room) : beside(hub, rows, Math.min(BOX.reach, spare))]);
 }
 
-function drawing(hub, rows) {
+// The head beside the others.
+function beside(hub, rows, reach) {
   const step = BOX.height + BOX.gap;
   const height = Math.max(1, rows.length) * step + 2 * BOX.top;
-  const right = BOX.left + BOX.width + BOX.reach;
-  const width = right + BOX.width + 20;
+  const right = BOX.left + BOX.width + reach;
+  const width = right + BOX.width + BOX.left;
   const middle = height / 2;
   const lines = [];
   const boxes = [box(hub, null, BOX.left, middle - BOX.height / 2)];
@@ -143,37 +149,70 @@ function drawing(hub, rows) {
     boxes.push(box(machine, link, right, y - BOX.height / 2));
     if (!link) return;
     const from = BOX.left + BOX.width;
-    const bend = from + BOX.reach * 0.3;
+    const bend = from + reach * 0.3;
     lines.push(
       drawn("path", {
         class: `wire ${link.state}`,
-        d: `M${from} ${middle} C${bend} ${middle} ${from + 20} ${y} ${from + BOX.reach * 0.42} ${y} H${right}`,
+        d: `M${from} ${middle} C${bend} ${middle} ${from + 20} ${y} ${from + reach * 0.42} ${y} H${right}`,
       }),
-      drawn("text", { x: right - 10, y: y - 7, "text-anchor": "end" },
-        link.state === "up" ? `${trip(link.rtt_ms)}  ${rates(link)}` : link.state),
-      drawn("text", { x: right - 10, y: y + 17, "text-anchor": "end", class: "quiet" },
-        link.cuts ? `cut ${times(link.cuts)}${link.ridden_through ? `, ridden through ${times(link.ridden_through)}` : ""}` : ""));
+      drawn("text", { x: right - 10, y: y - 7, "text-anchor": "end" }, said(link)),
+      drawn("text", { x: right - 10, y: y + 17, "text-anchor": "end", class: "quiet" }, itsCuts(link)));
   });
+  return whole(width, height, hub, rows, [...lines, ...boxes]);
+}
+
+// The head above the others, in a window that has no room for both.
+function stacked(hub, rows, room) {
+  const width = Math.min(STACK.most, room);
+  const step = STACK.label + BOX.height + BOX.gap;
+  const below = BOX.top + BOX.height;
+  const inner = width - STACK.indent - STACK.left;
+  const boxes = [box(hub, null, STACK.left, BOX.top, width - 2 * STACK.left)];
+  const lines = [];
+  rows.forEach(([machine, link], index) => {
+    const top = below + BOX.gap + index * step + STACK.label;
+    const y = top + BOX.height / 2;
+    boxes.push(box(machine, link, STACK.indent, top, inner));
+    if (!link) return;
+    lines.push(
+      drawn("path", { class: "trunk", d: `M${STACK.trunk} ${index ? y - step : below}V${y}` }),
+      drawn("path", { class: `wire ${link.state}`, d: `M${STACK.trunk} ${y}H${STACK.indent}` }),
+      drawn("text", { x: STACK.indent + 4, y: top - 7 }, said(link)),
+      drawn("text", { x: width - STACK.left - 4, y: top - 7, "text-anchor": "end", class: "quiet" },
+        link.cuts ? `cut ${times(link.cuts)}` : ""));
+  });
+  return whole(width, below + BOX.gap + rows.length * step, hub, rows, [...lines, ...boxes]);
+}
+
+// What stands at a link.
+const said = (link) => (link.state === "up" ? `${trip(link.rtt_ms)}  ${rates(link)}` : link.state);
+function itsCuts(link) {
+  if (!link.cuts) return "";
+  const through = link.ridden_through ? `, ridden through ${times(link.ridden_through)}` : "";
+  return `cut ${times(link.cuts)}${through}`;
+}
+
+function whole(width, height, hub, rows, parts) {
   const states = rows.map(([machine, link]) => `${machine.name}: ${link ? link.state : "no link known here"}`);
   return drawn("svg",
     { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-labelledby": "pic-title pic-desc" },
     drawn("title", { id: "pic-title" }, "The machines and their links to the head"),
     drawn("desc", { id: "pic-desc" }, `The head is ${hub.name}. ${states.join("; ")}.`),
-    ...lines, ...boxes);
+    ...parts);
 }
 
-function box(machine, link, x, y) {
+function box(machine, link, x, y, width = BOX.width) {
   const parts = [machine.role === "client" ? "client, no node" : machine.role, machine.address];
   if (machine.direct) parts.push("direct");
   const ray = machine.left ? "left" : machine.ray ? `Ray ${machine.ray.replace("_", " ")}` : "";
   const state = link ? link.state : machine.own ? "up" : "";
   const made = drawn("g", {},
     drawn("title", {}, `${machine.name}, ${parts.filter(Boolean).join(", ")}${ray ? `, ${ray}` : ""}`),
-    drawn("rect", { class: "box", x, y, width: BOX.width, height: BOX.height, rx: 6 }),
+    drawn("rect", { class: "box", x, y, width, height: BOX.height, rx: 6 }),
     drawn("circle", { class: `dot ${quality(state)}`, cx: x + 16, cy: y + 17, r: 5 }),
     drawn("text", { class: "name", x: x + 28, y: y + 22 }, short(machine.name, ray ? 14 : 22)),
     drawn("text", { class: "quiet", x: x + 28, y: y + 40 }, parts.filter(Boolean).join(", ")),
-    drawn("text", { class: "quiet", x: x + BOX.width - 10, y: y + 21, "text-anchor": "end" }, ray));
+    drawn("text", { class: "quiet", x: x + width - 10, y: y + 21, "text-anchor": "end" }, ray));
   if (!link) return made;
   return drawn("a", { href: `#${rowId(link)}`, id: `box-${rowId(link)}` }, made);
 }
@@ -186,6 +225,9 @@ function rates(link) {
   if (!past || !past.in.length) return "";
   return `↓ ${size(past.in.at(-1))}/s  ↑ ${size(past.out.at(-1))}/s`;
 }
+
+// For a narrow window, where no head of the table stands above its cells.
+const COLUMNS = ["State", "Round trip", "Round trip, last hour", "In and out", "Traffic, last hour", "Connections"];
 
 function links(data) {
   const key = data.links.map((link) => [link, Math.floor(data.now / 10)]);
@@ -200,17 +242,21 @@ function row(link, now) {
   const lanes = link.lanes.length === 1 ? "1 lane" : `${link.lanes.length} lanes`;
   const held = link.streams.parked ? `${link.streams.open}, ${link.streams.parked} held` : `${link.streams.open}`;
   const name = link.key.startsWith("client ") ? `${link.peer} (client)` : link.peer;
-  return element("tr", { id: rowId(link) },
-    element("th", { scope: "row" }, name),
-    element("td", { class: quality(link.state) }, `${link.state}, ${lanes}`),
-    element("td", {}, trip(link.rtt_ms)),
-    element("td", {}, past ? chart([past.rtt_ms], trip, `Round-trip time to ${name}`) : "–"),
-    element("td", {}, `${size(link.bytes.in)}, ${size(link.bytes.out)}`),
-    element("td", {}, past
+  const cells = [
+    `${link.state}, ${lanes}`,
+    trip(link.rtt_ms),
+    past ? chart([past.rtt_ms], trip, `Round-trip time to ${name}`) : "–",
+    `${size(link.bytes.in)}, ${size(link.bytes.out)}`,
+    past
       ? chart([past.in, past.out], (value) => `${size(value)}/s`, `Traffic with ${name}, in and out`)
-      : "–"),
-    element("td", {}, held),
-    element("td", { class: "words" }, ...cuts(link, now)));
+      : "–",
+    held,
+  ].map((cell, index) => element("td", { role: "cell", "data-column": COLUMNS[index] }, cell));
+  cells[0].className = quality(link.state);
+  return element("tr", { id: rowId(link), role: "row" },
+    element("th", { scope: "row", role: "rowheader" }, name),
+    ...cells,
+    element("td", { class: "words", role: "cell", "data-column": "Cuts" }, ...cuts(link, now)));
 }
 
 function cuts(link, now) {
@@ -270,7 +316,7 @@ function refused(data) {
   show("refused", [ports, users, kernel], () => {
     const parts = [];
     if (ports.length) {
-      parts.push(table("Ports that were dialled and refused", ["Dialled by", "On", "Why", "In its words", "Times", "Last"],
+      parts.push(table("Ports that were dialled and refused", ["Dialled by", "On", "Why", "Message", "Times", "Last"],
         ports.map((each) => [each.by, each.of, REASONS[each.reason] || each.reason, each.cause, each.times, clock(each.last)])));
     }
     if (users.length) {
@@ -287,11 +333,13 @@ function refused(data) {
 }
 
 function table(caption, columns, rows) {
-  return element("div", { class: "scroll" }, element("table", {},
+  const heads = columns.map((name) => element("th", { scope: "col", role: "columnheader" }, name));
+  const cell = (value, index) =>
+    element("td", { class: "words", role: "cell", "data-column": columns[index] }, String(value));
+  return element("div", { class: "scroll" }, element("table", { class: "cards", role: "table" },
     element("caption", { class: "quiet" }, caption),
-    element("thead", {}, element("tr", {}, ...columns.map((name) => element("th", { scope: "col" }, name)))),
-    element("tbody", {}, ...rows.map((cells) =>
-      element("tr", {}, ...cells.map((cell) => element("td", { class: "words" }, String(cell))))))));
+    element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads)),
+    element("tbody", { role: "rowgroup" }, ...rows.map((cells) => element("tr", { role: "row" }, ...cells.map(cell))))));
 }
 
 // -- asking --------------------------------------------------------------------------------------
@@ -335,6 +383,7 @@ async function turn() {
   try {
     const data = await ask();
     heard = Date.now();
+    latest = data;
     byId("stale").hidden = true;
     remember(data.history);
     head(data);
@@ -362,5 +411,7 @@ async function work() {
   }
 }
 
+for (const part of document.querySelectorAll("main, footer, #summary")) part.hidden = false;
 document.addEventListener("visibilitychange", turn);
+window.addEventListener("resize", () => { if (latest) picture(latest); });
 work();
