@@ -32,7 +32,7 @@ DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in CHECKOUT.glob(
 SPEAKING = (*DOCUMENTS, "CHANGELOG.md", "config.example.toml")
 """What names commands."""
 _PROGRAMS = (
-    "conntrack docker eval export fail2ban-client find firewall-cmd install ip iptables "
+    "chmod conntrack docker eval export fail2ban-client find firewall-cmd install ip iptables "
     "iptables-legacy journalctl jq kill ln loginctl make man modprobe mv nc nft pgrep pip pkill "
     "podman python python3 ray rayfwd sbatch scancel scontrol sed ss ssh ssh-keygen ssh-keyscan "
     "sysctl systemctl systemd-analyze timedatectl ufw ulimit uv"
@@ -219,7 +219,7 @@ def test_each_symptom_has_its_meaning_and_what_to_do_and_names_what_there_is() -
         assert "- **Without rayfwd.** " in section, heading
         assert "- **With rayfwd.** " in section, heading
     events = re.findall(r"(?m)^\| `(\w+)`", (CHECKOUT / "docs/events.md").read_text())
-    known = {*codes.ALL, *events, "ride_through", "authorized_keys"}
+    known = {*codes.ALL, *events, "ride_through", "authorized_keys", "local_listen_port"}
     assert set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text)) <= known
 
 
@@ -235,6 +235,21 @@ def test_each_symptom_has_its_meaning_and_what_to_do_and_names_what_there_is() -
         "kex_exchange_identification: Connection closed",
         "NCCL WARN Connect to",
         "Waiting for creating a placement group of specs",
+        "mistakenly been marked as dead by the GCS",
+        "failed to connect to all addresses",
+        "Could not find any running Ray instance",
+        "Failed to connect to Ray at address",
+        "retrieving ncclUniqueId from [0] via c10d",
+        "cannot be retrieved (gai error",
+        "connect [127.0.1.1]",
+        "Software caused connection abort",
+        "ncclSystemError",
+        "Engine core initialization failed",
+        "Cannot provide a placement group",
+        "Connecting to rank",
+        "Connection closed by UNKNOWN port 65535",
+        "Connection timed out during banner exchange",
+        "no matching host key type found",
     ],
 )
 def test_a_text_that_people_search_for_is_a_symptom(text: str) -> None:

@@ -253,6 +253,29 @@ def test_whether_a_port_answers() -> None:
         run("nc", "-vz", "127.0.0.1", port)
 
 
+@pytest.mark.runs("nc * *")
+def test_what_answers_on_a_port(tmp_path: Path) -> None:
+    """An SSH server says at once what it is."""
+    need(None if shutil.which("nc") else "there is no nc (Debian package netcat-openbsd)")
+
+    def look(sshd: RealSshd) -> None:
+        assert run("nc", "-N", "127.0.0.1", str(sshd.port), input="").startswith("SSH-2.0-")
+
+    beside_sshd(tmp_path, look)
+
+
+@pytest.mark.runs("chmod 600 *")
+def test_a_private_key_that_others_may_read(tmp_path: Path) -> None:
+    """It is not used until only its owner may."""
+    key = tmp_path / "id_ed25519"
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
+    key.chmod(0o644)
+    with pytest.raises(AssertionError, match=r"UNPROTECTED PRIVATE KEY FILE(?s:.*)bad permissions"):
+        run("ssh-keygen", "-y", "-f", key)
+    run("chmod", "600", key)
+    assert run("ssh-keygen", "-y", "-f", key).startswith("ssh-ed25519 ")
+
+
 @pytest.mark.runs("jq -r *")
 def test_what_a_node_waits_for() -> None:
     """By the document's own words."""
