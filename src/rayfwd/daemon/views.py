@@ -227,9 +227,11 @@ def direct_absent(node: str, why: Problem) -> Problem:
 def parked_problem(link: str, mux: Mux) -> Problem:
     """A link without a lane whose streams are held."""
     stats = mux.stats()
+    held = {0: "its session is held", 1: "its one stream is held"}.get(
+        stats.streams, f"its {stats.streams} streams are held"
+    )
     return codes.LINK_PARKED.problem(
-        f"every lane of {link} is lost; its {stats.streams} streams are held for "
-        f"{stats.ride_through:g} s",
+        f"every lane of {link} is lost; {held} for {stats.ride_through:g} s",
         "nothing if it comes back within that time; otherwise check the network between "
         "the two machines",
     )

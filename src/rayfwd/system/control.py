@@ -168,7 +168,7 @@ def ask(
         raise codes.DAEMON_NOT_RUNNING.error(
             f"no rayfwd answers on {path}",
             "start it (`systemctl start rayfwd`, or `rayfwd run` by hand), or name its file with "
-            "--config",
+            "--config; if it has just been started, wait some seconds",
         ) from exc
     except PermissionError as exc:
         raise codes.DAEMON_NOT_PERMITTED.error(
