@@ -39,7 +39,19 @@ from rayfwd.daemon.head import HeadRole
 from rayfwd.problems import Code, ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.manifest import Manifest
-from rayfwd.setup.remote import adding, hosts, install, keys, shipment, sight, ssh, there, wheels
+from rayfwd.setup.remote import (
+    adding,
+    here,
+    hosts,
+    install,
+    keys,
+    removing,
+    shipment,
+    sight,
+    ssh,
+    there,
+    wheels,
+)
 from rayfwd.setup.remote.adding import Outcome
 from rayfwd.setup.remote.hosts import Host, HostsError
 from rayfwd.setup.remote.shipment import Needs, Shipment
@@ -880,6 +892,56 @@ def test_a_machine_that_has_lost_its_state_directory_is_added_again(
     layout.config.write_text('name = "w1"\nrole = "worker"\n')
     with pytest.raises(ProblemError, match="`rayfwd add` did not make it"):
         prepared()
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "said"),
+    [
+        ("worker-ready", ["join", "ray@head"], "`rayfwd join` runs on this machine as the same"),
+        ("head-ready", ["head"], "`rayfwd head` runs on this machine as the same user: "),
+        ("worker-ready", ["run", "--config", "join.toml"], ""),
+    ],
+)
+def test_a_node_that_has_no_file_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, words: list[str], said: str
+) -> None:
+    """It has the directories that ours would have: it was ended, and ours started in its place.
+    Also the head itself, where its own machine is added."""
+    layout = places_below(tmp_path)
+    monkeypatch.setattr(there, "layout_of", lambda service: layout)
+    monkeypatch.setattr(there, "_link", lambda layout: [])
+    argv = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", *words]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        told = json.loads((FIXTURES / f"{status}.json").read_text())["status"]
+        monkeypatch.setattr(there, "ask", lambda *_, **__: told | {"pid": other.pid})
+        try:
+            if not said:
+                assert prepared()["changed"]
+                return
+            with pytest.raises(ProblemError, match=said) as blocked:
+                prepared()
+            assert f"`kill {other.pid}`" in blocked.value.problem.remedy
+            assert not layout.config.exists()
+            with pytest.raises(ProblemError, match=said):
+                there.take_away(False, "head-of-w1")
+            assert other.poll() is None
+        finally:
+            other.kill()
+
+
+def test_a_machine_that_is_off_may_be_gone(tmp_path: Path) -> None:
+    with socket.socket() as nobody_listens:
+        nobody_listens.bind(("127.0.0.1", 0))
+        ssh_ = f"ray@127.0.0.1:{nobody_listens.getsockname()[1]}"
+        head = cast("here.Head", SimpleNamespace(added=lambda: {"w1": {"ssh": ssh_}}))
+        outcome = Outcome(ssh_)
+        run(lambda: removing.remove(head, ssh_, False, lambda *_: None, outcome))
+    assert outcome.problem is not None
+    problem = outcome.problem.problem
+    assert problem.code is codes.SSH_UNREACHABLE
+    assert problem.remedy.endswith("run `rayfwd remove --gone w1`")
 
 
 def test_a_daemon_whose_socket_has_gone_with_its_state_directory_is_found(tmp_path: Path) -> None:

@@ -526,6 +526,21 @@ def test_the_state_stays_unless_purged(layout: Layout, home: Path) -> None:
     assert not layout.state.exists()
 
 
+def test_what_other_clusters_have_below_it_stays_in_any_case(layout: Layout, home: Path) -> None:
+    """Of `rayfwd join --cluster blue`, which may run; of one that has ended nothing is there."""
+    make(worker(home), layout)
+    theirs = [layout.state / "clusters/blue/node_key", layout.state / "run/clusters/blue/hub.sock"]
+    for path in (*theirs, layout.state / "plan.json", layout.state / "run/hub.sock"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    told = Told()
+    take_away(Manifest(layout.manifest), layout, False, True, told)
+    left = [path for path in layout.state.rglob("*") if not path.is_dir()]
+    assert set(left) == set(theirs)
+    assert ("kept", f"{layout.state}/clusters (of other clusters)") in told.lines
+    assert not layout.manifest.exists()
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", '{"schema": 9, "made": []}', '{"schema": 1, "made": [3]}']
 )

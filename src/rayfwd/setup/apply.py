@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import Layout
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
+from rayfwd.system.paths import CLUSTERS
 
 Report = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
@@ -83,9 +84,12 @@ def take_away(
         elif not dry:
             manifest.drop(entry["id"])
     if purge:
+        others = list(_of_other_clusters(layout))
         if not dry:
-            remove_tree(layout.state)
+            remove_tree(layout.state, others)
         report("to remove" if dry else "removed", f"{layout.state} (state)")
+        for place in others:
+            report("kept", f"{place} (of other clusters)")
     # The manifest may lie in one of the directories.
     if not dry and not kept:
         manifest.path.unlink(missing_ok=True)
@@ -99,6 +103,13 @@ def take_away(
     if units_changed and not dry and manager_runs(layout):
         command([*manager(layout), "daemon-reload"])
     return tuple(kept)
+
+
+def _of_other_clusters(layout: Layout) -> Iterator[Path]:
+    """What those that have a name here (`--cluster`) have below the state directory."""
+    for place in (layout.state / CLUSTERS, layout.state / "run" / CLUSTERS):
+        if place.is_dir() and any(place.iterdir()):
+            yield place
 
 
 def _undo(entry: Entry, purge: bool, dry: bool) -> str:

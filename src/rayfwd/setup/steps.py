@@ -12,7 +12,7 @@ import secrets
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -373,10 +373,21 @@ def _is_member(entry: Entry) -> bool:
         return False
 
 
-def remove_tree(path: Path) -> None:
-    """The state of a service that is no more; links in it are not followed."""
-    if path.is_dir() and not path.is_symlink():
+def remove_tree(path: Path, kept: Collection[Path] = ()) -> None:
+    """The state of a service that is no more, but for what is `kept` in it; links in it are not
+    followed."""
+    if not path.is_dir() or path.is_symlink():
+        return
+    if not any(path in each.parents for each in kept):
         shutil.rmtree(path)
+        return
+    for inside in path.iterdir():
+        if inside in kept:
+            continue
+        if inside.is_dir() and not inside.is_symlink():
+            remove_tree(inside, kept)
+        else:
+            inside.unlink()
 
 
 def _has(find: Any, name: str) -> bool:

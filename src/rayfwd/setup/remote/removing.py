@@ -66,7 +66,7 @@ async def _there(
     host = Host(ssh=entry["ssh"], **paths)  # type: ignore[arg-type]
     async with AsyncExitStack() as stack:
         async with outcome.place.lent(lambda: report(name, outcome.at, no_answer_yet())):
-            machine = await Machine.connect(host)
+            machine = await _connect(host, name)
             stack.callback(machine.close)
             outcome.at = "look"
             seen = await look(machine, entry.get("prefix"), ())
@@ -80,6 +80,18 @@ async def _there(
         outcome.at = "uninstall"
         for place in await install.remove(machine, seen):
             report(name, "uninstall", f"removed {place}")
+
+
+async def _connect(host: Host, name: str) -> Machine:
+    """Raises ProblemError."""
+    try:
+        return await Machine.connect(host)
+    except ProblemError as exc:
+        found = exc.problem
+        raise found.code.error(
+            found.cause,
+            f"{found.remedy}; if the machine no longer exists, run `rayfwd remove --gone {name}`",
+        ) from None
 
 
 async def _here(head: Head, name: str, outcome: Outcome, report: Report) -> None:

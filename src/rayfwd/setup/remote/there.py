@@ -134,6 +134,7 @@ def prepare(
     line in authorized_keys does not say.
     """
     layout = layout_of(service)
+    _check_nobody_is_here(layout)
     user, home, is_new = _person(layout, ray)
     request = SetupRequest(
         role="worker",
@@ -169,6 +170,24 @@ def prepare(
         "user": user,
         "config": str(layout.config),
     }
+
+
+def _check_nobody_is_here(layout: Layout) -> None:
+    """Raises ProblemError where a node of this user runs that has no file. It has the directories
+    that ours would have, and ours would be started in its place."""
+    for runtime in {layout.runtime, default_runtime_dir(os.environ)}:
+        with suppress(ProblemError, OSError):
+            status = Status.from_answer(ask(runtime / CONTROL_SOCKET, "status"))
+            words = Path(f"/proc/{status.pid}/cmdline").read_bytes().split(b"\0")
+            if {b"head", b"join"} & set(words):
+                break
+    else:
+        return
+    what = "`rayfwd head`" if status.role == "head" else "`rayfwd join`"
+    raise codes.ADD_BLOCKED.error(
+        f"{what} runs on this machine as the same user: {status.name}, process {status.pid}",
+        f"end it there first (`kill {status.pid}`), or log in there as another user",
+    )
 
 
 def _person(layout: Layout, ray: str) -> tuple[str, Path, bool]:
@@ -427,6 +446,7 @@ def _end_of(log: Path) -> str:
 def take_away(service: bool, name: str) -> dict[str, Any]:
     """Drain and stop the daemon, and undo what `prepare` and `authorize` have done."""
     layout = layout_of(service)
+    _check_nobody_is_here(layout)
     said: list[str] = []
     if not service and (pid := _pid(layout)) is not None:
         _end(pid)
