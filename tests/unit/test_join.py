@@ -12,9 +12,11 @@ import pwd
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, cast
 
 import pytest
 
@@ -25,6 +27,7 @@ from rayfwd.daemon import claim as claim_module
 from rayfwd.daemon.claim import MachineClaim, free_networks
 from rayfwd.daemon.lifetime import Lifetime, Nobody
 from rayfwd.daemon.resources import claimed, recorded
+from rayfwd.status import Status
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
 from rayfwd.system.sockdiag import SockDiag, UnixListener
@@ -402,6 +405,45 @@ def test_the_head_says_how_others_reach_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert head.own_address() == "203.0.113.5"
     monkeypatch.delenv("SSH_CONNECTION")
     socket.inet_aton(head.own_address())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_who_has_no_name_comes_as_far_as_who_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `docker run --user 4242`, and nothing in the environment."""
+    program = "import sys; from rayfwd.cli import main; sys.exit(main(sys.argv[1:]))"
+    python = a_python()
+    if not runs(OTHER, [*python, "-c", "import rayfwd.cli.join"]):
+        pytest.skip("no Python here that another user may run")
+    with contextlib.ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp"))
+        os.chown(place, OTHER, OTHER)
+        nobody_listens = stack.enter_context(socket.socket())
+        nobody_listens.bind(("127.0.0.1", 0))
+        words = ["join", f"ray@127.0.0.1:{nobody_listens.getsockname()[1]}"]
+        words += ["--state-dir", f"{place}/state", "--runtime-dir", f"{place}/run"]
+        joining = stack.enter_context(
+            subprocess.Popen(
+                [*python, "-c", program, *words, "--name", "a"],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={"PATH": os.defpath},
+                user=OTHER,
+                group=OTHER,
+                extra_groups=[],
+            )
+        )
+        assert joining.stderr is not None
+        said = []
+        for line in joining.stderr:
+            said.append(line)
+            if '"event": "ssh_' in line:
+                break
+        joining.terminate()
+        assert "ssh_unreachable" in said[-1], "".join(said)
+        joining.stderr.read()
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    config, status = parse({"role": "head"}), cast(Status, SimpleNamespace(node=None, page=None))
+    assert f"rayfwd join {OTHER}@" in head.what_next(config, status)[0]
 
 
 # -- how long

@@ -18,6 +18,7 @@ from typing import Any
 from rayfwd import __version__
 from rayfwd.problems import ProblemError
 from rayfwd.system.journal import is_stream
+from rayfwd.system.paths import have_a_home_and_a_name
 
 OK = 0
 FAULT = 1
@@ -232,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rayfwd.system import first_process  # noqa: PLC0415  # what most calls do not need
 
         first_process.ends_when_told()
+    have_a_home_and_a_name(os.environ)
     try:
         args = _parsed(argv)
         if args.version:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import os
-import pwd
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from rayfwd.system import first_process, logs
 from rayfwd.system.logs import escaped
 from rayfwd.system.paths import RECORD, running_config
 from rayfwd.system.steps import Steps
+from rayfwd.system.users import user_name
 
 STOP_TIMEOUT = 8.0
 """Seconds for a stop, unless said otherwise: Docker kills 10 s after its SIGTERM."""
@@ -140,7 +140,7 @@ def _say_of_logout(config: Config) -> None:
     uid = os.geteuid()
     if uid == 0 or not config.runtime_dir.is_relative_to(f"/run/user/{uid}"):
         return
-    user = pwd.getpwuid(uid).pw_name
+    user = user_name(uid)
     if not (LINGER / user).exists():
         _log.warning(
             "linger_off",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pwd
 import socket
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rayfwd.config import Config
 from rayfwd.daemon.resources import make_directory
 from rayfwd.status import Status
 from rayfwd.system.paths import SERVICE_RUNTIME_DIR
+from rayfwd.system.users import user_name
 from rayfwd.transport.ownssh import KEY_FILE
 
 _HOST_KEY = Path("/etc/ssh/ssh_host_ed25519_key.pub")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def what_next(config: Config, status: Status) -> list[str]:
     """How to add a machine, and how to work here."""
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user = user_name(os.geteuid())
     where = ""
     if config.hub_socket != SERVICE_RUNTIME_DIR / "hub.sock":
         where = f" --socket {config.hub_socket}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from rayfwd.setup.request import MAN_PAGES, Layout, system_layout, user_layout
+from rayfwd.system.asuser import own_account
 from rayfwd.system.paths import belongs_to_root
 
 
@@ -25,7 +25,7 @@ def find_places(config: Path | None) -> Layout:
     """Of the machine's service for root, of their own for others."""
     own = own_command()
     config = config.absolute() if config is not None else None
-    home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    home = own_account().home
     if os.geteuid() == 0:
         layout = system_layout(str(own), sys.executable, config)
         overlay = all(belongs_to_root(Path(path)) for path in (own, sys.executable, sys.prefix))

@@ -6,7 +6,7 @@ import os
 import pwd
 import socket
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from rayfwd.system.ownership import is_ours, stranger_in
@@ -141,6 +141,18 @@ def belongs_to_root(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def have_a_home_and_a_name(env: MutableMapping[str, str]) -> None:
+    """Where the user database does not know us, as with `docker run --user 1234`, and the
+    environment does not say: AsyncSSH, Ray and Python's own library ask for both, and fail."""
+    if env.get("HOME") and env.get("LOGNAME"):
+        return
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        env["HOME"] = env.get("HOME") or "/"
+        env["LOGNAME"] = env.get("LOGNAME") or str(os.geteuid())
 
 
 def _home(env: Mapping[str, str]) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pwd
 import socket
 import sys
 import time
@@ -22,6 +21,7 @@ import asyncssh
 
 from rayfwd import codes
 from rayfwd.system.files import read_regular, replace_file, write_new
+from rayfwd.system.users import user_name
 from rayfwd.transport.passage import Passage
 
 KEY_FILE = "ssh_host_ed25519_key"
@@ -94,7 +94,7 @@ class OwnSsh:
         connection.
         """
         file = self._authorized.expanduser()
-        if user != pwd.getpwuid(os.geteuid()).pw_name or not _ours_alone(file):
+        if user != user_name(os.geteuid()) or not _ours_alone(file):
             return None
         try:
             text = read_regular(file).decode(errors="replace")
