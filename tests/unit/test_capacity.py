@@ -31,6 +31,7 @@ def group(root: Path, **files: str) -> Path:
     [
         ({"cpu_0max": "400000 100000\n"}, 4),
         ({"cpu_0max": "150000 100000\n"}, 1),
+        ({"cpu_0max": "50000 100000\n"}, 0),
         ({"cpu_0max": "max 100000\n"}, os.cpu_count()),
         ({}, os.cpu_count()),
         ({"cpu__cpu_0cfs_quota_us": "-1\n", "cpu__cpu_0cfs_period_us": "100000"}, os.cpu_count()),
@@ -58,6 +59,14 @@ def test_processors_by_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     assert starter._as_bounded(RayConfig(num_cpus=7)).num_cpus == 7
     monkeypatch.setattr(capacity, "rays_cpus", lambda *_: 3)
     assert starter._as_bounded(RayConfig()).num_cpus is None, "Ray counts right by itself"
+
+
+def test_of_half_a_processor_ray_is_told_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it would have none, and run no task."""
+    monkeypatch.setattr(capacity, "rays_cpus", lambda *_: 0)
+    assert capacity.cpus() == 1
+    assert starter._as_bounded(RayConfig()).num_cpus == 1
+    assert starter._as_bounded(RayConfig(num_cpus=0)).num_cpus == 0
 
 
 def test_memory_by_the_control_group(tmp_path: Path) -> None:

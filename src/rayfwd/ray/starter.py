@@ -180,9 +180,9 @@ def check_versions(install: RayInstall, head: Versions | None, env: dict[str, st
 
 def _as_bounded(ray: RayConfig) -> RayConfig:
     """Ray knows what the outermost control group leaves, and not that an affinity, or a job's group
-    below it, leaves less."""
+    below it, leaves less. Of less than one processor it makes none, and would run no task."""
     update: dict[str, Any] = {}
-    if ray.num_cpus is None and (cpus := capacity.cpus()) < capacity.rays_cpus():
+    if ray.num_cpus is None and (cpus := capacity.cpus()) != capacity.rays_cpus():
         update["num_cpus"] = cpus
     if (memory := capacity.memory()) < capacity.rays_memory():
         store = ray.object_store_memory or capacity.store_within(memory)
