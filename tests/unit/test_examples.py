@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def test_the_containers_join_as_the_command_line_understands() -> None:
     container = (EXAMPLES / "compose" / "Containerfile").read_text()
     assert 'ENTRYPOINT ["rayfwd"]' in container
     assert "USER ray" in container
+
+
+def test_an_image_has_what_the_wheel_is_made_of_and_no_key() -> None:
+    """./ssh, which has one, lies in the checkout that the image is made from."""
+    container = (EXAMPLES / "compose" / "Containerfile").read_text()
+    checkout = EXAMPLES.parent
+    copied = [
+        name for line in re.findall(r"(?m)^COPY (.*) \S+$", container) for name in line.split()
+    ]
+    for name in copied:
+        assert (checkout / name).exists()
+        assert (checkout / name).resolve() not in EXAMPLES.parents
+        assert not name.startswith("examples")
+    build = tomllib.loads((checkout / "pyproject.toml").read_text())
+    wheel = build["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wanted = [*wheel["packages"], *wheel["force-include"], *wheel["shared-data"]]
+    wanted += [wheel["hooks"]["custom"]["path"], "pyproject.toml", build["project"]["readme"]]
+    for name in [*wanted, *build["project"]["license-files"]]:
+        assert any(name == given or name.startswith(f"{given}/") for given in copied), name
 
 
 RECORDER = """#!/bin/bash
