@@ -102,6 +102,12 @@ def test_what_is_not_said_is_as_it_is_best_for_an_hour(monkeypatch: pytest.Monke
         (["--resources", "disk"], "--resources disk: must be NAME=VALUE"),
         (["--resources", "{"], "--resources {: must be a JSON object"),
         (["-p", "1", "--name", "a b"], 'rayfwd join: --name = "a b": must be 1 to 63 letters'),
+        (["--direct", "gpu-2"], "--direct gpu-2: must be NODE=USER@HOST, or a JSON object"),
+        (["--direct", "=ray@b"], "--direct =ray@b: must be NODE=USER@HOST, or a JSON object"),
+        (["--direct", "{"], "--direct {: must be a JSON object"),
+        (["--direct", "b=", "--set", "x=1"], "--direct b=: must be NODE=USER@HOST"),
+        (["--direct", "a b=ray@b"], 'rayfwd join: --direct[0].node = "a b": must be 1 to 63'),
+        (["--direct", '{"node": "b", "ssh": "b", "vai": 1}'], "rayfwd join: --direct[0].vai: "),
     ],
 )
 def test_a_mistake_names_the_option(words: list[str], said: str) -> None:
@@ -132,6 +138,26 @@ def test_a_meeting_place_is_named_on_every_side(monkeypatch: pytest.MonkeyPatch)
     assert args.module.run(args) == 0
     assert seen[0].head is not None
     assert seen[0].head.meet == words[1]
+
+
+def test_other_workers_that_are_logged_in_to_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = '{"node": "c", "ssh": "c", "identity": "/k", "transport": "openssh", "bulk_lanes": 2}'
+    words = ["join", "ray@head", "--name", "a", "-i", "key", "-F", "config"]
+    given = ["--direct", "b=ray@b.example.org:2222", "--direct", more]
+    config, _ = amounts_to([*words, *given], monkeypatch)
+    b, c = config.direct
+    assert (b.node, b.ssh, b.via, b.attach_command) == (
+        *("b", "ray@b.example.org:2222", "exec", "rayfwd attach --peer"),
+    )
+    assert (b.identity, b.ssh_config) == (tmp_path / "key", tmp_path / "config")
+    assert (c.node, c.transport, c.bulk_lanes) == ("c", "openssh", 2)
+    assert (c.identity, c.ssh_config) == (Path("/k"), tmp_path / "config")
+    listed = ["--set", 'direct=[{node = "b", ssh = "ray@b"}]']
+    config, _ = amounts_to(["join", "ray@head", "--name", "a", *listed], monkeypatch)
+    assert [(way.node, way.ssh, way.identity) for way in config.direct] == [("b", "ray@b", None)]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "2w", "h", "1h30m"])

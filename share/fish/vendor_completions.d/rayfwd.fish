@@ -100,6 +100,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using join' -l stop-timeout -x -d 'seconds 
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l expose -x -d 'ports of this machine, on 127.0.0.1, that [[forward]] of other nodes may reach'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l log-level -xka "debug info warning error" -d 'the lowest severity that is written'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l log-format -xka "auto text json" -d '"text": key=value; "auto": text on a terminal, fields in systemd'"'"'s journal, JSON elsewhere'
+complete -c rayfwd -n '_shtab_rayfwd_using join' -l direct -x -d 'another worker that this one can log in to: its name, and how ssh reaches it. Their streams then go directly. Or a JSON object with the keys of [[direct]]'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l dialled -d 'for a worker; the head dials this machine ([[hub.dial]] there); ssh is not needed'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l meet -x -d 'a third host where the head waits ([[hub.meet]] in the head'"'"'s file); default: none; ssh then gives the user at the head, and the name under which its host key is known; docs/ways.md'
 complete -c rayfwd -n '_shtab_rayfwd_using join' -l meet-socket -x -d 'where the head waits on that host: `socket` in its [[hub.meet]]'

@@ -27,6 +27,9 @@ _NAMES = {"ray.command": "--ray"}
 """Options that are not named after their keys."""
 _SHORT = {"head.identity": "-i", "head.ssh_config": "-F"}
 """As `ssh` has them."""
+DIRECT = "direct"
+_LISTS = ("forward", DIRECT)
+"""Sections that a file may have several of."""
 
 
 def said_of(cls: type) -> dict[str, str]:
@@ -71,6 +74,7 @@ class Flag:
         elif self.kind in {"array", "object"}:
             shown = "KEY=VALUE" if self.kind == "object" else "VALUE"
             shown = "USER@HOST" if self.key in INNER else shown
+            shown = "NODE=USER@HOST" if self.key == DIRECT else shown
             parser.add_argument(*names, action="append", metavar=shown, **common)
         else:
             metavar = None if self.choices else "FILE" if self.kind == "path" else "VALUE"
@@ -81,6 +85,8 @@ class Flag:
         to refuse."""
         if self.kind == "object":
             return _table(self, given)
+        if self.key == DIRECT:
+            return [_direct(self, text) for text in given]
         if self.key in INNER:
             return [_section(self, text) for text in given]
         if self.kind == "array":
@@ -115,6 +121,19 @@ def flags_of(section: str | None, leave_out: Iterable[str] = ()) -> Iterator[Fla
         )
 
 
+def direct_flag() -> Flag:
+    """Of each [[direct]] of a worker."""
+    return Flag(
+        key=DIRECT,
+        option="--direct",
+        kind="array",
+        choices=(),
+        help="another worker that this one can log in to: its name, and how ssh reaches it. Their "
+        "streams then go directly. Or a JSON object with the keys of [[direct]]",
+        default=(),
+    )
+
+
 def _shape(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of a key that may be left out: what it is where it is not."""
     for part in schema.get("anyOf", ()):
@@ -144,7 +163,7 @@ def given_by(args: argparse.Namespace, flags: Iterable[Flag]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not (equals and re.fullmatch(r"[a-z_]+(\.[a-z_]+)?", key)):
             raise MistakeError([f"--set {text}: must be KEY=VALUE, as in canary.enabled=true"])
-        if key in SECTIONS and key != "forward":  # which is a list
+        if key in SECTIONS and key not in _LISTS:
             raise MistakeError([f"--set {text}: {key} is a section; name a key of it"])
         put(data, key, _toml(value))
     return data
@@ -199,6 +218,16 @@ def _toml(text: str) -> Any:
 def _section(flag: Flag, text: str) -> dict[str, Any]:
     """Of a machine alone, or of a JSON object with the section's keys."""
     return _json_object(flag, text) if text.startswith("{") else {"ssh": text}
+
+
+def _direct(flag: Flag, text: str) -> dict[str, Any]:
+    """Of a name and a machine, or of a JSON object with the section's keys."""
+    if text.startswith("{"):
+        return _json_object(flag, text)
+    node, equals, ssh = text.partition("=")
+    if not (node and equals and ssh):
+        raise MistakeError([f"{flag.option} {text}: must be NODE=USER@HOST, or a JSON object"])
+    return {"node": node, "ssh": ssh}
 
 
 def _json_object(flag: Flag, text: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rayfwd.cli import chosen, front
 from rayfwd.cli.connect import with_port
-from rayfwd.cli.flags import Flag, flags_of
+from rayfwd.cli.flags import DIRECT, Flag, direct_flag, flags_of
 from rayfwd.config import Config
 from rayfwd.status import Status
 
@@ -22,6 +23,7 @@ from rayfwd.status import Status
 def _flags() -> list[Flag]:
     return [
         *front.any_flags("ephemeral"),
+        direct_flag(),
         *flags_of("head", leave_out=["ssh"]),
         *flags_of("ray", leave_out=["port", "client_port", "dashboard_port", "status_interval"]),
     ]
@@ -41,9 +43,17 @@ def run(args: argparse.Namespace) -> int:
     ssh = with_port("join", args.head, args.port)
     base = {"role": "worker", "head": {"ssh": ssh, "via": "auto"}}
     data = front.said(base, args, flags)
+    _share_login(data)
     config = front.configuration(data, flags, "join")
     config = front.configuration(chosen.beside(config, data), flags, "join")
     return front.hold(config, args, what_next)
+
+
+def _share_login(data: dict[str, Any]) -> None:
+    """The key and the SSH configuration that are named hold for other workers too."""
+    shared = {key: data["head"][key] for key in ("identity", "ssh_config") if key in data["head"]}
+    if DIRECT in data and isinstance(data[DIRECT], list):
+        data[DIRECT] = [{**shared, **way} if isinstance(way, dict) else way for way in data[DIRECT]]
 
 
 def _make_absolute(args: argparse.Namespace, flags: Sequence[Flag]) -> None:
