@@ -28,6 +28,10 @@ SSH_AUTH_REFUSED = Code("ssh_auth_refused", group=Group.LINK_FAULT, stage="auth"
 SSH_KEY_UNUSABLE = Code(
     "ssh_key_unusable", group=Group.LINK_FAULT, stage="auth", before_dialling=True, lasting=True
 )
+SSH_SIGNING_FAILED = Code("ssh_signing_failed", group=Group.LINK_FAULT, stage="auth", lasting=True)
+SSH_TICKET_UNUSABLE = Code(
+    "ssh_ticket_unusable", group=Group.LINK_FAULT, stage="auth", lasting=True
+)
 SSH_FILE_UNREADABLE = Code(
     "ssh_file_unreadable", group=Group.LINK_FAULT, stage="ssh", before_dialling=True, lasting=True
 )

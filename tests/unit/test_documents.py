@@ -34,8 +34,8 @@ SPEAKING = (*DOCUMENTS, "CHANGELOG.md", "config.example.toml")
 _PROGRAMS = (
     "chmod conntrack docker eval export fail2ban-client find firewall-cmd install ip iptables "
     "iptables-legacy journalctl jq kill ln loginctl make man modprobe mv nc nft pgrep pip pkill "
-    "podman python python3 ray rayfwd sbatch scancel scontrol sed ss ssh ssh-keygen ssh-keyscan "
-    "sysctl systemctl systemd-analyze timedatectl ufw ulimit uv"
+    "podman python python3 ray rayfwd sbatch scancel scontrol sed ss ssh ssh-add ssh-keygen "
+    "ssh-keyscan sysctl systemctl systemd-analyze timedatectl ufw ulimit uv"
 )
 PROGRAMS = frozenset(_PROGRAMS.split())
 _SHELL = "alias cd exec exit set source test time trap type umask unset wait"
@@ -64,6 +64,7 @@ NAMES = {
 NOT_RUN = {
     **NAMES,
     "docker *": "no Docker runs here; docs/join.md says what was tried by hand",
+    "ssh-keygen -t ed25519-sk *": "makes a key in an authenticator, which no machine here has",
     "podman *": "its images are to be fetched; docs/join.md says what was tried by hand",
     "fail2ban-client *": "it would watch over the sshd of the machine that runs the tests",
     "iptables-legacy -F": "tried by hand (docs/overlay.md); the tests have iptables of nftables",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncssh
+from asyncssh.pkcs11 import pkcs11_available
 
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
@@ -194,6 +195,8 @@ def _options(
     keys, agent = _keys_and_agent(head, options, is_head)
     # Read once: a second time its percent signs would be expanded again.
     changes: dict[str, Any] = {"config": [], "proxy_command": None, **keys}
+    if not pkcs11_available:
+        changes["pkcs11_provider"] = None  # to ask a token without that library ends the login
     if not options.config.get("Ciphers"):
         changes["encryption_algs"] = CIPHERS
     return asyncssh.SSHClientConnectionOptions(options=options, **changes), agent

@@ -64,6 +64,8 @@ REDIAL_LAST = 15.0
 """Seconds between attempts, at most, otherwise."""
 REDIAL_COUNTED = {
     codes.SSH_AUTH_REFUSED: 30.0,
+    codes.SSH_SIGNING_FAILED: 30.0,
+    codes.SSH_TICKET_UNUSABLE: 30.0,
     codes.SSH_TURNED_AWAY: 5.0,
     codes.SSH_LIMITED: 35.0,
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
-from rayfwd.transport import sshproblems
+from rayfwd.transport import credentials, sshproblems
 from rayfwd.transport.openssh import OpensshHop
 from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
 
@@ -26,16 +26,32 @@ _ENDED = re.compile(
 )
 _FORBIDDEN = re.compile(r"open failed: administratively prohibited: (.*)")
 _NOT_OPENED = re.compile(r"open failed: (?:connect failed|resource shortage|\S+ \S+): (.*)")
+_SIGN = re.compile(r"^sign_and_send_pubkey: signing failed for (.+): (.+)$", re.MULTILINE)
+_PIN = re.compile(r"^(?:pin required|need pin entry.*)$", re.MULTILINE)
+_PROVIDER = re.compile(
+    r"^(dlopen \S+ failed: .+|provider \S+ is not a PKCS11 library)$", re.MULTILINE
+)
 _KEY = re.compile(r'^Load key (".*?": .+)', re.MULTILINE)
 _CHATTER = re.compile(
     r"^(?:debug1: |Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
     r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by ).*"
 )
 """What `ssh` itself says of how a connection goes."""
-_REVOKED = re.compile(r"REVOKED HOST KEY|revoked host key|is revoked|marked as revoked")
+_REVOKED = re.compile(
+    r"REVOKED HOST KEY|revoked host key|is revoked|marked as revoked| revoked by file (?P<file>\S+)"
+)
+_NOT_STARTED = re.compile(
+    r"^((?:exec|shell|subsystem) request failed on channel \d+)", re.MULTILINE
+)
 _HOST_KEY = re.compile(
     r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|host key is known for"
 )
+NOT_ASKED = (
+    "the SSH configuration here",
+    "set `GSSAPIAuthentication yes` for that host in the SSH configuration, and get a ticket with "
+    "`kinit` as the user that runs rayfwd",
+)
+"""Who does not show tickets, and what is to be done."""
 _SETTING = re.compile(r".*(?:Bad configuration option|Bad owner or permissions|terminating, ).*")
 
 
@@ -74,6 +90,16 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     if (found := _DENIED.search(last)) is not None:
         if "with partial success" in said:
             return sshproblems.second_factor(hop, dialled)
+        if (sign := _SIGN.search(said)) is not None:
+            return credentials.not_signed(sign[1], sign[2], hop, dialled)
+        if _PIN.search(said):
+            return credentials.pin_wanted(hop, dialled)
+        if (library := _PROVIDER.search(said)) is not None:
+            return credentials.provider_unusable(library[1], hop, dialled)
+        if (ticket := _of_ticket(hop, dialled, found[1].split(","), at)) is not None:
+            return ticket
+        if at.signed:
+            return credentials.signature_refused(at.signed, hop, dialled)
         if (key := _KEY.search(said)) is not None:
             return sshproblems.key_unusable(key[1], hop.to)
         return sshproblems.keys_refused(f"it takes {found[1]}", hop, dialled)
@@ -81,13 +107,30 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
         return sshproblems.nothing_in_common(found[1], found[2].split(","), hop, dialled)
     if (found := _CERTIFICATE.search(said)) is not None:
         return sshproblems.certificate_invalid(found[1], hop, dialled)
-    if _REVOKED.search(said):
-        return sshproblems.host_key_problem(head, hop, True, dialled)
+    if (revoked := _REVOKED.search(said)) is not None:
+        return sshproblems.host_key_problem(head, hop, revoked["file"] or True, dialled)
     if _HOST_KEY.search(said):
         return sshproblems.host_key_problem(head, hop, dialled=dialled)
     if (found := _TOO_MANY.search(said)) is not None:
         return sshproblems.too_many_keys(found[1], hop, dialled)
     return None
+
+
+def _of_ticket(
+    hop: OpensshHop, dialled: str, accepted: Sequence[str], at: Reached
+) -> Problem | None:
+    """Where a ticket would have done. A machine whose keys were refused as well, and that never had
+    one, is told of its keys."""
+    if credentials.TICKETS not in accepted:
+        return None
+    by_key = credentials.KEYS in accepted and sshproblems.has_key(hop)
+    if credentials.TICKETS not in at.methods:
+        return None if by_key else credentials.tickets_not_tried(hop, dialled, *NOT_ASKED)
+    if not at.of_ticket:
+        return credentials.ticket_not_taken(hop, dialled)
+    if by_key and credentials.no_ticket(at.of_ticket):
+        return None
+    return credentials.ticket_unusable(at.of_ticket, hop, dialled)
 
 
 def _of_jump(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
@@ -148,6 +191,10 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
 def not_in_time(hop: OpensshHop, said: str, seconds: float) -> Problem:
     """What it was at when its time was over; `hop`: the one that has not let it in."""
     at = reached(said)
+    if at.signing:
+        return credentials.signature_awaited(at.signing, seconds, hop, _where(hop, at))
+    if at.methods[-1:] == (credentials.TICKETS,):
+        return credentials.kdc_silent(seconds, hop, _where(hop, at))
     if at.has_keys:
         return sshproblems.login_slow(seconds, hop, _where(hop, at))
     if at.is_ssh:
@@ -201,6 +248,9 @@ def not_opened(head: HeadConfig, said: str) -> str:
     found = _FORBIDDEN.search(said)
     if head.via == "exec":
         found = found or _NOT_OPENED.search(said)
+        if found is None and (ended := _NOT_STARTED.search(said)) is not None:
+            why = sshproblems.not_started(ended[1], to)
+            return f"rayfwd attach: {why.code}: {why.cause}; {why.remedy}"
         if found is None:
             return ""
         return (

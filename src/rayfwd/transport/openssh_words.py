@@ -27,7 +27,17 @@ _FIRST = re.compile(
 )
 _IS_SSH = re.compile(r"^debug1: Remote protocol version ", re.MULTILINE)
 _HAS_KEYS = re.compile(r"^debug1: SSH2_MSG_NEWKEYS received", re.MULTILINE)
-_STEPS = (_DIALS, _STANDS, _FIRST, _IS_SSH, _HAS_KEYS)
+_METHOD = re.compile(r"^debug1: Next authentication method: (\S+)", re.MULTILINE)
+_ACCEPTS = re.compile(r"^debug1: Server accepts key: (.+?)\r?$", re.MULTILINE)
+_TAKES = re.compile(r"^debug1: Authentications that can continue: (\S+)", re.MULTILINE)
+_TICKET = re.compile(
+    r"^debug1: (?:Unspecified GSS failure|No credentials were supplied|Miscellaneous failure).*",
+    re.MULTILINE,
+)
+_STEPS = (
+    *(_DIALS, _STANDS, _FIRST, _IS_SSH, _HAS_KEYS),
+    *(_METHOD, _ACCEPTS, _TAKES, _TICKET),
+)
 
 
 class Words:
@@ -84,6 +94,14 @@ class Reached:
     is_ssh: bool = False
     has_keys: bool = False
     """The key exchange is over: what is left of the login is the user's."""
+    methods: tuple[str, ...] = ()
+    """By which the user was to be let in, in turn."""
+    signing: str = ""
+    """The key that the server takes, whose signature is waited for."""
+    signed: str = ""
+    """The last key that the server would take, and did not let in for its signature."""
+    of_ticket: str = ""
+    """What Kerberos here had to say."""
 
 
 def reached(said: str) -> Reached:
@@ -95,4 +113,32 @@ def reached(said: str) -> Reached:
         words="\n".join(found[1] for found in _FIRST.finditer(last)).strip(),
         is_ssh=_IS_SSH.search(last) is not None,
         has_keys=_HAS_KEYS.search(last) is not None,
+        methods=tuple(found[1] for found in _METHOD.finditer(last)),
+        signing=_signing(last),
+        signed=_signed(last),
+        of_ticket=_of_ticket(last),
     )
+
+
+def _signing(said: str) -> str:
+    """The last key that the server has taken, if the login has not gone on since."""
+    *_, rest = _TAKES.split(said)
+    taken = _ACCEPTS.findall(rest)
+    return str(taken[-1]) if taken else ""
+
+
+def _signed(said: str) -> str:
+    # The server answers each attempt that fails by what can continue.
+    *answered, _ = _TAKES.split(said)[::2]
+    taken = [key for attempt in answered for key in _ACCEPTS.findall(attempt)]
+    return str(taken[-1]) if taken else ""
+
+
+def _of_ticket(said: str) -> str:
+    """In one line. The library's own words come below those of GSSAPI, as lines of their own."""
+    found = ""
+    for line in _TICKET.finditer(said):
+        below = said[line.end() :].lstrip("\r\n").partition("\n")[0].strip()
+        generic = line[0].removeprefix(_DEBUG).strip()
+        found = generic if not below or below.startswith(_DEBUG) else below
+    return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncssh.config import SSHClientConfig
+from asyncssh.pkcs11 import pkcs11_available
 
 OPTIONS = (
     "BindInterface",
@@ -25,13 +26,16 @@ OPTIONS = (
     "VerifyHostKeyDNS",
 )
 """ssh_config(5). Those that may decide whether a server is reached, and by what it is known."""
+TOKENS = "PKCS11Provider"
+"""Has no effect without the library python-pkcs11."""
 SYSTEM = Path("/etc/ssh")
 _NOTHING = (None, "none", "no")
 
 
 def found_in(config: Any) -> tuple[str, ...]:
     """Those that an SSH configuration has set."""
-    return tuple(name for name in OPTIONS if config.get(name) not in _NOTHING)
+    names = OPTIONS if pkcs11_available else (*OPTIONS, TOKENS)
+    return tuple(name for name in names if config.get(name) not in _NOTHING)
 
 
 @cache

@@ -27,6 +27,7 @@ from rayfwd.transport.sshproblems import (
     explain_files,
     host_key_problem,
     look_at_socket,
+    not_started,
     sessions_allowed,
     with_passed_over,
 )
@@ -299,6 +300,8 @@ class SshConnector:
         exc: asyncssh.ChannelOpenError,
         by_command: bool,
     ) -> Problem:
+        if exc.code == asyncssh.OPEN_REQUEST_SESSION_FAILED:
+            return not_started(exc.reason, self._to)
         if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or by_command:
             return codes.CHANNEL_REFUSED.problem(
                 f"{self._to.name}'s sshd refuses this kind of channel: {exc.reason}",

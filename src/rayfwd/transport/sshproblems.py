@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import asyncssh
+from asyncssh.gss import gss_available
 
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
@@ -21,6 +22,7 @@ from rayfwd.problems import Problem
 from rayfwd.session.preamble import MARKER
 from rayfwd.system import unixsocket
 from rayfwd.system.files import read_regular
+from rayfwd.transport import credentials
 from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
@@ -141,8 +143,16 @@ def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> P
             return certificate_invalid(exc.reason.partition(" for host ")[0], hop, dialled)
         case asyncssh.HostKeyNotVerifiable():
             return host_key_problem(head, hop, "revoked" in str(exc), dialled)
+        case asyncssh.PermissionDenied() if attempt.not_signed:
+            return credentials.not_signed(*attempt.not_signed, hop, dialled)
         case asyncssh.PermissionDenied() if attempt.wants_more:
             return second_factor(hop, dialled)
+        case asyncssh.PermissionDenied() if credentials.TICKETS in attempt.accepted and not (
+            credentials.KEYS in attempt.accepted and has_key(hop)
+        ):
+            return _ticket_of_asyncssh(hop, dialled)
+        case asyncssh.PermissionDenied() if attempt.signed:
+            return credentials.signature_refused(attempt.signed, hop, dialled)
         case asyncssh.PermissionDenied():
             return keys_refused(exc.reason, hop, dialled)
         case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
@@ -151,6 +161,16 @@ def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> P
             return key_unusable(exc, hop.to)
         case _:
             return None
+
+
+def _ticket_of_asyncssh(hop: Hop, dialled: str) -> Problem:
+    if gss_available:
+        return credentials.ticket_unusable("", hop, dialled)
+    remedy = "add this machine's public key there"
+    if hop.to.takes_transport:
+        remedy = f"set {hop.to.set_to('transport', 'openssh')}, and get a ticket with `kinit` as "
+        remedy += "the user that runs rayfwd"
+    return credentials.tickets_not_tried(hop, dialled, "AsyncSSH", remedy)
 
 
 def _dialled(attempt: Attempt) -> str:
@@ -217,6 +237,11 @@ def keys_refused(reason: str, hop: Server, dialled: str) -> Problem:
         "DenyUsers, PermitRootLogin), its login shell does not exist, or `from=` or `expiry-time=` "
         "stands before the key",
     )
+
+
+def has_key(hop: Server) -> bool:
+    """There is one that could be offered, or an agent that may have some."""
+    return bool(hop.agent_socket) or any(map(_is_there, hop.keys))
 
 
 def _with_passphrase(keys: Sequence[Path]) -> Path | None:
@@ -297,6 +322,8 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return unresolved(str(exc.strerror), hop)
         case TimeoutError() if attempt.resolving:
             return resolver_silent(CONNECT_TIMEOUT, hop)
+        case TimeoutError() if attempt.signing:
+            return credentials.signature_awaited(attempt.signing, attempt.login, hop, dialled)
         case TimeoutError() if attempt.connected and attempt.has_keys:
             return login_slow(attempt.login, hop, dialled)
         case TimeoutError() if attempt.connected and attempt.is_ssh:
@@ -517,19 +544,22 @@ def jump_silent(hop: Server) -> Problem:
 
 
 def host_key_problem(
-    head: HeadConfig, hop: Server, revoked: bool = False, dialled: str = ""
+    head: HeadConfig, hop: Server, revoked: bool | str = False, dialled: str = ""
 ) -> Problem:
-    """What is wrong with the host key that the hop showed, and was not taken."""
+    """What is wrong with the host key that the hop showed, and was not taken. `revoked`: it is so,
+    or by that file (RevokedHostKeys)."""
     known = hop.known
     what = _its(hop).removeprefix("the ") if hop.is_head else _kind(hop)
     called = known.host if hop.is_head else f"{hop.called} ({known.host} port {known.port})"
     called += dialled if known.host not in dialled else ""
     if revoked:
-        files = ", ".join(str(file.path) for file in known.files)
+        files, line = ", ".join(str(file.path) for file in known.files), "the @revoked line"
+        if isinstance(revoked, str):
+            files, line = revoked, "it from that file"
         return codes.HOST_KEY_REVOKED.problem(
             f"{called} shows a host key that is revoked in {files}",
             f"ask the {what}'s owner for a new key, and compare it: whoever has the old key can "
-            f"pretend to be the {what}. Delete the @revoked line only if it was a mistake",
+            f"pretend to be the {what}. Delete {line} only if it was a mistake",
         )
     by_init = "`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file"
     of_init = hop.is_head and hop.to == HEAD
@@ -718,6 +748,15 @@ def forwarding_allowed(to: Destination) -> str:
         f"allow it on {to.name}: AllowStreamLocalForwarding, AllowTcpForwarding and PermitOpen in "
         "sshd_config (any PermitOpen other than `any` blocks sockets too; no DisableForwarding), "
         "and no `restrict` or `no-port-forwarding` in authorized_keys"
+    )
+
+
+def not_started(why: str, to: Destination) -> Problem:
+    """There is a session, and the command in it could not be begun."""
+    return codes.CHANNEL_REFUSED.problem(
+        f"{to.name}'s sshd could not start a command for this user: {why}",
+        f"check this account's limits on {to.name} (nproc in /etc/security/limits.conf, TasksMax "
+        "of its systemd slice), the memory there, and its sshd log",
     )
 
 
