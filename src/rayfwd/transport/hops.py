@@ -21,6 +21,7 @@ from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.transport import knownhosts, passed_over
 from rayfwd.transport.agent import agent_at
+from rayfwd.transport.canonical import canonicalized
 from rayfwd.transport.knownhosts import KnownHosts
 
 USER_CONFIG = Path("~/.ssh/config")
@@ -192,9 +193,11 @@ def _options(
         kbdint_auth=True,
         compression_algs=None,
     )
+    options = canonicalized(options)
     keys, agent = _keys_and_agent(head, options, is_head)
     # Read once: a second time its percent signs would be expanded again.
     changes: dict[str, Any] = {"config": [], "proxy_command": None, **keys}
+    changes |= {"canonical": False, "final": False, "canonicalize_hostname": False}
     if not pkcs11_available:
         changes["pkcs11_provider"] = None  # to ask a token without that library ends the login
     if not options.config.get("Ciphers"):

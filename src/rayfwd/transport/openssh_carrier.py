@@ -173,7 +173,7 @@ class OpensshConnection:
                 number = far.fileno()
                 await self._start([*words, self._head.attach_command], number, number)
         else:
-            self._directory = _private_directory()
+            self._directory = _private_directory(self._head)
             forward = f"{self._directory}/hub:{self._head.socket}"
             if self.shared:
                 await self._of_master("forward", forward)
@@ -302,11 +302,19 @@ class OpensshConnection:
             self._aside.abort()
 
 
-def _private_directory() -> Path:
-    """Nobody else may look into it; its name is short, as a socket's must be."""
+def _private_directory(head: HeadConfig) -> Path:
+    """Nobody else may look into it; its name is short, as a socket's must be. Raises
+    ProblemError."""
     usual = default_runtime_dir(os.environ)
     own = usual if os.access(usual, os.W_OK) else None
-    return Path(tempfile.mkdtemp(prefix="ssh-", dir=own))
+    try:
+        return Path(tempfile.mkdtemp(prefix="ssh-", dir=own))
+    except OSError as exc:
+        raise codes.SSH_FAILED.error(
+            f"no directory for the socket of `ssh` can be made here: {exc}",
+            "make room on this machine (`df` and `df -i` show what is full), or set "
+            f"{head.destination.set_to('via', 'exec')}, which needs none",
+        ) from exc
 
 
 class OpensshPipe(SocketPipe):
