@@ -281,6 +281,8 @@ def completion(shell: str) -> str:
         for action in each._actions:
             if action.metavar in {"PATH", "FILE"}:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
+            elif action.metavar == "DIRECTORY":
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
     with contextlib.redirect_stderr(io.StringIO()):
         made = shtab.complete(parser, shell)
     return "".join(f"{line.rstrip()}\n" for line in made.strip().splitlines())

@@ -30,6 +30,29 @@ _SHORT = {"head.identity": "-i", "head.ssh_config": "-F"}
 DIRECT = "direct"
 _LISTS = ("forward", DIRECT)
 """Sections that a file may have several of."""
+_SHOWN = {
+    "NAME": ("name",),
+    "DIRECTORY": ("state_dir", "runtime_dir"),
+    "SECONDS": ("ride_through", "stop_timeout", "ray.status_interval", "hub.forget_after"),
+    "BYTES": ("ray.object_store_memory",),
+    "PORT": ("expose", "ray.port", "ray.dashboard_port", "ray.client_port", "hub.port_base"),
+    "PATH": ("head.socket", "hub.socket", "head.meet_socket", "ray.command"),
+    "USER@HOST": ("head.meet", *INNER),
+    "NODE=USER@HOST": (DIRECT,),
+    "COMMAND": ("head.attach_command",),
+    "ARGUMENT": ("ray.extra_args",),
+    "ADDRESS": ("ray.advertise",),
+    "NETWORK": ("hub.network",),
+    "USER": ("hub.users",),
+}
+"""What the help has for a value of these keys."""
+_SHOWN_FOR = {
+    "path": "FILE",
+    "object": "KEY=VALUE",
+    "integer": "NUMBER",
+    "number": "NUMBER",
+}
+"""The same, by a key's kind."""
 
 
 def said_of(cls: type) -> dict[str, str]:
@@ -72,13 +95,16 @@ class Flag:
         if self.kind == "boolean":
             parser.add_argument(*names, action="store_const", const=not self.default, **common)
         elif self.kind in {"array", "object"}:
-            shown = "KEY=VALUE" if self.kind == "object" else "VALUE"
-            shown = "USER@HOST" if self.key in INNER else shown
-            shown = "NODE=USER@HOST" if self.key == DIRECT else shown
-            parser.add_argument(*names, action="append", metavar=shown, **common)
+            parser.add_argument(*names, action="append", metavar=self._shown, **common)
         else:
-            metavar = None if self.choices else "FILE" if self.kind == "path" else "VALUE"
+            metavar = None if self.choices else self._shown
             parser.add_argument(*names, choices=self.choices or None, metavar=metavar, **common)
+
+    @property
+    def _shown(self) -> str:
+        """What the help has for its value."""
+        named = (word for word, keys in _SHOWN.items() if self.key in keys)
+        return next(named, _SHOWN_FOR.get(self.kind, "VALUE"))
 
     def value(self, given: Any) -> Any:
         """As the file would have it. What is none of its kind stays text, for the configuration

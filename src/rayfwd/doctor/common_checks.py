@@ -184,13 +184,14 @@ class Examination(ABC):
             ids = listeners.conditions
             if wrong := [c.problem for c in self.status.conditions if c.id in ids]:
                 return failed("listeners", several(wrong))
-            return passed("listeners", f"{listeners.open} are open", open=listeners.open)
+            return passed("listeners", f"open: {listeners.open}", open=listeners.open)
         if own is None or not self.nodes:
             return skipped("listeners", "the other nodes are not known before the hub answers")
         blocked = await asyncio.to_thread(observe.blocked_listeners, self.nodes, own)
         if blocked:
             return failed("listeners", several(blocked))
-        return passed("listeners", f"{self._listeners()} can be opened")
+        count = self._listeners()
+        return passed("listeners", f"can be opened: {count}" if count else "none is needed yet")
 
     async def network_level(self) -> Row:
         """How programs here reach other nodes, and why so; docs/overlay.md."""
