@@ -76,6 +76,8 @@ def test_init_prints_what_goes_where(cluster: Cluster) -> None:
         assert any(line.startswith("restrict,port-forwarding ") for line in lines), said
         scan = f"ssh-keyscan -p 22 {third.address} >> ~/.ssh/known_hosts"
         assert f"mkdir -p ~/.ssh && {scan}" in lines
+        if name == "head":
+            assert "it is the name of this machine's host key there." in lines
 
 
 @pytest.mark.parametrize("whose", ["head", "w1"])

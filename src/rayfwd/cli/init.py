@@ -521,10 +521,16 @@ def _host_keys() -> list[asyncssh.SSHKey]:
 def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
     prints = [key.get_fingerprint() for key in _host_keys()]
     line = texts.worker_command(request, layout, socket.gethostname(), prints)
-    print(
-        "\nRun this on each worker, with this machine's name or address as the worker "
-        "sees it, and the worker's `ray`:\n"
-    )
+    if request.meet is None:
+        print(
+            "\nRun this on each worker, with this machine's name or address as the worker "
+            "sees it, and the worker's `ray`:\n"
+        )
+    else:
+        print(
+            "\nRun this on each worker, with the worker's `ray`. The name after the @ need lead "
+            "nowhere:\nit is the name of this machine's host key there.\n"
+        )
     print(f"    {line}")
 
 

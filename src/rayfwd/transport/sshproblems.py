@@ -571,18 +571,18 @@ def host_key_problem(
         )
         return codes.HOST_KEY_MISMATCH.problem(
             f"{called} shows another host key than the one in {', '.join(having_it)}",
-            f"compare the new key with the {what}'s owner; if the {what} was reinstalled, "
+            f"ask the {what}'s owner whether the new key is right; if the {what} was reinstalled, "
             f"{removed} and add the new one{or_init}; if not, somebody is in between",
         )
     where = ", ".join(str(file.path) for file in known.files)
     if not known.files:
-        where = "any file of known hosts: this user can read none"
+        where = "any file of known hosts: this user has none that can be read"
     if known.damaged:
         where += f" (lines that cannot be parsed were skipped: {', '.join(known.damaged)})"
     or_init = f"; or {by_init}" if of_init else ""
     return codes.HOST_KEY_UNKNOWN.problem(
         f"the host key of {called} is not in {where}",
-        f"compare its fingerprint with the {what}'s owner, then add it: "
+        f"compare its fingerprint with the one that the {what}'s owner names, then add it: "
         f"{_add_key(head, hop)}{or_init}",
     )
 
@@ -663,8 +663,8 @@ async def look_at_socket(
         return attach_forced(to)
     absent = codes.HUB_ABSENT.problem(
         f"nothing answers at {path} on {to.name}",
-        f"start rayfwd on {to.name}, or set {to.key('socket')} to the path that `rayfwd check` "
-        "prints there",
+        f"start rayfwd on {to.name}; if it runs there, give the path of its hub's socket, which "
+        f"`rayfwd head` and `rayfwd check` print there, as {to.key('socket')} or `--socket`",
     )
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
