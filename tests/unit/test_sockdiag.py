@@ -181,6 +181,18 @@ class TestWhoListens:
         assert sock.takes(("127.77.0.1", 8265)) is takes
         assert not sock.takes(("127.77.0.1", 8266))
 
+    @pytest.mark.parametrize("only", [False, True])
+    def test_one_for_ipv6_only_takes_nothing_of_ipv4(self, diag: SockDiag, only: bool) -> None:
+        """As asyncio's servers on `::` are, beside which others listen."""
+        at = free_place()
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+            listener.bind(("::", at[1]))
+            listener.listen()
+            (found,) = [s for s in diag.listening(at[0]) if s.port == at[1]]
+            assert (found.address, found.ipv6_only, found.takes(at)) == ("::", only, not only)
+            assert KernelPorts(os.geteuid(), ()).has(Target(*at)) is not only
+
 
 class TestWhereItCannotBeAsked:
     def test_a_system_without_netlink(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,11 @@ _ID = struct.Struct("!HH16s16s4s8s")
 """inet_diag_sockid: its port, the other's, its address, the other's, interface, cookie"""
 _ANY_COOKIE = b"\xff" * 8
 _MESSAGE = struct.Struct("=BBBB48sIIIII")
-"""inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode"""
+"""inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode; attributes
+follow"""
+_IPV6_ONLY = 11
+"""The attribute of a listening IPv6 socket that says whether it is for IPv6 only
+(INET_DIAG_SKV6ONLY)."""
 
 _BYTECODE = 1
 """The attribute of a request that has a filter (INET_DIAG_REQ_BYTECODE)."""
@@ -71,11 +75,14 @@ class ListeningSocket(NamedTuple):
     port: int
     uid: int
     inode: int
+    ipv6_only: bool = False
+    """It takes no connection that is made by IPv4, though it listens on `::`."""
 
     def takes(self, at: Address) -> bool:
-        """Whether it keeps others from listening there. `::` does unless it is for IPv6 only, which
-        the kernel does not tell here."""
-        return self.port == at[1] and self.address in {at[0], f"::ffff:{at[0]}", "0.0.0.0", "::"}
+        """Whether it takes connections to this IPv4 address, and keeps others from listening there.
+        `::` does unless it is for IPv6 only."""
+        here = {at[0], f"::ffff:{at[0]}", "0.0.0.0", "::"}
+        return self.port == at[1] and self.address in here and not self.ipv6_only
 
 
 class UnixListener(NamedTuple):
@@ -143,7 +150,8 @@ class SockDiag:
                 port, _, address, *_ = _ID.unpack(about)
                 size = 4 if family == socket.AF_INET else 16
                 text = socket.inet_ntop(family, address[:size])
-                found.append(ListeningSocket(text, port, uid, inode))
+                only = dict(_attributes(message, _MESSAGE.size)).get(_IPV6_ONLY, b"")
+                found.append(ListeningSocket(text, port, uid, inode, any(only)))
         return found
 
     def unix_listeners(self) -> list[UnixListener]:
