@@ -93,6 +93,17 @@ while True:
 that listens on a port which other nodes have as well."""
 
 
+HELLO = """
+import socket, sys
+server = socket.create_server(("", int(sys.argv[1])))
+print("listening", flush=True)
+while True:
+    sock, _ = server.accept()
+    sock.sendall(b"hello")
+    sock.close()
+"""
+
+
 class Overlay:
     """A keeper in a machine, and what its rules do to who dials there."""
 
@@ -320,12 +331,19 @@ def test_what_stands_outlives_all_that_is_done_to_the_kernels_tables(
     assert "rayfwd0-shut" in overlay.tables()
     assert "inet rayfwd0\n" not in overlay.tables()
     assert overlay.dial(OTHER, 20006) == "TimeoutError None", "nobody answers"
+    guarded = machine.popen([overlay.python, "-c", HELLO, "20030"])
+    until(lambda: "listening" in guarded.log.read_text(), 20, guarded.log.read_text)
+    assert overlay.dial(OWN, 20030) == "hello"
+    outside = [overlay.python, "-c", DIAL, machine.address, "20030"]
+    assert "TimeoutError" in module_lab.machine("head").run(outside).stdout, "nor to the outside"
     overlay.start()
     assert overlay.ask("found")["table"], "before the daemon has asked for it"
     goes_on()
     pair.signal(signal.SIGKILL)
     pair.wait(20)
     assert "own" not in pair.log.read_text()
+    guarded.signal(signal.SIGKILL)
+    guarded.wait(20)
     machine.firewall()
 
 

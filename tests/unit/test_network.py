@@ -86,6 +86,15 @@ def test_an_update_leaves_chains_alone() -> None:
     assert f"add element inet rayfwd0 open {{ {opened} }}" in text
 
 
+def test_both_tables_guard_the_same_ports() -> None:
+    """The one beside does so while the first is gone, as its owner was restarted or killed."""
+    for text in (ruleset(RULES), update(RULES)):
+        for table in ("rayfwd0", "rayfwd0-shut"):
+            assert f"flush set inet {table} guarded\n" in text
+            assert f"add element inet {table} guarded {{ 20020-20040 }}\n" in text
+    assert ruleset(RULES).count("tcp dport @guarded ct state new") == 2
+
+
 def test_without_ports() -> None:
     """nft takes no empty list of elements; the daemon's own probe is there always."""
     bare = replace(RULES, open_ports={}, guarded=())
@@ -142,13 +151,21 @@ table inet rayfwd0 { # progname python3
 
 def test_what_stands_is_read_from_what_nft_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain that somebody has emptied does not stand."""
-    answers = {"ip": "[]", "nft": LISTED}
-    monkeypatch.setattr(network, "_run", lambda argv, _=None: answers[argv[0]])
+    answers = {"rayfwd0": LISTED, "rayfwd0-shut": ""}
+    monkeypatch.setattr(network, "_run", lambda argv, _=None: answers.get(argv[-1], "[]"))
     found = network.found(RULES)
     assert (found.table, found.refused) == (False, {"guarded_in": 7})
     rule = "\t\tmeta skuid 0 drop\n"
-    more = "".join(f"\tchain {name} {{\n{rule}\t}}\n" for name in ("refused", "unknown", "guard"))
-    answers["nft"] = LISTED.replace("filter; policy accept;\n", f"filter;\n{rule}") + more
+
+    def chains(*names: str) -> str:
+        return "".join(f"\tchain {name} {{\n{rule}\t}}\n" for name in names)
+
+    filled = LISTED.replace("filter; policy accept;\n", f"filter;\n{rule}")
+    answers["rayfwd0"] = filled + chains("refused", "unknown", "guard")
+    assert not network.found(RULES).table, "the one beside is missing"
+    answers["rayfwd0-shut"] = "table inet rayfwd0-shut {\n}\n"
+    assert not network.found(RULES).table, "it is empty"
+    answers["rayfwd0-shut"] = chains("out", "guard")
     assert network.found(RULES).table
 
 
@@ -363,6 +380,21 @@ def test_a_machine_without_the_right(
     assert overlay.problem == (IMPOSSIBLE if level == "overlay" else None)
     asked = 'network.level = "listeners"'
     assert overlay.why == (asked if level == "listeners" else IMPOSSIBLE.cause)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("ip", "iproute2"), ("nft", "nftables")], ids=["ip", "nft"]
+)
+def test_a_command_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    """Also where there is a service for it; and the node takes the next level."""
+    monkeypatch.setattr(network, "_PATH", str(tmp_path))
+    for other in {"ip", "nft"} - {name}:
+        (tmp_path / other).touch(mode=0o755)
+    overlay = settled("auto", tmp_path, {KEEPER: str(tmp_path / "overlay.sock")})
+    assert (overlay.level, overlay.remedy) == ("listeners", f"install the package {package}")
+    assert overlay.why == f"the command {name} is missing"
 
 
 def test_a_service_that_does_not_answer(tmp_path: Path) -> None:

@@ -213,21 +213,26 @@ def nft(text: str) -> None:
 def found(wanted: Rules) -> Found:
     """What stands now."""
     rows = _shown(wanted.interface)
-    try:
-        # Terse: the sets of open ports may be long. Not as JSON, which nft 1.0.6 writes wrongly of
-        # a table that has an owner.
-        listing = _run(["nft", "-t", "list", "table", "inet", wanted.interface])
-        _run(["nft", "-t", "list", "table", "inet", ruleset.shut_table(wanted.interface)])
-    except OSError:
-        listing = ""
+    listing, beside = _listing(wanted.interface), _listing(ruleset.shut_table(wanted.interface))
     counters = _COUNTER.findall(listing)
     return Found(
         interface=any("UP" in row.get("flags", ()) for row in rows),
         address=wanted.own in _addresses_of(rows),
-        table=_chains_with_rules(listing) >= {"dial", "refuse", "refused", "unknown", "guard"},
+        table=_chains_with_rules(listing) >= {"dial", "refuse", "refused", "unknown", "guard"}
+        and _chains_with_rules(beside) >= {"out", "guard"},
         refused={name: int(packets) for name, packets in counters},
         refused_at=_refused_at(wanted.interface) if counters else (),
     )
+
+
+def _listing(table: str) -> str:
+    """A table as nft writes it; empty: there is none."""
+    try:
+        # Terse: the sets of open ports may be long. Not as JSON, which nft 1.0.6 writes wrongly of
+        # a table that has an owner.
+        return _run(["nft", "-t", "list", "table", "inet", table])
+    except OSError:
+        return ""
 
 
 def _shown(interface: str) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ other interfaces than loopback is dropped, unless it comes from a friend.
 The table is replaced as a whole, in one transaction; the sets are updated in another. Beside it
 stands a table that shuts the way to other nodes' addresses, which are this machine's own as well:
 it drops what ought to be redirected and is not, and so has something to do only while the other
-table is gone. What it drops is sent again, so that connections that stand outlive that.
+table is gone. What it drops is sent again, so that connections that stand outlive that. It guards
+Ray's ports as well, so that they show to nobody meanwhile.
 """
 
 from __future__ import annotations
@@ -187,6 +188,25 @@ def _back(port: int) -> str:
 """
 
 
+_GUARDING = """\
+    set guarded { type inet_service; flags interval; auto-merge; }
+    set friends { type ipv4_addr; flags interval; auto-merge; }
+"""
+
+
+def _guard(network: str, priority: int, counter: str = "") -> str:
+    """What comes to Ray's ports from other machines. Both tables have it."""
+    return f"""\
+    chain guard {{
+        type filter hook input priority {priority}; policy accept;
+        iifname "lo" accept
+        ip daddr {network} drop
+        ip saddr @friends accept
+        tcp dport @guarded ct state new {counter}drop
+    }}
+"""
+
+
 def ruleset(rules: Rules, owned: bool = False, stands: bool = False) -> str:
     """Text that replaces both tables, whether they were there or not. `owned`: the first one is to
     belong to who makes it (`tables.OwnTables`), and does so if it is there; a kernel that has this
@@ -200,6 +220,7 @@ def ruleset(rules: Rules, owned: bool = False, stands: bool = False) -> str:
     return f"""\
 {before}\
 table inet {shut} {{
+{_GUARDING}\
     chain out {{
         type filter hook postrouting priority 200; policy accept;
         {ours} tcp flags & (syn | ack) == syn drop
@@ -208,12 +229,12 @@ table inet {shut} {{
         ip saddr 127.0.0.1 tcp sport {rules.port} ct status dnat drop
         ip saddr 127.0.0.1 tcp sport {rules.port} ct status snat drop
     }}
+{_guard(rules.network, -9)}\
 }}
 table inet {rules.interface} {{{owner}
     set nodes {{ type ipv4_addr; }}
     set open {{ type ipv4_addr . inet_service; flags interval; auto-merge; }}
-    set guarded {{ type inet_service; flags interval; auto-merge; }}
-    set friends {{ type ipv4_addr; flags interval; auto-merge; }}
+{_GUARDING}\
     set held {{ {_HELD} }}
     set held_again {{ {_HELD} }}
     set refused_at {{
@@ -248,22 +269,21 @@ table inet {rules.interface} {{{owner}
         counter name refused_port update @refused_at {{ ip daddr . tcp dport counter }} \
             reject with tcp reset
     }}
-    chain guard {{
-        type filter hook input priority -10; policy accept;
-        iifname "lo" accept
-        ip daddr {rules.network} drop
-        ip saddr @friends accept
-        tcp dport @guarded ct state new counter name guarded_in drop
-    }}
+{_guard(rules.network, -10, "counter name guarded_in ")}\
 }}
 {update(rules)}"""
 
 
 def update(rules: Rules) -> str:
     """Text that brings the sets of a table that stands up to date; connections notice nothing."""
-    table = f"inet {rules.interface}"
-    flush = [f"flush set {table} {name}\n" for name in ("nodes", "open", "guarded", "friends")]
-    return "".join(flush) + _elements(rules)
+    own, shut = f"inet {rules.interface}", f"inet {shut_table(rules.interface)}"
+    guarding = {"guarded": [_span(p) for p in rules.guarded], "friends": sorted(rules.friends)}
+    return (
+        _filled(own, {**_places(rules), **guarding})
+        # Another program may have removed that table a moment ago.
+        + f"table {shut} {{\n{_GUARDING}}}\n"
+        + _filled(shut, guarding)
+    )
 
 
 def shut_table(interface: str) -> str:
@@ -283,18 +303,18 @@ def _owner(owned: bool) -> str:
     return " flags owner; " if owned else ""
 
 
-def _elements(rules: Rules) -> str:
+def _places(rules: Rules) -> dict[str, list[str]]:
+    """Nodes, and what may be dialled of them, as elements of sets."""
     opened = [f"{rules.probe} . {rules.port}"] + [
         f"{address} . {_span(ports)}" for address, of in rules.open_ports.items() for ports in of
     ]
-    sets = {
-        "nodes": sorted(rules.open_ports),
-        "open": opened,
-        "guarded": [_span(ports) for ports in rules.guarded],
-        "friends": sorted(rules.friends),
-    }
-    table = f"inet {rules.interface}"
-    return "".join(
+    return {"nodes": sorted(rules.open_ports), "open": opened}
+
+
+def _filled(table: str, sets: Mapping[str, list[str]]) -> str:
+    """Text by which these sets have these elements and no others."""
+    flush = "".join(f"flush set {table} {name}\n" for name in sets)
+    return flush + "".join(
         f"add element {table} {name} {{ {', '.join(elements)} }}\n"
         for name, elements in sets.items()
         if elements
