@@ -661,7 +661,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         given = {n: v for n in self.model_fields_set if (v := getattr(self, n)) is not None}
-        mistakes = [*_role_mistakes(self.role, given), *self._collisions()]
+        mistakes = [*_role_mistakes(self.role, given), *self._collisions(), *self._denied()]
         if self.role == "worker" and self.name == "head":
             mistakes.append('name = "head": must be another name on a worker')
         if self.role == "head" and self.ray.advertise is not None:
@@ -685,6 +685,16 @@ class Config(_Section):
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+    def _denied(self) -> Iterator[str]:
+        """Ports that this file both denies and offers."""
+        offered = dict.fromkeys(self.expose, "is in expose, too")
+        if self.role == "head":
+            services = ("port", "dashboard_port", "client_port")
+            offered |= {getattr(self.ray, key): f"is ray.{key}" for key in services}
+        for port in self.network.deny:
+            if port in offered:
+                yield f"network.deny = [{port}]: must not name this port, which {offered[port]}"
 
     def _collisions(self) -> Iterator[str]:
         """Ports of this file that two things would listen on."""

@@ -59,6 +59,13 @@ MISTAKES = {
         WORKER.replace("w1", "head"),
         ['name = "head": must be another name on a worker'],
     ),
+    "denied and offered": (
+        HEAD + "expose = [8000]\n[network]\ndeny = [8000, 9000, 8265]",
+        [
+            "network.deny = [8000]: must not name this port, which is in expose, too",
+            "network.deny = [8265]: must not name this port, which is ray.dashboard_port",
+        ],
+    ),
     "worker without head": (
         'role = "worker"\nname = "w1"',
         ["head: must be given on a worker: a [head] section with ssh in it"],
