@@ -11,14 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab import kinds
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import Process, until
 from tests.lab.test_libraries import know_own_names
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
-
-DENIED = 29599
 
 pytestmark = [pytest.mark.lab, pytest.mark.ray]
 
@@ -72,8 +71,8 @@ GROUPS = 6
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     need_libraries()
-    network = {"level": "listeners", "deny": [DENIED]}
-    made = Cluster(module_lab, LIBRARIES, network=network, ride_through=60)
+    network = {"level": "listeners"}
+    made = Cluster(module_lab, LIBRARIES, network=network, ride_through=60, w1=kinds.FILE)
     made.start(["head"])
     made.head.wait_event("hub_listening")
     for name in ("w1", "w2"):  # in this order they are given their addresses
@@ -148,17 +147,9 @@ def test_a_port_that_opens_is_reached_within_a_second_or_two(cluster: Cluster, w
     assert dialled(cluster, "w2", port, 0)[0] == "refused"
 
 
-def test_what_is_for_nobody_is_not_reached(cluster: Cluster, w1: Machine) -> None:
-    """What listens on 127.0.0.1 alone, and a port that the node's file denies."""
-    servers = [python(cluster, w1, SERVE, "127.0.0.1", 0), python(cluster, w1, SERVE, "", DENIED)]
-    ports = [listening(server) for server in servers]
-    last = python(cluster, w1, SERVE, "", 0)
-    # When this one is known on the others, those would be.
-    assert dialled(cluster, "head", listening(last), 10)[0] == "127.77.0.1"
-    for port in ports:
-        assert dialled(cluster, "head", port, 0)[0] == "refused"
-    for server in (*servers, last):
-        end(server)
+@pytest.mark.parametrize("where", ["head", "w2"])
+def test_every_kind_of_listener(cluster: Cluster, where: str) -> None:
+    kinds.check(cluster, where)
 
 
 def test_a_store_of_torchs_on_a_port_of_its_choice(cluster: Cluster, w1: Machine) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import kinds
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab
 from tests.lab.process import until
@@ -33,7 +34,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def cluster(module_lab: Lab) -> Iterator[Cluster]:
     need_libraries("torch")
-    made = Cluster(module_lab, LIBRARIES, ride_through=60)
+    made = Cluster(module_lab, LIBRARIES, ride_through=60, w1=kinds.FILE)
     module_lab.machine("head").start_sshd()
     for machine in map(module_lab.machine, ("head", "w1")):
         argv = [str(module_lab.rayfwd), "overlay", SOCKET, "--user", "ray"]
@@ -164,6 +165,37 @@ def test_what_nobody_serves_is_refused_and_told_on_both_sides(cluster: Cluster) 
         assert row in daemon.status()["network"][f"refused_{side}"]
 
 
+def test_every_kind_of_listener(cluster: Cluster) -> None:
+    kinds.check(cluster, "w2")
+
+
+UDP = """
+import socket, sys
+with socket.socket(type=socket.SOCK_DGRAM) as here, socket.socket(type=socket.SOCK_DGRAM) as there:
+    here.bind(("", int(sys.argv[2])))
+    here.settimeout(0.5)
+    there.connect((sys.argv[1], int(sys.argv[2])))
+    try:
+        there.send(b"x")
+        there.send(b"x")
+        print("sent")
+    except OSError as exc:
+        print(type(exc).__name__)
+    try:
+        print(here.recv(10))
+    except TimeoutError:
+        print("heard nothing")
+"""
+
+
+def test_udp_is_not_sent_and_reaches_nobody_here(cluster: Cluster) -> None:
+    """Who sends it to another node is told, and no program of this machine gets it instead."""
+    head = cluster.lab.machine("head")
+    address = cluster.worker("w1").status()["node"]["address"]
+    argv = [str(head.ray_python(LIBRARIES)), "-c", UDP, address, "45679"]
+    assert head.run(argv).stdout.splitlines() == ["PermissionError", "heard nothing"]
+
+
 LATE = """
 import signal, socket
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
@@ -268,6 +300,18 @@ def test_another_table_in_the_way_is_seen(cluster: Cluster) -> None:
     w1.wait_status(lambda s: "overlay_blocked" in [c["code"] for c in s["conditions"]], 40)
     w1.machine.nft("delete table inet other\n")
     w1.wait_status(lambda s: s["state"] == "ready" and not s["conditions"], 60)
+
+
+def test_an_interface_that_is_removed_is_made_again(cluster: Cluster) -> None:
+    """Which is told; and what is dialled meanwhile arrives."""
+    w1 = cluster.worker("w1")
+    w1.machine.network_command("ip", "link", "del", "rayfwd0")
+    assert dialled(cluster, "w1", "127.77.0.1", 6379)[0] == "connected"
+    gone = w1.wait_event("overlay_gone", 40)
+    assert "the interface" in gone["cause"]
+    w1.wait_status(lambda s: not s["conditions"], 40)
+    address = w1.status()["node"]["address"]
+    assert f"{address}/32" in w1.machine.network_command("ip", "addr", "show", "rayfwd0")
 
 
 def test_rules_that_another_program_removes_are_there_at_once(cluster: Cluster) -> None:
