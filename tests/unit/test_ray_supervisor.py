@@ -254,3 +254,10 @@ def test_what_is_left_of_it_can_be_killed_at_once(tmp_path: Path) -> None:
 def test_output_is_cleaned() -> None:
     data = b"\x1b[1m\x1b[32mRay runtime started.\x1b[0m\r\n\n 10%\r 20%\r 30%\nlast \xff"
     assert clean_lines(data) == ["Ray runtime started.", " 30%", "last \ufffd"]
+
+
+def test_a_record_that_is_a_pipe_is_none(tmp_path: Path) -> None:
+    """Root asks with the rights of the service's user, who may have put anything there: reading a
+    pipe would wait for ever."""
+    os.mkfifo(tmp_path / process_module.RECORD)
+    assert RayProcess.recover(tmp_path) is None

@@ -28,7 +28,7 @@ from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import OUTPUT, DirectLauncher, Launcher
-from rayfwd.system.files import replace_file
+from rayfwd.system.files import read_regular, replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.steps import Begin, no_step
 
@@ -171,7 +171,7 @@ class RayProcess:
     def recover(cls, state_dir: Path, launcher: Launcher | None = None) -> RayProcess | None:
         """What an earlier daemon left: the Ray of its record, which may be dead or half dead."""
         try:
-            record = RayRecord.from_wire(json.loads((state_dir / RECORD).read_text()))
+            record = RayRecord.from_wire(json.loads(read_regular(state_dir / RECORD)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
