@@ -116,6 +116,7 @@ def test_of_two_jump_hosts_the_one_that_cannot_go_on_is_named(tmp_path: Path) ->
     async def main() -> None:
         first = RealSshd(tmp_path / "first", "127.0.0.2")
         second = RealSshd(tmp_path / "second", "127.0.0.3")
+        nobodys = RealSshd(tmp_path / "nobody").port  # it is not started
         await first.start()
         first.authorize(second.public_key)
         lines = [first.known_hosts_line(), second.known_hosts_line()]
@@ -125,7 +126,7 @@ def test_of_two_jump_hosts_the_one_that_cannot_go_on_is_named(tmp_path: Path) ->
             for name, sshd in (("first", first), ("second", second))
         )
         (tmp_path / "ssh_config").write_text(
-            f"{config}Host head\n  HostName 127.0.0.1\n  ProxyJump first,second\n"
+            f"{config}Host head\n  HostName 127.0.0.1\n  Port {nobodys}\n  ProxyJump first,second\n"
         )
         head = HeadConfig(
             ssh="head",
