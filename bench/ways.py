@@ -106,15 +106,11 @@ class Hub(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        waiting = self._transport
-        pipes = self._passed.pop(waiting.get_extra_info("socket").fileno(), None)
-        if pipes is not None:
-            waiting.write(TAKEN)
-            again = Hub(self._passed)
-            again._transport = PipeTransport(again, *pipes)
-            again._transport.write(data)
-            return
-        waiting.write(data)
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and (pipes := self._passed.pop(sock.fileno(), None)) is not None:
+            self._transport.write(TAKEN)
+            self._transport = PipeTransport(self, *pipes)
+        self._transport.write(data)
 
 
 class HeadDials:
@@ -154,7 +150,8 @@ async def scene(directory: Path) -> AsyncIterator[dict[str, Callable[[], Carrier
         lambda: Hub(listening.passed), sock=listening
     )
     for sshd in (head, between, worker):
-        await sshd.start()
+        # What the user's own files would have a shell do there is no matter here.
+        await sshd.start(f"SetEnv HOME={directory}")
     known, plain, by_jump = (directory / name for name in ("known_hosts", "ssh_config", "by_jump"))
     lines = [sshd.known_hosts_line() for sshd in (head, between, worker)]
     known.write_text("".join([*lines, head.known_hosts_line("the-head")]))
