@@ -33,8 +33,8 @@ Main = Callable[[], Coroutine[Any, Any, None]]
 
 
 def run(main: Main, seconds: float = 30.0) -> None:
-    """Run `main`. Fails if it takes longer, leaves a task or a descriptor, or if the loop was
-    told of an exception that nobody took."""
+    """Run `main`. Fails if it takes longer, leaves a task, a descriptor or a command that nobody
+    has waited for, or if the loop was told of an exception that nobody took."""
     _run(main, seconds, asyncio.new_event_loop)
 
 
@@ -46,14 +46,45 @@ def run_on_fake_clock(main: Main, seconds: float = 3600.0) -> None:
 def _run(main: Main, seconds: float, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     gc.collect()
     before = descriptors()
-    with asyncio.Runner(loop_factory=loop) as runner:
-        runner.run(_bounded(main, seconds))
+    started = Started(loop)
+    with asyncio.Runner(loop_factory=started.loop) as runner:
+        runner.run(_bounded(main, seconds, started))
     gc.collect()
     left = {n: what for n, what in descriptors().items() if n not in before}
     assert not left, f"descriptors left open: {left}"
 
 
-async def _bounded(main: Main, seconds: float) -> None:
+class Started:
+    """The commands that a loop has started.
+
+    One that has ended is no descriptor any more, and the loop may be closed before it hears of it.
+    Python complains of its transport whenever that is thrown away: in some later test.
+    """
+
+    def __init__(self, factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self._factory = factory
+        self._transports: list[asyncio.SubprocessTransport] = []
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """A new one that notes them."""
+        loop = self._factory()
+        start = getattr(loop, "_make_subprocess_transport")  # noqa: B009  # for mypy
+
+        async def noted(*args: Any, **kwargs: Any) -> asyncio.SubprocessTransport:
+            transport: asyncio.SubprocessTransport = await start(*args, **kwargs)
+            self._transports.append(transport)
+            return transport
+
+        setattr(loop, "_make_subprocess_transport", noted)  # noqa: B010  # for mypy
+        return loop
+
+    @property
+    def open(self) -> list[asyncio.SubprocessTransport]:
+        """Those that nobody has waited for to their end, nor closed."""
+        return [transport for transport in self._transports if not transport.is_closing()]
+
+
+async def _bounded(main: Main, seconds: float, started: Started) -> None:
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, about: complaints.append(about))
     async with asyncio.timeout(seconds):
@@ -64,6 +95,7 @@ async def _bounded(main: Main, seconds: float) -> None:
         return asyncio.all_tasks() - {me}
 
     await until(lambda: not others(), 2.0, lambda: f"tasks left: {others()}")
+    await until(lambda: not started.open, 2.0, lambda: f"commands left: {started.open}")
     assert not complaints, f"the loop was told: {complaints}"
 
 

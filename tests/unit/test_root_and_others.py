@@ -218,6 +218,7 @@ def test_what_a_configuration_says_writes_on_no_terminal(
 
 SPAWNERS = {
     "system/asuser.py": "becomes the user first",
+    "system/children.py": "for those below, which name it too",
     "ray/install.py": "root runs only what is root's (`check_roots`)",
     "ray/launcher.py": "the daemon's or the keeper's: as the service's user",
     "ray/canary/sender.py": "the daemon's",
@@ -247,7 +248,7 @@ STARTS = {"Popen", "run", "call", "check_call", "check_output", "create_subproce
 }
 OF_A_LOOP = {"subprocess_exec", "subprocess_shell"}
 """Whatever the loop is called."""
-OF = {"subprocess", "os", "asyncio"}
+OF = {"subprocess", "os", "asyncio", "children"}
 
 
 def test_nothing_else_starts_a_program() -> None:

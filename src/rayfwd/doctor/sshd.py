@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from rayfwd.doctor.judgements import SshdOptions
+from rayfwd.system import children
 
 SSHD_CONFIG = Path("/etc/ssh/sshd_config")
 SSHD_TIMEOUT = 10.0
@@ -41,24 +42,10 @@ async def _printed(flag: str, user: str) -> str | None:
         return None
     argv = [sshd, flag, "-C", f"user={user},host=localhost,addr={_ADDRESS}"]
     try:
-        child = await asyncio.create_subprocess_exec(
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+        ran = await children.run(*argv, seconds=SSHD_TIMEOUT)
     except OSError:
         return None
-    try:
-        async with asyncio.timeout(SSHD_TIMEOUT):
-            out, _ = await child.communicate()
-    except TimeoutError:
-        return None
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    return out.decode(errors="replace") if child.returncode == 0 else None
+    return ran.out.decode(errors="replace") if ran.code == 0 else None
 
 
 def parse_printed(text: str) -> dict[str, list[str]]:

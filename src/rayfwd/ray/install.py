@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
+from rayfwd.system import children
 from rayfwd.system.asuser import check_roots
 
 OLDEST = (2, 9)
@@ -178,34 +179,23 @@ async def _ask(path: str, python: str, env: Mapping[str, str]) -> tuple[Versions
     try:
         for part in (path, python):
             check_roots(Path(part))
-        process = await asyncio.create_subprocess_exec(
-            python,
-            "-c",
-            _ASK,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env),
+        ran = await children.run(
+            *(python, "-c", _ASK),
+            seconds=VERSION_TIMEOUT,
+            env=env,
             start_new_session=True,  # it gets no terminal of ours
         )
-    except OSError as exc:
-        raise _not_usable(f"{path}: its interpreter {python} does not start: {exc}") from None
-    try:
-        async with asyncio.timeout(VERSION_TIMEOUT):
-            out, err = await process.communicate()
     except TimeoutError:
         raise _not_usable(
             f"{path}: its interpreter {python} did not answer in {VERSION_TIMEOUT:.0f} s"
         ) from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        last = (err.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+    except OSError as exc:
+        raise _not_usable(f"{path}: its interpreter {python} does not start: {exc}") from None
+    if ran.code != 0:
+        last = ran.last_line or "no output"
         raise _not_usable(f"{path}: {python} does not find the package ray: {last}")
     try:
-        ray, version, flags = json.loads(out)
+        ray, version, flags = json.loads(ran.out)
     except ValueError:
-        raise _not_usable(f"{path}: {python} answered {out[:200]!r}") from None
+        raise _not_usable(f"{path}: {python} answered {ran.out[:200]!r}") from None
     return Versions(str(ray), str(version)), frozenset(map(str, flags))

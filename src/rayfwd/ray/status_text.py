@@ -19,6 +19,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.ray import dashboard as ray_dashboard
+from rayfwd.system import children
 from rayfwd.transport.ways import Way
 
 STATUS_TIMEOUT = 30.0
@@ -103,31 +104,17 @@ def _read(dashboard: Way, token: str | None) -> RayStatus:
 async def ask(command: str, gcs_address: str, env: Mapping[str, str]) -> RayStatus:
     """Run `command status`. Raises ProblemError (ray_status_failed)."""
     try:
-        process = await asyncio.create_subprocess_exec(
-            command,
-            "status",
-            f"--address={gcs_address}",
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env),
+        ran = await children.run(
+            command, "status", f"--address={gcs_address}", seconds=STATUS_TIMEOUT, env=env
         )
-    except OSError as exc:
-        raise _failed(f"{command} cannot be started: {exc}") from None
-    try:
-        async with asyncio.timeout(STATUS_TIMEOUT):
-            out, err = await process.communicate()
     except TimeoutError:
         raise _failed(f"no answer from {gcs_address} in {STATUS_TIMEOUT:.0f} s") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        last = (err or out).decode(errors="replace").strip().splitlines()[-1:]
-        raise _failed(f"exit code {process.returncode}: {' '.join(last) or 'no output'}")
+    except OSError as exc:
+        raise _failed(f"{command} cannot be started: {exc}") from None
+    if ran.code != 0:
+        raise _failed(f"exit code {ran.code}: {ran.last_line or 'no output'}")
     try:
-        return parse(out.decode(errors="replace"))
+        return parse(ran.out.decode(errors="replace"))
     except ValueError as exc:
         raise _failed(str(exc)) from None
 

@@ -7,11 +7,10 @@ down also when ours only fails, and Ray with it: tried with 252.)
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
+from rayfwd.system import children
 from rayfwd.system.logs import get_logger
 
 ASK_SECONDS = 5.0
@@ -58,30 +57,16 @@ async def being_restarted(env: Mapping[str, str]) -> bool:
             return False
         name, by_user = unit
         argv = ["systemctl", *(["--user"] if by_user else []), "--no-legend", "--plain"]
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            "list-jobs",
-            name,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**env, "LC_ALL": "C"},
+        ran = await children.run(
+            *(*argv, "list-jobs", name), seconds=ASK_SECONDS, env={**env, "LC_ALL": "C"}
         )
-        try:
-            async with asyncio.timeout(ASK_SECONDS):
-                out, err = await process.communicate()
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            raise OSError(err.decode(errors="replace").strip() or f"code {process.returncode}")
-    except (OSError, TimeoutError) as exc:
+        if ran.code != 0:
+            raise OSError(ran.err.decode(errors="replace").strip() or f"code {ran.code}")
+    except OSError as exc:
         _log.warning(
             "stop_or_restart_unknown",
             cause=f"systemctl list-jobs: {str(exc) or 'no answer'}",
             remedy="install dbus, so that rayfwd can ask systemd; a restart counts as a stop now",
         )
         return False
-    return job_of(name, out.decode(errors="replace")) == "restart"
+    return job_of(name, ran.out.decode(errors="replace")) == "restart"

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import signal
+from asyncio.subprocess import Process, SubprocessStreamProtocol
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,23 +92,22 @@ async def run(
     cancelled, nothing of the script's runs any more.
     """
     token = secrets.token_hex(12)
+    loop = asyncio.get_running_loop()
     try:
-        process = await asyncio.create_subprocess_exec(
+        transport, streams = await loop.subprocess_exec(
+            lambda: SubprocessStreamProtocol(LINE_LIMIT, loop),
             install.python,
             str(SCRIPT),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
             env={**env, MARKER: token, "PYTHONDONTWRITEBYTECODE": "1"},
             cwd="/",
             start_new_session=True,
-            limit=LINE_LIMIT,
         )
     except OSError as exc:
         raise codes.CANARY_FAILED.error(
             f"{install.python} cannot be started: {exc}",
             "check that ray.command is a working Ray",
         ) from None
+    process = Process(transport, streams, loop)
     leader = procfs.look_up(process.pid)
     found = CanaryRun()
     spec = {"gcs": gcs, "own": own_address, "timeout": seconds, "nodes": list(nodes)}
@@ -117,16 +117,14 @@ async def run(
             async with asyncio.timeout(seconds + START_TIMEOUT):
                 await _talk(process, spec, found, tail)
     finally:
-        await asyncio.shield(_end(process, leader, f"{MARKER}={token}"))
+        await asyncio.shield(_end(process, transport, leader, f"{MARKER}={token}"))
     if not found.complete:
         lines = tail.decode(errors="replace").strip().splitlines()
         found.said = " | ".join(line.strip() for line in lines[-4:])[-800:]
     return found
 
 
-async def _talk(
-    process: asyncio.subprocess.Process, spec: dict[str, Any], found: CanaryRun, tail: bytearray
-) -> None:
+async def _talk(process: Process, spec: dict[str, Any], found: CanaryRun, tail: bytearray) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -153,12 +151,16 @@ async def _talk(
 
 
 async def _end(
-    process: asyncio.subprocess.Process, leader: procfs.Process | None, marker: str
+    process: Process,
+    transport: asyncio.SubprocessTransport,
+    leader: procfs.Process | None,
+    marker: str,
 ) -> None:
-    """SIGKILL to whatever is left of the script's session."""
+    """SIGKILL to whatever is left of the script's session, and of what it has started."""
     if process.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    await process.wait()
     for left in await asyncio.to_thread(procfs.offspring, leader, marker):
         procfs.send(left, signal.SIGKILL)
+    transport.close()  # the wait is for its pipes as well, which whatever is left may have
+    await process.wait()

@@ -15,8 +15,10 @@ from importlib import metadata
 from pathlib import Path
 
 from rayfwd import __version__, codes
+from rayfwd.problems import ProblemError
 from rayfwd.setup import units
 from rayfwd.setup.remote import wheels
+from rayfwd.system import children
 from rayfwd.system.files import digest
 
 _PACKAGE = Path(__file__).parents[2]
@@ -125,22 +127,19 @@ async def pack_ray(python: str, folder: Path) -> list[Path]:
     """Wheels of the Ray of that Python, and of what it needs. Raises ProblemError."""
     await asyncio.to_thread(folder.mkdir, exist_ok=True)
     script = str(Path(wheels.__file__))
-    process = await asyncio.create_subprocess_exec(
-        *(python, "-I", script, str(folder), "ray[default]"),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
     try:
-        async with asyncio.timeout(_PACK_SECONDS):
-            out, errors = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        out, errors = b"", b"not done in time"
-    if process.returncode != 0:
-        raise codes.ADD_NO_PACKAGES.error(
-            f"the head's Ray cannot be packed as wheels: {errors.decode(errors='replace').strip()}",
-            "install the same Ray there by hand, and give its path with --ray-command",
+        ran = await children.run(
+            *(python, "-I", script, str(folder), "ray[default]"), seconds=_PACK_SECONDS
         )
-    return [folder / name for name in json.loads(out)]
+    except TimeoutError:
+        raise _not_packed("not done in time") from None
+    if ran.code != 0:
+        raise _not_packed(ran.err.decode(errors="replace").strip())
+    return [folder / name for name in json.loads(ran.out)]
+
+
+def _not_packed(why: str) -> ProblemError:
+    return codes.ADD_NO_PACKAGES.error(
+        f"the head's Ray cannot be packed as wheels: {why}",
+        "install the same Ray there by hand, and give its path with --ray-command",
+    )
