@@ -146,8 +146,9 @@ def xgboost() -> Found:
     return trained(XGBoostTrainer, loop)
 
 
-def lightgbm() -> Found:
-    """LightGBMTrainer: every rank listens and dials all others."""
+def lightgbm(told_rank: bool = False) -> Found:
+    """LightGBMTrainer: every rank listens and dials all others. `told_rank`: it does not look for
+    its own address among those of the machine's interfaces, to know which rank it is."""
     from ray.train.lightgbm import LightGBMTrainer
 
     def loop(config: Found) -> None:
@@ -159,6 +160,8 @@ def lightgbm() -> Found:
         rank = ray.train.get_context().get_world_rank()
         rows = np.random.default_rng(rank).normal(size=(500, 4))
         network = get_network_params()
+        if told_rank:
+            network["machines"] += f",rank={rank}"
         few = {"num_threads": 1, "verbose": -1, "pre_partition": True}
         booster = lightgbm.train(
             {"objective": "regression", "tree_learner": "data", **few, **network},
@@ -453,6 +456,7 @@ JOBS: dict[str, Callable[[], Found]] = {
     "train_torch": train_torch,
     "xgboost": xgboost,
     "lightgbm": lightgbm,
+    "lightgbm_told_rank": lambda: lightgbm(told_rank=True),
     "jax": jax,
     "collective": collective,
     "serve": serve,

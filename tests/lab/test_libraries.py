@@ -48,7 +48,11 @@ APART = {"serve_fast", "jax"}
 driver of its own, after the others."""
 THOROUGH = {"serve_fast"}
 """A second Serve, in other modes: half a minute of a processor."""
-NEEDS = {name: name for name in ("xgboost", "lightgbm", "jax")} | {"debugger": "debugpy"}
+NEEDS = {
+    **{name: name for name in ("xgboost", "lightgbm", "jax")},
+    "lightgbm_told_rank": "lightgbm",
+    "debugger": "debugpy",
+}
 MARGIN = 5.0
 """Seconds that a step may take longer than the silence it fell into, on a machine that is busy."""
 
@@ -144,6 +148,7 @@ EXPECTED: dict[str, Callable[[Found], bool]] = {
     "train_torch": lambda f: one_model(f) and [r["sum"] for r in f["ranks"]] == [3.0] * 3,
     "xgboost": lambda f: one_model(f) and f["ranks"][0]["rmse"][-1] < f["ranks"][0]["rmse"][0],
     "lightgbm": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
+    "lightgbm_told_rank": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
     "collective": lambda f: f["sums"] == [3.0] * 3 and f["passed"] == sum(range(1000)),
     "serve": lambda f: f["grpc"] == MACHINES,
     "serve_fast": lambda f: f["backs"] == MACHINES and f["pairs"] == [9, 9, 9],

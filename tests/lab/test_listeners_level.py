@@ -1,10 +1,13 @@
 """Three firewalled machines at the level `listeners`: ports that programs open by themselves.
 
-No right to change the network is needed.
+No right to change the network is needed. Libraries are run as on the overlay (test_libraries.py),
+from a driver on the head and on a worker; most of it is thorough. They need what docs/overlay.md
+says: on each node, its own name leads to its own address.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -15,7 +18,7 @@ from tests.lab import kinds
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import Process, until
-from tests.lab.test_libraries import know_own_names
+from tests.lab.test_libraries import FROM, Drivers, know_own_names, spans_the_machines
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
@@ -196,3 +199,28 @@ def test_ranks_of_gloo_find_each_other(cluster: Cluster, w1: Machine) -> None:
         assert rank.wait(240) == 0, rank.log.read_text()
     said = [re.findall("^(?:sum|failed).*", rank.log.read_text(), re.M) for rank in ranks]
     assert said == 3 * [GROUPS * ["sum 6.0"]]
+
+
+IN_CI = [("train_torch", "w1")]
+"""A store of torch's, and gloo; all others are thorough."""
+NOT_HERE = {"xgboost", "lightgbm"}
+"""Its tracker is told a wrong address of the rank beside it; a rank finds its address on no
+interface. The second works where it is told which rank it is."""
+HERE = [*sorted(FROM.keys() - NOT_HERE), "lightgbm_told_rank"]
+THOROUGH = [(n, w) for w in ("head", "w1") for n in HERE if (n, w) not in IN_CI]
+CASES = IN_CI + (THOROUGH if os.environ.get("RAYFWD_THOROUGH") == "1" else [])
+
+
+@pytest.fixture(scope="module")
+def drivers(cluster: Cluster) -> Drivers:
+    know_own_names(cluster)
+    return Drivers(cluster, CASES)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("library", "where"),
+    [*IN_CI, *(pytest.param(*case, marks=pytest.mark.thorough) for case in THOROUGH)],
+)
+def test_a_library_spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
+    spans_the_machines(drivers, library, where)
