@@ -90,9 +90,12 @@ ray-envs: packages
 	@if [ "$$(id -u)" -eq 0 ]; then $(PYTHON) tests/setup_envs.py; \
 	else echo "not root: the lab with its real Ray is not run"; fi
 
+# They ask pip where its packages come from, and Debian's own Python has no pip.
 roots: packages
-	@if [ "$$(id -u)" -eq 0 ]; then $(PYTHON) tests/setup_roots.py \
-		&& $(PYTHON) -m tests.setup_firewalls; \
+	@if [ "$$(id -u)" -eq 0 ]; then python=$(PYTHON); \
+		$$python -c 'import pip' 2>/dev/null \
+			|| { $$python -m venv .cache/pip && python=.cache/pip/bin/python; }; \
+		$$python tests/setup_roots.py && $(PYTHON) -m tests.setup_firewalls; \
 	else echo "not root: the machines that are booted are not made"; fi
 
 wheel: $(VENV)/.installed

@@ -161,7 +161,8 @@ def copy(source: Path, env: Path) -> None:
 
 def make(env: Path, version: str) -> None:
     began = time.monotonic()
-    print(f"Ray {version}: making {env} (some 100 MB to fetch, some minutes) …", flush=True)
+    much = "some GB, with libraries" if version == LIBRARIES else "some 100 MB"
+    print(f"Ray {version}: making {env} ({much} to fetch, some minutes) …", flush=True)
     building, complete = stamps(env)
     building.touch()
     complete.unlink(missing_ok=True)

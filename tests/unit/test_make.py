@@ -95,6 +95,13 @@ def test_clean_removes_what_was_made_here_and_nothing_else() -> None:
     assert not {path.split("/")[0] for path in tracked} & removed
 
 
+def test_roots_are_made_where_python_has_no_pip() -> None:
+    """As Debian's own has none."""
+    (script,) = re.findall(r"python=\S+; (?:.*\\\n)*.*python tests/setup_roots\.py", dry("roots"))
+    assert "import pip" in script
+    assert "-m venv .cache/pip" in script
+
+
 def test_who_is_not_root_is_told_what_is_left_out() -> None:
     for target, what in (("ray-envs", "real Ray"), ("roots", "booted")):
         done = dry(target)

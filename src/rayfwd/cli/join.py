@@ -72,6 +72,6 @@ def what_next(config: Config, status: Status) -> list[str]:
     return [
         f"To run a job from here ({own}, {nodes} nodes): "
         + front.spoken(config, "exec -- python your_job.py"),
-        f"To leave: Ctrl-C, or kill {status.pid}; tasks here have up to {seconds:g} s to end "
-        "(--stop-timeout)",
+        f"To leave: Ctrl-C, or `kill -TERM {status.pid}`; tasks here have up to {seconds:g} s to "
+        "end (--stop-timeout)",
     ]

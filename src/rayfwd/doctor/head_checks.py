@@ -44,8 +44,8 @@ class HeadExamination(Examination):
         self.emit(await self.listeners())
         self.emit(await self.network_level())
         self.emit(await self.limits())
-        self.emit(skipped("clock", "each worker compares its own Ray with this one"))
-        self.emit(skipped("names", "see `dial` for the workers that this head dials"))
+        self.emit(skipped("clock", "each worker compares its clock with this one"))
+        self.emit(skipped("names", "`dial` checks the names of the workers that this head dials"))
         self.emit(self.proxies())
         self.emit(skipped("link", "each worker measures its own link"))
 
