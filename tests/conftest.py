@@ -34,7 +34,7 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 
 LONG = (
     *("lab/test_libraries", "lab/test_cluster", "lab/test_advertise_checks"),
-    *("systemd/test_user_service", "lab/test_token", "systemd/test_service", "lab/test_ways"),
+    *("systemd/test_user_service", "lab/test_token", "systemd/test_service"),
     *("systemd/test_cluster", "lab/test_losses", "systemd/test_overlay"),
     *("lab/test_stop_and_restart", "lab/test_conditions_ray", "lab/test_join", "lab/test_doctor"),
     *("lab/test_problems_of_ray", "lab/test_dialled", "ray/test_ray", "demo/test_demo"),
@@ -49,11 +49,12 @@ keep each other's tasks waiting for minutes. They come right after `unit`, and t
 end, and waits for the others once."""
 
 LIGHT = (
-    *("lab/test_conditions_link", "lab/test_problems", "lab/test_budget", "lab/test_lab"),
-    "lab/test_overlay_rules",
+    *("lab/test_ways", "lab/test_conditions_link", "lab/test_problems", "lab/test_budget"),
+    *("lab/test_lab", "lab/test_overlay_rules"),
 )
-"""Files that mostly wait, the longest first: they take a tenth of a processor, and never start Ray.
-They are kept for the end, for the others to run beside one that is `alone`."""
+"""Files that mostly wait, the longest first: they take less than a quarter of a processor, and
+never start Ray. They are kept for the end, for the others to run beside one that is `alone`, and
+take about as long as that."""
 
 LIMITS = {"unit": 60, "ray": 200, "hostile": 300, "lab": 300, "systemd": 300, "demo": 300}
 """Seconds for a test with its fixtures, where it has no `timeout` marker of its own."""

@@ -242,27 +242,25 @@ def test_who_dials_before_a_program_listens_is_not_reset(cluster: Cluster) -> No
 
 
 SCAN = """
-import asyncio, sys
+import select, socket, sys, time
 
-async def look(port):
-    try:
-        async with asyncio.timeout(5):
-            _, writer = await asyncio.open_connection(sys.argv[1], port)
-    except (OSError, TimeoutError):
-        return
-    writer.transport.abort()
-    print(port, flush=True)
-
-async def main():
-    ports = iter(range(1, 65536))
-
-    async def look_on():
-        for port in ports:
-            await look(port)
-
-    await asyncio.gather(*(look_on() for _ in range(400)))
-
-asyncio.run(main())
+ports, waiting, poll = list(range(65535, 0, -1)), {}, select.poll()
+while ports or waiting:
+    while ports and len(waiting) < 400:
+        sock, port = socket.socket(), ports.pop()
+        sock.setblocking(False)
+        sock.connect_ex((sys.argv[1], port))
+        waiting[sock.fileno()] = sock, port, time.monotonic() + 5
+        poll.register(sock, select.POLLOUT)
+    answered = {number for number, _ in poll.poll(100)}
+    now = time.monotonic()
+    late = {number for number, (_, _, until) in waiting.items() if not answered and until < now}
+    for number in answered | late:
+        poll.unregister(number)
+        with waiting[number][0] as sock:
+            if number in answered and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                print(waiting[number][1], flush=True)
+        del waiting[number]
 """
 STORE = """
 import socket, time
