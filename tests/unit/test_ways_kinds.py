@@ -694,8 +694,7 @@ def test_a_workers_problem_is_a_workers(
                 assert not re.search(r"\b(head|hub)\b(?!\.dial)", found.cause + found.remedy)
 
             nobody = {"socket": tmp_path / "nobody.sock", "via": "socket"}
-            absent = codes.HUB_ABSENT if transport == "asyncssh" else codes.HUB_UNREACHABLE
-            await meets(absent, **nobody)
+            await meets(codes.HUB_ABSENT, **nobody)
             await meets(codes.HUB_CLOSED, via="exec", attach_command="exit 3")
             await meets(codes.SSH_FILE_UNREADABLE, identity=tmp_path / "no-key")
             s.sshd.authorize()

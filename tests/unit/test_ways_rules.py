@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -52,9 +53,12 @@ def test_a_head_that_forbids_the_way_to_a_socket(
 
     async def main() -> None:
         async with ruled(tmp_path, rule) as s:
-            refused = {"asyncssh": codes.CHANNEL_REFUSED, "openssh": codes.HUB_UNREACHABLE}
-            code = refused[transport]
-            await says(s.head(transport), code, 'via = "exec"', "AllowStreamLocalForwarding")
+            await says(
+                s.head(transport),
+                codes.CHANNEL_REFUSED,
+                'via = "exec"',
+                "AllowStreamLocalForwarding",
+            )
             assert await answer(s.head(transport, via="exec")) == SAID
 
     run(main)
@@ -95,6 +99,45 @@ def test_a_command_that_sshd_forces(
 
 
 @both
+def test_a_socket_at_which_nobody_listens(tmp_path: Path, transport: Transport) -> None:
+    """It was left behind; there is none; or its path is another."""
+
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(tmp_path / "left.sock"))
+            for path in (tmp_path / "left.sock", tmp_path / "none/hub.sock"):
+                words = (f"nothing answers at {path}", "start rayfwd on the head")
+                await says(s.head(transport, socket=path), codes.HUB_ABSENT, *words)
+
+    run(main)
+
+
+@needs_root
+@both
+def test_a_socket_of_somebody_else(tmp_path: Path, transport: Transport) -> None:
+    async def main() -> None:
+        async with account(tmp_path, "UsePAM no") as s:
+            shut = of_someone(s, transport, via="socket")
+            await says(shut, codes.HUB_NOT_PERMITTED, "may not enter its directory", "hub.users")
+            place = Path(tempfile.mkdtemp(prefix="rayfwd-"))
+            try:
+                place.chmod(0o755)
+                hub = place / "hub.sock"
+                os.link(s.hub, hub)
+                hub.chmod(0o600)
+                head = of_someone(s, transport, via="socket", socket=hub)
+                owned = ("belongs to uid 0 with mode 0600", "hub.users")
+                await says(head, codes.HUB_NOT_PERMITTED, *owned)
+                hub.chmod(0o666)
+                assert await answer(head) == SAID
+            finally:
+                shutil.rmtree(place)
+
+    run(main)
+
+
+@both
 def test_one_session_for_each_connection(tmp_path: Path, transport: Transport) -> None:
     async def main() -> None:
         async with scene(tmp_path, "MaxSessions 1") as s:
@@ -130,6 +173,7 @@ async def account(
         (own / "keys").write_text(f"{s.sshd.public_key}\n")
         script = (
             'mount -t tmpfs none /mnt && cp "$0"/* /mnt && chmod 755 /mnt && chmod 644 /mnt/* && '
+            f"chown {OTHER} /mnt && "
             "mount --bind /mnt/passwd /etc/passwd && mount --bind /mnt/shadow /etc/shadow && "
             'mount --bind /mnt/sshd /etc/pam.d/sshd && exec "$@"'
         )

@@ -22,7 +22,7 @@ from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.system.paths import default_runtime_dir
-from rayfwd.transport import agent, openssh, openssh_problems
+from rayfwd.transport import agent, looked_there, openssh, openssh_problems
 from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
 from rayfwd.transport.dial import LOGIN_TIMEOUT
 from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
@@ -48,8 +48,8 @@ RESOLVES_WITHIN = 2.0
 LISTENS_WITHIN = 5.0
 """Seconds from the login until `ssh` listens for us."""
 LOOK_AGAIN = 0.01
-SAYS_WITHIN = 0.1
-"""Seconds for `ssh` to say why a channel was not opened, where it goes on itself."""
+SAYS_WITHIN = 2.0
+"""Seconds for what runs on the head to say why a channel was not opened."""
 ENDS_WITHIN = 1.0
 """Seconds for `ssh` to end by itself."""
 
@@ -179,7 +179,8 @@ class OpensshConnection:
                 await self._of_master("forward", forward)
             else:
                 # With a session, which does nothing: see `send_at_once` in ssh.py.
-                await self._start([words[0], "-L", forward, *words[1:], "cat"], subprocess.PIPE)
+                looks = looked_there.command()
+                await self._start([words[0], "-L", forward, *words[1:], looks], subprocess.PIPE)
         self.stands = True
 
     async def _start(
@@ -346,9 +347,18 @@ class OpensshPipe(SocketPipe):
         # What it has to say of that comes by another pipe. By `via = "socket"` it goes on.
         loop = asyncio.get_running_loop()
         goes_on = self._silent and self._head.via != "exec"
+        if goes_on:
+            process.ask(f"{self._head.socket}\n".encode())
         waiting = loop.call_later(SAYS_WITHIN if goes_on else ENDS_WITHIN, process.end)
+        if goes_on:
+            process.on_news = self._heard
         process.over.add_done_callback(lambda _: waiting.cancel())
         process.over.add_done_callback(lambda _: self._tell())
+
+    def _heard(self) -> None:
+        """Of what runs on the head, that was asked."""
+        if self._process is not None and looked_there.is_over(self._process.said):
+            self._process.end()
 
     def _tell(self) -> None:
         said = self._process.said if self._process is not None else ""

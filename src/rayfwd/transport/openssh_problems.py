@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
-from rayfwd.transport import credentials, sshproblems
+from rayfwd.transport import credentials, looked_there, sshproblems
 from rayfwd.transport.openssh import OpensshHop
 from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
 
@@ -34,7 +34,8 @@ _PROVIDER = re.compile(
 _KEY = re.compile(r'^Load key (".*?": .+)', re.MULTILINE)
 _CHATTER = re.compile(
     r"^(?:debug1: |Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
-    r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by ).*"
+    r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by "
+    rf"|{looked_there.MARK}).*"
 )
 """What `ssh` itself says of how a connection goes."""
 _REVOKED = re.compile(
@@ -263,7 +264,7 @@ def not_opened(head: HeadConfig, said: str) -> str:
             f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
             f"{found[1].strip()}; set {to.set_to('via', 'exec')}, or {allow}"
         )
-    remedy = sshproblems.socket_unreachable(head.socket, "", to).remedy
-    return (
-        f"rayfwd attach: {codes.HUB_UNREACHABLE}: its sshd could not open {head.socket}; {remedy}"
-    )
+    if said and "open failed" not in said:
+        return ""  # it was opened, and closed by who answers there
+    why = sshproblems.of_look(looked_there.look(said, head.socket), head.socket, to)
+    return f"rayfwd attach: {why.code}: {why.cause}; {why.remedy}"

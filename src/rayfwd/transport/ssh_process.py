@@ -8,7 +8,7 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -36,6 +36,8 @@ class SshProcess(asyncio.Protocol):
         self._words = Words()
         self.news = asyncio.Event()
         """Something came, or it is over."""
+        self.on_news: Callable[[], None] = lambda: None
+        """Something came."""
         self.over = asyncio.get_running_loop().create_future()
         self._popen = subprocess.Popen(
             words,
@@ -57,6 +59,13 @@ class SshProcess(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.connect_read_pipe(lambda: self, self._popen.stderr)
 
+    def ask(self, data: bytes) -> None:
+        """What runs on the head for its sake hears this."""
+        if self._popen.stdin is not None:
+            with suppress(OSError, ValueError):  # it has ended, or was closed
+                self._popen.stdin.write(data)
+                self._popen.stdin.flush()
+
     def close_stdin(self) -> None:
         """What runs on the head for its sake may end."""
         if self._popen.stdin is not None:
@@ -65,6 +74,7 @@ class SshProcess(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._words.feed(data)
         self.news.set()
+        self.on_news()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc

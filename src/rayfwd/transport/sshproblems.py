@@ -27,6 +27,7 @@ from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
+from rayfwd.transport.looked_there import Look
 from rayfwd.transport.places import NoSftpError
 
 
@@ -648,6 +649,22 @@ def _add_key(head: HeadConfig, hop: Server) -> str:
     return f"`{shlex.join(words)}`, once{also}"
 
 
+def hub_absent(path: Path, to: Destination) -> Problem:
+    """Nobody listens there."""
+    cause = f"nothing answers at {path} on {to.name}"
+    if to != HEAD:
+        return codes.HUB_ABSENT.problem(
+            cause,
+            f"start rayfwd on {to.name}; if it runs there, set {to.key('socket')} to the path of "
+            "its socket, which `rayfwd check` prints there",
+        )
+    return codes.HUB_ABSENT.problem(
+        cause,
+        f"start rayfwd on {to.name}; if it runs there, give the path of its hub's socket, which "
+        f"`rayfwd head` and `rayfwd check` print there, as {to.key('socket')} or `--socket`",
+    )
+
+
 async def look_at_socket(
     connection: asyncssh.SSHClientConnection, head: HeadConfig, reason: str
 ) -> Problem:
@@ -661,11 +678,7 @@ async def look_at_socket(
     ran = await _ran(connection)
     if ran is not None and ran.by_attach:
         return attach_forced(to)
-    absent = codes.HUB_ABSENT.problem(
-        f"nothing answers at {path} on {to.name}",
-        f"start rayfwd on {to.name}; if it runs there, give the path of its hub's socket, which "
-        f"`rayfwd head` and `rayfwd check` print there, as {to.key('socket')} or `--socket`",
-    )
+    absent = hub_absent(path, to)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT), connection.start_sftp_client() as sftp:
             own = (await sftp.stat(".")).uid
@@ -690,6 +703,27 @@ async def look_at_socket(
             f"set {to.set_to('via', 'exec')}; or {forwarding_allowed(to)}",
         )
     return absent
+
+
+def of_look(look: Look | None, path: Path, to: Destination) -> Problem:
+    """The same, by what a command saw there; as words of that machine's own."""
+    if look is None:
+        remedy = socket_unreachable(path, "", to).remedy
+        return codes.HUB_UNREACHABLE.problem(f"its sshd could not open {path}", remedy)
+    match look.seen:
+        case "absent" | "silent":
+            absent = hub_absent(path, to)
+            return absent.code.problem(f"nothing answers at {path}", absent.remedy)
+        case "shut":
+            return _not_permitted(path, "this user may not enter its directory", to)
+        case "owned":
+            whose = f"it belongs to uid {look.uid} with mode {look.mode:04o}"
+            return _not_permitted(path, whose, to)
+        case "listens":
+            return codes.CHANNEL_REFUSED.problem(
+                f"its sshd refuses this kind of channel, while rayfwd listens at {path}",
+                f"set {to.set_to('via', 'exec')}, or {forwarding_allowed(to)}",
+            )
 
 
 @dataclass(frozen=True, slots=True)
