@@ -124,20 +124,31 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.runs("uv tool install *", "uv venv --seed *")
 def test_uv_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:
-    """With its own resolver; what it needs was fetched as pip is set up to."""
+    """With its own resolver; what it needs was fetched as pip is set up to. The first Python of the
+    PATH is too old, as Ubuntu 22.04's, where there is such a one: uv passes it over by itself."""
     wheels = tmp_path / "wheels"
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "-w", wheels, built["wheel"], cwd=tmp_path)
     places = {name: str(tmp_path / name) for name in ("UV_TOOL_DIR", "UV_TOOL_BIN_DIR")}
-    offline = ("--no-index", "--find-links", wheels, "--python", sys.executable)
+    offline = ("--no-index", "--find-links", wheels)
     words = (tools / "uv", "tool", "install", "--no-config", *offline, built["wheel"])
-    run(*words, cwd=tmp_path, env=places)
+    run(*words, cwd=tmp_path, env={**places, "PATH": ":".join(map(str, pythons()))})
     said = run(tmp_path / "UV_TOOL_BIN_DIR" / "rayfwd", "--version", cwd=tmp_path)
     assert said == f"rayfwd {rayfwd.__version__}\n"
     seeds = ("pip", "setuptools", "wheel")
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "-w", wheels, *seeds, cwd=tmp_path)
     place = tmp_path / "seeded"
-    run(tools / "uv", "venv", "--no-config", "--seed", *offline, place, cwd=tmp_path)
+    python = ("--python", sys.executable)
+    run(tools / "uv", "venv", "--no-config", "--seed", *offline, *python, place, cwd=tmp_path)
     assert run(place / "bin/pip", "--version", cwd=tmp_path).startswith("pip ")
+
+
+def pythons() -> list[Path]:
+    """Where Pythons are: one that is too old, if there is any here, and the one that runs this."""
+    base = Path(sys.base_prefix)
+    beside = [place / "bin" for place in base.parent.glob("3.10.*")]
+    found = shutil.which("python3.10")
+    too_old = [Path(found).parent] if found else [p for p in beside if (p / "python3").exists()]
+    return [*too_old[:1], base / "bin", Path("/usr/bin"), Path("/bin")]
 
 
 def test_pipx_installs_it(built: dict[str, Path], tools: Path, tmp_path: Path) -> None:
