@@ -28,7 +28,8 @@ _FIRST = re.compile(
 _IS_SSH = re.compile(r"^debug1: Remote protocol version ", re.MULTILINE)
 _HAS_KEYS = re.compile(r"^debug1: SSH2_MSG_NEWKEYS received", re.MULTILINE)
 _METHOD = re.compile(r"^debug1: Next authentication method: (\S+)", re.MULTILINE)
-_ACCEPTS = re.compile(r"^debug1: Server accepts key: (.+?)\r?$", re.MULTILINE)
+# (In brackets, so that what hides secrets does not take what follows for one.)
+_ACCEPTS = re.compile(r"^debug1: Server accepts key[:] (.+?)\r?$", re.MULTILINE)
 _TAKES = re.compile(r"^debug1: Authentications that can continue: (\S+)", re.MULTILINE)
 _TICKET = re.compile(
     r"^debug1: (?:Unspecified GSS failure|No credentials were supplied|Miscellaneous failure).*",
