@@ -41,6 +41,7 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' 2>/de
     need man man-db "the look for them"
     need zsh zsh "the look at its completion"
     need fish fish "the look at its completion"
+    need busybox busybox "the login shell of small systems"
     need faketime faketime "a clock that is wrong, in the lab"
     need ps procps "the lab's look at processes"
     need jq jq "what the documents do with a status"
@@ -70,7 +71,7 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     for package in $missing; do
         case $package in
             openssh-server) services="$services ssh" ;;
-            slurmctld | slurmd | munge) services="$services $package" ;;
+            slurmctld | slurmd | munge | krb5-kdc | krb5-admin-server) services="$services $package" ;;
         esac
     done
     policy=/usr/sbin/policy-rc.d # Debian asks it before it starts a service
@@ -83,9 +84,8 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null 2>&1; then
     fi
     # shellcheck disable=SC2086
     apt-get install -qq $options $missing </dev/null >/dev/null || exit
-    for service in $services; do
-        deb-systemd-helper disable "$service.service" >/dev/null 2>&1 || true
-    done
-    exit
+    # shellcheck disable=SC2086
+    [ -z "$services" ] || systemctl disable --quiet $services 2>/dev/null
+    exit 0
 fi
 echo "This is not root on Debian: install them by hand. Without them those parts are not run."
