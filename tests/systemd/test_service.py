@@ -65,6 +65,17 @@ for line in asked:
 """
 
 
+GREETED = """
+import socket, sys
+try:
+    sock = socket.create_connection((sys.argv[1], int(sys.argv[2])), 10)
+    print("greeted" if sock.recv(9) else "closed")
+except ConnectionResetError:  # also of `connect`: it may come before that looks
+    print("reset")
+"""
+"""Ray greets whoever comes to it: on another node, by rayfwd's listener."""
+
+
 def counted(said: str) -> tuple[int, str, int]:
     """Process id, address of its node, and how often it was asked, by what `DRIVER` has said."""
     (line,) = [line for line in said.splitlines() if line.startswith("counter ")]
@@ -108,16 +119,31 @@ class Kept:
         self.count = 0
         self.pid, _, _ = counted(self._ask())
         self.raylets = self.now()
+        head, worker = (m.status()["node"] for m in cluster.lab.machines)
+        self._others = {
+            "worker": (head["address"], str(head["head_services"]["gcs"])),
+            "head": (worker["address"], str(worker["base"])),  # its raylet
+        }
+        """What each dials of the other's Ray."""
 
     def now(self) -> list[int]:
         return [raylet(machine) for machine in self.cluster.lab.machines]
 
     def check(self) -> None:
-        """Ray is the same everywhere, and the cluster is whole: tasks with data on every node."""
+        """Ray is the same everywhere, and the cluster is whole: tasks with data on every node, and
+        new connections both ways, as a new driver would make them."""
         assert self.now() == self.raylets
+        for name, place in self._others.items():
+            # After a crash of the head's a service is active before its link is up again.
+            until(lambda n=name, p=place: self._greeted(n, p), 20, lambda n=name: f"{n} is greeted")  # type: ignore[misc]
         said = self._ask()
         assert counted(said) == (self.pid, "127.77.0.2", self.count)
         assert that_worked(said) == BOTH
+
+    def _greeted(self, name: str, place: tuple[str, str]) -> bool:
+        machine = self.cluster.lab.machine(name)
+        said = machine.run(["python3", "-c", GREETED, *place], user="ray").stdout
+        return said == "greeted\n"
 
     def _ask(self) -> str:
         """What the driver says to one more question."""
@@ -458,21 +484,11 @@ def test_nobody_can_listen_in_its_place_after_a_crash(kept: Kept) -> None:
     kept.check()
 
 
-GREETED = """
-import socket
-try:
-    sock = socket.create_connection(("127.77.0.1", 6379), 10)
-    print("greeted" if sock.recv(9) else "closed")
-except ConnectionResetError:  # also of `connect`: it may come before that looks
-    print("reset")
-"""
-
-
 def test_another_user_uses_none_of_its_listeners(kept: Kept) -> None:
-    """The head's Ray greets whoever comes to it: on a worker, by rayfwd's listener."""
     worker = kept.cluster.worker
+    dial = ["python3", "-c", GREETED, "127.77.0.1", "6379"]
     said = {
-        user: worker.run(["runuser", "-u", user, "--", "python3", "-c", GREETED]).stdout.strip()
+        user: worker.run(["runuser", "-u", user, "--", *dial]).stdout.strip()
         for user in ("ray", "root", "nobody")
     }
     assert said == {"ray": "greeted", "root": "greeted", "nobody": "reset"}
