@@ -521,6 +521,23 @@ def test_a_wheel_says_for_which_pythons_it_is(tmp_path: Path) -> None:
         wheels.make(metadata.Distribution.at(tmp_path / "x-1.dist-info"), tmp_path)
 
 
+def test_a_program_in_a_wheel_can_be_run_where_it_is_installed(tmp_path: Path) -> None:
+    """As Ray's raylet, without which no Ray starts."""
+    about = {"METADATA": b"Metadata-Version: 2.1\nName: x\nVersion: 1\n"}
+    about["WHEEL"] = b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    members = {f"x-1.dist-info/{name}": text for name, text in about.items()}
+    members |= {"x/run": b"#!/bin/sh\n", "x/__init__.py": b""}
+    made = wheels.write(tmp_path, "x", "1", "x-1.dist-info", "py3-none-any", members, {"x/run"})
+    for place in ("first", "second"):  # from the wheel, and from a wheel of what that installed
+        folder = tmp_path / place
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--target"]
+        subprocess.run([*pip, str(folder), str(made)], check=True, timeout=50)
+        assert os.access(folder / "x" / "run", os.X_OK)
+        assert not os.access(folder / "x" / "__init__.py", os.X_OK)
+        made.unlink()
+        made = wheels.make(metadata.Distribution.at(folder / "x-1.dist-info"), tmp_path)
+
+
 # -- keys -----------------------------------------------------------------------------------------
 
 

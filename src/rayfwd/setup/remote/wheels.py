@@ -16,9 +16,10 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -82,13 +83,15 @@ def make(distribution: metadata.Distribution, folder: Path) -> Path:
     info = next((path.split("/")[0] for path in files if path.endswith("/METADATA")), None)
     if info is None:
         raise WheelError(f"{name} has no METADATA among its files")
-    members = {}
+    members, programs = {}, set()
     for path, place in files.items():
         try:
             members[path] = Path(str(place)).read_bytes()
         except OSError as exc:
             raise WheelError(f"{name}: {place}: {exc.strerror}") from None
-    return write(folder, name, distribution.version, info, _tag(wheel), members)
+        if os.access(str(place), os.X_OK):
+            programs.add(path)
+    return write(folder, name, distribution.version, info, _tag(wheel), members, programs)
 
 
 def _is_its_own(path: metadata.PackagePath) -> bool:
@@ -107,9 +110,16 @@ def _tag(wheel: str) -> str:
 
 
 def write(
-    folder: Path, name: str, version: str, info: str, tag: str, members: dict[str, bytes]
+    folder: Path,
+    name: str,
+    version: str,
+    info: str,
+    tag: str,
+    members: dict[str, bytes],
+    programs: Collection[str] = (),
 ) -> Path:
-    """The archive, with a RECORD of its own; not compressed: SSH or the disk has it once."""
+    """The archive, with a RECORD of its own. `programs`: those of the members that are run, as
+    Ray's raylet is."""
     record = f"{info}/RECORD"
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
@@ -122,7 +132,7 @@ def write(
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for path, data in [*sorted(members.items()), (record, rows.getvalue().encode())]:
             entry = zipfile.ZipInfo(path, _WHEN)
-            entry.external_attr = 0o644 << 16
+            entry.external_attr = (stat.S_IFREG | (0o755 if path in programs else 0o644)) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, data)
     return target
