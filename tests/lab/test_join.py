@@ -54,10 +54,11 @@ class InFront(Daemon):
         argv: Sequence[str],
         under: Sequence[str] = (),
         cluster: str | None = None,
+        ray: str | None = None,
     ) -> None:
         self.sockets = f"{STATE}/run" + (f"/clusters/{cluster}" if cluster else "")
         assert machine.lab.rayfwd is not None
-        words = [*under, str(machine.lab.rayfwd), *argv, "--ray", str(machine.ray()), *SMALL]
+        words = [*under, str(machine.lab.rayfwd), *argv, "--ray", ray or str(machine.ray()), *SMALL]
         user = "root" if under else "ray"
         self.began = time.monotonic()
         super().__init__(machine, machine.popen(words, user=user, env={"HOME": HOME}))
