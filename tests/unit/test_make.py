@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ CHECKOUT = Path(__file__).parents[2]
 PARTS = sorted(path.parent.name for path in CHECKOUT.glob("tests/*/test_*.py"))
 
 
-def dry(target: str) -> str:
-    """The commands of a target."""
+def dry(target: str, **variables: str) -> str:
+    """The commands of a target, in an environment with these variables."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    env = {**env, **variables}
     ran = subprocess.run(
         ["make", "--dry-run", target],
         cwd=CHECKOUT,
@@ -100,6 +102,27 @@ def test_roots_are_made_where_python_has_no_pip() -> None:
     (script,) = re.findall(r"python=\S+; (?:.*\\\n)*.*python tests/setup_roots\.py", dry("roots"))
     assert "import pip" in script
     assert "-m venv .cache/pip" in script
+
+
+def test_it_takes_a_python_that_can_make_environments_and_compile(tmp_path: Path) -> None:
+    """The system's before another of its version; what cannot is passed over, also where it is the
+    first of its name."""
+    (cannot := tmp_path / "cannot").mkdir()
+    (can := tmp_path / "can").mkdir()
+    for folder, word in ((cannot, "exit 1"), (can, f'exec {sys.executable} "$@"')):
+        (folder / "python3.11").write_text(f"#!/bin/sh\n{word}\n")
+        (folder / "python3.11").chmod(0o700)
+    taken = {folder: python_with(folder) for folder in (cannot, can)}
+    assert taken[cannot] not in {"", "python3.11"}
+    assert taken[can] in {"/usr/bin/python3.11", "python3.11"}
+    assert taken[can] == taken[cannot] or not taken[cannot].startswith("/usr/bin/python3.11")
+
+
+def python_with(folder: Path) -> str:
+    """Which one `make` takes where this folder is first in PATH."""
+    path = f"{folder}:{os.environ['PATH']}"
+    (taken,) = re.findall(r"(\S+) tests/setup_envs\.py", dry("ray-envs", PATH=path))
+    return str(taken)
 
 
 def test_who_is_not_root_is_told_what_is_left_out() -> None:
