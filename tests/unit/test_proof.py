@@ -253,6 +253,30 @@ class TestAtTheHub:
 
         run(main)
 
+    def test_an_upgrade_in_the_middle_of_a_session(self, tmp_path: Path) -> None:
+        """The worker's new process goes on with its session. Its first lane shows the secret, which
+        it forgets then: all further ones go by the key."""
+
+        async def main() -> None:
+            async with cluster(tmp_path) as c:
+                before = hello_of("w1", key=OLDER)
+                stands = await knock(c.hub.socket.path, before.encode())
+                assert (await said_by(stands) or NONE).kind is Kind.WELCOME
+                who = Identity(NodeKey.make(), OLDER)
+                hello = replace(hello_by(who), session=before.session, resumes=True)
+                assert await come(c, who, hello) == "welcome"
+                assert record(c)["public_key"] == who.public
+                who = replace(who, older=None)
+                assert await come(c, who, hello) == "welcome"
+                assert await come(c, who, replace(before, resumes=True)) == "name_taken"
+                thief = Identity(NodeKey.make(), OLDER)
+                stolen = replace(hello_by(thief), session=before.session, resumes=True)
+                assert await come(c, thief, stolen) == "name_taken"
+                stands.close()
+                await stands.closed
+
+        run(main)
+
     def test_a_head_that_was_an_earlier_version_for_a_while(self, tmp_path: Path) -> None:
         """That knows a public key as it knows secrets; it is proved from the next hello on."""
 

@@ -282,7 +282,8 @@ class Hub:
         """Who said a hello, with a session: the one that it has, or a new one. Raises ProblemError.
 
         What it asks for is looked at with a new session only, and settled, which is written down,
-        when that may begin: a lane of a session that stands costs no more than its lane.
+        when that may begin: a lane of a session that stands costs no more than its lane. The
+        first lane after an upgrade from a version that sent a secret is an exception.
         """
         if hello.role == "client":
             client = self._client(hello, claim, lane.uid)
@@ -298,6 +299,7 @@ class Hub:
         elif node is not None:
             self._roster.check(hello.node, claim, is_live(node))
             if node.mux is not None and node.session == hello.session:
+                self._roster.note_key(hello.node, claim)
                 return node
             check_session(node, hello)
         elif hello.resumes:

@@ -406,6 +406,16 @@ class Roster:
             self._write(records)
             self._records = records
 
+    def note_key(self, name: str, claim: Claim) -> None:
+        """Worker `name`, which was known by a secret, is known from now on by the key that it has
+        proved. Raises ProblemError where that cannot be written."""
+        known = self._records.get(name)
+        if known is not None and known.public_key is None and claim.proven:
+            record = replace(known, key_sha256=claim.sha256, public_key=claim.key)
+            records = {**self._records, name: record}
+            self._write(records)
+            self._records = records
+
     def has_new(self) -> bool:
         """There is one of whom it is not known when it was here."""
         return any(not r.seen for r in self._records.values())
