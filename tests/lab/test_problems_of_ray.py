@@ -152,9 +152,9 @@ def pretend(machine: Machine, ray: str, python: str | None = None) -> None:
     machine.run(["rm", "-rf", PRETENDER])
     real = str(machine.ray_python())
     machine.run([real, "-m", "venv", "--without-pip", PRETENDER])
-    where = machine.run(
-        [f"{PRETENDER}/bin/python", "-c", "import site; print(*site.getsitepackages())"]
-    )
+    # Debian's Python knows further places, which are no environment's.
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    where = machine.run([f"{PRETENDER}/bin/python", "-c", ask])
     packages = where.stdout.strip()
     machine.write(f"{packages}/ray-{ray}.dist-info/METADATA", f"Name: ray\nVersion: {ray}\n")
     if python is not None:

@@ -1,7 +1,7 @@
 """0.1.0 itself, upgraded whole on booted machines while programs go on: the head first.
 
 It is built of its own commit, and set up by its own `init`. Twenty connections stand each way, and
-a job counts every call. What follows, the units and the overlay, is in test_overlay.py.
+a job counts every call. The units are renewed when all is over.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from tests.lab.loadgen import Job
 from tests.lab.process import Process, until
 from tests.need import CHECKOUT, need
 from tests.systemd import install
-from tests.systemd.cluster import Cluster
+from tests.systemd.cluster import BOTH, Cluster
 from tests.systemd.machines import Lab, Machine
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(600),
+    pytest.mark.story,
     # test_cluster.py upgrades under a job, and test_overlay.py the units of 0.1.0.
     pytest.mark.thorough,
 ]
@@ -142,3 +143,17 @@ def test_no_call_and_no_connection_is_lost(old: Cluster, job: Job, talks: list[P
     assert old.raylets() == raylets
     go_on(talks)
     job.finish_whole(least=5)
+
+
+def test_one_step_more_gives_each_the_overlay(old: Cluster) -> None:
+    """And each node's Ray is restarted once, which `init` says before."""
+    for machine in (old.worker, old.head):
+        said = machine.run(["rayfwd", "init", machine.name]).stdout
+        assert "Ray is then restarted once" in said
+        machine.systemctl("restart", "rayfwd")
+        machine.wait_for(ActiveState="active", SubState="running")
+        assert machine.status()["network"]["level"] == "overlay"
+        assert len(machine.events("ray_restarting")) == 1
+    assert old.addresses_that_work() == BOTH
+    for machine in old.lab.machines:
+        until(lambda m=machine: not m.status()["conditions"], 60, lambda: "nothing is wrong")  # type: ignore[misc]
