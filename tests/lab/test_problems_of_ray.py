@@ -158,8 +158,9 @@ def pretend(machine: Machine, ray: str, python: str | None = None) -> None:
     packages = where.stdout.strip()
     machine.write(f"{packages}/ray-{ray}.dist-info/METADATA", f"Name: ray\nVersion: {ray}\n")
     if python is not None:
-        text = f"import platform\nplatform.python_version = lambda: {python!r}\n"
-        machine.write(f"{packages}/sitecustomize.py", text)
+        # Not by sitecustomize: Debian's Python has one of its own.
+        text = f"import platform; platform.python_version = lambda: {python!r}\n"
+        machine.write(f"{packages}/pretend.pth", text)
     put(machine, f"#!{PRETENDER}/bin/python\n")
 
 

@@ -6,10 +6,8 @@ a job counts every call. The units are renewed when all is over.
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,8 +66,9 @@ def built(folder: Path) -> bytes:
     argv = ["git", "-C", str(CHECKOUT), "archive", COMMIT]
     archive = subprocess.run(argv, capture_output=True, check=False)
     need(None if archive.returncode == 0 else f"this checkout has no commit {COMMIT}")
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(folder / "sources", filter="data")
+    (folder / "sources").mkdir()
+    unpack = ["tar", "--extract", "--directory", str(folder / "sources")]
+    subprocess.run(unpack, input=archive.stdout, check=True)
     pip = [sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps"]
     subprocess.run([*pip, f"--wheel-dir={folder}", str(folder / "sources")], check=True)
     (wheel,) = folder.glob("*.whl")
