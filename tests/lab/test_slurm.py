@@ -166,8 +166,7 @@ def test_a_job_has_a_cluster_of_its_nodes(slurm: Lab) -> None:
     head = slurm.machine("head")
     until(lambda: states(head) == {"idle"}, 30, lambda: f"idle nodes: {states(head)}")
     for machine in slurm.machines:
-        argv = ["pgrep", "-u", "ray", "-f", "rayfwd|raylet|gcs_server"]
-        assert not machine.run(argv, check=False).stdout
+        assert not running(machine)
         assert not machine.host_path(f"{HOME}/.local").exists()
 
 
@@ -193,3 +192,47 @@ def test_jobs_of_two_users_that_begin_together_on_one_node(slurm: Lab) -> None:
         assert code == 0, said
         seen += [line for line in said.splitlines() if line.startswith("ran on ")]
     assert len(set(seen)) == len(seen) == 2, seen
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+@pytest.mark.runs("scontrol requeue")
+def test_a_job_that_is_requeued_leaves_in_order_and_begins_again(slurm: Lab) -> None:
+    """Under its number, and so with the directories of its first run. Slurm starts it again after
+    two minutes, when what it gave the first run no longer holds."""
+    head = slurm.machine("head")
+    head.write(f"{HOME}/twice.py", TRAIN + STAYS)
+    head.write(f"{HOME}/cluster.sh", SCRIPT.read_text())
+    words = ["sbatch", "--parsable", "--requeue", "--output=twice.out", "--open-mode=append"]
+    words += ["--cpus-per-task=1", "cluster.sh", "python", "twice.py"]
+    job = head.run(words, env=login(slurm)).stdout.strip()
+
+    def said() -> str:
+        written = head.host_path(f"{HOME}/twice.out")
+        return written.read_text() if written.exists() else ""
+
+    until(lambda: said().count("ran on") == 1, 120, said)
+    began = time.monotonic()
+    head.run(["scontrol", "requeue", job], env=login(slurm))
+    until(lambda: not any(map(running, slurm.machines)), 25, lambda: f"all have ended: {said()}")
+    print(f"left {time.monotonic() - began:.1f} s after `scontrol requeue`")
+    shown = ["scontrol", "show", "job", job]
+
+    def ended() -> bool:
+        return "JobState=COMPLETED" in head.run(shown, env=login(slurm)).stdout
+
+    until(ended, 300, lambda: head.run(shown, env=login(slurm)).stdout + said())
+    first, second = (line for line in said().splitlines() if line.startswith("ran on "))
+    assert first == second
+
+
+STAYS = """
+if not os.environ.get("SLURM_RESTART_COUNT"):
+    time.sleep(600)
+"""
+
+
+def running(machine: Machine) -> str:
+    """Processes of the job's cluster."""
+    argv = ["pgrep", "-u", "ray", "-f", "rayfwd|raylet|gcs_server"]
+    return machine.run(argv, check=False).stdout

@@ -71,7 +71,6 @@ NOT_RUN = {
     "modprobe *": "loads a part of the kernel, which all machines share",
     "timedatectl set-ntp *": "sets the clock, which all machines share",
     "ray stop": "ends every Ray of its user by name, those of other tests too",
-    "scontrol requeue": "runs a whole job twice; tried by hand",
     ".venv/bin/python -m pytest *": "what runs this; its words are looked up by a test below",
     "python -m *": "measures for minutes; its words are parsed by a test below",
     ".venv/bin/pip install -e .": "compiles for a minute what tests/setup_wheel.py compiles, too",
