@@ -345,6 +345,17 @@ async def own_site(directory: Path) -> AsyncIterator[OwnSite]:
             server.close()
 
 
+async def run_there(head: HeadConfig, given: bytes | None = None) -> asyncssh.SSHCompletedProcess:
+    """A command, as any SSH client asks for one; its login is over when this returns."""
+    connector = SshConnector(head)
+    connection = await connector.connect()
+    ran = await connection.run("anything", input=given, encoding=None)
+    connection.close()
+    await connection.wait_closed()
+    connector.close()
+    return ran
+
+
 class TestWithoutSshd:
     def test_it_leads_to_the_hub_and_nowhere_else(self, tmp_path: Path) -> None:
         async def main() -> None:
@@ -389,13 +400,8 @@ class TestWithoutSshd:
         async def main() -> None:
             async with own_site(tmp_path) as s:
                 s.authorized.write_text(f'restrict,command="cat" {s.at_head.public_key}\n')
-                connector = SshConnector(s.head)
-                connection = await connector.connect()
-                ran = await connection.run("anything", input=b"all of it", encoding=None)
+                ran = await run_there(s.head, b"all of it")
                 assert ran.stdout == b"all of it"
-                connection.close()
-                await connection.wait_closed()
-                connector.close()
 
         run(main)
 
@@ -406,13 +412,8 @@ class TestWithoutSshd:
             async with own_site(tmp_path) as s:
                 words = "exec >&- <&-; sleep 0.2; echo for a reason >&2; exit 1"
                 s.authorized.write_text(f'restrict,command="{words}" {s.at_head.public_key}\n')
-                connector = SshConnector(s.head)
-                connection = await connector.connect()
-                ran = await connection.run("anything", encoding=None)
+                ran = await run_there(s.head)
                 assert ran.stderr == b"for a reason\n"
-                connection.close()
-                await connection.wait_closed()
-                connector.close()
 
         run(main)
 
@@ -427,13 +428,8 @@ class TestWithoutSshd:
                 forced.chmod(0o755)
                 key = s.at_head.public_key
                 s.authorized.write_text(f'restrict,command="{forced}" {key}\n')
-                connector = SshConnector(s.head)
-                connection = await connector.connect()
-                ran = await connection.run("anything", input=b"all of it", encoding=None)
+                ran = await run_there(s.head, b"all of it")
                 assert ran.stdout == b"all of it"
-                connection.close()
-                await connection.wait_closed()
-                connector.close()
 
         try:
             run(main)
