@@ -17,6 +17,10 @@ TICKETS = "gssapi-with-mic"
 """The method by which a server takes tickets."""
 KEYS = "publickey"
 BY_HAND = "log in once by hand as a ControlMaster, whose connection is used (docs/ways.md)"
+RENEWED = (
+    "as the user that runs rayfwd, get a ticket with `kinit`, in a cache that the daemon reads "
+    "(KRB5CCNAME in its environment); or give it a keytab of its own (docs/ways.md)"
+)
 _NONE = re.compile(
     r"No Kerberos credentials available|No credentials cache|Credentials cache .*not found"
     r"|Matching credential not found|No credentials were supplied",
@@ -80,19 +84,13 @@ def ticket_unusable(why: str, hop: Proves, dialled: str) -> Problem:
     )
 
 
-RENEWED = (
-    "as the user that runs rayfwd, get a ticket with `kinit`, in a cache that the daemon reads "
-    "(KRB5CCNAME in its environment); or give it a keytab of its own (docs/ways.md)"
-)
-
-
 def _unusable(cause: str, remedy: str) -> Problem:
     return codes.SSH_TICKET_UNUSABLE.problem(cause, remedy)
 
 
 def ticket_not_taken(hop: Proves, dialled: str) -> Problem:
     """It was shown, and the server said no more than no."""
-    return codes.SSH_TICKET_UNUSABLE.problem(
+    return _unusable(
         f"{hop.called} accepts Kerberos tickets{dialled}, and refused this machine's",
         f"check that the principal in `klist` may log in as {hop.user} there (`~/.k5login`), and "
         "what its sshd log says (a keytab that is missing or old)",
@@ -101,14 +99,14 @@ def ticket_not_taken(hop: Proves, dialled: str) -> Problem:
 
 def tickets_not_tried(hop: Proves, dialled: str, by: str, remedy: str) -> Problem:
     """The server takes tickets, and none was offered. `by`: who did not."""
-    return codes.SSH_TICKET_UNUSABLE.problem(
+    return _unusable(
         f"{hop.called} accepts Kerberos tickets{dialled}, and {by} offers none", remedy
     )
 
 
 def kdc_silent(seconds: float, hop: Proves, dialled: str) -> Problem:
     """The time was over in the middle of it."""
-    return codes.SSH_TICKET_UNUSABLE.problem(
+    return _unusable(
         f"{hop.called} accepts Kerberos tickets{dialled}, but nothing came of it within "
         f"{seconds:.0f} s",
         "check that this machine reaches its Kerberos server (port 88); or set "
