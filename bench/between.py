@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -143,6 +144,15 @@ WAYS: dict[str, Way] = {
     "WireGuard (wireguard-go)": by_wireguard,
     "sshuttle": by_sshuttle,
 }
+
+
+PROGRAMS = {"WireGuard (wireguard-go)": ("wg", "wireguard-go"), "sshuttle": ("sshuttle",)}
+"""What a way takes that the tests do not install."""
+
+
+def missing(way: str) -> list[str]:
+    """The programs that this machine lacks for it."""
+    return [name for name in PROGRAMS.get(way, ()) if shutil.which(tool(name)) is None]
 
 
 def measure(between: Between, size: int, seconds: float) -> dict[str, float]:

@@ -462,6 +462,10 @@ def _between(
 ) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
     rays.install(bench.directory.parent)
+    for name in ways:
+        if lacking := between.missing(name):
+            print(f"{name}: left out, without {' and '.join(lacking)}", flush=True)
+    ways = {name: way for name, way in ways.items() if not between.missing(name)}
     for number in range(bench.rounds):
         for name, way in ways.items():
             with Lab(bench.place()) as lab, way(lab) as there:
