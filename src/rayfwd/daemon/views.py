@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 
 from rayfwd import codes, status
 from rayfwd.cluster.plan import NodePlan
@@ -123,8 +122,8 @@ def ledger_of(hub: Hub) -> status.Ledger:
             listeners=ledger.most_listeners,
             peer_streams=Limits().streams,
         ),
-        users=tuple(status.UserAccount(**asdict(user)) for user in ledger.users()),
-        peers=tuple(status.PeerAccount(**asdict(peer)) for peer in ledger.accounts()),
+        users=ledger.users(),
+        peers=ledger.accounts(),
     )
 
 

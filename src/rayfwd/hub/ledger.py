@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
+from rayfwd.cluster.accounts import PeerAccount, UserAccount
 from rayfwd.hub.peers import HubPeer, Payer
 from rayfwd.system import descriptors
 from rayfwd.system.logs import get_logger, lines_about
@@ -28,43 +28,6 @@ LAST = 0.97
 else there is leaves a tenth to them (`system/descriptors.py`)."""
 AFTERWARDS = 0.75
 """What is left of a bound by who has gone beyond it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """One peer's."""
-
-    name: str
-    user: str
-    key: str
-    """The SSH key that it came by, or `--node` and the name in that key's line; empty: unknown."""
-    memory: int
-    lanes: int
-    """Each is a descriptor."""
-    listeners: int
-    """That every other machine has for it: each is a descriptor, and a port of the plan."""
-    streams: int
-    messages: int
-    """Control messages that it sent."""
-    log_lines: int
-    """Lines of the log that are about it, as far as they are remembered."""
-    roster_writes: int
-    seconds: float
-    """Of processor time, for the bytes that it sent."""
-    shed: int
-    """Streams that it had to give up."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserAccount:
-    """One user's: the sums of the user's peers."""
-
-    user: str
-    peers: int
-    memory: int
-    lanes: int
-    listeners: int
-    streams: int
 
 
 class Ledger:
@@ -105,14 +68,14 @@ class Ledger:
             return None
         return self._greediest(lambda peer: 0 if peer.mux is None else len(peer.mux.lanes))
 
-    def accounts(self) -> tuple[Account, ...]:
+    def accounts(self) -> tuple[PeerAccount, ...]:
         """Of every peer that has a session or ever cost anything, the greediest first."""
         rows = [_account(peer) for peer in self._peers()]
         return tuple(sorted(rows, key=lambda row: (-row.memory, -row.lanes, row.name)))
 
     def users(self) -> tuple[UserAccount, ...]:
         """The same by user, the greediest first."""
-        found: dict[str, list[Account]] = defaultdict(list)
+        found: dict[str, list[PeerAccount]] = defaultdict(list)
         for account in self.accounts():
             found[account.user].append(account)
         rows = [
@@ -157,9 +120,9 @@ class Ledger:
             )
 
 
-def _account(peer: HubPeer) -> Account:
+def _account(peer: HubPeer) -> PeerAccount:
     mux = peer.mux
-    return Account(
+    return PeerAccount(
         name=peer.label,
         user=user_name(peer.uid) if peer.uid >= 0 else "",
         key=peer.key,
