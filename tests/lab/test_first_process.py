@@ -1,7 +1,7 @@
 """Process 1 of a container is told to end, in every state that a node may be in: within 8 s.
 
-`docker stop` kills after 10 s. Ray, rayfwd and the head are real; what hangs is stopped by a
-signal, what is silent is cut off.
+`docker stop` kills after 10 s. A spot machine has 30 s, for which `--stop-timeout 28` is said. Ray,
+rayfwd and the head are real; what hangs is stopped by a signal, what is silent is cut off.
 """
 
 from __future__ import annotations
@@ -34,13 +34,30 @@ def head(module_lab: Lab) -> Iterator[InFront]:
 
 
 @pytest.fixture
-def node(module_lab: Lab, head: InFront) -> Iterator[InFront]:
+def node(head: InFront) -> Iterator[InFront]:
     """As process 1, not waited for."""
+    node = joining(head, "w1")
+    yield node
+    node.machine.lab.heal(node.machine)
+    is_killed(node)
+
+
+@pytest.fixture
+def spot(head: InFront) -> Iterator[InFront]:
+    """The same, as somebody starts it whose machine has 30 s."""
+    node = joining(head, "w1", "--stop-timeout", "28")
+    yield node
+    is_killed(node)
+
+
+def joining(head: InFront, name: str, *more: str) -> InFront:
     argv = shlex.split(head.said()[0].split(": ", 1)[1])[1:]
     argv[1] = f"ray@{head.machine.address}"
-    node = InFront(module_lab.machine("w1"), argv, CONTAINER)
-    yield node
-    module_lab.heal(node.machine)
+    return InFront(head.machine.lab.machine(name), [*argv, *more], CONTAINER)
+
+
+def is_killed(node: InFront) -> None:
+    """With the container, if it runs."""
     if node.process.poll() is None:
         node.process.signal(signal.SIGKILL)
         node.process.wait(20)
@@ -65,7 +82,15 @@ def below(pid: int, named: bytes) -> int:
     return until(look, 20, lambda: f"a process {named!r}") or 0
 
 
-def ends(node: InFront, first: int, code: int = 0) -> float:
+def driver(head: InFront, program: str, *words: str) -> Process:
+    """A program of a user's on the head; it has said `runs`."""
+    argv = [str(head.machine.lab.rayfwd), "exec", "--", str(head.machine.ray_python()), "-c"]
+    started = head.machine.popen([*argv, program, *words])
+    until(lambda: "runs" in started.log.read_text(), 60, started.log.read_text)
+    return started
+
+
+def ends(node: InFront, first: int, code: int = 0, within: float = WITHIN) -> float:
     """Tell process 1; how long it took."""
     began = time.monotonic()
     os.kill(first, signal.SIGTERM)
@@ -73,7 +98,7 @@ def ends(node: InFront, first: int, code: int = 0) -> float:
     took = time.monotonic() - began
     print(f"{took:.1f} s, exit code {found}")
     assert found == code, node.tail()
-    assert took < WITHIN, node.tail()
+    assert took < within, node.tail()
     return took
 
 
@@ -112,10 +137,7 @@ def test_while_ray_hangs(node: InFront) -> None:
 
 def test_while_it_drains_and_is_told_again(node: InFront, head: InFront) -> None:
     node.wait_ready()
-    machine = node.machine
-    argv = [str(machine.lab.rayfwd), "exec", "--", str(head.machine.ray_python()), "-c", LONG]
-    busy: Process = head.machine.popen(argv)
-    until(lambda: "runs" in busy.log.read_text(), 60, busy.log.read_text)
+    busy = driver(head, LONG)
     first = first_of(node)
     os.kill(first, signal.SIGTERM)
     node.wait_event("rayfwd_stopping")
@@ -136,3 +158,84 @@ def test_where_no_head_is_reached(module_lab: Lab) -> None:
     node = InFront(machine, nobody, CONTAINER)
     node.wait_event("ssh_unreachable", 30)
     assert ends(node, first_of(node)) < 4
+
+
+TASK = """
+import ray, sys, time
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1, max_retries=0)
+def work(seconds):
+    time.sleep(seconds)
+    return "done"
+here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+    next(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == sys.argv[1]),
+    soft=False)
+ref = work.options(scheduling_strategy=here).remote(float(sys.argv[2]))
+time.sleep(2)
+print("runs", flush=True)
+try:
+    print(ray.get(ref), flush=True)
+except ray.exceptions.RayError as exc:
+    print("lost", type(exc).__name__, flush=True)
+"""
+"""One task on the node with that address, of so many seconds; 2 s of it are over at `runs`."""
+
+
+def test_a_spot_machines_task_of_ten_seconds_is_done_in_its_notice(
+    spot: InFront, head: InFront
+) -> None:
+    """SIGTERM, and 30 s later the machine is gone. With docker's 10 s the task would be lost."""
+    address = spot.wait_ready()["node"]["address"]
+    task = driver(head, TASK, address, "12")
+    took = ends(spot, first_of(spot), within=28)
+    assert task.wait(30) == 0
+    assert task.log.read_text().splitlines()[-1] == "done"
+    assert took > 8
+    was_told_at_once(head)
+
+
+def test_a_spot_machine_leaves_in_its_notice_with_a_task_that_takes_longer(
+    spot: InFront, head: InFront
+) -> None:
+    address = spot.wait_ready()["node"]["address"]
+    task = driver(head, TASK, address, "300")
+    ends(spot, first_of(spot), within=28)
+    task.wait(30)
+    assert "lost" in task.log.read_text()
+    was_told_at_once(head)
+
+
+def was_told_at_once(head: InFront) -> None:
+    """Of the last one that left: before its tasks had their time, and Ray's table after them."""
+    told = head.events("node_leaving")[-1]
+    ended = head.wait_event("session_ended", 5, {"node": told["node"], "level": "info"}, told)
+    assert not [e for e in head.events("link_parked") if told["_index"] < e["_index"]]
+    print(f"{told['timestamp']} {ended['timestamp']}")
+
+
+def test_a_head_that_is_told_to_end_right_after_a_worker_was_killed(module_lab: Lab) -> None:
+    """It ends within its 8 s, and nothing of it is left: its process namespace has ended, too."""
+    machine, w1 = module_lab.machine("w2"), module_lab.machine("w1")
+    machine.authorize(w1.public_key)
+    machine.firewall([22])
+    machine.start_sshd()
+    w1.know(f"{machine.address} {machine.host_key}")
+    head = InFront(machine, ["head"], CONTAINER)
+    worker = None
+    try:
+        head.wait_ready()
+        worker = joining(head, "w1")
+        address = worker.wait_ready()["node"]["address"]
+        task = driver(head, TASK, address, "300")
+        first = first_of(head)
+        is_killed(worker)
+        ends(head, first)
+        task.signal(signal.SIGKILL)
+        task.wait(20)
+        left = machine.run(["pgrep", "-fa", "-u", "ray", "rayfwd|raylet|gcs_server"], check=False)
+        assert left.stdout == ""
+        kept = machine.run(["find", "/dev/shm", "-user", "ray", "-type", "f"]).stdout
+        assert kept == "", "plasma's memory"
+    finally:
+        for node in filter(None, (worker, head)):
+            is_killed(node)
