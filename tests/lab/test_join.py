@@ -353,8 +353,8 @@ def test_what_keeps_a_machine_out_is_said_of_each(machines: Lab, nodes: dict[str
     assert ran.stdout.splitlines()[-1].startswith("0 of 3 in the cluster; 3 failed: ")
 
 
-def said_on(head: InFront, *words: str) -> subprocess.CompletedProcess[str]:
+def said_on(head: InFront, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     argv = [str(head.machine.lab.rayfwd), *words]
-    ran = head.machine.run(argv, timeout=300, check=False)
+    ran = head.machine.run(argv, timeout=timeout, check=False)
     print(ran.stdout, ran.stderr)
     return ran

@@ -288,6 +288,55 @@ def test_a_wrong_clock_is_seen(theirs: int, said: str) -> None:
     assert ("timedatectl" in problem.remedy) == bool(said)
 
 
+def test_a_python_and_a_ray_beside_the_path_are_seen(tmp_path: Path) -> None:
+    """A login over SSH has not the PATH of an image (conda's, a virtual environment's), nor what
+    ~/.bashrc gives people."""
+    home = tmp_path / "at home"
+    places = [".venv", "miniconda3", "miniforge3/envs/ray", ".pyenv/versions/3.12.4"]
+    places.append(".local/share/uv/python/cpython-3.13.1-linux-x86_64-gnu")
+    for number, place in enumerate(places):
+        for name in ("python3", "ray", "uv"):
+            path = home / place / "bin" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"#!/bin/sh\necho 3.1{number}.0\n")
+            path.chmod(0o755)
+    (home / ".pyenv/versions/empty/bin").mkdir(parents=True)
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(home), "PIP_INDEX_URL": "file:///"}
+    seen = sight.read(by_shell(sight.script(None, []), **env))
+    found = {python.path: python for python in seen.pythons}
+    for number, place in enumerate(places):
+        python = str(home / place / "bin" / "python3")
+        assert found[python] == Python(python, f"3.1{number}.0")
+        assert str(home / place / "bin" / "ray") in seen.rays
+    assert seen.uv == (shutil.which("uv", path=env["PATH"]) or str(home / ".venv/bin/uv"))
+    assert seen.pythons[0].path.startswith("/usr/bin/"), "the PATH goes first"
+    again = sight.read(by_shell(sight.script(None, []), **env))
+    assert seen.same
+    assert seen.same == again.same
+
+
+def test_of_several_rays_the_one_that_is_as_the_heads_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of several environments; else the first one that works, for what is said of it."""
+    rays = {"/a": None, "/b": ["2.9.3", "3.11.2"], "/c": ["2.60.0", "3.12.1"]}
+    rays["/d"] = ["2.60.0", "3.11.2"]
+
+    def find(command: str) -> dict[str, Any]:
+        if rays[command] is None:
+            raise codes.RAY_NOT_FOUND.error("no", "way")
+        return {"ray": command, "versions": rays[command]}
+
+    monkeypatch.setattr(there, "_ray_of_its_owner", find)
+
+    def taken(wanted: list[str] | None) -> object:
+        return asyncio.run(there.look(list(rays), [], wanted))["ray"]
+
+    assert taken(["2.60.0", "3.11.2"]) == "/d"
+    assert taken(["2.61.0", "3.11.2"]) == "/b"
+    assert taken(None) == "/b"
+
+
 def test_what_is_no_linux_is_told() -> None:
     for output in ("", "kernel Darwin\nprefix /x\n", "kernel Linux\nprefix x\n"):
         with pytest.raises(ValueError):
@@ -302,6 +351,15 @@ UV, PIP = install.Tool(uv="/u", python="3.11"), install.Tool(python="/usr/bin/py
 NO_PYTHON, NO_PACKAGES = codes.ADD_NO_PYTHON, codes.ADD_NO_PACKAGES
 BARE = Python("/e", "3.11.2", whole=False)
 """As Debian's python3-minimal."""
+
+
+def by_python(python: Python) -> install.Tool:
+    return install.Tool(python=python.path)
+
+
+SERVICE = {"root": True, "home": "/root", "systemd": True}
+"""Of another user than root."""
+ROOTS = Python("/root/conda/bin/python3", "3.11.9")
 
 
 @pytest.mark.parametrize(
@@ -321,6 +379,8 @@ BARE = Python("/e", "3.11.2", whole=False)
             None,
             install.Tool(bring_uv=True, python="/e"),
         ),
+        (SERVICE | {"pythons": (ROOTS,), "uv": "/u"}, {}, None, UV),
+        (SERVICE | {"pythons": (ROOTS,), "systemd": False}, {}, None, by_python(ROOTS)),
         (
             {"pythons": (Python("/p", "3.10.1"),), "index": "yes"},
             {},
@@ -354,6 +414,7 @@ def test_the_tool(changes: dict, sent: dict, wanted: str | None, tool: install.T
         ({"pythons": (), "machine": "aarch64"}, None, "no uv"),
         ({"pythons": (), "libc": "musl libc"}, None, "no uv"),
         ({"pythons": (OLD, BARE)}, None, "/e there is without its standard library"),
+        (SERVICE | {"pythons": (OLD, ROOTS)}, None, "cannot run /root/conda/bin/python3, which is"),
     ],
 )
 def test_no_tool(changes: dict, wanted: str | None, said: str) -> None:  # type: ignore[type-arg]
@@ -705,6 +766,60 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
     run(main_)
 
 
+@pytest.mark.parametrize(
+    ("shell", "login", "cause", "remedy"),
+    [
+        ("exit", "/usr/sbin/nologin", "runs no command; it says: This account is currently not av",
+         "`usermod --shell /bin/sh`"),
+        ("echo Backups only.; exit; ", "/bin/sh", "runs no command; it says: Backups only.",
+         "`command=` in its line of authorized_keys, ForceCommand"),
+        ("dd bs=40 count=1 of=/dev/null 2>/dev/null; ", "/bin/sh",
+         "cannot be examined: something in its login shell files reads", "/dev/null"),
+    ],
+)  # fmt: skip
+def test_a_login_that_runs_no_command_is_said_to_and_why(
+    tmp_path: Path, shell: str, login: str, cause: str, remedy: str
+) -> None:
+    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
+
+    async def main_() -> None:
+        async with remote(tmp_path, shell, login) as it:
+            outcome = Outcome(it.host.ssh)
+            await adding.add(cast("adding.Adding", shared), it.host, outcome)
+            assert outcome.at == "look"
+            assert outcome.problem is not None
+            problem = outcome.problem.problem
+            assert problem.code is codes.ADD_FAILED
+            assert cause in problem.cause
+            assert remedy in problem.remedy
+
+    run(main_)
+
+
+def test_nothing_that_unpacks_is_named(tmp_path: Path) -> None:
+    """Python does where there is no tar."""
+    (tmp_path / "a.whl").write_bytes(b"\0" * 70000)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "dd", "rm", "mkdir"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+
+    async def main_() -> None:
+        async with remote(tmp_path, f"PATH={tools}; ") as it:
+            machine = await Machine.connect(it.host)
+            folder = it.home / "incoming"
+            try:
+                await machine.send([tmp_path / "a.whl"], str(folder), sys.executable)
+                assert (folder / "a.whl").stat().st_size == 70000
+                with pytest.raises(Failed, match="it has neither tar nor a Python that unpacks"):
+                    await machine.send([tmp_path / "a.whl"], str(folder), None)
+                assert not folder.exists()
+            finally:
+                machine.close()
+
+    run(main_)
+
+
 SHELLS = [s for s in ("bash", "dash", "zsh", "fish", "tcsh", "csh", "ksh") if shutil.which(s)]
 
 
@@ -999,10 +1114,10 @@ def test_a_machine_at_another_address_takes_the_place_of_one_that_has_gone(
 
     async def main_() -> None:
         if not blocked:
-            await one._check_nobody_has("w1", known)
+            await one._check_nobody_has("w1", known, SEEN)
             return
         with pytest.raises(ProblemError) as told:
-            await one._check_nobody_has("w1", known)
+            await one._check_nobody_has("w1", known, SEEN)
         assert told.value.problem.code is codes.ADD_BLOCKED
         assert blocked in told.value.problem.remedy
 
@@ -1010,6 +1125,24 @@ def test_a_machine_at_another_address_takes_the_place_of_one_that_has_gone(
     assert said == ["takes the place of root@203.0.113.7:41022, which is not connected"] * (
         not blocked
     )
+
+
+def test_a_machine_that_was_added_by_another_way_is_known_again() -> None:
+    """By its alias, say: it would get the host name, or be taken for another machine."""
+    known = {"w1": {"ssh": "root@203.0.113.7:41022"}}
+    seen = replace(SEEN, host="gpu-1", made={"wheel": "x", "name": "w1"})
+    head = SimpleNamespace(added=lambda: known, config=SimpleNamespace(name="head"))
+    shared = SimpleNamespace(head=head, names={}, looks={})
+    one = adding._One(cast("adding.Adding", shared), Host(ssh="root@rented"), Outcome("rented"))
+    with pytest.raises(ProblemError) as told:
+        asyncio.run(one._name(seen))
+    problem = told.value.problem
+    assert problem.code is codes.ADD_BLOCKED
+    assert problem.cause == "root@rented is the node w1 already, which was added as " + (
+        "root@203.0.113.7:41022"
+    )
+    assert "run `rayfwd add root@203.0.113.7:41022` for it" in problem.remedy
+    assert "use --name w1" in problem.remedy
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -1023,6 +1156,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 FAKE_UV = """#!/bin/sh
 [ "$1" = venv ] || exit 0
 for target in "$@"; do :; done
+[ -z "$UV_PYTHON_INSTALL_DIR" ] || mkdir "$UV_PYTHON_INSTALL_DIR"
 mkdir -p "$target/bin"
 touch "$target/bin/python"
 chmod 755 "$target/bin/python"
@@ -1150,6 +1284,27 @@ def test_what_is_broken_is_installed_anew(tmp_path: Path) -> None:
         assert await install.rayfwd(machine, place, SENT, "w1")
         assert not (target / "half").exists()
         assert not await install.rayfwd(machine, replace(place, broken=False), SENT, "w1")
+
+    run(main_)
+
+
+@pytest.mark.parametrize("service", [True, False])
+def test_a_python_that_uv_gets_for_a_service_is_where_its_user_reaches_it(
+    tmp_path: Path, service: bool
+) -> None:
+    """And not in root's home; it goes with what was added."""
+    target, uv = tmp_path / "rayfwd", tmp_path / "uv"
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    seen = replace(SEEN, prefix=str(target), uv=str(uv), pythons=(), root=True, home="/root")
+    seen = replace(seen, systemd=service, made={"name": "w1"}, broken=True)
+    machine = cast("Machine", Here())
+
+    async def main_() -> None:
+        assert await install.rayfwd(machine, seen, SENT, "w1")
+        assert Path(f"{target}.python").exists() == service
+        await install.remove(machine, seen)
+        assert list(tmp_path.glob("rayfwd*")) == []
 
     run(main_)
 

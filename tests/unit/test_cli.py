@@ -914,3 +914,11 @@ def test_env_without_a_daemon(tmp_path: Path, verb: str) -> None:
     said = rayfwd(verb, "--config", file, *(["--", "true"] if verb == "exec" else []))
     assert said.returncode == 1
     assert "no rayfwd answers" in said.stderr
+
+
+def test_who_reads_ascii_only_is_told_all_the_same() -> None:
+    """As in LC_ALL=de_DE.ISO-8859-1: what cannot be written is written otherwise."""
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    words = [sys.executable, "-m", "rayfwd", "add", "--help"]
+    ran = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=30)
+    assert "--fingerprint SHA256:\\u2026" in ran.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -234,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         first_process.ends_when_told()
     have_a_home_and_a_name(os.environ)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
     try:
         args = _parsed(argv)
         if args.version:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
@@ -70,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     config = load_as_owner(args)
     quiet_logs()
     path = control_socket(config)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
     if args.watch is not None:
         watch = Watch(lambda: ask(path, "status"), args.watch)
         with _terminable():

@@ -22,7 +22,7 @@ from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.places import PATIENCE, Place
 from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
-from rayfwd.setup.remote.ssh import Failed, Hangs, Machine
+from rayfwd.setup.remote.ssh import Failed, Hangs, Machine, NoShell, by_hand
 from rayfwd.status import Status
 
 LOOK_SECONDS = 90.0
@@ -64,6 +64,10 @@ class Adding:
     report: Report
     names: dict[str, str] = field(default_factory=dict)
     """Who has a name in this command."""
+    looks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By what a machine of this command is known again, under another name or address."""
+    places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """Who is at work on a machine."""
     _ray: asyncio.Task[list[Path]] | None = None
 
     async def rays(self) -> list[Path]:
@@ -119,9 +123,12 @@ class _One:
             self._at("look")
             seen = await look(machine, self._host.prefix, self._rays())
         self._say(seen.lines())
+        if seen.same:
+            self._all.looks[self._host.ssh] = (seen.same, seen.user, seen.prefix)
         self._check_ray_can_be_there(seen)
         name = await self._name(seen)
         await self._check_it_is_free(machine, seen, name)
+        self._check_no_other_is_it()
         self._remember(name, seen, None)
         self._at("install")
         new = await install.rayfwd(machine, seen, self._all.shipment, name)
@@ -148,6 +155,21 @@ class _One:
                 "use a machine or an image with glibc, as of Debian, Ubuntu or Fedora",
             )
 
+    def _check_no_other_is_it(self) -> None:
+        """Raises ProblemError where another machine of this command is this one, under another
+        name or address: both would write the same files."""
+        if (look := self._all.looks.get(self._host.ssh)) is None:
+            return
+        first = self._all.places.setdefault(look, self._host.ssh)
+        if first != self._host.ssh:
+            raise self._same_as(first)
+
+    def _same_as(self, first: str) -> ProblemError:
+        return codes.ADD_BLOCKED.error(
+            f"{self._host.ssh} is the machine that {first} reaches, too, as the same user",
+            "name it once",
+        )
+
     @property
     def _starts_ray(self) -> bool:
         return dict(self._host.more.get("ray", {})).get("start") is not False
@@ -156,8 +178,10 @@ class _One:
         """The node's. Raises ProblemError where another machine has it."""
         known = self._head.added()
         before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
+        says = (seen.made or {}).get("name")
+        usual = before[0] if before else says if says in known else None
         try:
-            name = self._host.name or (before[0] if before else hosts.node_name(seen.host))
+            name = self._host.name or usual or hosts.node_name(seen.host)
         except ValueError as exc:
             raise codes.ADD_BLOCKED.error(
                 f"{seen.host!r}, the host name of {self._host.ssh}, {exc}",
@@ -170,11 +194,14 @@ class _One:
             )
         first = self._all.names.setdefault(name, self._host.ssh)
         if first != self._host.ssh:
+            look = self._all.looks.get(self._host.ssh)
+            if look is not None and look == self._all.looks.get(first):
+                raise self._same_as(first)
             raise codes.ADD_BLOCKED.error(
                 f"{self._host.ssh} would get the name {name}, which {first} has",
                 "choose another name with --name",
             )
-        await self._check_nobody_has(name, known)
+        await self._check_nobody_has(name, known, seen)
         if name in (self._head.config.name, "head"):
             raise codes.ADD_BLOCKED.error(
                 f"{self._host.ssh} would get the name {name}, which the head has",
@@ -183,13 +210,23 @@ class _One:
         self._outcome.name = self._outcome.called = name
         return name
 
-    async def _check_nobody_has(self, name: str, known: dict[str, dict[str, Any]]) -> None:
+    async def _check_nobody_has(
+        self, name: str, known: dict[str, dict[str, Any]], seen: Sight
+    ) -> None:
         """Whether the machine that has the name has gone, and this one was said to be in its
         place. Raises ProblemError."""
         other = known.get(name, {}).get("ssh", self._host.ssh)
         if other == self._host.ssh:
             return
         cause = f"{self._host.ssh} would get the name {name}, which {other} has"
+        if (seen.made or {}).get("name") == name and self._host.name != name:
+            raise codes.ADD_BLOCKED.error(
+                f"{self._host.ssh} is the node {name} already, which was added as {other}",
+                f"run `rayfwd add {other}` for it; to reach it as {self._host.ssh} from now on, "
+                f"use --name {name} while it is not connected, or `rayfwd remove {name}` first; "
+                "if it is a copy of that machine, remove what rayfwd has on it "
+                f"({seen.prefix}), and choose another name with --name",
+            )
         if await self._head.is_up(name):
             raise codes.ADD_BLOCKED.error(
                 f"{cause}, and that one is connected",
@@ -257,7 +294,10 @@ class _One:
             self._host.via == "auto" and self._way_before(name) != "head"
         ):
             ways = await self._head.ways(self._host, seen.head_as)
-        asked = {"rays": rays, "ways": [{"ssh": w.ssh, "key": w.key} for w in ways]}
+        asked: dict[str, Any] = {"rays": rays}
+        asked["ways"] = [{"ssh": w.ssh, "key": w.key} for w in ways]
+        if self._head.ray is not None:
+            asked["wanted"] = [self._head.ray.versions.ray, self._head.ray.versions.python]
         found = await machine.call(python, there.look, asked, LOOK_SECONDS)
         ray = self._checked_ray(found)
         return ray, list(zip(ways, found["ways"], strict=True))
@@ -387,7 +427,7 @@ class _One:
                 if late or any(codes.named(code).lasting for code, _, _ in how["conditions"]):
                     raise not_ready(name, now - began, how)
             await asyncio.sleep(POLL_SECONDS)
-        self._say("in the cluster, with its Ray")
+        self._say("in the cluster" + ", with its Ray" * self._starts_ray)
 
 
 def no_answer_yet() -> str:
@@ -404,9 +444,17 @@ async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sig
         at = sight.last_look(exc.own.decode(errors="replace"))
         cause = f"{machine.host.ssh} accepts the login, but {exc}"
         raise codes.ADD_FAILED.error(cause + f": it hangs at {at}" * bool(at), exc.remedy) from None
-    except (Failed, ValueError) as exc:
+    except NoShell as exc:
         raise codes.ADD_FAILED.error(
-            f"{machine.host.ssh} cannot be examined: {exc}", "use a Linux machine that has `sh`"
+            f"{machine.host.ssh} accepts the login, but runs no command; it says: {exc}",
+            f"run `{by_hand(machine.host, 'true')}`, which must print nothing of that: give that "
+            "login a shell (`usermod --shell /bin/sh`), or remove what answers in its place "
+            "(`command=` in its line of authorized_keys, ForceCommand in sshd_config)",
+        ) from None
+    except (Failed, ValueError) as exc:
+        remedy = exc.remedy if isinstance(exc, Failed) else "use a Linux machine that has `sh`"
+        raise codes.ADD_FAILED.error(
+            f"{machine.host.ssh} cannot be examined: {exc}", remedy
         ) from None
 
 

@@ -13,7 +13,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayfwd import codes
@@ -76,6 +76,7 @@ if [ -z "$uv" ] && [ -n "@BRING_UV@" ]; then
   fi
 fi
 if [ -n "$uv" ]; then
+  [ -z @PYTHONS@ ] || export UV_PYTHON_INSTALL_DIR=@PYTHONS@
   [ -z "$fresh" ] || "$uv" venv --quiet --python @PYTHON@ @TARGET@ >&2
   put() { "$uv" pip install --quiet --compile-bytecode --python @TARGET@/bin/python "$@" >&2; }
   anew() { put --reinstall-package rayfwd --no-deps "$@"; }
@@ -107,15 +108,18 @@ class Tool:
     """By which it is fetched, where it is not brought."""
     python: str = ""
     """An interpreter there, or for uv a version."""
+    pythons: str = ""
+    """Where uv puts an interpreter that it gets; empty: where it does so usually."""
 
 
 def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) -> Tool:
     """`wanted`: the Python to have, to the last number, as Ray's nodes must have the same; None:
     any that runs rayfwd. Raises ProblemError."""
+    known = [p for p in sight.pythons if not _is_shut_away(sight, p.path)]
     if wanted is not None:
-        fitting = [p for p in sight.pythons if p.version == wanted]
+        fitting = [p for p in known if p.version == wanted]
     else:  # with the Python of the head's rayfwd all that it needs can be sent
-        fitting = [p for p in sight.pythons if p.key >= OLDEST_PYTHON]
+        fitting = [p for p in known if p.key >= OLDEST_PYTHON]
         fitting.sort(key=lambda p: (p.key != shipment.python, not p.whole))
     found = next(iter(fitting), None)
     version = wanted or ".".join(map(str, shipment.python))
@@ -137,11 +141,22 @@ def choose(sight: Sight, shipment: Shipment, has_pip: bool, wanted: str | None) 
         )
     least = f"Python {version}" if wanted else "Python 3.11 or newer"
     has = ", ".join(p.version for p in sight.pythons if p.version) or "none"
+    if shut := [p.path for p in sight.pythons if p not in known]:
+        has += f"; the user of its service cannot run {', '.join(shut)}, which is root's"
     raise codes.ADD_NO_PYTHON.error(
         f"it has no {least} (it has {has}), and no uv that could install one",
         "install Python there, for example with `apt-get install python3`, or install uv there "
         "(https://docs.astral.sh/uv/), which brings its own Python; or install uv on the head",
     )
+
+
+def _is_shut_away(sight: Sight, path: str) -> bool:
+    """Whether the user of the machine's service cannot run what is there: it is root's home."""
+    return sight.root and sight.systemd and path.startswith(f"{sight.home.rstrip('/')}/")
+
+
+def _where_uv_puts(sight: Sight, target: str) -> str:
+    return f"{target}.python" if _is_shut_away(sight, f"{sight.home.rstrip('/')}/") else ""
 
 
 def fits(sight: Sight, shipment: Shipment, tool: Tool) -> str:
@@ -178,13 +193,14 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
     _check_place(sight, target, sight.there and sight.made is None, ROOM)
     needs = await asyncio.to_thread(shipment.needs)
     tool = choose(sight, shipment, needs.pip is not None, None)
+    tool = replace(tool, pythons=_where_uv_puts(sight, target))
     why = needs.why or fits(sight, shipment, tool)
     files = [shipment.own, *([] if why else needs.wheels), *_tools(shipment, needs, tool)]
     own = shlex.quote(f"./{shipment.own.name}")
     ours, index = f"put --no-index --find-links . {own}", f"put {own}"
     put = index if why else f"{ours} || {index}"
     try:
-        await _install(machine, target, tool, files, put, own, made, sight.broken)
+        await _install(machine, target, tool, files, put, own, made, sight.broken, sight.any_python)
     except Hangs:
         raise
     except Failed as exc:
@@ -206,6 +222,7 @@ async def ray(
     _check_place(sight, target, False, ROOM_FOR_RAY)
     needs = await asyncio.to_thread(shipment.needs)
     tool = choose(sight, shipment, needs.pip is not None, versions.python)
+    tool = replace(tool, pythons=_where_uv_puts(sight, target))
     requirement = shlex.quote(f"ray[default]=={versions.ray}")
     here = sight.machine == shipment.machine and bool(ours)
     ways = [f"put {requirement}"]
@@ -216,7 +233,8 @@ async def ray(
         )
     files = [*(ours if here else ()), *_tools(shipment, needs, tool)]
     try:
-        await _install(machine, target, tool, files, " || ".join(ways), "", made)
+        unpack = sight.any_python
+        await _install(machine, target, tool, files, " || ".join(ways), "", made, False, unpack)
     except Hangs:
         raise
     except Failed as exc:
@@ -276,10 +294,12 @@ async def _install(
     own: str,
     made: dict[str, str],
     broken: bool = False,
+    any_python: str | None = None,
 ) -> None:
-    """`broken`: what is there goes first. Raises Failed, ProblemError."""
+    """`broken`: what is there goes first. `any_python`: one that unpacks what is sent, where there
+    is no tar. Raises Failed, ProblemError."""
     incoming = f"{target}.incoming.{secrets.token_hex(4)}"
-    python = tool.python if tool.python.startswith("/") else None
+    python = tool.python if tool.python.startswith("/") else any_python
     await machine.send(files, incoming, python)
     words = {
         "@INCOMING@": shlex.quote(incoming),
@@ -288,6 +308,7 @@ async def _install(
         "@BRING_UV@": "yes" if tool.bring_uv else "",
         "@OLD_PYTHON@": shlex.quote(tool.old_python),
         "@PYTHON@": shlex.quote(tool.python),
+        "@PYTHONS@": shlex.quote(tool.pythons),
         "@PUT@": put,
         "@OWN@": own,
         "@MADE@": shlex.quote(json.dumps(made)),
@@ -347,7 +368,10 @@ async def remove(machine: Machine, sight: Sight) -> list[str]:
         if made is not None
     ]
     if gone:
-        beside = [f"{shlex.quote(place)}.lock {shlex.quote(place)}.incoming.*" for place in gone]
+        beside = [
+            f"{quoted}.lock {quoted}.python {quoted}.incoming.*"
+            for quoted in map(shlex.quote, gone)
+        ]
         words = f"rm -rf {shlex.join(gone)} {' '.join(beside)}"
         await machine.sh(words, seconds=INSTALL_SECONDS)
     return gone

@@ -51,6 +51,8 @@ say home "$HOME"
 say host "$(uname -n)"
 say from "${SSH_CONNECTION%% *}"
 say cpus "$( (nproc || getconf _NPROCESSORS_ONLN) 2>/dev/null | head -n 1)"
+say same "$(cat /proc/sys/kernel/random/boot_id 2>/dev/null) $(readlink /proc/self/ns/pid \
+  /proc/self/ns/mnt /proc/self/ns/uts 2>/dev/null | tr '\n' ' ')"
 say gpus "$(ls -d /dev/nvidia[0-9]* 2>/dev/null | wc -l)"
 say index "$net"
 say libc "$( (getconf GNU_LIBC_VERSION || ldd --version 2>&1 | head -n 1) 2>/dev/null)"
@@ -80,20 +82,39 @@ looking_at "systemd"
 # A user's manager that does not linger ends with our own connection.
 [ -d /run/systemd/system ] && [ "$(id -u)" != 0 ] && [ -e "/var/lib/systemd/linger/$(id -un)" ] &&
   systemctl --user show-environment >/dev/null 2>&1 && say systemd user
-for uv in "$(command -v uv 2>/dev/null)" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
+# A login over SSH has not the PATH that an image gives its other processes, or that a shell's
+# files give to people.
+in_usual_places() {
+  for place in "$HOME/.venv" "$HOME/venv" "$HOME/.local" /opt/venv /venv /venv/main /usr/local \
+      "$HOME"/*conda* "$HOME"/*forge* "$HOME"/*mamba* "$HOME"/*conda*/envs/* \
+      "$HOME"/*forge*/envs/* /opt/*conda* /opt/*forge* /opt/*conda*/envs/* \
+      "$HOME/.pyenv/versions"/* "$HOME/.local/share/uv/python"/*; do
+    for found in "$@"; do [ -x "$place/bin/$found" ] && echo "$place/bin/$found" && break; done
+  done
+}
+one() {
+  version=$("$1" -c 'import platform; print(platform.python_version())' 2>/dev/null)
+  whole=$("$1" -c 'import asyncio, tarfile, venv' >/dev/null 2>&1 && echo whole)
+  say python "${version:-none} ${whole:-half} $1"
+}
+IFS='
+'
+for uv in "$(command -v uv 2>/dev/null)" "$HOME/.cargo/bin/uv" $(in_usual_places uv); do
   [ -n "$uv" ] && [ -x "$uv" ] && say uv "$uv" && break
 done
 looking_at "the Pythons of the PATH"
+known=:
 for python in python3.14 python3.13 python3.12 python3.11 python3 python; do
   at=$(command -v $python 2>/dev/null) || continue
-  version=$("$at" -c 'import platform; print(platform.python_version())' 2>/dev/null)
-  whole=$("$at" -c 'import asyncio, tarfile, venv' >/dev/null 2>&1 && echo whole)
-  say python "$at $version $whole"
+  known="$known$at:"
+  one "$at"
+done
+looking_at "the Pythons of the usual places"
+for at in $(in_usual_places python3.14 python3.13 python3.12 python3.11 python3); do
+  case $known in *":$at:"*) ;; *) one "$at";; esac
 done
 looking_at "where Ray may be"
-for ray in @RAYS@ "$(command -v ray 2>/dev/null)" "$PREFIX-ray/bin/ray" \
-    "$HOME/.venv/bin/ray" "$HOME/venv/bin/ray" "$HOME/.local/bin/ray" \
-    /opt/conda/bin/ray /opt/venv/bin/ray /usr/local/bin/ray; do
+for ray in @RAYS@ "$(command -v ray 2>/dev/null)" "$PREFIX-ray/bin/ray" $(in_usual_places ray); do
   [ -n "$ray" ] && [ -x "$ray" ] && say ray "$ray"
 done
 exit 0
@@ -184,6 +205,8 @@ class Sight:
     uv: str | None = None
     pythons: tuple[Python, ...] = ()
     rays: tuple[str, ...] = field(default=())
+    same: str = ""
+    """What is the same, until it boots, for whoever sees the same machine; empty: not told."""
 
     @property
     def python(self) -> Python | None:
@@ -239,8 +262,9 @@ def read(output: str, now: float | None = None) -> Sight:
     options = single.get("mount", "").split(",")
     theirs = _number(single.get("now"))
     pythons = [
-        Python(path, version, bool(whole))
-        for path, version, whole in (f"{value}  ".split(" ")[:3] for value in several["python"])
+        Python(path, version if version[:1].isdecimal() else "", whole == "whole")
+        for version, _, rest in (value.partition(" ") for value in several["python"])
+        for whole, _, path in [rest.partition(" ")]
     ]
     return Sight(
         system=single.get("system", ""),
@@ -270,6 +294,7 @@ def read(output: str, now: float | None = None) -> Sight:
         uv=single.get("uv"),
         pythons=tuple(pythons),
         rays=tuple(dict.fromkeys(several["ray"])),
+        same=single.get("same", ""),
     )
 
 

@@ -37,6 +37,10 @@ QUOTED = 400
 _FIRST = "{ : rayfwd"
 """How a script begins that has come whole."""
 _EATEN = "something in its login shell files reads their standard input"
+_NOT_EATEN = (
+    "remove that from the login shell's files there (~/.profile, ~/.bashrc), or let it read from "
+    "/dev/null where the shell is not interactive"
+)
 
 _WORDS = (
     ("head.known_hosts", "--known-hosts"),
@@ -65,7 +69,9 @@ def of_machine(problem: Problem, host: str) -> Problem:
 class Failed(Exception):  # noqa: N818
     """A command ended with another code than 0, or not in time; holds what it said last."""
 
-    remedy = "run the same command again"
+    def __init__(self, cause: str, remedy: str = "run the same command again") -> None:
+        super().__init__(cause)
+        self.remedy = remedy
 
 
 class Hangs(Failed):
@@ -73,9 +79,12 @@ class Hangs(Failed):
 
     def __init__(self, cause: str, remedy: str, own: bytes = b"") -> None:
         """`own`: what the command had printed by then."""
-        super().__init__(cause)
-        self.remedy = remedy
+        super().__init__(cause, remedy)
         self.own = own
+
+
+class NoShell(Failed):
+    """Whatever answers there in the place of a login shell; holds what it said."""
 
 
 class Machine:
@@ -143,7 +152,9 @@ class Machine:
         said = errors.decode(errors="replace").strip()
         if not begins:
             said = said or out.decode(errors="replace").strip()
-            raise Failed(said[-QUOTED:] or "its login shell cannot run `sh`")
+            if said.endswith(_EATEN):
+                raise Failed(_EATEN, _NOT_EATEN)
+            raise NoShell(said[-QUOTED:] or "its login shell cannot run `sh`")
         if ran.exit_status != 0 and not may_fail:
             last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
             raise Failed(last[-QUOTED:])
@@ -173,13 +184,14 @@ class Machine:
         )
 
     async def send(self, files: Iterable[Path], folder: str, python: str | None) -> None:
-        """Put files into a new directory there. Raises Failed, ProblemError."""
+        """Put files into a new directory there. `python`: what unpacks them where there is no tar.
+        Raises Failed, ProblemError."""
         data = await asyncio.to_thread(_archive, list(files))
-        unpack = "tar xf -"
+        instead = '{ echo "it has neither tar nor a Python that unpacks files" >&2; false; }'
         if python is not None:
             code = "import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode='r|')"
-            by_python = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
-            unpack = f"if command -v tar >/dev/null; then {unpack}; else {by_python}; fi"
+            instead = f"{shlex.quote(python)} -c {shlex.quote(code + '.extractall()')}"
+        unpack = f"if command -v tar >/dev/null 2>&1; then tar xf -; else {instead}; fi"
         place = shlex.quote(folder)
         half = f"{{ code=$?; cd /; rm -rf {place}; exit $code; }}"
         script = f"umask 077; rm -rf {place}; mkdir -p {place} && cd {place} && {unpack} || {half}"

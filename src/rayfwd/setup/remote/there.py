@@ -57,17 +57,23 @@ LOG_KEPT = 2000
 # -- looking -------------------------------------------------------------------------------
 
 
-async def look(rays: list[str], ways: list[dict[str, str]]) -> dict[str, Any]:
-    """Which Ray is here, of these commands the first that works, and which of these ways lead to
-    the head: each has `ssh`, and the `key` that the head's sshd must show."""
+async def look(
+    rays: list[str], ways: list[dict[str, str]], wanted: list[str] | None = None
+) -> dict[str, Any]:
+    """Which Ray is here, of these commands the first that has the versions `wanted` (its own, its
+    Python's), else the first that works; and which of these ways lead to the head: each has `ssh`,
+    and the `key` that the head's sshd must show."""
     found: dict[str, Any] = {"ray": None, "versions": None, "ray_problem": None}
     for asked in rays:
         try:
-            found |= await asyncio.to_thread(_ray_of_its_owner, asked)
+            one = await asyncio.to_thread(_ray_of_its_owner, asked)
         except ProblemError as exc:
             found["ray_problem"] = found["ray_problem"] or exc.problem.to_wire()
             continue
-        break
+        if found["ray"] is None or one["versions"] == wanted:
+            found |= one
+        if wanted is None or one["versions"] == wanted:
+            break
     found["ways"] = await asyncio.gather(*(_shows(way["ssh"], way["key"]) for way in ways))
     return found
 
