@@ -14,6 +14,7 @@ it is run where RAYFWD_THOROUGH=1.
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import signal
 import time
@@ -121,6 +122,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.lab)  # its machines are the lab's
         if item.get_closest_marker("timeout") is None and where in LIMITS:
             item.add_marker(pytest.mark.timeout(LIMITS[where]))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out what stays to the end anyway whenever garbage is collected, as before and after
+    each coroutine of a unit test (`unit/loops.py`): all modules and tests are a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 class Turn:
