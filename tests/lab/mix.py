@@ -35,6 +35,8 @@ from tests.lab.process import HOME
 from tests.need import tool
 
 WAYS = ("w1>head", "head>w1", "w1>w2", "w2>head")
+LANES = {"w1": 3, "w2": 2}
+"""Of each worker's link over rayfwd."""
 RIDE_THROUGH = 120.0
 NETWORK = "127.77.0.0/16"
 DRIVER = "w1"
@@ -50,9 +52,10 @@ SSHD_FOR_AUTOSSH = (
 
 @contextmanager
 def over_rayfwd(lab: Lab, **overrides: Any) -> Iterator[Cluster]:
-    """A cluster whose links are rayfwd's: three lanes from w1, two from w2."""
+    """A cluster whose links are rayfwd's, with `LANES`."""
     own: dict[str, Any] = {name: {"forward": listeners(name)} for name in LISTENERS}
-    own["w1"]["head.bulk_lanes"] = 2
+    for name, lanes in LANES.items():
+        own[name]["head.bulk_lanes"] = lanes - 1
     own["every"] = {"expose": [ECHO], "ride_through": RIDE_THROUGH, **overrides}
     cluster = Cluster(lab, **own)
     cluster.start(["head"])

@@ -1,7 +1,8 @@
 """A link drops and Ray does not notice: every fault for real, under a job that counts every call.
 
 One cluster and one job for all tests, which run in the order of this file. Times in them are
-rayfwd's promises (docs/faults.md), not speeds.
+rayfwd's promises (docs/faults.md), not speeds. Mixed faults are in test_losses.py, which times
+nothing and need not be alone.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import pytest
 from tests.lab.cluster import Cluster
 from tests.lab.daemon import Daemon, Event
 from tests.lab.false_alarms import errors
-from tests.lab.faults import Connection, Faults, kill, schedule, strict_firewalls
+from tests.lab.faults import Connection, Faults, kill, strict_firewalls
 from tests.lab.loadgen import Echoes, Job
 from tests.lab.machines import Lab, Machine
-from tests.lab.mix import DRIVER, WAYS, mix, over_rayfwd
+from tests.lab.mix import DRIVER, LANES, WAYS, over_rayfwd
 from tests.lab.process import until
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.alone, pytest.mark.story]
@@ -31,7 +32,6 @@ AGAIN = 2.0
 """Seconds after the return of the path in which data flows again."""
 LANE = 1.0
 """Seconds that the loss of one lane of several may stall anything."""
-LANES = {"w1": 3, "w2": 2}
 OF_W1 = [way for way in WAYS if "w2" not in way]
 """The echoes that only w1's link carries."""
 
@@ -243,14 +243,6 @@ def crawl(rig: Rig, connection: Connection) -> None:
         time.sleep(5)
     finally:
         undo()
-
-
-@pytest.mark.ray
-def test_a_mix(rig: Rig) -> None:
-    cuts = schedule(seed=20261123, cuts=11, workers=["w1", "w2"], longest=8.0)
-    for _ in mix(rig.faults, cuts, slot=4.0, seed=1):
-        rig.job.check()
-    rig.whole()
 
 
 @pytest.mark.ray

@@ -1,10 +1,11 @@
-"""What costs nothing, and what does: restarts that hand over, and faults too large to be ridden
-through, after which all heals without a hand.
+"""What costs nothing, and what does: restarts that hand over, mixed faults, and faults too large to
+be ridden through, after which all heals without a hand.
 
 One cluster. First rayfwd is restarted under a job that counts every call, and hands over what is
 open: no call is lost, no connection is cut. SIGUSR2 restarts the daemon in its place; under systemd
-a restart does the same (tests/systemd). Then machines are rebooted; docs/faults.md says which tasks
-are lost.
+a restart does the same (tests/systemd). Under the same job the links then have every kind of fault
+(test_faults.py has each by itself, and times it). Then machines are rebooted; docs/faults.md says
+which tasks are lost.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import pytest
 
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
-from tests.lab.faults import Faults, strict_firewalls
+from tests.lab.false_alarms import errors
+from tests.lab.faults import Faults, schedule, strict_firewalls
 from tests.lab.loadgen import ECHO, Echoes, Job, listeners
 from tests.lab.machines import Lab
-from tests.lab.mix import DRIVER, WAYS, over_rayfwd
+from tests.lab.mix import DRIVER, LANES, WAYS, mix, over_rayfwd
 from tests.lab.process import until
 
 pytestmark = pytest.mark.timeout(400)
@@ -118,12 +120,32 @@ def test_no_call_is_lost(rig: Rig, names: list[str]) -> None:
 
 
 @pytest.mark.ray
+def test_mixed_faults_cost_no_call_and_no_false_alarm(rig: Rig) -> None:
+    since = time.time()
+    faults = Faults(rig.cluster.lab)
+    cuts = schedule(seed=20261123, cuts=11, workers=["w1", "w2"], longest=8.0)
+    for _ in mix(faults, cuts, slot=4.0, seed=1):
+        rig.job.check()
+    for name, lanes in LANES.items():
+        machine = rig.cluster.lab.machine(name)
+        until(
+            lambda m=machine, n=lanes: len(faults.connections(m)) >= n,  # type: ignore[misc]
+            30,
+            lambda m=machine: f"{m.name}: lanes {faults.connections(m)}{m.lab.tails()}",  # type: ignore[misc]
+        )
+    rig.whole()
+    for daemon in rig.cluster.daemons:
+        ended = daemon.events("session_ended") + daemon.events("not_json")
+        assert not ended, f"{daemon.machine.name}: {ended}"
+    assert errors(rig.cluster.daemons, since) == []
+
+
+@pytest.mark.ray
 def test_every_call_comes_to_its_end(rig: Rig) -> None:
-    rig.job.finish()
-    rig.job.check()
+    counts = rig.job.finish_whole(5)
     rig.echoes.finish()
     assert rig.echoes.failed() == []
-    assert all(rig.job.counts()[kind]["done"] > 10 for kind in ("task", "actor"))
+    assert all(counts[kind]["done"] > 10 for kind in ("task", "actor"))
 
 
 @pytest.mark.ray
