@@ -154,4 +154,4 @@ def test_they_are_removed(many: Lab, head: InFront) -> None:
     for name in CONTAINERS:
         machine = many.machine(name)
         assert machine.run(["find", HOME, "-name", "*rayfwd*"]).stdout == ""
-        assert machine.run(["pgrep", "-fa", "rayfwd"], check=False).stdout == ""
+        assert machine.run(["pgrep", "-u", "ray", "-fa", "rayfwd"], check=False).stdout == ""

@@ -1,6 +1,6 @@
 """`rayfwd add root@…` for a rented container: root without systemd, 64 MB of shared memory.
 
-It is made anew twice under its name. What it writes outside of root's home is in overlays of the
+It is made anew under its name. What it writes outside of root's home is in overlays of the
 machine's own.
 """
 
@@ -99,5 +99,5 @@ def test_nothing_of_it_is_left(head: InFront) -> None:
     assert ran.returncode == 0
     left = machine.run(["find", "/run/disk", "/root", "-type", "f"], user="root").stdout
     assert set(left.split()) <= {"/root/.ssh/authorized_keys", "/root/.bashrc"}
-    assert machine.run(["pgrep", "-fa", "rayfwd|raylet"], user="root", check=False).stdout == ""
+    assert machine.run(["pgrep", "-fa", "rayfwd run|raylet"], user="root", check=False).stdout == ""
     assert plan(head) == []
