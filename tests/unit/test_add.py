@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from asyncio.subprocess import Process
@@ -31,6 +32,7 @@ import asyncssh
 import pytest
 
 from rayfwd import codes
+from rayfwd.cli import add as cli_add
 from rayfwd.cli.many import at_once, summary
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import DialConfig
@@ -169,6 +171,15 @@ def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_no_room_on_the_head_for_what_is_sent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its disk is read-only, and it has no tmpfs."""
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nothing")
+    with pytest.raises(ProblemError) as told:
+        cli_add._space()
+    assert told.value.problem.code is codes.DIRECTORY_UNUSABLE
+    assert "TMPDIR" in told.value.problem.remedy
 
 
 @pytest.mark.parametrize("text", ["-1", "nan", "inf", "soon", "0", "1e400", "9" * 400])
@@ -1143,6 +1154,32 @@ def test_a_machine_that_was_added_by_another_way_is_known_again() -> None:
     )
     assert "run `rayfwd add root@203.0.113.7:41022` for it" in problem.remedy
     assert "use --name w1" in problem.remedy
+
+
+@pytest.mark.parametrize(("host", "up", "shared"), [
+    ("gpu-1", True, False), ("gpu-2", False, False), ("gpu-2", True, True),
+])  # fmt: skip
+def test_a_machine_with_the_home_of_another_one_is_not_taken_for_it(
+    host: str, up: bool, shared: bool
+) -> None:
+    """As in a laboratory, where homes are on NFS. A machine that was made anew may have another
+    host name, too, but then the one before is not there."""
+
+    class Head:
+        def added(self) -> dict[str, dict[str, str]]:
+            return {"gpu-2": {"ssh": "ray@gpu-2"}}
+
+        async def is_up(self, name: str) -> bool:
+            return up
+
+    seen = replace(SEEN, host="gpu-1", made={"wheel": "x", "name": "gpu-2", "host": host})
+    shared_ = SimpleNamespace(head=Head(), names={}, looks={})
+    one = adding._One(cast("adding.Adding", shared_), Host(ssh="ray@gpu-1"), Outcome("gpu-1"))
+    with pytest.raises(ProblemError) as told:
+        asyncio.run(one._name(seen))
+    problem = told.value.problem
+    assert ("several machines have one home there" in problem.cause) == shared
+    assert ("XDG_STATE_HOME" in problem.remedy) == shared
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:

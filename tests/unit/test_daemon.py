@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from rayfwd import codes
+from rayfwd.daemon.resources import lock
+from rayfwd.problems import ProblemError
+
 HEAD = "role = 'head'\nname = 'head'\n"
 WORKER = "role = 'worker'\nname = 'w1'\n[head]\nssh = 'ray@127.0.0.1:{port}'\n"
 NO_RAY = "[ray]\nstart = false\ncommand = 'there-is-none'\nworker_ports = 8\n"
@@ -99,6 +103,43 @@ def test_a_worker_without_a_head_is_not_ready(place: Path, runs: list[Run]) -> N
     written = run.stop()
     assert run.process.returncode == 0
     assert written.count('"ssh_unreachable"') == 1
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from rayfwd.daemon.resources import lock
+place = Path(sys.argv[1])
+with lock(place / "lock", place):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("machine", ["gpu-7", ""])
+def test_who_has_the_state_directory_is_said_where_it_is_another_machine(
+    tmp_path: Path, machine: str
+) -> None:
+    """As of a home on NFS: there is nothing here that could be stopped."""
+    words = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    if machine:
+        if os.geteuid() != 0:
+            pytest.skip("only root gives a process another host name")
+        named = f'hostname {machine}; exec "$@"'
+        words = ["unshare", "--uts", "--", "sh", "-c", named, "sh", *words]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ProblemError) as told, lock(tmp_path / "lock", tmp_path):
+            pass
+        other.stdin.close()
+    problem = told.value.problem
+    assert problem.code is codes.ALREADY_RUNNING
+    assert ("on the machine gpu-7" in problem.cause) == bool(machine)
+    assert ("XDG_STATE_HOME" in problem.remedy) == bool(machine)
+    with lock(tmp_path / "lock", tmp_path):
+        pass
 
 
 def test_only_one_runs_with_one_state_directory(place: Path, runs: list[Run]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rayfwd import codes
 from rayfwd.cli import MistakeError, many
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
 from rayfwd.cli.flags import add_set, duration, given_by
@@ -172,10 +173,21 @@ def _keys_of_ours(more: Mapping[str, Any]) -> Iterator[str]:
             yield f"--set {key}: cannot be set here" + f"; use {option}" * bool(option)
 
 
+def _space() -> tempfile.TemporaryDirectory[str]:
+    """For what is packed here. Raises ProblemError."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="rayfwd-add-")
+    except OSError as exc:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"there is no room here for what is sent: {exc.strerror or exc}",
+            "make room in /tmp, or name another directory in the variable TMPDIR",
+        ) from None
+
+
 async def _add(config: Config, wanted: Sequence[Host], args: argparse.Namespace) -> int:
     """The exit code. Raises ProblemError where this is no head that runs."""
     head = await Head.find(config, control_socket(config))
-    with tempfile.TemporaryDirectory(prefix="rayfwd-add-") as folder:
+    with _space() as folder:
         shipment = await asyncio.to_thread(pack, Path(folder))
         shared = Adding(head, shipment, Path(folder), args.wait_for, many.report)
 

@@ -13,6 +13,7 @@ import tomli_w
 
 from rayfwd import codes
 from rayfwd.config import Config
+from rayfwd.problems import ProblemError
 from rayfwd.system.files import replace_file
 from rayfwd.system.ownership import stranger_in
 from rayfwd.system.paths import RECORD
@@ -103,14 +104,42 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise codes.ALREADY_RUNNING.error(
-                f"another rayfwd is running with state_dir = {state_dir}",
-                "stop it first; or, to have a second cluster here, give this one a name with "
-                "--cluster, or its own state_dir and runtime_dir",
-            ) from None
+            raise _running(state_dir, _holder(descriptor)) from None
+        _sign(descriptor)
         yield
     finally:
         os.close(descriptor)
+
+
+def _sign(descriptor: int) -> None:
+    """Say who holds it, as the directory may be one for several machines."""
+    with contextlib.suppress(OSError):  # a full disk, say
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, os.uname().nodename.encode(), 0)
+        os.fsync(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """The machine of the daemon that does; empty: it has not said."""
+    with contextlib.suppress(OSError):
+        return os.pread(descriptor, 256, 0).decode(errors="replace")
+    return ""
+
+
+def _running(state_dir: Path, machine: str) -> ProblemError:
+    if machine and machine != os.uname().nodename:
+        return codes.ALREADY_RUNNING.error(
+            f"another rayfwd is running with state_dir = {state_dir}, on the machine {machine}, "
+            "which has the same directory (as of a home on NFS)",
+            "give this machine directories of its own: run `export "
+            "XDG_STATE_HOME=~/.local/state/$(uname -n)` in each shell that uses rayfwd here; for "
+            "a file of configuration, set state_dir and runtime_dir",
+        )
+    return codes.ALREADY_RUNNING.error(
+        f"another rayfwd is running with state_dir = {state_dir}",
+        "stop it first; or, to have a second cluster here, give this one a name with "
+        "--cluster, or its own state_dir and runtime_dir",
+    )
 
 
 def raise_descriptor_limit() -> None:

@@ -179,6 +179,8 @@ class _One:
         known = self._head.added()
         before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
         says = (seen.made or {}).get("name")
+        if says in known and not before:
+            await self._check_home_is_its_own(seen, says, known[says].get("ssh", ""))
         usual = before[0] if before else says if says in known else None
         try:
             name = self._host.name or usual or hosts.node_name(seen.host)
@@ -239,6 +241,17 @@ class _One:
                 f"one, which is gone, use --name {name}",
             )
         self._say(f"takes the place of {other}, which is not connected")
+
+    async def _check_home_is_its_own(self, seen: Sight, name: str, other: str) -> None:
+        """Whether that machine, which is connected, has the same home. Raises ProblemError."""
+        host = (seen.made or {}).get("host", seen.host)
+        if host == seen.host or not await self._head.is_up(name):
+            return
+        raise codes.ADD_BLOCKED.error(
+            f"{self._host.ssh} ({seen.host}) has the same {seen.prefix} as {other} ({host}), which "
+            f"is the node {name}: several machines have one home there",
+            there.SHARED_HOME,
+        )
 
     async def _check_it_is_free(self, machine: Machine, seen: Sight, name: str) -> None:
         """Raises ProblemError where it is a node already: under another name, or in the cluster of

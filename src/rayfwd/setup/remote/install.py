@@ -186,7 +186,8 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
 
     Raises ProblemError.
     """
-    target, made = sight.prefix, {"wheel": shipment.digest, "name": name}
+    target = sight.prefix
+    made = {"wheel": shipment.digest, "name": name, "host": sight.host}
     as_here = sight.made is not None and sight.made.get("wheel") == shipment.digest
     if as_here and not sight.broken:
         return False

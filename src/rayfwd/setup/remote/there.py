@@ -48,6 +48,9 @@ HANGS_SECONDS = 30.0
 """Without an answer, after which a daemon is said to hang."""
 LOG = "rayfwd.log"
 """Of a daemon that no service manager has, in its state directory."""
+SHARED_HOME = (
+    "run `rayfwd join` on it instead, after `export XDG_STATE_HOME=~/.local/state/$(uname -n)`"
+)
 OWN_FILE = texts.made_by("rayfwd add")
 """How the file begins that `prepare` writes."""
 LOG_KEPT = 2000
@@ -264,7 +267,10 @@ def _adopt(steps: Sequence[Step], manifest: Manifest, layout: Layout) -> None:
 
 def other_name(name: str) -> str:
     """What to do about a machine that has this name, and was to have another."""
-    return f"use --name {name}; to rename it, run `rayfwd remove {name}` first"
+    return (
+        f"use --name {name}; to rename it, run `rayfwd remove {name}` first; if it is another "
+        f"machine with the same home directory (NFS), {SHARED_HOME}"
+    )
 
 
 def authorize(line: str, name: str) -> bool:
