@@ -86,7 +86,7 @@ def take_away(
     if purge:
         others = list(_of_other_clusters(layout))
         if not dry:
-            remove_tree(layout.state, others)
+            _remove_state(layout, others)
         report("to remove" if dry else "removed", f"{layout.state} (state)")
         for place in others:
             report("kept", f"{place} (of other clusters)")
@@ -103,6 +103,16 @@ def take_away(
     if units_changed and not dry and manager_runs(layout):
         command([*manager(layout), "daemon-reload"])
     return tuple(kept)
+
+
+def _remove_state(layout: Layout, kept: Sequence[Path]) -> None:
+    """Raises ProblemError."""
+    try:
+        remove_tree(layout.state, kept)
+    except (OSError, RecursionError) as exc:
+        raise codes.UNINSTALL_FAILED.error(
+            f"{layout.state} cannot be removed: {exc}", f"remove it by hand: rm -rf {layout.state}"
+        ) from None
 
 
 def _of_other_clusters(layout: Layout) -> Iterator[Path]:

@@ -5,6 +5,7 @@ A dry run, a first run and a second run differ only in whether `do` is called: `
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -13,6 +14,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -374,20 +376,54 @@ def _is_member(entry: Entry) -> bool:
 
 
 def remove_tree(path: Path, kept: Collection[Path] = ()) -> None:
-    """The state of a service that is no more, but for what is `kept` in it; links in it are not
-    followed."""
-    if not path.is_dir() or path.is_symlink():
+    """The state of a service that is no more, but for what is `kept` in it.
+
+    It is that service's user's, who may put links in the place of directories at any moment: each
+    is opened as what it is, from the one above it, and no link is followed. Raises OSError.
+    """
+    try:
+        opened = os.open(path, _DIRECTORY)
+    except OSError:  # it is not there, or is none
         return
-    if not any(path in each.parents for each in kept):
-        shutil.rmtree(path)
-        return
-    for inside in path.iterdir():
+    try:
+        _empty(opened, path, kept)
+    finally:
+        os.close(opened)
+    if not _has_kept(path, kept):
+        path.rmdir()
+
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _empty(directory: int, path: Path, kept: Collection[Path]) -> None:
+    """`directory` is open, and `path` was its name."""
+    for name in os.listdir(directory):
+        inside = path / name
         if inside in kept:
             continue
-        if inside.is_dir() and not inside.is_symlink():
-            remove_tree(inside, kept)
-        else:
-            inside.unlink()
+        try:
+            opened = os.open(name, _DIRECTORY, dir_fd=directory)
+        except (NotADirectoryError, FileNotFoundError):
+            opened = -1
+        except OSError as exc:
+            if exc.errno != errno.ELOOP:
+                raise
+            opened = -1  # a link
+        if opened < 0:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+            continue
+        try:
+            _empty(opened, inside, kept)
+        finally:
+            os.close(opened)
+        if not _has_kept(inside, kept):
+            os.rmdir(name, dir_fd=directory)
+
+
+def _has_kept(path: Path, kept: Collection[Path]) -> bool:
+    return any(path in each.parents for each in kept)
 
 
 def _has(find: Any, name: str) -> bool:
