@@ -35,12 +35,12 @@ def open_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def listening(path: Path, uid: int) -> Iterator[None]:
-    """Another user's process, which says `{}` to everybody."""
+def listening(path: Path, uid: int, answer: bytes = b"{}") -> Iterator[None]:
+    """Another user's process, which says `answer` to everybody."""
     ready, tell = os.pipe()
     if (pid := os.fork()) == 0:
         try:
-            _listen(path, uid, tell)
+            _listen(path, uid, tell, answer)
         finally:
             os._exit(1)
     os.close(tell)
@@ -53,7 +53,7 @@ def listening(path: Path, uid: int) -> Iterator[None]:
         os.waitpid(pid, 0)
 
 
-def _listen(path: Path, uid: int, tell: int) -> None:
+def _listen(path: Path, uid: int, tell: int, answer: bytes) -> None:
     os.closerange(0, tell)
     os.closerange(tell + 1, 1024)
     os.setgroups([])
@@ -67,7 +67,7 @@ def _listen(path: Path, uid: int, tell: int) -> None:
             client, _ = listener.accept()
             with client, contextlib.suppress(OSError):
                 client.recv(4096)
-                client.send(b"{}\n")
+                client.send(answer + b"\n")
 
 
 def test_what_is_ours(tmp_path: Path) -> None:

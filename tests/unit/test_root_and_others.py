@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from rayfwd.cli import VERBS
+from rayfwd.setup.steps import remove_tree
+from tests.unit.other_user import child
 from tests.unit.test_ownership import NEEDS_ROOT, OTHER, listening, open_dir
 
 __all__ = ["open_dir"]
@@ -182,6 +188,77 @@ def test_a_false_daemon_is_asked(open_dir: Path) -> None:
         for verb in ("status", "forget", "canary"):
             for words in WORDS[verb]:
                 check_unharmed(trap, say(trap, words))
+
+
+@NEEDS_ROOT
+def test_what_a_false_daemon_says_of_the_environment_is_no_command_of_roots_shell(
+    open_dir: Path,
+) -> None:
+    trap = lay(open_dir, "head")
+    mark = trap.secret.parent / "mark"
+    told = {
+        "RAY_ADDRESS": f"127.77.0.1:6379'; touch {mark}; '$(touch {mark})",
+        f"A=1; touch {mark}; B": "1",
+        f"x`touch {mark}`": "1",
+        "LD_PRELOAD": "/tmp/theirs.so",
+        "PATH": "/tmp/theirs",
+        "BASH_ENV": "/tmp/theirs.sh",
+    }
+    with listening(trap.top / "run" / "control.sock", OTHER, json.dumps(told).encode()):
+        said = say(trap, ["env"])
+        said_as_json = say(trap, ["env", "--json"])
+    shell = subprocess.run(
+        ["sh", "-c", f'eval "$1"; env; test ! -e {mark}', "sh", said],
+        capture_output=True,
+        check=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert "RAY_ADDRESS=127.77.0.1:6379'" in shell.stdout
+    assert "theirs" not in shell.stdout
+    assert set(json.loads(said_as_json)) == {"RAY_ADDRESS"}
+
+
+SWAPPER = """
+import ctypes, os, sys
+state, other = sys.argv[1:]
+rename, here, exchange = ctypes.CDLL(None).renameat2, -100, 2
+run, link = f"{state}/run", f"{state}/other"
+while True:
+    try:
+        os.makedirs(f"{run}/clusters/x", exist_ok=True)
+        os.symlink(other, link)
+    except OSError:
+        pass
+    for _ in range(40):
+        rename(here, run.encode(), here, link.encode(), exchange)
+"""
+"""Puts a link in the place of a directory, and the directory back, without end."""
+
+
+@NEEDS_ROOT
+def test_what_root_purges_is_never_what_a_link_leads_to(open_dir: Path) -> None:
+    """A directory of the service's user is another whenever that user likes."""
+    state, roots = open_dir / "state", open_dir / "roots"
+    roots.mkdir()
+    for name in ("passwd", "ssh/key", "run/clusters/x/y"):
+        (roots / name).parent.mkdir(parents=True, exist_ok=True)
+        (roots / name).write_text(SECRET)
+    there = sorted(roots.rglob("*"))
+    state.mkdir()
+    os.chown(state, OTHER, OTHER)
+    with child(SWAPPER, state, roots, uid=OTHER) as swapper:
+        try:
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                with suppress(OSError):
+                    remove_tree(state, [state / "run" / "clusters"])
+                assert sorted(roots.rglob("*")) == there
+        finally:
+            os.kill(swapper.pid, signal.SIGKILL)
+    remove_tree(state)
+    assert not state.exists()
+    assert sorted(roots.rglob("*")) == there
 
 
 @NEEDS_ROOT

@@ -13,8 +13,25 @@ import shlex
 
 from rayfwd.cli import OK
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
+from rayfwd.cluster.environment import ADDRESS_VARIABLES, FIXED_VARIABLES, INTERFACE_VARIABLES
 from rayfwd.config import Config
+from rayfwd.ray import token
 from rayfwd.system.control import ask
+
+NAMES = frozenset(
+    {
+        "RAY_ADDRESS",
+        "NO_PROXY",
+        "no_proxy",
+        token.MODE,
+        token.PATH,
+        *INTERFACE_VARIABLES,
+        *ADDRESS_VARIABLES,
+        *FIXED_VARIABLES,
+    }
+)
+"""What a daemon may say here: root's shell may run what this prints, and the daemon is another
+user's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
 def additions(config: Config) -> dict[str, str]:
     """What the running daemon says, without what this environment has. Raises ProblemError."""
-    told = ask(control_socket(config), "environment")
+    answer = ask(control_socket(config), "environment")
+    told = {name: value for name, value in answer.items() if name in NAMES}
     proxies = {
         name: _joined(os.environ.get(name, ""), str(told[name]))
         for name in told
