@@ -216,6 +216,27 @@ def test_plans_without_end(scene: Scene) -> None:
     assert answers["plan_changes"] > 50
 
 
+def test_names_without_end(scene: Scene) -> None:
+    """Each says all that it may, and gives its name back: nothing of it stays."""
+    ports = list(range(40_000, 42_000))
+    with scene.attack(memory=24 * MEGABYTE), scene.attack(scene.worker, memory=24 * MEGABYTE):
+        began = time.monotonic()
+        for turn in range(400):
+            if time.monotonic() - began > 60:
+                break
+            with scene.speaker() as speaker:
+                name = f"gone-{turn}"
+                speaker.join(name, ephemeral=True, features=frozenset({"overlay", "changes"}))
+                speaker.tell({"type": "ray", "phase": "up", "version": None, "python": None})
+                speaker.tell({"type": "open_ports", "anew": True, "opened": ports, "closed": []})
+                told = {"code": "ray_died", "severity": "error", "subject": name, "seen_by": name}
+                speaker.tell(
+                    {"type": "conditions", "conditions": [{**told, "cause": "", "remedy": ""}]}
+                )
+                speaker.send(Kind.CLOSE)
+                speaker.is_cut()
+
+
 def test_streams_whose_other_end_takes_nothing(scene: Scene) -> None:
     """Two names of the attacker's, so that the hub is between them: 314 MB are offered."""
     with (

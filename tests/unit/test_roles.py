@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
-from rayfwd.session.frames import MAX_MESSAGE, Chunk
+from rayfwd.session.frames import MAX_MESSAGE, Chunk, Kind
 from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
@@ -40,6 +41,7 @@ from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
 from rayfwd.watch.conditions import Condition
+from tests.hostile.speaker import Speaker
 from tests.unit import daemons
 from tests.unit.cluster import NETWORK, answer_to, echo, goodbye, hello_of, serving
 from tests.unit.daemons import (
@@ -809,6 +811,49 @@ def test_a_node_for_a_while_gives_its_name_back(tmp_path: Path) -> None:
             assert [r["name"] for r in (await head.ask("status"))["roster"]] == ["head", "w2"]
 
     run(main)
+
+
+def come_and_go(hub: Path, name: str, ports: Sequence[int]) -> None:
+    """A node that says all that it may, and gives its name back."""
+    with Speaker(hub) as speaker:
+        speaker.join(name, ephemeral=True, features=frozenset({CHANGES, OVERLAY}))
+        speaker.tell({"type": "ray", "phase": "up", "version": None, "python": None})
+        speaker.tell({"type": "open_ports", "anew": True, "opened": ports, "closed": []})
+        told = {"code": "ray_died", "severity": "error", "subject": name, "cause": "", "remedy": ""}
+        speaker.tell({"type": "conditions", "conditions": [{**told, "seen_by": name}]})
+        speaker.send(Kind.CLOSE)
+        assert speaker.is_cut()
+
+
+def knowing(word: str, most: int) -> list[type]:
+    """What collections of this process have more than so many texts with that word."""
+    gc.collect()
+
+    def has(item: object) -> bool:
+        parts = item if isinstance(item, tuple) else (item,)
+        return any(isinstance(part, str) and word in part for part in parts)
+
+    found = [it for it in gc.get_objects() if isinstance(it, dict | set | frozenset | list)]
+    return [type(it) for it in found if sum(map(has, list(it))) > most]
+
+
+def test_names_that_come_and_go_leave_nothing(tmp_path: Path) -> None:
+    """Neither on the head nor on another worker: one key may come under any number of them."""
+
+    async def main() -> None:
+        async with started(tmp_path, "w1") as s:
+            hub = s.head.directory / "run/hub.sock"
+            for number in range(30):
+                ports = range(40_000 + number, 40_020 + number)
+                await asyncio.to_thread(come_and_go, hub, f"gone-{number}", list(ports))
+            for daemon in (s.head, s.workers["w1"]):
+                node = daemon.role.node
+                await until(lambda n=node: len(n.view.nodes) == 2)  # type: ignore[misc]
+            await until(lambda: not knowing("gone-", 10), what=lambda: str(knowing("gone-", 10)))
+            status = json.dumps(await s.head.ask("status"))
+            assert "gone-" not in status
+
+    run(main, 60)
 
 
 OLD = RayAuth("token", "old")

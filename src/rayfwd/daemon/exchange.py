@@ -5,6 +5,8 @@ No loop and no socket: `message` gives what is to be sent, `receive` takes what 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from rayfwd.daemon.cuts import Cuts
 from rayfwd.session.messages import Conditions
 from rayfwd.watch import conditions
@@ -22,6 +24,8 @@ class ConditionExchange:
         self._board = board
         self._speaks_for_all = speaks_for_all
         self._cuts = Cuts()
+        self._heard: set[str] = set()
+        """Nodes whose word counts now."""
 
     def message(self) -> Conditions | None:
         """What the others are told of; None: they know already."""
@@ -47,6 +51,7 @@ class ConditionExchange:
     def receive(self, message: Conditions, node: str) -> None:
         """What another node tells; the head tells of all."""
         own, board = self._own, self._board
+        self._heard.add(node)
         findings = conditions.from_message(message, node if self._speaks_for_all else None)
         news = [
             seen
@@ -62,10 +67,20 @@ class ConditionExchange:
         self._put(node, [seen for seen in news if node_of(seen.subject) not in near], quiet=True)
 
     def _put(self, node: str, found: list[Finding], quiet: bool) -> None:
-        watcher = f"{'quiet' if quiet else 'told'}:{node}"
-        self._board.put_all(watcher, found, quiet=quiet)
+        self._board.put_all(_watcher(node, quiet), found, quiet=quiet)
 
     def drop(self, node: str) -> None:
         """Its link is down: what it told of counts no more."""
-        self._put(node, [], quiet=False)
-        self._put(node, [], quiet=True)
+        self._heard.discard(node)
+        for quiet in (False, True):
+            self._board.leave(_watcher(node, quiet))
+
+    def keep(self, nodes: Collection[str]) -> None:
+        """The links of all others are down."""
+        for node in self._heard.difference(nodes):
+            self.drop(node)
+
+
+def _watcher(node: str, quiet: bool) -> str:
+    """As the board knows it."""
+    return f"{'quiet' if quiet else 'told'}:{node}"

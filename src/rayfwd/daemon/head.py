@@ -97,7 +97,7 @@ class HeadRole:
         self._gathering: asyncio.TimerHandle | None = None
         """Until it fires, changes of the hub are gathered."""
         self._known: set[str] = set()
-        """Nodes that were there once."""
+        """Nodes of the roster that were there once."""
         self._sent_in: dict[str, str] = {}
         """The session in which a worker was last sent how Ray is, and all conditions."""
         self._sent_versions: tuple[str | None, str | None] = (None, None)
@@ -354,11 +354,10 @@ class HeadRole:
     def _hub_changed(self) -> None:
         there = {self._node.config.name} | self._here()
         self._dial_back.keep(there)
+        self._node.exchange.keep(there)
         self._known |= there
-        gone = self._known - there
-        for name in gone:
-            self._node.exchange.drop(name)
-        self._node.board.drop(gone, but=(LINK,))
+        self._node.board.drop(self._known - there, but=(LINK,))
+        self._keep_only(there.union(self._hub.nodes))
         self._look_for_interruptions()
         self._ports.settle()
         if (plans := self._roster.plans()) is self.view.nodes:
@@ -367,6 +366,15 @@ class HeadRole:
             self._names.plan_changed()
             self._node.set_view(replace(self.view, nodes=plans))
         self._tell_newcomers()  # what is so now that they are here
+
+    def _keep_only(self, names: set[str]) -> None:
+        """There are no other nodes any more: a cluster may have had any number of names."""
+        self._known &= names
+        self._interruptions.keep(names)
+        self._ports.keep(names)
+        for known in (self._workers_ray, self._sent_in):
+            for name in known.keys() - names:
+                del known[name]
 
     def _look_for_interruptions(self) -> None:
         self._interruptions.sample((plan.name for plan in self.up()), time.time())

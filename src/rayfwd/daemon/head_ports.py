@@ -5,7 +5,7 @@ from it, and of what was dialled there in vain.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from rayfwd.daemon.node import Node
@@ -67,6 +67,12 @@ class HeadPorts:
         if there != self._reached:
             self._reached = there
             self._node.reach_others()
+
+    def keep(self, names: Collection[str]) -> None:
+        """There are no other nodes any more."""
+        self._node.announced.keep(names)
+        for name in self._said_in.keys() - set(names):
+            del self._said_in[name]
 
     def _begin(self, name: str) -> None:
         """Nothing is known of a new session before it says something: its first words may come

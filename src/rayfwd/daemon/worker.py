@@ -346,11 +346,15 @@ class WorkerRole:
 
     def _hear_nodes(self, message: messages.Nodes) -> None:
         """Raises ValueError, as those below do, and nothing has changed then."""
-        self._set_view(replace(self._node.view, nodes=plans_of(message.nodes)))
+        nodes = plans_of(message.nodes)
+        self._node.announced.keep([node.name for node in nodes])
+        self._set_view(replace(self._node.view, nodes=nodes))
 
     def _hear_changes(self, message: messages.NodesChanged) -> None:
         view = self._node.view
         nodes = changed(self._told_nodes, map(NodePlan.from_wire, message.nodes), message.gone)
+        for name in message.gone:
+            self._node.announced.drop(name)
         self._set_view(replace(view, nodes=nodes))
 
     def _hear_versions(self, message: messages.HeadVersions) -> None:

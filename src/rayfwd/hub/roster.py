@@ -479,7 +479,8 @@ class Roster:
             if name not in self._texts or self._texts[name][0] != record:
                 text = json.dumps(record.to_wire(), indent=1)
                 self._texts[name] = record, textwrap.indent(text, "  ")
-        nodes = ",\n".join(self._texts[name][1] for name in records)
+        self._texts = {name: self._texts[name] for name in records}
+        nodes = ",\n".join(text for _, text in self._texts.values())
         text = f'{{\n "schema": {SCHEMA},\n "nodes": [\n{nodes}\n ]\n}}\n'
         try:
             replace_file(self._path, text.encode())

@@ -6,7 +6,7 @@ said nothing, or whose link is not up, nobody knows: any port of it may be open.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from rayfwd.session.messages import MOST_OPEN_PORTS, MOST_PORTS_TOLD, OpenPorts, OpenPortsOf
 
@@ -36,6 +36,16 @@ class Announced:
         if after is not None:
             self._ports[name] = self._last[name] = after
         return after != before
+
+    def drop(self, name: str) -> None:
+        """It is no node any more."""
+        self._ports.pop(name, None)
+        self._last.pop(name, None)
+
+    def keep(self, names: Collection[str]) -> None:
+        """There are no other nodes any more."""
+        for name in self._last.keys() - set(names):
+            self.drop(name)
 
     def forget(self) -> None:
         """Nothing is known any more of what is open now."""
@@ -87,6 +97,8 @@ class PortNews:
             for name, ports in self._now.items()
             if ports != self._told.get(name)
         }
+        # Of a node that is gone nothing is known, and nothing is kept once that was told.
+        self._now = {name: ports for name, ports in self._now.items() if ports is not None}
         self._told = dict(self._now)
         yield from _messages(changes)
 

@@ -69,6 +69,13 @@ class Board:
         before = self._found.get(watcher, {})
         self._replace(watcher, conditions.step(before, found, self._clock(), time.time()))
 
+    def leave(self, watcher: str) -> None:
+        """It finds nothing any more, and nothing is kept of it: watchers come and go with nodes."""
+        if watcher in self._found:
+            self._replace(watcher, {})
+            self._found.pop(watcher, None)
+        self._quiet.discard(watcher)
+
     def drop(self, gone: Collection[str], but: Collection[str] = ()) -> None:
         """These nodes have gone: nothing is said of them any more, but by the watchers named."""
         for watcher, found in list(self._found.items()):

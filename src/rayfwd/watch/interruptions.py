@@ -8,7 +8,7 @@ the table's are (pure: they are passed in).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 MOST_INTERRUPTIONS = 50
 """Interruptions that are kept of a node."""
@@ -28,6 +28,11 @@ class Interruptions:
         for name in self._up - now_up:
             self._went.setdefault(name, deque(maxlen=MOST_INTERRUPTIONS)).append(wall_time)
         self._up = now_up
+
+    def keep(self, names: Collection[str]) -> None:
+        """There are no other nodes any more."""
+        for name in self._went.keys() - set(names):
+            del self._went[name]
 
     def between(self, name: str, begin: float, end: float) -> bool:
         """Whether the node went at that time; so it is taken to have where nothing is known."""
