@@ -229,6 +229,18 @@ def test_a_key_that_names_a_node_is_for_no_other(tmp_path: Path) -> None:
     assert "--name w1" in said
 
 
+@pytest.mark.parametrize(
+    "hello", [hello_of("w2").encode()[:-9], b"", b"[" * 4000, b"SSH-2.0-x\r\n"]
+)
+def test_a_key_that_names_a_node_brings_nothing_of_which_it_is_not_known_whose_it_is(
+    tmp_path: Path, hello: bytes
+) -> None:
+    """The rest of a hello might come when only the hub reads it."""
+    code, said = attach(tmp_path, hello, "--node", "w1")
+    assert code == 1
+    assert said.startswith("rayfwd attach: hello_missing: this SSH key is for the node w1, and")
+
+
 def test_a_key_that_names_a_node_is_for_the_hubs_own_user(tmp_path: Path) -> None:
     code, said = attach(tmp_path, hello_of("w1").encode(), "--node", "w1")
     assert code == 1

@@ -102,6 +102,13 @@ def run(args: argparse.Namespace) -> int:
             )
     if args.node is not None and not args.client:
         begun = hello = _read_hello()
+        if _said_in(begun) is None:
+            # What followed would be the hub's alone to read, and it knows nothing of this line.
+            return _refuse(
+                codes.HELLO_MISSING,
+                f"this SSH key is for the node {args.node}, and no whole hello came with it",
+                "nothing: rayfwd says hello at once, so it was another program",
+            )
         claimed = _node_of(begun)
         if claimed is not None and claimed != args.node:
             return _refuse(
