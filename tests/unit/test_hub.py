@@ -22,7 +22,7 @@ from rayfwd.hub import Hub
 from rayfwd.hub import connection as connection_module
 from rayfwd.hub.pending import MAX_UNGREETED
 from rayfwd.problems import ProblemError
-from rayfwd.session import messages
+from rayfwd.session import checks, messages
 from rayfwd.session.events import Parked, Resumed, SessionEnded
 from rayfwd.session.frames import Kind, encode
 from rayfwd.session.handshake import Hello, Refusal, Welcome
@@ -407,6 +407,51 @@ with socket.socket(socket.AF_UNIX) as sock:
             said = await asyncio.to_thread(self.as_nobody, hub.socket.path)
             await hub.close("over")
             assert said.strip() == b"PermissionError"
+
+        run_in_real_time(main)
+
+    STALLER = """
+import os, socket, sys, time
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+near, into = os.pipe()
+out, far = os.pipe()
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    socket.send_fds(sock, [bytes.fromhex(sys.argv[2])], [near, far])
+    taken = sock.recv(1) == bytes(1)
+    os.set_blocking(far, True)
+    os.set_blocking(near, True)
+    os.write(into, bytes.fromhex(sys.argv[3]))
+    if taken:
+        os.read(out, 30000)
+    time.sleep(3)
+print(taken)
+"""
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+    def test_a_named_user_cannot_make_the_hub_wait(self, open_directory: Path) -> None:
+        """By descriptors that are passed, and made ones that wait afterwards."""
+        check = checks.first_question(hello_of("slow"))
+        ask = checks.talk({"ask": "send", "bytes": checks.MOST_FILLER})
+
+        async def main() -> None:
+            hub = self.hub(open_directory, ("nobody",))
+            await hub.start()
+            words = [str(hub.socket.path), check.hex(), ask.hex()]
+            child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", self.STALLER, *words), stdout=subprocess.PIPE
+            )
+            turned = asyncio.get_running_loop().time()
+            longest = 0.0
+            ended = asyncio.create_task(child.communicate())
+            while not ended.done():
+                await asyncio.sleep(0.01)
+                now = asyncio.get_running_loop().time()
+                longest, turned = max(longest, now - turned), now
+            out, _ = ended.result()
+            await hub.close("over")
+            assert longest < 1.0, f"the loop stood for {longest} s"
+            assert out == b"False\n"
 
         run_in_real_time(main)
 

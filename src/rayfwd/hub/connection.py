@@ -212,10 +212,14 @@ class HubConnection(asyncio.Protocol):
 
     def _take_pipes(self, waiting: asyncio.Transport) -> None:
         """Where `rayfwd attach` passes what it was given by sshd, go on over that. It waits at its
-        end of the socket, and whichever of the two ends takes the other with it."""
+        end of the socket, and whichever of the two ends takes the other with it.
+
+        Of our own user and root alone: whoever has a descriptor as well may make it one that waits
+        at any moment, and then all of this process would."""
         sock = waiting.get_extra_info("socket")
         pipes = self._passed.pop(sock.fileno(), []) if sock is not None else []
-        if len(pipes) != passing.MOST or not all(map(passing.is_stream, pipes)):
+        ours = self.uid in {0, os.geteuid()}
+        if len(pipes) != passing.MOST or not (ours and all(map(passing.is_stream, pipes))):
             passing.close_all(pipes)
             return
         waiting.write(TAKEN)
