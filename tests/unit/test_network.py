@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.messages import MOST_OPEN_PORTS, OpenPorts, OpenPortsOf, encode
 from rayfwd.system.control import ask
 from rayfwd.system.sockdiag import ListeningSocket
+from tests.unit.other_user import OTHER, child, needs_root
 
 RULES = Rules(
     interface="rayfwd0",
@@ -428,6 +430,32 @@ class Standing:
     def down(self) -> None:
         self.now = None
         self.said.append("down")
+
+
+@needs_root
+def test_no_other_user_keeps_a_keeper_from_its_interface(tmp_path: Path) -> None:
+    """Who has made the name that would be its, listening or not; root's own keeper does."""
+    name = "rayfwd-test0"
+    script = f"""
+with socket.socket(socket.AF_UNIX) as s:
+    s.bind("\\0rayfwd-overlay-{name}")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+    def keeper() -> OverlayKeeper:
+        return OverlayKeeper(tmp_path / "keeper.sock", name, until_eof=True)
+
+    with child(script, uid=OTHER) as stranger:
+        assert stranger.says() == "held"
+        with closing(keeper()._claim()):
+            with pytest.raises(ProblemError) as caught:
+                keeper()._claim()
+            assert caught.value.problem.code == codes.OVERLAY_IMPOSSIBLE
+        keeper()._claim().close()
+    with closing(keeper()._claim()), pytest.raises(ProblemError):
+        keeper()._claim()
+    keeper()._claim().close()
 
 
 @dataclass

@@ -21,6 +21,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
+import secrets
 import signal
 import socket
 from collections.abc import Sequence
@@ -37,6 +39,7 @@ from rayfwd.system.control import ControlServer
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.restart_job import being_restarted
+from rayfwd.system.sockdiag import SockDiag
 
 LEFT_SECONDS = 30.0
 """Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
@@ -88,17 +91,31 @@ class OverlayKeeper:
         """As a child: nobody else's child makes this interface here. The name is of this network
         namespace, and free when the process has ended. Raises ProblemError."""
         claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if self._until_eof:
-            try:
-                claim.bind(f"\0rayfwd-overlay-{self._interface}")
-            except OSError as exc:
-                claim.close()
-                raise codes.OVERLAY_IMPOSSIBLE.error(
-                    f"another rayfwd on this machine uses the interface {self._interface}",
-                    "set network.interface and network.port to other values in the file "
-                    "of one of them",
-                ) from exc
+        if not self._until_eof:
+            return claim
+        name = f"\0rayfwd-overlay-{self._interface}"
+        try:
+            self._bind(claim, name)
+            if _is_claimed(name, claim):
+                raise FileExistsError
+        except OSError as exc:
+            claim.close()
+            raise codes.OVERLAY_IMPOSSIBLE.error(
+                f"another rayfwd on this machine uses the interface {self._interface}",
+                "set network.interface and network.port to other values in the file of one of them",
+            ) from exc
         return claim
+
+    @staticmethod
+    def _bind(claim: socket.socket, name: str) -> None:
+        """Raises OSError where another keeper has it."""
+        try:
+            claim.bind(name)
+        except OSError:
+            if _is_claimed(name, claim):
+                raise
+            # Any user can make the name, and none of them makes an interface.
+            claim.bind(f"{name}-{secrets.token_hex(8)}")
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -284,6 +301,23 @@ class OverlayKeeper:
                 f"port {low[0]}, and ports below {LOWEST_PORT} are not allowed", "choose another"
             )
         return rules
+
+
+def _is_claimed(name: str, own: socket.socket) -> bool:
+    """Whether another socket of root's or of this user's has the name, or one that is had where a
+    stranger had it. True too where the kernel does not say whose they are."""
+    wanted, inode = os.fsencode(name), os.fstat(own.fileno()).st_ino
+    try:
+        with closing(SockDiag()) as diag:
+            found = diag.unix_listeners(too=True)
+    except OSError:
+        return own.getsockname() in {"", b""}
+    return any(
+        other.uid in {0, os.geteuid(), None}
+        and other.inode != inode
+        and re.fullmatch(re.escape(wanted) + b"(-[0-9a-f]{16})?", other.name)
+        for other in found
+    )
 
 
 def _refused(cause: str, remedy: str) -> ProblemError:

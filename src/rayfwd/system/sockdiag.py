@@ -22,7 +22,7 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
-_TCP_LISTEN = 10
+_TCP_CLOSE, _TCP_LISTEN = 7, 10
 _ANY_STATE = 0xFFFFFFFF
 _NLMSGHDR = struct.Struct("=IHHII")
 """length, type, flags, sequence number, port id"""
@@ -86,7 +86,7 @@ class ListeningSocket(NamedTuple):
 
 
 class UnixListener(NamedTuple):
-    """A Unix socket that listens."""
+    """A Unix socket that listens, or may come to."""
 
     name: bytes
     """Its path; of an abstract one it begins with a zero byte."""
@@ -154,15 +154,18 @@ class SockDiag:
                 found.append(ListeningSocket(text, port, uid, inode, any(only)))
         return found
 
-    def unix_listeners(self) -> list[UnixListener]:
-        """Every Unix socket that listens and has a name. Raises OSError."""
+    def unix_listeners(self, too: bool = False) -> list[UnixListener]:
+        """Every Unix socket that listens and has a name; `too`: those as well that have a name and
+        do not listen. Raises OSError."""
         family, show = socket.AF_UNIX, _SHOW_NAME | _SHOW_UID
-        request = _UNIX_REQUEST.pack(family, 0, 1 << _TCP_LISTEN, 0, show, _ANY_COOKIE)
+        states = {_TCP_LISTEN, _TCP_CLOSE} if too else {_TCP_LISTEN}
+        mask = sum(1 << state for state in states)
+        request = _UNIX_REQUEST.pack(family, 0, mask, 0, show, _ANY_COOKIE)
         found = []
         for message in self._asked(request, _NLM_F_DUMP):
             _, _, state, inode, _ = _UNIX_MESSAGE.unpack_from(message)
             about = dict(_attributes(message, _UNIX_MESSAGE.size))
-            if state == _TCP_LISTEN and _UNIX_NAME in about:
+            if state in states and _UNIX_NAME in about:
                 uid = about.get(_UNIX_UID)
                 number = None if uid is None else struct.unpack_from("=I", uid)[0]
                 found.append(UnixListener(about[_UNIX_NAME], number, inode))
