@@ -87,6 +87,38 @@ def test_an_agent_full_of_other_keys(
         run(main)
 
 
+@pytest.mark.parametrize("word", ["yes", "AGENT"])
+def test_no_agent_is_lent_to_the_machine_that_is_dialled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Whatever the configuration says: whoever is root there could log in elsewhere with it."""
+
+    async def main(agent: Path, key: str) -> None:
+        sshd = RealSshd(tmp_path / "sshd")
+        sshd.authorize(key)
+        # The shell may do much in its own home.
+        await sshd.start("MaxAuthTries 20", f"SetEnv HOME={tmp_path}")
+        (tmp_path / "known_hosts").write_text(sshd.known_hosts_line())
+        lent = f"ForwardAgent {word.replace('AGENT', str(agent))}\n"
+        named = "" if word == "yes" else f"IdentityFile {tmp_path}/other3\n"
+        (tmp_path / "ssh_config").write_text(lent + named)
+        known, config = tmp_path / "known_hosts", tmp_path / "ssh_config"
+        connector = SshConnector(HeadConfig(ssh=sshd.target, known_hosts=known, ssh_config=config))
+        try:
+            connection = await connector.connect()
+            said = await connection.run("echo at=$SSH_AUTH_SOCK", check=True)
+            connection.close()
+            await connection.wait_closed()
+        finally:
+            connector.close()
+            await sshd.stop()
+        assert said.stdout == "at=\n"
+
+    with agent_with_other_keys(tmp_path) as agent:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(agent))
+        run(lambda: main(agent, (tmp_path / "other3.pub").read_text().strip()))
+
+
 def test_the_agents_keys_come_after_one_that_is_named_and_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,6 +192,7 @@ def _options(
         password_auth=True,
         kbdint_auth=True,
         compression_algs=None,
+        agent_forwarding=False,  # whatever the configuration has (ForwardAgent)
     )
     options = canonicalized(options)
     keys, agent = _keys_and_agent(head, options, is_head)
