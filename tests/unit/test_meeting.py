@@ -6,11 +6,12 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 import pytest
@@ -19,7 +20,13 @@ from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
 from rayfwd.transport.meeting import Meeting
-from rayfwd.transport.ownssh import KEY_FILE, OwnSsh
+from rayfwd.transport.ownssh import (
+    KEY_FILE,
+    LOGINS_AT_ONCE,
+    MOST_SESSIONS,
+    MOST_TRIES,
+    OwnSsh,
+)
 from rayfwd.transport.ssh import SshConnector
 from tests.need import tool
 from tests.unit.loops import closing, log_events, of, run, until
@@ -356,6 +363,16 @@ async def run_there(head: HeadConfig, given: bytes | None = None) -> asyncssh.SS
     return ran
 
 
+class Noted(asyncio.Protocol):
+    """Notes its connection."""
+
+    def __init__(self, made: list[asyncio.Transport]) -> None:
+        self._made = made
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._made.append(cast(asyncio.Transport, transport))
+
+
 class TestWithoutSshd:
     def test_it_leads_to_the_hub_and_nowhere_else(self, tmp_path: Path) -> None:
         async def main() -> None:
@@ -481,6 +498,77 @@ class TestWithoutSshd:
                 connection.close()
                 await connection.wait_closed()
                 connector.close()
+
+        run(main)
+
+    def test_who_tries_one_key_after_the_other_is_cut(self, tmp_path: Path) -> None:
+        """Before a login nobody is to cost this process much."""
+
+        async def main() -> None:
+            looked = []
+
+            class Counting(OwnSsh):
+                def allowed(self, user: str, key: asyncssh.SSHKey) -> Mapping[str, object] | None:
+                    looked.append(key)
+                    return super().allowed(user, key)
+
+            own = Counting(tmp_path, tmp_path / "hub.sock", tmp_path / "authorized_keys")
+            keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(40)]
+
+            async def come(place: tuple[str, int]) -> None:
+                options = {"known_hosts": None, "config": None, "agent_path": None}
+                await asyncssh.connect(*place, username="x", client_keys=keys, **options)
+
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                listening.setblocking(False)
+                coming = asyncio.create_task(come(listening.getsockname()))
+                sock, _ = await asyncio.get_running_loop().sock_accept(listening)
+            serving = asyncio.create_task(own._serve(sock))
+            with pytest.raises((asyncssh.Error, OSError)):
+                await coming
+            await serving
+            assert len(looked) == MOST_TRIES
+
+        run(main)
+
+    def test_a_flood_of_connections_waits_for_its_turn(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            own = OwnSsh(tmp_path, tmp_path / "hub.sock")
+            refused = 0
+            for _ in range(3 * LOGINS_AT_ONCE):
+                made: list[asyncio.Transport] = []
+                try:
+                    await own.connect(lambda to=made: Noted(to))  # type: ignore[misc]
+                except OSError:
+                    refused += 1
+                for transport in made:
+                    transport.abort()
+                await asyncio.sleep(0)
+            assert refused > LOGINS_AT_ONCE
+            own.close()
+
+        run(main)
+
+    def test_a_connection_has_no_more_commands_than_with_sshd(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with own_site(tmp_path) as s:
+                key = s.at_head.public_key
+                s.authorized.write_text(f'restrict,command="exec cat" {key}\n')
+                connector = SshConnector(s.head)
+                connection = await connector.connect()
+                held = [
+                    await connection.create_process("x", encoding=None)
+                    for _ in range(MOST_SESSIONS)
+                ]
+                with pytest.raises(asyncssh.ChannelOpenError):
+                    await connection.create_process("rayfwd attach")
+                held[0].close()
+                await held[0].wait_closed()
+                await connection.create_process("rayfwd attach", encoding=None)
+                connection.close()
+                await connection.wait_closed()
+                connector.close()
+                await until(lambda: not _children_called("cat"), 10)
 
         run(main)
 

@@ -20,6 +20,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd import codes
+from rayfwd.system.budget import Budget
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.users import user_name
 from rayfwd.transport.passage import Passage
@@ -34,6 +35,13 @@ LAST_WORDS = 1.0
 its may hold that open."""
 MOST_LOGINS = 32
 """Connections that have not logged in yet; one more is closed at once."""
+LOGINS_AT_ONCE, LOGINS_A_SECOND = 64, 10
+"""Connections that may come at once, and then: each costs this process some milliseconds."""
+MOST_TRIES = 12
+"""Questions whether a key may log in, of one connection: each key may be asked for twice. After six
+keys sshd ends a connection (MaxAuthTries)."""
+MOST_SESSIONS = 10
+"""Of one connection, each of which runs a command; as sshd has it (MaxSessions)."""
 
 
 class OwnSsh:
@@ -45,6 +53,7 @@ class OwnSsh:
         self.hub = hub
         self._authorized = authorized
         self._logging_in = 0
+        self._logins = Budget(LOGINS_AT_ONCE, LOGINS_A_SECOND, time.monotonic)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -54,8 +63,8 @@ class OwnSsh:
 
     async def connect(self, factory: Callable[[], asyncio.Protocol]) -> None:
         """Join that protocol to a server of ours. Raises OSError."""
-        if self._logging_in >= MOST_LOGINS:
-            raise OSError(f"{self._logging_in} others are logging in")
+        if self._logging_in >= MOST_LOGINS or not self._logins.take():
+            raise OSError("too many others are logging in")
         near, far = socket.socketpair()
         task = asyncio.create_task(self._serve(far), name="own ssh")
         self._tasks.add(task)
@@ -115,7 +124,12 @@ class Login(asyncssh.SSHServer):
         self._home = home
         self._user = ""
         self._key: asyncssh.SSHKey | None = None
+        self._connection: asyncssh.SSHServerConnection | None = None
+        self._tries = self._sessions = 0
         self.options: Mapping[str, object] = {}
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connection = conn
 
     def begin_auth(self, username: str) -> bool:
         self._user = username
@@ -125,12 +139,20 @@ class Login(asyncssh.SSHServer):
         return True
 
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
-        found = self._home.allowed(username, key)
+        self._tries += 1
+        if self._tries > MOST_TRIES:
+            if self._connection is not None:
+                self._connection.abort()
+            return False
+        return self._is_allowed(username, key)
+
+    def _is_allowed(self, user: str, key: asyncssh.SSHKey) -> bool:
+        found = self._home.allowed(user, key)
         self._key, self.options = key, found or {}
         return found is not None
 
     def _still_allowed(self) -> bool:
-        return self._key is not None and self.validate_public_key(self._user, self._key)
+        return self._key is not None and self._is_allowed(self._user, self._key)
 
     @property
     def command(self) -> list[str]:
@@ -142,7 +164,13 @@ class Login(asyncssh.SSHServer):
 
     def session_requested(self) -> Command | bool:
         """False: refused."""
-        return self._still_allowed() and Command(self.command)
+        if self._sessions >= MOST_SESSIONS or not self._still_allowed():
+            return False
+        self._sessions += 1
+        return Command(self.command, self._session_over)
+
+    def _session_over(self) -> None:
+        self._sessions -= 1
 
     def unix_connection_requested(self, dest_path: str) -> bool:
         """True: AsyncSSH connects to it."""
@@ -157,9 +185,10 @@ class Login(asyncssh.SSHServer):
 class Command(Passage, asyncssh.SSHServerSession[bytes]):
     """A session: a command, joined to the channel by one socket for its input and output."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], on_end: Callable[[], None]) -> None:
         super().__init__(self._start, lambda why: None)
         self._words = command
+        self._on_end = on_end
         self._asked = ""
         self._child: asyncio.SubprocessTransport | None = None
         self._complains = True
@@ -201,6 +230,7 @@ class Command(Passage, asyncssh.SSHServerSession[bytes]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._on_end()
         if self._last_words is not None:
             self._last_words.cancel()
         if self._child is not None:
