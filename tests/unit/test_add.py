@@ -924,6 +924,55 @@ def test_a_machine_that_hangs_after_its_login_is_said_to_and_how_far_it_came(
     run(main_)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ["{}", "[]", "7", "null", '{"ray": null, "ways": []}', '{"ray": 1, "versions": 2, "ways": 3}'],
+)
+def test_an_answer_that_makes_no_sense_is_that_machines_alone(tmp_path: Path, answer: str) -> None:
+    """It was added once, and somebody else has it now. The other machines go on."""
+    there_ = tmp_path / "there"
+    (there_ / "bin").mkdir(parents=True)
+    (there_ / sight.MARKER).write_text('{"wheel": "w", "name": "gpu-1"}')
+    python = there_ / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho '{{\"result\": {answer}}}'\n")
+    python.chmod(0o755)
+
+    async def nothing(*_: object) -> list[Any]:
+        return []
+
+    head = SimpleNamespace(
+        ray=None,
+        config=SimpleNamespace(name="head"),
+        added=dict,
+        remember=lambda *_: None,
+        is_up=nothing,
+        ways=nothing,
+    )
+    shared = SimpleNamespace(
+        head=head, shipment=SimpleNamespace(digest="w"), names={}, report=lambda *_: None
+    )
+
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            outcome = Outcome(it.host.ssh)
+            host = replace(it.host, name="gpu-1", prefix=str(there_))
+            await adding.add(cast("adding.Adding", shared), host, outcome)
+            assert outcome.problem is not None
+            problem = outcome.problem.problem
+            assert problem.code in {codes.ADD_FAILED, codes.RAY_NOT_FOUND}
+            if problem.code is codes.ADD_FAILED:
+                assert "gives an answer that makes no sense" in problem.cause
+
+    run(main_)
+
+
+def test_where_a_machine_says_that_it_is_reached_from_is_an_address_or_nothing() -> None:
+    head = here.Head(cast("Any", SimpleNamespace()), Path("/nowhere"))
+    assert head._candidates("192.0.2.1")[0].endswith("@192.0.2.1")
+    for told in ("", "a b", "-oProxyCommand=x", "evil.example.org", "192.0.2.1/24", "::1"):
+        assert not any(told and told in place for place in head._candidates(told))
+
+
 def test_a_call_that_hangs_is_no_broken_installation(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(SLOW_DISK)

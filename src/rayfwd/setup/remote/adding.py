@@ -89,6 +89,8 @@ async def add(all_: Adding, host: Host, outcome: Outcome) -> None:
         outcome.problem = exc
     except Failed as exc:
         outcome.problem = codes.ADD_FAILED.error(f"{host.ssh}: {exc}", exc.remedy)
+    except MAKES_NO_SENSE as exc:
+        outcome.problem = makes_no_sense(host.ssh, exc)
     finally:
         one.close()
     outcome.seconds = time.monotonic() - began
@@ -441,6 +443,20 @@ class _One:
                     raise not_ready(name, now - began, how)
             await asyncio.sleep(POLL_SECONDS)
         self._say("in the cluster" + ", with its Ray" * self._starts_ray)
+
+
+MAKES_NO_SENSE = (LookupError, TypeError, ValueError, AttributeError)
+"""What it comes to where a machine answers, but not as its rayfwd would: no other machine is to
+suffer for that."""
+
+
+def makes_no_sense(machine: str, exc: Exception) -> ProblemError:
+    """That it has answered so."""
+    return codes.ADD_FAILED.error(
+        f"{machine} gives an answer that makes no sense: {exc!r}",
+        "run the same command again; if nothing changes, remove what `rayfwd add` has made there "
+        "(`rayfwd remove`), and see who has changed that machine",
+    )
 
 
 def no_answer_yet() -> str:

@@ -118,7 +118,7 @@ class Head:
     async def ways(self, host: Host, seen_as: str) -> list[Way]:
         """Those by which that machine may reach this one's sshd, the likeliest first.
 
-        `seen_as`: the address that our connection comes from, as seen there.
+        `seen_as`: the address that our connection comes from, as that machine says.
         """
         names = [host.head] if host.head is not None else self._candidates(seen_as)
         found = await asyncio.gather(*map(own_host_key, names))
@@ -126,7 +126,7 @@ class Head:
 
     def _candidates(self, seen_as: str) -> list[str]:
         port = _own_port()
-        places = [seen_as, *_own_addresses(), socket.getfqdn()]
+        places = [*filter(_is_address, [seen_as]), *_own_addresses(), socket.getfqdn()]
         suffix = "" if port == 22 else f":{port}"
         named = [place for place in places if place and ":" not in place and place != "localhost"]
         return [f"{self.user}@{place}{suffix}" for place in dict.fromkeys(named)][:CANDIDATES]
@@ -219,6 +219,14 @@ def _is_own(host: str) -> bool:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind((str(address), 0))
     except OSError:
+        return False
+    return True
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.IPv4Address(text)
+    except ValueError:
         return False
     return True
 

@@ -10,7 +10,14 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.setup.remote import install, there
-from rayfwd.setup.remote.adding import Outcome, Report, look, no_answer_yet
+from rayfwd.setup.remote.adding import (
+    MAKES_NO_SENSE,
+    Outcome,
+    Report,
+    look,
+    makes_no_sense,
+    no_answer_yet,
+)
 from rayfwd.setup.remote.here import Head
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.ssh import Failed, Machine
@@ -52,6 +59,8 @@ async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Out
         outcome.problem = exc
     except Failed as exc:
         outcome.problem = codes.ADD_FAILED.error(f"{text}: {exc}", exc.remedy)
+    except MAKES_NO_SENSE as exc:
+        outcome.problem = makes_no_sense(text, exc)
     outcome.seconds = time.monotonic() - began
 
 
