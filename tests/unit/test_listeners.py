@@ -25,7 +25,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.system import descriptors
 from rayfwd.transport.connector import DIAL_TIMEOUT, LocalConnector
-from rayfwd.transport.listeners import RETRY_LAST, Listeners, listeners_for
+from rayfwd.transport.listeners import OPENED_AT_ONCE, RETRY_LAST, Listeners, listeners_for
 from rayfwd.transport.relay import SocketRelay
 from tests.unit.cluster import (
     Cluster,
@@ -556,6 +556,23 @@ def test_what_a_program_elsewhere_has_opened_is_there_with_the_news_of_it() -> N
         assert [line["new"] for line in of(log, "listeners_open")] == [2, 1]
 
     run(main)
+
+
+def test_others_may_be_wanted_while_many_are_opened() -> None:
+    """A node may announce two thousand ports, and be gone a moment later."""
+    places = [free_place() for _ in range(3 * OPENED_AT_ONCE)]
+
+    async def main() -> None:
+        async with listeners_at_work() as listeners:
+            listeners.set_wanted({place: place for place in places})
+            while listeners.open < OPENED_AT_ONCE:
+                await asyncio.sleep(0)
+            assert listeners.open < len(places)
+            listeners.set_wanted({places[0]: places[0]})
+            await until(lambda: listeners.open == 1, what="it has ended")
+            assert listeners.is_open(places[0])
+
+    run_in_real_time(main)
 
 
 def test_listeners_that_are_no_longer_wanted_are_closed() -> None:

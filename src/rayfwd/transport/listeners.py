@@ -236,8 +236,8 @@ class Listeners:
         for listen in list(self._wanted):
             if self._left:
                 return
-            if listen in self._open:
-                continue
+            if listen in self._open or listen not in self._wanted:
+                continue  # others are wanted since the last turn
             try:
                 if len(self._open) >= descriptors.for_listeners():
                     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
