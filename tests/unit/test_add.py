@@ -104,7 +104,7 @@ SENT = Shipment(
 def test_a_hosts_file(tmp_path: Path) -> None:
     path = tmp_path / "hosts.txt"
     path.write_text(
-        "# ours\n\nray@gpu-1\nroot@203.0.113.7:41022 --name rented-7 --via head  # theirs\n"
+        "# ours\n\nray@gpu-1\nroot@203.0.113.7 -p 41022 --name rented-7 --via head  # theirs\n"
     )
     one, two = hosts.read(path, USUAL)
     assert (one.ssh, one.via, one.ray, one.name) == ("ray@gpu-1", "worker", True, None)
@@ -134,6 +134,8 @@ def test_a_hosts_file_of_windows_and_paths_in_one(
     [
         ("ray@", "hosts.txt:1: ray@: must be user@host"),
         ("ray@gpu-1:0", "must be user@host"),
+        ("ray@gpu-1 -p 70000", "must be user@host"),
+        ("ray@gpu-1:22 -p 2222", "hosts.txt:1: --port 2222: ray@gpu-1:22 already has a port"),
         ("ray@gpu-1 --via sideways", "hosts.txt:1: argument --via: invalid choice"),
         ("ray@gpu-1 ray@gpu-2", "unrecognized arguments: ray@gpu-2"),
         ("ray@gpu-1 --name head", "another name on a worker"),
@@ -166,6 +168,8 @@ def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         (["add", "-f", str(tmp_path / "none")], "none: No such file or directory"),
         (["add", "-f", str(path), "--name", "x"], "--name: is for one machine"),
         (["add", "ray@a", "ray@b", "--name", "x"], "--name: is for one machine"),
+        (["add", "ray@a:22", "-p", "2222"], "--port 2222: ray@a:22 already has a port"),
+        (["add", "-f", str(path), "-p", "2222"], "--port: is for machines of the command line"),
         (["remove", "w1", "--jobs", "-1"], "--jobs -1: must be at least 1"),
         (["remove"], "give a NAME, or a file of machines with -f"),
     ):
@@ -187,6 +191,22 @@ def test_a_time_to_wait_is_one(text: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["add", "ray@a", f"--wait-for={text}"])
     assert "must be a time, as in 90, 45m, 2h or 1d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ssh_", "reached"),
+    [
+        ("root@203.0.113.7", "root@203.0.113.7:41022"),
+        ("rented", "rented:41022"),
+        ("root@2001:db8::7", "root@[2001:db8::7]:41022"),
+        ("root@[2001:db8::7]", "root@[2001:db8::7]:41022"),
+    ],
+)
+def test_a_port_as_ssh_takes_it(ssh_: str, reached: str) -> None:
+    """Whoever rents out a machine shows `ssh -p 41022 root@203.0.113.7`."""
+    assert hosts.at_port(ssh_, 41022) == reached
+    assert hosts.at_port(ssh_, None) == ssh_
+    assert Host(ssh=reached).way().ssh_target()[2] == 41022
 
 
 @pytest.mark.parametrize(

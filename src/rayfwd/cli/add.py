@@ -50,9 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     many.add_arguments(
         parser,
-        "a file of machines, one per line: USER@HOST[:PORT], then its own --name, --via, "
+        "a file of machines, one per line: USER@HOST[:PORT], then its own --port, --name, --via, "
         "--ray, --ray-command, --identity, --known-hosts, --fingerprint, --prefix or --head; "
         "# begins a comment",
+    )
+    parser.add_argument(
+        "-p",
+        "--port",
+        metavar="PORT",
+        type=int,
+        help="the SSH port, where USER@HOST has none (in a file, each line may have its own)",
     )
     parser.add_argument(
         "--name", help="the node's name in the cluster (default: the machine's host name)"
@@ -143,12 +150,15 @@ def _hosts(args: argparse.Namespace) -> list[Host]:
     wrong: list[str] = []
     if args.name is not None and (len(args.machines) != 1 or args.file is not None):
         wrong.append("--name: is for one machine; in a file, each line may have its own")
+    if args.port is not None and not args.machines:
+        wrong.append("--port: is for machines of the command line; each line may have its own")
     wrong += _keys_of_ours(more)
     try:
         parse(
             {"role": "worker", "name": "a", **more, "head": {"ssh": "head", **more.get("head", {})}}
         )
-        named = [replace(usual, ssh=ssh, name=args.name) for ssh in args.machines]
+        places = [hosts.at_port(ssh, args.port) for ssh in args.machines]
+        named = [replace(usual, ssh=ssh, name=args.name) for ssh in places]
         found = [hosts.checked(host) for host in named]
         if args.file is not None:
             found += hosts.read(args.file, usual)

@@ -19,6 +19,7 @@ from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import config_path, load_config
 from rayfwd.client import Client
 from rayfwd.config import Config, ConfigError, LogConfig, parse
+from rayfwd.setup.remote.hosts import at_port
 from rayfwd.system import logs
 from rayfwd.system.malloc import keep_freed
 from rayfwd.transport.tracing import tracing
@@ -183,16 +184,10 @@ def with_port(verb: str, head: str | None, port: int | None) -> str:
     """The head of `--port`. Raises MistakeError."""
     if head is None:
         raise MistakeError([f"rayfwd {verb}: --port: needs the head as well"])
-    if port is None:
-        return head
-    host = head.rpartition("@")[2]
-    if host.startswith("[") and host.endswith("]"):
-        return f"{head}:{port}"
-    if host.count(":") > 1:  # an IPv6 address
-        return f"{head.removesuffix(host)}[{host}]:{port}"
-    if ":" in host:
-        raise MistakeError([f"rayfwd {verb}: --port {port}: {head} already has a port"])
-    return f"{head}:{port}"
+    try:
+        return at_port(head, port)
+    except ValueError as exc:
+        raise MistakeError([f"rayfwd {verb}: {exc}"]) from None
 
 
 def _forward(text: str) -> dict[str, str]:

@@ -69,6 +69,7 @@ class _Parser(argparse.ArgumentParser):
 def _line_parser() -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("ssh")
+    parser.add_argument("--port", "-p", type=int)
     parser.add_argument("--name")
     parser.add_argument("--via", choices=VIAS)
     parser.add_argument("--ray", action="store_true", default=None)
@@ -112,7 +113,20 @@ def of_words(words: Sequence[str], usual: Host) -> Host:
     for key in ("identity", "known_hosts"):
         if key in given:
             given[key] = absolute(given[key])
+    given["ssh"] = at_port(given["ssh"], given.pop("port", None))
     return checked(replace(usual, **given))
+
+
+def at_port(ssh: str, port: int | None) -> str:
+    """USER@HOST with the port of an option. Raises ValueError where it has one."""
+    if port is None:
+        return ssh
+    host = ssh.rpartition("@")[2]
+    if host.count(":") > 1 and not host.startswith("["):  # an IPv6 address
+        return f"{ssh.removesuffix(host)}[{host}]:{port}"
+    if ":" in host and not host.endswith("]"):
+        raise ValueError(f"--port {port}: {ssh} already has a port")
+    return f"{ssh}:{port}"
 
 
 def absolute(path: Path | None) -> Path | None:
