@@ -22,7 +22,7 @@ from rayfwd.demo import machine_init
 from tests import commands
 from tests.need import CHECKOUT, ray_envs, tool
 
-NOBODY = 65534
+OTHER = 4242
 SOURCE = Path(rayfwd.__file__).resolve().parents[1]
 
 

@@ -8,12 +8,15 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import rayfwd
 from rayfwd.daemon.resources import lock, make_directory
 from rayfwd.problems import ProblemError
 from rayfwd.system.asuser import whose
@@ -21,7 +24,8 @@ from rayfwd.system.control import ask
 from rayfwd.system.ownership import check_listener, is_ours, stranger_in
 from rayfwd.system.paths import find_socket
 
-OTHER = 4242
+OTHER, THIRD = 4242, 4343
+SOURCE = str(Path(rayfwd.__file__).parents[1])
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
 
 
@@ -114,6 +118,42 @@ def test_what_is_anothers(open_dir: Path) -> None:
     with pytest.raises(ProblemError) as caught:
         whose(theirs)
     assert caught.value.problem.code.name == "directory_unusable"
+
+
+SAYS = """
+import os, sys
+from pathlib import Path
+from rayfwd.system.ownership import is_ours
+print(*(is_ours(Path(path)) for path in sys.argv[1:]))
+"""
+
+
+@NEEDS_ROOT
+def test_where_root_has_no_id(open_dir: Path) -> None:
+    """A user namespace that knows this user only, as Apptainer makes it."""
+    os.chown(open_dir, OTHER, OTHER)  # it is in /tmp, where only what is one's own is believed
+    home, team, anybodys, theirs = (open_dir / name for name in ("home", "team", "any", "any/it"))
+    for path, mode in ((home, 0o755), (team, 0o775), (anybodys, 0o1777), (theirs, 0o755)):
+        path.mkdir()
+        path.chmod(mode)
+    os.chown(team, 0, THIRD)
+    os.chown(theirs, THIRD, THIRD)
+    mine = [home / "mine", team / "mine", anybodys / "mine"]
+    for path in mine:
+        path.mkdir()
+        os.chown(path, OTHER, OTHER)
+    code = [sys.executable, "-c", SAYS, *map(str, (*mine, theirs))]
+    user = ["setpriv", f"--reuid={OTHER}", f"--regid={OTHER}", "--clear-groups"]
+    alone = ["unshare", "--user", "--map-current-user"]
+    for place in (user, [*user, *alone], [*user, "unshare", "--user", "--map-root-user"]):
+        ran = subprocess.run(
+            [*place, *code],
+            env={"PYTHONPATH": SOURCE, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.split() == ["True", "False", "True", "False"], place
 
 
 @NEEDS_ROOT

@@ -12,6 +12,7 @@ import stat
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _LINKS = 40
@@ -34,11 +35,28 @@ class Stranger:
         return f"{self.path} belongs to user id {self.uid}"
 
 
+@cache
+def _unmapped() -> int | None:
+    """The id that the kernel shows for every user whom this user namespace has no id for
+    (user_namespaces(7)); None: a user of this namespace has it, or every user has an id."""
+    try:
+        shown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        lines = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    except (OSError, ValueError):
+        return None
+    maps = [range(int(first), int(first) + int(count)) for first, _, count in lines]
+    return None if any(shown in ids for ids in maps) else shown
+
+
 def stranger_in(path: Path, owners: Collection[int]) -> Stranger | None:
     """The first who has a say about what `path` stands for, and is none of `owners` (user ids).
 
     What is not there yet, nobody has. Raises PermissionError where it may not be looked at.
+
+    In a user namespace that has no id for the machine's root (Apptainer, `unshare --user`), `/` and
+    /home belong to a user who has none: he is taken for root, but not where everybody makes names.
     """
+    unmapped = _unmapped()
     left = list(reversed(Path(os.path.abspath(path)).parts[1:]))
     at = Path("/")
     links = 0
@@ -50,7 +68,7 @@ def stranger_in(path: Path, owners: Collection[int]) -> Stranger | None:
             return None
         except NotADirectoryError:
             return Stranger(at.parent, None)
-        if found.st_uid not in owners:
+        if found.st_uid not in owners and found.st_uid != unmapped:
             return Stranger(at, found.st_uid)
         if anybodys and found.st_uid not in (_ROOT, os.geteuid()):
             # Where everybody makes names, its owner may have been faster than who was meant.
@@ -64,7 +82,7 @@ def stranger_in(path: Path, owners: Collection[int]) -> Stranger | None:
             at = Path("/") if target.is_absolute() else at.parent
         else:
             anybodys = False
-            if _others_write(found):
+            if _others_write(found, unmapped):
                 if not (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX):
                     return Stranger(at, None)
                 anybodys = True
@@ -74,11 +92,12 @@ def stranger_in(path: Path, owners: Collection[int]) -> Stranger | None:
         at = at.parent if part == ".." else at / part
 
 
-def _others_write(found: os.stat_result) -> bool:
-    """A group that is the owner's own, by its number, is the owner."""
-    others = found.st_mode & stat.S_IWOTH
-    group = found.st_mode & stat.S_IWGRP and found.st_gid not in (_ROOT, found.st_uid)
-    return bool(others or group)
+def _others_write(found: os.stat_result, unmapped: int | None) -> bool:
+    """A group that is the owner's own, by its number, is the owner; of one without an id here
+    nobody knows whose it is."""
+    own = (_ROOT, found.st_uid) if found.st_uid != unmapped else (_ROOT,)
+    group = found.st_mode & stat.S_IWGRP and found.st_gid not in own
+    return bool(found.st_mode & stat.S_IWOTH or group)
 
 
 def is_ours(path: Path) -> bool:
