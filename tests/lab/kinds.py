@@ -13,7 +13,7 @@ from tests.lab.cluster import Cluster
 from tests.lab.process import until
 
 DENIED, EXPOSED = 29599, 29598
-"""Ports of w1's file, under `network.deny` and `expose`."""
+"""Ports of the file of the machine that is dialled, under `network.deny` and `expose`."""
 FILE = {"network.deny": [DENIED], "expose": [EXPOSED]}
 
 SERVE = f"""
@@ -21,8 +21,9 @@ import json, selectors, socket, sys
 own, elsewhere, of_root = sys.argv[1], sys.argv[2], len(sys.argv) > 3
 found, held = {{}}, selectors.DefaultSelector()
 
-def serve(kind, address, port=0, ipv6_only=None, shared=False):
-    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+def serve(kind, address, port=0, ipv6_only=None, shared=False, protocol=0):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if ipv6_only is not None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ipv6_only)
@@ -47,6 +48,11 @@ else:
     serve("shared", "0.0.0.0", shared=True)
     serve("shared", "0.0.0.0", found["shared"], shared=True)
     serve("the node's address", own)
+    serve("the node's address by IPv6", "::ffff:" + own, ipv6_only=False)
+    try:
+        serve("Multipath TCP", "0.0.0.0", protocol=262)  # as servers in Go
+    except OSError:
+        pass  # not every kernel has it
     for number in range(60):
         serve(f"one of many, {{number}}", "0.0.0.0")
     held.unregister(gone)
@@ -59,7 +65,10 @@ while True:
         with sock:
             sock.sendall(peer[0].removeprefix("::ffff:").encode())
 """
-REACHED = ("exposed", "IPv6 too", "shared", "the node's address", "one of many", "opened last")
+REACHED = (
+    *("exposed", "IPv6 too", "shared", "the node's address", "Multipath TCP"),
+    *("one of many", "opened last"),
+)
 """How the names of those begin that others reach."""
 
 DIAL = """
@@ -87,15 +96,15 @@ print(json.dumps(said))
 """
 
 
-def check(cluster: Cluster, where: str) -> None:
-    """Have all kinds on w1, and dial them from a program of Ray's user on that machine."""
-    w1, machine = cluster.worker("w1"), cluster.lab.machine(where)
+def check(cluster: Cluster, where: str, on: str = "w1") -> None:
+    """Have all kinds `on` a machine, and dial them from a program of Ray's user on another."""
+    dialled, machine = cluster.worker(on), cluster.lab.machine(where)
     python = str(machine.ray_python(cluster.ray_version))
-    address = w1.status()["node"]["address"]
-    argv = [python, "-c", SERVE, address, w1.machine.address]
-    servers = [w1.machine.popen([*argv, "as root"], user="root")]
+    address = dialled.status()["node"]["address"]
+    argv = [python, "-c", SERVE, address, dialled.machine.address]
+    servers = [dialled.machine.popen([*argv, "as root"], user="root")]
     until(lambda: "}" in servers[0].log.read_text(), 30, servers[0].log.read_text)
-    servers.append(w1.machine.popen(argv))
+    servers.append(dialled.machine.popen(argv))
     until(lambda: "}" in servers[1].log.read_text(), 30, servers[1].log.read_text)
     ports = {kind: p for s in servers for kind, p in json.loads(s.log.read_text()).items()}
     wanted = {kind: port for kind, port in ports.items() if kind.startswith(REACHED)}

@@ -232,9 +232,17 @@ def test_ports_are_updated_without_a_gap(overlay: Overlay) -> None:
     assert overlay.ask("update", RULES.to_wire()) == {}
 
 
-def test_guarded_ports_show_nothing_to_other_machines(overlay: Overlay, module_lab: Lab) -> None:
+UNTRACKED = "table ip raw { chain in { type filter hook prerouting priority -300; notrack; }; }\n"
+"""As for servers with very many connections: of none of them the kernel knows whether it is new."""
+
+
+@pytest.mark.parametrize("beside", ["", UNTRACKED], ids=["alone", "without connection tracking"])
+def test_guarded_ports_show_nothing_to_other_machines(
+    overlay: Overlay, module_lab: Lab, beside: str
+) -> None:
     machine, outside = overlay.machine, module_lab.machine("w2")
     machine.nft("table inet firewall\ndelete table inet firewall\n")  # a machine without any
+    machine.nft(beside)
     serve = (
         "import socket,time\n"
         "for port in (20030, 20050):\n"
@@ -251,6 +259,8 @@ def test_guarded_ports_show_nothing_to_other_machines(overlay: Overlay, module_l
         assert machine.run(argv, check=False).returncode == 0, "the machine itself does"
     server.signal(signal.SIGKILL)
     server.wait(20)
+    if beside:
+        machine.nft("delete table ip raw\n")
     machine.firewall()
 
 

@@ -279,15 +279,15 @@ def test_which_ports_are_told() -> None:
         ListeningSocket("0.0.0.0", 20046, uid, 8),
         ListeningSocket("127.0.0.1", 8000, 0, 9),
     ]
-    found: list[frozenset[int] | None] = []
+    found: list[tuple[frozenset[int] | None, frozenset[int]]] = []
 
     async def scene() -> None:
         watch = OpenPortsWatch(
             lambda _: sockets,
             uid,
             lambda: {20046},
-            lambda: (8000, 8001),
-            lambda: found.append(watch.ports),
+            lambda: (8000, 8001, 29500),
+            lambda: found.append((watch.ports, watch.of_user)),
         )
         watch.look()
         watch.address = own
@@ -295,7 +295,8 @@ def test_which_ports_are_told() -> None:
         watch.look()
 
     asyncio.run(scene())
-    assert found == [frozenset({29500, 29501, 29502, 8000})]
+    own_programs = frozenset({29500, 29501, 29502})
+    assert found == [(own_programs | {8000}, own_programs)]
 
 
 class Word:
@@ -397,6 +398,25 @@ def test_a_command_that_is_missing_is_named(
     overlay = settled("auto", tmp_path, {KEEPER: str(tmp_path / "overlay.sock")})
     assert (overlay.level, overlay.remedy) == ("listeners", f"install the package {package}")
     assert overlay.why == f"the command {name} is missing"
+
+
+def test_a_kernel_without_nftables_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is there, and the kernel's part of it is not; the node takes the next level."""
+    said = "Error: Could not process rule: Operation not supported"
+    for name in ("ip", "nft"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(network, "_PATH", str(tmp_path))
+    monkeypatch.setattr(network, "capable", lambda: True)
+    overlay = settled("overlay", tmp_path, {})
+    assert overlay.level == "listeners"
+    assert overlay.problem is not None
+    assert overlay.problem.code is codes.OVERLAY_IMPOSSIBLE
+    assert "nftables does not answer" in overlay.why
+    assert said in overlay.why
+    assert "a kernel with nf_tables" in (overlay.remedy or "")
 
 
 def test_a_service_that_does_not_answer(tmp_path: Path) -> None:

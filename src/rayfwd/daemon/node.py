@@ -370,11 +370,12 @@ class Node:
 
     def _guarded(self, own: NodePlan) -> tuple[PortRange, ...]:
         """Ports of this machine that only loopback reaches, and friends: of Ray, and of programs of
-        its user. As root's may be anybody's, of those Ray's alone."""
+        its user. As root's may be anybody's, of those Ray's alone. What is exposed and another
+        user's is that user's business: it may be a server for the machine's own network."""
         if not self._guards(own):
             return ()
-        ours = self.open_ports if os.geteuid() else None
-        return port_ranges({*own.ports, *(ours or ())})
+        ours = self._open_ports.of_user if os.geteuid() else ()
+        return port_ranges({*own.ports, *ours})
 
     def _guards(self, own: NodePlan) -> bool:
         """Whether other machines are kept from Ray's ports. Nodes dial one that advertises an

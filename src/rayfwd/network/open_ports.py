@@ -78,6 +78,8 @@ class OpenPortsWatch:
         """This node's; None: not known yet, and nothing is looked at."""
         self.ports: frozenset[int] | None = None
         """None: not known, as before the first look or where the kernel does not say."""
+        self.of_user: frozenset[int] = frozenset()
+        """Those on which programs of `uid` listen; the others are exposed, and may be anybody's."""
         self._listening = listening
         self._uid = uid
         self._left_out = left_out
@@ -131,29 +133,33 @@ class OpenPortsWatch:
 
     def look(self) -> None:
         """See what is open now."""
-        ports = self._seen()
-        if ports != self.ports:
-            self.ports = ports
+        seen = self._seen()
+        if seen != (self.ports, self.of_user):
+            self.ports, self.of_user = seen
             self.stir()
             self._on_change()
 
-    def _seen(self) -> frozenset[int] | None:
+    def _seen(self) -> tuple[frozenset[int] | None, frozenset[int]]:
+        """What `ports` and `of_user` are now."""
+        unknown = None, frozenset[int]()
         if self.address is None:
-            return None
+            return unknown
         try:
-            found = {
+            of_user = {
                 sock.port
                 for sock in self._listening(self.address)
                 if sock.uid == self._uid
                 and sock.port >= LOWEST_PORT
                 and sock.takes((self.address, sock.port))
             }
+            found = set(of_user)
             if exposed := self._exposed():
                 there = self._listening(LOOPBACK)
                 found |= {p for p in exposed if any(s.takes((LOOPBACK, p)) for s in there)}
         except OSError:
-            return None
-        return self._bounded(found.difference(self._left_out()))
+            return unknown
+        ports = self._bounded(found.difference(self._left_out()))
+        return unknown if ports is None else (ports, ports & of_user)
 
     def _bounded(self, ports: set[int]) -> frozenset[int] | None:
         """Where there are more than may be told, it is not known which are open."""

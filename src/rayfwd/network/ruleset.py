@@ -195,7 +195,8 @@ _GUARDING = """\
 
 
 def _guard(network: str, priority: int, counter: str = "") -> str:
-    """What comes to Ray's ports from other machines. Both tables have it."""
+    """What comes to Ray's ports from other machines. Both tables have it. The last line is for what
+    another table has taken out of the kernel's table of connections (`notrack`)."""
     return f"""\
     chain guard {{
         type filter hook input priority {priority}; policy accept;
@@ -203,6 +204,7 @@ def _guard(network: str, priority: int, counter: str = "") -> str:
         ip daddr {network} drop
         ip saddr @friends accept
         tcp dport @guarded ct state new {counter}drop
+        tcp dport @guarded tcp flags & (syn | ack) == syn {counter}drop
     }}
 """
 

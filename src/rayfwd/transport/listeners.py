@@ -29,6 +29,8 @@ OPENED_AT_ONCE = 100
 """Listeners that are opened in one turn of the loop."""
 RETRY_FIRST, RETRY_LAST = 1.0, 5.0
 """Seconds between attempts at a listener whose port was taken."""
+_TAKEN = frozenset({errno.EADDRINUSE, errno.EACCES, errno.EPERM})
+"""Errors in listening there that come of the port's number."""
 
 Route = Callable[[Target, SocketRelay], None]
 """Finds a stream to a target for a relay: calls its `attach`, now or later, or its `refuse`."""
@@ -279,8 +281,8 @@ class Listeners:
             if (target := self._wanted.get(listen)) is None:
                 continue  # not any more
             holder = self._holders.get(listen)
-            if passes := listen in self._passing and exc.errno == errno.EADDRINUSE:
-                problem = why_taken(listen, holder)
+            if passes := listen in self._passing and exc.errno in _TAKEN:
+                problem = why_taken(listen, exc, holder)
             else:
                 problem = why_blocked(listen, target, exc, holder)
             if self._blocked.get(listen) != problem:
@@ -352,12 +354,16 @@ def why_blocked(
     )
 
 
-def why_taken(listen: Target, holder: PortHolder | None = None) -> Problem:
+def why_taken(listen: Target, exc: OSError, holder: PortHolder | None = None) -> Problem:
     """Why a port that has opened on another node is not reached from here."""
+    if exc.errno == errno.EADDRINUSE:
+        why, change = f"is in use on this machine{said_of(holder)}", "one of the two programs"
+    else:
+        why, change = "may be opened only by root on this machine", "the program"
     return codes.OPEN_PORT_TAKEN.problem(
-        f"a program on the node {listen.address} listens on port {listen.port}, but that port is "
-        f"in use on this machine{said_of(holder)}, so the program cannot be reached from here",
-        "let one of the two programs use another port, or give this node the overlay "
+        f"a program on the node {listen.address} listens on port {listen.port}, but that port "
+        f"{why}, so the program cannot be reached from here",
+        f"let {change} use another port, or give this node the overlay "
         "(docs/overlay.md), with which nodes do not share ports; if nobody needs to reach it, "
         "name the port in network.deny on that node",
     )
