@@ -19,6 +19,7 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,8 +36,8 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 
 LONG = (
     *("lab/test_libraries", "lab/test_cluster", "lab/test_advertise_checks"),
-    *("systemd/test_user_service", "lab/test_token", "systemd/test_service"),
-    *("systemd/test_cluster", "lab/test_losses", "systemd/test_overlay"),
+    *("systemd/test_user_service", "lab/test_client", "lab/test_token", "lab/test_losses"),
+    *("systemd/test_service", "systemd/test_cluster", "systemd/test_overlay"),
     *("lab/test_stop_and_restart", "lab/test_conditions_ray", "lab/test_join", "lab/test_doctor"),
     *("lab/test_problems_of_ray", "lab/test_dialled", "ray/test_ray", "demo/test_demo"),
     *("hostile/test_peers", "lab/test_meeting", "systemd/test_trixie", "lab/test_init"),
@@ -80,6 +81,13 @@ def folder(item: pytest.Item) -> str:
 def file_of(item: pytest.Item) -> str:
     """As `LONG` and `LIGHT` have it."""
     return f"{folder(item)}/{item.path.stem}"
+
+
+def together(path: str) -> str:
+    """What runs on one side, one test after the other: a file, or a directory below tests/lab/,
+    whose files share a cluster (`lab/shared.py`). `path`: of the file, from the checkout."""
+    parts = path.split("/")
+    return "/".join(parts[:3]) if len(parts) > 3 else path
 
 
 def turn_of(item: pytest.Item) -> tuple[int, int]:
@@ -131,6 +139,20 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: what runs `together` counts as one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # not on every machine that runs tests
+
+    class Together(LoadFileScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            return together(super()._split_scope(nodeid))
+
+    return Together(config, log)
+
+
 class Turn:
     """What keeps an `alone` file apart from all others, in this checkout's other runs too.
 
@@ -176,13 +198,14 @@ turn = Turn()
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    """Hold a turn from a file's first test until the fixtures of its last are gone."""
+    """Hold a turn from the first test of what runs `together` until the fixtures of its last are
+    gone."""
     if not turn.taken and file_of(item) not in LIGHT:
         turn.take(item.get_closest_marker("alone") is not None)
     try:
         return (yield)
     finally:
-        if nextitem is None or nextitem.path != item.path:
+        if nextitem is None or together(nextitem.location[0]) != together(item.location[0]):
             turn.leave()
 
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import pytest
 from tests.lab.cluster import HUB_SOCKET, Cluster, change
 from tests.lab.machines import INIT, Lab, Machine, left_over, made, tag
 from tests.lab.process import HOME, UID, CommandFailed, Process, began, boot_time, state, until
+from tests.lab.shared import shared as shared_by_files
 from tests.need import CHECKOUT, need, no_ray, ray_envs
 
 LISTEN = """
@@ -371,6 +374,29 @@ def test_configurations_of_a_cluster(shared: Lab) -> None:
     assert 'via = "exec"\n' in cluster.config("w1")
     forward = {"listen": "127.0.0.1:9000", "to": "head:8000"}
     assert tomllib.loads(cluster.config("w2"))["forward"] == [forward]
+
+
+def test_a_shared_cluster_is_made_anew_where_it_was_broken(tmp_path: Path) -> None:
+    folders = iter(tmp_path / name for name in ("first", "second"))
+
+    @contextmanager
+    def made() -> Iterator[Cluster]:
+        with Lab(next(folders), names=("head",)) as lab:
+            cluster = Cluster(lab, workers=(), every={"ray.start": False})
+            cluster.start()
+            cluster.wait_ready()
+            yield cluster
+            cluster.stop()
+
+    with shared_by_files(made) as held:
+        first = held.whole()
+        assert held.whole() is first
+        first.head.kill()
+        second = held.whole()
+        assert second is not first
+        assert second.head.status()["state"] == "ready"
+        assert first.lab.machines == ()
+    assert second.lab.machines == ()
 
 
 def test_changes() -> None:

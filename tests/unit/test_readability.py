@@ -12,6 +12,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -86,7 +87,7 @@ def strings(node: ast.expr) -> list[str]:
             return []
 
 
-def messages() -> Iterator[tuple[Message, Message]]:
+def written() -> Iterator[tuple[Message, Message]]:
     """Every cause and remedy that is written out, as (where, text) each."""
     for path in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -103,9 +104,13 @@ def messages() -> Iterator[tuple[Message, Message]]:
                     yield (where, cause), (where, remedy)
 
 
-MESSAGES = list(messages())
-CAUSES = sorted({cause for cause, _ in MESSAGES if cause[1]})
-REMEDIES = sorted({remedy for _, remedy in MESSAGES if remedy[1]})
+@cache
+def messages() -> tuple[list[Message], list[Message]]:
+    """The causes and the remedies."""
+    causes, remedies = (
+        sorted({one for one in of if one[1]}) for of in zip(*written(), strict=True)
+    )
+    return causes, remedies
 
 
 def flags() -> Iterator[Message]:
@@ -137,7 +142,7 @@ def pages() -> Iterator[Message]:
 
 
 def everything() -> list[Message]:
-    return [*CAUSES, *REMEDIES, *flags(), *comments(), *pages()]
+    return [*itertools.chain(*messages()), *flags(), *comments(), *pages()]
 
 
 def keys() -> set[str]:
@@ -196,13 +201,13 @@ def is_understood(command: str) -> bool:
 
 
 def test_they_are_found() -> None:
-    assert len(CAUSES) > 200
-    assert len(REMEDIES) > 200
+    assert [len(of) > 200 for of in messages()] == [True, True]
     assert len(everything()) > 900
 
 
 def test_a_remedy_is_something_to_do() -> None:
-    assert [one for one in REMEDIES if not is_an_action(one[1])] == []
+    _, remedies = messages()
+    assert [one for one in remedies if not is_an_action(one[1])] == []
 
 
 def test_sentences_are_short_and_plain() -> None:
@@ -217,7 +222,7 @@ def test_an_option_says_what_it_does_and_not_what_a_value_does() -> None:
 
 def test_what_a_message_names_is_there() -> None:
     """Commands can be typed, keys are the configuration's, documents are in docs/."""
-    found = ((where, unknown(text)) for where, text in [*CAUSES, *REMEDIES])
+    found = ((where, unknown(text)) for where, text in itertools.chain(*messages()))
     assert [(where, names) for where, names in found if names] == []
 
 

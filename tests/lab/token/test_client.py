@@ -1,6 +1,6 @@
 """`rayfwd connect` on a machine that is no node: without root and without a file.
 
-w2 is the laptop. Its loopback has 127.0.0.1 alone, as on macOS: nothing else can be listened on.
+The laptop's loopback has 127.0.0.1 alone, as on macOS: nothing else can be listened on.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import pytest
 import tomli_w
 
 from tests.lab.cluster import HUB_SOCKET, Cluster
-from tests.lab.machines import Lab, Machine
+from tests.lab.machines import Machine
 from tests.lab.process import HOME, Process, tail, until
+from tests.lab.shared import Shared
 from tests.status_doc import documented, mistakes
 
 pytestmark = pytest.mark.ray
 
-PROGRAM = Path(__file__).with_name("client_job.py")
+PROGRAM = Path(__file__).parents[1] / "client_job.py"
 HEAD = "ray@198.51.100.1"
 CUT = 8.0
 """Seconds; streams are held for 120."""
@@ -63,20 +64,16 @@ class Connected:
 
 
 @pytest.fixture(scope="module")
-def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    laptop = module_lab.machine("w2")
-    laptop.network_command("ip", "addr", "del", "127.0.0.1/8", "dev", "lo")
-    laptop.network_command("ip", "addr", "add", "127.0.0.1/32", "dev", "lo")
-    cluster = Cluster(module_lab, workers=("w2",), head={"ray.auth": "token"})
-    cluster.start(["head"])
-    cluster.wait_ready()
-    yield cluster
-    cluster.stop()
+def cluster(with_token: Shared) -> Cluster:
+    return with_token.whole()
 
 
 @pytest.fixture(scope="module")
 def laptop(cluster: Cluster) -> Machine:
-    return cluster.lab.machine("w2")
+    machine = cluster.lab.machine("laptop")
+    machine.network_command("ip", "addr", "del", "127.0.0.1/8", "dev", "lo")
+    machine.network_command("ip", "addr", "add", "127.0.0.1/32", "dev", "lo")
+    return machine
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +108,7 @@ def test_it_listens_on_one_address(connected: Connected, laptop: Machine) -> Non
 def test_the_heads_page(connected: Connected, laptop: Machine) -> None:
     """The one in the browser that shows the links; this client is on it."""
     assert "  page         http://127.0.0.1:9480/ " in connected.said()
-    for path, expected in (("", "<title>rayfwd</title>"), ("data.json", '"peer":"w2"')):
+    for path, expected in (("", "<title>rayfwd</title>"), ("data.json", '"peer":"laptop"')):
         argv = [str(laptop.ray_python()), "-c", PAGE, f"http://127.0.0.1:9480/{path}"]
         assert expected in laptop.run(argv).stdout
 
@@ -155,7 +152,7 @@ def test_nothing_is_lost_while_the_link_is_cut(
     status = cluster.head.status()
     assert mistakes(status, documented())[0] == []
     (client,) = status["clients"]
-    assert (client["name"], client["user"], client["state"]) == ("w2", "ray", "up")
+    assert (client["name"], client["user"], client["state"]) == ("laptop", "ray", "up")
     assert client["cuts"] == client["ridden_through"] >= 1
 
 
@@ -169,8 +166,8 @@ def test_a_second_one_is_no_clash(connected: Connected, cluster: Cluster, laptop
     argv = [str(laptop.ray_python()), "-c", PAGE, "http://127.0.0.1:8266"]
     assert "<title>Ray Dashboard</title>" in laptop.run(argv).stdout
     status = cluster.head.status()
-    assert [client["name"] for client in status["clients"]] == ["w2", "w2"]
-    assert [node["name"] for node in status["roster"]] == ["head"]
+    assert [client["name"] for client in status["clients"]] == ["laptop", "laptop"]
+    assert "laptop" not in [node["name"] for node in status["roster"]]
     assert "CLIENT" in cluster.lab.machine("head").run(
         [str(cluster.lab.rayfwd), "status", "--config", f"{HOME}/rayfwd.toml"]
     ).stdout  # fmt: skip
@@ -189,10 +186,10 @@ def forced(cluster: Cluster, connected: Connected) -> Iterator[None]:
     """A key that may run `rayfwd attach --client` on the head, and nothing else."""
     head = cluster.lab.machine("head")
     command = f"{cluster.lab.rayfwd} attach --client --socket {HUB_SOCKET}"
-    key = cluster.lab.machine("w2").public_key
-    head.authorize(f'restrict,command="{command}" {key}')
+    keys = head.host_path(f"{HOME}/.ssh/authorized_keys").read_text().splitlines()
+    head.authorize(f'restrict,command="{command}" {cluster.lab.machine("laptop").public_key}')
     yield
-    head.authorize(key)
+    head.authorize(*keys)
 
 
 def test_a_forced_command_is_found_without_an_option(forced: None, laptop: Machine) -> None:
@@ -208,12 +205,11 @@ def test_a_forced_command_is_found_without_an_option(forced: None, laptop: Machi
 def test_a_forced_command_for_clients_takes_no_node(
     forced: None, cluster: Cluster, laptop: Machine
 ) -> None:
-    node = {**cluster.configs["w2"], "head": {"ssh": HEAD, "via": "exec"}}
+    node = {**cluster.configs["w2"], "name": "laptop", "head": {"ssh": HEAD, "via": "exec"}}
     daemon = laptop.rayfwd_daemon(tomli_w.dumps(node))
     assert "is not a client" in daemon.wait_event("client_only", 30)["cause"]
     assert daemon.stop() == 0
-    status = cluster.head.status()
-    assert [entry["name"] for entry in status["roster"]] == ["head"]
+    assert "laptop" not in [entry["name"] for entry in cluster.head.status()["roster"]]
 
 
 def test_what_is_wrong_is_said_and_ends_it(laptop: Machine, connected: Connected) -> None:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.lab.checks import verify
-from tests.lab.cluster import HUB_SOCKET, STATE_DIR, Cluster
+from tests.lab.cluster import STATE_DIR, Cluster
 from tests.lab.daemon import CONFIG
-from tests.lab.machines import Lab, Machine
+from tests.lab.machines import Machine
 from tests.lab.named import waited_for
 from tests.lab.process import HOME, Process, until
+from tests.lab.shared import Shared
 
 pytestmark = pytest.mark.ray
 
@@ -50,21 +50,27 @@ print(connection.getresponse().status)
 
 
 @pytest.fixture(scope="module")
-def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    head, w1, w2 = module_lab.machines
-    restricted = f'restrict,command="{module_lab.rayfwd} attach --socket {HUB_SOCKET}"'
-    key, _, _ = w2.public_key.rpartition(" ")
-    head.authorize(w1.public_key, f"{restricted} {key} rayfwd w2")
-    exec_ = {"head": {"via": "exec", "socket": None}}
-    cluster = Cluster(module_lab, head={"ray.auth": "token"}, w2=exec_)
-    cluster.start()
+def cluster(with_token: Shared) -> Cluster:
+    cluster = with_token.whole()
+    cluster.start(["w1", "w2"])
     cluster.wait_ready()
-    yield cluster
-    cluster.stop()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def machines(cluster: Cluster) -> list[Machine]:
+    """Those of its nodes."""
+    return [cluster.lab.machine(name) for name in cluster.names]
 
 
 def token(machine: Machine) -> str:
     return machine.host_path(TOKEN_FILE).read_text().strip()
+
+
+def files_with(text: str, machine: Machine) -> list[str]:
+    """The files of the machine's own that have it: not what is mounted there, the programs."""
+    look = ["find", HOME, "/tmp", "-xdev", "-type", "f", "-exec", "grep", "-lF", text, "{}", "+"]
+    return machine.run(look, check=False).stdout.split()
 
 
 def ray_status(machine: Machine, env: dict[str, str] | None = None) -> Any:
@@ -96,8 +102,8 @@ def test_drivers_need_no_further_step(cluster: Cluster, driver: str) -> None:
     verify(lines, driver, addresses, CHECKS)
 
 
-def test_everybody_has_the_heads_token(cluster: Cluster) -> None:
-    (value,) = {token(machine) for machine in cluster.lab.machines}
+def test_everybody_has_the_heads_token(machines: list[Machine]) -> None:
+    (value,) = {token(machine) for machine in machines}
     assert len(value) == 64
 
 
@@ -119,9 +125,9 @@ def test_nobody_gets_in_without_it(cluster: Cluster) -> None:
     assert refused.returncode != 0
 
 
-def test_it_is_told_nowhere(cluster: Cluster) -> None:
+def test_it_is_told_nowhere(cluster: Cluster, machines: list[Machine]) -> None:
     value = token(cluster.lab.machine("head")).encode()
-    for machine in cluster.lab.machines:
+    for machine in machines:
         for pid in machine.pids():
             # Not in the environment either: Ray is given the path.
             for name in ("cmdline", "environ"):
@@ -129,10 +135,8 @@ def test_it_is_told_nowhere(cluster: Cluster) -> None:
                     assert value not in Path(f"/proc/{pid}/{name}").read_bytes()
                 except OSError:
                     pass
-        found = machine.run(
-            ["grep", "-rlF", value.decode(), HOME, "/tmp"], check=False, timeout=60
-        ).stdout.split()
         allowed = [TOKEN_FILE, f"{STATE_DIR}/ray_auth.json", f"{STATE_DIR}/ray_token"]
+        found = files_with(value.decode(), machine)
         assert sorted(found) == sorted(allowed), "and in no log of Ray's"
         for path in allowed:
             assert stat.S_IMODE(machine.host_path(path).stat().st_mode) == 0o600
@@ -266,7 +270,7 @@ def ssh(cluster: Cluster, options: list[str], *command: str) -> str:
 
 # -- after a break-in
 
-SECURITY = Path(__file__).parents[2] / "docs" / "security.md"
+SECURITY = Path(__file__).parents[3] / "docs" / "security.md"
 HELD, UNDER_WAY = "/tmp/held", "/tmp/under-way"
 """Control sockets of connections with w2's key."""
 
@@ -304,8 +308,10 @@ def blocks_after_a_break_in() -> list[str]:
     return [re.sub(r"(?m)^    ", "", block) for block in found]
 
 
-def test_who_is_not_root_ends_a_login_that_is_under_way_the_second_time(cluster: Cluster) -> None:
-    head, _, w2 = cluster.lab.machines
+def test_who_is_not_root_ends_a_login_that_is_under_way_the_second_time(
+    cluster: Cluster, machines: list[Machine]
+) -> None:
+    head, _, w2 = machines
     _, end, _ = blocks_after_a_break_in()
     gate = Gate(head, w2)
     login = log_in(cluster, UNDER_WAY)
@@ -321,10 +327,10 @@ def test_who_is_not_root_ends_a_login_that_is_under_way_the_second_time(cluster:
 
 
 @pytest.mark.runs("sed -i * ~/.ssh/authorized_keys", "pkill -f *", "rayfwd forget *")
-def test_after_a_break_in(cluster: Cluster) -> None:
+def test_after_a_break_in(cluster: Cluster, machines: list[Machine]) -> None:
     """Whoever has had w2 has nothing any more: its key, its token, a connection that stands, one
     that is under way while the key is removed."""
-    head, w1, w2 = cluster.lab.machines
+    head, w1, w2 = machines
     old, known_as = token(w2), cluster.head.status()["workers"]
     assert {worker["name"] for worker in known_as} == {"w1", "w2"}
     assert request(head, old) == "200", "it is good for all of Ray"
@@ -377,8 +383,7 @@ def test_after_a_break_in(cluster: Cluster) -> None:
         assert request(machine, old) in {"401", "403"}
         assert request(machine, new) == "200"
         assert ray_status(machine, {**MODE, "RAY_AUTH_TOKEN": old}).returncode != 0
-        left = machine.run(["grep", "-rlF", old, HOME, "/tmp"], check=False, timeout=60)
-        assert left.stdout == "", "nothing has the old one any more"
+        assert files_with(old, machine) == [], "nothing has the old one any more"
     assert "2.0 CPU" in ray_status(w1, MODE).stdout
     cluster.worker("w2").stop()
 
