@@ -50,10 +50,10 @@ def spot(head: InFront) -> Iterator[InFront]:
     is_killed(node)
 
 
-def joining(head: InFront, name: str, *more: str) -> InFront:
+def joining(head: InFront, name: str, *more: str, under: tuple[str, ...] = CONTAINER) -> InFront:
     argv = shlex.split(head.said()[0].split(": ", 1)[1])[1:]
     argv[1] = f"ray@{head.machine.address}"
-    return InFront(head.machine.lab.machine(name), [*argv, *more], CONTAINER)
+    return InFront(head.machine.lab.machine(name), [*argv, *more], under)
 
 
 def is_killed(node: InFront) -> None:
@@ -203,6 +203,46 @@ def test_a_spot_machine_leaves_in_its_notice_with_a_task_that_takes_longer(
     task.wait(30)
     assert "lost" in task.log.read_text()
     was_told_at_once(head)
+
+
+def test_killed_before_its_time_is_over_it_is_no_lost_link(node: InFront, head: InFront) -> None:
+    """`docker stop -t 2`, with a task that runs on: the head knows that it was leaving."""
+    address = node.wait_ready()["node"]["address"]
+    before = len(head.events("node_leaving"))
+    task = driver(head, TASK, address, "300")
+    os.kill(first_of(node), signal.SIGTERM)
+    time.sleep(2)
+    assert node.process.poll() is None, "it was done in 2 s"
+    is_killed(node)
+    until(lambda: len(head.events("node_leaving")) > before, 5, lambda: "node_leaving")
+    time.sleep(8)  # a silent peer is noticed in 6 s
+    status = head.status()
+    (left,) = [w for w in status["workers"] if w["name"] == "w1"]
+    assert (left["left"], left["state"]) == (True, "down")
+    assert not [c for c in status["conditions"] if c["subject"].startswith("w1")]
+    task.signal(signal.SIGKILL)
+    task.wait(20)
+
+
+def test_killed_alone_it_finds_its_ray_again(head: InFront) -> None:
+    """Not as process 1, with which all would end: the same command adopts the Ray that goes on."""
+    node = joining(head, "w1", under=())
+    again = None
+    try:
+        address = node.wait_ready()["node"]["address"]
+        raylet = node.machine.run(["pgrep", "-f", "raylet/raylet"]).stdout
+        task = driver(head, TASK, address, "12")
+        node.kill()
+        again = joining(head, "w1", under=())
+        again.wait_event("ray_adopted")
+        again.wait_ready()
+        assert node.machine.run(["pgrep", "-f", "raylet/raylet"]).stdout == raylet
+        assert task.wait(120) == 0
+        print(task.log.read_text())
+        assert again.stop(20) == 0
+    finally:
+        for one in filter(None, (node, again)):
+            is_killed(one)
 
 
 def was_told_at_once(head: InFront) -> None:
