@@ -35,13 +35,13 @@ ORDER = ("unit", "ray", "demo", "package", "hostile", "lab", "systemd")
 """Directories below tests/: the quick ones first."""
 
 LONG = (
-    *("lab/test_libraries", "lab/test_cluster", "lab/test_advertise_checks"),
+    *("lab/test_overlay", "lab/test_libraries", "lab/test_cluster", "lab/test_advertise_checks"),
     *("systemd/test_user_service", "lab/test_client", "lab/test_token", "lab/test_losses"),
     *("systemd/test_service", "systemd/test_cluster", "systemd/test_overlay"),
     *("lab/test_stop_and_restart", "lab/test_conditions_ray", "lab/test_join", "lab/test_doctor"),
     *("lab/test_problems_of_ray", "lab/test_dialled", "ray/test_ray", "demo/test_demo"),
     *("hostile/test_peers", "lab/test_meeting", "systemd/test_trixie", "lab/test_init"),
-    *("lab/test_overlay", "package/test_compiled", "package/test_package", "systemd/test_init"),
+    *("package/test_compiled", "package/test_package", "systemd/test_init"),
     *("lab/test_versions", "lab/test_advertise", "hostile/test_servers"),
 )
 """The files that take longest (tests/times.py says which). The longest come first, and beside the

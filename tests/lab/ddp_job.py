@@ -1,8 +1,8 @@
 """A training job over all nodes: torch DDP by gloo, one rank a node, for so many seconds.
 
-Usage: python ddp_job.py SECONDS. Run by Ray's own Python on a machine of the lab; SIGTERM ends it
-in order before that. Nothing is tried again: an actor that dies and a collective that fails end the
-job (`max_failures=0`).
+Usage: python ddp_job.py SECONDS [REST]. Run by Ray's own Python on a machine of the lab; SIGTERM
+ends it in order before that. REST: seconds between two steps, 0 by default. Nothing is tried again:
+an actor that dies and a collective that fails end the job (`max_failures=0`).
 
 Prints JSON lines: `{"training": N}` once all N ranks have done a step together, `{"steps": [...]}`
 every second, and `{"ranks": [...]}` at the end, where each rank says its host, its address, how
@@ -76,8 +76,9 @@ class Rank:
         """Said to rank 0: end with the next step."""
         self.end = 0.0
 
-    def train(self, seconds: float) -> dict[str, Any]:
-        """Steps until rank 0's clock says that it is enough; all ranks do the same number."""
+    def train(self, seconds: float, rest: float) -> dict[str, Any]:
+        """Steps until rank 0's clock says that it is enough; all ranks do the same number. After
+        each they `rest`."""
         import torch.distributed as dist
 
         self.end = time.monotonic() + seconds
@@ -88,6 +89,7 @@ class Rank:
             took = time.monotonic() - began
             if took > longest:
                 longest, at = took, self.steps
+            time.sleep(rest)
         digest = hashlib.sha256()
         for parameter in self.model.parameters():
             digest.update(parameter.detach().numpy().tobytes())
@@ -103,7 +105,7 @@ class Rank:
         }
 
 
-def main(seconds: float) -> int:
+def main(seconds: float, rest: float = 0.0) -> int:
     ray.init(address="auto", log_to_driver=False)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # Ray has put its own there
@@ -118,7 +120,7 @@ def main(seconds: float) -> int:
     begun = [r.begin.remote(i, len(ranks), address, port) for i, r in enumerate(ranks)]
     ray.get(begun, timeout=BEGIN)
     print(json.dumps({"training": len(ranks)}), flush=True)
-    work = [rank.train.remote(seconds) for rank in ranks]
+    work = [rank.train.remote(seconds, rest) for rank in ranks]
     end = time.monotonic() + seconds
     while time.monotonic() < end and not stop.is_set():
         if ray.wait(work, timeout=1)[0]:
@@ -132,4 +134,4 @@ def main(seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1])))
+    sys.exit(main(*map(float, sys.argv[1:])))

@@ -17,8 +17,8 @@ import pytest
 from tests.lab import kinds
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
+from tests.lab.overlay.test_libraries import FROM, Drivers, know_own_names, spans_the_machines
 from tests.lab.process import Process, until
-from tests.lab.test_libraries import FROM, Drivers, know_own_names, spans_the_machines
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 

@@ -48,13 +48,14 @@ Rank = dict[str, Any]
 
 
 class Training:
-    """DDP from a driver on one machine, for so many seconds; all ranks train once it is made."""
+    """DDP from a driver on one machine, for so many seconds; all ranks train once it is made, and
+    `rest` for so many seconds after each step."""
 
-    def __init__(self, lab: Lab, where: str, seconds: float) -> None:
+    def __init__(self, lab: Lab, where: str, seconds: float, rest: float = 0.0) -> None:
         machine = lab.machine(where)
         script = f"{HOME}/{JOB.name}"
         machine.write(script, JOB.read_text())
-        argv = [str(machine.ray_python(LIBRARIES)), script, str(seconds)]
+        argv = [str(machine.ray_python(LIBRARIES)), script, str(seconds), str(rest)]
         address = {"RAY_ADDRESS": "127.77.0.1:6379"}
         self.lines = Lines(machine.popen(argv, env=address))
         until(self._begun, 150, lambda: f"the training does not begin{lab.tails()}")

@@ -1,29 +1,21 @@
-"""Three firewalled machines at the level `overlay`: what opens ports of its own works between them.
-
-The head lets in SSH, the workers nothing. Ray's environment has torch (tests/setup_envs.py). Head
-and w1 have a service that makes the overlay, w2 is as a container that may change its network. No
-file names a level: the overlay is what `auto` takes.
-"""
+"""The level `overlay`: what opens ports of its own works between firewalled machines."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab import kinds
 from tests.lab.cluster import Cluster
-from tests.lab.machines import Lab
 from tests.lab.process import until
+from tests.lab.shared import Shared
 from tests.lab.training import Training
-from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
-SOCKET = "/run/lab/overlay.sock"
 AGAIN = 5.0
 """Seconds after a silence in which steps go on. (docs/faults.md promises 2 where nothing else runs
 on the machine, and test_faults.py, which is alone, holds it.)"""
@@ -32,23 +24,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
-def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    need_libraries("torch")
-    made = Cluster(module_lab, LIBRARIES, ride_through=60, w1=kinds.FILE)
-    module_lab.machine("head").start_sshd()
-    for machine in map(module_lab.machine, ("head", "w1")):
-        argv = [str(module_lab.rayfwd), "overlay", SOCKET, "--user", "ray"]
-        keeper = machine.popen(argv, user="root")
-        until(
-            lambda k=keeper: "overlay_keeper_listening" in k.log.read_text(),  # type: ignore[misc]
-            30,
-            keeper.log.read_text,
-        )
-        made.start_node(machine.name, under=["env", f"RAYFWD_OVERLAY={SOCKET}"])
-    made.start_node("w2", net_admin=True)
-    made.wait_ready(240)
-    yield made
-    made.stop()
+def cluster(with_overlay: Shared) -> Cluster:
+    return with_overlay.whole()
 
 
 def test_every_node_is_at_the_best_level(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""What people run on Ray, over three firewalled machines that have the overlay.
+"""What people run on Ray, over firewalled machines that have the overlay.
 
 Drivers on the head and on a worker (`library_jobs.py`); each library's result is asserted, and that
 its ranks ran on different machines. Each is run from one of the two: of Ray Train's trainers two
@@ -10,7 +10,7 @@ for longer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ import pytest
 from tests.lab.cluster import Cluster
 from tests.lab.faults import Faults, schedule, strict_firewalls
 from tests.lab.loadgen import Lines
-from tests.lab.machines import Lab
 from tests.lab.mix import mix
 from tests.lab.process import HOME, until
-from tests.lab.training import Training, longest_silence, over_rayfwd
+from tests.lab.shared import Shared
+from tests.lab.training import Training, longest_silence
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
 
 pytestmark = [pytest.mark.lab, pytest.mark.ray, pytest.mark.timeout(400)]
 
-JOBS = Path(__file__).with_name("library_jobs.py")
+JOBS = Path(__file__).parents[1] / "library_jobs.py"
 MACHINES = ["head", "w1", "w2"]
 FROM = {
     "train_torch": "head",
@@ -54,6 +54,9 @@ NEEDS = {
     "lightgbm_told_rank": "lightgbm",
     "debugger": "debugpy",
 }
+REST = 0.1
+"""Seconds between two steps of the training job, about as long as a step: without them it takes all
+of the processors as long as it runs."""
 MARGIN = 5.0
 """Seconds that a step may take longer than the silence it fell into, on a machine that is busy."""
 
@@ -61,11 +64,11 @@ Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def cluster(module_lab: Lab) -> Iterator[Cluster]:
-    need_libraries("torch", "ray.train")
-    strict_firewalls(module_lab)
-    with over_rayfwd(module_lab) as cluster:
-        yield cluster
+def cluster(with_overlay: Shared) -> Cluster:
+    need_libraries("ray.train")
+    cluster = with_overlay.whole()
+    strict_firewalls(cluster.lab)
+    return cluster
 
 
 class Drivers:
@@ -187,7 +190,7 @@ def spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
 def test_no_step_is_lost_through_mixed_faults(cluster: Cluster) -> None:
     """About 40 s of them; any error of a collective would end the job."""
     cuts = schedule(seed=20261128, cuts=11, workers=["w1", "w2"], longest=8.0)
-    training = Training(cluster.lab, "w1", 300)
+    training = Training(cluster.lab, "w1", 300, REST)
     for _ in mix(Faults(cluster.lab), cuts, slot=4.0, seed=1):
         pass
     for rank in training.end(120):
