@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ from typing import Any
 import pytest
 
 from rayfwd.config import ConfigError, load, parse
-from rayfwd.system.paths import default_runtime_dir, default_state_dir, find_socket
+from rayfwd.system.paths import (
+    default_runtime_dir,
+    default_state_dir,
+    find_socket,
+    named_clusters,
+    running_config,
+)
 
 WORKER = 'role = "worker"\nname = "w1"\n[head]\nssh = "ray@head"\n'
 HEAD = 'role = "head"\nname = "h"\n'
@@ -394,7 +401,35 @@ def test_directories_of_an_ordinary_user(monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_runtime_dir(env) == Path("/home/u/.local/state/rayfwd/run")
     env |= {"XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/run/user/1000"}
     assert default_state_dir(env) == Path("/s/rayfwd")
+    assert default_runtime_dir(env) == Path("/s/rayfwd/run"), "srun and containers keep the name"
+    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: True)
     assert default_runtime_dir(env) == Path("/run/user/1000/rayfwd")
+
+
+def test_a_daemon_of_another_environment_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began where there was no runtime directory of the session's; the shell that asks has one.
+    What a daemon left there that was killed does not hide it."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("rayfwd.system.paths.stranger_in", lambda path, owners: None)
+    session, state = tmp_path / "session", tmp_path / "rayfwd"
+    monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: path == session)
+    env = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    env |= {"XDG_RUNTIME_DIR": str(session)}
+    killed, lives = session / "rayfwd/clusters/a/rayfwd.toml", state / "run/clusters/a/rayfwd.toml"
+    for record in (killed, lives):
+        record.parent.mkdir(parents=True)
+    killed.touch()
+    assert running_config(env, "a") == killed
+    lives.touch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(lives.parent)
+        listener.bind("control.sock")
+        listener.listen()
+        assert running_config(env, "a") == lives
+        assert named_clusters(env) == ["a"]
 
 
 def test_a_runtime_directory_of_another_user_is_not_taken(

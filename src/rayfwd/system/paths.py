@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import socket
@@ -32,16 +33,23 @@ def running_config(env: Mapping[str, str], cluster: str | None = None) -> Path |
 
     Where `usual_config` has a file, only while that daemon runs. What others can change is none.
     """
-    record = default_runtime_dir(env, cluster) / RECORD
+    places = (_of_cluster(place, cluster) for place in _runtime_dirs(env))
+    records = [place / RECORD for place in places if _is_record(place / RECORD)]
+    usual = os.path.exists(usual_config(env, cluster))
+    if len(records) == 1 and not usual:
+        return records[0]
+    running = (record for record in records if _answers(record.with_name(CONTROL_SOCKET)))
+    return next(running, records[0] if records and not usual else None)
+
+
+def _is_record(record: Path) -> bool:
+    """Whether it is one, and nobody but this user and root has a say about it."""
     try:
         if not record.is_file() or stranger_in(record, (0, os.geteuid())) is not None:
-            return None
-        if os.geteuid() == 0 and record.stat().st_uid != 0:
-            return None
+            return False
+        return os.geteuid() != 0 or record.stat().st_uid == 0
     except OSError:
-        return None
-    usual = os.path.exists(usual_config(env, cluster))
-    return record if not usual or _answers(record.with_name(CONTROL_SOCKET)) else None
+        return False
 
 
 def _answers(path: Path) -> bool:
@@ -55,13 +63,11 @@ def _answers(path: Path) -> bool:
 
 def named_clusters(env: Mapping[str, str]) -> list[str]:
     """The clusters with a name of which this user runs a node here."""
-    try:
-        found = os.scandir(default_runtime_dir(env) / CLUSTERS)
-    except OSError:
-        return []
-    with found:
-        names = sorted(entry.name for entry in found)
-    return [name for name in names if running_config(env, name) is not None]
+    names: set[str] = set()
+    for place in _runtime_dirs(env):
+        with contextlib.suppress(OSError):
+            names.update(os.listdir(place / CLUSTERS))
+    return [name for name in sorted(names) if running_config(env, name) is not None]
 
 
 CONTROL_SOCKET = "control.sock"
@@ -96,21 +102,22 @@ def default_runtime_dir(env: Mapping[str, str], cluster: str | None = None) -> P
     """systemd's RUNTIME_DIRECTORY; /run/rayfwd for root; else XDG's, else one below the state's.
     A cluster that has a name here has one of its own below that.
 
-    None that others can make first, and XDG's only where it is this user's: su keeps the variable.
+    None that others can make first, and XDG's only where it is there and this user's: su keeps the
+    variable, and so do srun and containers, which have no such directory.
     """
-    return _of_cluster(_runtime_dir(env), cluster)
+    return _of_cluster(_runtime_dirs(env)[0], cluster)
 
 
-def _runtime_dir(env: Mapping[str, str]) -> Path:
+def _runtime_dirs(env: Mapping[str, str]) -> list[Path]:
+    """The one that a daemon takes, and then where one may be that began in another environment."""
     if given := env.get("RUNTIME_DIRECTORY"):
-        return Path(given.split(":")[0])
+        return [Path(given.split(":")[0])]
     if os.geteuid() == 0:
-        return SERVICE_RUNTIME_DIR
-    logind = f"/run/user/{os.geteuid()}"
-    for given in (env.get("XDG_RUNTIME_DIR"), logind if os.path.isdir(logind) else None):
-        if given and is_ours(Path(given)):
-            return Path(given) / "rayfwd"
-    return _state_dir(env) / "run"
+        return [SERVICE_RUNTIME_DIR]
+    usual = (env.get("XDG_RUNTIME_DIR"), f"/run/user/{os.geteuid()}")
+    there = (Path(place) for place in dict.fromkeys(usual) if place and os.path.isdir(place))
+    found = [place / "rayfwd" for place in there if is_ours(place)]
+    return [*found, _state_dir(env) / "run"]
 
 
 def find_socket(directory: Path, name: str) -> Path:
