@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,16 @@ class InFront(Daemon):
         under: Sequence[str] = (),
         cluster: str | None = None,
         ray: str | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.sockets = f"{STATE}/run" + (f"/clusters/{cluster}" if cluster else "")
         assert machine.lab.rayfwd is not None
         words = [*under, str(machine.lab.rayfwd), *argv, "--ray", ray or str(machine.ray()), *SMALL]
         user = "root" if under else "ray"
         self.began = time.monotonic()
-        super().__init__(machine, machine.popen(words, user=user, env={"HOME": HOME}))
+        super().__init__(
+            machine, machine.popen(words, user=user, env={"HOME": HOME, **(env or {})})
+        )
 
     def _ask(self) -> dict[str, Any]:
         return ask(self.machine.host_path(f"{self.sockets}/control.sock"), "status")
