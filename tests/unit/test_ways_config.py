@@ -181,6 +181,26 @@ def test_a_proxycommand_is_the_shells(tmp_path: Path, transport: Transport, fdpa
     run(main)
 
 
+@both
+def test_a_proxycommand_is_not_preceded_by_bashrc(
+    tmp_path: Path, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service has no shell above it, and bash takes a socket for a login by rshd."""
+    (tmp_path / ".bashrc").write_text("exit 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    monkeypatch.delenv("SHLVL", raising=False)
+
+    async def main() -> None:
+        async with scene(tmp_path) as s:
+            script = tmp_path / "relay.py"
+            script.write_text(RELAY)
+            s.configure(f"Host *\n  ProxyCommand {sys.executable} {script} %h %p 2>/dev/null\n")
+            assert await answer(s.head(transport)) == SAID
+
+    run(main)
+
+
 # -- keys --------------------------------------------------------------------------------------
 
 

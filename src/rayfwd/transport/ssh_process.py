@@ -25,6 +25,9 @@ SHELL: Final = "/bin/sh"
 def environment() -> dict[str, str]:
     """What `ssh` is to have of ours: an agent, a ticket, no way to ask."""
     kept = {name: value for name, value in os.environ.items() if name not in ASKS_NOBODY}
+    # bash takes a socket for rshd's, and reads ~/.bashrc if no shell is above it (bash(1)).
+    if kept.get("SHLVL", "0") == "0":
+        kept["SHLVL"] = "1"
     return kept | {"SSH_ASKPASS_REQUIRE": "never", "LC_ALL": "C"}
 
 
