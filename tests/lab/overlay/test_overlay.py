@@ -221,10 +221,11 @@ def test_who_dials_before_a_program_listens_is_not_reset(cluster: Cluster) -> No
 SCAN = """
 import select, socket, sys, time
 
+family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
 ports, waiting, poll = list(range(65535, 0, -1)), {}, select.poll()
 while ports or waiting:
     while ports and len(waiting) < 400:
-        sock, port = socket.socket(), ports.pop()
+        sock, port = socket.socket(family), ports.pop()
         sock.setblocking(False)
         sock.connect_ex((sys.argv[1], port))
         waiting[sock.fileno()] = sock, port, time.monotonic() + 5
@@ -241,14 +242,29 @@ while ports or waiting:
 """
 STORE = """
 import socket, time
-with socket.create_server(("", 0)) as server:
+with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
     print("listening", server.getsockname()[1], flush=True)
     time.sleep(600)
 """
 
 
-def test_a_scan_from_another_machine_finds_sshd_alone(cluster: Cluster) -> None:
-    """Without a firewall: neither Ray nor what its programs have opened shows."""
+@pytest.fixture
+def by_ipv6(cluster: Cluster) -> Iterator[str]:
+    """The head's address of IPv6 on the network that it shares with w2."""
+    head, outside = cluster.lab.machine("head"), cluster.lab.machine("w2")
+    made = {head: "fd00::1", outside: "fd00::3"}
+    for machine, other in ((head, outside), (outside, head)):
+        own = (f"{made[machine]}/64", "dev", "eth0")
+        machine.network_command("ip", "-6", "addr", "add", *own, "nodad")
+        known = (made[other], "lladdr", other.hardware, "dev", "eth0", "nud", "permanent")
+        machine.network_command("ip", "-6", "neigh", "replace", *known)
+    yield made[head]
+    for machine, address in made.items():
+        machine.network_command("ip", "-6", "addr", "del", f"{address}/64", "dev", "eth0")
+
+
+def test_a_scan_from_another_machine_finds_sshd_alone(cluster: Cluster, by_ipv6: str) -> None:
+    """Without a firewall, by IPv4 and IPv6: neither Ray nor what its programs have opened shows."""
     head, outside = cluster.lab.machine("head"), cluster.lab.machine("w2")
     store = head.popen([str(head.ray_python(LIBRARIES)), "-c", STORE])
     until(lambda: "listening" in store.log.read_text(), 30, store.log.read_text)
@@ -257,13 +273,13 @@ def test_a_scan_from_another_machine_finds_sshd_alone(cluster: Cluster) -> None:
     assert dialled(cluster, "w2", "127.77.0.1", port)[0] == "connected"
     head.nft("table inet firewall\ndelete table inet firewall\n")
     try:
-        argv = [str(outside.ray_python(LIBRARIES)), "-c", SCAN, head.address]
-        found = outside.run(argv, timeout=240).stdout.split()
+        for address in (head.address, by_ipv6):
+            argv = [str(outside.ray_python(LIBRARIES)), "-c", SCAN, address]
+            assert outside.run(argv, timeout=240).stdout.split() == ["22"], address
     finally:
         head.firewall([22])
         store.signal(signal.SIGKILL)
         store.wait(20)
-    assert found == ["22"]
 
 
 def test_another_table_in_the_way_is_seen(cluster: Cluster) -> None:
