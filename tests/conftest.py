@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from rayfwd.daemon.resources import raise_descriptor_limit
 from rayfwd.system import build
 from tests import commands
 from tests.lab.machines import left_over
@@ -108,6 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Have stories told in order, and files timed."""
     config.pluginmanager.register(Stories())
     config.pluginmanager.register(Times())
+    raise_descriptor_limit()  # as the daemon does
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -115,14 +117,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     What is compiled takes nothing in the place of its own parts: so it is faster.
     """
-    left_out = {"interpreted"} if build.code() == build.COMPILED else set()
-    if os.environ.get("RAYFWD_THOROUGH") != "1":
-        left_out.add("thorough")
-    not_run = [item for item in items if any(m.name in left_out for m in item.iter_markers())]
-    config.hook.pytest_deselected(items=not_run)
-    items[:] = [item for item in items if item not in not_run]
-    items.sort(key=turn_of)
-    for item in items:
+    for item in items:  # also those that a story puts back
         where = folder(item)
         if where in {"lab", "systemd"}:
             item.add_marker(getattr(pytest.mark, where))
@@ -130,6 +125,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.lab)  # its machines are the lab's
         if item.get_closest_marker("timeout") is None and where in LIMITS:
             item.add_marker(pytest.mark.timeout(LIMITS[where]))
+    left_out = {"interpreted"} if build.code() == build.COMPILED else set()
+    if os.environ.get("RAYFWD_THOROUGH") != "1":
+        left_out.add("thorough")
+    not_run = [item for item in items if any(m.name in left_out for m in item.iter_markers())]
+    config.hook.pytest_deselected(items=not_run)
+    items[:] = [item for item in items if item not in not_run]
+    items.sort(key=turn_of)
 
 
 def pytest_collection_finish() -> None:

@@ -61,6 +61,7 @@ from rayfwd.setup.remote.sight import Python, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
 from rayfwd.setup.request import Layout, user_layout
 from rayfwd.setup.steps import undo
+from rayfwd.system.asuser import own_account
 from rayfwd.transport import dial
 from tests.commands import main
 from tests.unit.daemons import Site, site
@@ -1071,6 +1072,15 @@ def places_below(home: Path) -> Layout:
     return replace(layout, runtime=layout.state / "run")
 
 
+def placed_below(home: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """The same, and that is what is found."""
+    layout, account = places_below(home), replace(own_account(), home=home)
+    monkeypatch.setattr(there, "own_account", lambda: account)
+    monkeypatch.setattr(there, "layout_of", lambda service: layout)
+    monkeypatch.setattr(there, "_link", lambda layout: [])
+    return layout
+
+
 def prepared(ray: str = "ray", **more: object) -> dict[str, Any]:
     return there.prepare(
         "w1", ray, False, "ray@192.0.2.1", "192.0.2.1 ssh-ed25519 AAAA\n", "rayfwd", more
@@ -1081,9 +1091,7 @@ def test_a_machine_that_has_lost_its_state_directory_is_added_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file says whose it is. It gets a new key, for the head's line; what was edited stays."""
-    layout = places_below(tmp_path)
-    monkeypatch.setattr(there, "layout_of", lambda service: layout)
-    monkeypatch.setattr(there, "_link", lambda layout: [])
+    layout = placed_below(tmp_path, monkeypatch)
     first, text = prepared(), layout.config.read_text()
     for edited in ("", "# mine\n"):
         shutil.rmtree(layout.state)
@@ -1119,9 +1127,7 @@ def test_a_node_that_has_no_file_is_left_alone(
 ) -> None:
     """It has the directories that ours would have: it was ended, and ours started in its place.
     Also the head itself, where its own machine is added."""
-    layout = places_below(tmp_path)
-    monkeypatch.setattr(there, "layout_of", lambda service: layout)
-    monkeypatch.setattr(there, "_link", lambda layout: [])
+    layout = placed_below(tmp_path, monkeypatch)
     argv = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", *words]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

@@ -896,7 +896,8 @@ def test_env_is_for_a_shell(tmp_path: Path) -> None:
 @pytest.mark.runs("rayfwd exec", "rayfwd exec -- python *")
 def test_exec_becomes_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As in an environment that is active: Debian's own Python is `python3` alone.
-    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    # Without directories that are closed to us: what is not found there is "not permitted".
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     file = write(tmp_path, 'role = "head"\n')
     code = "import os, sys; print(os.environ['RAY_ADDRESS'], sys.argv[1:]); sys.exit(7)"
     with daemon(tmp_path, environment=TOLD):

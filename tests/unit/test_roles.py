@@ -437,7 +437,7 @@ def test_a_head_that_knows_no_levels_is_not_asked_for_one_again_and_again(
                 await restart()
             assert s.head.head.muxes()["w1"] is not session
             nodes = s.head.role.node
-            await until(lambda: {n.name: n.level for n in nodes.view.nodes}["w1"] == "overlay")
+            await until(lambda: {n.name: n.level for n in nodes.view.nodes}.get("w1") == "overlay")
 
     run(main)
 

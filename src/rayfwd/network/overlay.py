@@ -54,7 +54,11 @@ class TableEvents:
         """Raises OSError where the kernel does not tell."""
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         self._sock = socket.socket(socket.AF_NETLINK, kind, _NETLINK_NETFILTER)
-        self._sock.bind((0, _GROUP_NFTABLES))
+        try:
+            self._sock.bind((0, _GROUP_NFTABLES))
+        except OSError:
+            self._sock.close()
+            raise
 
     def fileno(self) -> int:
         return self._sock.fileno()
