@@ -549,6 +549,23 @@ class TestWithoutSshd:
 
         run(main)
 
+    @pytest.mark.parametrize("turns", range(6))
+    def test_what_is_logging_in_at_the_end_is_closed(self, tmp_path: Path, turns: int) -> None:
+        """However far it has come."""
+
+        async def main() -> None:
+            own = OwnSsh(tmp_path, tmp_path / "hub.sock")
+            made: list[asyncio.Transport] = []
+            for _ in range(4):
+                await own.connect(lambda: Noted(made))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            own.close()
+            for transport in made:
+                transport.abort()
+
+        run(main)
+
     def test_a_connection_has_no_more_commands_than_with_sshd(self, tmp_path: Path) -> None:
         async def main() -> None:
             async with own_site(tmp_path) as s:

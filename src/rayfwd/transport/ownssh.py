@@ -69,6 +69,7 @@ class OwnSsh:
         task = asyncio.create_task(self._serve(far), name="own ssh")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: far.close())  # also of one that is ended before it begins
         await asyncio.get_running_loop().create_connection(factory, sock=near)
 
     async def _serve(self, sock: socket.socket) -> None:
@@ -87,7 +88,6 @@ class OwnSsh:
                     gss_host=None,
                 )
         except (OSError, asyncssh.Error, TimeoutError):
-            sock.close()
             return  # whoever it was says so himself
         finally:
             self._logging_in -= 1
