@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
@@ -17,6 +18,16 @@ import asyncssh
 from tests.need import need, tool
 
 
+def _free_port(address: str) -> int:
+    """One that the kernel gives nobody who asks it for any: a server that is stopped for a while
+    has it again."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    for port in random.sample(range(10_000, 20_000), 100):
+        with suppress(OSError), socket.create_server((address, port), family=family):
+            return port
+    raise AssertionError(f"no port of {address} is free")
+
+
 class RealSshd:
     """One server with a host key of its own; it lets in `identity`."""
 
@@ -26,9 +37,7 @@ class RealSshd:
         self.directory = directory
         self.address = address
         self.user = getpass.getuser()
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.create_server((address, 0), family=family) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = _free_port(address)
         self.identity = directory / "id"
         self._host_key = asyncssh.generate_private_key("ssh-ed25519")
         self._host_key.write_private_key(directory / "host_key")
