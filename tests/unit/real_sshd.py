@@ -19,10 +19,10 @@ from tests.need import need, tool
 
 
 def _free_port(address: str) -> int:
-    """One that the kernel gives nobody who asks it for any: a server that is stopped for a while
-    has it again."""
+    """One that the kernel gives nobody who asks it for any, and no cluster has (`cli/chosen.py`): a
+    server that is stopped for a while has it again."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for port in random.sample(range(10_000, 20_000), 100):
+    for port in random.sample(range(11_000, 12_000), 100):
         with suppress(OSError), socket.create_server((address, port), family=family):
             return port
     raise AssertionError(f"no port of {address} is free")

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 import pytest
 
 from rayfwd.cli import MistakeError, _parser, chosen, connect, front, head, join
+from rayfwd.cli.chosen import PORT_BASES
 from rayfwd.cli.front import StatusLine
 from rayfwd.config import Config, load, parse
 from rayfwd.daemon import claim as claim_module
@@ -33,6 +34,7 @@ from rayfwd.system.paths import named_clusters, running_config
 from rayfwd.system.sockdiag import SockDiag, UnixListener
 from rayfwd.system.steps import Steps
 from tests import commands
+from tests.need import tool
 from tests.unit.daemons import site
 from tests.unit.loops import log_events, of
 from tests.unit.loops import run_on_fake_clock as run
@@ -225,41 +227,71 @@ def test_a_head_finds_what_is_free_and_keeps_to_it(monkeypatch: pytest.MonkeyPat
     assert without.ray.dashboard_port == 8309, "what was said once is said each time"
 
 
+@pytest.fixture
+def apart() -> Iterator[Sequence[str]]:
+    """What runs a command in a network where nobody else listens; as root only."""
+    if os.geteuid() != 0:
+        yield []
+        return
+    holding = [tool("unshare"), "--net", "sh", "-c", "echo; read end"]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        place = [tool("nsenter"), f"--net=/proc/{holder.pid}/ns/net"]
+        subprocess.run([*place, tool("ip"), "link", "set", "lo", "up"], check=True)
+        yield place
+        holder.stdin.close()
+
+
+@pytest.mark.parametrize("taken", [0, *PORT_BASES])
 def test_heads_that_are_started_together_have_networks_and_ports_of_their_own(
-    tmp_path: Path,
+    tmp_path: Path, apart: Sequence[str], taken: int
 ) -> None:
-    """Before Ray of any listens; as root of two users, as two jobs of Slurm on one node."""
+    """Before Ray of any listens; as root of two users, as two jobs of Slurm on a node. In the same
+    moment; or right after each other, where another program has a port that one would have."""
     program = (
         "import json, os, sys, time; from pathlib import Path; from rayfwd.cli import chosen; "
         "from rayfwd.config import parse; "
         "print('ready', flush=True); sys.stdin.readline(); "
         "print(json.dumps(chosen._choose(parse({'role': 'head'}))), flush=True); sys.stdin.read()"
     )
+    listener = (
+        f"import socket, sys; taken = socket.create_server(('127.0.0.1', {taken + 100})); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
     with contextlib.ExitStack() as stack:
         python = a_python()
         others = os.geteuid() == 0 and runs(OTHER, [*python, "-c", "import rayfwd.cli.status"])
-        heads = []
-        for number in range(4):
-            uid = OTHER if others and number % 2 else None
-            head = subprocess.Popen(
-                [*python, "-c", program],
+
+        def started(code: str, uid: int | None = None) -> tuple[IO[str], IO[str]]:
+            user = [] if uid is None else [f"--setuid={uid}", f"--setgid={uid}"]
+            process = subprocess.Popen(
+                [*apart, *user, *python, "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env={"PATH": os.defpath, "HOME": str(tmp_path)},
-                user=uid,
-                extra_groups=None if uid is None else [],
             )
-            heads.append(stack.enter_context(head))
-        pipes = [(head.stdin, head.stdout) for head in heads if head.stdin and head.stdout]
+            stack.enter_context(process)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            return process.stdin, process.stdout
+
+        if taken:
+            assert started(listener)[1].readline() == "ready\n"
+        pipes = [started(program, OTHER if others and n % 2 else None) for n in range(4)]
         for _, out in pipes:
             assert out.readline() == "ready\n"
-        for asked, _ in pipes:
+        found = []
+        for asked, out in pipes:
             asked.write("go\n")
             asked.flush()
-        found = [json.loads(out.readline()) for _, out in pipes]
+            found += [json.loads(out.readline())] if taken else []
+        found = found or [json.loads(out.readline()) for _, out in pipes]
     for key in ("hub.network", "hub.port_base", "ray.port", "ray.dashboard_port"):
         assert len({each[key] for each in found}) == 4, (key, found)
+    assert all(each["hub.port_base"] != taken for each in found)
 
 
 @contextlib.contextmanager

@@ -25,8 +25,8 @@ from rayfwd.system.files import read_regular, replace_file
 RECORD = "chosen.json"
 
 PORT_BASES = (20000, 24000, 28000, 16000, 12000)
-"""Where the nodes' ports may begin: from the network's own on, the first where nothing listens in
-`ROOM` ports."""
+"""Where the nodes' ports may begin. Of those where nothing listens in `ROOM` ports, it is the
+network's: heads that are started together have networks that follow each other."""
 ROOM = 4000
 SINGLE_PORTS = {"ray.port": 6379, "ray.dashboard_port": 8265, "ray.client_port": 10001}
 
@@ -75,8 +75,8 @@ def _choose(config: Config) -> dict[str, Any]:
     taken = listening()
     network = reserve() or USUAL_NETWORK
     number = _number(network)
-    bases = [PORT_BASES[(number + k) % len(PORT_BASES)] for k in range(len(PORT_BASES))]
-    base = next((b for b in bases if _is_free(b, taken)), bases[0])
+    bases = [base for base in PORT_BASES if _is_free(base, taken)] or PORT_BASES
+    base = bases[number % len(bases)]
     found: dict[str, Any] = {"hub.network": network, "hub.port_base": base}
     used = set(taken)
     for key, usual in SINGLE_PORTS.items():
