@@ -84,6 +84,7 @@ class RealSshd:
                     "KbdInteractiveAuthentication no",
                     "PerSourcePenalties no" if await _has_penalties() else "",
                     "LogLevel VERBOSE",
+                    f"SetEnv HOME={self.directory}",  # no ~/.bashrc of whoever runs the tests
                     "Subsystem sftp internal-sftp" if sftp else "",
                 ]
             )
