@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -407,26 +408,24 @@ def test_directories_of_an_ordinary_user(monkeypatch: pytest.MonkeyPatch) -> Non
     assert default_runtime_dir(env) == Path("/run/user/1000/rayfwd")
 
 
-def test_a_daemon_of_another_environment_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_daemon_of_another_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It began where there was no runtime directory of the session's; the shell that asks has one.
     What a daemon left there that was killed does not hide it."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("rayfwd.system.paths.stranger_in", lambda path, owners: None)
-    session, state = tmp_path / "session", tmp_path / "rayfwd"
-    monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: path == session)
-    env = {"HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    env |= {"XDG_RUNTIME_DIR": str(session)}
-    killed, lives = session / "rayfwd/clusters/a/rayfwd.toml", state / "run/clusters/a/rayfwd.toml"
-    for record in (killed, lives):
-        record.parent.mkdir(parents=True)
-    killed.touch()
-    assert running_config(env, "a") == killed
-    lives.touch()
-    with socket.socket(socket.AF_UNIX) as listener:
-        monkeypatch.chdir(lives.parent)
-        listener.bind("control.sock")
+    # A socket's path may have 107 characters: pytest's own directory is too deep.
+    with tempfile.TemporaryDirectory() as home, socket.socket(socket.AF_UNIX) as listener:
+        session = Path(home) / "session"
+        monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: path == session)
+        env = {"HOME": home, "XDG_STATE_HOME": home, "XDG_RUNTIME_DIR": str(session)}
+        killed = session / "rayfwd/clusters/a/rayfwd.toml"
+        lives = Path(home) / "rayfwd/run/clusters/a/rayfwd.toml"
+        for record in (killed, lives):
+            record.parent.mkdir(parents=True)
+        killed.touch()
+        assert running_config(env, "a") == killed
+        lives.touch()
+        listener.bind(str(lives.with_name("control.sock")))
         listener.listen()
         assert running_config(env, "a") == lives
         assert named_clusters(env) == ["a"]

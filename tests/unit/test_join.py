@@ -250,6 +250,8 @@ def test_heads_that_are_started_together_have_networks_and_ports_of_their_own(
 ) -> None:
     """Before Ray of any listens; as root of two users, as two jobs of Slurm on a node. In the same
     moment; or right after each other, where another program has a port that one would have."""
+    if taken and not apart:
+        pytest.skip("only root has a network where nobody else listens")
     program = (
         "import json, os, sys, time; from pathlib import Path; from rayfwd.cli import chosen; "
         "from rayfwd.config import parse; "
