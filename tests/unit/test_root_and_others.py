@@ -261,6 +261,25 @@ def test_what_root_purges_is_never_what_a_link_leads_to(open_dir: Path) -> None:
     assert sorted(roots.rglob("*")) == there
 
 
+@pytest.mark.parametrize("shut", ["state", "state/run"])
+def test_what_may_not_be_looked_into_is_not_said_to_be_removed(open_dir: Path, shut: str) -> None:
+    state = open_dir / "state"
+    (state / "run").mkdir(parents=True)
+    (open_dir / shut).chmod(0o300)
+    if root := os.geteuid() == 0:
+        for path in (state, state / "run"):
+            os.chown(path, OTHER, OTHER)
+        os.seteuid(OTHER)
+    try:
+        with pytest.raises(PermissionError):
+            remove_tree(state)
+    finally:
+        if root:
+            os.seteuid(0)
+    assert state.exists()
+    (open_dir / shut).chmod(0o700)
+
+
 @NEEDS_ROOT
 @pytest.mark.parametrize("verb", ["check", "doctor", "run"])
 def test_a_configuration_of_theirs(open_dir: Path, verb: str) -> None:

@@ -381,9 +381,7 @@ def remove_tree(path: Path, kept: Collection[Path] = ()) -> None:
     It is that service's user's, who may put links in the place of directories at any moment: each
     is opened as what it is, from the one above it, and no link is followed. Raises OSError.
     """
-    try:
-        opened = os.open(path, _DIRECTORY)
-    except OSError:  # it is not there, or is none
+    if (opened := _opened(path)) is None:
         return
     try:
         _empty(opened, path, kept)
@@ -393,7 +391,17 @@ def remove_tree(path: Path, kept: Collection[Path] = ()) -> None:
         path.rmdir()
 
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+def _opened(name: Path | str, above: int | None = None) -> int | None:
+    """That directory, in the open one `above`; None: it is none, or not there. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=above)
+    except (NotADirectoryError, FileNotFoundError):
+        return None
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:  # a link
+            return None
+        raise
 
 
 def _empty(directory: int, path: Path, kept: Collection[Path]) -> None:
@@ -402,15 +410,7 @@ def _empty(directory: int, path: Path, kept: Collection[Path]) -> None:
         inside = path / name
         if inside in kept:
             continue
-        try:
-            opened = os.open(name, _DIRECTORY, dir_fd=directory)
-        except (NotADirectoryError, FileNotFoundError):
-            opened = -1
-        except OSError as exc:
-            if exc.errno != errno.ELOOP:
-                raise
-            opened = -1  # a link
-        if opened < 0:
+        if (opened := _opened(name, directory)) is None:
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=directory)
             continue
