@@ -313,11 +313,3 @@ def several(problems: list[Problem]) -> Problem:
     more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     different = list(dict.fromkeys(p.remedy for p in problems[:4]))
     return first.code.problem(f"{shown}{more}", "; ".join(different))
-
-
-def is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -11,13 +11,14 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import DialConfig, MeetConfig
 from rayfwd.daemon.dialling import all_dials
 from rayfwd.doctor import judgements, observe
-from rayfwd.doctor.common_checks import Examination, is_address, several
+from rayfwd.doctor.common_checks import Examination, several
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.doctor.settings import no_token, not_writable
 from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
+from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.carriers import carrier_for

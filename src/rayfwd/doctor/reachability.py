@@ -18,13 +18,14 @@ from rayfwd.cluster.identity import Identity
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor import judgements, observe
-from rayfwd.doctor.common_checks import Emit, Examination, is_address
+from rayfwd.doctor.common_checks import Emit, Examination
 from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.rows import Row, failed, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
+from rayfwd.system.addresses import is_address
 from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.openssh_carrier import OpensshConnection
 from rayfwd.transport.ssh_carrier import SshConnection

@@ -10,11 +10,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from ipaddress import ip_address
 
 import asyncssh
 
 from rayfwd import codes
+from rayfwd.system.addresses import is_address
 
 ALWAYS = "always"
 """Also where a jump host or a command dials, which resolves names itself as a rule."""
@@ -42,7 +42,7 @@ def full_name(options: asyncssh.SSHClientConnectionOptions) -> str | None:
     """None: none is looked for, or there is none. Raises ProblemError."""
     name, domains = options.host, options.canonical_domains
     asked = options.canonicalize_hostname
-    if not asked or not domains or _is_address(name):
+    if not asked or not domains or is_address(name):
         return None
     indirect = options.config.get("ProxyJump") or options.proxy_command
     if indirect and asked != ALWAYS:
@@ -59,14 +59,6 @@ def full_name(options: asyncssh.SSHClientConnectionOptions) -> str | None:
         "CanonicalizeFallbackLocal is no",
         "correct CanonicalDomains in the SSH configuration, or this machine's DNS",
     )
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _resolved(name: str) -> str | None:

@@ -25,6 +25,7 @@ from rayfwd.setup.remote import keys
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.steps import Key
 from rayfwd.status import Status
+from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.control import ask
 from rayfwd.system.files import locked, read_regular, replace_file
@@ -126,7 +127,7 @@ class Head:
 
     def _candidates(self, seen_as: str) -> list[str]:
         port = _own_port()
-        places = [*filter(_is_address, [seen_as]), *_own_addresses(), socket.getfqdn()]
+        places = [*filter(is_address, [seen_as]), *_own_addresses(), socket.getfqdn()]
         suffix = "" if port == 22 else f":{port}"
         named = [place for place in places if place and ":" not in place and place != "localhost"]
         return [f"{self.user}@{place}{suffix}" for place in dict.fromkeys(named)][:CANDIDATES]
@@ -219,14 +220,6 @@ def _is_own(host: str) -> bool:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.bind((str(address), 0))
     except OSError:
-        return False
-    return True
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.IPv4Address(text)
-    except ValueError:
         return False
     return True
 
