@@ -15,7 +15,7 @@ import pytest
 
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, UID
-from tests.lab.test_join import InFront, said_on
+from tests.lab.test_join import InFront, heading, said_on
 
 pytestmark = [
     pytest.mark.ray,
@@ -72,10 +72,8 @@ def signal_sshd(machine: Machine, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def head(many: Lab) -> Iterator[InFront]:
-    head = InFront(many.machine("head"), ["head"])
-    head.wait_ready()
-    yield head
-    head.stop(30)
+    with heading(many.machine("head")) as head:
+        yield head
 
 
 def hosts(lab: Lab, *names: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, UID
-from tests.lab.test_join import InFront, said_on
+from tests.lab.test_join import InFront, heading, said_on
 
 pytestmark = [pytest.mark.ray, pytest.mark.thorough, pytest.mark.timeout(600)]
 
@@ -108,10 +108,8 @@ def hide(machine: Machine, path: str) -> None:
 
 @pytest.fixture(scope="module")
 def head(odd: Lab) -> Iterator[InFront]:
-    head = InFront(odd.machine("head"), ["head"])
-    head.wait_ready()
-    yield head
-    head.stop(30)
+    with heading(odd.machine("head")) as head:
+        yield head
 
 
 def target(machine: Machine) -> str:

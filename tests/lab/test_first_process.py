@@ -16,7 +16,7 @@ import pytest
 
 from tests.lab.machines import Lab
 from tests.lab.process import Process, until
-from tests.lab.test_join import CONTAINER, LONG, STATE, InFront, children, command_line
+from tests.lab.test_join import CONTAINER, LONG, STATE, InFront, children, command_line, heading
 
 pytestmark = [pytest.mark.ray, pytest.mark.thorough]
 
@@ -26,11 +26,9 @@ WITHIN = 8.5
 @pytest.fixture(scope="module")
 def head(module_lab: Lab) -> Iterator[InFront]:
     module_lab.machine("head").start_sshd()
-    head = InFront(module_lab.machine("head"), ["head"])
-    head.wait_ready()
-    yield head
-    head.process.signal(signal.SIGCONT)
-    head.stop(30)
+    with heading(module_lab.machine("head")) as head:
+        yield head
+        head.process.signal(signal.SIGCONT)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ and rayfwd. The second worker is process 1 of a process namespace, as in a conta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -72,6 +73,15 @@ class InFront(Daemon):
     def said(self) -> list[str]:
         """What it has printed, beside the log."""
         return [event["line"] for event in self.events("not_json")]
+
+
+@contextlib.contextmanager
+def heading(machine: Machine) -> Iterator[InFront]:
+    """`rayfwd head` there, ready; it ends in good time."""
+    head = InFront(machine, ["head"])
+    head.wait_ready()
+    yield head
+    head.stop(30)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME
-from tests.lab.test_join import InFront, children, task
+from tests.lab.test_join import InFront, children, heading, task
 
 pytestmark = [pytest.mark.ray, pytest.mark.thorough]
 
@@ -35,10 +35,8 @@ BARE = (
 @pytest.fixture(scope="module")
 def head(module_lab: Lab) -> Iterator[InFront]:
     module_lab.machine("head").start_sshd()
-    head = InFront(module_lab.machine("head"), ["head"])
-    head.wait_ready()
-    yield head
-    head.stop(30)
+    with heading(module_lab.machine("head")) as head:
+        yield head
 
 
 def make_bare(machine: Machine, uid: int) -> None:

@@ -38,7 +38,7 @@ from rayfwd.cluster.plan import check_name
 from rayfwd.config import DialConfig
 from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.head import HeadRole
-from rayfwd.problems import Code, ProblemError
+from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.remote import (
@@ -798,6 +798,16 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
     run(main_)
 
 
+async def failed(host: Host, at: str) -> Problem:
+    """Why a head without Ray cannot add that machine, by the step at which it is told."""
+    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
+    outcome = Outcome(host.ssh)
+    await adding.add(cast("adding.Adding", shared), host, outcome)
+    assert outcome.at == at
+    assert outcome.problem is not None
+    return outcome.problem.problem
+
+
 @pytest.mark.parametrize(
     ("shell", "login", "cause", "remedy"),
     [
@@ -812,15 +822,9 @@ def test_a_machine_runs_what_it_is_told_and_its_shells_words_are_passed_over(
 def test_a_login_that_runs_no_command_is_said_to_and_why(
     tmp_path: Path, shell: str, login: str, cause: str, remedy: str
 ) -> None:
-    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
-
     async def main_() -> None:
         async with remote(tmp_path, shell, login) as it:
-            outcome = Outcome(it.host.ssh)
-            await adding.add(cast("adding.Adding", shared), it.host, outcome)
-            assert outcome.at == "look"
-            assert outcome.problem is not None
-            problem = outcome.problem.problem
+            problem = await failed(it.host, "look")
             assert problem.code is codes.ADD_FAILED
             assert cause in problem.cause
             assert remedy in problem.remedy
@@ -927,15 +931,10 @@ def test_a_machine_that_hangs_after_its_login_is_said_to_and_how_far_it_came(
     monkeypatch.setattr(ssh, "SESSION_SECONDS", seconds)
     (tmp_path / "df").write_text(SLOW_DISK)
     (tmp_path / "df").chmod(0o755)
-    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
 
     async def main_() -> None:
         async with remote(tmp_path, shell.format(tmp_path)) as it:
-            outcome = Outcome(it.host.ssh)
-            await adding.add(cast("adding.Adding", shared), it.host, outcome)
-            assert outcome.at == "look"
-            assert outcome.problem is not None
-            problem = outcome.problem.problem
+            problem = await failed(it.host, "look")
             assert problem.code is codes.ADD_FAILED
             assert problem.cause.startswith(f"{it.host.ssh} accepts the login, but {cause}")
             assert remedy in problem.remedy
@@ -1020,22 +1019,17 @@ def test_a_server_that_accepts_and_says_nothing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dial, "LOGIN_TIMEOUT", 0.3)
-    shared = SimpleNamespace(head=SimpleNamespace(ray=None), report=lambda *_: None)
 
     async def main_() -> None:
         accepted: list[asyncio.StreamWriter] = []
         server = await asyncio.start_server(lambda _, it: accepted.append(it), "127.0.0.1", 0)
         ssh_ = f"ray@127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        outcome = Outcome(ssh_)
         try:
-            await adding.add(cast("adding.Adding", shared), Host(ssh=ssh_), outcome)
+            problem = await failed(Host(ssh=ssh_), "log in")
         finally:
             server.close()
             for writer in accepted:
                 writer.close()
-        assert outcome.at == "log in"
-        assert outcome.problem is not None
-        problem = outcome.problem.problem
         assert problem.code is codes.SSH_UNREACHABLE
         assert problem.cause.startswith(ssh_)
         assert "accepts the connection" in problem.cause
