@@ -19,7 +19,7 @@ FILE = {"network.deny": [DENIED], "expose": [EXPOSED]}
 SERVE = f"""
 import json, selectors, socket, sys
 own, elsewhere, of_root = sys.argv[1], sys.argv[2], len(sys.argv) > 3
-found, held = {{}}, selectors.DefaultSelector()
+found, numbers, held = {{}}, set(), selectors.DefaultSelector()
 
 def serve(kind, address, port=0, ipv6_only=None, shared=False, protocol=0):
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -30,8 +30,15 @@ def serve(kind, address, port=0, ipv6_only=None, shared=False, protocol=0):
     if shared:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.bind((address, port))
+    number = sock.getsockname()[1]
+    if not port and number in numbers:
+        # The kernel may give one number to IPv6 only and to IPv4, and one that was closed again.
+        another = serve(kind, address, port, ipv6_only, shared, protocol)
+        sock.close()
+        return another
     sock.listen()
-    found[kind] = sock.getsockname()[1]
+    numbers.add(number)
+    found[kind] = number
     held.register(sock, selectors.EVENT_READ)
     return sock
 
