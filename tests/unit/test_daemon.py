@@ -20,7 +20,9 @@ from rayfwd import codes
 from rayfwd.daemon.resources import lock
 from rayfwd.problems import ProblemError
 
-HEAD = "role = 'head'\nname = 'head'\n"
+NETWORK = f"127.{128 + os.getpid() % 64}.0.0/16"
+"""Not the usual one, which a rayfwd of this machine, or of another test's, may have."""
+HEAD = f"role = 'head'\nname = 'head'\nhub.network = '{NETWORK}'\n"
 WORKER = "role = 'worker'\nname = 'w1'\n[head]\nssh = 'ray@127.0.0.1:{port}'\n"
 NO_RAY = "[ray]\nstart = false\ncommand = 'there-is-none'\nworker_ports = 8\n"
 

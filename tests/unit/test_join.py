@@ -382,7 +382,7 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
         first.close()
         free, shared = free_networks()
         assert "127.117.0.0/16" not in free, "others come first"
-        assert shared == ["127.117.0.0/16"]
+        assert "127.117.0.0/16" in shared
         stdin.close()
 
 
@@ -401,13 +401,33 @@ def test_a_network_is_held_where_the_kernel_has_no_module_for_it(
     second.close()
 
 
+def test_another_network_is_named_where_the_holder_has_gone_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A remedy never names the network that was in use."""
+    first, second = MachineClaim(), MachineClaim()
+    assert first.take("127.76.0.0/15")
+    free = claim_module.free_networks
+
+    def gone() -> tuple[list[str], list[str]]:
+        first.close()
+        return free()
+
+    monkeypatch.setattr(claim_module, "free_networks", gone)
+    assert not second.take("127.76.0.0/15")
+    assert second.problem is not None
+    assert "127.77." not in second.problem.remedy
+
+
 def test_names_that_are_none_hold_nothing() -> None:
+    ours = set()
     with contextlib.ExitStack() as held:
         for name in ("999.0.0.0-16-0", "127.117.0.1-16-0", "127.117.0.0-99-0", "", "\udcff"):
             sock = held.enter_context(socket.socket(socket.AF_UNIX))
             sock.bind(b"\0rayfwd-network-" + os.fsencode(name))
             sock.listen()
-        assert network_lock.holders_of("0.0.0.0/0") == []
+            ours.add(os.fstat(sock.fileno()).st_ino)
+        assert not [h for h in network_lock.holders_of("0.0.0.0/0") if h.inode in ours]
 
 
 # -- the terminal

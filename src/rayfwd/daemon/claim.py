@@ -58,9 +58,9 @@ class MachineClaim:
         problem = codes.NETWORK_IN_USE.problem(
             f"{network}, this cluster's network, belongs to another cluster on this machine: "
             f"{who} has {holders[0].network if holders else network}",
-            f'on the head of one of the two, set hub.network (for example "{_another()}"), and '
-            "set hub.port_base, ray.port, ray.dashboard_port and ray.client_port to ports that "
-            "the other cluster does not have; `rayfwd head` finds free values for all of them",
+            f'on the head of one of the two, set hub.network (for example "{_another(network)}"), '
+            "and set hub.port_base, ray.port, ray.dashboard_port and ray.client_port to ports "
+            "that the other cluster does not have; `rayfwd head` finds free values for all of them",
         )
         if problem != self.problem:
             self.problem = problem
@@ -126,6 +126,11 @@ def reserve() -> str | None:
     return None
 
 
-def _another() -> str:
+def _another(wanted: str) -> str:
+    """One to have instead: whoever has the wanted one may be gone by now, and come back."""
     free, shared = free_networks()
-    return next(iter((*free, *shared)), "127.120.0.0/16")
+    other = ipaddress.IPv4Network(wanted)
+    for network in (*free, *shared):
+        if not other.overlaps(ipaddress.IPv4Network(network)):
+            return network
+    return "127.120.0.0/16"
