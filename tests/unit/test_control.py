@@ -178,6 +178,33 @@ def test_closing_ends_what_is_being_answered(path: Path) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_closing_ends_who_has_just_come(path: Path, turns: int) -> None:
+    """After each of the loop's turns that it takes to begin with a connection."""
+
+    async def main() -> None:
+        made = ControlServer(path, VERBS)
+        await made.start()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(False)
+            sock.connect(str(path))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await made.close()
+            await ended(sock)
+
+    run(main)
+
+
+async def ended(sock: socket.socket) -> None:
+    """See that the other side closes."""
+    async with asyncio.timeout(5):
+        try:
+            assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        except ConnectionResetError:
+            pass  # it was never accepted
+
+
 def test_a_stale_socket_is_replaced(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))

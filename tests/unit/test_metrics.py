@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -278,6 +279,31 @@ def test_what_is_answered() -> None:
     serving(f"127.0.0.1:{port}", body)
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_the_end_of_it_ends_who_has_just_come(turns: int) -> None:
+    """After each of the loop's turns that it takes to begin with a connection."""
+    port = free_port()
+
+    async def main() -> None:
+        server = HttpServer(MetricsService(lambda: ()), [f"127.0.0.1:{port}"], lambda: None)
+        running = asyncio.create_task(server.run())
+        await exchange(port, GET)
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(("127.0.0.1", port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            async with asyncio.timeout(5):
+                with contextlib.suppress(ConnectionResetError):  # it was never accepted
+                    assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+
+    asyncio.run(main())
+
+
 def test_a_fault_in_a_metric_ends_nothing() -> None:
     port = free_port()
 
@@ -385,7 +411,7 @@ def scraped(port: int, process: subprocess.Popen[bytes]) -> str:
     """What is exposed once the daemon is ready."""
     deadline = time.monotonic() + 30
     while True:
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[1].decode()
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
                 text = str(answer.read().decode())

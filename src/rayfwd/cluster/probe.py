@@ -19,6 +19,7 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.session.messages import MOST_PORTS, read_dial
+from rayfwd.system.accepting import close_server
 from rayfwd.system.tcp import cut
 
 DIAL_TIMEOUT = 3.0
@@ -218,7 +219,8 @@ class HeldPorts:
 
     async def __aexit__(self, *_: object) -> None:
         for server in self._servers:
-            server.close()
+            close_server(server)
+        await asyncio.sleep(0)  # then who was accepted is among the open
         for answer in list(self.open):
             answer.cut()
         await asyncio.sleep(0)

@@ -18,6 +18,7 @@ from typing import Protocol
 from rayfwd.config import split_host_port
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import unixsocket
+from rayfwd.system.accepting import close_server
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.system.tcp import cut
@@ -125,7 +126,7 @@ class HttpServer:
                 await asyncio.Event().wait()
             finally:
                 self.at = None
-                server.close()
+                close_server(server)
                 for task in self._connections:
                     task.cancel()
                 await asyncio.gather(*self._connections, return_exceptions=True)
@@ -164,7 +165,9 @@ class HttpServer:
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection: TransportSocket = writer.get_extra_info("socket")
-        if len(self._connections) >= CONNECTIONS:
+        if (
+            len(self._connections) >= CONNECTIONS or self.at is None
+        ):  # too many, or closed meanwhile
             writer.transport.abort()
             return
         if not self._service.admits(connection):
@@ -172,10 +175,13 @@ class HttpServer:
             return
         task = asyncio.create_task(self._serve(reader, writer), name="http-connection")
         self._connections.add(task)
-        task.add_done_callback(lambda done: self._done(done, connection))
+        task.add_done_callback(lambda done: self._done(done, connection, writer))
 
-    def _done(self, task: asyncio.Task[None], connection: TransportSocket) -> None:
+    def _done(
+        self, task: asyncio.Task[None], connection: TransportSocket, writer: asyncio.StreamWriter
+    ) -> None:
         self._connections.discard(task)
+        writer.close()  # also where the task was ended before it began
         self._service.gone(connection)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -185,8 +191,6 @@ class HttpServer:
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             writer.transport.abort()  # no request, or nobody who reads the answer
-        finally:
-            writer.close()
 
     def _answer(self, head: bytes) -> bytes:
         first, *lines = head.decode("latin-1").split("\r\n")

@@ -30,6 +30,7 @@ from rayfwd.session.proof import Claim, NodeKey
 from rayfwd.session.session import MOST_LANES, Limits, Session
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.system import unixsocket
+from rayfwd.system.accepting import close_server
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
 from rayfwd.transport.linkstats import Ending, record
@@ -87,7 +88,7 @@ class Taken:
         self._closing = True
         server, self._server = self._server, None
         if server is not None:
-            server.close()
+            close_server(server)
             self._path.unlink(missing_ok=True)
         self._pending.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rayfwd.cluster.plan import check_name
 from rayfwd.session.handshake import Vouch
 from rayfwd.system import unixsocket
+from rayfwd.system.accepting import accept_no_more, close_server
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.passing import Listening
@@ -88,17 +89,15 @@ class HubSocket:
         return sock
 
     def accept_no_more(self) -> None:
-        """The server stays open for what it has accepted: asyncio makes the transport a turn of the
-        loop later, and of one whose server is closed by then it loses the socket."""
+        """The server stays open for what it has accepted."""
         if self._server is not None:
-            for sock in self._server.sockets:
-                asyncio.get_running_loop().remove_reader(sock)
+            accept_no_more(self._server)
 
     def close(self) -> None:
         """What is at `path` stays; see `remove`."""
         server, self._server = self._server, None
         if server is not None:
-            server.close()
+            close_server(server)
 
     def remove(self) -> None:
         """Close it, and leave nothing of it on the disk."""

@@ -17,6 +17,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.system import ownership, unixsocket
+from rayfwd.system.accepting import close_server
 from rayfwd.system.logs import get_logger
 
 Verb = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -67,7 +68,7 @@ class ControlServer:
         """Stop listening, end what is being answered, and remove our socket file."""
         if self._server is None:
             return
-        self._server.close()
+        close_server(self._server)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -79,11 +80,15 @@ class ControlServer:
             pass
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:  # closed while this one was accepted
+            writer.transport.abort()
+            return
         task = asyncio.get_running_loop().create_task(
             self._serve(reader, writer), name="control-connection"
         )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: writer.close())  # also where it was ended before it began
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -93,8 +98,6 @@ class ControlServer:
                 await writer.drain()
         except (OSError, TimeoutError):
             writer.transport.abort()  # who asked has gone, or does not read
-        finally:
-            writer.close()
 
     async def _answer(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

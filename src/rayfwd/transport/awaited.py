@@ -18,6 +18,7 @@ from typing import Protocol
 from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.system import ownership, unixsocket
+from rayfwd.system.accepting import close_server
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import CLOSED, Carrier, Connection, PipeOwner
 from rayfwd.transport.socketpipe import SocketPipe
@@ -53,7 +54,7 @@ class Awaited:
         """Listen no more, and drop what nobody has taken."""
         server, self._server = self._server, None
         if server is not None:
-            server.close()
+            close_server(server)
             self._path.unlink(missing_ok=True)
         while self._waiting:
             self._waiting.popleft().abort()
@@ -115,6 +116,9 @@ class Awaited:
 
     def arrived(self, pipe: AwaitedPipe) -> None:
         """The newest is the likeliest to stand: it is taken first."""
+        if self._server is None:  # it listens no more
+            pipe.abort()
+            return
         self._waiting.appendleft(pipe)
         while len(self._waiting) > MOST_WAITING:
             self._waiting.pop().abort()
