@@ -31,7 +31,7 @@ from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.status import Status
 from rayfwd.system import network_lock
 from rayfwd.system.paths import named_clusters, running_config
-from rayfwd.system.sockdiag import SockDiag, UnixListener
+from rayfwd.system.sockdiag import SockDiag, UnixName
 from rayfwd.system.steps import Steps
 from tests import commands
 from tests.need import tool
@@ -327,7 +327,7 @@ def test_two_daemons_do_not_have_one_network() -> None:
     assert later.problem is None
     assert later.take("127.118.0.0/16"), "as it has it"
     (held,) = network_lock.holders_of("127.118.0.0/16")
-    assert held.uid == os.geteuid()
+    assert held.by.uid == os.geteuid()
     later.close()
     assert network_lock.holders_of("127.118.0.0/16") == []
 
@@ -389,10 +389,10 @@ def test_no_other_user_keeps_a_daemon_from_its_network(name: str) -> None:
 def test_a_network_is_held_where_the_kernel_has_no_module_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def absent(_: SockDiag) -> list[UnixListener]:
+    def absent(_: SockDiag) -> list[UnixName]:
         raise OSError("no unix_diag")
 
-    monkeypatch.setattr(SockDiag, "unix_listeners", absent)
+    monkeypatch.setattr(SockDiag, "unix_names", absent)
     first, second = MachineClaim(), MachineClaim()
     assert first.take("127.116.0.0/16")
     assert not second.take("127.116.0.0/17")

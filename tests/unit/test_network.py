@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -32,7 +33,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.session.frames import MAX_MESSAGE
 from rayfwd.session.messages import MOST_OPEN_PORTS, OpenPorts, OpenPortsOf, encode
 from rayfwd.system.control import ask
-from rayfwd.system.sockdiag import ListeningSocket
+from rayfwd.system.sockdiag import ListeningSocket, SockDiag, UnixName
 from tests.unit.other_user import OTHER, child, needs_root
 
 RULES = Rules(
@@ -476,6 +477,24 @@ with socket.socket(socket.AF_UNIX) as s:
     with closing(keeper()._claim()), pytest.raises(ProblemError):
         keeper()._claim()
     keeper()._claim().close()
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["the kernel says whose", "it does not"])
+def test_a_keeper_of_an_earlier_checkout_which_does_not_listen_has_its_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bool
+) -> None:
+    def absent(_: SockDiag) -> list[UnixName]:
+        raise OSError("no unix_diag")
+
+    if not said:
+        monkeypatch.setattr(SockDiag, "unix_names", absent)
+    keeper = OverlayKeeper(tmp_path / "keeper.sock", "rayfwd-test1", until_eof=True)
+    with socket.socket(socket.AF_UNIX) as earlier:
+        earlier.bind("\0rayfwd-overlay-rayfwd-test1")
+        with pytest.raises(ProblemError) as caught:
+            keeper._claim()
+        assert caught.value.problem.code == codes.OVERLAY_IMPOSSIBLE
+    keeper._claim().close()
 
 
 @dataclass

@@ -22,11 +22,9 @@ import asyncio
 import ipaddress
 import os
 import re
-import secrets
 import signal
-import socket
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +34,10 @@ from rayfwd.network.last_rules import LastRules
 from rayfwd.network.ruleset import LOWEST_PORT, Rules
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ControlServer
+from rayfwd.system.held_names import HeldName, NameHolder, holders_of_names
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.restart_job import being_restarted
-from rayfwd.system.sockdiag import SockDiag
 
 LEFT_SECONDS = 30.0
 """Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
@@ -84,38 +82,19 @@ class OverlayKeeper:
     async def run(self) -> None:
         """Raises ProblemError where it cannot listen, or where an overlay cannot be had."""
         await asyncio.to_thread(overlay.check_tools)
-        with closing(self._claim()):
+        with closing(self._claim()) if self._until_eof else nullcontext():
             await self._serve()
 
-    def _claim(self) -> socket.socket:
-        """As a child: nobody else's child makes this interface here. The name is of this network
-        namespace, and free when the process has ended. Raises ProblemError."""
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if not self._until_eof:
-            return claim
-        name = f"\0rayfwd-overlay-{self._interface}"
+    def _claim(self) -> HeldName:
+        """Nobody else's child makes this interface here. Raises ProblemError."""
+        name = f"rayfwd-overlay-{self._interface}"
         try:
-            self._bind(claim, name)
-            if _is_claimed(name, claim):
-                raise FileExistsError
+            return HeldName(name, lambda: _keepers(name))
         except OSError as exc:
-            claim.close()
             raise codes.OVERLAY_IMPOSSIBLE.error(
                 f"another rayfwd on this machine uses the interface {self._interface}",
                 "set network.interface and network.port to other values in the file of one of them",
             ) from exc
-        return claim
-
-    @staticmethod
-    def _bind(claim: socket.socket, name: str) -> None:
-        """Raises OSError where another keeper has it."""
-        try:
-            claim.bind(name)
-        except OSError:
-            if _is_claimed(name, claim):
-                raise
-            # Any user can make the name, and none of them makes an interface.
-            claim.bind(f"{name}-{secrets.token_hex(8)}")
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -303,21 +282,13 @@ class OverlayKeeper:
         return rules
 
 
-def _is_claimed(name: str, own: socket.socket) -> bool:
-    """Whether another socket of root's or of this user's has the name, or one that is had where a
-    stranger had it. True too where the kernel does not say whose they are."""
-    wanted, inode = os.fsencode(name), os.fstat(own.fileno()).st_ino
-    try:
-        with closing(SockDiag()) as diag:
-            found = diag.unix_listeners(too=True)
-    except OSError:
-        return own.getsockname() in {"", b""}
-    return any(
-        other.uid in {0, os.geteuid(), None}
-        and other.inode != inode
-        and re.fullmatch(re.escape(wanted) + b"(-[0-9a-f]{16})?", other.name)
-        for other in found
-    )
+def _keepers(name: str) -> list[NameHolder]:
+    """Those that may hold an interface by this name. Any user can make the name, and only root and
+    this user count. Keepers of earlier checkouts do not listen: not every kernel says whose those
+    are, and then they count too."""
+    same = re.compile(re.escape(name.encode()) + rb"(-[0-9a-f]{16})?")
+    found = (holder for holder in holders_of_names(name) if same.fullmatch(holder.name))
+    return [holder for holder in found if holder.counts or holder.uid is None]
 
 
 def _refused(cause: str, remedy: str) -> ProblemError:

@@ -1,38 +1,23 @@
 """Which network of loopback addresses belongs to which rayfwd on this machine.
 
 Two clusters with one network on one machine would take each other's Ray for their own. So each
-daemon holds a name of its network: an abstract Unix socket, which lives in the network namespace
-(what is one machine to Ray), is seen by every user, and is gone with its process however that ends.
-
-Any user can make such a name, so it is worth what the kernel says of its maker: root's and this
-user's count.
+daemon holds a name of its network (`held_names.py`), which says the network and the user.
 """
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 import re
-import secrets
-import socket
 from collections.abc import Iterable
-from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayfwd.system import sockdiag
-from rayfwd.system.ownership import peer_credentials
-from rayfwd.system.sockdiag import SockDiag, UnixListener
+from rayfwd.system.held_names import HeldName, NameHolder, holders_of_names
 from rayfwd.system.users import user_name
 
 _PREFIX = "rayfwd-network-"
-_NAME = re.compile(rb"\0rayfwd-network-([0-9.]{7,15})-([0-9]{1,2})-.{1,64}", re.DOTALL)
-_SOCKETS = Path("/proc/self/net/unix")
-_ROOT = 0
-BACKLOG = 1024
-"""Of who asks whose it is by connecting, where the kernel does not say it otherwise: nobody is ever
-taken in."""
+_NAME = re.compile(rb"rayfwd-network-([0-9.]{7,15})-([0-9]{1,2})-.{1,64}", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +25,16 @@ class NetworkHolder:
     """Who has a network."""
 
     network: str
-    uid: int | None
-    """None: the kernel does not tell."""
-    inode: int
+    by: NameHolder
 
     @property
     def counts(self) -> bool:
         """Whether nobody but a rayfwd of root's or of this user's can say so."""
-        return self.uid in (_ROOT, os.geteuid())
+        return self.by.counts
 
     def __str__(self) -> str:
-        who = "another user" if self.uid is None else f"user {user_name(self.uid)}"
-        program = sockdiag.programs([self.inode]).get(self.inode)
+        who = "another user" if self.by.uid is None else f"user {user_name(self.by.uid)}"
+        program = sockdiag.programs([self.by.inode]).get(self.by.inode)
         return who if program is None else f"{who}, pid {program.pid}"
 
 
@@ -59,28 +42,13 @@ class NetworkLock:
     """A network that is this process's until `close`."""
 
     def __init__(self, network: str) -> None:
-        """Raises OSError where a process of this user's has just taken it."""
+        """Raises OSError where a process of root's or of this user's has just taken it."""
         self.network = network
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._bind()
-            self._socket.listen(BACKLOG)
-        except OSError:
-            self._socket.close()
-            raise
-
-    def _bind(self) -> None:
-        name = f"\0{_PREFIX}{self.network.replace('/', '-')}-{os.geteuid()}"
-        try:
-            self._socket.bind(name)
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE or any(h.counts for h in holders_of(self.network)):
-                raise
-            # Another user has made the name that would be ours.
-            self._socket.bind(f"{name}-{secrets.token_hex(8)}")
+        name = f"{_PREFIX}{network.replace('/', '-')}-{os.geteuid()}"
+        self._held = HeldName(name, lambda: [h.by for h in holders_of(network) if h.counts])
 
     def close(self) -> None:
-        self._socket.close()
+        self._held.close()
 
 
 def holders_of(network: str) -> list[NetworkHolder]:
@@ -97,46 +65,17 @@ def overlapping(network: str, among: Iterable[NetworkHolder]) -> list[NetworkHol
 
 def holders() -> list[NetworkHolder]:
     """Of every network."""
-    try:
-        with closing(SockDiag()) as diag:
-            listening = diag.unix_listeners()
-    except OSError:  # a kernel without the module, or a sandbox
-        listening = _listed()
-    found = (_holder(sock) for sock in listening)
+    found = (_holder(holder) for holder in holders_of_names(_PREFIX))
     return [holder for holder in found if holder is not None]
 
 
-def _listed() -> list[UnixListener]:
-    """The abstract sockets of our name, as far as /proc tells."""
-    found = []
-    with suppress(OSError):
-        for line in _SOCKETS.read_bytes().splitlines():
-            head, at, name = line.partition(b" @" + _PREFIX.encode())
-            if at:
-                inode = int(head.split()[-1])
-                found.append(UnixListener(b"\0" + _PREFIX.encode() + name, None, inode))
-    return found
-
-
-def _maker_of(name: bytes) -> int | None:
-    """Who listens there, as whoever connects is told; None: it takes nobody in, or is gone."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(name)
-        except OSError:
-            return None
-        return peer_credentials(probe)[1]
-
-
-def _holder(sock: UnixListener) -> NetworkHolder | None:
+def _holder(by: NameHolder) -> NetworkHolder | None:
     """None: it is for something else."""
-    said = _NAME.fullmatch(sock.name)
+    said = _NAME.fullmatch(by.name)
     if said is None:
         return None
     try:
         network = ipaddress.IPv4Network(f"{said[1].decode()}/{said[2].decode()}")
     except ValueError:
         return None
-    uid = _maker_of(sock.name) if sock.uid is None else sock.uid
-    return NetworkHolder(str(network), uid, sock.inode)
+    return NetworkHolder(str(network), by)

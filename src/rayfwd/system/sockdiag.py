@@ -85,8 +85,8 @@ class ListeningSocket(NamedTuple):
         return self.port == at[1] and self.address in here and not self.ipv6_only
 
 
-class UnixListener(NamedTuple):
-    """A Unix socket that listens, or may come to."""
+class UnixName(NamedTuple):
+    """The name of a Unix socket that listens, or may come to."""
 
     name: bytes
     """Its path; of an abstract one it begins with a zero byte."""
@@ -154,11 +154,10 @@ class SockDiag:
                 found.append(ListeningSocket(text, port, uid, inode, any(only)))
         return found
 
-    def unix_listeners(self, too: bool = False) -> list[UnixListener]:
-        """Every Unix socket that listens and has a name; `too`: those as well that have a name and
-        do not listen. Raises OSError."""
+    def unix_names(self) -> list[UnixName]:
+        """The name of every Unix socket that listens, or may come to. Raises OSError."""
         family, show = socket.AF_UNIX, _SHOW_NAME | _SHOW_UID
-        states = {_TCP_LISTEN, _TCP_CLOSE} if too else {_TCP_LISTEN}
+        states = (_TCP_LISTEN, _TCP_CLOSE)
         mask = sum(1 << state for state in states)
         request = _UNIX_REQUEST.pack(family, 0, mask, 0, show, _ANY_COOKIE)
         found = []
@@ -168,7 +167,7 @@ class SockDiag:
             if state in states and _UNIX_NAME in about:
                 uid = about.get(_UNIX_UID)
                 number = None if uid is None else struct.unpack_from("=I", uid)[0]
-                found.append(UnixListener(about[_UNIX_NAME], number, inode))
+                found.append(UnixName(about[_UNIX_NAME], number, inode))
         return found
 
     def _ask(self, family: int, states: int, about: bytes, flags: int) -> Iterator[bytes]:
