@@ -21,8 +21,7 @@ from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
 from rayfwd.session.frames import Frame, FrameDecoder, Kind, ProtocolError, first_frame
 from rayfwd.session.handshake import MAX_HANDSHAKE, Challenge, Hello
 from rayfwd.transport.carrier import CLOSED, Pipe
-from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
-from rayfwd.transport.sshproblems import why_no_answer
+from rayfwd.transport.hubanswer import not_the_hubs, refusal_in, why_no_answer
 
 T = TypeVar("T")
 

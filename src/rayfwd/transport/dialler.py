@@ -18,6 +18,7 @@ from rayfwd.session.frames import Chunk
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
 from rayfwd.transport.held import Held
+from rayfwd.transport.hubanswer import why_no_answer
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
     CLOSE_TIMEOUT,
@@ -25,7 +26,6 @@ from rayfwd.transport.link import (
     URGENT_HANDSHAKE,
     within_time,
 )
-from rayfwd.transport.sshproblems import why_no_answer
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.writev import write
 

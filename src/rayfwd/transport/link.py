@@ -41,13 +41,12 @@ from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import CLOSED, Carrier, Connection, Pipe
-from rayfwd.transport.hubanswer import not_the_hubs, refusal_in
+from rayfwd.transport.hubanswer import limited, not_the_hubs, refusal_in, why_no_answer
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.linkstats import Ending, LinkStats, record
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.saturation import Saturation
-from rayfwd.transport.sshproblems import limited, why_no_answer
 from rayfwd.transport.urgency import AdaptiveTimeout, rest, time_limit
 
 log = get_logger(__name__)

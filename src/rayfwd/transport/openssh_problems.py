@@ -9,6 +9,7 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.transport import credentials, looked_there, sshproblems
+from rayfwd.transport.hubanswer import password_expired
 from rayfwd.transport.openssh import OpensshHop
 from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
 
@@ -244,7 +245,7 @@ def not_opened(head: HeadConfig, said: str) -> str:
     """Why no channel to the hub was opened, as `rayfwd attach` would say it; nothing where that is
     not known."""
     to = head.destination
-    if sshproblems.password_expired(said, to) is not None:
+    if password_expired(said, to) is not None:
         return ""  # it was said, and is understood
     found = _FORBIDDEN.search(said)
     if head.via == "exec":

@@ -26,6 +26,7 @@ from rayfwd.transport import credentials
 from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
+from rayfwd.transport.hubanswer import limited, password_expired
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
 from rayfwd.transport.looked_there import Look
 from rayfwd.transport.places import NoSftpError
@@ -433,18 +434,7 @@ def not_listening(hop: Server, dialled: str) -> Problem:
 
 def barred(why: str, hop: Server, dialled: str) -> Problem:
     """The path is alive, and takes no new connection."""
-    return limited(f"{hop.called} lets no new connection through{dialled}: {why}", hop)
-
-
-def limited(cause: str, hop: Server | None = None) -> Problem:
-    """Something counts new connections there."""
-    where = "there" if hop is None else _where(hop)
-    return codes.SSH_LIMITED.problem(
-        cause,
-        f"allow more new connections from this machine's address {where}, if something limits "
-        "them (`ufw limit`, MaxStartups, PerSourcePenalties, fail2ban); or do nothing: rayfwd "
-        "tries again in less than a minute, as some limits count refused attempts too",
-    )
+    return limited(f"{hop.called} lets no new connection through{dialled}: {why}", _where(hop))
 
 
 def no_way(why: str, hop: Server, dialled: str) -> Problem:
@@ -764,18 +754,6 @@ def attach_forced(to: Destination) -> Problem:
     )
 
 
-def password_expired(said: str, to: Destination) -> Problem | None:
-    """Until it has been changed sshd opens nothing, though the key was taken."""
-    if "assword change required" not in said:
-        return None
-    return codes.CHANNEL_REFUSED.problem(
-        f"the password of this account on {to.name} has expired, and its sshd opens no channel "
-        "until it is changed",
-        "change it there (`ssh` by hand asks for it), or let it never expire: on "
-        f"{to.name}, `chage -M -1 USER`",
-    )
-
-
 def forwarding_allowed(to: Destination) -> str:
     """What may shut the way to a socket, and is to let it be."""
     return (
@@ -831,29 +809,4 @@ def _not_permitted(path: Path, why: str, to: Destination) -> Problem:
         remedy = f"{add}, or {remedy}"
     return codes.HUB_NOT_PERMITTED.problem(
         f"this SSH user may not open {path} on {to.name}: {why}", remedy
-    )
-
-
-def why_no_answer(stderr: str, why: str, to: Destination = HEAD) -> Problem:
-    """Why a channel to the hub ended before the hub had answered.
-
-    `stderr` is what `rayfwd attach` wrote on standard error, `why` what is known otherwise.
-    """
-    for line in stderr.splitlines():
-        prefix, _, rest = line.partition("rayfwd attach: ")
-        code, colon, text = rest.partition(": ")
-        if not prefix and colon and code.isidentifier():
-            cause, _, remedy = text.partition("; ")
-            return codes.named(code).problem(
-                f"on {to.name}: {cause}", remedy or f"read rayfwd's log on {to.name}"
-            )
-    if (expired := password_expired(stderr, to)) is not None:
-        return expired
-    ended = "the hub closed the lane before it answered"
-    if to != HEAD:
-        ended = "the connection ended before it began"
-    return codes.HUB_CLOSED.problem(
-        f"{ended}: {stderr or why}",
-        f'read rayfwd\'s log on {to.name}; with via = "exec", check that `rayfwd` is found there '
-        "and that this user has a login shell",
     )
