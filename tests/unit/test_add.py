@@ -63,6 +63,7 @@ from rayfwd.setup.request import Layout, user_layout
 from rayfwd.setup.steps import undo
 from rayfwd.system.asuser import own_account
 from rayfwd.transport import dial
+from rayfwd.transport.carriers import carrier_for
 from tests.commands import main
 from tests.unit.daemons import Site, site
 from tests.unit.loops import run, run_on_fake_clock, until
@@ -1514,6 +1515,28 @@ def test_a_worker_is_dialled_from_now_on_and_after_a_restart(tmp_path: Path) -> 
             assert await dialling.undial_verb({"name": "w2"}) == {"undialled": "w2"}
             board = s.head.role.node.board
             await until(lambda: not any(c.subject == "w2" for c in board.conditions))
+            assert not dialling._added
+
+    run(main_)
+
+
+def test_a_worker_is_not_dialled_by_parts_of_another_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What dials is loaded when there is somebody to dial: rayfwd may have been upgraded by then,
+    and the daemon not restarted."""
+
+    async def main_() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.head.start()
+            dialling = the_dialling(s)
+            monkeypatch.setattr(dialling, "_make", lambda dial: carrier_for(dial.way()))
+            monkeypatch.setitem(sys.modules, "rayfwd.transport.ssh_carrier", None)
+            with pytest.raises(ProblemError) as told:
+                await dialling.dial_verb({"dial": {"name": "w2", "ssh": "ray@192.0.2.1"}})
+            assert told.value.problem.code is codes.CONTROL_BAD_REQUEST
+            assert "rayfwd was replaced on this machine" in told.value.problem.cause
+            assert "restart the daemon" in told.value.problem.remedy
             assert not dialling._added
 
     run(main_)

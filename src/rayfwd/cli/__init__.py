@@ -12,6 +12,7 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from rayfwd import __version__
 from rayfwd.problems import ProblemError
 from rayfwd.system.journal import is_stream
+from rayfwd.system.lean import nothing_collected
 from rayfwd.system.paths import have_a_home_and_a_name
 
 OK = 0
@@ -238,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
     try:
-        args = _parsed(argv)
+        with nothing_collected() if argv is None else nullcontext():
+            args = _parsed(argv)  # loads the verb
         if args.version:
             return _say_version(args.built)
         if args.cluster is None and (named := os.environ.get("RAYFWD_CLUSTER")):

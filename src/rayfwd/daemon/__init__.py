@@ -8,14 +8,12 @@ import os
 from rayfwd import __version__
 from rayfwd.config import Config
 from rayfwd.daemon import handover
-from rayfwd.daemon.head import HeadRole
 from rayfwd.daemon.lifetime import Front, Lifetime, Nobody
 from rayfwd.daemon.node import Makers
 from rayfwd.daemon.resources import claimed, recorded
 from rayfwd.daemon.role import Role
 from rayfwd.daemon.runtime import Runtime
 from rayfwd.daemon.signals import Signals
-from rayfwd.daemon.worker import WorkerRole
 from rayfwd.problems import ProblemError
 from rayfwd.system import fdpass, fdstore
 from rayfwd.system.fdstore import FdStore
@@ -67,4 +65,10 @@ async def _run(config: Config, lifetime: Lifetime, front: Front) -> Runtime:
 def role_of(config: Config, makers: Makers | None = None) -> Role:
     """The role that the configuration names, built whole. Raises ProblemError."""
     makers = makers or Makers()
-    return HeadRole(config, makers) if config.role == "head" else WorkerRole(config, makers)
+    if config.role == "head":
+        from rayfwd.daemon.head import HeadRole  # noqa: PLC0415  # what no worker needs
+
+        return HeadRole(config, makers)
+    from rayfwd.daemon.worker import WorkerRole  # noqa: PLC0415  # what no head needs
+
+    return WorkerRole(config, makers)

@@ -111,9 +111,16 @@ class Dialling:
         name = dial.called
         if self._added.get(name) == dial:
             return {"dialled": name, "new": False}
+        try:
+            dialler = self._dialler(dial)
+        except ImportError as exc:  # the first that is dialled has AsyncSSH loaded
+            raise codes.CONTROL_BAD_REQUEST.error(
+                f"rayfwd was replaced on this machine while this daemon ran: {exc}",
+                "restart the daemon, then run the command again",
+            ) from exc
         await self._drop(name)
         self._keep({**self._added, name: dial})
-        self._by_name[name] = self._dialler(dial)
+        self._by_name[name] = dialler
         self._start(self._by_name[name])
         return {"dialled": name, "new": True}
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from typing import TYPE_CHECKING
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
@@ -56,9 +56,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
-from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
-from rayfwd.transport.ownssh import OwnSsh
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
@@ -68,6 +66,9 @@ from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
 from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
+
+if TYPE_CHECKING:
+    from rayfwd.transport.meeting import Meeting
 
 log = get_logger(__name__)
 
@@ -128,10 +129,11 @@ class HeadRole:
             self.changed,
             self._hub.socket.vouch_for,
         )
-        own_ssh = cache(lambda: OwnSsh(config.state_dir, config.hub_socket))
-        self._meetings = [
-            Meeting(meet, config.ride_through, self.changed, own_ssh) for meet in hub.meet
-        ]
+        self._meetings: list[Meeting] = []
+        if hub.meet:
+            from rayfwd.transport.meeting import meetings  # noqa: PLC0415  # it loads AsyncSSH
+
+            self._meetings = meetings(config, self.changed)
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )

@@ -63,7 +63,7 @@ MOST_LISTENERS = 20
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
 
-EVERY_PORT = port_ranges(range(LOWEST_PORT, 65536))
+EVERY_PORT: tuple[PortRange, ...] = ((LOWEST_PORT, 65535),)
 NOT_OPEN = "no program of Ray's user listens on that port there"
 """Why the kernel here has refused a connection to another node."""
 MOST_OPEN_RANGES = 16_000

@@ -22,12 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, cast
 
-import structlog
-from structlog.typing import WrappedLogger
-
 from rayfwd.system import journal
 from rayfwd.system.eventlog import EventLog
+from rayfwd.system.lean import without
 from rayfwd.system.redact import REDACTED, is_secret_flag, names_a_secret, redact_text
+
+with without("rich"):  # for tracebacks in colour, which we do not print; a tenth of a start
+    import structlog
+    from structlog.typing import WrappedLogger
 
 __all__ = [
     "VALUE_LIMIT",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import stat
 from collections.abc import Callable
+from functools import cache
 
 import asyncssh
 
 from rayfwd import codes
-from rayfwd.config import MeetConfig
+from rayfwd.config import Config, MeetConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.held import Held
@@ -174,3 +175,9 @@ class Meeting(Held):
             if self._no_sshd is not None:
                 self._say(self._no_sshd, place=self.called)
             self._on_change()
+
+
+def meetings(config: Config, on_change: Callable[[], None]) -> list[Meeting]:
+    """All of a head's. Those for which rayfwd answers SSH itself share what answers."""
+    own = cache(lambda: OwnSsh(config.state_dir, config.hub_socket))
+    return [Meeting(meet, config.ride_through, on_change, own) for meet in config.hub.meet]
