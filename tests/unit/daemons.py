@@ -18,9 +18,10 @@ from typing import Any, Literal, cast
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import HeadConfig, load
-from rayfwd.daemon import handover, role_of
+from rayfwd.daemon import handover
 from rayfwd.daemon.head import HeadRole
 from rayfwd.daemon.lifetime import Front
+from rayfwd.daemon.main import role_of
 from rayfwd.daemon.node import Makers
 from rayfwd.daemon.resources import claimed
 from rayfwd.daemon.role import Role

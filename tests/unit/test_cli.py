@@ -861,7 +861,7 @@ def test_a_head_that_dials_nobody_loads_no_ssh(tmp_path: Path) -> None:
     config.write_text(f'role = "head"\nstate_dir = "{tmp_path}"\nruntime_dir = "{tmp_path}"\n')
     code = (
         "import sys; from pathlib import Path; from rayfwd.cli import run\n"
-        "from rayfwd.config import load; from rayfwd.daemon import role_of\n"
+        "from rayfwd.config import load; from rayfwd.daemon.main import role_of\n"
         f"print(type(role_of(load(Path({str(config)!r})))).__name__)\n"
         "print(sorted({'asyncssh', 'rich'} & set(sys.modules)))\n"
     )

@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.flags import Flag, add_set, as_option, duration, flags_of, given_by
 from rayfwd.config import Config, ConfigError, parse
+from rayfwd.daemon import main as daemon
 from rayfwd.daemon.lifetime import Lifetime, cut_short_after
 from rayfwd.problems import ProblemError
 from rayfwd.status import Status

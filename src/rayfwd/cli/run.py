@@ -7,10 +7,10 @@ import faulthandler
 import os
 from contextlib import closing
 
-from rayfwd import daemon
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.common import load_config
 from rayfwd.config import Config
+from rayfwd.daemon import main as daemon
 from rayfwd.problems import ProblemError
 from rayfwd.system import first_process, logs
 from rayfwd.system.notify import Notifier

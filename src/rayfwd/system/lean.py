@@ -24,11 +24,11 @@ def nothing_collected() -> Iterator[None]:
 @contextmanager
 def without(module: str) -> Iterator[None]:
     """For the loading of a library that takes this module if it is there, and can do without."""
-    if module in sys.modules:
-        yield
-        return
+    loaded = sys.modules.get(module)
     sys.modules[module] = None  # type: ignore[assignment]  # as if there were none
     try:
         yield
     finally:
         del sys.modules[module]
+        if loaded is not None:
+            sys.modules[module] = loaded

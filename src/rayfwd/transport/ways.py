@@ -9,14 +9,16 @@ where no other user listens. Functions that dial ask for a `Way`, which nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NewType
+from typing import TYPE_CHECKING, NewType
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import ProblemError
 from rayfwd.session.target import Target
 from rayfwd.system.users import user_name
-from rayfwd.transport.listeners import Listeners
+
+if TYPE_CHECKING:  # whoever is given a way needs none of what serves listeners
+    from rayfwd.transport.listeners import Listeners
 
 Way = NewType("Way", Target)
 """An address and a port that may be dialled now."""
