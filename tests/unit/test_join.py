@@ -427,7 +427,7 @@ def test_names_that_are_none_hold_nothing() -> None:
             sock.bind(b"\0rayfwd-network-" + os.fsencode(name))
             sock.listen()
             ours.add(os.fstat(sock.fileno()).st_ino)
-        assert not [h for h in network_lock.holders_of("0.0.0.0/0") if h.inode in ours]
+        assert not [h for h in network_lock.holders_of("0.0.0.0/0") if h.by.inode in ours]
 
 
 # -- the terminal
