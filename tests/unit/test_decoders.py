@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from rayfwd.cluster.plan import NodePlan, head_plan
-from rayfwd.daemon.worker import plans_of
+from rayfwd.daemon.worker_plan import plans_of
 from rayfwd.hub import roster
 from rayfwd.problems import ProblemError
 from rayfwd.ray import nodes

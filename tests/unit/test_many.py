@@ -12,7 +12,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
-from rayfwd.daemon.worker import changed
+from rayfwd.daemon.worker_plan import changed
 from rayfwd.hub import roster as roster_module
 from rayfwd.hub.peers import HubNode
 from rayfwd.hub.plan_news import MOST_SHOWN

@@ -18,7 +18,6 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import LogConfig, load
-from rayfwd.daemon import head as head_module
 from rayfwd.daemon import watching
 from rayfwd.daemon.head import HeadRole
 from rayfwd.daemon.watches import LINKS_LATE, MachineWatch
@@ -37,6 +36,7 @@ from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
+from rayfwd.system.gathering import Gathering
 from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
 from rayfwd.watch import reach
@@ -251,21 +251,22 @@ def test_what_a_new_session_says_first_is_kept(
             await until(lambda: announced.ports("w1") == frozenset({port}))
             await w1.stop()
             await until(lambda: announced.ports("w1") is None)
-            monkeypatch.setattr(head_module, "GATHER_SECONDS", 3600.0)
+            gathering = head.head._gathering
+            monkeypatch.setattr(gathering, "_seconds", 3600.0)
             head.head.hub_changed()
-            await until(lambda: gathers_for(head.head) > 60)
+            await until(lambda: left(gathering) > 60)
             await w1.start()
             await until(lambda: announced.ports("w1") == frozenset({port}))
             monkeypatch.undo()
-            head.head._see_to_hub()  # what would come in an hour
+            gathering.settle()  # what would come in an hour
             assert announced.ports("w1") == frozenset({port})
 
     run(main)
 
 
-def gathers_for(head: HeadRole) -> float:
-    """Seconds until the head sees to what its hub has told by then; 0: nothing is gathered."""
-    timer = head._gathering
+def left(gathering: Gathering) -> float:
+    """Seconds of its pause; 0: it has none."""
+    timer = gathering._pause
     return 0.0 if timer is None else timer.when() - asyncio.get_running_loop().time()
 
 
@@ -433,7 +434,7 @@ def test_a_head_that_knows_no_levels_is_not_asked_for_one_again_and_again(
                     assert s.head.head.muxes()["w1"] is session
                 monkeypatch.setattr(HeadRole, "offer", offer)
                 w1.cut()
-                await until(lambda: OVERLAY in w1.worker._hub_features)
+                await until(lambda: OVERLAY in w1.worker._plan.hub_features)
                 await restart()
             assert s.head.head.muxes()["w1"] is not session
             nodes = s.head.role.node
@@ -983,7 +984,7 @@ def test_what_is_told_before_the_first_welcome_waits_for_it(
             config = load(w1.file)
             config.state_dir.mkdir(parents=True)
             role = WorkerRole(config, w1._makers())
-            role._hear_changes(messages.NodesChanged((plans["w2"],), ()))
+            role._plan.hear_changes(messages.NodesChanged((plans["w2"],), ()))
             assert asked == []
             assert [node.name for node in role.node.view.nodes] == []
             known = (plans["head"], plans["w1"])

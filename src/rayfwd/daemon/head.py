@@ -11,26 +11,23 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon import advertise, handover
-from rayfwd.daemon.cuts import Cuts
 from rayfwd.daemon.dialling import Dialling
 from rayfwd.daemon.handover import Arrival
+from rayfwd.daemon.head_links import HeadLinks
 from rayfwd.daemon.head_ports import HeadPorts
 from rayfwd.daemon.head_token import HeadToken
 from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.names import Names
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
+from rayfwd.daemon.to_workers import ToWorkers
 from rayfwd.daemon.views import (
     client_row,
     declared_resources,
     ledger_of,
-    link_now,
-    link_seen,
-    parked_problem,
     roster_rows,
     streams_of,
     volume_of,
@@ -39,7 +36,7 @@ from rayfwd.daemon.views import (
 from rayfwd.hub import Hub, HubOffer
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.splices import splice, splices
-from rayfwd.problems import ProblemError, Severity
+from rayfwd.problems import ProblemError
 from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
@@ -51,6 +48,7 @@ from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.session.target import Opening, Target
 from rayfwd.status import RayOfWorker
 from rayfwd.system.control import Verb
+from rayfwd.system.gathering import Gathering
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
@@ -89,21 +87,12 @@ class HeadRole:
         view = ClusterView(hub.network, config.ride_through, own, self._roster.plans())
         self._own = own
         self._cluster: ClusterReport | None = None
-        self._cluster_told: Told | None = None
         self._workers_ray: dict[str, RayOfWorker] = {}
         self._dial_back = advertise.DialBackAttempts()
         self._interruptions = Interruptions(time.time())
-        self._hub_news = False
-        """The hub has changed since it was seen to."""
-        self._gathering: asyncio.TimerHandle | None = None
-        """Until it fires, changes of the hub are gathered."""
         self._known: set[str] = set()
         """Nodes of the roster that were there once."""
-        self._sent_in: dict[str, str] = {}
-        """The session in which a worker was last sent how Ray is, and all conditions."""
-        self._sent_versions: tuple[str | None, str | None] = (None, None)
-        self._sent_ray: messages.HeadRay | None = None
-        self._cuts = Cuts()
+        self._gathering = Gathering(GATHER_SECONDS, self._hub_changed)
         self._node = node = Node(config, self, view, makers)
         self._hub = Hub(
             self,
@@ -115,6 +104,7 @@ class HeadRole:
             limits=Limits(),
         )
         self._ports = HeadPorts(node, self._hub)
+        self._to_workers = ToWorkers(node, self._hub, self._ports)
         self._names = Names(node, self._roster, self._hub.give_back, self._here)
         self._token = HeadToken(
             node,
@@ -134,6 +124,7 @@ class HeadRole:
             from rayfwd.transport.meeting import meetings  # noqa: PLC0415  # it loads AsyncSSH
 
             self._meetings = meetings(config, self.changed)
+        self._links = HeadLinks(config.name, self._hub, self._dialling, self._meetings)
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
@@ -145,7 +136,7 @@ class HeadRole:
             .on(messages.DialBack, self._hear_dial_back)
             .on(messages.OpenPorts, self._ports.hear)
             .on(messages.DialRefused, self._ports.hear_refused)
-            .on(messages.SayAgain, self._hear_say_again)
+            .on(messages.SayAgain, self._to_workers.again)
             .on(messages.Leaving, self._hear_leaving)
         )
         """What a worker says, and its name."""
@@ -211,7 +202,7 @@ class HeadRole:
         self._dialling.end()
         await self._hub.close("the head's rayfwd was stopped")
         await self._dialling.drained()
-        self._gather_no_more()
+        self._gathering.stop()
 
     def watchers(self) -> dict[str, Work]:
         return {
@@ -282,7 +273,7 @@ class HeadRole:
         self._dialling.close()
         for meeting in self._meetings:
             meeting.close()
-        self._gather_no_more()
+        self._gathering.stop()
         return {
             "path": str(hub.socket.path),
             "splices": splices(hub.muxes()),
@@ -312,7 +303,7 @@ class HeadRole:
 
     def offer(self) -> HubOffer:
         auth, services = self.view.auth, self._own.head_services
-        ray, python = self._versions()
+        ray, python = self._to_workers.versions
         return HubOffer(
             ray=ray,
             python=python,
@@ -332,26 +323,11 @@ class HeadRole:
         """A node came, went or changed. What follows is seen to at once, and again after a while
         where more has changed by then: a thousand nodes may come together. None of them stays a
         moment longer than the roster has it."""
-        self._hub_news = True
-        if self._gathering is None or self._one_is_gone():
-            self._see_to_hub()
+        self._gathering.news(pressing=self._one_is_gone())
 
     def _one_is_gone(self) -> bool:
         plans, nodes = self._roster.plans(), self.view.nodes
         return plans is not nodes and not {n.name for n in nodes} <= {p.name for p in plans}
-
-    def _see_to_hub(self) -> None:
-        self._gather_no_more()
-        self._gathering = None
-        if self._hub_news:
-            self._hub_news = False
-            loop = asyncio.get_running_loop()
-            self._gathering = loop.call_later(GATHER_SECONDS, self._see_to_hub)
-            self._hub_changed()
-
-    def _gather_no_more(self) -> None:
-        if self._gathering is not None:
-            self._gathering.cancel()
 
     def _hub_changed(self) -> None:
         there = {self._node.config.name} | self._here()
@@ -367,23 +343,19 @@ class HeadRole:
         else:
             self._names.plan_changed()
             self._node.set_view(replace(self.view, nodes=plans))
-        self._tell_newcomers()  # what is so now that they are here
+        self._to_workers.newcomers()  # what is so now that they are here
 
     def _keep_only(self, names: set[str]) -> None:
         """There are no other nodes any more: a cluster may have had any number of names."""
         self._known &= names
         self._interruptions.keep(names)
         self._ports.keep(names)
-        for known in (self._workers_ray, self._sent_in):
-            for name in known.keys() - names:
-                del known[name]
+        self._to_workers.keep(names)
+        for name in self._workers_ray.keys() - names:
+            del self._workers_ray[name]
 
     def _look_for_interruptions(self) -> None:
         self._interruptions.sample((plan.name for plan in self.up()), time.time())
-
-    def _versions(self) -> tuple[str | None, str | None]:
-        versions = self._node.ray.now.versions
-        return (versions.ray, versions.python) if versions else (None, None)
 
     # -- as the cluster watch's owner ----------------------------------------------------
 
@@ -406,57 +378,25 @@ class HeadRole:
         return None if (ray := self._workers_ray.get(name)) is None else ray.state
 
     def reported(self, report: ClusterReport, told: Told) -> None:
-        self._cluster, self._cluster_told = report, told
+        self._cluster = report
         plans = {n.plan.address: n.plan for n in self._hub.nodes.values() if n.state != "down"}
         found = flapping(
             report.nodes, plans, time.time(), self.view.gives_up_after, self._interruptions
         )
         self._node.board.put("flapping", found)
-        # In a turn of its own: with a thousand nodes each half takes some milliseconds.
-        asyncio.get_running_loop().call_soon(self._tell_report)
+        self._to_workers.reported(told)
         self.changed()
 
     # -- what the workers are told -------------------------------------------------------
 
     def changed(self) -> None:
-        if self._versions() != self._sent_versions:
-            self._sent_versions = ray, python = self._versions()
-            self._hub.tell_all(messages.HeadVersions(ray, python))
-        if (message := self._head_ray_message()) != self._sent_ray:
-            self._sent_ray = message
-            self._hub.tell_all(message)
+        self._to_workers.changed()
         self._node.changed()
 
     def board_changed(self) -> None:
         """Workers hear of what was found of every node."""
         self._node.news.set()
-        if (message := self._node.exchange.message()) is not None:
-            self._hub.tell_all(message)
-
-    def _tell_report(self) -> None:
-        if (report := self._report()) is not None:
-            self._hub.tell_all(report)
-
-    def _report(self) -> Message | None:
-        """What was seen of the cluster last, as it is told."""
-        if self._cluster_told is None:
-            return None
-        message, left_out = self._cluster_told
-        self._cuts.log(message, left_out)
-        return message
-
-    def _tell_newcomers(self) -> None:
-        """A worker with a new session has heard nothing yet."""
-        conditions = self._node.exchange.last_sent
-        for node in self._hub.nodes.values():
-            if node.session != self._sent_in.get(node.plan.name, ""):
-                self._sent_in[node.plan.name] = node.session
-                if node.mux is not None:
-                    node.mux.send_message(self._head_ray_message())
-                    for ports in self._ports.whole():
-                        node.mux.send_message(ports)
-                    if conditions is not None:
-                        node.mux.send_message(conditions)
+        self._to_workers.conditions()
 
     def open_ports_changed(self) -> None:
         self._ports.settle()
@@ -467,10 +407,6 @@ class HeadRole:
     def reaches(self, name: str) -> bool:
         node = self._hub.nodes.get(name)
         return node is not None and node.state == "up"
-
-    def _head_ray_message(self) -> messages.HeadRay:
-        """How the head's Ray is: while it is not up, nobody is to wonder at its silence."""
-        return messages.HeadRay(self._node.ray.now.state, self._node.ray.own_start)
 
     # -- what the workers say ------------------------------------------------------------
 
@@ -488,17 +424,6 @@ class HeadRole:
 
     def _hear_conditions(self, message: messages.Conditions, node: str) -> None:
         self._node.exchange.receive(message, node)
-
-    def _hear_say_again(self, _: messages.SayAgain, name: str) -> None:
-        """A worker was restarted, and has kept its session. It asks in a few bytes for many: so
-        seldom."""
-        node = self._hub.nodes.get(name)
-        if node is None or node.mux is None or not node.tellings.take():
-            return
-        self._sent_in.pop(name, None)
-        self._tell_newcomers()
-        if (report := self._report()) is not None:
-            node.mux.send_message(report)
 
     def _hear_leaving(self, _: messages.Leaving, name: str) -> None:
         self._hub.leaving(name)
@@ -540,57 +465,19 @@ class HeadRole:
     # -- how it is -----------------------------------------------------------------------
 
     def link_stands(self) -> bool:
-        return self._hub.socket.started
+        return self._links.stand()
 
     def link_findings(self) -> list[Finding]:
-        found = []
-        if not self.link_stands():
-            starting = codes.HUB_STARTING.problem(
-                "the hub does not listen yet", "nothing: this takes a moment"
-            )
-            found.append(Finding(self._node.config.name, starting, blocks_ready=True))
-        for node in self._hub.nodes.values():
-            name, mux = node.plan.name, node.mux
-            if node.state == "parked" and mux is not None:
-                found.append(Finding(name, parked_problem(f"{name}'s link", mux)))
-            elif node.state == "down" and node.lost is not None and not node.left:
-                found.append(
-                    Finding(
-                        name,
-                        codes.LINK_DOWN.problem(
-                            f"{name}'s link is down, and its connections are lost: {node.lost}",
-                            "nothing if it comes back; otherwise check `rayfwd status` on "
-                            f"{name}, whether that machine is up, and this machine's sshd",
-                        ),
-                    )
-                )
-        for called, kept in self._dialling.problems():
-            # One that has come by its own dialling is there all the same.
-            named = self._hub.nodes.get(called)
-            there: Severity | None = "note" if named and named.state == "up" else None
-            found.append(Finding(called, kept, severity=there, explains=False))
-        found += [
-            Finding(meeting.called, problem, explains=False)
-            for meeting in self._meetings
-            if (problem := meeting.problem) is not None
-        ]
-        for name, refusal in self._hub.refused_lately():
-            problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
-            # Another machine, perhaps: the node of that name may be well.
-            found.append(Finding(name or self._node.config.name, problem, explains=False))
-        return found
+        return self._links.findings()
 
     def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
-        for n in list(self._hub.nodes.values()):
-            if n.state != "down":
-                yield n.plan.name, link_seen(n.mux, n.link_stats)
+        return self._links.seen()
 
     def link_stats(self) -> Mapping[str, LinkStats]:
-        return {name: node.link_stats for name, node in self._hub.nodes.items()}
+        return self._links.stats()
 
     def links_now(self) -> Iterator[tuple[str, LinkNow]]:
-        for name, node in list(self._hub.nodes.items()):
-            yield name, link_now(node.mux, node.link_stats)
+        return self._links.now()
 
     def status(self) -> RoleStatus:
         nodes = list(self._hub.nodes.values())
