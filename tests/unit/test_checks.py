@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rayfwd import codes
 from rayfwd.cluster.probe import HeldPorts
 from rayfwd.hub import doctor_answers, pending
-from rayfwd.hub import hub as hub_module
+from rayfwd.hub import gate as gate_module
 from rayfwd.problems import Problem
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
@@ -165,7 +165,7 @@ def test_a_client_is_told_what_a_client_is_told(tmp_path: Path) -> None:
 
 
 def test_a_client_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "MAX_CLIENTS", 0)
+    monkeypatch.setattr(gate_module, "MAX_CLIENTS", 0)
 
     async def main() -> None:
         async with cluster(tmp_path, "w1") as c, caller(c) as doctor:
@@ -214,7 +214,7 @@ def test_who_would_not_be_let_in_hears_why(tmp_path: Path, hello: Hello, code: s
             assert answer.refusal is not None
             assert answer.refusal.code.name == code
             assert answer.welcome.node == {}
-            assert c.hub.refused_lately() == []
+            assert c.hub.gate.refusals.lately() == []
             assert isinstance(await doctor.ask(ask="time"), dict), "it may ask on"
 
     run(main)
@@ -305,7 +305,7 @@ class TestBounds:
                 await doctor.begin(hello_of("w1"))
                 doctor.send(data)
                 assert await doctor.refused() == "check_malformed"
-                assert c.hub.refused_lately() == [], "it is no condition of the cluster's"
+                assert c.hub.gate.refusals.lately() == [], "it is no condition of the cluster's"
 
         run(main)
 
@@ -365,7 +365,7 @@ class TestBounds:
                     refusal = await second.begin(hello_of("w1"))
                     assert isinstance(refusal, Problem)
                     assert refusal.code == codes.CHECK_BUSY
-                await until(lambda: not c.hub.pending._asking)
+                await until(lambda: not c.hub.gate.pending._asking)
                 async with caller(c) as third:
                     assert isinstance(await third.begin(hello_of("w1")), CheckReply)
 
@@ -376,7 +376,7 @@ class TestBounds:
             async with cluster(tmp_path) as c, caller(c) as doctor:
                 await doctor.begin(hello_of("w1"))
                 doctor.send(checks.talk({"ask": "send", "bytes": MOST_FILLER}))
-                (lane,) = c.hub.pending._asking
+                (lane,) = c.hub.gate.pending._asking
                 await until(lambda: lane.paused)
                 assert lane._transport is not None
                 assert lane._transport.get_write_buffer_size() < MOST_FILLER / 16

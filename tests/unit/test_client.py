@@ -20,7 +20,7 @@ from rayfwd.cli import MistakeError, attach, connect
 from rayfwd.cli import main as rayfwd
 from rayfwd.client import Client, Place, addresses
 from rayfwd.config import ConfigError, parse
-from rayfwd.hub import hub as hub_module
+from rayfwd.hub import gate as gate_module
 from rayfwd.problems import ProblemError
 from rayfwd.session import messages
 from rayfwd.session.checks import first_question
@@ -310,7 +310,7 @@ class TestTheHub:
         run(main)
 
     def test_refusals(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(hub_module, "MAX_CLIENTS", 1)
+        monkeypatch.setattr(gate_module, "MAX_CLIENTS", 1)
 
         async def main() -> None:
             async with cluster(tmp_path) as c:

@@ -652,7 +652,7 @@ def test_where_the_way_ends(tmp_path: Path, break_: str, stage: str, code: str) 
 def test_another_version_and_a_name_that_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayfwd.hub.hub.__version__", "0.0.1")
+    monkeypatch.setattr("rayfwd.hub.gate.__version__", "0.0.1")
 
     async def main_() -> None:
         async with site(tmp_path) as s:

@@ -764,7 +764,7 @@ class TestHandOver:
             async with cluster(tmp_path, "w1") as c:
                 hello = replace(c.workers["w1"].hello, resumes=True)
                 lane = await knock(c.hub.socket.path)
-                await until(lambda: c.hub.pending._ungreeted)
+                await until(lambda: c.hub.gate.pending._ungreeted)
                 c.hub.hand_over()
                 assert lane.transport is not None
                 lane.transport.write(hello.encode())

@@ -304,7 +304,7 @@ def test_a_hello_under_way_at_the_end_begins_no_session(tmp_path: Path) -> None:
             await asyncio.sleep(0)  # it has begun to end
             s.sshd.flowing.set()
             await closing
-            await until(lambda: not len(s.head.hub.pending))
+            await until(lambda: not len(s.head.hub.gate.pending))
             assert not s.head.hub.nodes
 
     with log_events() as log:

@@ -299,7 +299,7 @@ def test_nodes_that_come_together_wait_for_the_disk_once(tmp_path: Path, writes:
         async with cluster(tmp_path) as c:
             hellos = [hello_of(f"n{i}", worker_ports=8) for i in range(20)]
             lanes = [await knock(c.hub.socket.path) for _ in hellos]
-            await until(lambda: len(c.hub.pending._ungreeted) == 20)
+            await until(lambda: len(c.hub.gate.pending._ungreeted) == 20)
             for lane, hello in zip(lanes, hellos, strict=True):
                 lane.write([hello.encode()])
             frames = [await lane.answer for lane in lanes]

@@ -320,7 +320,7 @@ class TestAtTheHub:
                 lane = await knock(c.hub.socket.path, hello_by(who).encode())
                 await challenge_of(lane)
                 assert await result(lane) == "hello_missing"
-                assert not c.hub.pending._challenged
+                assert not c.hub.gate.pending._challenged
 
         run(main)
 

@@ -78,7 +78,7 @@ class HeadLinks:
                 yield Finding(meeting.called, problem, explains=False)
 
     def _of_refused(self) -> Iterable[Finding]:
-        for name, refusal in self._hub.refused_lately():
+        for name, refusal in self._hub.gate.refusals.lately():
             problem = refusal.code.problem(f"turned away: {refusal.cause}", refusal.remedy)
             # Another machine, perhaps: the node of that name may be well.
             yield Finding(name or self._own, problem, explains=False)
