@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
+import textwrap
 from difflib import get_close_matches
 from importlib import resources
+from itertools import cycle
 from pathlib import Path
 
 from rayfwd import codes
@@ -13,6 +16,8 @@ from rayfwd.cli import OK
 from rayfwd.cli.common import table
 
 MOST_NEAREST = 4
+WIDEST = 100
+"""Columns of a line, also where the terminal has more."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +47,27 @@ def sections(text: str) -> dict[str, str]:
     return {code: body.strip() for code, body in zip(parts[::2], parts[1::2], strict=True) if code}
 
 
+def readable(section: str) -> str:
+    """A section for a terminal: no Markdown, lines that fit, a link as the name of its file."""
+    text = re.sub(r"\[[^]]*\]\(([\w./-]+\.md)[^)]*\)", r"docs/\1", section)
+    spans = text.split("`")
+    text = "".join(
+        one if inside else one.replace("*", "") for one, inside in zip(spans, cycle((False, True)))
+    )
+    width = min(shutil.get_terminal_size().columns - 1, WIDEST)
+    paragraphs = (" ".join(one.split()) for one in text.split("\n\n"))
+    return "\n\n".join(
+        textwrap.fill(one, width, break_long_words=False, break_on_hyphens=False)
+        for one in paragraphs
+    )
+
+
 def explanation(code: str) -> str:
     """A code's section. Raises ProblemError (condition_unknown)."""
     known = sections(document())
     wanted = code.strip().lower().replace("-", "_")
     if wanted in known:
-        return f"{wanted}\n\n{known[wanted].replace('**Do:**', 'Do:').replace('`', '')}"
+        return f"{wanted}\n\n{readable(known[wanted])}"
     words = set(wanted.split("_"))
     near = get_close_matches(wanted, known, MOST_NEAREST, 0.6)
     near += sorted(
