@@ -557,7 +557,7 @@ def test_a_c_library_for_which_there_is_no_ray(
         return
     with pytest.raises(ProblemError) as told:
         one._check_ray_can_be_there(seen)
-    assert "musl libc (x86_64) for a C library" in told.value.problem.cause
+    assert "musl libc (x86_64) as its C library" in told.value.problem.cause
 
 
 def test_another_ray_than_the_heads_is_refused() -> None:

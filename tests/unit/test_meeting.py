@@ -161,7 +161,7 @@ def test_the_systems_ssh_goes_there_by_a_command(tmp_path: Path, has: str) -> No
             s.socket.unlink(missing_ok=True)
             said = await problem(way)
             assert said.code is codes.JUMP_REFUSED
-            assert f"the meeting place {s.third.target} leads to nobody" in said.cause
+            assert f"the meeting place {s.third.target} has no head" in said.cause
             assert "No such file" in said.cause
             s.know(s.at_head.known_hosts_line("the-head"))
             said = await problem(way)
@@ -228,7 +228,7 @@ def test_a_head_that_is_not_there_is_named_as_such(tmp_path: Path) -> None:
             s.third.cut()
             said = await s.problem()
             assert said.startswith("jump_refused: ")
-            assert f"leads to nobody at its socket {s.socket}" in said
+            assert f"has no head at its socket {s.socket}" in said
 
     run(main)
 

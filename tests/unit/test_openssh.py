@@ -89,7 +89,7 @@ DENIED = "ray@the-head: Permission denied (publickey,keyboard-interactive).\n"
             "no such tunnel\nkex_exchange_identification: Connection closed by remote host\n"
             "Connection closed by UNKNOWN port 65535",
             codes.SSH_UNREACHABLE,
-            "the ProxyCommand of ray@the-head led to no SSH server: no such tunnel",
+            "the ProxyCommand of ray@the-head did not lead to an SSH server: no such tunnel",
         ),
         (BEHIND, DENIED, codes.SSH_AUTH_REFUSED, "the jump host bastion refuses"),
         (BEHIND, IN + DENIED, codes.SSH_AUTH_REFUSED, "ray@the-head refuses"),

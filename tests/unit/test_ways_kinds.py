@@ -204,7 +204,7 @@ def test_something_else_than_sshd(
     async def main() -> None:
         async with speaking(Scene(tmp_path / "s"), words, stays, transport) as head:
             said = words.decode(errors="replace").strip()[:12] if words[:1].isalnum() else ""
-            await says(head, codes.SSH_UNREACHABLE, "no SSH server", repr(said)[1:-1])
+            await says(head, codes.SSH_UNREACHABLE, "not an SSH server", repr(said)[1:-1])
 
     run(main)
 
@@ -348,7 +348,8 @@ def test_a_proxycommand_that_brings_nothing(tmp_path: Path, transport: Transport
             await says(
                 s.head(transport),
                 codes.SSH_UNREACHABLE,
-                f"the ProxyCommand of {s.sshd.target} led to no SSH server: no such tunnel",
+                f"the ProxyCommand of {s.sshd.target} did not lead to an SSH server: "
+                "no such tunnel",
                 "check that the command works",
             )
 

@@ -193,7 +193,12 @@ def of_someone(s: Scene, transport: Transport, **keys: Any) -> HeadConfig:
     ("pam", "shadow", "code", "words"),
     [
         (False, "someone:!:19000:0:99999:7:::", codes.SSH_AUTH_REFUSED, ("locked",)),
-        (False, "someone:*:19000:0:99999:7::1:", codes.SSH_AUTH_REFUSED, ("locked or shut out",)),
+        (
+            False,
+            "someone:*:19000:0:99999:7::1:",
+            codes.SSH_AUTH_REFUSED,
+            ("locked or not allowed",),
+        ),
         (True, "someone:*:19000:0:99999:7::1:", codes.SSH_LOST, ("expired", "in the middle")),
         (True, "someone:*:0:0:99999:7:::", codes.CHANNEL_REFUSED, ("password", "chage")),
     ],

@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
             # What followed would be the hub's alone to read, and it knows nothing of this line.
             return _refuse(
                 codes.HELLO_MISSING,
-                f"this SSH key is for the node {args.node}, and no whole hello came with it",
-                "nothing: rayfwd says hello at once, so it was another program",
+                f"this SSH key is for the node {args.node}, and no complete HELLO came with it",
+                "nothing: rayfwd sends a HELLO at once, so it was another program",
             )
         claimed = _node_of(begun)
         if claimed is not None and claimed != args.node:
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
                 f"this SSH key is for the node {args.node}, but this machine says that it is "
                 f"{claimed}",
                 f"give this machine that name (--name {args.node}, or `name` in its file), or use "
-                "an SSH key of its own",
+                "its own SSH key",
             )
         if claimed is not None:
             try:

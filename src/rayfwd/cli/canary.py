@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + 2 * (config.canary.timeout + CANARY_MARGIN)
     while answer.get("running"):
         if time.monotonic() > deadline:
-            raise codes.CANARY_LOST.error("the canary does not come back", "read the daemon's log")
+            raise codes.CANARY_LOST.error(
+                "the canary did not finish in time", "read the daemon's log"
+            )
         time.sleep(ASK_INTERVAL)
         answer = ask(socket, "canary")
     if args.json:

@@ -480,7 +480,7 @@ def _trust(asked: str | None, seen: Survey, before: str | None) -> str | None:
             raise codes.HOST_KEY_MISMATCH.error(
                 f"{seen.host} shows the host key {seen.fingerprint}, but --fingerprint is {wanted}",
                 "run `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on the head itself to see "
-                "which is right; if neither is, somebody is in between",
+                "which is right; if neither is, there may be a man in the middle",
             )
         return None if seen.known and before is None else line
     if seen.known:

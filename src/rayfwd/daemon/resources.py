@@ -70,7 +70,7 @@ def make_directory(path: Path, mode: int) -> None:
         writable = os.access(path, os.W_OK | os.X_OK)
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
-            f"{path} cannot be made: {exc.strerror}",
+            f"{path} cannot be created: {exc.strerror}",
             "set state_dir and runtime_dir to directories that this user can write",
         ) from exc
     if not writable:
@@ -130,7 +130,7 @@ def _running(state_dir: Path, machine: str) -> ProblemError:
     if machine and machine != os.uname().nodename:
         return codes.ALREADY_RUNNING.error(
             f"another rayfwd is running with state_dir = {state_dir}, on the machine {machine}, "
-            "which has the same directory (as of a home on NFS)",
+            "which uses the same directory (for example, a home on NFS)",
             "give this machine directories of its own: run `export "
             "XDG_STATE_HOME=~/.local/state/$(uname -n)` in each shell that uses rayfwd here; for "
             "a file of configuration, set state_dir and runtime_dir",

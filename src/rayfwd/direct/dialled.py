@@ -127,7 +127,7 @@ class DirectLink(Link):
         signature = str(welcome.node.get(SIGNATURE, ""))
         if challenge is None or not check(self.theirs, said, challenge, Proof(signature)):
             raise codes.DIRECT_WRONG.error(
-                f"who answers there does not show that it is {self._node}",
+                f"the machine that answers there does not prove that it is {self._node}",
                 f"correct ssh or socket of the [[direct]] whose node is {self._node}",
             )
 

@@ -28,7 +28,7 @@ def check_renewal(node: HubNode, hello: Hello) -> None:
     if is_live(node):
         raise codes.NAME_IN_USE.error(
             f"another machine is connected as {node.label} with the same SSH key",
-            "stop rayfwd on one of the two, or give it a key and a name of its own",
+            "stop rayfwd on one of the two, or give it its own key and name",
         )
     if hello.resumes or hello.session == node.session:
         raise ProblemError(session_unknown())
@@ -47,7 +47,7 @@ def _clash(peer: HubNode | HubClient, hello: Hello) -> Problem | None:
     if older:
         return codes.SESSION_STALE.problem(
             "the hub has a newer session of this node, and heard from it just now",
-            "nothing: if the node's clock was set back, it is let in soon",
+            "nothing: if the node's clock was set back, it is accepted within seconds",
         )
     return codes.NAME_IN_USE.problem(
         f"another rayfwd is connected as {peer.label} with the same key",

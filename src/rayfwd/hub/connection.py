@@ -272,8 +272,8 @@ class HubConnection(asyncio.Protocol):
     def _no_hello(self) -> None:
         self.refuse(
             codes.HELLO_MISSING.problem(
-                f"no hello within {HELLO_TIMEOUT:.0f} s",
-                "nothing: rayfwd says hello at once, so it was another program",
+                f"no HELLO within {HELLO_TIMEOUT:.0f} s",
+                "nothing: rayfwd sends a HELLO at once, so it was another program",
             )
         )
 

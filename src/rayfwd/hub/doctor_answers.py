@@ -80,7 +80,10 @@ class Checkup:
 
     def _too_long(self) -> None:
         self._refuse(
-            codes.CHECK_LONG.problem(f"a check takes {CHECKUP_TIMEOUT:.0f} s at most", "ask again")
+            codes.CHECK_LONG.problem(
+                f"a run of `rayfwd doctor` may take {CHECKUP_TIMEOUT:.0f} s at most",
+                "run `rayfwd doctor` again",
+            )
         )
 
     def _frame(self, frame: Frame) -> None:

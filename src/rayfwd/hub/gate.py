@@ -327,7 +327,7 @@ class Gate:
                 raise codes.PLAN_CHANGES.error(
                     f"{node.label} asked for another address, other ports or another "
                     "level several times within a short time",
-                    "nothing: it is let in soon; if it goes on, check why rayfwd is restarted "
+                    "nothing: it is accepted soon; if it goes on, check why rayfwd is restarted "
                     "there with other settings",
                 )
             node.roster_writes += 1
@@ -395,6 +395,6 @@ def _asked(hello: Hello) -> tuple[int, str | None, Level]:
 
 def _no_peers() -> Problem:
     return codes.HELLO_MALFORMED.problem(
-        "another worker's hello came to the head",
+        "a worker tried to open a direct way to the head",
         "check that the [[direct]] of that worker names a worker, and not the head",
     )

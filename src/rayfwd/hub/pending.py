@@ -63,7 +63,9 @@ class Pending:
     def asks(self, connection: HubConnection) -> None:
         """It is a doctor's from now on. Raises ProblemError where there are as many as may be."""
         if len(self._asking) >= MAX_CHECKUPS:
-            raise codes.CHECK_BUSY.error(f"{MAX_CHECKUPS} checks are under way", "try again later")
+            raise codes.CHECK_BUSY.error(
+                f"{MAX_CHECKUPS} runs of `rayfwd doctor` are in progress", "try again later"
+            )
         self.went(connection)
         self._asking.add(connection)
 

@@ -306,7 +306,7 @@ class Overlay:
             )
         except ValueError as exc:
             raise codes.OVERLAY_FAILED.error(
-                f"the overlay cannot be as the plan asks for it: {exc}",
+                f"the overlay cannot be set up as the plan requires: {exc}",
                 'run the same version of rayfwd on the head, or set network.level = "listeners"',
             ) from exc
 

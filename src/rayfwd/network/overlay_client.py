@@ -75,7 +75,7 @@ class OverlayClient:
             if exc.problem.code in {codes.OVERLAY_FAILED, codes.OVERLAY_REFUSED}:
                 raise
             raise codes.OVERLAY_KEEPER_ABSENT.error(
-                f"the process that makes the overlay does not answer: {exc.problem.cause}",
+                f"the process that creates the overlay does not answer: {exc.problem.cause}",
                 self._remedy,
             ) from None
 
@@ -112,7 +112,7 @@ class Child:
             time.sleep(0.05)
         child.close()
         raise codes.OVERLAY_FAILED.error(
-            "the process that makes the overlay did not start",
+            "the process that creates the overlay did not start",
             'read the lines above in the log, or set network.level = "listeners"',
         )
 

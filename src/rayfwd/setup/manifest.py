@@ -42,7 +42,7 @@ class Manifest:
                 wrong = f"it cannot be read: {exc!r}"
         if wrong is not None:
             raise codes.MANIFEST_UNUSABLE.error(
-                f"{path} records what `rayfwd init` has made here, but {wrong}",
+                f"{path} records what `rayfwd init` has created here, but {wrong}",
                 "read it, then delete it; remove by hand what it lists",
             )
 

@@ -105,7 +105,9 @@ class ControlServer:
         try:
             self._check_peer(writer.get_extra_info("socket"))
             if len(self._tasks) > CONNECTION_LIMIT:
-                raise codes.CONTROL_BUSY.error(f"{CONNECTION_LIMIT} are asking", "try again later")
+                raise codes.CONTROL_BUSY.error(
+                    f"{CONNECTION_LIMIT} commands are asking this daemon", "try again later"
+                )
             verb, args = await self._request(reader)
             async with asyncio.timeout(self._verb_seconds):
                 return await self._verbs[verb](args)

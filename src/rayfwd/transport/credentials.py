@@ -134,7 +134,7 @@ def signature_awaited(key: str, seconds: float, hop: Proves, dialled: str) -> Pr
 def pin_wanted(hop: Proves, dialled: str) -> Problem:
     """A token shows no key before that, so none was offered."""
     return codes.SSH_SIGNING_FAILED.problem(
-        f"{hop.called} lets this machine in by no key{dialled}, and the token here "
+        f"{hop.called} accepts no key of this machine{dialled}, and the token here "
         "(PKCS11Provider) shows none of its own without its PIN",
         "give the PIN to an agent once, with `ssh-add -s PROVIDER`, whose SSH_AUTH_SOCK the daemon "
         f"has, and leave PKCS11Provider out; or set {hop.to.key('identity')} to a key in a file",
@@ -144,7 +144,7 @@ def pin_wanted(hop: Proves, dialled: str) -> Problem:
 def provider_unusable(why: str, hop: Proves, dialled: str) -> Problem:
     """The library that PKCS11Provider names."""
     return codes.SSH_SIGNING_FAILED.problem(
-        f"{hop.called} lets this machine in by no key{dialled}, and the library of the token here "
+        f"{hop.called} accepts no key of this machine{dialled}, and the library of the token here "
         f"cannot be loaded: {why}",
         "correct PKCS11Provider in the SSH configuration, or install that library",
     )

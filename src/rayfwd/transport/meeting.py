@@ -164,8 +164,8 @@ class Meeting(Held):
         before = self._no_sshd
         self._no_sshd = (
             codes.MEETING_REFUSED.problem(
-                f"a worker came by the meeting place {self.called}, but {self._meet.sshd_called} "
-                f"does not answer: {why}",
+                f"a worker came through the meeting place {self.called}, but "
+                f"{self._meet.sshd_called} does not answer: {why}",
                 NO_SSHD,
             )
             if why

@@ -312,7 +312,7 @@ def _private_directory(head: HeadConfig) -> Path:
         return Path(tempfile.mkdtemp(prefix="ssh-", dir=own))
     except OSError as exc:
         raise codes.SSH_FAILED.error(
-            f"no directory for the socket of `ssh` can be made here: {exc}",
+            f"no directory for the socket of `ssh` can be created here: {exc}",
             "make room on this machine (`df` and `df -i` show what is full), or set "
             f"{head.destination.set_to('via', 'exec')}, which needs none",
         ) from exc

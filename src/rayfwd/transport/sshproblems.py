@@ -235,7 +235,7 @@ def keys_refused(reason: str, hop: Server, dialled: str) -> Problem:
         refused,
         f"add the public key to authorized_keys of {hop.user} {_where(hop)}, or {named}; if it is "
         "there, the sshd log there says what is wrong: that file or a directory above it may be "
-        "written by others (StrictModes), the account is locked or shut out (AllowUsers, "
+        "writable for others (StrictModes), the account is locked or not allowed (AllowUsers, "
         "DenyUsers, PermitRootLogin), its login shell does not exist, or `from=` or `expiry-time=` "
         "stands before the key",
     )
@@ -453,7 +453,7 @@ def turned_away(words: str, hop: Server, dialled: str) -> Problem:
     return codes.SSH_TURNED_AWAY.problem(
         f"the sshd of {hop.called} closes connections at once{dialled}: "
         f"{words or 'it says nothing'}",
-        f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are under way), "
+        f"raise MaxStartups in the sshd_config of {_its(hop)} (too many logins are in progress), "
         "and check whether something there blocks this machine (PerSourcePenalties, fail2ban, "
         "hosts.deny); rayfwd tries again by itself",
     )
@@ -462,7 +462,7 @@ def turned_away(words: str, hop: Server, dialled: str) -> Problem:
 def no_ssh(words: str, hop: Server, dialled: str) -> Problem:
     """Something else answers."""
     return codes.SSH_UNREACHABLE.problem(
-        f"what answers in place of {hop.called}{dialled} is no SSH server: it says {words!r}",
+        f"what answers in place of {hop.called}{dialled} is not an SSH server: it says {words!r}",
         f"check that the port is sshd's on {_its(hop)}, and that nothing on the way (a proxy, a "
         "captive portal) answers instead",
     )
@@ -478,7 +478,7 @@ def nobody_waits(why: str, hop: Server, by_command: bool = False) -> Problem:
         "`restrict,port-forwarding` before this machine's key in authorized_keys"
     )
     return codes.JUMP_REFUSED.problem(
-        f"the meeting place {hop.before} leads to nobody at its socket {hop.meet}; "
+        f"the meeting place {hop.before} has no head at its socket {hop.meet}; "
         f"{'what was run there' if by_command else 'its sshd'} says: {why}",
         "check `rayfwd status` on the head: its [[hub.meet]] must be connected, with that socket, "
         f"and logged in as the same user there (only that user can open the socket); {allows}",
@@ -563,7 +563,7 @@ def host_key_problem(
         return codes.HOST_KEY_MISMATCH.problem(
             f"{called} shows another host key than the one in {', '.join(having_it)}",
             f"ask the {what}'s owner whether the new key is right; if the {what} was reinstalled, "
-            f"{removed} and add the new one{or_init}; if not, somebody is in between",
+            f"{removed} and add the new one{or_init}; if not, there may be a man in the middle",
         )
     where = ", ".join(str(file.path) for file in known.files)
     if not known.files:
@@ -585,7 +585,7 @@ def _kind(hop: Server) -> str:
 def certificate_invalid(why: str, hop: Server, dialled: str) -> Problem:
     """An authority that is trusted has signed its key, and that does not hold here and now."""
     return codes.HOST_CERTIFICATE_INVALID.problem(
-        f"the host certificate of {hop.called}{dialled} does not hold: {why}",
+        f"the host certificate of {hop.called}{dialled} is not valid: {why}",
         f"make a new one for the name {hop.known.host} (`ssh-keygen -h -s CA -n NAME`), and check "
         f"this machine's clock: it says {_now()}",
     )
@@ -609,7 +609,7 @@ def nothing_in_common(what: str, theirs: Sequence[str], hop: Server, dialled: st
 def command_ended(hop: Server, why: str) -> Problem:
     """Only who wrote the ProxyCommand knows what it was to dial."""
     return codes.SSH_UNREACHABLE.problem(
-        f"the ProxyCommand of {hop.called} led to no SSH server: {why}",
+        f"the ProxyCommand of {hop.called} did not lead to an SSH server: {why}",
         "check that the command works when the user that runs rayfwd runs it, and that it leads "
         "to an SSH server",
     )

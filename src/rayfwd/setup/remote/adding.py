@@ -152,9 +152,9 @@ class _One:
         """Raises ProblemError."""
         if seen.is_musl and self._starts_ray and not (seen.rays and not self._host.ray):
             raise codes.ADD_BLOCKED.error(
-                f"{self._host.ssh} has {seen.libc or 'musl'} for a C library, and Ray is made for "
-                "glibc alone",
-                "use a machine or an image with glibc, as of Debian, Ubuntu or Fedora",
+                f"{self._host.ssh} has {seen.libc or 'musl'} as its C library, and Ray is built "
+                "for glibc only",
+                "use a machine or an image with glibc (Debian, Ubuntu, Fedora)",
             )
 
     def _check_no_other_is_it(self) -> None:
@@ -168,7 +168,7 @@ class _One:
 
     def _same_as(self, first: str) -> ProblemError:
         return codes.ADD_BLOCKED.error(
-            f"{self._host.ssh} is the machine that {first} reaches, too, as the same user",
+            f"{self._host.ssh} is the same machine and user as {first}",
             "name it once",
         )
 
@@ -454,8 +454,8 @@ def makes_no_sense(machine: str, exc: Exception) -> ProblemError:
     """That it has answered so."""
     return codes.ADD_FAILED.error(
         f"{machine} gives an answer that makes no sense: {exc!r}",
-        "run the same command again; if nothing changes, remove what `rayfwd add` has made there "
-        "(`rayfwd remove`), and see who has changed that machine",
+        "run the same command again; if nothing changes, remove what `rayfwd add` has created "
+        "there (`rayfwd remove`), and find out who has changed that machine",
     )
 
 
@@ -476,7 +476,7 @@ async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sig
     except NoShell as exc:
         raise codes.ADD_FAILED.error(
             f"{machine.host.ssh} accepts the login, but runs no command; it says: {exc}",
-            f"run `{by_hand(machine.host, 'true')}`, which must print nothing of that: give that "
+            f"run `{by_hand(machine.host, 'true')}`, which must not print that: give that "
             "login a shell (`usermod --shell /bin/sh`), or remove what answers in its place "
             "(`command=` in its line of authorized_keys, ForceCommand in sshd_config)",
         ) from None

@@ -118,7 +118,7 @@ class Machine:
                 f"{shown.host} shows the host key {shown.fingerprint}, but --fingerprint is "
                 f"{wanted}",
                 "run `ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub` on that machine itself to "
-                "see which is right; if neither is, somebody is in between",
+                "see which is right; if neither is, there may be a man in the middle",
             )
         if not shown.known:
             _append(

@@ -389,7 +389,7 @@ def _hanging(path: Path) -> ProblemError:
     pid = _listening_at(path)
     told = "its rayfwd" if pid is None else f"its rayfwd (process {pid})"
     return codes.ADD_BLOCKED.error(
-        f"{told} hangs: it answers no question on {path}",
+        f"{told} hangs: it does not answer on {path}",
         f"end it there (`kill -9 {pid or 'PID'}`), then run the same command again",
     )
 
