@@ -361,7 +361,7 @@ class MeetConfig(_Section):
 
 
 class DirectConfig(_Section):
-    """Of a worker: another worker that this one can log in to. Streams between the two then go
+    """For a worker: another worker that this one can log in to. Streams between the two then go
     there directly, without the head. One section for each; docs/ways.md."""
 
     node: Annotated[str, AfterValidator(check_name)] = Field(examples=["gpu-2"])
@@ -412,7 +412,7 @@ def _plan_network(value: str) -> str:
 
 
 class HubConfig(_Section):
-    """Of a head: where workers and clients connect, and which addresses and ports nodes get."""
+    """For a head: where workers and clients connect, and which addresses and ports nodes get."""
 
     socket: LocalPath | None = Field(default=None, examples=["/run/rayfwd/hub.sock"])
     """where workers and clients connect; default: hub.sock in runtime_dir"""
@@ -441,7 +441,7 @@ def _reachable_address(value: str) -> str:
 
 
 class RayConfig(_Section):
-    """Ray on this machine. Of a head or a worker."""
+    """Ray on this machine. For a head or a worker."""
 
     command: Command = "ray"
     """the `ray` command of your own environment: a name on PATH, or a path"""
@@ -479,11 +479,11 @@ class RayConfig(_Section):
     """Ray's token (Ray 2.52 or newer); "auto": use it only with Ray versions whose tools find the
     token without extra settings (2.61 or newer)"""
     status_interval: Number = Field(default=30.0, ge=5.0, le=3600.0)
-    """seconds between two looks at the cluster's resources and at Ray's node table"""
+    """seconds between two checks of the cluster's resources and of Ray's node table"""
 
 
 class ListenersConfig(_Section):
-    """Who may use the listeners on this machine, which lead to other nodes. Of any machine."""
+    """Who may use the listeners on this machine, which lead to other nodes. For any machine."""
 
     users: tuple[Command, ...] = ()
     """login names of this machine, in addition to root and the user that runs rayfwd"""
@@ -517,14 +517,14 @@ def _metrics_listen(value: str) -> str:
 
 
 class NetworkConfig(_Section):
-    """How programs on this node reach other nodes; docs/overlay.md. Of a head or a worker."""
+    """How programs on this node reach other nodes; docs/overlay.md. For a head or a worker."""
 
     level: Literal["auto", "overlay", "listeners"] = "auto"
     """"overlay": every port, by kernel rules; "listeners": by sockets; "auto": the best possible"""
     guard: YesNo = True
     """at the level overlay: true keeps other machines from Ray's ports unless they use rayfwd"""
     guard_from: tuple[Annotated[str, AfterValidator(_machines)], ...] = ()
-    """machines that reach Ray's ports directly all the same; for ray.advertise: docs/overlay.md"""
+    """machines that may still reach Ray's ports directly; for ray.advertise: docs/overlay.md"""
     deny: tuple[Port, ...] = ()
     """ports of this machine that other nodes may never reach"""
     interface: Annotated[str, AfterValidator(_interface_name)] = "rayfwd0"
@@ -532,11 +532,11 @@ class NetworkConfig(_Section):
     port: Port = 19977
     """the port on 127.0.0.1 to which connections to other nodes are redirected"""
     direct: Literal["told", "off"] = "told"
-    """of a worker; "told": to and from workers that a [[direct]] names; "off": never"""
+    """for a worker; "told": to and from workers that a [[direct]] names; "off": never"""
 
 
 class MetricsConfig(_Section):
-    """Metrics for Prometheus; docs/metrics.md. Of a head or a worker."""
+    """Metrics for Prometheus; docs/metrics.md. For a head or a worker."""
 
     listen: Annotated[str, AfterValidator(_metrics_listen)] | None = Field(
         default=None, examples=["127.0.0.1:9477"]
@@ -556,7 +556,7 @@ def _page_listen(value: str) -> str:
 
 
 class PageConfig(_Section):
-    """The page in the browser; docs/page.md says who may see it. Of a head or a worker."""
+    """The page in the browser; docs/page.md says who may see it. For a head or a worker."""
 
     listen: Annotated[str, AfterValidator(_page_listen)] = "auto"
     """"auto": on a head 127.0.0.1:9480, or the next free port; "off": no page; or ADDRESS:PORT"""
@@ -574,7 +574,7 @@ class CanaryConfig(_Section):
 
 
 class ClientConfig(_Section):
-    """Of a client: where it listens on 127.0.0.1. It also has [head] and [[forward]]."""
+    """For a client: where it listens on 127.0.0.1. It also has [head] and [[forward]]."""
 
     dashboard_port: Port | None = Field(default=None, examples=[8265])
     """port for the head's dashboard; default: 8265, or the next free port"""
@@ -586,7 +586,7 @@ class ClientConfig(_Section):
 
 class ForwardConfig(_Section):
     """One more port of another node, on this machine's loopback; one section for each. Without any,
-    a worker has the one that is shown; `forward = []` means none. A client's lead to the head."""
+    a worker has the one shown here; `forward = []` means none. A client's lead to the head."""
 
     listen: Annotated[str, AfterValidator(_loopback_listen)] = Field(examples=["127.0.0.1:8265"])
     """an IPv4 loopback address and a port"""

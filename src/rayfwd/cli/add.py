@@ -1,10 +1,10 @@
 """On the head: bring machines into the cluster over SSH, several at once.
 
 For each machine, this installs rayfwd (and with --ray also the head's Ray) over the same SSH
-connection, writes its files and keys, and starts its daemon. For root with systemd, that is the
-machine's service; for a user who lingers, a service of that user; otherwise a process in the
-background with a log. The machine dials the head, or the head dials the machine, whichever works.
-If you run it again, it does what is missing and changes nothing else.
+connection, writes its files and keys, and starts its daemon. If the login is root and systemd runs
+there, that is a system service; if lingering is enabled for the user, a service of that user;
+otherwise a process in the background with a log file. The machine dials the head, or the head dials
+the machine, whichever works. If you run it again, it does what is missing and changes nothing else.
 """
 
 from __future__ import annotations

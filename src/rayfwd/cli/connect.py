@@ -2,7 +2,7 @@
 
 It needs SSH access to the head (a key or an agent, and the head's host key in known_hosts), but no
 root and no file. It runs until Ctrl-C. When the link is lost, it dials again and holds what is
-open, as a worker does. On the head, it has this host's name.
+open, as a worker does. The head lists it under this machine's host name.
 """
 
 from __future__ import annotations

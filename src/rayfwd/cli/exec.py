@@ -1,6 +1,6 @@
 """Run a command with the environment that `rayfwd env` prints: a driver, a notebook, torchrun.
 
-For example: `rayfwd exec -- python train.py`. The command takes this process's place. Variables
+For example: `rayfwd exec -- python train.py`. The command replaces this process. Variables
 that are set already keep their values. For root, the command runs as the user that runs rayfwd.
 """
 

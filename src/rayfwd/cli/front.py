@@ -49,7 +49,7 @@ def add_arguments(
 ) -> None:
     """The options of the keys, and of how long it is there."""
     groups = {None: parser, section: None, "ray": None}
-    named = {section: f"[{section}] of a file", "ray": f"[ray] of a file: {of_ray}"}
+    named = {section: f"keys of [{section}]", "ray": f"keys of [ray]: {of_ray}"}
     parser.add_argument(
         "--wait-for",
         metavar="SECONDS",

@@ -1,7 +1,8 @@
 """Set this machine up: user, configuration, SSH key, the head's host key, and the service.
 
-For root, it makes the machine's service; for any other user, a service of that user. Running it
-again is safe: it changes nothing, and never overwrites what was edited.
+As root, this creates a system service; as any other user, a service of that user (`systemctl
+--user`). Running it again is safe: it changes nothing that is already set up, and never overwrites
+what was edited.
 """
 
 from __future__ import annotations

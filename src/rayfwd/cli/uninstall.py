@@ -1,4 +1,4 @@
-"""Remove what `rayfwd init` has made on this machine, and nothing that was edited.
+"""Remove what `rayfwd init` has created on this machine, and nothing that was edited.
 
 The service is stopped first, which ends its Ray in order. Edited files and rayfwd's state stay,
 unless you give --purge. rayfwd itself stays installed.
