@@ -77,7 +77,7 @@ def test_init_prints_what_goes_where(cluster: Cluster) -> None:
         scan = f"ssh-keyscan -p 22 {third.address} >> ~/.ssh/known_hosts"
         assert f"mkdir -p ~/.ssh && {scan}" in lines
         if name == "head":
-            assert "it is the name of this machine's host key there." in lines
+            assert "it is the name under which this machine's host key is known there." in lines
 
 
 @pytest.mark.parametrize("whose", ["head", "w1"])

@@ -204,7 +204,7 @@ def test_another_environments_man_pages(layout: Layout, home: Path, pages: Path)
     assert page.read_text() == ".TH RAYFWD"
     told = Told()
     take_away(Manifest(layout.manifest), layout, False, False, told)
-    assert ("left (it leads elsewhere now)", str(other)) in told.lines
+    assert ("left (it points elsewhere now)", str(other)) in told.lines
     assert other.is_symlink()
     assert not page.is_symlink()
 

@@ -151,12 +151,14 @@ def run(args: argparse.Namespace) -> int:
         print("Nothing was changed (--dry-run).")
     if layout.system and not layout.overlay:
         print(
-            f"Without the overlay network: another user than root could change {layout.command}, "
-            "so root\ndoes not run it. To have the overlay, install rayfwd in a directory that "
-            "only root can change\n(docs/overlay.md)."
+            "The overlay network was left out: users other than root could change\n"
+            f"{layout.command}, so root does not run it.\nTo get the overlay, install rayfwd in "
+            "a directory that only root can change (docs/overlay.md)."
         )
     for kept in outcome.kept:
-        print(f"{kept} was left as it is, because it was edited or `rayfwd init` did not make it.")
+        print(
+            f"{kept} was left as it is, because it was edited or `rayfwd init` did not create it."
+        )
     failing = False if args.dry_run else _doctor(request, layout)
     if args.role == "head":
         _print_for_workers(request, layout)
@@ -195,7 +197,11 @@ def run(args: argparse.Namespace) -> int:
     if renewed and service_runs(layout):
         _print_restart(layout, had_overlay, before, request.role)
         return OK
-    waits = " (the service waits for what fails above, and goes on by itself)" if failing else ""
+    waits = (
+        " (the service waits until what fails above is corrected, and then goes on)"
+        if failing
+        else ""
+    )
     print(f"\nNext, here{waits}:\n")
     print(f"    {texts.next_command(layout)}")
     return OK
@@ -215,7 +221,7 @@ def _print_restart(layout: Layout, had_overlay: bool, before: Config | None, rol
             "allows it\n(docs/overlay.md). This node's Ray is then restarted once, which ends "
             f"{cost}"
         )
-    print("\nNext, here, to run what is new:\n")
+    print("\nNext, run this here to use what is new:\n")
     print(f"    {texts.restart_command(layout, had_overlay)}")
 
 
@@ -529,8 +535,8 @@ def _print_for_workers(request: SetupRequest, layout: Layout) -> None:
         )
     else:
         print(
-            "\nRun this on each worker, with the worker's `ray`. The name after the @ need lead "
-            "nowhere:\nit is the name of this machine's host key there.\n"
+            "\nRun this on each worker, with the worker's `ray`. The name after the @ does not "
+            "have to resolve:\nit is the name under which this machine's host key is known there.\n"
         )
     print(f"    {line}")
 
@@ -591,8 +597,8 @@ def _print_direct(request: SetupRequest, layout: Layout, key: str) -> None:
     for node, ssh in request.direct:
         user, host, port = HeadConfig(ssh=ssh).ssh_target()
         print(
-            f"\nDirectly to {node}: add this line to ~{user or request.user}/.ssh/authorized_keys "
-            f"there:\n"
+            f"\nFor the direct way to {node}, add this line to "
+            f"~{user or request.user}/.ssh/authorized_keys there:\n"
         )
         print(f"    {texts.authorized_line(layout.command, key, peer=True)}")
         print(

@@ -110,11 +110,11 @@ class Examination(ABC):
         if self.status is None:
             unit = unit_checks.find(self.config.path, self.env)
             if unit is None or not unit.has_keeper:
-                return skipped("keeper", "this configuration file has no service with one")
-            if not unit.keeper.exists():
-                cause = (
-                    f"{unit.path} runs Ray in a service of its own, but {unit.keeper} is missing"
+                return skipped(
+                    "keeper", "no service with this configuration file runs Ray separately"
                 )
+            if not unit.keeper.exists():
+                cause = f"{unit.path} runs Ray in a separate service, but {unit.keeper} is missing"
                 problem = codes.KEEPER_ABSENT.problem(
                     cause, "run `rayfwd init` again: it makes the missing unit"
                 )

@@ -36,5 +36,5 @@ async def examine(config: Config, control: Path, env: Mapping[str, str], emit: E
 
 def of_a_mistake(lines: list[str]) -> Row:
     """The one row of a configuration that cannot be used."""
-    remedy = "correct the file; `rayfwd check` looks at it alone"
+    remedy = "correct the file; `rayfwd check` checks only the file"
     return failed("config", codes.CONFIG_INVALID.problem("; ".join(lines), remedy))

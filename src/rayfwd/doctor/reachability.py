@@ -102,7 +102,7 @@ class WayExamination(Examination):
         """The head dials: what there is to see here, the daemon has seen."""
         link = None if self.status is None else self.status.link
         if link is not None and link.state == "up":
-            self.emit(passed("ssh", "the head dials this machine, and the link stands"))
+            self.emit(passed("ssh", "the head dials this machine, and the link is up"))
         elif link is not None:
             self.emit(failed("ssh", _not_dialled(self.config.link_socket)))
         else:
@@ -198,7 +198,7 @@ class WayExamination(Examination):
         self.emit(passed("host_key", "the system's ssh has checked it strictly"))
         said = f"logged in as {hop.user} in {seconds:.2f} s"
         if connection.shared:
-            said = f"a connection of {hop.user} stands (ControlMaster), and is used"
+            said = f"an open connection of {hop.user} (ControlMaster) is used"
         self._logged_in(hop.user, seconds, said)
 
     def _logged_in(self, user: str, seconds: float, said: str) -> None:

@@ -347,11 +347,11 @@ def _undo_file(entry: Entry, purge: bool, really: bool) -> str:
 def _undo_link(path: Path, target: str, really: bool) -> str:
     try:
         if os.readlink(path) != target:
-            return "left (it leads elsewhere now)"
+            return "left (it points elsewhere now)"
     except FileNotFoundError:
         return "gone"
     except OSError:
-        return "left (it is no link now)"
+        return "left (it is no longer a link)"
     if really:
         path.unlink()
     return "removed"

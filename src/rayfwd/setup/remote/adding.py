@@ -461,7 +461,7 @@ def makes_no_sense(machine: str, exc: Exception) -> ProblemError:
 
 def no_answer_yet() -> str:
     """Of a machine that keeps its place no longer."""
-    return f"no answer for {PATIENCE:.0f} s; the next machine begins"
+    return f"no answer for {PATIENCE:.0f} s; going on with the next machine meanwhile"
 
 
 async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sight:
