@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
 
 from rayfwd.cli import VERBS, _parser, full_parser
@@ -45,6 +46,8 @@ PLACE = r"(?:if|on|in|as|before|to|after) [^:,]+[:,] "
 NO_KEYS = {"ray.init"}
 """These look like keys."""
 
+_THINGS = "directory|directories|options|ports|file|session|service|cluster"
+
 BANNED = {
     r"\bsay the same again\b": "run the same command again",
     r"\bsay `": "run `",
@@ -62,9 +65,20 @@ BANNED = {
     r"; else see\b": "; otherwise check",
     r"\b(?:hereby|thereof|whence|thither|lest|ere|albeit)\b": "modern words",
     r"\bsaid again\b": "repeated",
-    r"\b(?:stood|from standing|it stands)\b": "is up",
+    r"\b(?:stood|from standing|it stands|link stands)\b": "is up",
+    r"\bfaults? of rayfwd's\b": "a bug in rayfwd",
+    rf"\b(?:{_THINGS}) of (?:its|their|your) own\b": "its own …",
+    r"\bsomebody is in between\b": "a man in the middle",
+    r"\blet in no more\b": "refused from then on",
 }
 """Constructions that had to be read twice, each with what takes its place."""
+
+ELSEWHERE = {r"\bis none\b", r"\bis so\b", r"\bsees? that\b"}
+"""These are read at once in a page's longer sentences."""
+
+READ_TWICE = [one for one in BANNED if one not in ELSEWHERE]
+
+PAGES = ["README.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in CHECKOUT.glob("docs/*.md"))]
 
 Message = tuple[str, str]
 """Where it is written, and what it says."""
@@ -213,6 +227,14 @@ def test_a_remedy_is_something_to_do() -> None:
 def test_sentences_are_short_and_plain() -> None:
     found = ((where, hard_to_read(text)) for where, text in everything())
     assert [(where, hard) for where, hard in found if hard] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_no_construction_that_is_read_twice(page: str) -> None:
+    text = re.sub(r"(?ms)^```.*?^```|^    .*?$|`[^`]*`", "", (CHECKOUT / page).read_text())
+    plain = " ".join(text.split())
+    hits = [(hit[0], BANNED[p]) for p in READ_TWICE for hit in re.finditer(p, plain, re.IGNORECASE)]
+    assert hits == []
 
 
 def test_an_option_says_what_it_does_and_not_what_a_value_does() -> None:

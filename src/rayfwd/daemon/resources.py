@@ -131,9 +131,9 @@ def _running(state_dir: Path, machine: str) -> ProblemError:
         return codes.ALREADY_RUNNING.error(
             f"another rayfwd is running with state_dir = {state_dir}, on the machine {machine}, "
             "which uses the same directory (for example, a home on NFS)",
-            "give this machine directories of its own: run `export "
-            "XDG_STATE_HOME=~/.local/state/$(uname -n)` in each shell that uses rayfwd here; for "
-            "a file of configuration, set state_dir and runtime_dir",
+            "give this machine its own directories: run `export "
+            "XDG_STATE_HOME=~/.local/state/$(uname -n)` in each shell that uses rayfwd here; in "
+            "a configuration file, set state_dir and runtime_dir",
         )
     return codes.ALREADY_RUNNING.error(
         f"another rayfwd is running with state_dir = {state_dir}",
