@@ -502,6 +502,28 @@ def _machines(value: str) -> str:
         raise ValueError("must be an IPv4 address or a network, as in 203.0.113.0/24") from None
 
 
+MOST_APART = 2000
+"""Ports that network.apart may name: a node holds most of them, by a socket each."""
+
+
+def _port_range(value: str) -> str:
+    low, _, high = value.partition("-")
+    if not (low.isdecimal() and high.isdecimal() and 1024 <= int(low) <= int(high) <= 65535):
+        raise ValueError("must be two ports from 1024 on, the lower first, as in 30000-30999")
+    return value
+
+
+def _few_ports(value: tuple[str, ...]) -> tuple[str, ...]:
+    if len(ports := _ports_of(value)) > MOST_APART:
+        raise ValueError(f"must be {MOST_APART} ports at most, and these are {len(ports)}")
+    return value
+
+
+def _ports_of(ranges: Iterable[str]) -> frozenset[int]:
+    ends = [text.split("-") for text in ranges]
+    return frozenset(port for low, high in ends for port in range(int(low), int(high) + 1))
+
+
 def _metrics_listen(value: str) -> str:
     if value.startswith(("/", "~/")):
         path = Path(value).expanduser()
@@ -527,12 +549,19 @@ class NetworkConfig(_Section):
     """machines that may still reach Ray's ports directly; for ray.advertise: docs/overlay.md"""
     deny: tuple[Port, ...] = ()
     """ports of this machine that other nodes may never reach"""
+    apart: Annotated[
+        tuple[Annotated[str, AfterValidator(_port_range)], ...], AfterValidator(_few_ports)
+    ] = ()
+    """ports of which each node's programs get others, as 30000-30999 for Serve; docs/overlay.md"""
     interface: Annotated[str, AfterValidator(_interface_name)] = "rayfwd0"
     """name of the interface that gets this node's address"""
     port: Port = 19977
     """the port on 127.0.0.1 to which connections to other nodes are redirected"""
     direct: Literal["told", "off"] = "told"
     """for a worker; "told": to and from workers that a [[direct]] names; "off": never"""
+
+    def apart_ports(self) -> frozenset[int]:
+        return _ports_of(self.apart)
 
 
 class MetricsConfig(_Section):

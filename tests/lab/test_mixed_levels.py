@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from itertools import permutations
 
 import pytest
 
@@ -30,12 +31,15 @@ REOPENED = 29701
 CONNECTIONS = 2000
 LOW = 81
 """A port that only root may open; w1's file has it in `expose`."""
+APART = (29800, 29899)
+"""Ports of every node's file, under `network.apart`."""
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Lab(tmp_path_factory.mktemp("lab"), names=("head", "w1", "w2", "w3")) as lab:
         every = {"ray.start": False, "ride_through": RIDE_THROUGH, **kinds.FILE}
+        every["network.apart"] = ["{}-{}".format(*APART)]
         low = {"expose": [*kinds.FILE["expose"], LOW]}
         made = Cluster(lab, workers=("w1", "w2", "w3"), every=every, w1=low)
         lab.machine("head").start_sshd()
@@ -183,6 +187,38 @@ def test_a_port_that_is_taken_where_listeners_are_is_named_there(cluster: Cluste
     cluster.worker("w2").wait_status(lambda s: not s["conditions"], 30)
     assert dialled(cluster, "w2", w1, TAKEN, 10)[0] == f"{w2} {w1}"
     end(server)
+
+
+LOOK_FOR_A_PORT = """
+import socket, sys
+for port in range(int(sys.argv[1]), int(sys.argv[2]) + 1):
+    server = socket.socket()
+    try:
+        server.bind(("", port))
+        break
+    except OSError:
+        server.close()
+server.listen()
+print("listening", port, flush=True)
+while True:
+    sock, peer = server.accept()
+    with sock:
+        sock.sendall(f"{peer[0]} {sock.getsockname()[0]}".encode())
+"""
+"""As Serve's replicas do: the lowest free port, on all addresses, shared with nobody."""
+
+
+def test_programs_that_look_for_a_port_at_once_find_different_ones(cluster: Cluster) -> None:
+    """And each is reached from every other node, and not the dialling node's own in its place."""
+    servers = {n: program(cluster, n, LOOK_FOR_A_PORT, *APART) for n in cluster.names}
+    for server in servers.values():
+        until(lambda s=server: "listening" in s.log.read_text(), 30, server.log.read_text)  # type: ignore[misc]
+    ports = {name: int(s.log.read_text().split()[1]) for name, s in servers.items()}
+    assert len(set(ports.values())) == len(servers), ports
+    for here, there in permutations(servers, 2):
+        own, at = address(cluster, here), address(cluster, there)
+        assert dialled(cluster, here, at, ports[there], 10)[0] == f"{own} {at}", (here, there)
+    assert not [c for d in cluster.daemons for c in d.status()["conditions"]]
 
 
 def test_a_port_below_1024_is_offered_by_expose(cluster: Cluster) -> None:

@@ -204,14 +204,16 @@ def test_port_ranges(ports: list[int], ranges: tuple[tuple[int, int], ...]) -> N
 def test_libraries_are_told_interface_and_address() -> None:
     told = library_environment("127.77.0.2", "rayfwd0", {"NCCL_SOCKET_IFNAME": "ib0"})
     assert told["GLOO_SOCKET_IFNAME"] == "rayfwd0"
-    assert told["VLLM_HOST_IP"] == "127.77.0.2"
+    assert told["VLLM_HOST_IP"] == told["PET_LOCAL_ADDR"] == "127.77.0.2"
     assert "NCCL_SOCKET_IFNAME" not in told, "the user's word stands"
+    assert "SERVE_SOCKET_REUSE_PORT_ENABLED" not in told, "no listener is in Serve's way"
 
 
 def test_without_an_interface() -> None:
     told = library_environment("127.77.0.2", None, {})
     assert "GLOO_SOCKET_IFNAME" not in told
     assert told["VLLM_HOST_IP"] == "127.77.0.2"
+    assert told["SERVE_SOCKET_REUSE_PORT_ENABLED"] == "1", "it shares its ports with listeners"
 
 
 def test_changes_lead_from_one_to_the_other() -> None:

@@ -13,7 +13,12 @@ import shlex
 
 from rayfwd.cli import OK
 from rayfwd.cli.common import control_socket, load_as_owner, quiet_logs
-from rayfwd.cluster.environment import ADDRESS_VARIABLES, FIXED_VARIABLES, INTERFACE_VARIABLES
+from rayfwd.cluster.environment import (
+    ADDRESS_VARIABLES,
+    FIXED_VARIABLES,
+    INTERFACE_VARIABLES,
+    SHARING_VARIABLES,
+)
 from rayfwd.config import Config
 from rayfwd.ray import token
 from rayfwd.system.control import ask
@@ -28,6 +33,7 @@ NAMES = frozenset(
         *INTERFACE_VARIABLES,
         *ADDRESS_VARIABLES,
         *FIXED_VARIABLES,
+        *SHARING_VARIABLES,
     }
 )
 """What a daemon may say here: root's shell may run what this prints, and the daemon is another

@@ -30,12 +30,21 @@ INTERFACE_VARIABLES = (
 ADDRESS_VARIABLES = (
     "VLLM_HOST_IP",  # vLLM (vllm/envs.py); it asks Ray for the resource `node:` of this address
     "SGLANG_HOST_IP",  # SGLang (get_ip in python/sglang/srt/utils)
+    # torchrun, --local-addr (torch/distributed/run.py): what rank 0's machine tells the others of
+    # itself. Without it that is the machine's own name.
+    "PET_LOCAL_ADDR",
 )
 FIXED_VARIABLES = {
     # Two machines may both have InfiniBand and share no fabric; NCCL would choose it and hang
     # (NCCL_PARAM(IbDisable, …) in src/transport/net_ib).
     "NCCL_IB_DISABLE": "1",
 }
+SHARING_VARIABLES = {
+    # Serve's HAProxies all listen on one port, on all addresses. Without it they do not share that
+    # with a listener for another node's (enable_so_reuseport in serve/_private/haproxy.py).
+    "SERVE_SOCKET_REUSE_PORT_ENABLED": "1",
+}
+"""What makes programs share their ports with listeners, where it is theirs to choose."""
 
 
 def library_environment(
@@ -49,4 +58,6 @@ def library_environment(
     wanted = dict.fromkeys(ADDRESS_VARIABLES, address) | FIXED_VARIABLES
     if interface is not None:
         wanted |= dict.fromkeys(INTERFACE_VARIABLES, interface)
+    else:
+        wanted |= SHARING_VARIABLES
     return {name: value for name, value in wanted.items() if name not in given}

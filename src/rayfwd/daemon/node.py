@@ -22,6 +22,7 @@ from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.announced import Announced
+from rayfwd.network.apart import HeldPorts, held_ports
 from rayfwd.network.dials import Dials
 from rayfwd.network.manager import Overlay, Wanted
 from rayfwd.network.open_ports import KernelPorts, Listening, OpenPortsWatch, listening
@@ -190,6 +191,7 @@ class Node:
             lambda: self.config.expose,
             self._open_ports_changed,
         )
+        self._apart = HeldPorts()
         self._others_listen = False
         """Another node has listeners in the place of this one's ports."""
         self._herald_of_ray = self._open_ports.herald(lambda: self._others_listen)
@@ -225,6 +227,7 @@ class Node:
             "links": self._links.run,
             "machine": self._machine.run,
             "open_ports": self._open_ports.run,
+            "apart": self._apart.run,
         }
 
     def loops(self) -> Iterable[Heartbeat]:
@@ -315,6 +318,19 @@ class Node:
                 wanted |= listeners_for(node.address, node.ports)
                 passing |= listeners_for(node.address, self._passing_ports(node))
         self.listeners.set_wanted(wanted | forwarded, passing)
+        self._want_apart()
+
+    def _want_apart(self) -> None:
+        """Hold the other nodes' parts of `network.apart`, where any node has listeners: there
+        programs on all addresses would be in the way of each other's."""
+        view, ports = self.view, self.config.network.apart_ports()
+        if view.own is None or not any(node.level == "listeners" for node in view.nodes):
+            ports = frozenset()
+        if view.own is not None:
+            left = ports.difference(view.own.ports, self.config.expose)
+            others = [node.address for node in view.nodes if not node.advertised]
+            at = ends_of(view.network)[1]
+            self._apart.want(at, held_ports(left, view.own.address, others, view.network))
 
     def _forwarded(self) -> dict[Target, Target]:
         """The listeners of [[forward]]."""

@@ -364,8 +364,9 @@ def why_taken(listen: Target, exc: OSError, holder: PortHolder | None = None) ->
         f"a program on the node {listen.address} listens on port {listen.port}, but that port "
         f"{why}, so the program cannot be reached from here",
         f"let {change} use another port, or give this node the overlay "
-        "(docs/overlay.md), with which nodes do not share ports; if nobody needs to reach it, "
-        "name the port in network.deny on that node",
+        "(docs/overlay.md), with which nodes do not share ports; if programs choose such ports "
+        "themselves, as Serve's replicas do, name their range in network.apart on every node; if "
+        "nobody needs to reach it, name the port in network.deny on that node",
     )
 
 
