@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
+from functools import lru_cache
 from typing import NamedTuple
 
 Address = tuple[str, int]
@@ -81,8 +82,9 @@ class ListeningSocket(NamedTuple):
     def takes(self, at: Address) -> bool:
         """Whether it takes connections to this IPv4 address, and keeps others from listening there.
         `::` does unless it is for IPv6 only."""
-        here = {at[0], f"::ffff:{at[0]}", "0.0.0.0", "::"}
-        return self.port == at[1] and self.address in here and not self.ipv6_only
+        if self.port != at[1] or self.ipv6_only:
+            return False
+        return self.address in {"0.0.0.0", "::"} or self.address in {at[0], f"::ffff:{at[0]}"}
 
 
 class UnixName(NamedTuple):
@@ -140,18 +142,13 @@ class SockDiag:
     def listening(self, at: str | None = None) -> list[ListeningSocket]:
         """Every TCP socket that listens; `at`: of IPv4, those on this address or on all. The kernel
         leaves out the others, which may be thousands. Raises OSError."""
-        found = []
+        found: list[ListeningSocket] = []
         for family in (socket.AF_INET, socket.AF_INET6):
             about = _ID.pack(0, 0, b"", b"", b"", _ANY_COOKIE)
             if at is not None and family == socket.AF_INET:
                 about += _on_either(at, "0.0.0.0")
-            for message in self._ask(family, 1 << _TCP_LISTEN, about, _NLM_F_DUMP):
-                _, _, _, _, about, *_, uid, inode = _MESSAGE.unpack_from(message)
-                port, _, address, *_ = _ID.unpack(about)
-                size = 4 if family == socket.AF_INET else 16
-                text = socket.inet_ntop(family, address[:size])
-                only = dict(_attributes(message, _MESSAGE.size)).get(_IPV6_ONLY, b"")
-                found.append(ListeningSocket(text, port, uid, inode, any(only)))
+            asked = self._ask(family, 1 << _TCP_LISTEN, about, _NLM_F_DUMP)
+            found += map(_listening_socket, asked)
         return found
 
     def unix_names(self) -> list[UnixName]:
@@ -194,6 +191,18 @@ class SockDiag:
                 yield payload
                 if not flags:
                     return
+
+
+@lru_cache(maxsize=4096)
+def _listening_socket(message: bytes) -> ListeningSocket:
+    """Of a socket the same is said time and again: whoever watches them asks a hundred times a
+    second."""
+    family, _, _, _, about, *_, uid, inode = _MESSAGE.unpack_from(message)
+    port, _, address, *_ = _ID.unpack(about)
+    size = 4 if family == socket.AF_INET else 16
+    text = socket.inet_ntop(family, address[:size])
+    only = dict(_attributes(message, _MESSAGE.size)).get(_IPV6_ONLY, b"")
+    return ListeningSocket(text, port, uid, inode, any(only))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
