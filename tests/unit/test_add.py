@@ -1072,7 +1072,7 @@ def placed_below(home: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     layout, account = places_below(home), replace(own_account(), home=home)
     monkeypatch.setattr(there, "own_account", lambda: account)
     monkeypatch.setattr(there, "layout_of", lambda service: layout)
-    monkeypatch.setattr(there, "_link", lambda layout: [])
+    monkeypatch.setattr(there, "_link", list)
     return layout
 
 

@@ -368,7 +368,7 @@ class _One:
                 )
             self._at("set up")
             made = await self._prepare(machine, seen, python, name, ray, None)
-            await self._dial(machine, seen, python, name, made)
+            await self._dial(machine, python, name, made)
             self._at("way")
             reason = "" if not ways else f", because it does not reach the head: {why}"
             self._say(f"the head dials it{reason}")
@@ -410,9 +410,7 @@ class _One:
         self._say(f"{came}; its file is {made['config']}", bool(changed))
         return made
 
-    async def _dial(
-        self, machine: Machine, seen: Sight, python: str, name: str, made: dict[str, Any]
-    ) -> None:
+    async def _dial(self, machine: Machine, python: str, name: str, made: dict[str, Any]) -> None:
         """Have the head dial it. Raises ProblemError."""
         self._head.shut_out(name)
         path, public = self._head.dial_key()

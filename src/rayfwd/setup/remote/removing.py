@@ -53,7 +53,7 @@ async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Out
         name, entry = known(head, text)
         outcome.name = outcome.called = name
         if not gone:
-            await _there(head, name, entry, outcome, report)
+            await _there(name, entry, outcome, report)
         await _here(head, name, outcome, report)
     except ProblemError as exc:
         outcome.problem = exc
@@ -64,9 +64,7 @@ async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Out
     outcome.seconds = time.monotonic() - began
 
 
-async def _there(
-    head: Head, name: str, entry: dict[str, Any], outcome: Outcome, report: Report
-) -> None:
+async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Report) -> None:
     """On the machine. Raises ProblemError, Failed."""
     outcome.at = "log in"
     paths = {

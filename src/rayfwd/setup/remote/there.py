@@ -160,7 +160,7 @@ def prepare(
     )
     manifest = Manifest(layout.manifest)
     lost = _has_lost_its_record(layout, manifest, name)
-    steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link(layout)]
+    steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link()]
     if lost:
         _adopt(steps, manifest, layout)
     said: list[list[str]] = []
@@ -219,7 +219,7 @@ def _person(layout: Layout, ray: str) -> tuple[str, Path, bool]:
     return found.pw_name, home, home == Path("/var/lib/rayfwd")
 
 
-def _link(layout: Layout) -> list[Step]:
+def _link() -> list[Step]:
     """`rayfwd` where a shell finds it."""
     own = own_command()
     folder = Path("/usr/local/bin")
