@@ -193,6 +193,38 @@ def test_another_user_is_refused(overlay: Overlay) -> None:
     assert overlay.ask("found")["refused"]["refused_user"] >= 1
 
 
+def test_whose_connections_are_redirected_is_roots_to_say(overlay: Overlay) -> None:
+    """Not the daemon's, whose user might be somebody else by now: it asks for everybody's here."""
+    file, nobody = "/run/rayfwd.toml", 65534
+    stop(overlay)
+    overlay.keeper = overlay.start("--config", file)
+    everybodys = {**RULES.to_wire(), "uids": [0, UID, nobody]}
+    says = '[listeners]\nusers = ["nobody", "who-is-not-known-here"]\n'
+    try:
+        for mode, theirs in ((None, False), ("664", False), ("640", True)):
+            if mode is not None:
+                written = f"printf '%s' '{says}' >{file}; chgrp ray {file}; chmod {mode} {file}"
+                overlay.machine.run(["sh", "-c", written], user="root")
+            for verb in ("up", "update"):
+                assert overlay.ask(verb, everybodys) == {}
+            assert overlay.dial(OTHER, 20005) == f"{OTHER}:20005"
+            said = f"{OTHER}:20005" if theirs else "ConnectionRefusedError 111"
+            assert overlay.dial(OTHER, 20005, user="nobody") == said, mode
+        said = overlay.keeper.log.read_text()
+        assert "No such file or directory" in said
+        assert "other users can write to" in said
+        assert said.count("overlay_users_left_out") == 2, "each cause is said once"
+    finally:
+        stop(overlay)
+        overlay.keeper = overlay.start()
+        assert overlay.ask("up", RULES.to_wire()) == {}
+
+
+def stop(overlay: Overlay) -> None:
+    overlay.keeper.signal(signal.SIGTERM)
+    assert overlay.keeper.wait(20) == 0
+
+
 def test_who_binds_another_nodes_address_hears_nothing(overlay: Overlay) -> None:
     """A redirect comes before any listener."""
     squat = "import socket,time\ns=socket.socket(); s.bind(('127.77.0.2', 20003)); s.listen()\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pwd
 import signal
 import socket
 import time
@@ -25,6 +26,7 @@ from rayfwd.network import overlay as network
 from rayfwd.network.announced import Announced, PortNews, applied, change_of
 from rayfwd.network.last_rules import LastRules
 from rayfwd.network.manager import Overlay, Wanted
+from rayfwd.network.named_users import named_users
 from rayfwd.network.open_ports import LOOKS_AT_ONCE, SHORT, OpenPortsWatch
 from rayfwd.network.overlay_client import KEEPER
 from rayfwd.network.overlay_keeper import OverlayKeeper
@@ -456,6 +458,44 @@ class Standing:
 
 
 @needs_root
+@needs_root
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('[listeners]\nusers = ["nobody", "nobody", "no-such-user"]', {"nobody"}),
+        ("", set()),
+        ('listeners = "nobody"', set()),
+        ('[listeners]\nusers = "nobody"', set()),
+        ('[listeners]\nusers = [1, ["nobody"], "\\u0000"]', set()),
+    ],
+)
+def test_whom_roots_file_names(tmp_path: Path, content: str, named: set[str]) -> None:
+    file = tmp_path / "rayfwd.toml"
+    file.write_text(content)
+    assert named_users(file) == {pwd.getpwnam(name).pw_uid for name in named}
+
+
+@needs_root
+@pytest.mark.parametrize("fault", ["absent", "no TOML", "theirs", "a link of theirs", "a pipe"])
+def test_a_file_that_names_nobody(tmp_path: Path, fault: str) -> None:
+    """The privileged process reads nothing that another user has put there."""
+    file = tmp_path / "rayfwd.toml"
+    says = '[listeners]\nusers = ["nobody"]\n'
+    if fault == "no TOML":
+        file.write_text("[listeners\n")
+    elif fault == "theirs":
+        file.write_text(says)
+        os.chown(file, OTHER, OTHER)
+    elif fault == "a link of theirs":
+        (tmp_path / "roots").write_text(says)
+        file.symlink_to(tmp_path / "roots")
+        os.lchown(file, OTHER, OTHER)
+    elif fault == "a pipe":
+        os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"rayfwd\.toml"):
+        named_users(file)
+
+
 def test_no_other_user_keeps_a_keeper_from_its_interface(tmp_path: Path) -> None:
     """Who has made the name that would be its, listening or not; root's own keeper does."""
     name = "rayfwd-test0"

@@ -273,7 +273,7 @@ complete -c rayfwd -n '_shtab_rayfwd_using overlay' -s h -l help -d 'show this h
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration file (default: ~/.config/rayfwd.toml, /etc/rayfwd.toml)'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l cluster -x -d 'the cluster of that name, if this machine has several (default: $RAYFWD_CLUSTER)'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l interface -x -d 'name of the interface (default: rayfwd0)'
-complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l user -x -d 'a user that may ask besides root (default: only root)'
+complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l user -x -d 'a user that may ask besides root (default: only root); whose connections it may redirect besides its own and root'"'"'s, listeners.users of the configuration says, which only root may be able to write'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l network -x -d 'a network that the plan may have, in addition to those in 127.64.0.0/10'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l until-eof -d 'end when standard input ends'
 complete -c rayfwd -n '_shtab_rayfwd_using overlay' -l remove -d 'only remove what an overlay has left behind, then end'

@@ -15,6 +15,7 @@ from rayfwd.network import overlay
 from rayfwd.network.last_rules import LastRules
 from rayfwd.network.overlay_keeper import OverlayKeeper
 from rayfwd.system import logs
+from rayfwd.system.paths import DEFAULT_CONFIG
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interface", default="rayfwd0", help="name of the interface (default: rayfwd0)"
     )
-    parser.add_argument("--user", help="a user that may ask besides root (default: only root)")
+    parser.add_argument(
+        "--user",
+        help="a user that may ask besides root (default: only root); whose connections it may "
+        "redirect besides its own and root's, listeners.users of the configuration says, which "
+        "only root may be able to write",
+    )
     parser.add_argument(
         "--network",
         action="append",
@@ -52,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         owner = None if args.user is None else pwd.getpwnam(args.user).pw_uid
     except KeyError:
         raise MistakeError([f"--user {args.user}: this machine has no such user"]) from None
-    keeper = OverlayKeeper(args.socket, args.interface, owner, args.network, args.until_eof)
+    # The daemon's own child has no more rights than the daemon, and root is believed.
+    believed = args.until_eof or owner in (None, 0)
+    file = None if believed else args.config or DEFAULT_CONFIG
+    keeper = OverlayKeeper(args.socket, args.interface, owner, args.network, args.until_eof, file)
     asyncio.run(keeper.run())
     return OK
 

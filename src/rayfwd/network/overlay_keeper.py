@@ -25,12 +25,14 @@ import re
 import signal
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
 from rayfwd.network.last_rules import LastRules
+from rayfwd.network.named_users import named_users
 from rayfwd.network.ruleset import LOWEST_PORT, Rules
 from rayfwd.problems import ProblemError
 from rayfwd.system.control import ControlServer
@@ -38,6 +40,7 @@ from rayfwd.system.held_names import HeldName, NameHolder, holders_of_names
 from rayfwd.system.logs import get_logger
 from rayfwd.system.notify import Notifier
 from rayfwd.system.restart_job import being_restarted
+from rayfwd.system.users import user_name
 
 LEFT_SECONDS = 30.0
 """Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
@@ -63,13 +66,18 @@ class OverlayKeeper:
         owner: int | None = None,
         networks: Sequence[ipaddress.IPv4Network] = (),
         until_eof: bool = False,
+        file: Path | None = None,
     ) -> None:
-        """`owner` may ask besides root; `networks` are allowed besides `NETWORKS`."""
+        """`owner` may ask besides root; `networks` are allowed besides `NETWORKS`. `file`: root's
+        configuration, which says who may dial besides these two; None: whoever asks says it."""
         self._socket = socket
         self._interface = interface
         self._owner = owner
         self._networks = (*NETWORKS, *networks)
         self._until_eof = until_eof
+        self._file = file
+        self._left_out: tuple[frozenset[int], str] = frozenset(), ""
+        """Users who may not dial, though that was asked for, and why: said once."""
         self._overlay = overlay.OverlayMaker(interface)
         self._rules: Rules | None = None
         self._last = None if until_eof else LastRules(socket)
@@ -279,7 +287,30 @@ class OverlayKeeper:
             raise _refused(
                 f"port {low[0]}, and ports below {LOWEST_PORT} are not allowed", "choose another"
             )
-        return rules
+        return rules if self._file is None else replace(rules, uids=self._dialers(rules.uids))
+
+    def _dialers(self, asked: frozenset[int]) -> frozenset[int]:
+        """Those of them whose connections may be brought to the daemon. Whoever has got hold of
+        that would have them of every user otherwise."""
+        left_out, cause = asked - {0, self._owner}, ""
+        if left_out:
+            assert self._file is not None, "somebody is to be named there"
+            cause = f"listeners.users in {self._file} does not name them"
+            try:
+                left_out -= named_users(self._file)
+            except ValueError as exc:
+                cause = f"the file that has listeners.users cannot be trusted: {exc}"
+        if left_out and (left_out, cause) != self._left_out:
+            _log.warning(
+                "overlay_users_left_out",
+                users=sorted(map(user_name, left_out)),
+                cause=cause,
+                remedy="name them in listeners.users of a file that only root can write, and that "
+                "file by `--config` in rayfwd-net.service if it is another one; then restart "
+                "rayfwd-net and rayfwd",
+            )
+        self._left_out = left_out, cause
+        return asked - left_out
 
 
 def _keepers(name: str) -> list[NameHolder]:

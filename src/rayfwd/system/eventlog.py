@@ -370,6 +370,16 @@ class EventLog(Protocol):
     @overload
     def warning(self, event: Literal["overlay_unwatched"], /, *, cause: str) -> None: ...
     @overload
+    def warning(
+        self,
+        event: Literal["overlay_users_left_out"],
+        /,
+        *,
+        users: list[str],
+        cause: str,
+        remedy: str,
+    ) -> None: ...
+    @overload
     def warning(self, event: Literal["plan_not_kept"], /, *, cause: str) -> None: ...
     @overload
     def warning(
