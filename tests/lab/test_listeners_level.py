@@ -17,7 +17,13 @@ import pytest
 from tests.lab import kinds
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab, Machine
-from tests.lab.overlay.test_libraries import FROM, Drivers, know_own_names, spans_the_machines
+from tests.lab.overlay.test_libraries import (
+    FROM,
+    Drivers,
+    know_own_names,
+    meet_by_torchrun,
+    spans_the_machines,
+)
 from tests.lab.process import Process, until
 from tests.need import need_libraries
 from tests.setup_envs import LIBRARIES
@@ -199,6 +205,12 @@ def test_ranks_of_gloo_find_each_other(cluster: Cluster, w1: Machine) -> None:
         assert rank.wait(240) == 0, rank.log.read_text()
     said = [re.findall("^(?:sum|failed).*", rank.log.read_text(), re.M) for rank in ranks]
     assert said == 3 * [GROUPS * ["sum 6.0"]]
+
+
+@pytest.mark.thorough  # as at the overlay
+def test_torchrun_on_two_machines(cluster: Cluster) -> None:
+    """It takes every address of 127/8 for its own machine's, and would listen there itself."""
+    meet_by_torchrun(cluster, ["--rdzv-conf=is_host=0"])
 
 
 IN_CI = [("train_torch", "w1")]

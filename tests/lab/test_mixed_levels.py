@@ -190,7 +190,9 @@ def test_a_port_that_is_taken_where_listeners_are_is_named_there(cluster: Cluste
 
 
 LOOK_FOR_A_PORT = """
-import socket, sys
+import socket, sys, time
+while time.time() < float(sys.argv[3]):
+    time.sleep(0.001)
 for port in range(int(sys.argv[1]), int(sys.argv[2]) + 1):
     server = socket.socket()
     try:
@@ -210,7 +212,8 @@ while True:
 
 def test_programs_that_look_for_a_port_at_once_find_different_ones(cluster: Cluster) -> None:
     """And each is reached from every other node, and not the dialling node's own in its place."""
-    servers = {n: program(cluster, n, LOOK_FOR_A_PORT, *APART) for n in cluster.names}
+    together = (*APART, time.time() + 3)
+    servers = {n: program(cluster, n, LOOK_FOR_A_PORT, *together) for n in cluster.names}
     for server in servers.values():
         until(lambda s=server: "listening" in s.log.read_text(), 30, server.log.read_text)  # type: ignore[misc]
     ports = {name: int(s.log.read_text().split()[1]) for name, s in servers.items()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,48 @@ def test_open_mpi_spans_the_machines(cluster: Cluster, where: str) -> None:
     assert [said["heard"] for said in ranks] == [
         [f"{i} to {k}" for i in range(3)] for k in range(3)
     ]
+
+
+IN_TORCHRUN = """
+import json, socket
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([1.0 + dist.get_rank()])
+dist.all_reduce(total)
+print(json.dumps({"host": socket.gethostname(), "sum": total.item()}), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def meet_by_torchrun(cluster: Cluster, others: Sequence[str] = ()) -> None:
+    """On w1 and w2, from a shell on each; w2 begins, and they meet at w1. No machine knows more
+    than its own name. `others`: options for the one at which they do not meet."""
+    lab, place = cluster.lab, f"{addresses(cluster)['w1']}:29400"
+    know_own_names(cluster)
+    started = []
+    for name, further in (("w2", others), ("w1", ())):
+        machine = lab.machine(name)
+        machine.write(f"{HOME}/in_torchrun.py", IN_TORCHRUN)
+        torchrun = machine.ray_python(LIBRARIES).with_name("torchrun")
+        argv = [str(lab.rayfwd), "exec", "--config", CONFIG, "--", str(torchrun)]
+        argv += ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", place, *further]
+        started.append(machine.popen([*argv, f"{HOME}/in_torchrun.py"]))
+        time.sleep(5 if name == "w2" else 0)  # it has tried to be the one at which they meet
+    said = []
+    for process in started:
+        assert process.wait(150) == 0, process.log.read_text()[-4000:]
+        lines = process.log.read_text().splitlines()
+        said += [json.loads(line) for line in lines if line.startswith("{")]
+    said.sort(key=lambda rank: str(rank["host"]))
+    assert said == [{"host": name, "sum": 3.0} for name in ("w1", "w2")]
+
+
+@pytest.mark.thorough  # Ray Train makes the same group, and has the addresses from Ray
+@pytest.mark.runs(
+    "rayfwd exec -- *torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint * *.py",
+)
+def test_torchrun_on_two_machines(cluster: Cluster) -> None:
+    meet_by_torchrun(cluster)
 
 
 def test_no_step_is_lost_through_mixed_faults(cluster: Cluster) -> None:
