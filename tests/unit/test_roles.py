@@ -39,6 +39,7 @@ from rayfwd.system import logs
 from rayfwd.system.gathering import Gathering
 from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
+from rayfwd.transport import listeners
 from rayfwd.watch import reach
 from rayfwd.watch.conditions import Condition
 from tests.hostile.speaker import Speaker
@@ -165,8 +166,13 @@ def test_a_worker_that_sent_its_secret_is_upgraded_and_sends_it_no_more(
             assert w1.role.node.view.own == before
 
 
-def test_ports_that_open_on_a_node_are_reached_on_the_others(tmp_path: Path) -> None:
-    """While a program listens there, and no longer; one that is taken here is named."""
+def test_ports_that_open_on_a_node_are_reached_on_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a program listens there, and no longer; one that is taken here is named, and reached
+    when it is free."""
+    for name in ("RETRY_FIRST", "RETRY_LAST"):
+        monkeypatch.setattr(listeners, name, 3600.0)
 
     async def main() -> None:
         async with site(tmp_path, "w1", "w2") as s:
@@ -203,6 +209,11 @@ def test_ports_that_open_on_a_node_are_reached_on_the_others(tmp_path: Path) -> 
                     (taken,) = named()
                     assert str(at.port) in taken.problem.cause
                     assert head.runtime.health.state() == "ready"
+                    # The end of a program of Ray's user is seen.
+                    head.listening.append(ListeningSocket("0.0.0.0", at.port, os.geteuid(), 2))
+                    await until(lambda: at.port in (head.role.node.open_ports or ()))
+                head.listening.clear()
+                await until(lambda: all(reached()))
 
     run(main)
 

@@ -191,6 +191,8 @@ class Node:
             lambda: self.config.expose,
             self._open_ports_changed,
         )
+        self._had_open = frozenset[int]()
+        """What was open here before the last change."""
         self._apart = HeldPorts()
         self._others_listen = False
         """Another node has listeners in the place of this one's ports."""
@@ -296,6 +298,8 @@ class Node:
         return frozenset({*self.config.network.deny, *(own.ports if own is not None else ())})
 
     def _open_ports_changed(self) -> None:
+        before, self._had_open = self._had_open, self.open_ports or frozenset()
+        self.listeners.freed(before - self._had_open)
         if self.overlay.port is not None and self.view.nodes:
             self._want_listeners()  # what is guarded has changed
         self._owner.open_ports_changed()

@@ -164,6 +164,11 @@ class Listeners:
                     self._try(listen)
                     self._early += 1
 
+    def freed(self, ports: Collection[int]) -> None:
+        """Programs of this machine listen there no more: what they kept from opening may open."""
+        if any(listen.port in ports for listen in self._blocked):
+            self._changed.set()
+
     async def run(self) -> None:
         """Keep the listeners as wanted; a port that is taken is tried again until it is free."""
         self.admission.open()
