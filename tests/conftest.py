@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rayfwd.daemon.resources import raise_descriptor_limit
-from rayfwd.system import build
+from rayfwd.system import build, setting
 from tests import commands
 from tests.lab.machines import left_over
 from tests.need import CHECKOUT, need, no_lab, no_machines, no_ray
@@ -251,6 +251,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
             if not commands.is_run(command, ran):
                 pytest.fail(f"{item.name} names `{command}`, and did not run it", False)
     return result
+
+
+@pytest.fixture(autouse=True)
+def _there_is_a_file() -> Iterator[None]:
+    """Whatever command line a test has run in this process."""
+    yield
+    setting.use_file()
 
 
 @pytest.fixture(scope="session", autouse=True)

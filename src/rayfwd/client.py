@@ -36,6 +36,7 @@ from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
+from rayfwd.system import setting
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.files import replace_file
 from rayfwd.system.logs import get_logger
@@ -280,7 +281,7 @@ class Client:
         except OSError as exc:
             problem = codes.RAY_AUTH_UNWRITABLE.problem(
                 f"Ray's token cannot be written to {self.token_file}: {exc.strerror or exc}",
-                "make that directory writable, or set state_dir in a file (--config)",
+                f"make that directory writable, or set {setting.key('state_dir')}",
             )
             self._emit(f"{problem.code}: {problem}")
 

@@ -40,8 +40,9 @@ from rayfwd.cluster.plan import (
     head_plan,
     in_loopback,
     may_be_advertised,
+    name_from,
 )
-from rayfwd.system import capacity
+from rayfwd.system import capacity, setting
 from rayfwd.system.paths import (
     CONTROL_SOCKET,
     DEFAULT_CONFIG,
@@ -193,10 +194,12 @@ class Destination:
 
     def key(self, name: str) -> str:
         """A key of that section, in a sentence."""
-        return f"head.{name}" if self == HEAD else f"{name} of {self.section}"
+        return setting.key(f"head.{name}") if self == HEAD else f"{name} of {self.section}"
 
     def set_to(self, name: str, value: str) -> str:
         """That a key is to be this, in a sentence."""
+        if self == HEAD and not setting.in_a_file():
+            return setting.value(f"head.{name}", value)
         return f'{name} = "{value}" in {self.section}'
 
     @property
@@ -635,7 +638,7 @@ class Config(_Section):
     role: Literal["head", "worker", "client"] = Field(examples=["worker"])
     """"head"; "worker": dials the head by SSH; "client": a laptop that only uses the cluster"""
     name: Annotated[str, AfterValidator(check_name)] = Field(
-        default_factory=lambda: socket.gethostname().split(".")[0],
+        default_factory=lambda: name_from(socket.gethostname()) or "node",
         validate_default=True,
         examples=["gpu-1"],
     )

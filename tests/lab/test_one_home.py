@@ -1,18 +1,26 @@
-"""`rayfwd join` on two machines that share a home, as in a laboratory where it is on NFS."""
+"""Machines that share a home, as in a laboratory where it is on NFS: `rayfwd join` by hand, and
+`rayfwd add` and `remove` from the head. Each machine has a place of its own in that home.
+
+Their home is one directory of this computer's. So rayfwd does not see that its disk is a network's
+(`tests/unit/test_one_home.py` has that), only that another machine has been there.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.lab.machines import Lab
 from tests.lab.process import HOME, UID
-from tests.lab.test_join import InFront, task
+from tests.lab.test_join import STATE, InFront, heading, said_on, task
 
-pytestmark = [pytest.mark.ray, pytest.mark.thorough]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+WORKERS = ("w1", "w2")
 
 
 class OneHome(Lab):
@@ -26,39 +34,114 @@ class OneHome(Lab):
         return self.folder / "home"
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[OneHome]:
-    made = OneHome(tmp_path / "lab")
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneHome]:
+    made = OneHome(tmp_path_factory.mktemp("lab") / "lab")
     made.home.mkdir(parents=True)
     os.chown(made.home, UID, UID)
     with made:
-        for name in ("w1", "w2"):
+        head = made.machine("head")
+        for name in WORKERS:
             machine = made.machine(name)
             machine.run(["mount", "--bind", str(made.home), HOME], user="root")
-        w1, head = made.machine("w1"), made.machine("head")
+            machine.firewall([22])
+            machine.start_sshd()
+        w1 = made.machine("w1")
         w1.give_keys()
         w1.know(f"{head.address} {head.host_key}")
+        w1.authorize(head.public_key)
+        workers = [made.machine(name) for name in WORKERS]
+        head.know(*(f"{m.address} {m.host_key}" for m in workers))
         head.start_sshd()
         yield made
 
 
-def test_the_second_one_is_told_what_to_do(lab: OneHome) -> None:
-    head = InFront(lab.machine("head"), ["head"])
-    head.wait_ready()
-    words = ["join", f"ray@{lab.machine('head').address}", "--socket", f"{head.sockets}/hub.sock"]
-    first = InFront(lab.machine("w1"), words)
-    first.wait_ready()
-    refused = InFront(lab.machine("w2"), words)
-    assert refused.process.wait(30) == 1
-    told = refused.tail()
-    assert "already_running" in told
-    assert ", on the machine w1, which has the same directory" in told
-    assert "export XDG_STATE_HOME=~/.local/state/$(uname -n)" in told
+@pytest.fixture(scope="module")
+def head(lab: OneHome) -> Iterator[InFront]:
+    with heading(lab.machine("head")) as head:
+        yield head
 
-    second = InFront(lab.machine("w2"), words, env={"XDG_STATE_HOME": f"{HOME}/.local/state/w2"})
-    second.sockets = f"{HOME}/.local/state/w2/rayfwd/run"
-    second.wait_ready()
+
+def node(head: InFront, name: str) -> dict[str, Any]:
+    return next((w for w in head.status()["workers"] if w["name"] == name), {})
+
+
+def up(head: InFront) -> set[str]:
+    return {w["name"] for w in head.status()["workers"] if w["state"] == "up"}
+
+
+def roster(head: InFront) -> dict[str, Any]:
+    return {row["name"]: (row["address"], row["ports"]) for row in head.status()["roster"]}
+
+
+@pytest.mark.thorough
+def test_join_by_hand_at_the_same_time(lab: OneHome, head: InFront) -> None:
+    """Whoever comes second is not there yet when it looks: it finds out when it begins."""
+    words = ["join", f"ray@{lab.machine('head').address}", "--socket", f"{head.sockets}/hub.sock"]
+    nodes = {name: InFront(lab.machine(name), words) for name in WORKERS}
+    head.wait_status(
+        lambda s: {w["name"] for w in s["workers"] if w["state"] == "up"} >= set(WORKERS)
+    )
+    apart = [
+        name for name in WORKERS if (lab.home / f".local/state/rayfwd/machines/{name}").exists()
+    ]
+    assert len(apart) == 1, "who was first keeps the usual directory"
+    nodes[apart[0]].sockets = f"{STATE}/machines/{apart[0]}/run"
+    for each in nodes.values():
+        each.wait_ready()
     assert len(task(lab.machine("head"))) == 3
-    assert first.status()["state"] == "ready"
-    for node in (second, first, head):
-        assert node.stop(30) == 0
+    for name in WORKERS:
+        told = lab.machine(name).run([str(lab.rayfwd), "status"]).stdout
+        assert told.startswith(f"READY  worker {name} at ")
+    before = roster(head)
+    for each in nodes.values():
+        assert each.stop(30) == 0
+
+    nodes = {name: InFront(lab.machine(name), words) for name in apart}
+    nodes[apart[0]].sockets = f"{STATE}/machines/{apart[0]}/run"
+    nodes[apart[0]].wait_ready()
+    assert roster(head) == before, "alone, it is who it was"
+    assert nodes[apart[0]].stop(30) == 0
+    for name in WORKERS:
+        said_on(head, "forget", "--keep-token", name)
+
+
+def add(head: InFront, lab: OneHome, *more: str, names: tuple[str, ...] = WORKERS) -> list[str]:
+    """The lines, where all went well."""
+    hosts = [f"ray@{lab.machine(name).address}" for name in names]
+    ran = said_on(head, "add", *hosts, "--set", "ray.start=false", *more, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.parametrize("via", ["worker", "head"])
+def test_both_are_added_and_removed(lab: OneHome, head: InFront, via: str) -> None:
+    more = ["--via", via]
+    assert add(head, lab, *more)[-1] == "2 of 2 in the cluster"
+    assert up(head) == set(WORKERS)
+    before = roster(head)
+    for name in WORKERS:
+        told = lab.machine(name).run([f"{HOME}/.local/bin/rayfwd", "status"]).stdout
+        assert told.startswith(f"READY  worker {name} at ")
+    assert add(head, lab, *more)[-1] == "2 of 2 in the cluster; 2 unchanged"
+
+    since = node(head, "w2")["since"]
+    ran = said_on(head, "remove", "w1")
+    assert ran.returncode == 0
+    assert "stays: other machines have the same home" in ran.stdout
+    assert set(roster(head)) == {"head", "w2"}
+    assert node(head, "w2")["since"] == since
+    told = lab.machine("w2").run([f"{HOME}/.local/bin/rayfwd", "status"]).stdout
+    assert told.startswith("READY  worker w2 at ")
+
+    assert add(head, lab, *more, names=("w1",))[-1] == "1 of 1 in the cluster"
+    assert roster(head)["w2"] == before["w2"]
+    assert up(head) == set(WORKERS)
+    ran = said_on(head, "remove", *WORKERS)
+    assert ran.returncode == 0
+    assert ran.stdout.splitlines()[-1] == "2 of 2 removed"
+    for name in WORKERS:
+        machine = lab.machine(name)
+        assert machine.run(["find", HOME, "-path", "*rayfwd*"]).stdout == ""
+        assert "rayfwd" not in machine.run(["cat", f"{HOME}/.ssh/authorized_keys"]).stdout
+        assert machine.run(["pgrep", "-u", "ray", "-fa", "rayfwd"], check=False).stdout == ""

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import zipfile
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -33,6 +34,7 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.cli import add as cli_add
+from rayfwd.cli import head as cli_head
 from rayfwd.cli.many import at_once, summary
 from rayfwd.cluster.plan import check_name
 from rayfwd.config import DialConfig
@@ -263,6 +265,11 @@ def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
     assert seen.free > 0
     assert seen.cpus > 0
     assert seen.broken, "it has no Python"
+    lock = tmp_path / "it's here.lock"
+    with lock.open("w") as held:
+        assert not sight.read(by_shell(words, **env)).busy
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert sight.read(by_shell(words, **env)).busy, "somebody installs there"
     assert "does not reach a package index" in seen.lines()
     assert (seen.noexec, seen.readonly, seen.shut, seen.clock()) == (False, False, "", "")
 
@@ -1017,6 +1024,39 @@ def test_a_call_that_hangs_is_no_broken_installation(tmp_path: Path) -> None:
     run(main_)
 
 
+@pytest.mark.parametrize(
+    ("shell", "prints"),
+    [
+        ("yes Welcome; ", "Welcome"),
+        ("yes Welcome >&2; ", "Welcome"),
+        ('PATH="{}:$PATH"; ', "more and more"),
+    ],
+)
+def test_a_machine_that_prints_for_ever_is_ended_and_named(
+    tmp_path: Path, shell: str, prints: str
+) -> None:
+    """Its login shell, by either of its streams, or a program there. Without an end to what is
+    kept, the head would collect for a minute and a half what a machine sends at full speed."""
+    (tmp_path / "uname").write_text("#!/bin/sh\nexec yes 'more and more' >&2\n")
+    (tmp_path / "uname").chmod(0o755)
+
+    async def main_() -> None:
+        tracemalloc.start()
+        try:
+            async with remote(tmp_path, shell.format(tmp_path)) as it:
+                problem = await failed(it.host, "look")
+                _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert problem.code is codes.ADD_FAILED
+        printed = "cannot be examined: a command printed more than 4 MiB and was ended"
+        assert f"{it.host.ssh} {printed}; its output ends with: {prints}" in problem.cause
+        assert "(~/.profile, ~/.bashrc)" in problem.remedy
+        assert most < 64 << 20
+
+    run(main_)
+
+
 def test_a_server_that_accepts_and_says_nothing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1072,7 +1112,7 @@ def placed_below(home: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """The same, and that is what is found."""
     layout, account = places_below(home), replace(own_account(), home=home)
     monkeypatch.setattr(there, "own_account", lambda: account)
-    monkeypatch.setattr(there, "layout_of", lambda service: layout)
+    monkeypatch.setattr(there, "layout_of", lambda service, apart=False: layout)
     monkeypatch.setattr(there, "_link", list)
     return layout
 
@@ -1227,30 +1267,41 @@ def test_a_machine_that_was_added_by_another_way_is_known_again() -> None:
     assert "use --name w1" in problem.remedy
 
 
-@pytest.mark.parametrize(("host", "up", "shared"), [
+@pytest.mark.parametrize(("host", "up", "apart"), [
     ("gpu-1", True, False), ("gpu-2", False, False), ("gpu-2", True, True),
 ])  # fmt: skip
 def test_a_machine_with_the_home_of_another_one_is_not_taken_for_it(
-    host: str, up: bool, shared: bool
+    host: str, up: bool, apart: bool
 ) -> None:
     """As in a laboratory, where homes are on NFS. A machine that was made anew may have another
     host name, too, but then the one before is not there."""
 
     class Head:
+        config = SimpleNamespace(name="head")
+
         def added(self) -> dict[str, dict[str, str]]:
             return {"gpu-2": {"ssh": "ray@gpu-2"}}
 
         async def is_up(self, name: str) -> bool:
             return up
 
+        async def names_up(self) -> set[str]:
+            return {"gpu-2"} if up else set()
+
+    class There:
+        async def call(self, *_: object) -> dict[str, Any]:
+            return {"apart": False, "name": None}
+
     seen = replace(SEEN, host="gpu-1", made={"wheel": "x", "name": "gpu-2", "host": host})
     shared_ = SimpleNamespace(head=Head(), names={}, looks={})
     one = adding._One(cast("adding.Adding", shared_), Host(ssh="ray@gpu-1"), Outcome("gpu-1"))
-    with pytest.raises(ProblemError) as told:
-        asyncio.run(one._name(seen))
-    problem = told.value.problem
-    assert ("several machines have one home there" in problem.cause) == shared
-    assert ("XDG_STATE_HOME" in problem.remedy) == shared
+    found = asyncio.run(one._apart(cast("Machine", There()), seen))
+    assert (found.made == {"wheel": "x"}) == apart
+    if apart:
+        assert asyncio.run(one._name(found)) == "gpu-1"
+        return
+    with pytest.raises(ProblemError, match="is the node gpu-2 already"):
+        asyncio.run(one._name(found))
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -1324,6 +1375,14 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
             await until(lambda: tried.exists() and tried.read_text().count("tried") > 1)
             assert not target.exists()
         await installing
+        assert json.loads((target / sight.MARKER).read_text()) == made
+        # Another machine with the same home, which waited, finds that it is done.
+        python = target / "bin" / "python"
+        python.parent.mkdir(exist_ok=True)
+        python.touch(mode=0o755)
+        theirs, same = {**made, "name": "w2"}, {"wheel": "x"}
+        work = install._install(machine, str(target), tool, [], "false", "", theirs, same=same)
+        await work
         assert json.loads((target / sight.MARKER).read_text()) == made
         assert list(tmp_path.glob("a place.incoming.*")) == [young]
         seen = replace(SEEN, prefix=str(target), made=made)
@@ -1482,6 +1541,37 @@ def test_a_machines_host_key_is_checked_and_its_fingerprint_writes_it_down(tmp_p
             (await Machine.connect(replace(it.host, fingerprint=fingerprint))).close()
             assert len(known.read_text().splitlines()) == 1
             (await Machine.connect(it.host)).close()
+
+    run(main_)
+
+
+@pytest.mark.parametrize("by_options", [False, True])
+def test_what_is_wrong_on_the_way_names_the_options_of_add(
+    tmp_path: Path, by_options: bool
+) -> None:
+    """On a head with a file, and on one of `rayfwd head`."""
+    if by_options:
+        cli_head.speak()
+
+    async def main_() -> None:
+        async with remote(tmp_path) as it:
+            known = it.host.known_hosts
+            assert known is not None
+            line = known.read_text()
+            known.write_text("")
+            with pytest.raises(ProblemError) as told:
+                await Machine.connect(it.host)
+            assert told.value.problem.code is codes.HOST_KEY_UNKNOWN
+            assert "`rayfwd add --fingerprint SHA256:…`" in told.value.problem.remedy
+            known.write_text(line)
+            with pytest.raises(ProblemError) as told:
+                await Machine.connect(replace(it.host, identity=tmp_path / "none"))
+            assert "correct --identity" in told.value.problem.remedy
+            asyncssh.generate_private_key("ssh-ed25519").write_private_key(tmp_path / "other")
+            with pytest.raises(ProblemError) as told:
+                await Machine.connect(replace(it.host, identity=tmp_path / "other"))
+            assert "set --identity to a key that is already there" in told.value.problem.remedy
+            assert "head" not in told.value.problem.remedy
 
     run(main_)
 

@@ -230,7 +230,7 @@ def test_check_of_a_head(head_file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[0] == f"{head_file}: valid"
     assert "network 127.77.0.0/16; this head is 127.77.0.1" in lines
     assert "ports 20000-20077 are this head's; the workers' follow" in lines
-    assert any(line.startswith("ray ray_not_found: ray.command = '/none/ray'") for line in lines)
+    assert any(line.startswith('ray ray_not_found: ray.command = "/none/ray"') for line in lines)
 
 
 def test_check_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -820,8 +820,8 @@ def test_attach_that_may_not(tmp_path: Path) -> None:
         with os.fdopen(receive) as said:
             assert said.read() == (
                 "rayfwd attach: hub_not_permitted: user id 12345 may not connect to "
-                f"{path}; add this user to hub.users in the head's file, then restart rayfwd "
-                "there\n"
+                f"{path}; add this user to hub.users in the head's file (`rayfwd head --users "
+                "USER`), then restart rayfwd there\n"
             )
         assert os.waitstatus_to_exitcode(status) == 1
 

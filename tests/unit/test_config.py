@@ -437,7 +437,7 @@ def test_a_runtime_directory_of_another_user_is_not_taken(
     """As after su, which keeps the variable."""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: path == Path("/run/user/1000"))
-    monkeypatch.setattr("os.path.isdir", lambda path: True)
+    monkeypatch.setattr("os.path.isdir", lambda path: "machines" not in str(path))
     env = {"HOME": "/home/u", "XDG_RUNTIME_DIR": str(tmp_path)}
     assert default_runtime_dir(env) == Path("/run/user/1000/rayfwd")
     monkeypatch.setattr("rayfwd.system.paths.is_ours", lambda path: False)
@@ -465,3 +465,20 @@ def test_worker_ports_follow_the_cpus() -> None:
     assert ports(num_cpus=8) == 64 + 24
     assert ports(num_cpus=0) == 64
     assert ports(num_cpus=8, worker_ports=500) == 500
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("gpu-1.example.org", "gpu-1"),
+        ("x" * 64, "x" * 63),
+        (f"{'x' * 62}-y", "x" * 62),
+        ("_a", "a"),
+        ("my machine", "my-machine"),
+        ("...", "node"),
+    ],
+)
+def test_any_host_name_makes_a_node(monkeypatch: pytest.MonkeyPatch, host: str, name: str) -> None:
+    """Who has not said a name is not told that it is wrong."""
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    assert parse({"role": "worker", "head": {"ssh": "head"}}).name == name

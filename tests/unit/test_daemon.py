@@ -139,7 +139,7 @@ def test_who_has_the_state_directory_is_said_where_it_is_another_machine(
     problem = told.value.problem
     assert problem.code is codes.ALREADY_RUNNING
     assert ("on the machine gpu-7" in problem.cause) == bool(machine)
-    assert ("XDG_STATE_HOME" in problem.remedy) == bool(machine)
+    assert ("directories of this machine's own" in problem.remedy) == bool(machine)
     with lock(tmp_path / "lock", tmp_path):
         pass
 

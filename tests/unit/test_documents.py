@@ -64,7 +64,6 @@ NAMES = {
 NOT_RUN = {
     **NAMES,
     "docker *": "needs a Docker daemon; docs/join.md says what was tried by hand",
-    "export XDG_STATE_HOME=*": "the shell's own; tests/unit/test_daemon.py has what is said of it",
     "ssh-keygen -t ed25519-sk *": "makes a key in an authenticator, which no machine here has",
     "podman *": "its images are to be fetched; tests/lab/test_containers.py has one of its own",
     "fail2ban-client *": "it would watch over the sshd of the machine that runs the tests",

@@ -56,8 +56,8 @@ def amounts_to(
     """The configuration that a command line is."""
     seen: list[Any] = []
 
-    def hold(config: Config, args: argparse.Namespace, what_next: object) -> int:
-        seen.extend([config, args])
+    def hold(configured: Callable[[], Config], args: argparse.Namespace, _: object) -> int:
+        seen.extend([configured(), args])
         return 0
 
     monkeypatch.setattr(front, "hold", hold)

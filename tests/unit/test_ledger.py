@@ -460,12 +460,12 @@ class TestPlacesOfThePlan:
                 assert isinstance(
                     await answer_to(c.hub.socket.path, hello_of("w1").encode()), Refusal
                 )
-                assert c.roster.room(5) == 0
+                assert c.roster.room(5) == (0, "files")
                 c.offered = replace(c.offered, listens=False)
                 assert isinstance(
                     await answer_to(c.hub.socket.path, hello_of("w1").encode()), Welcome
                 )
-                assert c.roster.room(5) == 5
+                assert c.roster.room(5) == (5, "plan")
 
         run(main)
 

@@ -357,7 +357,7 @@ def test_a_port_that_is_taken_is_said_and_tried_again(monkeypatch: pytest.Monkey
                 return [] if server.problem is None else [str(server.problem)]
 
             await until(said)
-            assert f"127.0.0.1:{port} cannot be opened: Address already in use" in said()[0]
+            assert f'127.0.0.1:{port}" cannot be opened: Address already in use' in said()[0]
             taken.close()
             while (await exchange(port, GET))[9:12] != b"200":
                 await asyncio.sleep(0.01)

@@ -427,13 +427,13 @@ def test_that_there_is_little_room_is_said_before_it_is_full(tmp_path: Path) -> 
 
 def test_how_many_more_there_is_room_for(tmp_path: Path) -> None:
     nearly = roster(tmp_path, 32768 - 4 * 48)
-    assert nearly.room(5) == 3
+    assert nearly.room(5) == (3, "plan")
     nearly.join("w1", "k" * 32, 40, None)
-    assert nearly.room(5) == 2
+    assert nearly.room(5) == (2, "plan")
     nearly.join("w2", "k" * 32, 40, None)
     nearly.join("w3", "k" * 32, 40, None)
-    assert nearly.room(5) == 0
+    assert nearly.room(5) == (0, "plan")
     with pytest.raises(ProblemError) as exc:
         nearly.join("w4", "k" * 32, 40, None)
     assert exc.value.problem.code == codes.PLAN_FULL
-    assert roster(tmp_path / "other").room(5) == 5
+    assert roster(tmp_path / "other").room(5) == (5, "plan")

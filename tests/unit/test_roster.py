@@ -106,7 +106,7 @@ def test_an_address_is_taken(path: Path) -> None:
     assert str(caught.value.problem) == (
         "node a already has the address 203.0.113.7, and two nodes cannot share an "
         "address; "
-        "correct ray.advertise on one of them"
+        "correct ray.advertise (`rayfwd join --advertise`) on one of them"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from rayfwd import __version__
 from rayfwd.problems import ProblemError
+from rayfwd.system import setting
 from rayfwd.system.journal import is_stream
 from rayfwd.system.lean import nothing_collected
 from rayfwd.system.paths import have_a_home_and_a_name
@@ -236,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from rayfwd.system import first_process  # noqa: PLC0415  # what most calls do not need
 
         first_process.ends_when_told()
+    _have_streams()
     have_a_home_and_a_name(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
@@ -255,10 +257,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has had enough. Python flushes once more at exit: to nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return PIPE_CLOSED
+        return PIPE_CLOSED  # whoever read our output has had enough
+    except OSError as exc:
+        if not _is_of_output(exc):
+            raise
+        return _complain(FAULT, [f"rayfwd: the output cannot be written: {exc.strerror}"])
+    finally:
+        setting.use_file()
+        _flush_once_more()
     return code
+
+
+def _have_streams() -> None:
+    """Where one of the three is closed, the next socket or file would have its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, closefd=False, encoding="utf-8"))  # noqa: SIM115
+
+
+def _is_of_output(exc: OSError) -> bool:
+    """Whether it is ours to write there that failed: a full disk, say."""
+    try:
+        sys.stdout.flush()
+    except OSError as again:
+        return again.errno == exc.errno
+    return False
+
+
+def _flush_once_more() -> None:
+    """Python does so at its exit, with a code of its own where that fails: to nowhere, then."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError):  # what tests put in its place
+                continue
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

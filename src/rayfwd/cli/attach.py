@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(
             codes.HUB_NOT_PERMITTED,
             f"{user} may not connect to {path}",
-            "add this user to hub.users in the head's file, then restart rayfwd there",
+            "add this user to hub.users in the head's file (`rayfwd head --users USER`), then "
+            "restart rayfwd there",
         )
     except OSError as exc:
         return _refuse(

@@ -14,6 +14,7 @@ from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor.settings import warnings
 from rayfwd.problems import ProblemError
 from rayfwd.ray import install
+from rayfwd.system import setting
 from rayfwd.system.logs import escaped
 
 
@@ -93,6 +94,10 @@ def _ray(config: Config) -> tuple[str, str | None]:
         found = asyncio.run(install.find(config.ray.command, os.environ))
     except ProblemError as exc:
         return f"{exc.problem.code}: {exc.problem}", None
-    does = "" if config.ray.start else "; rayfwd does not start it (ray.start = false)"
+    does = (
+        ""
+        if config.ray.start
+        else f"; rayfwd does not start it ({setting.value('ray.start', False)})"
+    )
     versions = found.versions
     return f"{found.command}, Ray {versions.ray}, Python {versions.python}{does}", versions.ray

@@ -50,7 +50,7 @@ def of_head(config: Config, given: dict[str, Any]) -> dict[str, Any]:
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user, and check that its disk is not full",
+                f"make {path.parent} writable for this user, and check that its disk is not full",
             ) from exc
     return _with(given, found)
 

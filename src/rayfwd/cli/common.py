@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +17,36 @@ from rayfwd.doctor import unit_checks
 from rayfwd.problems import ProblemError
 from rayfwd.system import asuser, logs
 from rayfwd.system.asuser import SystemUser
-from rayfwd.system.paths import find_socket, named_clusters, running_config, usual_config
+from rayfwd.system.paths import (
+    RECORD,
+    RECORD_BEGINS,
+    find_socket,
+    named_clusters,
+    running_config,
+    usual_config,
+)
+
+
+def _is_record(path: Path) -> bool:
+    """Of a daemon that was started without a file."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8").startswith(RECORD_BEGINS)
+    return False
+
+
+_STARTED_BY = {"head": "head", "worker": "join"}
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """The file of `--config`, or the usual one. Raises MistakeError."""
     path = config_path(args)
     try:
-        return load(path)
+        config = load(path)
     except ConfigError as exc:
         raise MistakeError([*str(exc).splitlines(), *_others(args, path)]) from None
+    if path == config.runtime_dir / RECORD and _is_record(path):
+        importlib.import_module(f"rayfwd.cli.{_STARTED_BY[config.role]}").speak()
+    return config
 
 
 def config_path(args: argparse.Namespace) -> Path:

@@ -18,9 +18,9 @@ from typing import Any
 from rayfwd.cli import OK, MistakeError
 from rayfwd.cli.common import config_path, load_config
 from rayfwd.client import Client
-from rayfwd.config import Config, ConfigError, LogConfig, parse
+from rayfwd.config import DEFAULT_PATH, Config, ConfigError, LogConfig, parse
 from rayfwd.setup.remote.hosts import at_port
-from rayfwd.system import logs
+from rayfwd.system import logs, setting
 from rayfwd.system.malloc import keep_freed
 from rayfwd.transport.tracing import tracing
 
@@ -29,6 +29,7 @@ _OPTIONS = {
     "head.identity": "--identity",
     "head.socket": "--socket",
     "head.meet": "--meet",
+    "head.via": "--via",
     "client.dashboard_port": "--dashboard-port",
     "client.client_port": "--client-port",
     "client.page_port": "--page-port",
@@ -101,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _config(args)
+    if config.path == DEFAULT_PATH:
+        setting.use_options(_OPTIONS, "client", has_set=False)
     if args.verbose or "log" in config.model_fields_set:
         logs.setup(config.log)
         tracing.follow(config.log.level)

@@ -22,9 +22,8 @@ from pydantic import BaseModel
 
 from rayfwd.cli import MistakeError
 from rayfwd.config import INNER, SECTIONS, Config
+from rayfwd.system import setting
 
-_NAMES = {"ray.command": "--ray"}
-"""Options that are not named after their keys."""
 _SHORT = {"head.identity": "-i", "head.ssh_config": "-F"}
 """As `ssh` has them."""
 DIRECT = "direct"
@@ -133,10 +132,9 @@ def flags_of(section: str | None, leave_out: Iterable[str] = ()) -> Iterator[Fla
         inner = _shape(schema["properties"][name])
         kind = "path" if inner.get("format") == "path" else inner["type"]
         off = kind == "boolean" and field.default is True
-        option = "--" + "no-" * off + name.replace("_", "-")
         yield Flag(
             key=key,
-            option=_NAMES.get(key, option),
+            option=setting.option_name(key, negated=off),
             kind=kind,
             choices=tuple(inner.get("enum", ())),
             # An option has no value to be told.

@@ -12,10 +12,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from rayfwd import codes
 from rayfwd.cli import FAULT, MistakeError
 from rayfwd.cli.flags import Flag, add_set, as_option, duration, flags_of, given_by
 from rayfwd.config import Config, ConfigError, parse
@@ -23,7 +25,7 @@ from rayfwd.daemon import main as daemon
 from rayfwd.daemon.lifetime import Lifetime, cut_short_after
 from rayfwd.problems import ProblemError
 from rayfwd.status import Status
-from rayfwd.system import first_process, logs
+from rayfwd.system import first_process, logs, setting
 from rayfwd.system.logs import escaped
 from rayfwd.system.paths import RECORD, running_config
 from rayfwd.system.steps import Steps
@@ -76,13 +78,19 @@ def any_flags(*further: str) -> list[Flag]:
     """Of the keys before any section that a node has, and of [log]."""
     wanted = {*OF_ANY_NODE, *further}
     found = [flag for flag in flags_of(None) if flag.key in wanted]
-    found += [replace(flag, option=flag.option.replace("--", "--log-")) for flag in flags_of("log")]
+    found += flags_of("log")
     return [
         replace(flag, help=f"seconds that a stop may take in all (default: {STOP_TIMEOUT:g})")
         if flag.key == "stop_timeout"
         else flag
         for flag in found
     ]
+
+
+def speak(role: str, flags: Iterable[Flag]) -> None:
+    """Have every message name these options where it would name the keys of a file."""
+    options = {flag.key: flag.option for flag in flags}
+    setting.use_options({**options, "head.ssh": "HEAD"}, role)
 
 
 def said(base: dict[str, Any], args: argparse.Namespace, flags: Sequence[Flag]) -> dict[str, Any]:
@@ -100,7 +108,8 @@ def configuration(data: dict[str, Any], flags: Sequence[Flag], what: str) -> Con
         # The daemon writes it down there, for `rayfwd status` and the other verbs.
         return parse(data, made.runtime_dir / RECORD)
     except ConfigError as exc:
-        lines = [f"rayfwd {what}: {as_option(p, flags)}" for p in exc.problems]
+        named = (p.replace("head.ssh = ", "HEAD ", 1) for p in exc.problems)
+        lines = [f"rayfwd {what}: {as_option(p, flags)}" for p in named]
         raise MistakeError(lines) from None
 
 
@@ -112,20 +121,38 @@ def _merged(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
-    """The exit code, when it has ended."""
-    return first_process.run(lambda: _hold(config, args, what_next), config.stop_timeout)
+def hold(configured: Callable[[], Config], args: argparse.Namespace, what_next: Next) -> int:
+    """The exit code, when it has ended. `configured` says of what, and may be asked again."""
+    config = configured()
+    return first_process.run(
+        lambda: _hold(config, configured, args, what_next), config.stop_timeout
+    )
 
 
-def _hold(config: Config, args: argparse.Namespace, what_next: Next) -> int:
+def _hold(
+    config: Config,
+    configured: Callable[[], Config],
+    args: argparse.Namespace,
+    what_next: Next,
+) -> int:
     faulthandler.enable()
     screen = StatusLine(sys.stderr)
     logs.setup(config.log, stream=screen)  # type: ignore[arg-type]
     _say_of_logout(config)
-    front = Terminal(config, screen, what_next)
     lifetime = Lifetime(args.wait_for, args.stop_after)
+
+    def run(config: Config) -> int:
+        return daemon.run(config, lifetime, Terminal(config, screen, what_next))
+
     try:
-        return daemon.run(config, lifetime, front)
+        try:
+            return run(config)
+        except ProblemError as exc:
+            # A machine that shares this home was faster: now it is known that one does.
+            again = configured() if exc.problem.code is codes.ALREADY_RUNNING else config
+            if again.state_dir == config.state_dir:
+                raise
+            return run(again)
     except ProblemError:
         raise  # told by whoever called us
     except Exception:
@@ -169,7 +196,7 @@ class StatusLine:
         return self._stream.fileno()
 
     def write(self, text: str) -> int:
-        """Whole lines."""
+        """Whole lines. Raises OSError."""
         if self._shown:
             self._stream.write("\r\x1b[2K")
         size = self._stream.write(text)
@@ -183,11 +210,12 @@ class StatusLine:
         """In the place of what was shown before; empty: nothing."""
         if not self._terminal or text == self._shown:
             return
-        if self._shown:
-            self._stream.write("\r\x1b[2K")
-        self._shown = text
-        self._draw()
-        self._stream.flush()
+        with suppress(OSError, ValueError):  # a terminal that has gone
+            if self._shown:
+                self._stream.write("\r\x1b[2K")
+            self._shown = text
+            self._draw()
+            self._stream.flush()
 
     def _draw(self) -> None:
         if self._shown:
@@ -213,11 +241,16 @@ class Terminal:
 
     def ready(self, status: Status) -> None:
         lines = "".join(f"{line}\n" for line in self._what_next(self._config, status))
-        if self._screen.isatty() and sys.stdout.isatty():
-            self._screen.write(lines)
-            self._screen.flush()
-        else:
-            print(lines, end="", flush=True)
+        try:
+            if self._screen.isatty() and sys.stdout.isatty():
+                self._screen.write(lines)
+                self._screen.flush()
+            else:
+                print(lines, end="", flush=True)
+        except (OSError, ValueError):
+            # A pipe whose reader has gone, a full disk: nobody reads that, and the node stays.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spoken(config: Config, words: str) -> str:

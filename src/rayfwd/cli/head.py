@@ -37,13 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     front.add_arguments(parser, _flags(), "hub", "Ray's head here")
 
 
+def speak() -> None:
+    """See `front.speak`."""
+    front.speak("head", _flags())
+
+
 def run(args: argparse.Namespace) -> int:
     flags = _flags()
+    speak()
     data = front.said({"role": "head", "name": "head"}, args, flags)
-    first = front.configuration(data, flags, "head")
-    make_directory(first.state_dir, 0o700)
-    config = front.configuration(chosen.of_head(first, data), flags, "head")
-    return front.hold(config, args, what_next)
+
+    def configured() -> Config:
+        first = front.configuration(data, flags, "head")
+        make_directory(first.state_dir, 0o700)
+        return front.configuration(chosen.of_head(first, data), flags, "head")
+
+    return front.hold(configured, args, what_next)
 
 
 def what_next(config: Config, status: Status) -> list[str]:

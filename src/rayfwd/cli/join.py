@@ -37,16 +37,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     front.add_arguments(parser, _flags(), "head", "Ray here")
 
 
+def speak() -> None:
+    """See `front.speak`."""
+    front.speak("worker", _flags())
+
+
 def run(args: argparse.Namespace) -> int:
     flags = _flags()
+    speak()
     _make_absolute(args, flags)
     ssh = with_port("join", args.head, args.port)
     base = {"role": "worker", "head": {"ssh": ssh, "via": "auto"}}
     data = front.said(base, args, flags)
     _share_login(data)
-    config = front.configuration(data, flags, "join")
-    config = front.configuration(chosen.beside(config, data), flags, "join")
-    return front.hold(config, args, what_next)
+
+    def configured() -> Config:
+        config = front.configuration(data, flags, "join")
+        return front.configuration(chosen.beside(config, data), flags, "join")
+
+    return front.hold(configured, args, what_next)
 
 
 def _share_login(data: dict[str, Any]) -> None:

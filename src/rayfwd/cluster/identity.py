@@ -62,6 +62,8 @@ def kept(path: Path) -> Identity:
             replace_file(path, identity.to_text().encode())
     except (OSError, UnicodeError) as exc:
         raise codes.NODE_KEY_UNUSABLE.error(
-            f"{path}: {exc}", "make it readable for rayfwd's user, or remove it"
+            f"{path}: {exc.strerror or exc}" if isinstance(exc, OSError) else f"{path}: {exc}",
+            "make it readable and its directory writable for rayfwd's user, and check that the "
+            "disk is not full; or remove it, if the node may have a new key",
         ) from exc
     return identity

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rayfwd import codes
+from rayfwd.system import setting
 
 PORT_CEILING = 32768
 """First port that no block may reach: Linux takes ephemeral ports from here on."""
@@ -68,6 +69,12 @@ def ends_of(network: str) -> tuple[str, str]:
 
 _THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 """No address of a machine (RFC 6890)."""
+
+
+def name_from(host: str) -> str:
+    """A node's name from a machine's own; empty: nothing of it can be one's."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", host.split(".", maxsplit=1)[0])
+    return plain.strip("-_")[:63].rstrip("-_")
 
 
 def check_name(name: str) -> str:
@@ -186,8 +193,9 @@ def head_plan(
     plan = NodePlan(name, "head", address, port_base, worker_ports, False, dict(head_services))
     if plan.base + plan.size > PORT_CEILING:
         raise codes.PLAN_FULL.error(
-            f"hub.port_base = {port_base}: {plan.size} ports do not fit below {PORT_CEILING}",
-            "lower hub.port_base or ray.worker_ports",
+            f"{setting.value('hub.port_base', port_base)}: {plan.size} ports do not fit "
+            f"below {PORT_CEILING}",
+            f"lower {setting.key('hub.port_base')} or {setting.key('ray.worker_ports')}",
         )
     return replace(plan, base=_first_fit(port_base, plan.size, [], head_services.values()))
 
@@ -216,7 +224,7 @@ def allocate(
             raise codes.ADDRESS_TAKEN.error(
                 f"node {twin} already has the address {advertise}, and two nodes cannot "
                 "share an address",
-                "correct ray.advertise on one of them",
+                f"correct {setting.theirs('ray.advertise')} on one of them",
             )
         address = advertise
     elif mine is not None and not mine.advertised and _address_fits(mine, others, network):
@@ -298,9 +306,9 @@ def _free_address(nodes: Iterable[NodePlan], network: str) -> str:
         if str(host) not in taken:
             return str(host)
     raise codes.PLAN_FULL.error(
-        f"hub.network = {network}: every address is in use",
-        "on the head, choose a wider hub.network, or run `rayfwd forget --keep-token "
-        "NAME` for nodes that are gone",
+        f"the network {network}: every address is in use",
+        f"on the head, choose a wider {setting.theirs('hub.network')}, or run "
+        "`rayfwd forget --keep-token NAME` for nodes that are gone",
     )
 
 
@@ -318,8 +326,8 @@ def _first_fit(base: int, size: int, nodes: Iterable[NodePlan], singles: Iterabl
     if start + size > PORT_CEILING:
         raise codes.PLAN_FULL.error(
             f"no {size} consecutive ports are free between {base} and {PORT_CEILING}",
-            "lower hub.port_base or ray.worker_ports; or run `rayfwd forget --keep-token NAME` on "
-            "the head for nodes that are gone; or give all workers the overlay, with which they "
-            "share their ports (docs/overlay.md)",
+            f"lower {setting.theirs('hub.port_base')} or {setting.theirs('ray.worker_ports')}; or "
+            "run `rayfwd forget --keep-token NAME` on the head for nodes that are gone; or give "
+            "all workers the overlay, with which they share their ports (docs/overlay.md)",
         )
     return start

@@ -19,6 +19,7 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.session.messages import MOST_PORTS, read_dial
+from rayfwd.system import setting
 from rayfwd.system.accepting import close_server
 from rayfwd.system.tcp import cut
 
@@ -202,8 +203,10 @@ class HeldPorts:
         except OSError as exc:
             sock.close()
             raise codes.PORT_IN_USE.error(
-                f"port {port} cannot be opened to check ray.advertise: {exc.strerror}",
-                "stop the program that uses it, or move this cluster's ports (hub.port_base)",
+                f"port {port} cannot be opened to check {setting.key('ray.advertise')}: "
+                f"{exc.strerror}",
+                "stop the program that uses it, or move this cluster's ports: "
+                + setting.theirs("hub.port_base"),
             ) from None
 
     def _bind(self, sock: socket.socket, port: int) -> None:
@@ -261,8 +264,8 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
     if not bad:
         return None
     block = f"{plan.base}-{plan.last_worker_port}"
-    where = f"the head cannot reach {plan.name} at {plan.address} (ray.advertise)"
-    override = "ray.advertise_check = false starts Ray without this check"
+    where = f"the head cannot reach {plan.name} at {plan.address}, which it advertises"
+    override = f"{setting.value('ray.advertise_check', False)} starts Ray without this check"
     counts = {outcome: sum(o == outcome for o in bad.values()) for outcome in set(bad.values())}
     most = max(sorted(counts), key=lambda o: (o == STRANGER, counts[o]))
     what = purposes(plan, (p for p, o in bad.items() if o == most))
@@ -270,13 +273,13 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
     if most == STRANGER:
         return codes.ADVERTISE_WRONG_MACHINE.problem(
             f"{where}: another program or machine answers there, on {what}{some}",
-            "correct ray.advertise: it must be the address at which the other nodes reach this "
-            f"machine, and no other program may use its ports; {override}",
+            f"correct {setting.key('ray.advertise')}: it must be the address at which the other "
+            f"nodes reach this machine, and no other program may use its ports; {override}",
         )
     rule = (
         f"let the other nodes in: allow inbound TCP to ports {block} of {plan.address} in this "
-        "machine's firewall and in the cloud's; or remove ray.advertise, so that everything goes "
-        f"through the link; {override}"
+        f"machine's firewall and in the cloud's; or remove {setting.key('ray.advertise')}, so "
+        f"that everything goes through the link; {override}"
     )
     if most == DROPPED:
         return codes.ADVERTISE_DROPPED.problem(
@@ -289,7 +292,7 @@ def judge_dial_back(plan: NodePlan, results: Mapping[int, str]) -> Problem | Non
         )
     return codes.ADVERTISE_UNROUTABLE.problem(
         f"{where}: no route leads there{some}",
-        f"correct ray.advertise, or the head's routes; {override}",
+        f"correct {setting.key('ray.advertise')}, or the head's routes; {override}",
     )
 
 
@@ -318,6 +321,6 @@ def judge_self_dial(
         "address",
         "add a rule to this machine's firewall and to the cloud's: allow inbound TCP from "
         f"{plan.address}/32 to ports {block} (nftables: `ip saddr {plan.address} tcp dport "
-        f"{block} accept` in the input chain); or remove ray.advertise; ray.advertise_check = "
-        "false starts Ray without this check",
+        f"{block} accept` in the input chain); or remove {setting.key('ray.advertise')}; "
+        f"{setting.value('ray.advertise_check', False)} starts Ray without this check",
     )

@@ -17,6 +17,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import messages
 from rayfwd.session.messages import Message
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -45,7 +46,8 @@ class AdvertiseCheck:
         if FEATURE not in self._hub_features():
             log.warning(
                 "advertise_not_checked",
-                cause="the head's rayfwd is older than this one and cannot check ray.advertise",
+                cause="the head's rayfwd is older than this one and cannot check "
+                f"{setting.key('ray.advertise')}",
                 remedy="run the same version of rayfwd on both sides",
             )
             return
@@ -66,7 +68,7 @@ class AdvertiseCheck:
                     f"the head did not say within {ANSWER_WAIT:.0f} s whether it reaches "
                     f"{own.address}",
                     "nothing if the link comes back, as the head is then asked again; "
-                    "ray.advertise_check = false starts Ray without this check",
+                    f"{setting.value('ray.advertise_check', False)} starts Ray without this check",
                 )
             return probe.judge_dial_back(own, results) or probe.judge_self_dial(
                 own, mine, held.translated

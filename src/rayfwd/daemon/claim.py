@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rayfwd import codes
 from rayfwd.problems import Problem
-from rayfwd.system import network_lock
+from rayfwd.system import network_lock, setting
 from rayfwd.system.logs import get_logger
 from rayfwd.system.network_lock import NetworkHolder, NetworkLock, holders_of, overlapping
 
@@ -58,9 +58,11 @@ class MachineClaim:
         problem = codes.NETWORK_IN_USE.problem(
             f"{network}, this cluster's network, belongs to another cluster on this machine: "
             f"{who} has {holders[0].network if holders else network}",
-            f'on the head of one of the two, set hub.network (for example "{_another(network)}"), '
-            "and set hub.port_base, ray.port, ray.dashboard_port and ray.client_port to ports "
-            "that the other cluster does not have; `rayfwd head` finds free values for all of them",
+            f"on the head of one of the two, set {setting.key('hub.network')} (for example "
+            f"{_another(network)}), and set "
+            + setting.keys("hub.port_base", "ray.port", "ray.dashboard_port", "ray.client_port")
+            + " to ports that "
+            "the other cluster does not have; `rayfwd head` finds free values for all of them",
         )
         if problem != self.problem:
             self.problem = problem

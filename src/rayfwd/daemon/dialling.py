@@ -142,7 +142,7 @@ class Dialling:
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user, and check that its disk is not full",
+                f"make {path.parent} writable for this user, and check that its disk is not full",
             ) from exc
         self._added = dials
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rayfwd.system import setting
 from rayfwd.wire import fields_from_wire, fields_to_wire
 
 TURNED = "turned"
@@ -55,8 +56,8 @@ class Forgotten:
             case "off":
                 return [
                     *lines,
-                    "Ray asks for no token, so anybody who reaches its ports can use it; ray.auth "
-                    '= "token" changes that',
+                    "Ray asks for no token, so anybody who reaches its ports can use it; "
+                    f"{setting.value('ray.auth', 'token')} changes that",
                 ]
         return [*lines, f"Ray keeps its token, and {self.node} knows it"]
 

@@ -25,6 +25,7 @@ from rayfwd import codes
 from rayfwd.daemon.httpserver import Answer, Request
 from rayfwd.problems import Problem
 from rayfwd.status import Direct, Link, Network, Status, Streams, Volume, Worker
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.linkstats import BUCKETS, LinkStats
 from rayfwd.watch.canary_round import Round
@@ -424,9 +425,9 @@ class MetricsService:
     def blocked(self, listen: str, why: str) -> Problem:
         port = listen.rpartition(":")[2]
         return codes.METRICS_BLOCKED.problem(
-            f"metrics.listen = {listen} cannot be opened: {why}",
+            f"{setting.value('metrics.listen', listen)} cannot be opened: {why}",
             f"stop the program that listens on it (`ss -ltnp sport = :{port}`), or set "
-            "metrics.listen to another port",
+            f"{setting.key('metrics.listen')} to another port",
         )
 
     def listening(self, listen: str) -> None:

@@ -10,11 +10,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal
 
 from rayfwd import codes
 from rayfwd.daemon.node import Node
 from rayfwd.hub.roster import Roster
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import setting
 from rayfwd.system.coalesce import end_of_pause
 
 NAMES_INTERVAL = 60.0
@@ -85,16 +87,25 @@ class Names:
         with suppress(ProblemError):  # whoever joins next is told of it
             self._roster.note_seen(self._here(), time.time())
 
+    def _more_room(self, full: Literal["plan", "files"]) -> str:
+        ports = f"lower {setting.theirs('ray.worker_ports')} of workers"
+        if full == "files":
+            limit = "raise the head's limit (LimitNOFILE= of the service, or `ulimit -n`)"
+            return f"{limit}, or {ports}"
+        later, lower = setting.key("hub.forget_after"), setting.key("hub.port_base")
+        return f"shorten {later}, or lower {lower}, or {ports}"
+
     def _look_for_room(self) -> None:
-        left = self._roster.room(ROOM_SAID)
+        left, full = self._roster.room(ROOM_SAID)
         found: dict[str, Problem] = {}
         if left < ROOM_SAID:
             more = {0: "no more worker", 1: "only 1 more worker"}.get(
                 left, f"only {left} more workers"
             )
+            what = "file descriptors" if full == "files" else "addresses and ports"
             found[self._node.config.name] = codes.PLAN_NEARLY_FULL.problem(
-                f"there are addresses and ports for {more} as large as the largest",
+                f"there are {what} for {more} as large as the largest",
                 "run `rayfwd forget --keep-token NAME` for nodes that are gone for good, or "
-                "shorten hub.forget_after, or lower hub.port_base or ray.worker_ports",
+                + self._more_room(full),
             )
         self._node.board.put("names", found)

@@ -36,6 +36,7 @@ from rayfwd.ray.starter import BeforeStart
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
+from rayfwd.system import setting
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.fdstore import FdStore
 from rayfwd.system.heartbeat import Heartbeat
@@ -274,8 +275,8 @@ class Node:
         return codes.NETWORK_NEEDS_OVERLAY.problem(
             f"the plan's network {network} is outside of 127.0.0.0/8, and this node does not have "
             f"the overlay: {overlay.why}",
-            "give this node the overlay (docs/overlay.md), or set hub.network on the head to a "
-            "network inside 127.0.0.0/8",
+            f"give this node the overlay (docs/overlay.md), or set "
+            f"{setting.theirs('hub.network')} on the head to a network inside 127.0.0.0/8",
         )
 
     def reach_others(self) -> None:
@@ -483,7 +484,7 @@ class Node:
                 return self.connector.accept(stream, Opening(Target("127.0.0.1", target.port)))
         cause = (
             f"{target} is not a port that {self.config.name} offers: it offers Ray's ports, those "
-            "in expose, and those on which a program of Ray's user listens"
+            f"of {setting.key('expose')}, and those on which a program of Ray's user listens"
         )
         asker = self.view.node_at(opening.source or "")
         name = (opening.source or "(unknown)") if asker is None else asker.name

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import tomli_w
 from rayfwd import codes
 from rayfwd.config import Config
 from rayfwd.problems import ProblemError
+from rayfwd.system import setting
 from rayfwd.system.files import replace_file
 from rayfwd.system.ownership import stranger_in
-from rayfwd.system.paths import RECORD
+from rayfwd.system.paths import LOCK, RECORD, RECORD_BEGINS, signed_by
 
 
 @contextlib.contextmanager
@@ -26,7 +28,7 @@ def claimed(config: Config) -> Iterator[None]:
     # Users whom the hub is to serve must get through to its socket; the control socket beside it
     # is for the daemon's own user by its mode.
     make_directory(config.runtime_dir, 0o711 if config.hub.users else 0o700)
-    with lock(config.state_dir / "lock", config.state_dir):
+    with lock(config.state_dir / LOCK, config.state_dir):
         raise_descriptor_limit()
         yield
 
@@ -40,13 +42,16 @@ def recorded(config: Config) -> Iterator[None]:
         return
     given = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     places = {"name": config.name, "state_dir": str(config.state_dir)}
-    text = tomli_w.dumps({**given, **places, "runtime_dir": str(config.runtime_dir)})
+    text = f"{RECORD_BEGINS}\n" + tomli_w.dumps(
+        {**given, **places, "runtime_dir": str(config.runtime_dir)}
+    )
     try:
         replace_file(record, text.encode())
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{record} cannot be written: {exc.strerror or exc}",
-            "set runtime_dir to a directory that this user can write",
+            f"make {record.parent} writable for this user, and check that its disk is not full; or "
+            f"set {setting.key('runtime_dir')} to another directory",
         ) from exc
     try:
         yield
@@ -61,6 +66,20 @@ def make_directory(path: Path, mode: int) -> None:
     Raises ProblemError (directory_unusable).
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise codes.DIRECTORY_UNUSABLE.error(
+            f"{path} is no UTF-8, and such a path cannot be written into a file of text",
+            f"set {_directories()} to directories with other names",
+        ) from None
+    try:
+        if (
+            file := next((p for p in (path, *path.parents) if _is_no_directory(p)), None)
+        ) is not None:
+            raise codes.DIRECTORY_UNUSABLE.error(
+                f"{path} cannot be made: {file} is no directory",
+                f"set {_directories()} to directories, or move {file} away",
+            )
         _check_ours(path)
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         found = path.stat()
@@ -71,13 +90,22 @@ def make_directory(path: Path, mode: int) -> None:
     except OSError as exc:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{path} cannot be created: {exc.strerror}",
-            "set state_dir and runtime_dir to directories that this user can write",
+            f"set {_directories()} to directories that this user can write",
         ) from exc
     if not writable:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{path} is not writable for this user",
-            "set state_dir and runtime_dir to directories that this user can write",
+            f"set {_directories()} to directories that this user can write",
         )
+
+
+def _is_no_directory(path: Path) -> bool:
+    """It is there, and another thing. Raises PermissionError."""
+    return path.exists() and not path.is_dir()
+
+
+def _directories() -> str:
+    return setting.keys("state_dir", "runtime_dir")
 
 
 def _check_ours(path: Path) -> None:
@@ -85,7 +113,7 @@ def _check_ours(path: Path) -> None:
     if (found := stranger_in(path, (0, os.geteuid()))) is not None:
         raise codes.DIRECTORY_UNUSABLE.error(
             f"{path} is not used, because other users can change it: {found}",
-            "set state_dir and runtime_dir to directories that only this user can write, or run "
+            f"set {_directories()} to directories that only this user can write, or run "
             "rayfwd as the user who owns them",
         )
 
@@ -104,7 +132,7 @@ def lock(path: Path, state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _running(state_dir, _holder(descriptor)) from None
+            raise _running(state_dir, _holder(path)) from None
         _sign(descriptor)
         yield
     finally:
@@ -119,26 +147,27 @@ def _sign(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def _holder(descriptor: int) -> str:
-    """The machine of the daemon that does; empty: it has not said."""
-    with contextlib.suppress(OSError):
-        return os.pread(descriptor, 256, 0).decode(errors="replace")
+def _holder(path: Path) -> str:
+    """The machine of the daemon that does; empty: it does not say."""
+    for _ in range(20):  # it may have begun in this moment
+        if found := signed_by(path):
+            return found
+        time.sleep(0.01)
     return ""
 
 
 def _running(state_dir: Path, machine: str) -> ProblemError:
     if machine and machine != os.uname().nodename:
         return codes.ALREADY_RUNNING.error(
-            f"another rayfwd is running with state_dir = {state_dir}, on the machine {machine}, "
-            "which uses the same directory (for example, a home on NFS)",
-            "give this machine its own directories: run `export "
-            "XDG_STATE_HOME=~/.local/state/$(uname -n)` in each shell that uses rayfwd here; in "
-            "a configuration file, set state_dir and runtime_dir",
+            f"another rayfwd is running with {setting.value('state_dir', state_dir)}, on the "
+            f"machine {machine}, which has the same directory (as of a home on NFS)",
+            f"set {_directories()} to directories of this machine's own; or leave them out: "
+            "`rayfwd head` and `rayfwd join` then find such directories by themselves",
         )
     return codes.ALREADY_RUNNING.error(
-        f"another rayfwd is running with state_dir = {state_dir}",
+        f"another rayfwd is running with {setting.value('state_dir', state_dir)}",
         "stop it first; or, to have a second cluster here, give this one a name with "
-        "--cluster, or its own state_dir and runtime_dir",
+        f"--cluster, or its own {_directories()}",
     )
 
 

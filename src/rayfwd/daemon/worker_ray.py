@@ -16,6 +16,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -94,8 +95,10 @@ class WorkerRay:
         view = self._node.view
         if self._node.config.ray.auth == "token" and (view.auth is None or view.auth.mode == "off"):
             raise codes.RAY_AUTH_DIFFERS.error(
-                'ray.auth = "token" on this node, and the head gives out no token',
-                'set ray.auth = "token" on the head, or "auto" here',
+                f"{setting.value('ray.auth', 'token')} on this node, and the head gives out no "
+                "token",
+                f"set {setting.theirs('ray.auth')} to token on the head, or "
+                f"{setting.value('ray.auth', 'auto')} here",
             )
         if view.head is not None:
             env = self._node.ray.environment or {}

@@ -21,6 +21,7 @@ from rayfwd.demo.story import Story
 from rayfwd.demo.teller import Narrator, StepFailedError
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import RayInstall, find
+from rayfwd.system import setting
 from rayfwd.system.logs import escaped
 
 TAIL = 15
@@ -132,12 +133,13 @@ def _report(exc: Exception, teller: Narrator, logs: Iterable[tuple[str, Path]]) 
 
 
 async def _find_ray(ray: str) -> RayInstall:
+    setting.use_options({"ray.command": "--ray"}, "demo", has_set=False)
     try:
         return await find(ray, os.environ)
     except ProblemError as exc:
         problem = exc.problem
         raise problem.code.error(
-            f"the demo needs Ray: {problem.cause.replace('ray.command = ', '--ray ')}",
+            f"the demo needs Ray: {problem.cause}",
             "install it (python3 -m venv ~/ray && ~/ray/bin/pip install 'ray[default]') and run "
             "`rayfwd demo --ray ~/ray/bin/ray`; in a checkout, `make demo` does both",
         ) from None

@@ -26,7 +26,7 @@ from rayfwd.ray.install import RayInstall
 from rayfwd.ray.launcher import ByKeeper
 from rayfwd.ray.process import RayProcess, find_foreign
 from rayfwd.status import Network, Status
-from rayfwd.system import capacity
+from rayfwd.system import capacity, setting
 from rayfwd.system.control import ask
 from rayfwd.transport.listeners import listeners_for
 from rayfwd.watch import machine_watch
@@ -204,7 +204,9 @@ class Examination(ABC):
             return passed("network", said, level=network.level)
         asked = self.config.network.level
         if asked == "listeners":
-            return passed("network", 'listeners: network.level = "listeners"', level=asked)
+            return passed(
+                "network", f"listeners: {setting.value('network.level', 'listeners')}", level=asked
+            )
         problem = await asyncio.to_thread(self._no_overlay)
         if problem is None:
             return passed("network", "overlay: this machine allows it", level="overlay")
@@ -234,9 +236,10 @@ class Examination(ABC):
             return f"; to have the overlay: {problem.remedy}"
         if network.level == "overlay" and not network.guard and self.own is not None:
             why = (
-                "this node advertises an address, and network.guard_from names no machine"
+                "this node advertises an address, and "
+                f"{setting.key('network.guard_from')} names no machine"
                 if self.config.network.guard
-                else "network.guard = false"
+                else setting.value("network.guard", False)
             )
             return f"; other machines reach Ray's ports here: {why}"
         return ""

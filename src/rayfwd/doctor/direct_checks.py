@@ -19,6 +19,7 @@ from rayfwd.doctor.rows import Row, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.handshake import PROOF, Hello
 from rayfwd.status import Direct
+from rayfwd.system import setting
 from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.openssh_carrier import OpensshConnection
 from rayfwd.transport.ssh_carrier import SshConnection
@@ -57,7 +58,9 @@ class Gone:
 async def look(config: Config, running: Sequence[Direct]) -> Row:
     """The row of all of them. `running`: those of the daemon, where one answers."""
     if config.network.direct == "off":
-        return skipped("direct", 'network.direct = "off": this node has no direct ways')
+        return skipped(
+            "direct", f"{setting.value('network.direct', 'off')}: this node has no direct ways"
+        )
     if not config.direct:
         return _dialled_by_others(running)
     identity = Identity.make()  # nobody is known by it

@@ -17,7 +17,7 @@ from rayfwd.doctor.settings import no_token, not_writable
 from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.system import unixsocket
+from rayfwd.system import setting, unixsocket
 from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
@@ -82,7 +82,7 @@ class HeadExamination(Examination):
         if (fault := not_writable(path.parent)) is not None:
             remedy = (
                 "make the user that runs rayfwd the owner of the directory, or set "
-                "runtime_dir to another one"
+                f"{setting.key('runtime_dir')} to another one"
             )
             return warned("socket", codes.DIRECTORY_UNUSABLE.problem(fault, remedy))
         return passed("socket", f"{path} can be created")
@@ -102,7 +102,7 @@ class HeadExamination(Examination):
             problem = codes.SSHD_ABSENT.problem(
                 f"no SSH server answers on {where}",
                 "start sshd (`systemctl enable --now ssh`); if it listens elsewhere, check that "
-                "the workers' head.ssh names that place",
+                "the workers' head.ssh (HEAD of `rayfwd join`) names that place",
             )
             return failed("sshd", problem) if readable else warned("sshd", problem)
         if not readable:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from rayfwd import codes
 from rayfwd.problems import Problem
+from rayfwd.system import setting
 
 CLOCK_TOLERANCE = 2.0
 """Seconds that this clock may differ from the head's: their logs are read side by side."""
@@ -95,8 +96,9 @@ def judge_names(host: str, seconds: float) -> Problem | None:
         return None
     return codes.NAMES_SLOW.problem(
         f"looking up {host} took {seconds:.1f} s",
-        "add the head to /etc/hosts, or put its address into head.ssh (or as HostName into the "
-        "SSH configuration); and check which name server in /etc/resolv.conf does not answer",
+        f"add the head to /etc/hosts, or put its address into {setting.key('head.ssh')} (or as "
+        "HostName into the SSH configuration); and check which name server in "
+        "/etc/resolv.conf does not answer",
     )
 
 
@@ -164,9 +166,9 @@ def judge_proxies(
     if theirs and (found := caught({**env, **ray_env}, addresses)):
         return codes.PROXY_CATCHES.problem(
             f"{_first(found)} would catch what Ray's own clients send to the cluster's addresses, "
-            "because NO_PROXY in ray.env does not have them",
-            f"add {network} and 127.0.0.1 to NO_PROXY in ray.env, or remove it there: "
-            "rayfwd sets NO_PROXY by itself",
+            f"because NO_PROXY in {setting.key('ray.env')} does not have them",
+            f"add {network} and 127.0.0.1 to NO_PROXY in {setting.key('ray.env')}, or remove it "
+            "there: rayfwd sets NO_PROXY by itself",
         )
     if found := caught(env, addresses):
         proxy = urlsplit(env[next(iter(found))])

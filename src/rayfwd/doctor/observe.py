@@ -19,6 +19,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.launcher import KEEPER
 from rayfwd.session.target import Target
+from rayfwd.system import setting
 from rayfwd.transport.listeners import listeners_for, why_blocked
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -40,7 +41,7 @@ async def resolve(host: str, port: int) -> tuple[float, list[str]]:
         why = getattr(exc, "strerror", None) or f"no answer within {LOOKUP_TIMEOUT:.0f} s"
         raise codes.SSH_UNREACHABLE.error(
             f"the name {host} cannot be resolved: {why}",
-            "correct head.ssh, or this machine's DNS",
+            f"correct {setting.key('head.ssh')}, or this machine's DNS",
         ) from None
     return time.monotonic() - began, list(dict.fromkeys(str(a[4][0]) for a in found))
 

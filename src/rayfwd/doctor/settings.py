@@ -11,7 +11,7 @@ from rayfwd.cluster.plan import PORT_CEILING
 from rayfwd.config import Config, HeadConfig, HubConfig, RayConfig
 from rayfwd.problems import ProblemError
 from rayfwd.ray import token
-from rayfwd.system import sockdiag, unixsocket
+from rayfwd.system import setting, sockdiag, unixsocket
 from rayfwd.system.users import named, who_else_logs_in
 
 _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -56,8 +56,8 @@ def no_token(config: Config, version: str | None = None) -> str | None:
         return None
     return (
         f"{named(others)} may log in on this machine, and Ray asks for no token, so whoever "
-        "reaches Ray's ports can run code as Ray's user; set ray.auth = \"token\" on the head "
-        "(Ray 2.52 or newer)"
+        "reaches Ray's ports can run code as Ray's user; set ray.auth = \"token\" (--auth token) "
+        "on the head (Ray 2.52 or newer)"
     )
 
 
@@ -84,33 +84,35 @@ def _client_warnings() -> Iterator[str]:
         yield (
             f"{named(others)} may log in on this machine, and it does not say who owns a "
             "connection, so while `rayfwd connect` runs, they can use Ray's ports and run code as "
-            'its user; set ray.auth = "token" on the head (Ray 2.52 or newer)'
+            'its user; set ray.auth = "token" (--auth token) on the head (Ray 2.52 or newer)'
         )
 
 
 def _key_warnings(head: HeadConfig) -> Iterator[str]:
     if head.identity is not None:
         path = head.identity.expanduser()
+        identity = setting.value("head.identity", path)
         try:
             mode = path.stat().st_mode
         except OSError as exc:
-            yield f"head.identity = {path}: {exc.strerror}"
+            yield f"{identity}: {exc.strerror}"
         else:
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
-                yield f"head.identity = {path}: other users may read it; run `chmod 600 {path}`"
+                yield f"{identity}: other users may read it; run `chmod 600 {path}`"
             if not os.access(path, os.R_OK):
-                yield f"head.identity = {path}: this user cannot read it"
+                yield f"{identity}: this user cannot read it"
     known = head.known_hosts.expanduser() if head.known_hosts is not None else None
     usual = (Path("~/.ssh/known_hosts").expanduser(), Path("/etc/ssh/ssh_known_hosts"))
     if known is not None and not known.exists():
-        yield f"head.known_hosts = {known}: no such file; the head's host key must be in it"
+        named = setting.value("head.known_hosts", known)
+        yield f"{named}: no such file; the head's host key must be in it"
     elif known is None and head.ssh_config is None and not any(p.exists() for p in usual):
         yield (
             f"neither {usual[0]} nor {usual[1]} exists, so the head's host key is not known; "
             "connect once with ssh"
         )
     if head.ssh_config is not None and not head.ssh_config.expanduser().exists():
-        yield f"head.ssh_config = {head.ssh_config}: no such file"
+        yield f"{setting.value('head.ssh_config', head.ssh_config)}: no such file"
 
 
 def _ephemeral_warning(config: Config) -> str | None:

@@ -22,6 +22,7 @@ from rayfwd.ray.starter import check_versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
 from rayfwd.status import Status
+from rayfwd.system import setting
 
 
 class WorkerExamination(WayExamination):
@@ -49,7 +50,11 @@ class WorkerExamination(WayExamination):
         self.emit(await self.names())
         self.emit(self.proxies())
         self.emit(self.later("link"))
-        why = "ray.advertise is not set" if self.config.ray.advertise is None else NOT_REACHED
+        why = (
+            f"{setting.key('ray.advertise')} is not set"
+            if self.config.ray.advertise is None
+            else NOT_REACHED
+        )
         for check in ("advertise", "advertise_self"):
             self.emit(self.later(check, why))
 

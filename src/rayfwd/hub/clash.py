@@ -51,8 +51,8 @@ def _clash(peer: HubNode | HubClient, hello: Hello) -> Problem | None:
         )
     return codes.NAME_IN_USE.problem(
         f"another rayfwd is connected as {peer.label} with the same key",
-        "on one of the two machines, remove node.key from state_dir and set another name: they "
-        "share one state directory (a cloned disk?)",
+        "on one of the two machines, remove node.key from the state directory and set another "
+        "name: they share one state directory (a cloned disk?)",
     )
 
 

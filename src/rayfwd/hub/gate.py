@@ -32,6 +32,7 @@ from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import CHANGES, OVERLAY, Hello, Vouch, Welcome
 from rayfwd.session.proof import Claim
 from rayfwd.session.session import MOST_LANES
+from rayfwd.system import setting
 from rayfwd.system.budget import Budget
 from rayfwd.system.logs import get_logger
 from rayfwd.system.users import user_name
@@ -103,8 +104,7 @@ class Gate:
             lane.refuse(
                 codes.USER_NOT_ALLOWED.problem(
                     f"the user {name} may not use the hub at {self._hub.socket.path}",
-                    f'add "{name}" to hub.users in the head\'s file, then restart rayfwd '
-                    "on the head",
+                    f"add {name} to {setting.key('hub.users')}, then restart rayfwd on the head",
                 )
             )
         else:
@@ -176,8 +176,8 @@ class Gate:
                 codes.LANES_FULL.problem(
                     f"the session of {peer.label} already has {MOST_LANES} lanes, which "
                     "is the limit",
-                    "nothing if it passes by itself; otherwise lower head.bulk_lanes and "
-                    f"head.extra_lanes on {peer.label}",
+                    "nothing if it passes by itself; otherwise lower "
+                    f"{setting.theirs('head.bulk_lanes')} on {peer.label}",
                 )
             )
             return

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rayfwd import codes
 from rayfwd.cluster.plan import Level, NodePlan, allocate, check_name, fits, may_be_advertised
 from rayfwd.problems import ProblemError
 from rayfwd.session.proof import Claim
+from rayfwd.system import setting
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.logs import get_logger
 
@@ -232,14 +233,16 @@ class Roster:
             _log.warning(
                 "roster_moved",
                 nodes=list(settled.moved),
-                cause="hub.network, hub.port_base, or the head's name or ports have changed",
+                cause=f"{setting.key('hub.network')}, {setting.key('hub.port_base')}, or the "
+                "head's name or ports have changed",
             )
         if settled.dropped:
             _log.error(
                 "roster_dropped",
                 nodes=list(settled.dropped),
                 cause="no address, no ports or no name is left for them",
-                remedy="choose a wider hub.network, or lower hub.port_base",
+                remedy=f"choose a wider {setting.key('hub.network')}, or lower "
+                f"{setting.key('hub.port_base')}",
             )
         if damage is not None or settled.moved or settled.dropped:
             self._write(self._records)
@@ -392,7 +395,7 @@ class Roster:
                 f"{taken} of them, and {plan.name} would need {plan.listeners}",
                 "on the head, raise the limit (LimitNOFILE= of the service, or `ulimit -n`), or "
                 "run `rayfwd forget --keep-token NAME` for nodes that are gone; or lower "
-                "ray.worker_ports on this node",
+                f"{setting.theirs('ray.worker_ports')} on this node",
             )
 
     def note_seen(self, here: Collection[str], now: float) -> None:
@@ -428,9 +431,10 @@ class Roster:
         """Who is not kept when it has left."""
         return [name for name, record in self._records.items() if record.ephemeral]
 
-    def room(self, most: int) -> int:
+    def room(self, most: int) -> tuple[int, Literal["plan", "files"]]:
         """How many more workers have a place, `most` at the most: each as large as the largest, and
-        with listeners unless none has them."""
+        with listeners unless none has them. And what has no more room: the plan's addresses and
+        ports, or this process's file descriptors."""
         plans = list(self.plans())
         ports = max(plan.worker_ports for plan in plans)
         listeners = sum(r.plan.listeners for r in self._records.values())
@@ -442,12 +446,12 @@ class Roster:
             try:
                 plan = allocate(plans, name, self._network, self._port_base, ports, None, level)
             except ProblemError:
-                return found
+                return found, "plan"
             listeners += plan.listeners
             if most_listeners is not None and listeners > most_listeners:
-                return found
+                return found, "files"
             plans.append(plan)
-        return most
+        return most, "plan"
 
     def knows(self, name: str) -> bool:
         """Whether there is a worker of that name."""
@@ -487,7 +491,8 @@ class Roster:
         except OSError as exc:
             raise codes.ROSTER_UNWRITABLE.error(
                 f"the roster {self._path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user, and check that its disk is not full",
+                f"make {self._path.parent} writable for this user, and check that its disk is not "
+                "full",
             ) from exc
 
 
@@ -499,7 +504,7 @@ def _set_aside(path: Path) -> Path:
     except OSError as exc:
         raise codes.ROSTER_UNWRITABLE.error(
             f"the damaged roster {path} cannot be copied to {aside}: {exc.strerror or exc}",
-            "make state_dir writable for this user, and check that its disk is not full",
+            f"make {path.parent} writable for this user, and check that its disk is not full",
         ) from exc
     return aside
 
@@ -527,5 +532,6 @@ def _check_request(name: str, key: str, worker_ports: int, advertise: str | None
             )
     except ValueError as exc:
         raise codes.JOIN_BAD.error(
-            f"node {name[:63]!r} asked to join: {exc}", "correct that value in the node's file"
+            f"node {name[:63]!r} asked to join: {exc}",
+            "correct that value in the node's file, or in its options",
         ) from exc

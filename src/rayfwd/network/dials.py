@@ -11,6 +11,7 @@ import asyncio
 from collections import Counter
 from typing import Literal
 
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 from rayfwd.system.seldom import Seldom
 
@@ -28,12 +29,18 @@ Place = tuple[str, int]
 Side = Literal["there", "here"]
 """Where the port is that was refused: on another node, or on this one, for the node that asked."""
 
-REMEDIES: dict[Side, str] = {
-    "there": "check that its program runs there as Ray's user, listens on the node's address or "
-    "on all addresses, and that network.deny does not name the port",
-    "here": "nothing if this is intended; otherwise let the program listen as Ray's user, on this "
-    "node's address or on all addresses, or name the port in expose",
-}
+
+def remedy(side: Side) -> str:
+    """What to do about a port that was refused."""
+    if side == "there":
+        return (
+            "check that its program runs there as Ray's user, listens on the node's address or "
+            "on all addresses, and that network.deny there does not name the port"
+        )
+    return (
+        "nothing if this is intended; otherwise let the program listen as Ray's user, on this "
+        f"node's address or on all addresses, or name the port in {setting.key('expose')}"
+    )
 
 
 class Dials:
@@ -62,7 +69,7 @@ class Dials:
             port=port,
             count=self.refused[side][place],
             cause=cause,
-            remedy=REMEDIES[side],
+            remedy=remedy(side),
         )
 
 

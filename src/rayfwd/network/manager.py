@@ -21,6 +21,7 @@ from rayfwd.network import overlay
 from rayfwd.network.overlay_client import KEEPER, SOCKET, Child, OverlayClient, possible
 from rayfwd.network.ruleset import PortRange, Rules
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -73,7 +74,7 @@ class Overlay:
         self.level: Level = "listeners"
         self.problem: Problem | None = None
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
-        self.why = f'network.level = "{config.level}"'
+        self.why = setting.value("network.level", config.level)
         """Why the level is what it is."""
         self.remedy: str | None = None
         """What would give this node the overlay, where it may have it and does not."""
@@ -307,7 +308,8 @@ class Overlay:
         except ValueError as exc:
             raise codes.OVERLAY_FAILED.error(
                 f"the overlay cannot be set up as the plan requires: {exc}",
-                'run the same version of rayfwd on the head, or set network.level = "listeners"',
+                "run the same version of rayfwd on the head, or set "
+                + setting.value("network.level", "listeners"),
             ) from exc
 
     def _set_problem(self, problem: Problem | None) -> None:

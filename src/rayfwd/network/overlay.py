@@ -24,6 +24,7 @@ from rayfwd.network import ruleset
 from rayfwd.network.ruleset import Rules
 from rayfwd.network.tables import OwnTables
 from rayfwd.problems import ProblemError
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 
 log = get_logger(__name__)
@@ -133,7 +134,7 @@ def check_tools() -> None:
     except OSError as exc:
         raise _impossible(
             f"nftables does not answer: {exc}",
-            'use a kernel with nf_tables, or set network.level = "listeners"',
+            f"use a kernel with nf_tables, or set {setting.value('network.level', 'listeners')}",
         ) from exc
 
 
@@ -359,7 +360,8 @@ def check_unused(wanted: Rules) -> None:
             raise codes.OVERLAY_REFUSED.error(
                 f"the plan's network {network} is in use on this machine: a route to {to} leads "
                 f"to {row.get('dev', 'another interface')}",
-                "on the head, set hub.network to a network to which no machine has a route",
+                f"on the head, set {setting.theirs('hub.network')} to a network to which no "
+                "machine has a route",
             )
 
 
@@ -399,5 +401,6 @@ def _impossible(cause: str, remedy: str) -> ProblemError:
 def _failed(cause: str) -> ProblemError:
     return codes.OVERLAY_FAILED.error(
         f"the overlay cannot be set up: {cause}",
-        'check `nft list ruleset` and `ip addr`, or set network.level = "listeners"',
+        "check `nft list ruleset` and `ip addr`, or set "
+        + setting.value("network.level", "listeners"),
     )

@@ -17,6 +17,7 @@ from rayfwd.cluster.plan import PRIVATE_NETWORKS
 from rayfwd.network import overlay
 from rayfwd.network.ruleset import Rules
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import setting
 from rayfwd.system.control import ask
 
 KEEPER = "RAYFWD_OVERLAY"
@@ -113,7 +114,8 @@ class Child:
         child.close()
         raise codes.OVERLAY_FAILED.error(
             "the process that creates the overlay did not start",
-            'read the lines above in the log, or set network.level = "listeners"',
+            "read the lines above in the log, or set "
+            + setting.value("network.level", "listeners"),
         )
 
     @classmethod

@@ -101,7 +101,7 @@ class OverlayKeeper:
         except OSError as exc:
             raise codes.OVERLAY_IMPOSSIBLE.error(
                 f"another rayfwd on this machine uses the interface {self._interface}",
-                "set network.interface and network.port to other values in the file of one of them",
+                "set network.interface and network.port to other values for one of them",
             ) from exc
 
     async def _serve(self) -> None:

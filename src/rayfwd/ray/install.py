@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
-from rayfwd.system import children
+from rayfwd.system import children, setting
 from rayfwd.system.asuser import check_roots
 
 OLDEST = (2, 9)
@@ -85,7 +85,7 @@ def check_supported(versions: Versions, path: str) -> None:
     if not OLDEST <= version_key(versions.ray) < TOO_NEW:
         raise codes.RAY_VERSION_UNSUPPORTED.error(
             f"{path} is Ray {versions.ray}",
-            "install Ray 2.9 or newer (but older than 3), or set ray.command to such a Ray",
+            f"install Ray 2.9 or newer (but older than 3), or set {_command()} to such a Ray",
         )
 
 
@@ -99,21 +99,27 @@ def _resolve(command: str, env: Mapping[str, str]) -> str:
     if "/" in command:
         path = Path(command).absolute()
         if not path.is_file():
-            raise _not_found(f"ray.command = {str(path)!r}: no such file")
+            raise _not_found(f"{setting.value('ray.command', str(path))}: no such file")
         if not os.access(path, os.X_OK):
-            raise _not_found(f"ray.command = {str(path)!r}: this user may not execute the file")
+            raise _not_found(
+                f"{setting.value('ray.command', str(path))}: this user may not execute the file"
+            )
         return str(path)
     search = env.get("PATH") or os.defpath
     found = shutil.which(command, path=search)
     if found is None:
-        raise _not_found(f"ray.command = {command!r}: not found on PATH ({search})")
+        raise _not_found(f"{setting.value('ray.command', command)}: not found on PATH ({search})")
     return str(Path(found).absolute())
+
+
+def _command() -> str:
+    return setting.key("ray.command")
 
 
 def _not_found(cause: str) -> ProblemError:
     return codes.RAY_NOT_FOUND.error(
         cause,
-        "install Ray (pip install 'ray[default]'), or set ray.command to the path of its `ray` "
+        f"install Ray (pip install 'ray[default]'), or set {_command()} to the path of its `ray` "
         "script",
     )
 
@@ -121,7 +127,7 @@ def _not_found(cause: str) -> ProblemError:
 def _not_usable(cause: str) -> ProblemError:
     return codes.RAY_NOT_USABLE.error(
         cause,
-        "reinstall Ray in its environment, or set ray.command to another `ray` script",
+        f"reinstall Ray in its environment, or set {_command()} to another `ray` script",
     )
 
 

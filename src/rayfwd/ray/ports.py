@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from rayfwd import codes
 from rayfwd.ray import procfs
+from rayfwd.system import setting
 
 MOST_NAMED = 5
 """Ports in use that a problem names one by one."""
@@ -27,8 +28,9 @@ def check_free(ports: Iterable[int]) -> None:
     what = "port" if len(taken) == 1 else "ports"
     raise codes.PORT_IN_USE.error(
         f"Ray's {what} {named}{more} cannot be opened",
-        "stop the programs that use these ports, or move this cluster's ports (hub.port_base, "
-        "ray.port, ray.dashboard_port and ray.client_port in the head's file)",
+        "stop the programs that use these ports, or move this cluster's ports: set "
+        + setting.keys("hub.port_base", "ray.port", "ray.dashboard_port", "ray.client_port")
+        + " on the head",
     )
 
 

@@ -116,8 +116,7 @@ class Starter:
         except OSError as exc:
             raise codes.RAY_START_FAILED.error(
                 f"{install.command} cannot be started: {exc}",
-                "check that this user can run that command and write to state_dir "
-                f"({self._config.state_dir})",
+                f"check that this user can run that command and write to {self._config.state_dir}",
             ) from None
 
     def by_hand(self, wanted: RayWanted, install: RayInstall | None) -> str:

@@ -33,6 +33,7 @@ from rayfwd.ray.launcher import Launcher, launcher_of
 from rayfwd.ray.process import RayProcess, find_foreign, session_dir_of, started_by
 from rayfwd.ray.starter import BeforeStart, RayWanted, Starter
 from rayfwd.ray.token import RayAuth
+from rayfwd.system import setting
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import end_of_pause
 from rayfwd.system.heartbeat import Heartbeat
@@ -308,10 +309,10 @@ class RaySupervisor:
         if theirs is not None and theirs != self._config.state_dir:
             raise codes.RAY_OF_ANOTHER.error(
                 f"a Ray with this node's address runs here (pid {raylet.pid}); another rayfwd "
-                f"started it (state_dir = {theirs})",
+                f"started it, whose state directory is {theirs}",
                 f"start that rayfwd again, or end its Ray (kill {raylet.parent}); to run both "
-                "clusters here, change hub.network, hub.port_base and Ray's ports on the head of "
-                "one of them",
+                f"clusters here, change {setting.keys('hub.network', 'hub.port_base')} and Ray's "
+                "ports on the head of one of them",
             )
 
     async def _start(self, wanted: RayWanted) -> RayProcess | None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.ray.install import version_key
+from rayfwd.system import setting
 from rayfwd.system.files import read_regular, replace_file
 from rayfwd.transport.ways import Way
 
@@ -80,7 +81,7 @@ def read_token(env: Mapping[str, str]) -> str | None:
     return _token_of(env)
 
 
-def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir: Path) -> RayAuth:
+def decide(asked: str, version: str | None, env: Mapping[str, str], state_dir: Path) -> RayAuth:
     """Of a head: whether its Ray of that version (None: not known yet) asks for a token, and which.
 
     "auto" is a token where that takes no further step of anybody's: where every tool of that Ray
@@ -92,12 +93,12 @@ def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir:
     """
     kept = kept_auth(state_dir)
     key = version_key(version) if version is not None else None
-    if setting == "token" and key is not None and key < FIRST:
+    if asked == "token" and key is not None and key < FIRST:
         raise codes.RAY_AUTH_UNSUPPORTED.error(
-            f'ray.auth = "token", but Ray {version} has no tokens',
-            'install Ray 2.52 or newer on every node, or set ray.auth = "auto"',
+            f"{setting.value('ray.auth', 'token')}, but Ray {version} has no tokens",
+            "install Ray 2.52 or newer on every node, or set " + setting.value("ray.auth", "auto"),
         )
-    on = _is_on(setting, key, env, kept)
+    on = _is_on(asked, key, env, kept)
     if on is None:
         return RayAuth("off")
     auth = RayAuth("token", _chosen(env, kept)) if on else RayAuth("off")
@@ -105,9 +106,9 @@ def decide(setting: str, version: str | None, env: Mapping[str, str], state_dir:
     return auth
 
 
-def would_ask(setting: str, version: str, env: Mapping[str, str], state_dir: Path) -> bool:
+def would_ask(asked: str, version: str, env: Mapping[str, str], state_dir: Path) -> bool:
     """What `decide` would come to. Reads files, and writes none."""
-    return _is_on(setting, version_key(version), env, kept_auth(state_dir)) is True
+    return _is_on(asked, version_key(version), env, kept_auth(state_dir)) is True
 
 
 def asks_by_itself(version: str, env: Mapping[str, str]) -> bool | None:
@@ -117,12 +118,12 @@ def asks_by_itself(version: str, env: Mapping[str, str]) -> bool | None:
 
 
 def _is_on(
-    setting: str, key: tuple[int, ...] | None, env: Mapping[str, str], kept: RayAuth | None
+    asked: str, key: tuple[int, ...] | None, env: Mapping[str, str], kept: RayAuth | None
 ) -> bool | None:
     """Whether there is a token; None: no, for a Ray that knows none or is not known itself."""
     said = env.get(MODE, "").lower()
-    if setting in {"token", "off"}:
-        return setting == "token"
+    if asked in {"token", "off"}:
+        return asked == "token"
     if key is not None and key < FIRST:
         return None
     if said:
@@ -180,7 +181,7 @@ def keep(auth: RayAuth, state_dir: Path) -> None:
     except OSError as exc:
         raise codes.RAY_AUTH_UNWRITABLE.error(
             f"Ray's token cannot be kept in {state_dir}: {exc.strerror or exc}",
-            "make state_dir writable for this user, and check that its disk is not full",
+            "make that directory writable for this user, and check that its disk is not full",
         ) from exc
 
 
@@ -251,7 +252,7 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
             return codes.RAY_AUTH_DIFFERS.problem(
                 "this node's Ray has a token and the head's Ray asks for none, so they cannot "
                 "talk to each other",
-                "let rayfwd start the head's Ray, or set the same ray.auth on both",
+                "let rayfwd start the head's Ray, or set the same ray.auth (--auth) on both",
             )
         if mode != "token":
             return None
@@ -259,15 +260,16 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
             return codes.RAY_TOKEN_MISSING.problem(
                 "the head's Ray asks for a token, and this node has none"
                 + ("" if on else f" ({MODE} is {env.get(MODE) or 'not set'})"),
-                'set ray.auth = "auto" here, and remove RAY_AUTH_* from ray.env: the head sends '
-                "its token over the link; run the same rayfwd on both sides",
+                f"set {setting.value('ray.auth', 'auto')} here, and remove RAY_AUTH_* from "
+                f"{setting.key('ray.env')}: the head sends its token over the link; run "
+                "the same rayfwd on both sides",
             )
         status, _ = _ask(dashboard, "POST", "/api/authenticate", token)
         if status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
             return codes.RAY_TOKEN_WRONG.problem(
                 "the head's Ray refuses this node's token",
-                "remove RAY_AUTH_* from ray.env; if the head's Ray was started by hand, restart "
-                "it with the command that `rayfwd plan` prints on the head",
+                f"remove RAY_AUTH_* from {setting.key('ray.env')}; if the head's Ray was started "
+                "by hand, restart it with the command that `rayfwd plan` prints on the head",
             )
     except (OSError, http.client.HTTPException, ValueError, AttributeError):
         pass

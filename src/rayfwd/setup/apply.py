@@ -13,7 +13,7 @@ from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import Layout
 from rayfwd.setup.steps import Step, Verdict, command, remove_tree, undo
-from rayfwd.system.paths import CLUSTERS
+from rayfwd.system.paths import CLUSTERS, MACHINES
 
 Report = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
@@ -93,7 +93,8 @@ def take_away(
     # The manifest may lie in one of the directories.
     if not dry and not kept:
         manifest.path.unlink(missing_ok=True)
-    for entry in directories:
+    # What another machine with the same home has handed over may stand anywhere.
+    for entry in sorted(directories, key=lambda e: -len(Path(e["path"]).parts)):
         came = _undo(entry, purge, dry)
         report(came, entry["id"])
         if not dry and (not kept or not came.startswith("kept")):
@@ -116,8 +117,13 @@ def _remove_state(layout: Layout, kept: Sequence[Path]) -> None:
 
 
 def _of_other_clusters(layout: Layout) -> Iterator[Path]:
-    """What those that have a name here (`--cluster`) have below the state directory."""
-    for place in (layout.state / CLUSTERS, layout.state / "run" / CLUSTERS):
+    """What those that have a name here (`--cluster`) have below the state directory, and other
+    machines with the same home."""
+    for place in (
+        layout.state / CLUSTERS,
+        layout.state / "run" / CLUSTERS,
+        layout.state / MACHINES,
+    ):
         if place.is_dir() and any(place.iterdir()):
             yield place
 

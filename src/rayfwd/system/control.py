@@ -16,7 +16,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
-from rayfwd.system import ownership, unixsocket
+from rayfwd.system import ownership, setting, unixsocket
 from rayfwd.system.accepting import close_server
 from rayfwd.system.logs import get_logger
 
@@ -172,8 +172,7 @@ def ask(
     except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as exc:
         raise codes.DAEMON_NOT_RUNNING.error(
             f"no rayfwd answers on {path}",
-            "start it (`systemctl start rayfwd`, or `rayfwd run` by hand), or name its file with "
-            "--config; if it has just been started, wait some seconds",
+            f"{setting.how_to_start()}; if it has just been started, wait some seconds",
         ) from exc
     except PermissionError as exc:
         raise codes.DAEMON_NOT_PERMITTED.error(

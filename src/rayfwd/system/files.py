@@ -16,6 +16,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayfwd.system.paths import is_on_a_network
+
 
 def write_new(
     path: Path,
@@ -79,6 +81,8 @@ def _sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+LOCK_FILE = ".rayfwd-lock"
+"""In a directory of a network disk, while somebody has it locked."""
 MOST_READ = 64 << 20
 """Bytes of a file that is read whole: no state of ours has a tenth of it, and one with a hole may
 have any size."""
@@ -88,13 +92,36 @@ PIECE = 64 << 10
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """For one process at a time, as long as all of them ask here. Raises OSError."""
+    """For one process at a time, as long as all of them ask here: of this machine, and of others
+    that have the same directory. Raises OSError."""
+    if is_on_a_network(directory):
+        with _locked_by_file(directory / LOCK_FILE):
+            yield
+        return
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def _locked_by_file(path: Path) -> Iterator[None]:
+    """NFS tells other machines of locks of files, not of directories (flock(2))."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), path.lstat()):
+                    try:
+                        yield
+                    finally:
+                        path.unlink(missing_ok=True)
+                    return
+        finally:
+            os.close(lock)  # else: whoever had it before has removed it
 
 
 def read_regular(path: Path, most: int = 0) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import socket
@@ -16,15 +17,20 @@ DEFAULT_CONFIG = Path("/etc/rayfwd.toml")
 
 RECORD = "rayfwd.toml"
 """In the runtime directory: the configuration of a daemon that was started without a file."""
+RECORD_BEGINS = "# What a daemon was started with that has no file."
 
 
 def usual_config(env: Mapping[str, str], cluster: str | None = None) -> Path:
     """The file that is read where none is named: a user's own, where there is one."""
     name = DEFAULT_CONFIG.name if cluster is None else f"rayfwd-{cluster}.toml"
     if os.geteuid() != 0:
-        own = _home(env) / ".config" / name
-        if own.exists():
-            return own
+        home = _home(env)
+        for own in (
+            own_place(home / ".local" / "state" / "rayfwd") / name,
+            home / ".config" / name,
+        ):
+            if own.exists():
+                return own
     return DEFAULT_CONFIG.with_name(name)
 
 
@@ -76,13 +82,48 @@ SECRET = "attach.key"
 CLUSTERS = "clusters"
 """Below the usual directories: those of the clusters that have a name here."""
 
+MACHINES = "machines"
+"""Below a user's state directory: those of the machines that share this user's home."""
+LOCK = "lock"
+"""In a state directory: its daemon holds it, and has written there on which machine it runs."""
+_NAME_SHOWN = 20
+"""Characters of a machine's name in a path: a socket's has room for about a hundred."""
+_MOUNTS = "/proc/self/mountinfo"
+_NETWORK_DISKS = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "afs",
+        "ceph",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "beegfs_nodev",
+        "glusterfs",
+        "orangefs",
+        "pvfs2",
+        "panfs",
+        "wekafs",
+        "fuse.glusterfs",
+        "fuse.ceph",
+        "fuse.ceph-fuse",
+        "fuse.sshfs",
+        "fuse.juicefs",
+        "fuse.moosefs",
+        "fuse.cvmfs",
+    ]
+)
+"""Kinds of file systems on which several machines have one home (proc(5))."""
+
 SERVICE_RUNTIME_DIR = Path("/run/rayfwd")
 """The runtime directory of root's rayfwd and of the systemd service, whatever user that has."""
 
 
 def default_state_dir(env: Mapping[str, str], cluster: str | None = None) -> Path:
-    """systemd's STATE_DIRECTORY; /var/lib/rayfwd for root; else XDG's. A cluster that has a name
-    here has one of its own below that."""
+    """systemd's STATE_DIRECTORY; /var/lib/rayfwd for root; else XDG's, or this machine's own below
+    that (`of_this_machine`). A cluster that has a name here has one of its own below that."""
     return _of_cluster(_state_dir(env), cluster)
 
 
@@ -91,7 +132,82 @@ def _state_dir(env: Mapping[str, str]) -> Path:
         return Path(given.split(":")[0])
     if os.geteuid() == 0:
         return Path("/var/lib/rayfwd")
-    return Path(env.get("XDG_STATE_HOME") or _home(env) / ".local" / "state") / "rayfwd"
+    usual = Path(env.get("XDG_STATE_HOME") or _home(env) / ".local" / "state") / "rayfwd"
+    return of_this_machine(usual)
+
+
+def own_place(directory: Path) -> Path:
+    """Below a user's state directory, the place of this machine alone."""
+    name = os.uname().nodename
+    plain = "".join(c for c in name if (c.isascii() and c.isalnum()) or c == "-")
+    if len(name) > _NAME_SHOWN or plain != name:
+        import hashlib  # noqa: PLC0415  # few names are so, and `rayfwd attach` starts with this
+
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+        name = f"{plain[: _NAME_SHOWN - 9]}-{digest}"
+    return directory / MACHINES / name
+
+
+def of_this_machine(directory: Path) -> Path:
+    """A user's state directory; or the place of this machine below it, where other machines have
+    the same one, as of a home on NFS.
+
+    That is so on a disk of the network, and where another machine has been seen there. Who was
+    there first keeps the directory itself. What is said here stays true: a place that was made, or
+    a directory that this machine has had, is found again, whoever else comes and goes.
+    """
+    own, us = own_place(directory), os.uname().nodename
+    if os.path.isdir(own):
+        return own
+    locks = [directory / LOCK]
+    with contextlib.suppress(OSError):
+        clusters = directory / CLUSTERS
+        locks += [clusters / name / LOCK for name in os.listdir(clusters)]
+    signed = {lock: name for lock in locks if (name := signed_by(lock)) is not None}
+    if us in signed.values() or "" in signed.values():  # empty: an earlier version's
+        return directory
+    if is_on_a_network(directory):
+        return own
+    known = os.path.isdir(own.parent)  # of several machines
+    return own if signed and (known or any(map(_is_held, signed))) else directory
+
+
+def signed_by(lock: Path) -> str | None:
+    """The machine whose daemon has that lock, or had it last; empty: it has not said; None: there
+    is no lock."""
+    try:
+        with lock.open("rb") as file:
+            return file.read(256).decode(errors="replace")
+    except OSError:
+        return None
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def is_on_a_network(path: Path) -> bool:
+    """Whether other machines are likely to have the same file system."""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    with contextlib.suppress(OSError), open(_MOUNTS, encoding="utf-8") as mounts:
+        for line in mounts:
+            before, _, after = line.partition(" - ")
+            words = before.split()
+            if len(words) < 5 or not after:  # proc(5)
+                continue
+            at = words[4].encode().decode("unicode_escape")
+            inside = at in ("/", real) or real.startswith(f"{at}/")
+            if inside and len(at) >= len(best):  # the last of one place hides the others
+                best, kind = at, after.split()[0]
+    return kind in _NETWORK_DISKS
 
 
 def _of_cluster(directory: Path, cluster: str | None) -> Path:
@@ -163,4 +279,4 @@ def have_a_home_and_a_name(env: MutableMapping[str, str]) -> None:
 
 
 def _home(env: Mapping[str, str]) -> Path:
-    return Path(env.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir)
+    return Path(os.path.abspath(env.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir))

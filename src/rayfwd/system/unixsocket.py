@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 
 from rayfwd import codes
+from rayfwd.system import setting
 
 PATH_LIMIT = 107
 """Bytes of a socket's path: `sun_path` has 108, the last of them zero (unix(7))."""
@@ -25,8 +26,12 @@ def check_path(path: Path) -> None:
     if size > PATH_LIMIT:
         raise codes.SOCKET_PATH_TOO_LONG.error(
             f"the socket path {path} has {size} bytes; Linux allows {PATH_LIMIT}",
-            "set runtime_dir (or hub.socket) to a shorter path",
+            f"set {_elsewhere()} to a shorter path",
         )
+
+
+def _elsewhere() -> str:
+    return setting.either("runtime_dir", "hub.socket")
 
 
 def bind(path: Path, mode: int = 0o600, uid: int = -1) -> socket.socket:
@@ -59,7 +64,7 @@ def bind(path: Path, mode: int = 0o600, uid: int = -1) -> socket.socket:
         listener.close()
         raise codes.SOCKET_NOT_POSSIBLE.error(
             f"cannot listen on {path}: {exc.strerror or exc}",
-            "make its directory writable for this user, or set runtime_dir to another directory",
+            f"make its directory writable for this user, or set {_elsewhere()} to another place",
         ) from exc
     except BaseException:
         listener.close()
@@ -91,7 +96,7 @@ def check_not_taken(path: Path) -> None:
     if path.exists() and not path.is_socket():
         raise codes.SOCKET_NOT_POSSIBLE.error(
             f"{path} exists and is not a socket",
-            "move it away, or set another path (runtime_dir or hub.socket)",
+            f"move it away, or set {_elsewhere()} to another path",
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_CONNECT_TIMEOUT)
@@ -104,5 +109,5 @@ def check_not_taken(path: Path) -> None:
                 return
     raise codes.SOCKET_IN_USE.error(
         f"another process answers on {path}",
-        "stop it first: each rayfwd needs its own runtime_dir",
+        f"stop it first: each rayfwd needs its own {setting.key('runtime_dir')}",
     )

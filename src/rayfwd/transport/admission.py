@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from rayfwd import codes
 from rayfwd.problems import Problem
-from rayfwd.system import sockdiag
+from rayfwd.system import setting, sockdiag
 from rayfwd.system.logs import get_logger
 from rayfwd.system.seldom import Seldom
 from rayfwd.system.sockdiag import Address, SockDiag
@@ -33,10 +33,12 @@ GONE = "(closed)"
 """Who had a connection that was closed before it was looked at."""
 OTHERS = "(others)"
 
-REMEDY = (
-    "to let this user use Ray here, add the user to listeners.users in rayfwd's file, then "
-    "run `rayfwd reload`"
-)
+
+def to_admit() -> str:
+    """What to do, if a user that is not admitted is to be."""
+    users = setting.key("listeners.users")
+    anew = "run `rayfwd reload`" if setting.in_a_file() else "start rayfwd again"
+    return f"to let this user use Ray here, add the user to {users}, then {anew}"
 
 
 class Admission:
@@ -119,7 +121,7 @@ class Admission:
         elif owner.uid == self._own:
             return Pass(None, self._open)
         elif owner.uid not in self._uids:
-            self._refuse(user_name(owner.uid), connection, REMEDY)
+            self._refuse(user_name(owner.uid), connection, to_admit())
         elif self._open[owner.uid] >= self._most_of_one:
             remedy = (
                 f"nothing: a user other than Ray's may have {self._most_of_one} connections "

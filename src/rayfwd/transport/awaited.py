@@ -94,9 +94,9 @@ class Awaited:
             raise failed
         raise codes.LINK_AWAITED.error(
             f"the head has not dialled this worker, which waits at {self._path}",
-            "check that the head's file has a [[hub.dial]] for this machine (with a larger "
-            "`bulk_lanes`, if only a further lane is missing), and what `rayfwd status` says on "
-            "the head",
+            "check that the head has a [[hub.dial]] (`rayfwd head --dial USER@HOST`) for this "
+            "machine (with a larger `bulk_lanes`, if only a further lane is missing), and what "
+            "`rayfwd status` says on the head",
         )
 
     async def _next(self) -> Connection:

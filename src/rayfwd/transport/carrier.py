@@ -16,6 +16,8 @@ from rayfwd.session.preamble import Preamble
 
 CLOSED = "closed by the other side"
 """Why a pipe is over, where nobody says more."""
+BY_COMMAND = "; by the command:"
+"""Between why the socket is no way, and what the command says that was run instead."""
 
 
 class PipeOwner(Protocol):
@@ -70,7 +72,7 @@ class AfterPreamble:
         self._owner = owner
         self._preamble = Preamble()
         if instead is not None:  # before whatever the command has to say
-            owner.pipe_said(f"{instead.cause}; by the command:\n".encode())
+            owner.pipe_said(f"{instead.cause}{BY_COMMAND}\n".encode())
 
     def pipe_data(self, data: bytes | memoryview) -> None:
         if not self._preamble.over:

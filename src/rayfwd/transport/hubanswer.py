@@ -10,6 +10,8 @@ from rayfwd.config import HEAD, Destination
 from rayfwd.problems import Problem
 from rayfwd.session.frames import Frame, ProtocolError
 from rayfwd.session.handshake import Refusal
+from rayfwd.system import setting
+from rayfwd.transport.carrier import BY_COMMAND
 
 
 def refusal_in(frame: Frame, to: Destination = HEAD) -> Problem:
@@ -47,10 +49,30 @@ def why_no_answer(stderr: str, why: str, to: Destination = HEAD) -> Problem:
     ended = "the hub closed the lane before it answered"
     if to != HEAD:
         ended = "the connection ended before it began"
+    if BY_COMMAND in stderr:  # neither way leads there
+        remedy = (
+            f"{start_or_name_socket(to)}; or set {to.key('attach_command')} to how "
+            "`rayfwd attach` is run there, with the path of `rayfwd`"
+        )
+        return codes.HUB_CLOSED.problem(f"{ended}: {stderr}", remedy)
     return codes.HUB_CLOSED.problem(
         f"{ended}: {stderr or why}",
-        f'read rayfwd\'s log on {to.name}; with via = "exec", check that `rayfwd` is found there '
-        "and that this user has a login shell",
+        f"read rayfwd's log on {to.name}; with {to.set_to('via', 'exec')}, check that `rayfwd` is "
+        "found there and that this user has a login shell",
+    )
+
+
+def start_or_name_socket(to: Destination) -> str:
+    """What to do where nobody listens, as far as is known."""
+    if to != HEAD:
+        return (
+            f"start rayfwd on {to.name}; if it runs there, set {to.key('socket')} to the path of "
+            "its socket, which `rayfwd check` prints there"
+        )
+    option = " or `--socket`" if setting.in_a_file() else ""
+    return (
+        f"start rayfwd on {to.name}; if it runs there, give the path of its hub's socket, which "
+        f"`rayfwd head` and `rayfwd check` print there, as {to.key('socket')}{option}"
     )
 
 

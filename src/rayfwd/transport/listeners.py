@@ -14,7 +14,7 @@ from types import MappingProxyType
 from rayfwd import codes
 from rayfwd.problems import Problem
 from rayfwd.session.target import Target
-from rayfwd.system import descriptors, sockdiag
+from rayfwd.system import descriptors, setting, sockdiag
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.logs import get_logger
 from rayfwd.system.sockdiag import Address, PortHolder
@@ -340,8 +340,9 @@ def why_blocked(
             f"port {listen.port} is in use on this machine{said_of(holder)}, so {listen} cannot be "
             f"opened for {target}",
             f"stop the program that listens on it (`ss -ltnp sport = :{listen.port}`), or choose "
-            "another port: `listen` in [[forward]], or on the head ray.port, ray.dashboard_port, "
-            "ray.client_port, or hub.port_base for all others",
+            "another port: `listen` in [[forward]], or on the head "
+            + ", ".join(map(setting.key, ("ray.port", "ray.dashboard_port", "ray.client_port")))
+            + f", or {setting.key('hub.port_base')} for all others",
         )
     if exc.errno in {errno.EMFILE, errno.ENFILE}:
         return codes.DESCRIPTORS_EXHAUSTED.problem(
@@ -370,8 +371,9 @@ def why_taken(listen: Target, exc: OSError, holder: PortHolder | None = None) ->
         f"{why}, so the program cannot be reached from here",
         f"let {change} use another port, or give this node the overlay "
         "(docs/overlay.md), with which nodes do not share ports; if programs choose such ports "
-        "themselves, as Serve's replicas do, name their range in network.apart on every node; if "
-        "nobody needs to reach it, name the port in network.deny on that node",
+        "themselves, as Serve's replicas do, name their range in "
+        f"{setting.theirs('network.apart')} on every node; if nobody needs to reach it, "
+        f"name the port in {setting.theirs('network.deny')} on that node",
     )
 
 

@@ -16,6 +16,7 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import Config, MeetConfig
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.held import Held
 from rayfwd.transport.link import (
@@ -155,8 +156,9 @@ class Meeting(Held):
             f"the meeting place {self.called} does not let this head wait there: {why}",
             "on that host, allow AllowStreamLocalForwarding, AllowTcpForwarding and the sftp "
             "subsystem in sshd_config (without DisableForwarding), and put "
-            "`restrict,port-forwarding` before the key in authorized_keys; or set another socket "
-            "in the [[hub.meet]], and in head.meet_socket on the workers",
+            "`restrict,port-forwarding` before the key in authorized_keys; or set another "
+            f"socket in {setting.key('hub.meet')}, and in {setting.theirs('head.meet_socket')} on "
+            "the workers",
         )
 
     def _sshd_answers(self, why: str) -> None:

@@ -20,13 +20,13 @@ from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.session.preamble import MARKER
-from rayfwd.system import unixsocket
+from rayfwd.system import setting, unixsocket
 from rayfwd.system.files import read_regular
 from rayfwd.transport import credentials
 from rayfwd.transport.algorithms import HOST_KEYS, missing_in
 from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.transport.hops import Hop
-from rayfwd.transport.hubanswer import limited, password_expired
+from rayfwd.transport.hubanswer import limited, password_expired, start_or_name_socket
 from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
 from rayfwd.transport.looked_there import Look
 from rayfwd.transport.places import NoSftpError
@@ -94,7 +94,7 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
     to = head.destination
     match exc:
         case asyncssh.KeyImportError() | asyncssh.KeyEncryptionError():
-            return key_unusable(exc, to)
+            return key_unusable(exc, to, head.identity)
         case asyncssh.ConfigParseError():
             remedy = "correct the SSH configuration"
             if head.ssh_config is None:
@@ -115,15 +115,17 @@ def explain_files(exc: Exception, head: HeadConfig) -> Problem:
             return _unknown(exc, head.ssh)
 
 
-def key_unusable(exc: Exception | str, to: Destination) -> Problem:
+def key_unusable(exc: Exception | str, to: Destination, file: Path | None = None) -> Problem:
+    """`file`: the one that is named by the configuration, if one is."""
     key = to.key("identity")
+    which = "the private key" if file is None else f"the private key {file}"
     if "permissions" in str(exc):
         return codes.SSH_KEY_UNUSABLE.problem(
-            f"the private key is not used: {exc}",
+            f"{which} is not used: {exc}",
             "run `chmod 600` on that file: `ssh` uses no key that others may read",
         )
     return codes.SSH_KEY_UNUSABLE.problem(
-        f"the private key cannot be read: {exc}",
+        f"{which} cannot be read: {exc}",
         f"set {key} to a private key without a passphrase (`ssh-keygen -p -f KEY` removes it); or "
         f"remove {key}, and load the key into an agent whose SSH_AUTH_SOCK is in the daemon's "
         "environment",
@@ -490,7 +492,7 @@ def no_sftp(why: str, hop: Server) -> Problem:
     return codes.JUMP_REFUSED.problem(
         f"the meeting place {hop.before} has no SFTP, which says where {hop.meet} is: {why}",
         "allow the sftp subsystem in its sshd_config (without a ForceCommand for this key); or "
-        "set the same absolute path in head.meet_socket here",
+        f"set the same absolute path in {setting.key('head.meet_socket')} here",
     )
 
 
@@ -553,7 +555,7 @@ def host_key_problem(
             f"pretend to be the {what}. Delete {line} only if it was a mistake",
         )
     by_init = "`rayfwd init worker --fingerprint SHA256:…`, if `rayfwd init` made that file"
-    of_init = hop.is_head and hop.to == HEAD
+    of_init = hop.is_head and hop.to == HEAD and not setting.is_without_a_file("worker", "client")
     or_init = f", or {by_init}" if of_init else ""
     if having_it := known.having_it():
         removed = " and ".join(
@@ -642,17 +644,7 @@ def _add_key(head: HeadConfig, hop: Server) -> str:
 def hub_absent(path: Path, to: Destination) -> Problem:
     """Nobody listens there."""
     cause = f"nothing answers at {path} on {to.name}"
-    if to != HEAD:
-        return codes.HUB_ABSENT.problem(
-            cause,
-            f"start rayfwd on {to.name}; if it runs there, set {to.key('socket')} to the path of "
-            "its socket, which `rayfwd check` prints there",
-        )
-    return codes.HUB_ABSENT.problem(
-        cause,
-        f"start rayfwd on {to.name}; if it runs there, give the path of its hub's socket, which "
-        f"`rayfwd head` and `rayfwd check` print there, as {to.key('socket')} or `--socket`",
-    )
+    return codes.HUB_ABSENT.problem(cause, start_or_name_socket(to))
 
 
 async def look_at_socket(
@@ -779,7 +771,11 @@ def sessions_allowed(to: Destination) -> str:
 
 def socket_unreachable(path: Path, reason: str, to: Destination) -> Problem:
     """Nobody says what keeps sshd from it."""
-    who = "the hub's, and open to this user (hub.users)" if to == HEAD else "where its daemon waits"
+    who = (
+        f"the hub's, and open to this user ({setting.theirs('hub.users')})"
+        if to == HEAD
+        else "where its daemon waits"
+    )
     return codes.HUB_UNREACHABLE.problem(
         f"{to.name}'s sshd could not open {path}: {reason}",
         f"check that rayfwd runs on {to.name}, that this socket is {who}, and that sshd allows it "
@@ -805,7 +801,7 @@ async def _read_table(sftp: asyncssh.SFTPClient) -> str:
 def _not_permitted(path: Path, why: str, to: Destination) -> Problem:
     remedy = "log in as the user that runs rayfwd"
     if to == HEAD:
-        add = "add the user to hub.users in the head's file and restart rayfwd there"
+        add = f"add the user to {setting.theirs('hub.users')} and restart rayfwd there"
         remedy = f"{add}, or {remedy}"
     return codes.HUB_NOT_PERMITTED.problem(
         f"this SSH user may not open {path} on {to.name}: {why}", remedy

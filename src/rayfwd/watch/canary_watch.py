@@ -22,6 +22,7 @@ from rayfwd.ray.canary import sender
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import read_token
+from rayfwd.system import setting
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.ways import Way, WayTo
@@ -187,8 +188,8 @@ def _own_failure(result: sender.CanaryRun) -> Problem | None:
     did = "did not get to its end" if result.connected else "could not connect to this node's Ray"
     return codes.CANARY_FAILED.problem(
         f"the canary {did}; its last message: {result.said or 'none'}",
-        "check that a driver on this node works (`ray.init()` with the Python next to "
-        "ray.command); raise canary.timeout if the machine is slow",
+        "check that a driver on this node works (`ray.init()` with the Python of its `ray` "
+        f"command); raise {setting.key('canary.timeout')} if the machine is slow",
     )
 
 

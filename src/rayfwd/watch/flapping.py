@@ -84,10 +84,10 @@ def _problem(plan: NodePlan, lives: list[float], rows: list[NodeSeen], recent: f
     ports = f"{plan.base}-{plan.last_worker_port}"
     remedy = (
         (
-            f"check that the head reaches {plan.address} (ray.advertise of {plan.name}) on "
+            f"check that the head reaches {plan.address}, which {plan.name} advertises, on "
             f"ports {ports}"
         )
-        + "; ray.advertise_check = true checks this before Ray is started"
+        + "; rayfwd checks this before Ray is started, unless ray.advertise_check is false there"
         if plan.advertised
         else (
             f"check `rayfwd status` on {plan.name}, and read gcs_server.out on the head for "

@@ -16,7 +16,7 @@ from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray import procfs
-from rayfwd.system import capacity
+from rayfwd.system import capacity, setting
 
 MACHINE_INTERVAL = 10.0
 """Seconds between two looks."""
@@ -103,8 +103,8 @@ def judge(seen: MachineSeen) -> list[Problem]:
                     f"the disk of {directory}, where Ray keeps logs and spilled objects, is "
                     f"{100 * (1 - free / total):.0f} % full ({free / 1e6:.0f} MB free)",
                     "remove Ray's old sessions there (session_latest is the one that runs), or "
-                    'give Ray another directory: ray.extra_args = ["--temp-dir=…"] (with older '
-                    "Rays, on the head for all nodes)",
+                    "give Ray another directory: `--temp-dir=…` in "
+                    f"{setting.key('ray.extra_args')} (with older Rays, on the head for all nodes)",
                 )
             )
             break  # one disk, as a rule
@@ -133,7 +133,8 @@ def _shared_memory(seen: MachineSeen) -> list[Problem]:
             f"/dev/shm has {seen.shared / 1e6:.0f} MB, but Ray's objects here may take "
             f"{seen.store / 1e9:.1f} GB, so Ray keeps them in /tmp, on a disk",
             f"in a container: `docker run --shm-size={need}gb` (compose: shm_size), or "
-            "--ipc=host; otherwise set ray.object_store_memory below the size of /dev/shm",
+            f"--ipc=host; otherwise set {setting.key('ray.object_store_memory')} below the size "
+            "of /dev/shm",
         )
     ]
 
@@ -146,7 +147,7 @@ def _ports(seen: MachineSeen) -> list[Problem]:
         codes.RAY_WORKER_PORTS_EXHAUSTED.problem(
             f"all {len(seen.workers)} ports for Ray's worker processes ({span}) are in use, so "
             'Ray starts no more of them here (raylet.out has "No available ports")',
-            f"set ray.worker_ports = {2 * len(seen.workers)} or more on this node, and restart "
-            "rayfwd there; each actor, each running task and each driver takes one",
+            f"set {setting.value('ray.worker_ports', 2 * len(seen.workers))} or more on this node, "
+            "and restart rayfwd there; each actor, each running task and each driver takes one",
         )
     ]

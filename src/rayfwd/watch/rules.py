@@ -15,6 +15,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.status_text import RayStatus
+from rayfwd.system import setting
 from rayfwd.watch.conditions import Finding
 from rayfwd.watch.interruptions import Interruptions
 
@@ -84,9 +85,9 @@ def fewer_than_declared(
             f"node {plan.name} ({plan.address}) joined "
             + ("with no resources" if not has else "with fewer resources than declared")
             + (f": {missing}" if missing else ""),
-            f"check that ray.extra_args on {plan.name} does not contradict ray.num_cpus, "
-            "ray.num_gpus and ray.resources; if Ray was started by hand, end it, and rayfwd "
-            "starts its own (with ray.start = false, `rayfwd plan` prints the command)",
+            f"check that {setting.theirs('ray.extra_args')} on {plan.name} does not contradict "
+            "num_cpus, num_gpus and resources there; if Ray was started by hand, end it, and "
+            "rayfwd starts its own (where rayfwd starts none, `rayfwd plan` prints the command)",
         )
         found.append(Finding(plan.name, problem))
     return found

@@ -24,6 +24,7 @@ from rayfwd.daemon.httpserver import Answer, Request
 from rayfwd.daemon.page.view import page_data
 from rayfwd.problems import Problem
 from rayfwd.status import Status
+from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.admission import Admission, Pass
 
@@ -74,8 +75,8 @@ class PageService:
         return codes.PAGE_BLOCKED.problem(
             f"the page cannot be served at {listen}: {why}",
             "stop the program that listens there (`ss -ltnp sport = "
-            f":{listen.rpartition(':')[2]}`), set page.listen to another port, or set it to "
-            '"off"',
+            f":{listen.rpartition(':')[2]}`), set {setting.key('page.listen')} to another "
+            "port, or set it to off",
         )
 
     def listening(self, listen: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.ray import procfs
 from rayfwd.ray.install import RayInstall
+from rayfwd.system import setting
 
 SCRIPT = Path(__file__).with_name("script") / "canary_task.py"
 
@@ -105,7 +106,7 @@ async def run(
     except OSError as exc:
         raise codes.CANARY_FAILED.error(
             f"{install.python} cannot be started: {exc}",
-            "check that ray.command is a working Ray",
+            f"check that {setting.key('ray.command')} is a working Ray",
         ) from None
     process = Process(transport, streams, loop)
     leader = procfs.look_up(process.pid)

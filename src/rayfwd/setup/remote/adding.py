@@ -8,7 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
 from rayfwd.setup.remote.ssh import Failed, Hangs, Machine, NoShell, by_hand
 from rayfwd.status import Status
+from rayfwd.system import setting
 
 LOOK_SECONDS = 90.0
 START_SECONDS = 180.0
 POLL_SECONDS = 0.5
+BUSY_SECONDS = 2.0
+"""Between two looks at a machine on which something is being installed."""
 ASK_SECONDS = 15.0
 """Between two looks at what its own rayfwd says: what does not pass by itself ends the wait."""
 
@@ -105,6 +108,8 @@ class _One:
         self._host = host
         self._outcome = outcome
         self._machine: Machine | None = None
+        self._own_program = False
+        """What other machines of the same home have does not run here."""
 
     def close(self) -> None:
         if self._machine is not None:
@@ -124,6 +129,13 @@ class _One:
             self._machine = machine = await Machine.connect(self._host)
             self._at("look")
             seen = await look(machine, self._host.prefix, self._rays())
+        seen = await self._when_installed(machine, seen)
+        if self._is_anothers_program(seen):
+            # No Python that it needs is here: this machine has a program of its own.
+            beside = f"{seen.prefix}-{hosts.node_name(seen.host)}"
+            seen = await look(machine, beside, self._rays())
+            self._own_program = True
+        seen = await self._apart(machine, seen)
         self._say(seen.lines())
         if seen.same:
             self._all.looks[self._host.ssh] = (seen.same, seen.user, seen.prefix)
@@ -139,8 +151,8 @@ class _One:
             await self._install_ray(machine, seen)
         python = f"{seen.prefix}/bin/python"
         ray, ways = await self._look_further(machine, seen, python, name)
-        await self._set_up(machine, seen, python, name, ray, ways, new)
-        await self._wait(machine, seen, python, name)
+        service = await self._set_up(machine, seen, python, name, ray, ways, new)
+        await self._wait(machine, python, name, service)
 
     def _rays(self) -> list[str]:
         """Where Ray may be there: as was said, else where the head has it."""
@@ -181,8 +193,6 @@ class _One:
         known = self._head.added()
         before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
         says = (seen.made or {}).get("name")
-        if says in known and not before:
-            await self._check_home_is_its_own(seen, says, known[says].get("ssh", ""))
         usual = before[0] if before else says if says in known else None
         try:
             name = self._host.name or usual or hosts.node_name(seen.host)
@@ -244,16 +254,56 @@ class _One:
             )
         self._say(f"takes the place of {other}, which is not connected")
 
-    async def _check_home_is_its_own(self, seen: Sight, name: str, other: str) -> None:
-        """Whether that machine, which is connected, has the same home. Raises ProblemError."""
-        host = (seen.made or {}).get("host", seen.host)
-        if host == seen.host or not await self._head.is_up(name):
-            return
-        raise codes.ADD_BLOCKED.error(
-            f"{self._host.ssh} ({seen.host}) has the same {seen.prefix} as {other} ({host}), which "
-            f"is the node {name}: several machines have one home there",
-            there.SHARED_HOME,
-        )
+    async def _when_installed(self, machine: Machine, seen: Sight) -> Sight:
+        """The same, once nobody installs there: an `add` that was interrupted may, or that for
+        another machine with the same home."""
+        deadline = time.monotonic() + install.INSTALL_SECONDS / 2
+        if not seen.busy:
+            return seen
+        self._say("another installation is at work there, and is waited for")
+        self._outcome.place.leave()
+        while time.monotonic() < deadline:
+            await asyncio.sleep(BUSY_SECONDS)
+            seen = await look(machine, self._host.prefix, self._rays())
+            if not seen.busy:
+                break
+        await self._outcome.place.take()
+        return seen
+
+    def _is_anothers_program(self, seen: Sight) -> bool:
+        """Whether what is there runs on the machine that it was installed from, and not on this
+        one, which has the same home."""
+        return seen.broken and (seen.made or {}).get("host", seen.host) != seen.host
+
+    async def _apart(self, machine: Machine, seen: Sight) -> Sight:
+        """The same; where other machines have this home too, without what is theirs in it."""
+        if seen.made is None or seen.root:
+            return seen
+        found = {"apart": False, "name": None}
+        if not seen.broken:
+            with suppress(ProblemError):  # an earlier version's, which does not know
+                found = await machine.call(f"{seen.prefix}/bin/python", there.who, {})
+        if not found["apart"]:
+            theirs, host = seen.made.get("name"), seen.made.get("host", seen.host)
+            if host == seen.host or theirs not in await self._elsewhere():
+                return seen
+        made = {key: value for key, value in seen.made.items() if key not in {"name", "host"}}
+        if found["name"] is not None:
+            made["name"] = found["name"]
+        return replace(seen, made=made, systemd=seen.systemd and not found["apart"])
+
+    async def _elsewhere(self) -> list[str]:
+        """Nodes that certainly are other machines: they are connected, or were looked at in this
+        command. Raises ProblemError."""
+        found, up = [], await self._head.names_up()
+        for name, entry in self._head.added().items():
+            ssh = entry.get("ssh", "")
+            if ssh == self._host.ssh:
+                continue
+            look, own = self._all.looks.get(ssh), self._all.looks.get(self._host.ssh)
+            if (look is not None and look != own) or name in up:
+                found.append(name)
+        return found
 
     async def _check_it_is_free(self, machine: Machine, seen: Sight, name: str) -> None:
         """Raises ProblemError where it is a node already: under another name, or in the cluster of
@@ -280,7 +330,8 @@ class _One:
         self._at("Ray")
         if self._head.ray is None:
             raise codes.ADD_BLOCKED.error(
-                "the head starts no Ray itself (ray.start = false)", "leave --ray out"
+                f"the head starts no Ray itself ({setting.value('ray.start', False)})",
+                "leave --ray out",
             )
         wanted = self._head.ray.versions
         ours: list[Path] = []
@@ -341,8 +392,9 @@ class _One:
         ray: str,
         ways: list[tuple[Way, str]],
         new: bool,
-    ) -> None:
-        """Its files, the keys, and its daemon. Raises ProblemError."""
+    ) -> bool:
+        """Its files, the keys, and its daemon; whether a service manager has it. Raises
+        ProblemError."""
         way = next((w for w, why in ways if not why), None)
         why = "; ".join(why for _, why in ways if why) or "the head's sshd does not answer here"
         if way is not None:
@@ -368,20 +420,24 @@ class _One:
                 )
             self._at("set up")
             made = await self._prepare(machine, seen, python, name, ray, None)
-            await self._dial(machine, python, name, made)
+            await self._dial(machine, seen, python, name, made)
             self._at("way")
             reason = "" if not ways else f", because it does not reach the head: {why}"
             self._say(f"the head dials it{reason}")
+        seen = replace(seen, systemd=made["service"])
         self._remember(name, seen, "head" if way is None else "worker")
         self._at("start")
         asked = {"service": seen.systemd, "anew": new or bool(made["changed"])}
         came = await machine.call(python, there.start, asked, START_SECONDS)
         self._say(f"{came['came']}: {came['how']}", came["came"] != "runs")
+        return seen.systemd
 
     def _remember(self, name: str, seen: Sight, way: str | None) -> None:
         """For another `add`, and for `remove`. `way`: None, as before. Raises ProblemError."""
         entry: dict[str, Any] = {"ssh": self._host.ssh, "way": way or self._way_before(name)}
         entry |= {"prefix": seen.prefix, "service": seen.systemd}
+        if self._own_program or self._head.added().get(name, {}).get("own_program"):
+            entry["own_program"] = True
         for key in ("identity", "known_hosts", "ssh_config"):
             if (path := getattr(self._host, key)) is not None:
                 entry[key] = str(path)
@@ -401,6 +457,7 @@ class _One:
             "host_key": None if way is None else way.known_host,
             "attach": self._head.attach_words(name)[0],
             "more": dict(self._host.more),
+            "elsewhere": [] if seen.root else await self._elsewhere(),
         }
         made: dict[str, Any] = await machine.call(python, there.prepare, asked, START_SECONDS)
         for thing in made["kept"]:
@@ -410,11 +467,16 @@ class _One:
         self._say(f"{came}; its file is {made['config']}", bool(changed))
         return made
 
-    async def _dial(self, machine: Machine, python: str, name: str, made: dict[str, Any]) -> None:
+    async def _dial(
+        self, machine: Machine, seen: Sight, python: str, name: str, made: dict[str, Any]
+    ) -> None:
         """Have the head dial it. Raises ProblemError."""
         self._head.shut_out(name)
         path, public = self._head.dial_key()
-        words = [made["command"], "attach", "--socket", made["socket"]]
+        words = [made["command"], "attach"]
+        if seen.root:
+            words += ["--socket", made["socket"]]
+        # Else its file says where: of machines with one home, sshd takes the first one's line.
         line = keys.forced_line(words, public, f"head-of-{name}")
         asked = {"line": line, "name": f"head-of-{name}"}
         await machine.call(python, there.authorize, asked)
@@ -425,7 +487,7 @@ class _One:
                 given[key] = str(named)
         await self._head.dial(DialConfig.model_validate(given))
 
-    async def _wait(self, machine: Machine, seen: Sight, python: str, name: str) -> None:
+    async def _wait(self, machine: Machine, python: str, name: str, service: bool) -> None:
         """Until it is in the cluster. Raises ProblemError."""
         self._at("join")
         self._outcome.place.leave()  # whoever waits does no work
@@ -435,7 +497,7 @@ class _One:
             late = now - began > self._all.wait_for
             if late or now - asked > ASK_SECONDS:
                 asked = now
-                of = {"service": seen.systemd}
+                of = {"service": service}
                 how = await machine.call(python, there.how_it_is, of)
                 if late or any(codes.named(code).lasting for code, _, _ in how["conditions"]):
                     raise not_ready(name, now - began, how)

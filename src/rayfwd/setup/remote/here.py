@@ -98,8 +98,12 @@ class Head:
 
     async def is_up(self, name: str) -> bool:
         """Whether this worker has a link. Raises ProblemError."""
+        return name in await self.names_up()
+
+    async def names_up(self) -> set[str]:
+        """Of the workers that have a link. Raises ProblemError."""
         workers = (await self.status()).workers or ()
-        return any(worker.name == name and worker.state == "up" for worker in workers)
+        return {worker.name for worker in workers if worker.state == "up"}
 
     async def dial(self, dial: DialConfig) -> None:
         """Raises ProblemError."""
@@ -186,7 +190,7 @@ class Head:
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(
                 f"{path} cannot be written: {exc.strerror or exc}",
-                "make state_dir writable for this user, and check that its disk is not full",
+                f"make {path.parent} writable for this user, and check that its disk is not full",
             ) from None
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from rayfwd.cluster.plan import check_name
+from rayfwd.cluster.plan import check_name, name_from
 from rayfwd.config import HeadConfig
 
 Via = Literal["auto", "worker", "head"]
@@ -166,5 +166,4 @@ def twice(hosts: Iterable[Host]) -> Iterator[str]:
 
 def node_name(text: str) -> str:
     """A node's name from a machine's own. Raises ValueError where nothing of it is left."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", text.split(".", maxsplit=1)[0]).strip("-_")[:63]
-    return check_name(plain)
+    return check_name(name_from(text))

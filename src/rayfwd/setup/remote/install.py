@@ -60,6 +60,9 @@ if command -v flock >/dev/null 2>&1; then
     sleep 1
   done
 fi
+# Another machine with the same home, or that `add`, may have installed the very same meanwhile.
+if [ -x @TARGET@/bin/python ] && [ -z "@BROKEN@" ] &&
+  grep -qF @SAME@ @TARGET@/@MARKER@ 2>/dev/null; then done=1; cd /; exit 0; fi
 for old in @TARGET@.incoming.*; do
   [ "$old" = @INCOMING@ ] || find "$old" -maxdepth 0 -mmin +60 -exec rm -rf {} + || :
 done
@@ -201,7 +204,10 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
     ours, index = f"put --no-index --find-links . {own}", f"put {own}"
     put = index if why else f"{ours} || {index}"
     try:
-        await _install(machine, target, tool, files, put, own, made, sight.broken, sight.any_python)
+        await _install(
+            *(machine, target, tool, files, put, own, made, sight.broken, sight.any_python),
+            same={"wheel": shipment.digest},
+        )
     except Hangs:
         raise
     except Failed as exc:
@@ -296,9 +302,10 @@ async def _install(
     made: dict[str, str],
     broken: bool = False,
     any_python: str | None = None,
+    same: dict[str, str] | None = None,
 ) -> None:
     """`broken`: what is there goes first. `any_python`: one that unpacks what is sent, where there
-    is no tar. Raises Failed, ProblemError."""
+    is no tar. `same`: what of `made` says that it is the same. Raises Failed, ProblemError."""
     incoming = f"{target}.incoming.{secrets.token_hex(4)}"
     python = tool.python if tool.python.startswith("/") else any_python
     await machine.send(files, incoming, python)
@@ -313,6 +320,7 @@ async def _install(
         "@PUT@": put,
         "@OWN@": own,
         "@MADE@": shlex.quote(json.dumps(made)),
+        "@SAME@": shlex.quote(json.dumps(made if same is None else same)[1:-1]),
         "@MARKER@": MARKER,
         "@BROKEN@": "yes" if broken else "",
         "@SECONDS@": f"{INSTALL_SECONDS / 2:.0f}",

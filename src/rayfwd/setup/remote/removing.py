@@ -77,6 +77,7 @@ async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Rep
             stack.callback(machine.close)
             outcome.at = "look"
             seen = await look(machine, entry.get("prefix"), ())
+        others = 0
         if seen.made is not None:
             outcome.at = "stop"
             asked = {"service": bool(entry.get("service")), "name": f"head-of-{name}"}
@@ -84,7 +85,11 @@ async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Rep
             told = await machine.call(python, there.take_away, asked, STOP_SECONDS)
             for line in told["steps"]:
                 report(name, "stop", line)
+            others = 0 if entry.get("own_program") else told["others"]
         outcome.at = "uninstall"
+        if others:
+            report(name, "uninstall", f"{seen.prefix} stays: other machines have the same home")
+            return
         for place in await install.remove(machine, seen):
             report(name, "uninstall", f"removed {place}")
 

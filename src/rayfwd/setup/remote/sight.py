@@ -62,6 +62,8 @@ looking_at "the home directory or the directory of rayfwd"
                       else PREFIX=$HOME/.local/share/rayfwd; fi; }
 say prefix "$PREFIX"
 [ -e "$PREFIX" ] && say there yes
+[ -e "$PREFIX.lock" ] && command -v flock >/dev/null 2>&1 &&
+  { flock -n "$PREFIX.lock" true 2>/dev/null || say busy yes; }
 [ -f "$PREFIX/@MARKER@" ] && say made "$(tr '\n' ' ' <"$PREFIX/@MARKER@")"
 [ -f "$PREFIX-ray/@MARKER@" ] && say made-ray "$(tr '\n' ' ' <"$PREFIX-ray/@MARKER@")"
 [ -f "$PREFIX/@MARKER@" ] && looking_at "$PREFIX/bin/python" &&
@@ -195,6 +197,8 @@ class Sight:
     """The directory there in which this login may create nothing; empty: it may."""
     ahead: float = 0.0
     """Seconds by which its clock is ahead of ours."""
+    busy: bool = False
+    """Something is being installed in our directory."""
     broken: bool = False
     """What is in our directory does not run."""
     broken_ray: bool = False
@@ -287,6 +291,7 @@ def read(output: str, now: float | None = None) -> Sight:
         readonly="ro" in options,
         shut=single.get("shut", ""),
         ahead=theirs - now if theirs and now is not None else 0.0,
+        busy="busy" in single,
         broken="broken" in single,
         broken_ray="broken-ray" in single,
         systemd=("system" if root else "user") in several["systemd"],

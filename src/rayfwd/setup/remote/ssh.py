@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,8 @@ COMMAND_SECONDS = 60.0
 SESSION_SECONDS = 10.0
 """More, for the session in which a command is run."""
 KEEPALIVE_SECONDS = 15
+OUTPUT_BYTES = 4 << 20
+"""Of what a command may print in all; the longest is a status."""
 QUOTED = 400
 """Characters of what a command has said that are quoted."""
 
@@ -54,14 +57,17 @@ _WORDS = (
     ("[head]", "the SSH configuration"),
 )
 """What is said of a way to a head, and what of one to a machine."""
+_TRANSPORT = re.compile(r"; or set transport = \"\w+\" in \[head\]")
+"""`rayfwd add` has no such choice."""
 
 
 def of_machine(problem: Problem, host: str) -> Problem:
     """A problem on the way to a head as one on the way to this machine."""
     texts_ = []
-    for text in (problem.cause, problem.remedy):
+    for said in (problem.cause, problem.remedy):
+        text = _TRANSPORT.sub("", said)
         for old, new in (*_WORDS, ("the head", host)):
-            text = text.replace(old, new)  # noqa: PLW2901
+            text = text.replace(old, new)
         texts_.append(text)
     return problem.code.problem(*texts_)
 
@@ -83,8 +89,42 @@ class Hangs(Failed):
         self.own = own
 
 
+class PrintsTooMuch(Failed):
+    """A command that was ended, because what it printed had no end."""
+
+    def __init__(self, host: Host, at: bytearray) -> None:
+        """`at`: what it printed last."""
+        lines = at[-QUOTED:].decode(errors="replace").split("\n")
+        line = lines[-2] if len(lines) > 2 else lines[-1]  # the last whole one, where there is one
+        super().__init__(
+            f"a command printed more than {OUTPUT_BYTES >> 20} MiB and was ended; its output ends "
+            f"with: {line}",
+            f"run `{by_hand(host, 'true')}`, which must print nothing: correct what prints there, "
+            "such as the login shell's files (~/.profile, ~/.bashrc)",
+        )
+
+
 class NoShell(Failed):
     """Whatever answers there in the place of a login shell; holds what it said."""
+
+
+class _TooMuchError(Exception):
+    pass
+
+
+class _Printed:
+    """What a command has printed so far: no more than OUTPUT_BYTES, and a last piece."""
+
+    def __init__(self) -> None:
+        self.out = bytearray()
+        self.errors = bytearray()
+
+    async def take(self, reader: asyncssh.SSHReader[bytes], into: bytearray) -> None:
+        """To its end. Raises _TooMuchError."""
+        while part := await reader.read(1 << 16):
+            into += part
+            if len(self.out) + len(self.errors) > OUTPUT_BYTES:
+                raise _TooMuchError
 
 
 class Machine:
@@ -132,22 +172,15 @@ class Machine:
     async def _run(
         self, script: str, data: bytes, seconds: float, may_fail: bool = False
     ) -> tuple[bytes, str]:
-        assert self._connection is not None, "connected"
         line, own = by_any_shell(f"echo {BEGINS}\n{script}")
+        printed = _Printed()
         try:
-            async with asyncio.timeout(seconds + SESSION_SECONDS):
-                ran = await self._connection.run(
-                    line, encoding=None, timeout=seconds, input=own + data
-                )
-        except asyncssh.TimeoutError as exc:
-            raise self._hangs(bytes(exc.stdout or b""), seconds) from None  # type: ignore[arg-type]
-        except TimeoutError:
-            raise self._no_session(seconds + SESSION_SECONDS) from None
+            code = await self._collect(line, own + data, seconds, printed)
         except (asyncssh.Error, OSError) as exc:
             raise codes.SSH_LOST.error(
                 f"the SSH connection to {self.host.ssh} ended: {exc}", "run the same command again"
             ) from None
-        out, errors = bytes(ran.stdout or b""), bytes(ran.stderr or b"")  # type: ignore[arg-type]
+        out, errors = bytes(printed.out), bytes(printed.errors)
         _, begins, own = out.partition(f"{BEGINS}\n".encode())
         said = errors.decode(errors="replace").strip()
         if not begins:
@@ -155,10 +188,43 @@ class Machine:
             if said.endswith(_EATEN):
                 raise Failed(_EATEN, _NOT_EATEN)
             raise NoShell(said[-QUOTED:] or "its login shell cannot run `sh`")
-        if ran.exit_status != 0 and not may_fail:
-            last = said or own.decode(errors="replace").strip() or f"exit code {ran.exit_status}"
+        if code != 0 and not may_fail:
+            last = said or own.decode(errors="replace").strip() or f"exit code {code}"
             raise Failed(last[-QUOTED:])
         return own, said
+
+    async def _collect(
+        self, line: str, data: bytes, seconds: float, printed: _Printed
+    ) -> int | None:
+        """The exit code of a command, with what it prints in `printed`; None: a signal ended it.
+
+        Raises Failed, asyncssh.Error, OSError.
+        """
+        assert self._connection is not None, "connected"
+        try:
+            async with asyncio.timeout(seconds + SESSION_SECONDS):
+                process = await self._connection.create_process(line, encoding=None, input=data)
+        except TimeoutError:
+            raise self._no_session(seconds + SESSION_SECONDS) from None
+        parts = (
+            printed.take(process.stdout, printed.out),
+            printed.take(process.stderr, printed.errors),
+            process.wait_closed(),
+        )
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*tasks)
+        except TimeoutError:
+            raise self._hangs(bytes(printed.out), seconds) from None
+        except _TooMuchError:
+            raise PrintsTooMuch(self.host, max(printed.out, printed.errors, key=len)) from None
+        finally:
+            process.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return process.exit_status
 
     def _hangs(self, out: bytes, seconds: float) -> Hangs:
         """`out`: what came until then."""

@@ -7,14 +7,16 @@ ProblemError with what is wrong on that machine.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pwd
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -29,14 +31,22 @@ from rayfwd.setup import planner, texts, units
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places, own_command
 from rayfwd.setup.remote import keys
+from rayfwd.setup.remote.sight import MARKER
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
 from rayfwd.setup.steps import Directory, File, Step, Symlink, Verdict, command, public_key
 from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
 from rayfwd.system.control import ask
+from rayfwd.system.files import locked, read_regular, replace_file
 from rayfwd.system.ownership import peer_credentials
-from rayfwd.system.paths import CONTROL_SOCKET, default_runtime_dir
+from rayfwd.system.paths import (
+    CONTROL_SOCKET,
+    MACHINES,
+    default_runtime_dir,
+    of_this_machine,
+    own_place,
+)
 from rayfwd.transport.ssh import SshConnector
 
 REACH_SECONDS = 20.0
@@ -46,13 +56,14 @@ STOP_SECONDS = 90.0
 """Longer than a stop takes unless its file says otherwise: 30 s for Ray's tasks, and 20."""
 HANGS_SECONDS = 30.0
 """Without an answer, after which a daemon is said to hang."""
+MANIFEST = "init.json"
+"""In a user's state directory: what was made for it."""
 LOG = "rayfwd.log"
 """Of a daemon that no service manager has, in its state directory."""
-SHARED_HOME = (
-    "run `rayfwd join` on it instead, after `export XDG_STATE_HOME=~/.local/state/$(uname -n)`"
-)
 OWN_FILE = texts.made_by("rayfwd add")
 """How the file begins that `prepare` writes."""
+STARTED_WITH = "started-with"
+"""In the state directory of such a daemon: the rayfwd that was installed then, by its digest."""
 LOG_KEPT = 2000
 """Characters of its end that are told."""
 
@@ -117,9 +128,20 @@ async def _shows(ssh: str, key: str) -> str:
 # -- setting up ----------------------------------------------------------------------------
 
 
-def layout_of(service: bool) -> Layout:
-    """Where things go here. `service`: a service manager has the daemon."""
+def layout_of(service: bool, apart: bool = False) -> Layout:
+    """Where things go here. `service`: a service manager has the daemon. `apart`: other machines
+    have the same home, which need not show here yet.
+
+    Of such machines each has a place of its own, with its file too. No service manager has their
+    daemons: units in the home would be every machine's.
+    """
     layout = find_places(None)
+    if not layout.system:
+        own = own_place(layout.state) if apart else of_this_machine(layout.state)
+        if own != layout.state:
+            config, runtime, manifest = own / layout.config.name, own / "run", own / MANIFEST
+            layout = replace(layout, config=config, secrets=own, manifest=manifest)
+            return replace(layout, state=own, runtime=runtime)
     if service or not layout.system:
         # What is below /run/user goes at logout.
         runtime = layout.runtime if service else layout.state / "run"
@@ -136,13 +158,56 @@ def prepare(
     host_key: str | None,
     attach: str,
     more: dict[str, Any],
+    elsewhere: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write what the daemon needs, where it is not there. `head`: None, the head dials.
 
     `host_key`: the head's, as a line of known hosts. `attach`: what is run on the head where its
-    line in authorized_keys does not say.
+    line in authorized_keys does not say. `elsewhere`: names of nodes that are other machines.
     """
-    layout = layout_of(service)
+    # Machines with one home may be added in one moment: the first leaves its file for the others.
+    with _alone_in_this_home():
+        layout = layout_of(service, _is_anothers(find_places(None), elsewhere))
+        return _prepare(layout, name, ray, service, head, host_key, attach, more)
+
+
+@contextmanager
+def _alone_in_this_home() -> Iterator[None]:
+    """Raises ProblemError."""
+    folder = Path(sys.prefix).parent
+    if os.geteuid() == 0:
+        yield
+        return
+    try:
+        with locked(folder):
+            yield
+    except OSError as exc:
+        raise codes.SETUP_FAILED.error(
+            f"{folder}: {exc.strerror or exc}", "correct this, then run the same command again"
+        ) from None
+
+
+def _is_anothers(layout: Layout, elsewhere: Sequence[str]) -> bool:
+    """Whether the file of this home is another machine's."""
+    if layout.system or not elsewhere:
+        return False
+    try:
+        return load(layout.config).name in elsewhere
+    except ConfigError:
+        return False
+
+
+def _prepare(
+    layout: Layout,
+    name: str,
+    ray: str,
+    service: bool,
+    head: str | None,
+    host_key: str | None,
+    attach: str,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    service = service and not is_apart(layout)
     _check_nobody_is_here(layout)
     user, home, is_new = _person(layout, ray)
     request = SetupRequest(
@@ -163,6 +228,7 @@ def prepare(
     steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link()]
     if lost:
         _adopt(steps, manifest, layout)
+    _note_shared(steps, manifest, layout)
     said: list[list[str]] = []
     outcome = applying.apply(
         steps, manifest, layout, False, lambda came, thing: said.append([came, thing])
@@ -178,7 +244,34 @@ def prepare(
         "command": layout.command,
         "user": user,
         "config": str(layout.config),
+        "service": service,
     }
+
+
+def who() -> dict[str, Any]:
+    """Which node this machine is by its own file, if other machines have the same home.
+
+    `apart`: whether they have. `name`: None, it is none yet.
+    """
+    layout = layout_of(False)
+    if not is_apart(layout):
+        return {"apart": False, "name": None}
+    with suppress(ConfigError):
+        return {"apart": True, "name": load(layout.config).name}
+    return {"apart": True, "name": None}
+
+
+def is_apart(layout: Layout) -> bool:
+    """Whether this machine has a place of its own in a home of several."""
+    return layout.state.parent.name == MACHINES
+
+
+def _note_shared(steps: Sequence[Step], manifest: Manifest, layout: Layout) -> None:
+    """Links that all machines of a home use are each one's: the last one takes them away."""
+    if is_apart(layout):
+        for step in steps:
+            if isinstance(step, Symlink) and step.inspect(manifest) is Verdict.THERE:
+                manifest.add(step.entry)
 
 
 def _check_nobody_is_here(layout: Layout) -> None:
@@ -269,7 +362,7 @@ def other_name(name: str) -> str:
     """What to do about a machine that has this name, and was to have another."""
     return (
         f"use --name {name}; to rename it, run `rayfwd remove {name}` first; if it is another "
-        f"machine with the same home directory (NFS), {SHARED_HOME}"
+        f"machine, which has the same home directory as {name}, start rayfwd on {name} first"
     )
 
 
@@ -319,8 +412,10 @@ def start(service: bool, anew: bool) -> dict[str, Any]:
 def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
     log = layout.state / LOG
     how = f"in the background, its log is {log}"
+    started = _started_with()
     if (pid := _pid(layout)) is not None:
-        if not anew:
+        # Another machine of this home may have brought a new rayfwd.
+        if not anew and _text_of(layout.state / STARTED_WITH) in {"", started}:
             return {"came": "runs", "how": how}
         _end(pid)
     words = _daemon_words(layout)
@@ -333,6 +428,8 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
             cwd="/",
             start_new_session=True,
         )
+    with suppress(OSError):
+        replace_file(layout.state / STARTED_WITH, started.encode())
     deadline = time.monotonic() + REACH_SECONDS
     while _listening_at(layout.runtime / CONTROL_SOCKET) is None and time.monotonic() < deadline:
         if child.poll() is not None:
@@ -342,6 +439,21 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
             )
         time.sleep(0.05)
     return {"came": "started", "how": how}
+
+
+def _started_with() -> str:
+    """Which rayfwd is installed."""
+    try:
+        return str(json.loads(_text_of(Path(sys.prefix) / MARKER))["wheel"])
+    except (ValueError, LookupError, TypeError):
+        return ""
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return read_regular(path).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _daemon_words(layout: Layout) -> list[str]:
@@ -456,14 +568,57 @@ def _end_of(log: Path) -> str:
 
 
 def take_away(service: bool, name: str) -> dict[str, Any]:
-    """Drain and stop the daemon, and undo what `prepare` and `authorize` have done."""
+    """Drain and stop the daemon, and undo what `prepare` and `authorize` have done.
+
+    Where other machines have the same home, what all of them use stays, and is the next one's.
+    """
     layout = layout_of(service)
     _check_nobody_is_here(layout)
     said: list[str] = []
     if not service and (pid := _pid(layout)) is not None:
         _end(pid)
         said.append(f"its daemon, process {pid}, has ended")
+    with _alone_in_this_home():
+        others = _others_here(layout)
+        _take_away(layout, others, name, said)
+    return {"steps": said, "others": len(others)}
+
+
+def _others_here(layout: Layout) -> list[Path]:
+    """The records of other machines that have this home."""
+    if layout.system or os.geteuid() == 0:
+        return []
+    usual = find_places(None).manifest
+    places = (usual, *sorted(usual.parent.glob(f"{MACHINES}/*/{MANIFEST}")))
+    return [path for path in places if path != layout.manifest and path.exists()]
+
+
+def _hand_over(manifest: Manifest, layout: Layout, heir: Manifest) -> None:
+    """What others use is removed with the last of them: links, and the directories above."""
+    of_all = [
+        entry
+        for entry in manifest.entries
+        if entry["kind"] in {"link", "directory"} and _is_of_all(Path(entry["path"]), layout)
+    ]
+    known = {entry["id"] for entry in heir.entries}
+    heir.entries[:0] = [entry for entry in of_all if entry["id"] not in known]
+    heir.save()
+    for entry in of_all:
+        manifest.entries.remove(entry)
+    manifest.save()
+
+
+def _is_of_all(path: Path, layout: Layout) -> bool:
+    """Whether all machines of a home use what is there, and not this one alone."""
+    if is_apart(layout):
+        return path != layout.state and layout.state not in path.parents
+    return layout.state not in path.parents or path == layout.state / MACHINES
+
+
+def _take_away(layout: Layout, others: Sequence[Path], name: str, said: list[str]) -> None:
     manifest = Manifest(layout.manifest)
+    if others:
+        _hand_over(manifest, layout, Manifest(others[0]))
     if manifest.entries:
         undone: list[str] = []
         applying.take_away(
@@ -475,4 +630,3 @@ def take_away(service: bool, name: str) -> dict[str, Any]:
         )
     if keys.take_back(own_account().home, name):
         said.append("the head's key is no longer accepted")
-    return {"steps": said}
