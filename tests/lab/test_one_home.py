@@ -56,10 +56,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneHome]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def head(lab: OneHome) -> Iterator[InFront]:
-    with heading(lab.machine("head")) as head:
-        yield head
+@pytest.fixture
+def head(lab: OneHome, request: pytest.FixtureRequest) -> Iterator[InFront]:
+    """With Ray where the test is `thorough`."""
+    machine = lab.machine("head")
+    if request.node.get_closest_marker("thorough") is not None:
+        with heading(machine) as head:
+            yield head
+        return
+    head = InFront(machine, ["head", "--no-start"])
+    head.wait_ready()
+    yield head
+    head.stop(30)
 
 
 def node(head: InFront, name: str) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def add(head: InFront, lab: OneHome, *more: str, names: tuple[str, ...] = WORKER
     return ran.stdout.splitlines()
 
 
-@pytest.mark.parametrize("via", ["worker", "head"])
+@pytest.mark.parametrize("via", [pytest.param("worker", marks=pytest.mark.thorough), "head"])
 def test_both_are_added_and_removed(lab: OneHome, head: InFront, via: str) -> None:
     more = ["--via", via]
     assert add(head, lab, *more)[-1] == "2 of 2 in the cluster"

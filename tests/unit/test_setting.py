@@ -15,6 +15,8 @@ import pytest
 from rayfwd.cli import head, join
 from rayfwd.config import HEAD, SECTIONS
 from rayfwd.system import setting
+from rayfwd.system.paths import RECORD_BEGINS
+from tests.commands import main
 
 SOURCES = Path(setting.__file__).parents[1]
 
@@ -151,3 +153,19 @@ def test_who_has_no_file_is_told_of_options(
     assert said in told
     for key in ("state_dir", "runtime_dir", "ray.command", "head.identity", "head.ssh "):
         assert key not in told
+
+
+@pytest.mark.parametrize("verb", ["check", "doctor"])
+def test_verbs_that_look_at_a_node_without_a_file_name_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """Its configuration is in its runtime directory. Who has a file is told of keys."""
+    text = (
+        f'role = "head"\nname = "h"\nstate_dir = "{tmp_path}/s"\nruntime_dir = "{tmp_path}"\n'
+        '[ray]\ncommand = "/none/ray"\n'
+    )
+    path = tmp_path / "rayfwd.toml"
+    for begins, named in (("", 'ray.command = "/none/ray"'), (RECORD_BEGINS, "--ray /none/ray")):
+        path.write_text(f"{begins}\n{text}")
+        main([verb, "--config", str(path)])
+        assert f"{named}: no such file" in capsys.readouterr().out

@@ -44,9 +44,14 @@ def load_config(args: argparse.Namespace) -> Config:
         config = load(path)
     except ConfigError as exc:
         raise MistakeError([*str(exc).splitlines(), *_others(args, path)]) from None
-    if path == config.runtime_dir / RECORD and _is_record(path):
-        importlib.import_module(f"rayfwd.cli.{_STARTED_BY[config.role]}").speak()
+    speak_for(config)
     return config
+
+
+def speak_for(config: Config) -> None:
+    """Have messages name options where this is the configuration of a daemon without a file."""
+    if config.path == config.runtime_dir / RECORD and _is_record(config.path):
+        importlib.import_module(f"rayfwd.cli.{_STARTED_BY[config.role]}").speak()
 
 
 def config_path(args: argparse.Namespace) -> Path:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from rayfwd import __version__, codes
 from rayfwd.cli import FAULT, MISTAKE, OK, WARNED, MistakeError
-from rayfwd.cli.common import config_path, control_socket, quiet_logs, service_account
+from rayfwd.cli.common import config_path, control_socket, quiet_logs, service_account, speak_for
 from rayfwd.cli.status import console
 from rayfwd.config import Config, ConfigError, load, parse
 from rayfwd.doctor import report
@@ -131,6 +131,7 @@ def _own_rows(path: Path, emit: Callable[[Row], None]) -> list[Row]:
     quiet_logs()
     try:
         config = load(path)
+        speak_for(config)
         if config.role == "head":
             config.own_head_plan()
     except ConfigError as exc:
