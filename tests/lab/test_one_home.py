@@ -112,6 +112,7 @@ def test_join_by_hand_at_the_same_time(lab: OneHome, head: InFront) -> None:
     assert nodes[apart[0]].stop(30) == 0
     for name in WORKERS:
         said_on(head, "forget", "--keep-token", name)
+    lab.machine("w1").run(["rm", "-r", STATE])
 
 
 def add(head: InFront, lab: OneHome, *more: str, names: tuple[str, ...] = WORKERS) -> list[str]:
