@@ -160,7 +160,7 @@ def test_one_machine_in_two_lines_is_added_once(odd: Lab, head: InFront) -> None
     assert lines[-1].startswith("1 of 2 in the cluster; 1 failed: ")
     (failed,) = [line for line in lines if "  FAILED" in line]
     assert "at `look`: add_blocked: ray@" in failed
-    assert failed.endswith(" reaches, too, as the same user")
+    assert " is the same machine and user as ray@" in failed
     (name,) = up(head) & {"one", "other"}
     first, second = f"ray@{there.address}", "ray@again"
     if name == "other":
