@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from tests import shown
 from tests.lab import clock
 from tests.lab.cluster import HUB_SOCKET, Cluster, change
 from tests.lab.daemon import CONFIG
@@ -176,6 +177,9 @@ def test_where_the_way_ends(cluster: Cluster) -> None:
 
     head.authorize(cluster.lab.machine("w2").public_key)
     check_ends_at(doctor(cluster, "w1"), "auth", "ssh_auth_refused")
+    plain = [str(cluster.lab.rayfwd), "--config", CONFIG, "doctor"]
+    said = cluster.lab.machine("w1").run(plain, check=False).stdout
+    shown.compare("docs/doctor.md", "pass  ssh", said)
     head.authorize(*(cluster.lab.machine(name).public_key for name in ("w1", "w2")))
 
     socket = f"{HOME}/nowhere.sock"

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from rayfwd.system.control import ask
+from tests import shown
 from tests.lab.daemon import Daemon
 from tests.lab.machines import Lab, Machine
 from tests.lab.process import HOME, state, until
@@ -111,6 +112,7 @@ def test_from_nothing_to_a_task_on_a_second_machine(
     began = time.monotonic()
     head = nodes["head"] = InFront(machines.machine("head"), ["head"])
     head.wait_ready()
+    shown.compare("README.md", "To add a machine", "\n".join(head.said()))
     told, _, page = head.said()
     assert page == "The page in the browser: http://127.0.0.1:9480/"
     what, join = told.split(": ", 1)
@@ -296,7 +298,10 @@ def test_two_machines_are_added_from_the_head(machines: Lab, nodes: dict[str, In
     print(f"two machines added in {time.monotonic() - began:.1f} s")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster"
-    assert "two  way       the head dials it, because it does not reach the head: " in ran.stdout
+    assert (
+        "two  way       the head dials the machine, because the machine does not reach "
+        in ran.stdout
+    )
     assert len(task(w2)) == 3
     line = head.machine.host_path(f"{HOME}/.ssh/authorized_keys").read_text().splitlines()[-1]
     assert re.match(r'restrict,command="\S+ attach --socket \S+ --node w1" ssh-ed25519 ', line)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import shown
 from tests.lab.checks import verify
 from tests.lab.cluster import Cluster
 from tests.lab.legs import legs_of, mixed
@@ -76,6 +77,7 @@ def test_init_prints_what_goes_where(cluster: Cluster) -> None:
         assert any(line.startswith("restrict,port-forwarding ") for line in lines), said
         scan = f"ssh-keyscan -p 22 {third.address} >> ~/.ssh/known_hosts"
         assert f"mkdir -p ~/.ssh && {scan}" in lines
+        shown.compare("README.md", "Add this line to", said)
         if name == "head":
             assert "it is the name under which this machine's host key is known there." in lines
 

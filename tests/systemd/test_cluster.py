@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from rayfwd.system.logs import REPEAT_LIMIT
+from tests import shown
 from tests.lab.loadgen import Job
 from tests.lab.process import until
 from tests.systemd.cluster import BOTH, PYTHON, Cluster
@@ -148,6 +149,12 @@ def test_status_in_plain_words(stages: Stages, worker: Machine) -> None:
     assert 'Status: "ready' in worker.systemctl("status", "rayfwd")
 
 
+def test_the_status_is_as_the_documents_show_it(worker: Machine) -> None:
+    said = worker.run(["rayfwd", "status"]).stdout
+    shown.compare("README.md", "READY  worker", said)
+    shown.compare("docs/overlay.md", "network    overlay", said)
+
+
 def test_a_lost_link_alone_restarts_nothing(cluster: Cluster, worker: Machine) -> None:
     lab, before = cluster.lab, worker.show()
     parked = len(worker.events("link_parked"))
@@ -156,10 +163,10 @@ def test_a_lost_link_alone_restarts_nothing(cluster: Cluster, worker: Machine) -
     away = worker.wait_for_status("waiting: ")
     lab.heal(worker)
     after = worker.wait_for_status("ready")
-    for shown in (away, after):
-        assert shown["ActiveState"] == "active"
+    for state in (away, after):
+        assert state["ActiveState"] == "active"
         for key in ("MainPID", "NRestarts", "InvocationID", "ActiveEnterTimestampMonotonic"):
-            assert shown[key] == before[key]
+            assert state[key] == before[key]
     assert worker.events("link_resumed")
 
 

@@ -117,7 +117,7 @@ def test_a_machine_is_added_from_the_head(own: Cluster, login: str) -> None:
     for key in ("num_cpus=1", "object_store_memory=100000000"):
         words += ["--set", f"ray.{key}"]
     said = on_head(head, "add", *words)
-    kind = {"ray": "a service of this user's, who lingers", "root": "the machine's service"}
+    kind = {"ray": "a service of this user (lingering is on)", "root": "the machine's service"}
     assert f"worker  start     started: {kind[login]}\n" in said
     assert said.splitlines()[-1] == "1 of 1 in the cluster"
     assert worker.show(user=login)["ActiveState"] == "active"

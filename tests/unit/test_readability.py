@@ -43,7 +43,7 @@ ACTIONS = frozenset(_ACTIONS.split())
 PLACE = r"(?:if|on|in|as|before|to|after) [^:,]+[:,] "
 """What may stand before that: where, or on which condition."""
 
-NO_KEYS = {"ray.init"}
+NO_KEYS = {"ray.get", "ray.init"}
 """These look like keys."""
 
 _THINGS = "directory|directories|options|ports|file|session|service|cluster"

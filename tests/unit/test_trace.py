@@ -18,7 +18,7 @@ from rayfwd.daemon.trace_verb import LINE_BYTES, MOST_FRAMES, MOST_SECONDS, Trac
 from rayfwd.problems import ProblemError
 from rayfwd.session.frames import MAX_U64, Kind
 from rayfwd.session.lane import LaneClass
-from rayfwd.session.states import STREAM_TRANSITIONS
+from rayfwd.session.states import STREAM_TRANSITIONS, StreamEvent, StreamState
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.trace import (
     FrameTraced,
@@ -30,6 +30,7 @@ from rayfwd.session.trace import (
 )
 from rayfwd.system.control import ControlServer
 from rayfwd.transport.tracing import Collector, tracing
+from tests import shown
 from tests.commands import main as command
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.talk import BULK, INTERACTIVE, Talk
@@ -297,6 +298,19 @@ class TestVerb:
         for each in longest:
             collector("client " + "é" * 63, each)
         assert max(len(row.encode()) for row in collector.lines()) <= LINE_BYTES
+
+
+def test_a_trace_is_as_the_document_shows_it() -> None:
+    collector = Collector(MOST_FRAMES)
+    shared: tuple[Traced, ...] = (
+        FrameTraced("out", 2, LaneClass.BULK, Kind.DATA, 5, 131072, 65536),
+        FrameTraced("in", 1, LaneClass.INTERACTIVE, Kind.ACK, 5, 65536, 8),
+        LaneTraced(2, LaneClass.BULK, "sidelined"),
+        StreamTraced(5, StreamEvent.ENDS_THROUGH, StreamState.OPEN, StreamState.OVER),
+    )
+    for each in shared:
+        collector("gpu-1", each)
+    shown.compare("docs/operations.md", "15:21", "\n".join(collector.lines()))
 
 
 @pytest.mark.runs("rayfwd trace", "rayfwd trace --seconds * --peer *")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from tests import shown
 from tests.lab.cluster import HUB_SOCKET, Cluster
 from tests.lab.machines import Machine
 from tests.lab.process import HOME, Process, tail, until
@@ -90,6 +91,7 @@ def connected(cluster: Cluster, laptop: Machine) -> Iterator[Connected]:
 @pytest.mark.runs("rayfwd connect", "rayfwd connect *")
 def test_it_tells_what_to_use(connected: Connected, laptop: Machine) -> None:
     said = connected.said()
+    shown.compare("README.md", "connected to", said)
     assert f"connected to {HEAD} (Ray 2.60.0, Python 3.1" in said
     assert "  dashboard    http://127.0.0.1:8265\n" in said
     assert "  Ray Client   ray://127.0.0.1:10001\n" in said

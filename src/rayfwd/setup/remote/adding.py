@@ -407,7 +407,7 @@ class _One:
                 asked["known_hosts"] = made["known_hosts"]
                 await machine.call(python, there.check_way, asked, LOOK_SECONDS)
                 await self._head.undial(name)
-                self._say(f"it dials {way.ssh}")
+                self._say(f"the machine dials {way.ssh}")
             except ProblemError as exc:
                 why, way = exc.problem.cause, None
         if way is None:
@@ -422,8 +422,8 @@ class _One:
             made = await self._prepare(machine, seen, python, name, ray, None)
             await self._dial(machine, seen, python, name, made)
             self._at("way")
-            reason = "" if not ways else f", because it does not reach the head: {why}"
-            self._say(f"the head dials it{reason}")
+            reason = "" if not ways else f", because the machine does not reach the head: {why}"
+            self._say(f"the head dials the machine{reason}")
         seen = replace(seen, systemd=made["service"])
         self._remember(name, seen, "head" if way is None else "worker")
         self._at("start")
@@ -463,8 +463,8 @@ class _One:
         for thing in made["kept"]:
             self._say(f"{thing} was left as it is, because it was edited or added otherwise before")
         changed = made["changed"]
-        came = f"{len(changed)} files and directories are new" if changed else "nothing is new"
-        self._say(f"{came}; its file is {made['config']}", bool(changed))
+        came = f"created {len(changed)} files and directories" if changed else "nothing to create"
+        self._say(f"{came}; the configuration is {made['config']}", bool(changed))
         return made
 
     async def _dial(

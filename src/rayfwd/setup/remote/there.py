@@ -405,7 +405,7 @@ def start(service: bool, anew: bool) -> dict[str, Any]:
         verb = ["restart", "--no-block"] if anew else ["enable"]
     command([*words, *verb, "rayfwd"])
     came = "runs" if active.returncode == 0 and not anew else "started"
-    kind = "the machine's service" if layout.system else "a service of this user's, who lingers"
+    kind = "the machine's service" if layout.system else "a service of this user (lingering is on)"
     return {"came": came, "how": kind}
 
 
