@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import shown
 from tests.lab.machines import Lab, Machine
 from tests.lab.test_join import SETS, InFront, said_on, task
 
@@ -75,8 +74,6 @@ def plan(head: InFront) -> list[tuple[str, str]]:
 
 def test_root_without_systemd(head: InFront) -> None:
     said = add(head)
-    shown.compare("docs/add.md", "gpu-1  look", "\n".join(said))
-    shown.compare("README.md", "gpu-1  look", "\n".join(said))
     assert said[-1] == "1 of 1 in the cluster"
     assert (
         f"{NAME}  start     started: in the background, its log is /var/lib/rayfwd/rayfwd.log"

@@ -78,7 +78,7 @@ def line(lab: Lab) -> str:
         "rayfwd: ray_not_found"
     )
     dry = rayfwd(w1, *wanted, "--fingerprint", fingerprint, "--dry-run")
-    assert "to make" in dry
+    assert "to create" in dry
     assert not w1.host_path(f"{HOME}/.config").exists()
     said = rayfwd(w1, *wanted, "--fingerprint", fingerprint)
     again = rayfwd(w1, "init", "worker")

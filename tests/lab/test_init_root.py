@@ -91,10 +91,10 @@ def said(tmp_path_factory: pytest.TempPathFactory, rayfwd: Path) -> dict[str, st
 def test_made_once_and_taken_away_whole(said: dict[str, str]) -> None:
     """The script compares the files; it ends where they differ."""
     assert "whole" in said
-    assert "to make   group rayfwd" in said["dry"]
-    assert "made      user rayfwd" in said["init"]
+    assert "to create group rayfwd" in said["dry"]
+    assert "created   user rayfwd" in said["init"]
     assert "Nothing had to be done" in said["again"]
-    assert "made   " not in said["again"]
+    assert "created   " not in said["again"]
 
 
 def test_rights(said: dict[str, str]) -> None:

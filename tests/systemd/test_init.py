@@ -37,10 +37,10 @@ def bare(head: Machine, worker: Machine) -> dict[str, list[str]]:
 def test_head(head: Machine, bare: dict[str, list[str]]) -> None:
     init = ["rayfwd", "init", "head", "--ray", RAY]
     dry = head.run([*init, "--dry-run"]).stdout
-    assert "to make   /etc/systemd/system/rayfwd.service" in dry
+    assert "to create /etc/systemd/system/rayfwd.service" in dry
     assert files(head) == bare["head"]
     said = head.run(init).stdout
-    assert said.splitlines()[0] == "head head: the machine's service, run by ray"
+    assert said.splitlines()[0] == "head, named head: the machine's service, run by ray"
     assert said.splitlines()[-1].strip() == "systemctl enable --now --no-block rayfwd"
     flags = f"--head-rayfwd /usr/local/bin/rayfwd --fingerprint {head.fingerprint} --ray {RAY}"
     assert f"    rayfwd init worker --head ray@head {flags}\n" in said

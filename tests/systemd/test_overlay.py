@@ -151,7 +151,7 @@ def test_with_the_units_of_0_1_0_it_says_what_is_missing(auto: Cluster) -> None:
     assert network["level"] == "listeners"
     assert "there is no service rayfwd-net" in network["why"]
     assert "`rayfwd init`" in network["remedy"]
-    assert f"to have the overlay: {network['remedy']}" in doctor(auto.worker)
+    assert f"to get the overlay: {network['remedy']}" in doctor(auto.worker)
     assert auto.head.status()["network"]["level"] == "overlay"
     assert left(auto.worker) == []
 
@@ -169,7 +169,7 @@ def test_one_step_upgrades_it_and_restarts_its_ray_once(auto: Cluster) -> None:
     worker, before = auto.worker, auto.raylets()
     said = worker.run(["rayfwd", "init", "worker"]).stdout
     assert "renewed   /etc/systemd/system/rayfwd.service\n" in said
-    assert f"made      /etc/systemd/system/{UNIT}.service\n" in said
+    assert f"created   /etc/systemd/system/{UNIT}.service\n" in said
     assert "This node's Ray is then restarted once" in said
     assert said.splitlines()[-1].strip() == "systemctl restart rayfwd"
     assert "restarts this node's Ray once" in doctor(worker)

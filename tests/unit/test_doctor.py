@@ -441,7 +441,7 @@ def test_what_a_level_lacks_and_whether_others_reach_rays_ports(
                     return (await s.look())["network"].said
 
             monkeypatch.setattr(common_checks, "possible", lambda: impossible)
-            assert await said("listeners") == "listeners: so; to have the overlay: ask for it"
+            assert await said("listeners") == "listeners: so; to get the overlay: ask for it"
             monkeypatch.setattr(common_checks, "possible", lambda: None)
             possible = "the overlay is possible now: restart rayfwd, which then restarts this"
             assert possible in await said("listeners")

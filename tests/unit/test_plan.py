@@ -243,6 +243,7 @@ def test_a_worker_with_listeners_has_ports_of_its_own() -> None:
     assert own["w0"] == own["w2"]
     for name in ("w1", "w3"):
         assert all(own[name].isdisjoint(ports) for other, ports in own.items() if other != name)
+    assert bound(plans[:1], 20000) == "no worker has joined yet"
     said = bound(plans, 20000)
     assert "(w1, w3)" in said
     assert f"{4 * 96} of 12768" in said, "the two that share theirs count once"

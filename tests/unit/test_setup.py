@@ -430,7 +430,7 @@ def test_a_dry_run_says_what_a_run_does_and_changes_nothing(layout: Layout, home
     outcome, told = make(worker(home), layout)
     assert outcome.changed == dry.changed
     assert [thing for _, thing in told.lines] == [thing for _, thing in told_dry.lines]
-    assert {came for came, _ in told_dry.lines} == {"to make"}
+    assert {came for came, _ in told_dry.lines} == {"to create"}
 
 
 def test_made_once_and_taken_away_whole(layout: Layout, home: Path) -> None:
@@ -444,7 +444,7 @@ def test_made_once_and_taken_away_whole(layout: Layout, home: Path) -> None:
     made = tree(home)
     again, told = make(worker(home), layout)
     assert again == Applied((), ())
-    assert {came for came, _ in told.lines} == {"is there"}
+    assert {came for came, _ in told.lines} == {"exists"}
     assert tree(home) == made
 
     dry = Told()

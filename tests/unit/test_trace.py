@@ -339,4 +339,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     pattern = r"[\d:]{8}\.\d{6}  gpu-1  lane 1 interactive  in   (OPEN |DATA )  stream 1  offset 0"
     assert sum(bool(re.match(pattern, row)) for row in rows) == 2
     assert SECRET not in out
-    assert re.search("no frame in 1 s; there are sessions with: .*gpu-1", err)
+    assert re.search("no frame in 1 s; connected: .*gpu-1", err)

@@ -55,7 +55,7 @@ def _amounts_to(config: Config, own: NodePlan | None, ray: str) -> Iterator[tupl
         yield "network", f"{config.hub.network}; this head is {own.address}"
         yield "ports", f"{own.base}-{own.last_worker_port} are this head's; the workers' follow"
         services = own.head_services.items()
-        yield "", ", ".join(f"{name} {port}" for name, port in services) + " besides"
+        yield "", "also " + ", ".join(f"{name} {port}" for name, port in services)
     if config.role != "client":
         yield "ray", ray
     if config.ray.advertise is not None:

@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     by_hand = before is not None and manifest.of(str(layout.config)) is None
     request, seen = _request(args, layout, before, by_hand)
     kind = "the machine's service" if layout.system else "a service of this user"
-    print(f"{args.role} {request.name}: {kind}, run by {request.user}")
+    print(f"{args.role}, named {request.name}: {kind}, run by {request.user}")
     if seen.ray_versions:
         print(f"  {'found':<9} {seen.ray}: {seen.ray_versions}")
 

@@ -245,7 +245,7 @@ class Screen:
             line.append(f" by {escaped(network.interface)}")
         lines: list[RenderableType] = [line.append(f": {escaped(network.why)}" * bool(network.why))]
         if network.remedy is not None:
-            lines.append(Text(f"to have the overlay: {escaped(network.remedy)}"))
+            lines.append(Text(f"to get the overlay: {escaped(network.remedy)}"))
         if network.level == "overlay" and not network.guard and self.status.node is not None:
             lines.append(Text("other machines reach Ray's ports here (network.guard)"))
         elif network.guard_from:

@@ -56,9 +56,6 @@ def run(args: argparse.Namespace) -> int:
     for line in answer["lines"]:
         print(escaped(line))
     if not answer["lines"]:
-        peers = ", ".join(answer["peers"]) or "nobody"
-        print(
-            f"no frame in {args.seconds} s; there are sessions with: {escaped(peers)}",
-            file=sys.stderr,
-        )
+        peers = ", ".join(answer["peers"]) or "no other node"
+        print(f"no frame in {args.seconds} s; connected: {escaped(peers)}", file=sys.stderr)
     return OK

@@ -254,6 +254,8 @@ def bound(nodes: Sequence[NodePlan], port_base: int) -> str:
     """What bounds the number of nodes, in a sentence."""
     workers = [node for node in nodes if node.role == "worker"]
     apart = [node.name for node in workers if node.level != "overlay"]
+    if not workers:
+        return "no worker has joined yet"
     if not apart:
         return (
             "every worker has the overlay, so workers may have the same ports; the number of "
@@ -263,7 +265,7 @@ def bound(nodes: Sequence[NodePlan], port_base: int) -> str:
     names = ", ".join(apart[:3]) + f" and {len(apart) - 3} more" * (len(apart) > 3)
     return (
         f"{len(taken)} of {PORT_CEILING - port_base} ports from {port_base} on are taken, because "
-        f"workers at the level listeners need ports of their own ({names})"
+        f"workers at the level listeners need their own ports ({names})"
     )
 
 

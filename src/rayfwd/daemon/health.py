@@ -65,7 +65,8 @@ class Health:
             return f"ready, but: {bad.problem.cause}"
         note = f"; {bad.problem.cause}" if bad is not None else ""
         nodes, listeners = len(node.view.nodes), node.listeners.open
-        return f"ready: {nodes} nodes in the plan, {listeners} listeners{note}"
+        plural = "s" * (nodes != 1)
+        return f"ready: {nodes} node{plural} in the plan, {listeners} listeners{note}"
 
     def now(self) -> Status:
         """The whole of it, now."""

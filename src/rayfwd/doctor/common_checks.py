@@ -78,7 +78,7 @@ class Examination(ABC):
         config = self.config
         found = list(warnings(config))
         if not found:
-            return passed("config", f"{config.path}: {config.role} {config.name}")
+            return passed("config", f"{config.path}: a {config.role}, named {config.name}")
         return warned(
             "config",
             codes.CONFIG_DOUBTFUL.problem("; ".join(found), "check whether this is intended"),
@@ -216,7 +216,7 @@ class Examination(ABC):
             return passed("network", said, level="overlay")
         if asked == "overlay":
             return warned("network", problem, level="listeners")
-        said = f"listeners: {problem.cause}; to have the overlay: {problem.remedy}"
+        said = f"listeners: {problem.cause}; to get the overlay: {problem.remedy}"
         return passed("network", said, level="listeners")
 
     def _starts_with_the_daemon(self, problem: Problem) -> Unit | None:
@@ -233,7 +233,7 @@ class Examination(ABC):
             if problem is None or self._starts_with_the_daemon(problem) is not None:
                 jobs = ", and ends every job" if self.config.role == "head" else ""
                 return f"; the overlay is possible now: {TAKE_OVERLAY}{jobs}"
-            return f"; to have the overlay: {problem.remedy}"
+            return f"; to get the overlay: {problem.remedy}"
         if network.level == "overlay" and not network.guard and self.own is not None:
             why = (
                 "this node advertises an address, and "
@@ -285,7 +285,7 @@ class Examination(ABC):
             return warned("limits", several(wrong), **values)
         files = "any number of" if found.descriptors < 0 else str(found.descriptors)
         tasks = "any number of" if found.threads is None else str(found.threads)
-        said = f"{files} files, {tasks} processes and threads ({found.whose})"
+        said = f"{files} files, {tasks} processes and threads ({found.whose} limits)"
         return passed("limits", said, **values)
 
     def proxies(self, addresses: Sequence[str] = ()) -> Row:
@@ -297,7 +297,7 @@ class Examination(ABC):
         problem = judgements.judge_proxies(self.env, self.config.ray.env, self.network, addresses)
         if problem is not None:
             return warned("proxies", problem)
-        return passed("proxies", f"none of them catches {', '.join(addresses)}")
+        return passed("proxies", f"no proxy would get requests to {', '.join(addresses)}")
 
 
 def plan_of(data: Any) -> NodePlan | None:

@@ -111,7 +111,7 @@ class HeadExamination(Examination):
         wrong = [p for options in readable for p in judgements.judge_sshd(options, workers)]
         if wrong:
             return warned("sshd", several(list(dict.fromkeys(wrong))), server=said)
-        return passed("sshd", f"{said} answers, and its options fit", server=said)
+        return passed("sshd", f"{said} answers, and allows what workers need", server=said)
 
     async def _dial(self) -> Row:
         """Log in at each worker that is dialled from here; nothing is opened there."""

@@ -19,8 +19,8 @@ Report = Callable[[str, str], None]
 """Takes what came of a step, and the thing."""
 
 _WORDS = {
-    Verdict.THERE: ("is there", "is there"),
-    Verdict.NEEDED: ("made", "to make"),
+    Verdict.THERE: ("exists", "exists"),
+    Verdict.NEEDED: ("created", "to create"),
     Verdict.OUTDATED: ("renewed", "to renew"),
     Verdict.KEPT: ("kept", "kept"),
 }
