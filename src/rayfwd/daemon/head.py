@@ -247,7 +247,7 @@ class HeadRole:
         await self._node.overlay.made()
 
     def ray_waits(self) -> str:
-        return f"Ray is {self._node.ray.now.state}"
+        return self._node.ray_in_words()
 
     # -- for a process that comes after this one -----------------------------------------
 

@@ -521,6 +521,11 @@ class Node:
         needs = [Finding(name, problem, blocks_ready=True)] if problem else []
         board.put_all("network", needs)
 
+    def ray_in_words(self) -> str:
+        """How far Ray is here, while it is not up."""
+        state = self.ray.now.state
+        return "Ray has not been started yet" if state == "waiting" else f"Ray is {state}"
+
     def _ray_findings(self) -> list[Finding]:
         """What keeps Ray from running. Of one that waits for the link, the link says why."""
         ray, name = self.ray.now, self.config.name

@@ -67,7 +67,7 @@ class WorkerRay:
         waits = self._node.ray.now.state == "waiting"
         if waits and (problem := self._in_the_way()) is not None:
             return f"Ray on this node waits until it can reach the head's Ray: {problem.cause}"
-        return f"Ray is {self._node.ray.now.state}"
+        return self._node.ray_in_words()
 
     def _in_the_way(self) -> Problem | None:
         """What keeps from a service of the head's."""
