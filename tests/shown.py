@@ -32,7 +32,10 @@ EXAMPLES = {
     "size": (rf"(?<![\w.'])\d[\d.,]* {_UNIT}", rf"\d[\d.,]*\s{_UNIT}"),
     "number": (r"(?<![\w.'])\d[\d.,:-]*\d|(?<![\w.'])\d", r"\d[\d.,:-]*?"),
     "kind": (r"pure Python|compiled", r"(?:pure Python|compiled)"),
-    "key": (r"ssh-ed25519 AAAA….*", r"(?:ssh-ed25519 AAAA.+|\(the key that will be created\))"),
+    "key": (
+        r"ssh-ed25519 AAAA….*",
+        r"(?:ssh-ed25519 AAAA.+|\((?:the key that will be created|the same key)\))",
+    ),
     "counts": (r"\d+ pass, .*skipped", r"\d+ pass, .*skipped"),
     "system": (r"Debian[^,]*", r"[^,]+"),
 }

@@ -298,8 +298,11 @@ def test_two_machines_are_added_from_the_head(machines: Lab, nodes: dict[str, In
     print(f"two machines added in {time.monotonic() - began:.1f} s")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-1] == "2 of 2 in the cluster"
-    alone = [line for line in ran.stdout.splitlines() if line.startswith("w1 ")]
-    shown.compare("docs/add.md", "gpu-1  look", "\n".join([*alone, "1 of 1 in the cluster"]))
+    names = (f"ray@{w1.address} ", "w1 ")
+    alone = [line for line in ran.stdout.splitlines() if line.startswith(names)]
+    shown.compare(
+        "docs/add.md", "ray@gpu-1.example.org  look", "\n".join([*alone, "1 of 1 in the cluster"])
+    )
     assert (
         "two  way       the head dials the machine, because the machine does not reach "
         in ran.stdout

@@ -121,7 +121,7 @@ def test_a_machine_is_added_from_the_head(own: Cluster, login: str) -> None:
     kind = {"ray": "a service of this user (lingering is on)", "root": "the machine's service"}
     assert f"worker  start     started: {kind[login]}\n" in said
     assert said.splitlines()[-1] == "1 of 1 in the cluster"
-    shown.compare("README.md", "gpu-1  look", said)
+    shown.compare("README.md", "ray@gpu-1.example.org  look", said)
     assert worker.show(user=login)["ActiveState"] == "active"
     assert own.addresses_that_work() == ["127.77.0.1", "127.77.0.2"]
     assert on_head(head, "remove", "worker").splitlines()[-1] == "1 of 1 removed"
