@@ -26,7 +26,7 @@ EXAMPLES = {
         r"CPU \d.*object store memory \d.* GB",
         r"CPU \d.*object store memory \d.*\s[kMG]?B",
     ),
-    "login": (r"\b(?:ray|root)@[\w.]*\w", r"\S+?"),
+    "login": (r"\b(?:ray|root)@[\w.-]*\w", r"\S+?"),
     "machine": (r"\bgpu-1\b|\b\w+\.example\.org\b", r"\S+"),
     "path": (r"(?<![/:\w.])/(?!/)[\w./-]*\w", r"/\S*"),
     "size": (rf"(?<![\w.'])\d[\d.,]* {_UNIT}", rf"\d[\d.,]*\s{_UNIT}"),
