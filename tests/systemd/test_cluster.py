@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import pytest
 
 from rayfwd.system.logs import REPEAT_LIMIT
-from tests import shown
 from tests.lab.loadgen import Job
 from tests.lab.process import until
 from tests.systemd.cluster import BOTH, PYTHON, Cluster
@@ -147,12 +146,6 @@ def test_status_in_plain_words(stages: Stages, worker: Machine) -> None:
     assert without_head.startswith("waiting: on the head: no hub answers on /run/rayfwd/hub.sock")
     assert stages.ready["StatusText"].startswith("ready: 2 nodes in the plan")
     assert 'Status: "ready' in worker.systemctl("status", "rayfwd")
-
-
-def test_the_status_is_as_the_documents_show_it(worker: Machine) -> None:
-    said = worker.run(["rayfwd", "status"]).stdout
-    shown.compare("README.md", "READY  worker", said)
-    shown.compare("docs/overlay.md", "network    overlay", said)
 
 
 def test_a_lost_link_alone_restarts_nothing(cluster: Cluster, worker: Machine) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rayfwd.cli.screen import Screen
 from rayfwd.problems import ProblemError
 from rayfwd.status import Status
+from tests import shown
 from tests.status_doc import documented, mistakes
 from tests.unit.test_cli import STATUS, condition
 
@@ -63,6 +64,21 @@ def test_there_is_a_text_for_every_recording_and_no_other() -> None:
 def test_the_recordings_are_as_documented(path: Path) -> None:
     wrong, _ = mistakes(recording(path)[0], documented())
     assert wrong == []
+
+
+def test_the_documents_show_such_a_screen() -> None:
+    """That of a worker beside one other node, with the overlay."""
+    status, now = recording(FIXTURES / "status" / "worker-ready.json")
+    addresses = {"127.77.0.1", status["node"]["address"]}
+    overlay = {"level": "overlay", "interface": "rayfwd0", "why": "this machine allows it"}
+    status["network"] |= overlay | {"remedy": None, "guard": True}
+    status["roster"] = [row for row in status["roster"] if row["address"] in addresses]
+    rows = status["cluster"]["nodes"]
+    status["cluster"]["nodes"] = [row for row in rows if row["address"] in addresses]
+    status["cluster"]["totals"].pop("disk")
+    said = drawn(status, now, 200)
+    shown.compare("README.md", "READY  worker", said)
+    shown.compare("docs/overlay.md", "network    overlay", said)
 
 
 def test_a_node_that_has_just_come_is_not_said_to_be_missing() -> None:
