@@ -36,6 +36,8 @@ OTHER = {
     ("docs/metrics.md", "scrape_configs:"): "of Prometheus, which no machine here has",
     ("docs/overlay.md", "[Service]"): "of systemd; tests/systemd has the unit",
     ("docs/overlay.md", "network = ray.train"): "of a driver; test_listeners_level.py runs it",
+    ("docs/add.md", "~/.local/state/rayfwd/machines"): "paths; tests/lab/test_one_home.py has them",
+    ("docs/overlay.md", "settings = RayExecutor"): "of a driver, which was run by hand",
     ("docs/overlay.md", "#!/opt/ray/bin/python"): "test_libraries.py runs it with mpirun",
     ("docs/page.md", "http://127.0.0.1:9480/"): "an address; test_page.py has it",
     ("docs/protocol.md", "0      1"): "a frame; test_frames.py",
@@ -175,7 +177,7 @@ def test_names_with_an_underscore_are_the_sources(page: str) -> None:
 
 _OF_OTHERS = (
     "NCCL_DEBUG NCCL_SOCKET_RETRY_CNT OMPI_MCA_plm_rsh_agent PENDING_NODE_ASSIGNMENT "
-    "btl_tcp_if_exclude dmlc_retry ucx_perftest"
+    "btl_tcp_if_exclude dmlc_retry fully_shard ucx_perftest"
 )
 ELSEWHERE = frozenset(_OF_OTHERS.split())
 """Names of other programs, which no source of ours has."""
@@ -202,8 +204,8 @@ def test_options_that_are_named_are_rayfwds(page: str) -> None:
 
 
 _BY_OTHERS = (
-    "--address --complete-reload --host --ipc --over --privileged --rdzv-endpoint --read-only "
-    "--temp-dir"
+    "--address --complete-reload --host --ipc --local-addr --master-addr --over --privileged "
+    "--rdzv-conf --rdzv-endpoint --read-only --temp-dir"
 )
 THEIRS = frozenset(_BY_OTHERS.split())
 """Options of firewall-cmd, mpirun, docker, torchrun and `python -m tests.lab.training`."""
