@@ -147,7 +147,9 @@ def test_without_ray(box: Box) -> None:
     box.demo("--ray", "/nowhere/ray")
     assert box.wait() == 1
     said = box.output()
-    assert said.startswith("rayfwd: ray_not_found: the demo needs Ray: --ray '/nowhere/ray'")
+    assert said.startswith(
+        "rayfwd: ray_not_found: the demo needs Ray: --ray /nowhere/ray: no such file"
+    )
     assert "pip install 'ray[default]'" in said
     assert len(said.splitlines()) == 1
     assert box.left() == {}
