@@ -41,7 +41,19 @@ def node(head: InFront) -> Iterator[InFront]:
 
 
 @pytest.fixture
-def spot(head: InFront) -> Iterator[InFront]:
+def given_up(head: InFront) -> None:
+    """Ray has given up the nodes of earlier tests. Until then it knows several at one address: a
+    task may go to one that is gone, and Ray may take the newest for that one."""
+
+    def others() -> list[str]:
+        nodes = (head.status()["cluster"] or {"nodes": []})["nodes"]
+        return [n["address"] for n in nodes if n["state"] == "ALIVE" and not n["is_head"]]
+
+    until(lambda: not others(), 150, lambda: f"alive: {others()}")
+
+
+@pytest.fixture
+def spot(head: InFront, given_up: None) -> Iterator[InFront]:
     """The same, as somebody starts it whose machine has 30 s."""
     node = joining(head, "w1", "--stop-timeout", "28")
     yield node
@@ -203,7 +215,9 @@ def test_a_spot_machine_leaves_in_its_notice_with_a_task_that_takes_longer(
     was_told_at_once(head)
 
 
-def test_killed_before_its_time_is_over_it_is_no_lost_link(node: InFront, head: InFront) -> None:
+def test_killed_before_its_time_is_over_it_is_no_lost_link(
+    given_up: None, node: InFront, head: InFront
+) -> None:
     """`docker stop -t 2`, with a task that runs on: the head knows that it was leaving."""
     address = node.wait_ready()["node"]["address"]
     before = len(head.events("node_leaving"))
@@ -222,7 +236,7 @@ def test_killed_before_its_time_is_over_it_is_no_lost_link(node: InFront, head: 
     task.wait(20)
 
 
-def test_killed_alone_it_finds_its_ray_again(head: InFront) -> None:
+def test_killed_alone_it_finds_its_ray_again(head: InFront, given_up: None) -> None:
     """Not as process 1, with which all would end: the same command adopts the Ray that goes on."""
     node = joining(head, "w1", under=())
     again = None
