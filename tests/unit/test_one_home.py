@@ -18,7 +18,7 @@ from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.remote import there
 from rayfwd.setup.request import Layout, user_layout
 from rayfwd.system import files, paths
-from rayfwd.system.paths import of_this_machine, own_place, usual_config
+from rayfwd.system.paths import is_on_a_network, of_this_machine, own_place, usual_config
 
 US = "gpu-1"
 
@@ -49,6 +49,27 @@ def mounted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *lines: str) -> Non
     rows = ["21 1 8:1 / / rw - ext4 /dev/sda1 rw", *lines]
     table.write_text("".join(f"{row}\n" for row in rows))
     monkeypatch.setattr(paths, "_MOUNTS", str(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"home of all", b"home\\040of\\040all"),
+        ("für alle".encode(), "für\\040alle".encode()),
+        (b"no \xff text", b"no\\040\xff\\040text"),
+        (b"a\\040b", b"a\\134040b"),
+    ],
+)
+def test_a_disk_of_the_network_is_known_whatever_its_place_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes, shown: bytes
+) -> None:
+    """Its place stands in the kernel's table as bytes, with few of them escaped."""
+    mounted(monkeypatch, tmp_path)
+    with (tmp_path / "mountinfo").open("ab") as table:
+        table.write(b"22 21 0:40 / /somewhere/\xfe rw - tmpfs none rw\n")
+        table.write(b"23 21 0:41 / /mnt/" + shown + b" rw - nfs4 server:/home rw\n")
+    assert is_on_a_network(Path(os.fsdecode(b"/mnt/" + name)) / "rayfwd")
+    assert not is_on_a_network(tmp_path)
 
 
 def test_the_usual_directory_is_a_machines_that_is_alone(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ LOCK = "lock"
 _NAME_SHOWN = 20
 """Characters of a machine's name in a path: a socket's has room for about a hundred."""
 _MOUNTS = "/proc/self/mountinfo"
+_ESCAPED = (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\"))
+"""What its paths have in the place of these; what stands for itself comes last (proc(5))."""
 _NETWORK_DISKS = frozenset(
     [
         "nfs",
@@ -197,13 +199,15 @@ def is_on_a_network(path: Path) -> bool:
     """Whether other machines are likely to have the same file system."""
     real = os.path.realpath(path)
     best, kind = "", ""
-    with contextlib.suppress(OSError), open(_MOUNTS, encoding="utf-8") as mounts:
+    with contextlib.suppress(OSError), open(_MOUNTS, "rb") as mounts:
         for line in mounts:
-            before, _, after = line.partition(" - ")
+            before, _, after = os.fsdecode(line).partition(" - ")
             words = before.split()
             if len(words) < 5 or not after:  # proc(5)
                 continue
-            at = words[4].encode().decode("unicode_escape")
+            at = words[4]
+            for code, character in _ESCAPED:
+                at = at.replace(code, character)
             inside = at in ("/", real) or real.startswith(f"{at}/")
             if inside and len(at) >= len(best):  # the last of one place hides the others
                 best, kind = at, after.split()[0]
