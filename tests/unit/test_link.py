@@ -35,7 +35,6 @@ from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.hops import find_way
 from rayfwd.transport.kept import KEPT_SECONDS
 from rayfwd.transport.link import Link, LinkRefusedError
 from rayfwd.transport.listeners import Listeners
@@ -43,7 +42,6 @@ from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.pipes import PipeTransport
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.transport.ssh_carrier import SshCarrier
-from rayfwd.transport.sshproblems import host_key_problem
 from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 from tests.need import need
 from tests.unit.cluster import Cluster, answer_to, echo, free_place, hello_of, serving
@@ -685,38 +683,6 @@ def test_what_to_do_about_a_host_key_helps(tmp_path: Path) -> None:
 
     with log_events() as log:
         run(main)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ("ProxyJump none", "`ssh-keyscan -p 2222 192.0.2.1 >> ~/.ssh/known_hosts`; or"),
-        ("UserKnownHostsFile ~/mine /x", "`ssh-keyscan -p 2222 192.0.2.1 >> ~/mine`; or"),
-        (
-            "UserKnownHostsFile none",
-            ">> ~/.ssh/known_hosts`, and set head.known_hosts to ~/.ssh/known_hosts; or",
-        ),
-        (
-            "ProxyJump the-listener",
-            "`ssh -o 'UserKnownHostsFile=~/.ssh/known_hosts' -F {file} ray@the-head`, once; or",
-        ),
-        (
-            "HostKeyAlias its-name",
-            "`ssh -o 'UserKnownHostsFile=~/.ssh/known_hosts' -F {file} ray@the-head`, once; or",
-        ),
-    ],
-)
-def test_where_an_unknown_host_key_is_to_be_added(tmp_path: Path, config: str, said: str) -> None:
-    file = tmp_path / "ssh_config"
-    file.write_text(f"Host the-head\n  HostName 192.0.2.1\n  Port 2222\n  {config}\n")
-
-    async def main() -> None:
-        head = HeadConfig(ssh="ray@the-head", ssh_config=file)
-        problem = host_key_problem(head, find_way(head)[-1])
-        assert problem.code == codes.HOST_KEY_UNKNOWN
-        assert said.format(file=file) in problem.remedy
-
-    run(main)
 
 
 @pytest.mark.parametrize(

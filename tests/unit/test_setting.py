@@ -38,8 +38,8 @@ OPEN = {
     "network/overlay_keeper.py": "a service's, which has a file",
     "ray/token.py": "both nodes': the option is beside it",
     "transport/awaited.py": "the head's: the option is beside it",
+    "transport/hop_problems.py": "the head's",
     "transport/meeting.py": "what `--meet` describes as well",
-    "transport/sshproblems.py": "the head's",
     "watch/flapping.py": "another node's",
 }
 """Modules with a message that names a key as it is, and why that is right."""

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import asyncssh
 import pytest
 
 from rayfwd import codes
@@ -21,8 +20,6 @@ from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.transport import dial, hops
 from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.ssh import SshConnector
-from rayfwd.transport.sshproblems import explain
-from rayfwd.transport.urgency import AdaptiveTimeout
 from tests.unit.loops import log_events, of, run
 from tests.unit.ssh_server import Sshd
 
@@ -547,13 +544,3 @@ def test_a_second_address_is_tried_beside_one_that_is_silent(
                     sock.close()
 
     run(main)
-
-
-def test_an_agent_with_too_many_keys_is_named(home: Path, tmp_path: Path) -> None:
-    reason = "Too many authentication failures"
-    exc = asyncssh.DisconnectError(asyncssh.DISC_PROTOCOL_ERROR, reason)
-    (hop,) = hops.find_way(HeadConfig(ssh="ray@head"))
-    attempt = dial.Attempt(hop.options, None, urgency(False), AdaptiveTimeout(1.0, 1.0))
-    problem = explain(exc, HeadConfig(ssh="ray@head"), hop, attempt)
-    assert problem.code is codes.SSH_AUTH_REFUSED
-    assert "IdentitiesOnly" in problem.remedy

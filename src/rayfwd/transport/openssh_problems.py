@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
-from rayfwd.transport import credentials, looked_there, sshproblems
+from rayfwd.transport import channel_problems, credentials, hop_problems, looked_there
 from rayfwd.transport.hubanswer import password_expired
 from rayfwd.transport.openssh import OpensshHop
 from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
@@ -91,7 +91,7 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     last = next(reversed(own), "")
     if (found := _DENIED.search(last)) is not None:
         if "with partial success" in said:
-            return sshproblems.second_factor(hop, dialled)
+            return hop_problems.second_factor(hop, dialled)
         if (sign := _SIGN.search(said)) is not None:
             return credentials.not_signed(sign[1], sign[2], hop, dialled)
         if _PIN.search(said):
@@ -103,18 +103,18 @@ def _of_login(head: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
         if at.signed:
             return credentials.signature_refused(at.signed, hop, dialled)
         if (key := _KEY.search(said)) is not None:
-            return sshproblems.key_unusable(key[1], hop.to)
-        return sshproblems.keys_refused(f"it takes {found[1]}", hop, dialled)
+            return hop_problems.key_unusable(key[1], hop.to)
+        return hop_problems.keys_refused(f"it takes {found[1]}", hop, dialled)
     if (found := _NEGOTIATE.search(said)) is not None:
-        return sshproblems.nothing_in_common(found[1], found[2].split(","), hop, dialled)
+        return hop_problems.nothing_in_common(found[1], found[2].split(","), hop, dialled)
     if (found := _CERTIFICATE.search(said)) is not None:
-        return sshproblems.certificate_invalid(found[1], hop, dialled)
+        return hop_problems.certificate_invalid(found[1], hop, dialled)
     if (revoked := _REVOKED.search(said)) is not None:
-        return sshproblems.host_key_problem(head, hop, revoked["file"] or True, dialled)
+        return hop_problems.host_key_problem(head, hop, revoked["file"] or True, dialled)
     if _HOST_KEY.search(said):
-        return sshproblems.host_key_problem(head, hop, dialled=dialled)
+        return hop_problems.host_key_problem(head, hop, dialled=dialled)
     if (found := _TOO_MANY.search(said)) is not None:
-        return sshproblems.too_many_keys(found[1], hop, dialled)
+        return hop_problems.too_many_keys(found[1], hop, dialled)
     return None
 
 
@@ -125,7 +125,7 @@ def _of_ticket(
     one, is told of its keys."""
     if credentials.TICKETS not in accepted:
         return None
-    by_key = credentials.KEYS in accepted and sshproblems.has_key(hop)
+    by_key = credentials.KEYS in accepted and hop_problems.has_key(hop)
     if credentials.TICKETS not in at.methods:
         return None if by_key else credentials.tickets_not_tried(hop, dialled, *NOT_ASKED)
     if not at.of_ticket:
@@ -140,11 +140,11 @@ def _of_jump(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     if hop.first:
         return None
     if hop.meet is not None and _ENDED.search(said) and (last := _last_of_command(said)):
-        return sshproblems.nobody_waits(last, hop, by_command=True)
+        return hop_problems.nobody_waits(last, hop, by_command=True)
     if (found := _FORBIDDEN.search(said)) is not None:
-        return sshproblems.jump_forbids(found[1], hop)
+        return hop_problems.jump_forbids(found[1], hop)
     if (found := _NOT_OPENED.search(said)) is not None:
-        return sshproblems.jump_cannot(found[1], hop)
+        return hop_problems.jump_cannot(found[1], hop)
     return None
 
 
@@ -154,15 +154,15 @@ def _last_of_command(said: str) -> str:
 
 
 _OF_CONNECT: tuple[tuple[str, Callable[[OpensshHop, str], Problem]], ...] = (
-    ("refused", sshproblems.not_listening),
-    ("timed out", sshproblems.no_answer),
+    ("refused", hop_problems.not_listening),
+    ("timed out", hop_problems.no_answer),
 )
 
 
 def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
     """Where no login was tried, or the connection ended under it."""
     if (found := _RESOLVE.search(said)) is not None:
-        return sshproblems.unresolved(found[1], hop)
+        return hop_problems.unresolved(found[1], hop)
     at = reached(said)
     if tried := list(_CONNECT.finditer(said)):
         addresses = at.dialled or [f"{one[1]} port {one[2]}" for one in tried]
@@ -171,22 +171,22 @@ def _of_connection(_: HeadConfig, hop: OpensshHop, said: str) -> Problem | None:
         for words, made in _OF_CONNECT:
             if words in why:
                 return made(hop, dialled)
-        return sshproblems.no_way(why, hop, dialled)
+        return hop_problems.no_way(why, hop, dialled)
     by_command = hop.command and hop.first and not at.is_ssh
     if by_command and (found := _ENDED.search(said)) is not None:
         its = [line for line in spoken(said).splitlines() if not _ENDED.search(line)]
-        return sshproblems.command_ended(hop, " ".join(its) or "it ended without a word")
+        return hop_problems.command_ended(hop, " ".join(its) or "it ended without a word")
     place = _where(hop, at)
     if "timed out during banner exchange" in said:
         return _silent(hop, at)
     if re.search(r"^Connection to .* timed out", said, re.MULTILINE):
-        return sshproblems.no_answer(hop, place)
+        return hop_problems.no_answer(hop, place)
     if (found := _ENDED.search(said)) is not None:
         if "invalid characters" in said or "invalid format" in said:
-            return sshproblems.no_ssh(at.words or "bytes that are no text", hop, place)
+            return hop_problems.no_ssh(at.words or "bytes that are no text", hop, place)
         if "kex_exchange_identification" in said or "banner exchange" in said:
-            return sshproblems.turned_away(at.words, hop, place)
-        return sshproblems.ended(found[0], hop, place, in_login=at.has_keys)
+            return hop_problems.turned_away(at.words, hop, place)
+        return hop_problems.ended(found[0], hop, place, in_login=at.has_keys)
     return None
 
 
@@ -198,25 +198,25 @@ def not_in_time(hop: OpensshHop, said: str, seconds: float) -> Problem:
     if at.methods[-1:] == (credentials.TICKETS,):
         return credentials.kdc_silent(seconds, hop, _where(hop, at))
     if at.has_keys:
-        return sshproblems.login_slow(seconds, hop, _where(hop, at))
+        return hop_problems.login_slow(seconds, hop, _where(hop, at))
     if at.is_ssh:
-        return sshproblems.no_key_exchange(seconds, hop, _where(hop, at))
+        return hop_problems.no_key_exchange(seconds, hop, _where(hop, at))
     if hop.direct and not at.dialled:
-        return sshproblems.resolver_silent(seconds, hop)
+        return hop_problems.resolver_silent(seconds, hop)
     if hop.direct and not at.connected:
-        return sshproblems.no_answer(hop, _where(hop, at))
+        return hop_problems.no_answer(hop, _where(hop, at))
     return _silent(hop, at)
 
 
 def _silent(hop: OpensshHop, at: Reached) -> Problem:
     """Whatever was to lead there does, as far as it says, and nothing comes that is SSH."""
     if hop.command and hop.first:
-        return sshproblems.command_ended(hop, "none in time")
+        return hop_problems.command_ended(hop, "none in time")
     if not hop.first:
-        return sshproblems.jump_silent(hop)
+        return hop_problems.jump_silent(hop)
     if at.words:
-        return sshproblems.no_ssh(at.words, hop, _where(hop, at))
-    return sshproblems.says_nothing(hop, _where(hop, at))
+        return hop_problems.no_ssh(at.words, hop, _where(hop, at))
+    return hop_problems.says_nothing(hop, _where(hop, at))
 
 
 def _place(hop: OpensshHop) -> str:
@@ -251,21 +251,21 @@ def not_opened(head: HeadConfig, said: str) -> str:
     if head.via == "exec":
         found = found or _NOT_OPENED.search(said)
         if found is None and (ended := _NOT_STARTED.search(said)) is not None:
-            why = sshproblems.not_started(ended[1], to)
+            why = channel_problems.not_started(ended[1], to)
             return f"rayfwd attach: {why.code}: {why.cause}; {why.remedy}"
         if found is None:
             return ""
         return (
             f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
-            f"{found[1].strip()}; {sshproblems.sessions_allowed(to)}"
+            f"{found[1].strip()}; {channel_problems.sessions_allowed(to)}"
         )
     if found is not None:
-        allow = sshproblems.forwarding_allowed(to)
+        allow = channel_problems.forwarding_allowed(to)
         return (
             f"rayfwd attach: {codes.CHANNEL_REFUSED}: its sshd refuses this kind of channel: "
             f"{found[1].strip()}; set {to.set_to('via', 'exec')}, or {allow}"
         )
     if said and "open failed" not in said:
         return ""  # it was opened, and closed by who answers there
-    why = sshproblems.of_look(looked_there.look(said, head.socket), head.socket, to)
+    why = channel_problems.of_look(looked_there.look(said, head.socket), head.socket, to)
     return f"rayfwd attach: {why.code}: {why.cause}; {why.remedy}"

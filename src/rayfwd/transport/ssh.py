@@ -18,19 +18,10 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.logs import get_logger
-from rayfwd.transport import agent
+from rayfwd.transport import agent, asyncssh_problems, channel_problems, hop_problems
 from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.transport.hops import Hop, find_way
 from rayfwd.transport.places import NoSftpError
-from rayfwd.transport.sshproblems import (
-    explain,
-    explain_files,
-    host_key_problem,
-    look_at_socket,
-    not_started,
-    sessions_allowed,
-    with_passed_over,
-)
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.witness import Witness
 
@@ -156,9 +147,9 @@ class SshConnector:
         key = await self._attempt(head, jump, never, ask)
         known_here = key is not None and key.public_data in [k.public_data for k in trusted]
         if key is None or (trusted and not known_here):
-            raise ProblemError(host_key_problem(self._head, head))
+            raise ProblemError(hop_problems.host_key_problem(self._head, head))
         if key.public_data in [k.public_data for k in known.revoked()]:
-            raise ProblemError(host_key_problem(self._head, head, revoked=True))
+            raise ProblemError(hop_problems.host_key_problem(self._head, head, revoked=True))
         public = " ".join(key.export_public_key().decode().split()[:2])
         return HostKey(known.host, known.port, public, key.get_fingerprint(), known_here)
 
@@ -166,7 +157,7 @@ class SshConnector:
         try:
             return await asyncio.to_thread(find_way, self._head)
         except (OSError, asyncssh.Error, ValueError) as exc:
-            raise ProblemError(explain_files(exc, self._head)) from exc
+            raise ProblemError(asyncssh_problems.explain_files(exc, self._head)) from exc
 
     async def _jump(
         self, hops: list[Hop], urgent: asyncio.Event
@@ -226,8 +217,10 @@ class SshConnector:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, NoSftpError, ValueError, TimeoutError) as exc:
             self.stopped_at = hop
-            problem = await agent.blamed(explain(exc, self._head, hop, attempt), hop)
-            raise ProblemError(with_passed_over(problem, hop)) from exc
+            problem = await agent.blamed(
+                asyncssh_problems.explain(exc, self._head, hop, attempt), hop
+            )
+            raise ProblemError(asyncssh_problems.with_passed_over(problem, hop)) from exc
         if not isinstance(made, asyncssh.SSHClientConnection):
             attempt.close()
         self._took(hop, attempt.seconds)
@@ -301,12 +294,12 @@ class SshConnector:
         by_command: bool,
     ) -> Problem:
         if exc.code == asyncssh.OPEN_REQUEST_SESSION_FAILED:
-            return not_started(exc.reason, self._to)
+            return channel_problems.not_started(exc.reason, self._to)
         if exc.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED or by_command:
             return codes.CHANNEL_REFUSED.problem(
                 f"{self._to.name}'s sshd refuses this kind of channel: {exc.reason}",
                 f"set {self._to.set_to('via', 'exec')}"
                 if not by_command
-                else sessions_allowed(self._to),
+                else channel_problems.sessions_allowed(self._to),
             )
-        return await look_at_socket(connection, self._head, exc.reason)
+        return await asyncssh_problems.look_at_socket(connection, self._head, exc.reason)
