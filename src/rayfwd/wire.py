@@ -65,6 +65,8 @@ def _fields(of: Any, value: Mapping[str, Any], path: str) -> Any:
 
 
 def _from_wire(wanted: Any, value: Any, path: str) -> Any:
+    if wanted is Any:
+        return value
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is types.UnionType:
         rest = next(part for part in inner if part is not types.NoneType)

@@ -57,6 +57,7 @@ from rayfwd.setup.remote import (
     wheels,
 )
 from rayfwd.setup.remote.adding import Outcome
+from rayfwd.setup.remote.calls import NodeRequest, Prepared, SelfReport
 from rayfwd.setup.remote.hosts import Host, HostsError
 from rayfwd.setup.remote.shipment import Needs, Shipment
 from rayfwd.setup.remote.sight import Python, Sight
@@ -66,6 +67,7 @@ from rayfwd.setup.steps import undo
 from rayfwd.system.asuser import own_account
 from rayfwd.transport import dial
 from rayfwd.transport.carriers import carrier_for
+from rayfwd.wire import fields_from_wire, fields_to_wire
 from tests.commands import main
 from tests.unit.daemons import Site, site
 from tests.unit.loops import run, run_on_fake_clock, until
@@ -1117,10 +1119,20 @@ def placed_below(home: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     return layout
 
 
-def prepared(ray: str = "ray", **more: object) -> dict[str, Any]:
-    return there.prepare(
-        "w1", ray, False, "ray@192.0.2.1", "192.0.2.1 ssh-ed25519 AAAA\n", "rayfwd", more
+def prepared(ray: str = "ray", **more: object) -> Prepared:
+    """As the head has it made, by JSON both ways."""
+    request = NodeRequest(
+        name="w1",
+        ray=ray,
+        service=False,
+        head="ray@192.0.2.1",
+        host_key="192.0.2.1 ssh-ed25519 AAAA\n",
+        attach="rayfwd",
+        more=more,
     )
+    asked = json.loads(json.dumps(fields_to_wire(request)))
+    told = json.loads(json.dumps(there.prepare(asked)))
+    return fields_from_wire(Prepared, told, "prepared")
 
 
 def test_a_machine_that_has_lost_its_state_directory_is_added_again(
@@ -1133,10 +1145,10 @@ def test_a_machine_that_has_lost_its_state_directory_is_added_again(
         shutil.rmtree(layout.state)
         layout.config.write_text(text + edited)
         again = prepared()
-        assert again["key"] not in {None, first["key"]}
-        assert again["kept"] == [str(layout.config)] * bool(edited)
+        assert again.key not in {None, first.key}
+        assert again.kept == (str(layout.config),) * bool(edited)
         assert layout.config.read_text() == text + edited
-        assert prepared()["changed"] == []
+        assert prepared().changed == ()
         made = Manifest(layout.manifest).of(str(layout.config))
         assert made is not None
         assert undo(made, purge=True, really=False) == "removed", "by `rayfwd remove`"
@@ -1172,7 +1184,7 @@ def test_a_node_that_has_no_file_is_left_alone(
         monkeypatch.setattr(there, "ask", lambda *_, **__: told | {"pid": other.pid})
         try:
             if not said:
-                assert prepared()["changed"]
+                assert prepared().changed
                 return
             with pytest.raises(ProblemError, match=said) as blocked:
                 prepared()
@@ -1634,13 +1646,13 @@ def test_a_worker_is_not_dialled_by_parts_of_another_installation(
 
 
 def test_a_wait_that_ended_says_what_the_machine_says() -> None:
-    how = {"summary": "waiting", "conditions": [["ray_not_found", "no ray", "get it"]], "log": ""}
+    how = SelfReport("waiting", (codes.RAY_NOT_FOUND.problem("no ray", "get it"),))
     problem = adding.not_ready("w1", 3.0, how).problem
     assert problem.code is codes.ADD_NOT_READY
     assert problem.cause.endswith("after 3 s: waiting; ray_not_found: no ray")
     assert problem.remedy == "get it"
-    how = {"summary": "silent", "conditions": [], "log": "Traceback"}
-    assert "Traceback" in adding.not_ready("w1", 3.0, how).problem.cause
+    silent = SelfReport("silent", log="Traceback")
+    assert "Traceback" in adding.not_ready("w1", 3.0, silent).problem.cause
 
 
 def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from rayfwd.config import DialConfig
 from rayfwd.problems import ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.remote import hosts, install, keys, sight, there
+from rayfwd.setup.remote.calls import Found, Known, NodeRequest, Prepared, SelfReport, Started
 from rayfwd.setup.remote.here import Head, Way
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.places import PATIENCE, Place
@@ -25,6 +26,7 @@ from rayfwd.setup.remote.sight import Sight
 from rayfwd.setup.remote.ssh import Failed, Hangs, Machine, NoShell, by_hand
 from rayfwd.status import Status
 from rayfwd.system import setting
+from rayfwd.wire import fields_from_wire, fields_to_wire
 
 LOOK_SECONDS = 90.0
 START_SECONDS = 180.0
@@ -279,18 +281,19 @@ class _One:
         """The same; where other machines have this home too, without what is theirs in it."""
         if seen.made is None or seen.root:
             return seen
-        found = {"apart": False, "name": None}
+        known = Known()
         if not seen.broken:
             with suppress(ProblemError):  # an earlier version's, which does not know
-                found = await machine.call(f"{seen.prefix}/bin/python", there.who, {})
-        if not found["apart"]:
+                told = await machine.call(f"{seen.prefix}/bin/python", there.who, {})
+                known = fields_from_wire(Known, told, "known")
+        if not known.apart:
             theirs, host = seen.made.get("name"), seen.made.get("host", seen.host)
             if host == seen.host or theirs not in await self._elsewhere():
                 return seen
         made = {key: value for key, value in seen.made.items() if key not in {"name", "host"}}
-        if found["name"] is not None:
-            made["name"] = found["name"]
-        return replace(seen, made=made, systemd=seen.systemd and not found["apart"])
+        if known.name is not None:
+            made["name"] = known.name
+        return replace(seen, made=made, systemd=seen.systemd and not known.apart)
 
     async def _elsewhere(self) -> list[str]:
         """Nodes that certainly are other machines: they are connected, or were looked at in this
@@ -364,24 +367,25 @@ class _One:
         asked["ways"] = [{"ssh": w.ssh, "key": w.key} for w in ways]
         if self._head.ray is not None:
             asked["wanted"] = [self._head.ray.versions.ray, self._head.ray.versions.python]
-        found = await machine.call(python, there.look, asked, LOOK_SECONDS)
+        told = await machine.call(python, there.look, asked, LOOK_SECONDS)
+        found = fields_from_wire(Found, told, "found")
         ray = self._checked_ray(found)
-        return ray, list(zip(ways, found["ways"], strict=True))
+        return ray, list(zip(ways, found.ways, strict=True))
 
-    def _checked_ray(self, found: dict[str, Any]) -> str:
+    def _checked_ray(self, found: Found) -> str:
         """Raises ProblemError where its Ray is none, or not as the head's."""
         if not self._starts_ray:
-            return str(found["ray"] or "ray")
+            return found.ray or "ray"
         told = f"{self._outcome.called}: "
         remedy = "use --ray, which installs the head's version, or give its path with --ray-command"
-        if found["ray"] is None:
-            wrong = found["ray_problem"]
-            cause = wrong["cause"] if wrong else "no Ray was found there"
-            code = codes.named(wrong["code"]) if wrong else codes.RAY_NOT_FOUND
+        if found.ray is None:
+            wrong = found.ray_problem
+            cause = wrong.cause if wrong else "no Ray was found there"
+            code = wrong.code if wrong else codes.RAY_NOT_FOUND
             raise code.error(told + cause, remedy)
         if self._head.ray is not None:
-            check_same(Versions(*found["versions"]), self._head.ray.versions, told, remedy)
-        return str(found["ray"])
+            check_same(Versions(*found.versions or ()), self._head.ray.versions, told, remedy)
+        return found.ray
 
     async def _set_up(
         self,
@@ -401,10 +405,10 @@ class _One:
             self._at("set up")
             made = await self._prepare(machine, seen, python, name, ray, way)
             self._at("way")
-            new |= self._head.let_in(name, made["key"] or "")
+            new |= self._head.let_in(name, made.key or "")
             try:
-                asked = {"head": way.ssh, "identity": made["identity"], "user": made["user"]}
-                asked["known_hosts"] = made["known_hosts"]
+                asked = {"head": way.ssh, "identity": made.identity, "user": made.user}
+                asked["known_hosts"] = made.known_hosts
                 await machine.call(python, there.check_way, asked, LOOK_SECONDS)
                 await self._head.undial(name)
                 self._say(f"the machine dials {way.ssh}")
@@ -424,12 +428,13 @@ class _One:
             self._at("way")
             reason = "" if not ways else f", because the machine does not reach the head: {why}"
             self._say(f"the head dials the machine{reason}")
-        seen = replace(seen, systemd=made["service"])
+        seen = replace(seen, systemd=made.service)
         self._remember(name, seen, "head" if way is None else "worker")
         self._at("start")
-        asked = {"service": seen.systemd, "anew": new or bool(made["changed"])}
-        came = await machine.call(python, there.start, asked, START_SECONDS)
-        self._say(f"{came['came']}: {came['how']}", came["came"] != "runs")
+        how = {"service": seen.systemd, "anew": new or bool(made.changed)}
+        told = await machine.call(python, there.start, how, START_SECONDS)
+        started = fields_from_wire(Started, told, "started")
+        self._say(f"{started.came}: {started.how}", started.came != "runs")
         return seen.systemd
 
     def _remember(self, name: str, seen: Sight, way: str | None) -> None:
@@ -448,34 +453,36 @@ class _One:
 
     async def _prepare(
         self, machine: Machine, seen: Sight, python: str, name: str, ray: str, way: Way | None
-    ) -> dict[str, Any]:
-        asked = {
-            "name": name,
-            "ray": ray,
-            "service": seen.systemd,
-            "head": None if way is None else way.ssh,
-            "host_key": None if way is None else way.known_host,
-            "attach": self._head.attach_words(name)[0],
-            "more": dict(self._host.more),
-            "elsewhere": [] if seen.root else await self._elsewhere(),
-        }
-        made: dict[str, Any] = await machine.call(python, there.prepare, asked, START_SECONDS)
-        for thing in made["kept"]:
+    ) -> Prepared:
+        request = NodeRequest(
+            name=name,
+            ray=ray,
+            service=seen.systemd,
+            head=None if way is None else way.ssh,
+            host_key=None if way is None else way.known_host,
+            attach=self._head.attach_words(name)[0],
+            more=self._host.more,
+            elsewhere=() if seen.root else tuple(await self._elsewhere()),
+        )
+        asked = {"request": fields_to_wire(request)}
+        told = await machine.call(python, there.prepare, asked, START_SECONDS)
+        made = fields_from_wire(Prepared, told, "prepared")
+        for thing in made.kept:
             self._say(f"{thing} was left as it is, because it was edited or added otherwise before")
-        changed = made["changed"]
-        came = f"created {len(changed)} files and directories" if changed else "nothing to create"
-        self._say(f"{came}; the configuration is {made['config']}", bool(changed))
+        count = len(made.changed)
+        came = f"created {count} files and directories" if count else "nothing to create"
+        self._say(f"{came}; the configuration is {made.config}", count > 0)
         return made
 
     async def _dial(
-        self, machine: Machine, seen: Sight, python: str, name: str, made: dict[str, Any]
+        self, machine: Machine, seen: Sight, python: str, name: str, made: Prepared
     ) -> None:
         """Have the head dial it. Raises ProblemError."""
         self._head.shut_out(name)
         path, public = self._head.dial_key()
-        words = [made["command"], "attach"]
+        words = [made.command, "attach"]
         if seen.root:
-            words += ["--socket", made["socket"]]
+            words += ["--socket", made.socket]
         # Else its file says where: of machines with one home, sshd takes the first one's line.
         line = keys.forced_line(words, public, f"head-of-{name}")
         asked = {"line": line, "name": f"head-of-{name}"}
@@ -497,10 +504,10 @@ class _One:
             late = now - began > self._all.wait_for
             if late or now - asked > ASK_SECONDS:
                 asked = now
-                of = {"service": service}
-                how = await machine.call(python, there.how_it_is, of)
-                if late or any(codes.named(code).lasting for code, _, _ in how["conditions"]):
-                    raise not_ready(name, now - began, how)
+                told = await machine.call(python, there.how_it_is, {"service": service})
+                report = fields_from_wire(SelfReport, told, "report")
+                if late or any(problem.code.lasting for problem in report.conditions):
+                    raise not_ready(name, now - began, report)
             await asyncio.sleep(POLL_SECONDS)
         self._say("in the cluster" + ", with its Ray" * self._starts_ray)
 
@@ -571,13 +578,13 @@ def check_same(there_: Versions, here: Versions, told: str, remedy: str) -> None
         )
 
 
-def not_ready(name: str, seconds: float, how: dict[str, Any]) -> ProblemError:
+def not_ready(name: str, seconds: float, report: SelfReport) -> ProblemError:
     """With what its own rayfwd says of it."""
-    cause = f"{name} is not in the cluster after {seconds:.0f} s: {how['summary']}"
+    cause = f"{name} is not in the cluster after {seconds:.0f} s: {report.summary}"
     remedy = "run `rayfwd status` and `rayfwd doctor` on that machine"
-    if how["conditions"]:
-        code, said, remedy = how["conditions"][0]
-        cause += f"; {code}: {said}"
-    elif how["log"]:
-        cause += f"; its log ends with: {how['log'][-300:].strip()}"
+    if report.conditions:
+        first = report.conditions[0]
+        cause, remedy = f"{cause}; {first.code.name}: {first.cause}", first.remedy
+    elif report.log:
+        cause += f"; its log ends with: {report.log[-300:].strip()}"
     return codes.ADD_NOT_READY.error(cause, remedy)

@@ -18,9 +18,11 @@ from rayfwd.setup.remote.adding import (
     makes_no_sense,
     no_answer_yet,
 )
+from rayfwd.setup.remote.calls import TakenAway
 from rayfwd.setup.remote.here import Head
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.ssh import Failed, Machine
+from rayfwd.wire import fields_from_wire
 
 STOP_SECONDS = there.STOP_SECONDS + 60.0
 
@@ -83,9 +85,10 @@ async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Rep
             asked = {"service": bool(entry.get("service")), "name": f"head-of-{name}"}
             python = f"{seen.prefix}/bin/python"
             told = await machine.call(python, there.take_away, asked, STOP_SECONDS)
-            for line in told["steps"]:
+            taken = fields_from_wire(TakenAway, told, "taken away")
+            for line in taken.steps:
                 report(name, "stop", line)
-            others = 0 if entry.get("own_program") else told["others"]
+            others = 0 if entry.get("own_program") else taken.others
         outcome.at = "uninstall"
         if others:
             report(name, "uninstall", f"{seen.prefix} stays: other machines have the same home")

@@ -1,7 +1,7 @@
 """What rayfwd does on a machine that is brought in, said from the head over SSH.
 
-Every function is called there by name (`Machine.call`), takes and returns what JSON has, and raises
-ProblemError with what is wrong on that machine.
+Every function is called there by name (`Machine.call`). It takes and returns what JSON has (see
+`calls.py`), and raises ProblemError with what is wrong on that machine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ from rayfwd.setup import planner, texts, units
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.places import find_places, own_command
 from rayfwd.setup.remote import keys
+from rayfwd.setup.remote.calls import (
+    Found,
+    Known,
+    NodeRequest,
+    Prepared,
+    SelfReport,
+    Started,
+    TakenAway,
+)
 from rayfwd.setup.remote.sight import MARKER
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
 from rayfwd.setup.steps import Directory, File, Step, Symlink, Verdict, command, public_key
@@ -48,6 +57,7 @@ from rayfwd.system.paths import (
     own_place,
 )
 from rayfwd.transport.ssh import SshConnector
+from rayfwd.wire import fields_from_wire, fields_to_wire
 
 REACH_SECONDS = 20.0
 LOOK_SECONDS = 60.0
@@ -76,20 +86,20 @@ async def look(
 ) -> dict[str, Any]:
     """Which Ray is here, of these commands the first that has the versions `wanted` (its own, its
     Python's), else the first that works; and which of these ways lead to the head: each has `ssh`,
-    and the `key` that the head's sshd must show."""
-    found: dict[str, Any] = {"ray": None, "versions": None, "ray_problem": None}
+    and the `key` that the head's sshd must show. Found."""
+    ray, versions, problem = None, None, None
     for asked in rays:
         try:
             one = await asyncio.to_thread(_ray_of_its_owner, asked)
         except ProblemError as exc:
-            found["ray_problem"] = found["ray_problem"] or exc.problem.to_wire()
+            problem = problem or exc.problem
             continue
-        if found["ray"] is None or one["versions"] == wanted:
-            found |= one
+        if ray is None or one["versions"] == wanted:
+            ray, versions = one["ray"], tuple(one["versions"])
         if wanted is None or one["versions"] == wanted:
             break
-    found["ways"] = await asyncio.gather(*(_shows(way["ssh"], way["key"]) for way in ways))
-    return found
+    shown = await asyncio.gather(*(_shows(way["ssh"], way["key"]) for way in ways))
+    return fields_to_wire(Found(tuple(shown), ray, versions, problem))
 
 
 def _ray_of_its_owner(command: str) -> dict[str, Any]:
@@ -150,25 +160,13 @@ def layout_of(service: bool, apart: bool = False) -> Layout:
     return replace(layout, system=False, secrets=layout.state, runtime=default_runtime_dir({}))
 
 
-def prepare(
-    name: str,
-    ray: str,
-    service: bool,
-    head: str | None,
-    host_key: str | None,
-    attach: str,
-    more: dict[str, Any],
-    elsewhere: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Write what the daemon needs, where it is not there. `head`: None, the head dials.
-
-    `host_key`: the head's, as a line of known hosts. `attach`: what is run on the head where its
-    line in authorized_keys does not say. `elsewhere`: names of nodes that are other machines.
-    """
+def prepare(request: dict[str, Any]) -> dict[str, Any]:
+    """Write what the daemon needs, where it is not there: a NodeRequest's, and Prepared."""
+    asked = fields_from_wire(NodeRequest, request, "request")
     # Machines with one home may be added in one moment: the first leaves its file for the others.
     with _alone_in_this_home():
-        layout = layout_of(service, _is_anothers(find_places(None), elsewhere))
-        return _prepare(layout, name, ray, service, head, host_key, attach, more)
+        layout = layout_of(asked.service, _is_anothers(find_places(None), asked.elsewhere))
+        return fields_to_wire(_prepare(asked, layout))
 
 
 @contextmanager
@@ -197,68 +195,52 @@ def _is_anothers(layout: Layout, elsewhere: Sequence[str]) -> bool:
         return False
 
 
-def _prepare(
-    layout: Layout,
-    name: str,
-    ray: str,
-    service: bool,
-    head: str | None,
-    host_key: str | None,
-    attach: str,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    service = service and not is_apart(layout)
+def _prepare(asked: NodeRequest, layout: Layout) -> Prepared:
+    service = asked.service and not is_apart(layout)
     _check_nobody_is_here(layout)
-    user, home, is_new = _person(layout, ray)
+    user, home, is_new = _person(layout, asked.ray)
     request = SetupRequest(
         role="worker",
-        name=check_name(name),
+        name=check_name(asked.name),
         user=user,
         home=home,
         user_is_new=is_new,
-        ray=ray,
-        head=head,
-        head_command=attach,
-        host_key=host_key,
-        more=more,
+        ray=asked.ray,
+        head=asked.head,
+        head_command=asked.attach,
+        host_key=asked.host_key,
+        more=asked.more,
         made_by="rayfwd add",
     )
     manifest = Manifest(layout.manifest)
-    lost = _has_lost_its_record(layout, manifest, name)
+    lost = _has_lost_its_record(layout, manifest, asked.name)
     steps = [*planner.plan(request, layout, units.shipped() if service else {}), *_link()]
     if lost:
         _adopt(steps, manifest, layout)
     _note_shared(steps, manifest, layout)
-    said: list[list[str]] = []
-    outcome = applying.apply(
-        steps, manifest, layout, False, lambda came, thing: said.append([came, thing])
+    outcome = applying.apply(steps, manifest, layout, False, lambda came, thing: None)
+    return Prepared(
+        changed=tuple(thing for thing in outcome.changed if thing != f"{layout.identity}"),
+        kept=tuple(outcome.kept),
+        key=public_key(layout.identity) if asked.head is not None else None,
+        identity=str(layout.identity),
+        known_hosts=str(layout.known_hosts),
+        socket=str(layout.runtime / "link.sock"),
+        command=layout.command,
+        config=str(layout.config),
+        user=user,
+        service=service,
     )
-    return {
-        "steps": said,
-        "changed": [thing for thing in outcome.changed if thing != f"{layout.identity}"],
-        "kept": list(outcome.kept),
-        "key": public_key(layout.identity) if head is not None else None,
-        "identity": str(layout.identity),
-        "known_hosts": str(layout.known_hosts),
-        "socket": str(layout.runtime / "link.sock"),
-        "command": layout.command,
-        "user": user,
-        "config": str(layout.config),
-        "service": service,
-    }
 
 
 def who() -> dict[str, Any]:
-    """Which node this machine is by its own file, if other machines have the same home.
-
-    `apart`: whether they have. `name`: None, it is none yet.
-    """
+    """Known."""
     layout = layout_of(False)
-    if not is_apart(layout):
-        return {"apart": False, "name": None}
-    with suppress(ConfigError):
-        return {"apart": True, "name": load(layout.config).name}
-    return {"apart": True, "name": None}
+    name = None
+    if is_apart(layout):
+        with suppress(ConfigError):
+            name = load(layout.config).name
+    return fields_to_wire(Known(is_apart(layout), name))
 
 
 def is_apart(layout: Layout) -> bool:
@@ -392,10 +374,10 @@ async def log_in(head: str, identity: str, known_hosts: str) -> None:
 
 
 def start(service: bool, anew: bool) -> dict[str, Any]:
-    """Have the daemon run; `anew`: with what is new. What came of it, and how it stays."""
+    """Have the daemon run; `anew`: with what is new. Started."""
     layout = layout_of(service)
     if not service:
-        return _start_in_background(layout, anew)
+        return fields_to_wire(_start_in_background(layout, anew))
     words = applying.manager(layout)
     active = subprocess.run(
         [*words, "is-active", "--quiet", "rayfwd"], check=False, timeout=STOP_SECONDS
@@ -406,17 +388,17 @@ def start(service: bool, anew: bool) -> dict[str, Any]:
     command([*words, *verb, "rayfwd"])
     came = "runs" if active.returncode == 0 and not anew else "started"
     kind = "the machine's service" if layout.system else "a service of this user (lingering is on)"
-    return {"came": came, "how": kind}
+    return fields_to_wire(Started(came, kind))
 
 
-def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
+def _start_in_background(layout: Layout, anew: bool) -> Started:
     log = layout.state / LOG
     how = f"in the background, its log is {log}"
     started = _started_with()
     if (pid := _pid(layout)) is not None:
         # Another machine of this home may have brought a new rayfwd.
         if not anew and _text_of(layout.state / STARTED_WITH) in {"", started}:
-            return {"came": "runs", "how": how}
+            return Started("runs", how)
         _end(pid)
     words = _daemon_words(layout)
     with _opened(log) as out:
@@ -438,7 +420,7 @@ def _start_in_background(layout: Layout, anew: bool) -> dict[str, Any]:
                 f"see {log} there",
             )
         time.sleep(0.05)
-    return {"came": "started", "how": how}
+    return Started("started", how)
 
 
 def _started_with() -> str:
@@ -544,18 +526,14 @@ def _is_zombie(pid: int) -> bool:
 
 
 def how_it_is(service: bool) -> dict[str, Any]:
-    """For a report of what keeps it from being ready."""
+    """What keeps it from being ready: SelfReport."""
     layout = layout_of(service)
     status = _status(layout)
     if status is None:
         log = "" if service else _end_of(layout.state / LOG)
-        return {"summary": "its rayfwd does not answer", "conditions": [], "log": log}
-    wrong = [
-        [c.code.name, c.problem.cause, c.problem.remedy]
-        for c in status.conditions
-        if c.severity != "note"
-    ]
-    return {"summary": status.summary, "conditions": wrong, "log": ""}
+        return fields_to_wire(SelfReport("its rayfwd does not answer", log=log))
+    wrong = tuple(c.problem for c in status.conditions if c.severity != "note")
+    return fields_to_wire(SelfReport(status.summary, wrong))
 
 
 def _end_of(log: Path) -> str:
@@ -568,7 +546,7 @@ def _end_of(log: Path) -> str:
 
 
 def take_away(service: bool, name: str) -> dict[str, Any]:
-    """Drain and stop the daemon, and undo what `prepare` and `authorize` have done.
+    """Drain and stop the daemon, and undo what `prepare` and `authorize` have done: TakenAway.
 
     Where other machines have the same home, what all of them use stays, and is the next one's.
     """
@@ -581,7 +559,7 @@ def take_away(service: bool, name: str) -> dict[str, Any]:
     with _alone_in_this_home():
         others = _others_here(layout)
         _take_away(layout, others, name, said)
-    return {"steps": said, "others": len(others)}
+    return fields_to_wire(TakenAway(tuple(said), len(others)))
 
 
 def _others_here(layout: Layout) -> list[Path]:
