@@ -9,10 +9,12 @@ from itertools import combinations
 
 import pytest
 
+from rayfwd.cluster.plan import Level, NodePlan
 from rayfwd.config import MOST_APART, ConfigError, parse
 from rayfwd.network.apart import MOST_PARTS, HeldPorts, held_ports
 from rayfwd.session.target import Target
 from rayfwd.transport.listeners import _bound
+from rayfwd.watch.cluster_view import ClusterView
 from tests.unit.loops import run
 
 NETWORK = "127.77.0.0/16"
@@ -43,6 +45,29 @@ def test_nodes_that_are_gone_leave_no_gap() -> None:
     """What decides is who is there, not how high their addresses are."""
     nodes = ["127.77.0.1", "127.77.3.2"]
     assert len(held_ports(PORTS, nodes[0], nodes, NETWORK)) == 500
+
+
+@pytest.mark.parametrize(
+    ("levels", "any_listens", "others_listen"),
+    [
+        (("overlay", "overlay"), False, False),
+        (("listeners", "overlay"), True, False),
+        (("overlay", "listeners"), True, True),
+        (("listeners", "listeners"), True, True),
+    ],
+)
+def test_who_has_listeners_for_whose_ports(
+    levels: tuple[Level, Level], any_listens: bool, others_listen: bool
+) -> None:
+    """As the first of them sees it; a node whose own plan is not known yet has nobody's."""
+    nodes = tuple(
+        NodePlan(f"n{n}", "worker", at, 20000, 100, level=level)
+        for n, (at, level) in enumerate(zip(addresses(2), levels, strict=True))
+    )
+    view = ClusterView(NETWORK, 60.0, nodes[0], nodes)
+    assert (view.any_listens, view.others_listen) == (any_listens, others_listen)
+    view = ClusterView(NETWORK, 60.0, None, nodes)
+    assert (view.any_listens, view.others_listen) == (False, False)
 
 
 def wildcard(port: int) -> socket.socket | None:

@@ -195,11 +195,9 @@ class Node:
         self._had_open = frozenset[int]()
         """What was open here before the last change."""
         self._apart = HeldPorts()
-        self._others_listen = False
-        """Another node has listeners in the place of this one's ports."""
-        self._herald_of_ray = self._open_ports.herald(lambda: self._others_listen)
+        self._herald_of_ray = self._open_ports.herald(lambda: self.view.others_listen)
         """Called before what Ray's programs say is passed on; and the next, what others say."""
-        self._herald_of_others = self._open_ports.herald(lambda: self._others_listen)
+        self._herald_of_others = self._open_ports.herald(lambda: self.view.others_listen)
         self._reach = Reach(name, owner.peers, self.board, self.way)
         self._links = LinkWatch(self.board, owner.links_seen)
         self._machine = MachineWatch(
@@ -261,9 +259,6 @@ class Node:
         self.view = view
         own = view.own
         self._open_ports.address = None if own is None else own.address
-        self._others_listen = own is not None and any(
-            node.level == "listeners" and node.name != own.name for node in view.nodes
-        )
         self.reach_others()
         self._owner.changed()
 
@@ -329,7 +324,7 @@ class Node:
         """Hold the other nodes' parts of `network.apart`, where any node has listeners: there
         programs on all addresses would be in the way of each other's."""
         view, ports = self.view, self.config.network.apart_ports()
-        if view.own is None or not any(node.level == "listeners" for node in view.nodes):
+        if not view.any_listens:
             ports = frozenset()
         if view.own is not None:
             left = ports.difference(view.own.ports, self.config.expose)

@@ -29,9 +29,12 @@ class ClusterView:
     head_versions: Versions | None = None
     """Of the head's Ray; None: not told yet."""
     _at: Mapping[str, NodePlan] = field(init=False, repr=False, compare=False)
+    _with_listeners: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_at", {node.address: node for node in reversed(self.nodes)})
+        names = frozenset(node.name for node in self.nodes if node.level == "listeners")
+        object.__setattr__(self, "_with_listeners", names)
 
     def node_at(self, address: str) -> NodePlan | None:
         """The node of the plan that has this address. Asked for with every connection."""
@@ -42,6 +45,16 @@ class ClusterView:
         return next(
             (n for n in self.nodes if n.name == name or (name == "head" and n.role == "head")), None
         )
+
+    @property
+    def any_listens(self) -> bool:
+        """A node, perhaps this one, has listeners in the place of other nodes' ports."""
+        return self.own is not None and bool(self._with_listeners)
+
+    @property
+    def others_listen(self) -> bool:
+        """Another node has listeners in the place of this one's ports."""
+        return self.own is not None and bool(self._with_listeners - {self.own.name})
 
     @property
     def head(self) -> NodePlan | None:
