@@ -1,21 +1,29 @@
-"""An AsyncSSH that is laid out otherwise: the lane goes its way, and carries the same bytes."""
+"""An AsyncSSH that is laid out otherwise: it goes its own way, and all works as before."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from asyncssh import encryption
+from asyncssh.config import SSHClientConfig
 from asyncssh.crypto.cipher import GCMCipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from rayfwd import codes
+from rayfwd.config import HeadConfig
+from rayfwd.problems import ProblemError
 from rayfwd.transport import asyncssh_internals as internals
-from rayfwd.transport import fastpath
+from rayfwd.transport import fastpath, hops, passed_over
 from rayfwd.transport.fastpath import FastPath
+from rayfwd.transport.login_watch import LoginWatch
+from rayfwd.transport.ssh import SshConnector
 from tests.unit.loops import log_events, run
+from tests.unit.ssh_server import Sshd
 from tests.unit.test_fastpath import Made, connected
 
 MEGABYTE = 1 << 20
@@ -231,3 +239,106 @@ def test_another_cipher_is_nothing_unexpected(name: str) -> None:
             await carry(made, path)
 
     run(main)
+
+
+# -- a login -------------------------------------------------------------------------------------
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> list[LoginWatch]:
+    """The watches of logins to come, to which AsyncSSH looks so."""
+    watches: list[LoginWatch] = []
+    follow = LoginWatch.follow
+
+    def following(self: LoginWatch, connection: Any) -> None:
+        watches.append(self)
+        follow(self, Seen(connection, internals.LOGIN, changed))
+
+    monkeypatch.setattr(LoginWatch, "follow", following)
+    return watches
+
+
+async def log_in_and_be_refused(directory: Path) -> None:
+    """Once with the key that the server takes, and once with another."""
+    sshd = Sshd(directory)
+    await sshd.start()
+    head = HeadConfig(
+        ssh=f"ray@{sshd.address}:{sshd.port}",
+        identity=sshd.identity,
+        known_hosts=sshd.known_hosts,
+        ssh_config=Path("/dev/null"),
+    )
+    (await SshConnector(head).connect()).abort()
+    (directory / "other").mkdir()
+    other = Sshd(directory / "other").identity
+    with pytest.raises(ProblemError) as caught:
+        await SshConnector(head.model_copy(update={"identity": other})).connect()
+    assert caught.value.problem.code is codes.SSH_AUTH_REFUSED
+    await sshd.stop()
+
+
+def test_a_login_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names of the table alone."""
+    watches = watched(monkeypatch, {})
+    run(lambda: log_in_and_be_refused(tmp_path))
+    taken, refused = watches
+    assert taken.signed.endswith("(ssh-ed25519)")
+    assert refused.signed == ""
+    assert "publickey" in refused.accepted
+    assert taken.offered[0] == refused.offered[0] == 20, "SSH_MSG_KEXINIT"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in internals.LOGIN])
+@pytest.mark.parametrize("other", [GONE, object()])
+def test_a_login_that_cannot_be_watched_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    watches = watched(monkeypatch, {name: other})
+    run(lambda: log_in_and_be_refused(tmp_path))
+    assert [(watch.signed, watch.accepted, watch.offered) for watch in watches] == [
+        ("", set(), b""),
+        ("", set(), b""),
+    ]
+
+
+# -- a configuration -----------------------------------------------------------------------------
+
+
+def configured(directory: Path) -> hops.Hop:
+    """The way by a file with an include, and an option that AsyncSSH has no use for."""
+    (directory / "more").write_text("Port 2222\n")
+    file = directory / "config"
+    file.write_text(
+        f"Host head\n  HostName 192.0.2.1\n  ProxyUseFdpass yes\nInclude {directory}/more\n"
+    )
+    (hop,) = hops.find_way(HeadConfig(ssh="ray@head", ssh_config=file))
+    return hop
+
+
+def test_a_configuration_says_which_option_has_no_effect(tmp_path: Path) -> None:
+    assert configured(tmp_path).passed_over == ("ProxyUseFdpass",)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in internals.CONFIG])
+@pytest.mark.parametrize("other", [GONE, object()])
+def test_a_configuration_of_another_layout_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, other: object
+) -> None:
+    def check(thing: Any, expected: internals.Table) -> None:
+        changed = {name: other} if expected is internals.CONFIG else {}
+        internals.check(Seen(thing, expected, changed), expected)
+
+    monkeypatch.setattr(passed_over, "check", check)
+    hop = configured(tmp_path)
+    assert (hop.known.host, hop.known.port) == ("192.0.2.1", 2222)
+    assert hop.passed_over == ()
+
+
+@pytest.mark.parametrize("handlers", [None, {"include": print}, {"include": (print,)}, []])
+def test_a_parser_of_another_layout_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, handlers: object
+) -> None:
+    monkeypatch.setattr(SSHClientConfig, "_handlers", handlers)
+    make_known: Callable[[], None] = passed_over.make_known.__wrapped__
+    before = repr(handlers)
+    make_known()
+    assert repr(SSHClientConfig._handlers) == before

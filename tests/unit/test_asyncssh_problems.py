@@ -225,6 +225,7 @@ def test_an_option_that_had_no_effect_may_be_what_is_missing() -> None:
 def attempt_at(hop: hops.Hop, **reached: Any) -> Attempt:
     attempt = Attempt(hop.options, None, asyncio.Event(), AdaptiveTimeout(1.0, 1.0))
     for name, value in reached.items():
-        assert hasattr(attempt, name), name
-        setattr(attempt, name, value)
+        of = attempt.watch if hasattr(attempt.watch, name) else attempt
+        assert hasattr(of, name), name
+        setattr(of, name, value)
     return attempt

@@ -1,9 +1,13 @@
-"""AsyncSSH's insides, as far as the fast path uses them: the one place that knows of any.
+"""AsyncSSH's insides: tables of all that rayfwd uses of them, and what the fast path does there.
 
 None of this is public, so another version may lay it out otherwise. Every attribute is in the
-tables below with the types that it may have. All are looked at before anything is touched, and
-each new key is tried on copies of the ciphers: AsyncSSH's way and the way here, in turn, must give
-the same bytes and move the same counter. A counter that is used twice gives an AES-GCM key away.
+tables below with the types that it may have. All are looked at before anything is touched: here,
+by a login (`login_watch.py`), and where an SSH configuration is read (`passed_over.py`). Where
+something is not as it is known, AsyncSSH goes its own way.
+
+For the fast path, each new key is tried on copies of the ciphers: AsyncSSH's way and the way here,
+in turn, must give the same bytes and move the same counter. A counter that is used twice gives an
+AES-GCM key away.
 
 Sources: RFC 4253 section 6 (packets), RFC 4254 section 5.2 (data and window), RFC 5647 with
 OpenSSH's PROTOCOL (AES-GCM: the length is authenticated and not encrypted).
@@ -16,6 +20,7 @@ import copy
 import struct
 import time
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 from asyncssh.constants import MSG_CHANNEL_WINDOW_ADJUST
@@ -78,6 +83,32 @@ CIPHER: Table = (
     ("_iv", _one_of(bytes)),
     ("_update_iv", callable),
 )
+
+
+LOGIN: Table = (
+    ("_server_kexinit", _one_of(bytes)),
+    ("get_server_auth_methods", callable),
+    ("send_userauth_request", callable),
+    ("try_next_auth", callable),
+)
+"""Of a connection that has not logged in yet."""
+
+CONFIG_CLASS: Table = (
+    (
+        "_handlers",
+        lambda value: (
+            type(value) is dict
+            and all(type(row) is tuple and len(row) == 2 for row in value.values())
+        ),
+    ),
+)
+"""Of SSHClientConfig: by an option in small letters, its name and what keeps it."""
+
+CONFIG: Table = (
+    ("_options", _one_of(dict)),
+    ("_path", lambda value: isinstance(value, PurePath)),
+)
+"""Of such a configuration while it is read."""
 
 
 class UnexpectedError(Exception):

@@ -93,16 +93,16 @@ def _of_login(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> P
             )
         case asyncssh.HostKeyNotVerifiable():
             return hop_problems.host_key_problem(head, hop, "revoked" in str(exc), dialled)
-        case asyncssh.PermissionDenied() if attempt.not_signed:
-            return credentials.not_signed(*attempt.not_signed, hop, dialled)
+        case asyncssh.PermissionDenied() if attempt.watch.not_signed:
+            return credentials.not_signed(*attempt.watch.not_signed, hop, dialled)
         case asyncssh.PermissionDenied() if attempt.wants_more:
             return hop_problems.second_factor(hop, dialled)
-        case asyncssh.PermissionDenied() if credentials.TICKETS in attempt.accepted and not (
-            credentials.KEYS in attempt.accepted and hop_problems.has_key(hop)
+        case asyncssh.PermissionDenied() if credentials.TICKETS in attempt.watch.accepted and not (
+            credentials.KEYS in attempt.watch.accepted and hop_problems.has_key(hop)
         ):
             return _ticket_of_asyncssh(hop, dialled)
-        case asyncssh.PermissionDenied() if attempt.signed:
-            return credentials.signature_refused(attempt.signed, hop, dialled)
+        case asyncssh.PermissionDenied() if attempt.watch.signed:
+            return credentials.signature_refused(attempt.watch.signed, hop, dialled)
         case asyncssh.PermissionDenied():
             return hop_problems.keys_refused(exc.reason, hop, dialled)
         case asyncssh.DisconnectError() if "too many authentication" in str(exc).lower():
@@ -152,7 +152,7 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
         case asyncssh.DisconnectError() | ConnectionError() if (
             attempt.is_ssh
             and not attempt.has_keys
-            and (missing := missing_in(attempt.offered, hop.options, hop.known.key_types()))
+            and (missing := missing_in(attempt.watch.offered, hop.options, hop.known.key_types()))
         ):
             if missing.what == HOST_KEYS and not set(missing.theirs) <= OUTDATED_HOST_KEYS:
                 return hop_problems.host_key_problem(head, hop, dialled=dialled)
@@ -164,8 +164,8 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
             return hop_problems.unresolved(str(exc.strerror), hop)
         case TimeoutError() if attempt.resolving:
             return hop_problems.resolver_silent(CONNECT_TIMEOUT, hop)
-        case TimeoutError() if attempt.signing:
-            return credentials.signature_awaited(attempt.signing, attempt.login, hop, dialled)
+        case TimeoutError() if attempt.watch.signing:
+            return credentials.signature_awaited(attempt.watch.signing, attempt.login, hop, dialled)
         case TimeoutError() if attempt.connected and attempt.has_keys:
             return hop_problems.login_slow(attempt.login, hop, dialled)
         case TimeoutError() if attempt.connected and attempt.is_ssh:

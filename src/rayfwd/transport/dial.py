@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
+from rayfwd.transport.login_watch import LoginWatch
 from rayfwd.transport.places import place_of
 from rayfwd.transport.ssh_process import ProxyCommand
 from rayfwd.transport.urgency import AdaptiveTimeout
@@ -85,14 +86,7 @@ class Attempt(asyncssh.SSHClient):
         """What came first, up to where it says that it is SSH."""
         self.wants_more = False
         """A key was accepted, and something beside it is wanted."""
-        self.accepted: set[str] = set()
-        """Methods by which the server would let the user in."""
-        self.signing = ""
-        """The key that the server takes, whose signature is waited for."""
-        self.signed = ""
-        """The last one that has signed."""
-        self.not_signed: tuple[str, str] | None = None
-        """The last one whose signature could not be had, and why."""
+        self.watch = LoginWatch()
         self._keys_refused = False
         self._options = options
         self._urgent = urgent
@@ -110,12 +104,6 @@ class Attempt(asyncssh.SSHClient):
         """The key exchange is over: what is left of the login is the user's."""
         connection = self._connection
         return connection is not None and bool(connection.get_extra_info("send_cipher"))
-
-    @property
-    def offered(self) -> bytes:
-        """The server's KEXINIT; nothing before it has come."""
-        found = getattr(self._connection, "_server_kexinit", b"")
-        return found if isinstance(found, bytes) else b""
 
     @property
     def is_ssh(self) -> bool:
@@ -231,34 +219,11 @@ class Attempt(asyncssh.SSHClient):
     def _stands(self, connection: Any) -> None:
         self.connected = True
         self._connection = connection
-        self._watch_login(connection)
+        self.watch.follow(connection)
         self._stood_at = asyncio.get_running_loop().time()
         if self._urgent.is_set():
             self.login = self._login_timeout.seconds
         self._allow(self._stood_at + self.login)
-
-    def _watch_login(self, connection: Any) -> None:
-        """AsyncSSH passes over a key that cannot sign as over one that is refused, and says neither
-        so nor for which it waits; nor, at the end, what the server would have taken."""
-        send, go_on = connection.send_userauth_request, connection.try_next_auth
-
-        async def sending(method: bytes, *args: bytes, key: Any = None, **more: Any) -> None:
-            self.signing = "" if key is None else _called(key)
-            try:
-                await send(method, *args, key=key, **more)
-            except ValueError as exc:
-                if self.signing:
-                    self.not_signed = self.signing, str(exc)
-                raise
-            self.signed = self.signing or self.signed
-            self.signing = ""
-
-        def going_on(**how: Any) -> None:
-            self.accepted.update(connection.get_server_auth_methods())
-            go_on(**how)
-
-        connection.send_userauth_request = sending
-        connection.try_next_auth = going_on
 
     async def _hurry(self) -> None:
         """A login that nobody waited for when it began gets no longer than one begun now."""
@@ -302,14 +267,6 @@ class Attempt(asyncssh.SSHClient):
 
     def password_auth_requested(self) -> None:
         self.wants_more = self.wants_more or not self._keys_refused
-
-
-def _called(key: Any) -> str:
-    """A key pair, by its file or its comment."""
-    if not isinstance(key, asyncssh.SSHKeyPair):
-        return ""
-    comment = key.get_comment("utf-8", "replace") or ""
-    return f"{comment} ({key.algorithm.decode()})".strip()
 
 
 class _FirstWords(asyncio.Protocol):

@@ -16,6 +16,14 @@ from typing import Any
 from asyncssh.config import SSHClientConfig
 from asyncssh.pkcs11 import pkcs11_available
 
+from rayfwd.transport.asyncssh_internals import (
+    CONFIG,
+    CONFIG_CLASS,
+    Table,
+    UnexpectedError,
+    check,
+)
+
 OPTIONS = (
     "BindInterface",
     "KnownHostsCommand",
@@ -41,18 +49,28 @@ def found_in(config: Any) -> tuple[str, ...]:
 @cache
 def make_known() -> None:
     """Before a configuration is read. An AsyncSSH that is laid out otherwise is left alone."""
-    handlers = getattr(SSHClientConfig, "_handlers", None)
-    if isinstance(handlers, dict):
-        for name in OPTIONS:
-            handlers.setdefault(name.lower(), (name, _keep))
-        if "include" in handlers:
-            name, include = handlers["include"]
-            handlers["include"] = name, _in_order(include)
+    if not _is_as_known(SSHClientConfig, CONFIG_CLASS):
+        return
+    handlers = SSHClientConfig._handlers
+    for name in OPTIONS:
+        handlers.setdefault(name.lower(), (name, _keep))
+    if "include" in handlers:
+        name, include = handlers["include"]
+        handlers["include"] = name, _in_order(include)
+
+
+def _is_as_known(thing: Any, expected: Table) -> bool:
+    try:
+        check(thing, expected)
+    except UnexpectedError:
+        return False
+    return True
 
 
 def _keep(config: Any, option: str, args: list[str]) -> None:
     """The first one that holds counts."""
-    config._options.setdefault(option, " ".join(args))
+    if _is_as_known(config, CONFIG):
+        config._options.setdefault(option, " ".join(args))
     args.clear()
 
 
@@ -61,6 +79,9 @@ def _in_order(include: Callable[[Any, str, list[str]], None]) -> Callable[..., N
     includes it, where that is the system's. AsyncSSH takes them as the directory has them."""
 
     def included(config: Any, option: str, args: list[str]) -> None:
+        if not _is_as_known(config, CONFIG):
+            include(config, option, args)
+            return
         beside = SYSTEM if Path(config._path).is_relative_to(SYSTEM) else Path("~/.ssh")
         patterns = [beside.expanduser() / Path(arg).expanduser() for arg in args]
         args[:] = [
