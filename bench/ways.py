@@ -24,13 +24,13 @@ from typing import Any, cast
 
 from rayfwd.config import DialConfig, DirectConfig, HeadConfig, MeetConfig
 from rayfwd.session.frames import Chunk, Kind, encode
+from rayfwd.ssh.carriers import carrier_for
+from rayfwd.ssh.meeting import Meeting
 from rayfwd.system import unixsocket
 from rayfwd.system.passing import Listening
 from rayfwd.transport.awaited import Awaited
 from rayfwd.transport.carrier import Carrier, Connection
-from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.dialler import Dialler
-from rayfwd.transport.meeting import Meeting
 from rayfwd.transport.pipes import PipeTransport
 from tests.unit.real_sshd import RealSshd
 

@@ -36,6 +36,7 @@ from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Target
+from rayfwd.ssh.carriers import carrier_for
 from rayfwd.system import setting
 from rayfwd.system.backoff import Backoff
 from rayfwd.system.files import replace_file
@@ -45,7 +46,6 @@ from rayfwd.system.users import allowed_uids
 from rayfwd.system.watchdog import Late, Watchdog, late_loops
 from rayfwd.transport.acceptor import BACKLOG, Acceptor
 from rayfwd.transport.admission import Admission
-from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.link import Link
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay

@@ -34,6 +34,7 @@ from rayfwd.ray.token import RayAuth
 from rayfwd.session.frames import Chunk
 from rayfwd.session.snapshot import Tree
 from rayfwd.session.target import Target
+from rayfwd.ssh.carriers import carrier_for
 from rayfwd.status import Worker
 from rayfwd.system import fdpass
 from rayfwd.system.control import ask
@@ -42,7 +43,6 @@ from rayfwd.system.notify import Notifier
 from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.system.steps import Begin, no_step
 from rayfwd.transport.carrier import Carrier, PipeOwner
-from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.writev import write
 from tests.unit.cluster import NETWORK, free_place

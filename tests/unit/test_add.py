@@ -64,9 +64,9 @@ from rayfwd.setup.remote.sight import Python, Sight
 from rayfwd.setup.remote.ssh import Failed, Machine
 from rayfwd.setup.request import Layout, user_layout
 from rayfwd.setup.steps import undo
+from rayfwd.ssh import dial
+from rayfwd.ssh.carriers import carrier_for
 from rayfwd.system.asuser import own_account
-from rayfwd.transport import dial
-from rayfwd.transport.carriers import carrier_for
 from rayfwd.wire import fields_from_wire, fields_to_wire
 from tests.commands import main
 from tests.unit.daemons import Site, site
@@ -1634,7 +1634,7 @@ def test_a_worker_is_not_dialled_by_parts_of_another_installation(
             await s.head.start()
             dialling = the_dialling(s)
             monkeypatch.setattr(dialling, "_make", lambda dial: carrier_for(dial.way()))
-            monkeypatch.setitem(sys.modules, "rayfwd.transport.ssh_carrier", None)
+            monkeypatch.setitem(sys.modules, "rayfwd.ssh.asyncssh_carrier", None)
             with pytest.raises(ProblemError) as told:
                 await dialling.dial_verb({"dial": {"name": "w2", "ssh": "ray@192.0.2.1"}})
             assert told.value.problem.code is codes.CONTROL_BAD_REQUEST

@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
-from rayfwd.transport import asyncssh_internals as internals
-from rayfwd.transport import fastpath, hops, passed_over
-from rayfwd.transport.fastpath import FastPath
-from rayfwd.transport.login_watch import LoginWatch
-from rayfwd.transport.ssh import SshConnector
+from rayfwd.ssh import asyncssh_internals as internals
+from rayfwd.ssh import fastpath, hops, passed_over
+from rayfwd.ssh.fastpath import FastPath
+from rayfwd.ssh.login_watch import LoginWatch
+from rayfwd.ssh.ssh_connector import SshConnector
 from tests.unit.loops import log_events, run
 from tests.unit.ssh_server import Sshd
 from tests.unit.test_fastpath import Made, connected

@@ -14,8 +14,8 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Code
-from rayfwd.transport import asyncssh_problems, dial, hops
-from rayfwd.transport.places import NoSftpError
+from rayfwd.ssh import asyncssh_problems, dial, hops
+from rayfwd.ssh.places import NoSftpError
 from rayfwd.transport.urgency import AdaptiveTimeout
 
 HEAD = HeadConfig(ssh="ray@the-head")

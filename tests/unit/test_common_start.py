@@ -11,9 +11,9 @@ from rayfwd.session.frames import Frame
 from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
+from rayfwd.ssh.asyncssh_carrier import SshCarrier
 from rayfwd.transport.link import Link
 from rayfwd.transport.mux import MuxStream, StreamOwner
-from rayfwd.transport.ssh_carrier import SshCarrier
 from tests.unit.cluster import Cluster, cluster, hello_of
 from tests.unit.loops import run, until
 from tests.unit.real_sshd import RealSshd

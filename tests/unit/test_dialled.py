@@ -9,11 +9,11 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import ConfigError, DialConfig, parse
+from rayfwd.ssh.channel_problems import socket_unreachable
 from rayfwd.transport import awaited as awaited_module
 from rayfwd.transport import held as held_module
 from rayfwd.transport import link as link_module
 from rayfwd.transport.carrier import PipeOwner
-from rayfwd.transport.channel_problems import socket_unreachable
 from rayfwd.transport.dialler import Dialler
 from rayfwd.transport.hubanswer import why_no_answer
 from rayfwd.transport.kept import KEPT_SECONDS

@@ -12,8 +12,8 @@ import asyncssh
 import pytest
 from asyncssh.crypto import cipher
 
-from rayfwd.transport.asyncssh_internals import TRIAL
-from rayfwd.transport.fastpath import FastPath
+from rayfwd.ssh.asyncssh_internals import TRIAL
+from rayfwd.ssh.fastpath import FastPath
 from tests.unit.loops import run
 
 GCM = "aes128-gcm@openssh.com"
@@ -302,7 +302,7 @@ def test_no_counter_is_used_twice(monkeypatch: pytest.MonkeyPatch) -> None:
                 return bytes(self.real.decrypt(nonce, data, more))
 
         monkeypatch.setattr(cipher, "AESGCM", Recorder)
-        monkeypatch.setattr("rayfwd.transport.asyncssh_internals.AESGCM", Recorder)
+        monkeypatch.setattr("rayfwd.ssh.asyncssh_internals.AESGCM", Recorder)
         path._insides._outgoing._encryption = None  # looked at anew
 
     run(main)

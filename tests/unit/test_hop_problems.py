@@ -8,8 +8,8 @@ import pytest
 
 from rayfwd import codes
 from rayfwd.config import HeadConfig
-from rayfwd.transport.hop_problems import host_key_problem
-from rayfwd.transport.hops import find_way
+from rayfwd.ssh.hop_problems import host_key_problem
+from rayfwd.ssh.hops import find_way
 
 
 @pytest.mark.parametrize(

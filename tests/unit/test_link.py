@@ -30,10 +30,11 @@ from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.messages import HeadRay, Message
 from rayfwd.session.session import Limits
 from rayfwd.session.target import Opening, Target
-from rayfwd.transport import dial
+from rayfwd.ssh import dial
+from rayfwd.ssh import ssh_connector as ssh_module
+from rayfwd.ssh.asyncssh_carrier import SshCarrier
 from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
-from rayfwd.transport import ssh as ssh_module
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.kept import KEPT_SECONDS
 from rayfwd.transport.link import Link, LinkRefusedError
@@ -41,7 +42,6 @@ from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.pipes import PipeTransport
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.transport.ssh_carrier import SshCarrier
 from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 from tests.need import need
 from tests.unit.cluster import Cluster, answer_to, echo, free_place, hello_of, serving

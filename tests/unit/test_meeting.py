@@ -19,15 +19,15 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
-from rayfwd.transport.meeting import Meeting
-from rayfwd.transport.ownssh import (
+from rayfwd.ssh.meeting import Meeting
+from rayfwd.ssh.ownssh import (
     KEY_FILE,
     LOGINS_AT_ONCE,
     MOST_SESSIONS,
     MOST_TRIES,
     OwnSsh,
 )
-from rayfwd.transport.ssh import SshConnector
+from rayfwd.ssh.ssh_connector import SshConnector
 from tests.need import tool
 from tests.unit.loops import closing, log_events, of, run, until
 from tests.unit.real_sshd import RealSshd

@@ -11,7 +11,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
-from rayfwd.transport import openssh, ssh_process
+from rayfwd.ssh import openssh, ssh_process
 
 HEAD = HeadConfig(ssh="ray@the-head", transport="openssh")
 

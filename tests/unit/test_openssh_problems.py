@@ -7,9 +7,9 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Code
-from rayfwd.transport import openssh_problems
-from rayfwd.transport.knownhosts import KnownHosts
-from rayfwd.transport.openssh import OpensshHop
+from rayfwd.ssh import openssh_problems
+from rayfwd.ssh.knownhosts import KnownHosts
+from rayfwd.ssh.openssh import OpensshHop
 
 HEAD = HeadConfig(ssh="ray@the-head", transport="openssh")
 DIRECT = [OpensshHop("ray@the-head", KnownHosts("the-head"), "ray", True, True, False)]

@@ -37,9 +37,9 @@ OPEN = {
     "network/dials.py": "another node's",
     "network/overlay_keeper.py": "a service's, which has a file",
     "ray/token.py": "both nodes': the option is beside it",
+    "ssh/hop_problems.py": "the head's",
+    "ssh/meeting.py": "what `--meet` describes as well",
     "transport/awaited.py": "the head's: the option is beside it",
-    "transport/hop_problems.py": "the head's",
-    "transport/meeting.py": "what `--meet` describes as well",
     "watch/flapping.py": "another node's",
 }
 """Modules with a message that names a key as it is, and why that is right."""

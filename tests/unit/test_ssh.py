@@ -17,9 +17,9 @@ from rayfwd import codes
 from rayfwd.config import Config, HeadConfig
 from rayfwd.doctor.worker_checks import WorkerExamination
 from rayfwd.problems import Code, Problem, ProblemError
-from rayfwd.transport import dial, hops
-from rayfwd.transport import ssh as ssh_module
-from rayfwd.transport.ssh import SshConnector
+from rayfwd.ssh import dial, hops
+from rayfwd.ssh import ssh_connector as ssh_module
+from rayfwd.ssh.ssh_connector import SshConnector
 from tests.unit.loops import log_events, of, run
 from tests.unit.ssh_server import Sshd
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rayfwd import codes
-from rayfwd.transport import agent as agent_module
+from rayfwd.ssh import agent as agent_module
 from tests.need import tool
 from tests.unit.loops import run
 from tests.unit.real_sshd import RealSshd

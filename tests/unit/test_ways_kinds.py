@@ -19,7 +19,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import DialConfig, DirectConfig, HeadConfig
 from rayfwd.problems import Code
-from rayfwd.transport import dial, openssh, openssh_carrier
+from rayfwd.ssh import dial, openssh, openssh_carrier
 from tests.need import tool
 from tests.unit.loops import run
 from tests.unit.real_sshd import RealSshd

@@ -14,7 +14,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport.ssh import SshConnector
+from rayfwd.ssh.ssh_connector import SshConnector
 from tests.need import tool
 from tests.unit.loops import run
 from tests.unit.real_sshd import RealSshd

@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from rayfwd.transport import dial, witness
-from rayfwd.transport.witness import BARRED_AFTER, Witness
+from rayfwd.ssh import dial, witness
+from rayfwd.ssh.witness import BARRED_AFTER, Witness
 from tests.unit.loops import run
 
 

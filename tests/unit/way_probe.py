@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport.carriers import carrier_for
+from rayfwd.ssh.carriers import carrier_for
 from rayfwd.transport.hubanswer import why_no_answer
 
 SAID = b"is anybody there"

@@ -14,7 +14,7 @@ import pytest
 
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Code
-from rayfwd.transport import dial, openssh_carrier
+from rayfwd.ssh import dial, openssh_carrier
 from tests.need import tool
 from tests.unit.loops import closing
 from tests.unit.real_sshd import RealSshd

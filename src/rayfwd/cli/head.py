@@ -17,10 +17,10 @@ from rayfwd.cli import chosen, front
 from rayfwd.cli.flags import Flag, flags_of
 from rayfwd.config import Config
 from rayfwd.daemon.resources import make_directory
+from rayfwd.ssh.ownssh import KEY_FILE
 from rayfwd.status import Status
 from rayfwd.system.paths import SERVICE_RUNTIME_DIR
 from rayfwd.system.users import user_name
-from rayfwd.transport.ownssh import KEY_FILE
 
 _HOST_KEY = Path("/etc/ssh/ssh_host_ed25519_key.pub")
 

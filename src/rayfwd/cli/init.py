@@ -37,9 +37,9 @@ from rayfwd.setup.request import (
 )
 from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey, survey
+from rayfwd.ssh.ownssh import KEY_FILE
 from rayfwd.system.asuser import SystemUser, account_named, account_of, own_account
 from rayfwd.system.users import NOBODY, named, who_else_logs_in
-from rayfwd.transport.ownssh import KEY_FILE
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh.HOST_KEY_TYPES`)."""

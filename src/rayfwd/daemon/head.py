@@ -66,7 +66,7 @@ from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 if TYPE_CHECKING:
-    from rayfwd.transport.meeting import Meeting
+    from rayfwd.ssh.meeting import Meeting
 
 log = get_logger(__name__)
 
@@ -121,7 +121,7 @@ class HeadRole:
         )
         self._meetings: list[Meeting] = []
         if hub.meet:
-            from rayfwd.transport.meeting import meetings  # noqa: PLC0415  # it loads AsyncSSH
+            from rayfwd.ssh.meeting import meetings  # noqa: PLC0415  # it loads AsyncSSH
 
             self._meetings = meetings(config, self.changed)
         self._links = HeadLinks(config.name, self._hub, self._dialling, self._meetings)

@@ -16,7 +16,7 @@ from rayfwd.watch.conditions import Finding
 from rayfwd.watch.links import LinkSeen
 
 if TYPE_CHECKING:
-    from rayfwd.transport.meeting import Meeting  # it loads AsyncSSH
+    from rayfwd.ssh.meeting import Meeting  # it loads AsyncSSH
 
 
 class HeadLinks:

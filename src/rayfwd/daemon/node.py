@@ -36,6 +36,7 @@ from rayfwd.ray.starter import BeforeStart
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
+from rayfwd.ssh.carriers import carrier_for
 from rayfwd.system import setting
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.fdstore import FdStore
@@ -43,7 +44,6 @@ from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.carrier import Carrier
-from rayfwd.transport.carriers import carrier_for
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream

@@ -17,8 +17,8 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import procfs
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
-from rayfwd.transport.openssh_carrier import OpensshConnection
-from rayfwd.transport.ssh_carrier import SshConnection
+from rayfwd.ssh.asyncssh_carrier import SshConnection
+from rayfwd.ssh.openssh_carrier import OpensshConnection
 
 
 class ClientExamination(WayExamination):

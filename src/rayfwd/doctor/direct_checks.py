@@ -18,11 +18,11 @@ from rayfwd.doctor.hub_probe import HubProbe
 from rayfwd.doctor.rows import Row, passed, skipped, warned
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.handshake import PROOF, Hello
+from rayfwd.ssh.asyncssh_carrier import SshConnection
+from rayfwd.ssh.carriers import carrier_for
+from rayfwd.ssh.openssh_carrier import OpensshConnection
 from rayfwd.status import Direct
 from rayfwd.system import setting
-from rayfwd.transport.carriers import carrier_for
-from rayfwd.transport.openssh_carrier import OpensshConnection
-from rayfwd.transport.ssh_carrier import SshConnection
 
 MOST_AT_ONCE = 8
 """Ways that are gone at a time."""

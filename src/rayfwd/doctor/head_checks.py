@@ -17,13 +17,13 @@ from rayfwd.doctor.settings import no_token, not_writable
 from rayfwd.doctor.sshd import sshd_options
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ssh.carriers import carrier_for
+from rayfwd.ssh.meeting import NO_SSHD
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.system import setting, unixsocket
 from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.users import allowed_uids
-from rayfwd.transport.carriers import carrier_for
-from rayfwd.transport.meeting import NO_SSHD
-from rayfwd.transport.ssh import SshConnector
 
 
 class HeadExamination(Examination):

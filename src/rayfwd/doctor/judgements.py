@@ -20,7 +20,7 @@ CLOCK_TOLERANCE = 2.0
 LOOKUP_SLOW = 1.0
 """Seconds for a name; each of a link's SSH connections asks for it, also when one is lost."""
 LOGIN_SLOW = 3.0
-"""Seconds for a login; the link itself is patient for so long while streams wait (`ssh.py`)."""
+"""Seconds for a login; the link waits so long while streams wait (`ssh_connector.py`)."""
 ROUND_TRIP_SLOW = 0.25
 """Seconds; a task that is sent out and comes back takes a few of them."""
 RATE_SLOW = 1e6

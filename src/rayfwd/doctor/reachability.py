@@ -25,10 +25,10 @@ from rayfwd.problems import Problem, ProblemError, Stage
 from rayfwd.ray.install import Versions
 from rayfwd.session.checks import CheckReply
 from rayfwd.session.handshake import Hello
+from rayfwd.ssh.asyncssh_carrier import SshConnection
+from rayfwd.ssh.carriers import carrier_for
+from rayfwd.ssh.openssh_carrier import OpensshConnection
 from rayfwd.system.addresses import is_address
-from rayfwd.transport.carriers import carrier_for
-from rayfwd.transport.openssh_carrier import OpensshConnection
-from rayfwd.transport.ssh_carrier import SshConnection
 
 NOT_REACHED = "not reached yet"
 STAGES = get_args(Stage)

@@ -16,9 +16,9 @@ from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, token
 from rayfwd.setup.steps import public_key
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.system import asuser
 from rayfwd.system.asuser import SystemUser
-from rayfwd.transport.ssh import SshConnector
 
 SURVEY_TIMEOUT = 90.0
 """Seconds: Ray is imported, and the head dialled."""

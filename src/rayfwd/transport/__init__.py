@@ -1,1 +1,1 @@
-"""What carries bytes: SSH connections, lanes, sessions on the loop, listeners and relays."""
+"""What carries bytes, whatever brings them to the hub: lanes, sessions, listeners and relays."""

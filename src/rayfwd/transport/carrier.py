@@ -1,7 +1,7 @@
 """What brings a lane's bytes to the hub's socket and back, as the link knows it.
 
 A carrier dials; a connection that stands opens a pipe, which is one byte stream to the hub. SSH by
-AsyncSSH is one (`ssh_carrier.py`); whatever else ends in the hub's socket may be another.
+AsyncSSH is one (`asyncssh_carrier.py`); whatever else ends in the hub's socket may be another.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ from rayfwd.setup.places import own_command
 from rayfwd.setup.remote import keys
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.steps import Key
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.status import Status
 from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.control import ask
 from rayfwd.system.files import locked, read_regular, replace_file
-from rayfwd.transport.ssh import SshConnector
 
 RECORD = "added.json"
 """In the state directory: the machines that were added, by their nodes' names."""

@@ -22,9 +22,9 @@ from rayfwd import codes
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.setup import texts
 from rayfwd.setup.remote.hosts import Host
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.system.asuser import ChildError, ChildOutput
 from rayfwd.system.files import write_new
-from rayfwd.transport.ssh import SshConnector
 
 BEGINS = "rayfwd-begins"
 """The line after which the output is a command's own."""

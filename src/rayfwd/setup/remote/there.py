@@ -43,6 +43,7 @@ from rayfwd.setup.remote.calls import (
 from rayfwd.setup.remote.sight import MARKER
 from rayfwd.setup.request import GROUP, Layout, SetupRequest
 from rayfwd.setup.steps import Directory, File, Step, Symlink, Verdict, command, public_key
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
@@ -56,7 +57,6 @@ from rayfwd.system.paths import (
     of_this_machine,
     own_place,
 )
-from rayfwd.transport.ssh import SshConnector
 from rayfwd.wire import fields_from_wire, fields_to_wire
 
 REACH_SECONDS = 20.0

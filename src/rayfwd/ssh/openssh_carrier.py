@@ -20,16 +20,16 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
+from rayfwd.ssh import agent, looked_there, openssh, openssh_problems
+from rayfwd.ssh.dial import LOGIN_TIMEOUT
+from rayfwd.ssh.openssh import CONNECT_TIMEOUT, OpensshHop
+from rayfwd.ssh.openssh_words import reached
+from rayfwd.ssh.ssh_connector import SLOW_LOGIN
+from rayfwd.ssh.ssh_process import SshProcess
 from rayfwd.system.logs import get_logger
 from rayfwd.system.paths import default_runtime_dir
-from rayfwd.transport import agent, looked_there, openssh, openssh_problems
 from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
-from rayfwd.transport.dial import LOGIN_TIMEOUT
-from rayfwd.transport.openssh import CONNECT_TIMEOUT, OpensshHop
-from rayfwd.transport.openssh_words import reached
 from rayfwd.transport.socketpipe import SocketPipe
-from rayfwd.transport.ssh import SLOW_LOGIN
-from rayfwd.transport.ssh_process import SshProcess
 from rayfwd.transport.urgency import AdaptiveTimeout, time_limit
 
 log = get_logger(__name__)

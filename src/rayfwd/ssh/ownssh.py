@@ -20,10 +20,10 @@ from typing import Any
 import asyncssh
 
 from rayfwd import codes
+from rayfwd.ssh.passage import Passage
 from rayfwd.system.budget import Budget
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.users import user_name
-from rayfwd.transport.passage import Passage
 
 KEY_FILE = "ssh_host_ed25519_key"
 """In the state directory; what is to be known of it stands beside it, in `.pub`."""

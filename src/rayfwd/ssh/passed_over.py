@@ -16,7 +16,7 @@ from typing import Any
 from asyncssh.config import SSHClientConfig
 from asyncssh.pkcs11 import pkcs11_available
 
-from rayfwd.transport.asyncssh_internals import (
+from rayfwd.ssh.asyncssh_internals import (
     CONFIG,
     CONFIG_CLASS,
     Table,

@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncssh
 
-from rayfwd.transport.asyncssh_internals import LOGIN, UnexpectedError, check
+from rayfwd.ssh.asyncssh_internals import LOGIN, UnexpectedError, check
 
 
 class LoginWatch:

@@ -17,13 +17,13 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ssh import agent, asyncssh_problems, channel_problems, hop_problems
+from rayfwd.ssh.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
+from rayfwd.ssh.hops import Hop, find_way
+from rayfwd.ssh.places import NoSftpError
+from rayfwd.ssh.witness import Witness
 from rayfwd.system.logs import get_logger
-from rayfwd.transport import agent, asyncssh_problems, channel_problems, hop_problems
-from rayfwd.transport.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
-from rayfwd.transport.hops import Hop, find_way
-from rayfwd.transport.places import NoSftpError
 from rayfwd.transport.urgency import AdaptiveTimeout
-from rayfwd.transport.witness import Witness
 
 log = get_logger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from rayfwd.transport.openssh_words import Words
+from rayfwd.ssh.openssh_words import Words
 
 ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
 """What would have ssh ask on a screen."""

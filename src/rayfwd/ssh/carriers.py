@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from rayfwd.config import HeadConfig
 
 if TYPE_CHECKING:
-    from rayfwd.transport.openssh_carrier import OpensshCarrier
-    from rayfwd.transport.ssh_carrier import SshCarrier
+    from rayfwd.ssh.asyncssh_carrier import SshCarrier
+    from rayfwd.ssh.openssh_carrier import OpensshCarrier
 
 
 def carrier_for(head: HeadConfig) -> SshCarrier | OpensshCarrier:
     """One that dials that head."""
     if head.transport == "openssh":
-        from rayfwd.transport.openssh_carrier import OpensshCarrier
+        from rayfwd.ssh.openssh_carrier import OpensshCarrier
 
         return OpensshCarrier(head)
-    from rayfwd.transport.ssh_carrier import SshCarrier
+    from rayfwd.ssh.asyncssh_carrier import SshCarrier
 
     return SshCarrier(head)

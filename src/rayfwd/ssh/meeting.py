@@ -16,6 +16,10 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import Config, MeetConfig
 from rayfwd.problems import Problem, ProblemError
+from rayfwd.ssh.ownssh import OwnSsh
+from rayfwd.ssh.passage import Passage
+from rayfwd.ssh.places import NoSftpError, place_of
+from rayfwd.ssh.ssh_connector import CHANNEL_WINDOW, SshConnector
 from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.held import Held
@@ -24,10 +28,6 @@ from rayfwd.transport.link import (
     URGENT_HANDSHAKE,
     within_time,
 )
-from rayfwd.transport.ownssh import OwnSsh
-from rayfwd.transport.passage import Passage
-from rayfwd.transport.places import NoSftpError, place_of
-from rayfwd.transport.ssh import CHANNEL_WINDOW, SshConnector
 from rayfwd.transport.urgency import AdaptiveTimeout
 
 log = get_logger(__name__)

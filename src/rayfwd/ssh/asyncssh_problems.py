@@ -18,13 +18,13 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
 from rayfwd.session.preamble import MARKER
+from rayfwd.ssh import channel_problems, credentials, hop_problems
+from rayfwd.ssh.algorithms import HOST_KEYS, missing_in
+from rayfwd.ssh.dial import CONNECT_TIMEOUT, Attempt, BarredError
+from rayfwd.ssh.hops import Hop
+from rayfwd.ssh.places import NoSftpError
 from rayfwd.system import unixsocket
-from rayfwd.transport import channel_problems, credentials, hop_problems
-from rayfwd.transport.algorithms import HOST_KEYS, missing_in
-from rayfwd.transport.dial import CONNECT_TIMEOUT, Attempt, BarredError
-from rayfwd.transport.hops import Hop
 from rayfwd.transport.hubanswer import password_expired
-from rayfwd.transport.places import NoSftpError
 
 OUTDATED_HOST_KEYS = {"ssh-rsa", "ssh-dss"}
 """Algorithms of host keys (with SHA-1) that neither AsyncSSH nor `ssh` takes unless told to."""

@@ -16,11 +16,11 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
-from rayfwd.transport.login_watch import LoginWatch
-from rayfwd.transport.places import place_of
-from rayfwd.transport.ssh_process import ProxyCommand
+from rayfwd.ssh.login_watch import LoginWatch
+from rayfwd.ssh.places import place_of
+from rayfwd.ssh.ssh_process import ProxyCommand
+from rayfwd.ssh.witness import Witness
 from rayfwd.transport.urgency import AdaptiveTimeout
-from rayfwd.transport.witness import Witness
 
 CONNECT_TIMEOUT = 10.0
 """Seconds for the TCP connection."""

@@ -23,12 +23,12 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport import joined_there, knownhosts, openssh_words
-from rayfwd.transport.agent import agent_at
-from rayfwd.transport.dial import LOGIN_TIMEOUT
-from rayfwd.transport.hops import JUMPS, jumps_in_a_circle
-from rayfwd.transport.knownhosts import KnownHosts
-from rayfwd.transport.ssh_process import environment
+from rayfwd.ssh import joined_there, knownhosts, openssh_words
+from rayfwd.ssh.agent import agent_at
+from rayfwd.ssh.dial import LOGIN_TIMEOUT
+from rayfwd.ssh.hops import JUMPS, jumps_in_a_circle
+from rayfwd.ssh.knownhosts import KnownHosts
+from rayfwd.ssh.ssh_process import environment
 
 CONNECT_TIMEOUT = 10
 """Seconds for each address, and for the server's first answer."""

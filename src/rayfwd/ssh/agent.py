@@ -14,7 +14,7 @@ from typing import Protocol
 from rayfwd import codes
 from rayfwd.config import Destination
 from rayfwd.problems import Problem
-from rayfwd.transport.knownhosts import expanded
+from rayfwd.ssh.knownhosts import expanded
 
 ANSWERS_WITHIN = 2.0
 """Seconds for the list of its keys."""

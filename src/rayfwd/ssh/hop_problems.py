@@ -15,10 +15,10 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem
+from rayfwd.ssh.knownhosts import USER_FILES, KnownHosts
 from rayfwd.system import setting
 from rayfwd.system.files import read_regular
 from rayfwd.transport.hubanswer import limited
-from rayfwd.transport.knownhosts import USER_FILES, KnownHosts
 
 USER_CERTIFICATE = 1
 """The kind of a certificate that is a user's (SSH_CERT_TYPE_USER in PROTOCOL.certkeys)."""

@@ -26,8 +26,8 @@ from typing import Any, cast
 from asyncssh.constants import MSG_CHANNEL_DATA, MSG_CHANNEL_WINDOW_ADJUST
 
 from rayfwd.session.frames import Chunk
+from rayfwd.ssh.asyncssh_internals import LENGTH, TAG, AsyncsshInternals, UnexpectedError
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.asyncssh_internals import LENGTH, TAG, AsyncsshInternals, UnexpectedError
 from rayfwd.transport.readpacing import pace
 from rayfwd.transport.writev import write
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
-from rayfwd.transport import channel_problems, credentials, hop_problems, looked_there
+from rayfwd.ssh import channel_problems, credentials, hop_problems, looked_there
+from rayfwd.ssh.openssh import OpensshHop
+from rayfwd.ssh.openssh_words import LOGGED_IN, Reached, reached, spoken
 from rayfwd.transport.hubanswer import password_expired
-from rayfwd.transport.openssh import OpensshHop
-from rayfwd.transport.openssh_words import LOGGED_IN, Reached, reached, spoken
 
 _CONNECT = re.compile(r"connect to (?:host|address) (\S+) port (\d+): (.+)")
 _RESOLVE = re.compile(r"Could not resolve hostname \S+: (.+)")

@@ -11,10 +11,10 @@ import asyncssh
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.frames import Chunk
+from rayfwd.ssh.fastpath import FastPath
+from rayfwd.ssh.hops import Hop
+from rayfwd.ssh.ssh_connector import SshConnector
 from rayfwd.transport.carrier import CLOSED, AfterPreamble, PipeOwner
-from rayfwd.transport.fastpath import FastPath
-from rayfwd.transport.hops import Hop
-from rayfwd.transport.ssh import SshConnector
 
 WRITE_BUFFER = 1 << 18
 """Bytes that may wait in a channel before the session is asked for no more."""

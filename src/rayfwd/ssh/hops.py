@@ -19,10 +19,10 @@ from asyncssh.pkcs11 import pkcs11_available
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.transport import knownhosts, passed_over
-from rayfwd.transport.agent import agent_at
-from rayfwd.transport.canonical import canonicalized
-from rayfwd.transport.knownhosts import KnownHosts
+from rayfwd.ssh import knownhosts, passed_over
+from rayfwd.ssh.agent import agent_at
+from rayfwd.ssh.canonical import canonicalized
+from rayfwd.ssh.knownhosts import KnownHosts
 
 USER_CONFIG = Path("~/.ssh/config")
 SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
