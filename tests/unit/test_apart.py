@@ -11,11 +11,11 @@ import pytest
 
 from rayfwd.cluster.plan import Level, NodePlan
 from rayfwd.config import MOST_APART, ConfigError, parse
-from rayfwd.network.apart import MOST_PARTS, HeldPorts, held_ports
+from rayfwd.network.apart import MOST_PARTS, RETRY, HeldPorts, held_ports
 from rayfwd.session.target import Target
 from rayfwd.transport.listeners import _bound
 from rayfwd.watch.cluster_view import ClusterView
-from tests.unit.loops import run
+from tests.unit.loops import run, run_on_fake_clock
 
 NETWORK = "127.77.0.0/16"
 NOBODY = "127.77.255.255"
@@ -130,16 +130,15 @@ def test_a_port_that_a_program_has_is_held_when_it_is_free() -> None:
         held = HeldPorts()
         task = asyncio.create_task(held.run())
         held.want(NOBODY, frozenset({port}))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(2 * RETRY)
         assert not held.held
         own.close()
-        async with asyncio.timeout(20):
-            while held.held != {port}:
-                await asyncio.sleep(0.05)
+        await asyncio.sleep(RETRY)
+        assert held.held == {port}
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    run(main)
+    run_on_fake_clock(main)
 
 
 @pytest.mark.parametrize(

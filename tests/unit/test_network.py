@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import pytest
 
@@ -548,6 +548,8 @@ class Service:
     """systemd stops it in order to start it again."""
     table: bool = True
     """The rules stand."""
+    keeper: OverlayKeeper | None = None
+    """The last one."""
 
     @property
     def socket(self) -> Path:
@@ -555,7 +557,7 @@ class Service:
 
     async def run(self, *work: Callable[[], None]) -> Standing:
         """One of them, from its start until SIGTERM; `work` is done while it listens."""
-        keeper = OverlayKeeper(self.socket, "rayfwd0")
+        self.keeper = keeper = OverlayKeeper(self.socket, "rayfwd0")
         running = asyncio.create_task(keeper.run())
         while not self.socket.exists():
             assert not running.done(), running.result()
@@ -572,6 +574,14 @@ class Service:
             ask(self.socket, verb, {"rules": rules.to_wire()})
 
         return asked
+
+    def down(self) -> None:
+        """Until the keeper has removed the rules by itself."""
+        assert self.keeper is not None
+        deadline = time.monotonic() + 20
+        while "down" not in cast(Standing, self.keeper._overlay).said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -634,7 +644,7 @@ def test_what_a_daemon_that_is_gone_had_is_removed(
     async def scene() -> None:
         service.restarts = True
         await service.run(service.ask("up"))
-        second = await service.run(lambda: time.sleep(0.5))
+        second = await service.run(service.down)
         assert second.said == ["up", "down", "down"]
 
     asyncio.run(scene())
