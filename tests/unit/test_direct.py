@@ -367,7 +367,7 @@ def test_new_streams_go_by_the_hub_while_there_is_no_direct_way(tmp_path: Path) 
             async with serving(echo, exposed(w2)):
                 assert await asked(there, b"hello") == b"hello"
             await until(lambda: why(w1) == "no answer")
-            (found,) = w1.worker.link_findings()
+            (found,) = w1.worker.links.findings()
             assert found.subject == "w1/w2"
             assert found.problem.code is codes.DIRECT_ABSENT
             assert (

@@ -144,7 +144,7 @@ def test_a_worker_that_sent_its_secret_is_upgraded_and_sends_it_no_more(
                 head.directory / "run/hub.sock",
                 hello_of("w1", key=secret, worker_ports=8).encode(),
             )
-            await until(head.head.link_stands)
+            await until(head.head.links.stand)
             assert isinstance(await answer_to(hub, older), Welcome)
             await until(lambda: head.role.node.view.node_named("w1"))
             before = head.role.node.view.node_named("w1")
@@ -436,7 +436,7 @@ def test_a_head_that_knows_no_levels_is_not_asked_for_one_again_and_again(
                 cuts = s.head.peer("w1").cuts
                 await w1.restart()
                 await until(lambda: s.head.peer("w1").cuts > cuts)
-                await until(w1.worker.link_stands)
+                await until(w1.worker.links.stand)
 
             with monkeypatch.context() as patched:
                 patched.setattr(Overlay, "settle", allowed)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from rayfwd.daemon.handover import Arrival
 from rayfwd.daemon.head_links import HeadLinks
 from rayfwd.daemon.head_ports import HeadPorts
 from rayfwd.daemon.head_token import HeadToken
-from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.names import Names
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -52,17 +51,14 @@ from rayfwd.system.gathering import Gathering
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
-from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
 from rayfwd.watch.cluster_watch import ClusterWatch, DashboardWatch
-from rayfwd.watch.conditions import Finding
 from rayfwd.watch.flapping import flapping
 from rayfwd.watch.interruptions import Interruptions
-from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 if TYPE_CHECKING:
@@ -124,7 +120,7 @@ class HeadRole:
             from rayfwd.ssh.meeting import meetings  # noqa: PLC0415  # it loads AsyncSSH
 
             self._meetings = meetings(config, self.changed)
-        self._links = HeadLinks(config.name, self._hub, self._dialling, self._meetings)
+        self.links = HeadLinks(config.name, self._hub, self._dialling, self._meetings)
         self._cluster_watch = ClusterWatch(
             config.ray, own, node.ray, node.board, self._interruptions, self, node.way
         )
@@ -463,21 +459,6 @@ class HeadRole:
         return await alive_nodes(dashboard, self._node.ray.environment or {})
 
     # -- how it is -----------------------------------------------------------------------
-
-    def link_stands(self) -> bool:
-        return self._links.stand()
-
-    def link_findings(self) -> list[Finding]:
-        return self._links.findings()
-
-    def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
-        return self._links.seen()
-
-    def link_stats(self) -> Mapping[str, LinkStats]:
-        return self._links.stats()
-
-    def links_now(self) -> Iterator[tuple[str, LinkNow]]:
-        return self._links.now()
 
     def status(self) -> RoleStatus:
         nodes = list(self._hub.nodes.values())

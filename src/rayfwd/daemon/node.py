@@ -20,6 +20,7 @@ from rayfwd.cluster.plan import NodePlan, ends_of, in_loopback
 from rayfwd.config import Config, ForwardConfig, HeadConfig
 from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
+from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.announced import Announced
 from rayfwd.network.apart import HeldPorts, held_ports
@@ -45,6 +46,7 @@ from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
@@ -78,9 +80,33 @@ Work = Callable[[], Coroutine[Any, Any, None]]
 """Something that runs until it is cancelled."""
 
 
+class RoleLinks(Protocol):
+    """How the role's links are: the head's to its workers, a worker's to the head and to others."""
+
+    def stand(self) -> bool:
+        """The role's link or hub is up."""
+
+    def findings(self) -> list[Finding]:
+        """What is wrong with them; the link or the hub has logged it. While the role's own does not
+        stand, one of them at least blocks readiness."""
+
+    def seen(self) -> Iterator[tuple[str, LinkSeen]]:
+        """Those that are up, by the worker's name."""
+
+    def now(self) -> Iterator[tuple[str, LinkNow]]:
+        """How they are at the moment, by the peer's name."""
+
+    def stats(self) -> Mapping[str, LinkStats]:
+        """What they have been through, by the peer's name in the metrics."""
+
+
 class NodeOwner(Protocol):
     """The role, as far as what all nodes have asks it something. Nothing is asked before the role
     is built whole."""
+
+    @property
+    def links(self) -> RoleLinks:
+        """The role's links."""
 
     def route(self, target: Target, relay: SocketRelay) -> None:
         """Find a stream for a connection that came to a listener."""
@@ -103,18 +129,8 @@ class NodeOwner(Protocol):
     def board_changed(self) -> None:
         """What is wrong has changed."""
 
-    def link_stands(self) -> bool:
-        """The role's link or hub is up."""
-
-    def link_findings(self) -> list[Finding]:
-        """What is wrong with the role's links; the link or the hub has logged it. While the role's
-        own does not stand, one of them at least blocks readiness."""
-
     def ray_waits(self) -> str:
         """What Ray, which is not up, is about."""
-
-    def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
-        """The role's links that are up, by the worker's name."""
 
     def peers(self) -> Mapping[str, Peer]:
         """The nodes whose Ray this one ought to reach now."""
@@ -199,7 +215,7 @@ class Node:
         """Called before what Ray's programs say is passed on; and the next, what others say."""
         self._herald_of_others = self._open_ports.herald(lambda: self.view.others_listen)
         self._reach = Reach(name, owner.peers, self.board, self.way)
-        self._links = LinkWatch(self.board, owner.links_seen)
+        self._links = LinkWatch(self.board, self._links_seen)
         self._machine = MachineWatch(
             config, lambda: self.view, self.board, self.listeners, self.ray
         )
@@ -239,6 +255,13 @@ class Node:
         """What this node's parts know of what is wrong goes to the board; the others are told."""
         self._put_own()
         self.news.set()
+
+    def link_stands(self) -> bool:
+        """The role's link or hub is up."""
+        return self._owner.links.stand()
+
+    def _links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
+        return self._owner.links.seen()
 
     def take_config(self, config: Config) -> None:
         """What `reload.LIVE` has may be different now.
@@ -500,7 +523,7 @@ class Node:
         """What the node's parts know themselves; most of them log it, too."""
         name, board, head = self.config.name, self.board, self.view.head
         board.head = head.name if head is not None else ""
-        board.put_all(LINK, self._owner.link_findings(), quiet=True)
+        board.put_all(LINK, self._owner.links.findings(), quiet=True)
         board.put_all(RAY, self._ray_findings(), quiet=True)
         blocked = islice(self.listeners.blocked_at.items(), MOST_LISTENERS)
         found = [Finding(name, problem) for problem in self.listeners.problems]
@@ -529,7 +552,7 @@ class Node:
             return []
         if ray.problem is not None:
             return [Finding(name, ray.problem, blocks_ready=wanted)]
-        if not wanted or not self._owner.link_stands():
+        if not wanted or not self.link_stands():
             return []
         why, remedy = self._owner.ray_waits(), "nothing: this takes a while"
         return [Finding(name, codes.RAY_STARTING.problem(why, remedy), blocks_ready=True)]
@@ -554,7 +577,7 @@ class Node:
             await sleep_coalesced(TOKEN_INTERVAL)
             found: Problem | None = None
             situation, head, auth = self.situation(), self.view.head, self.view.auth
-            if situation is not None and head is not None and self._owner.link_stands():
+            if situation is not None and head is not None and self.link_stands():
                 with suppress(ProblemError):  # told by others
                     dashboard = self.way(head, head.services["dashboard"])
                     found = await token.check(dashboard, situation.env)

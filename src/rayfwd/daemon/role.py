@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from rayfwd.config import Config
 from rayfwd.daemon.handover import Arrival, Holder
-from rayfwd.daemon.history import LinkNow
-from rayfwd.daemon.node import Node, Work
+from rayfwd.daemon.node import Node, RoleLinks, Work
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.status import Client, Direct, Ledger, Link, RosterRow, Streams, Volume, Worker
 from rayfwd.system.control import Verb
 from rayfwd.system.heartbeat import Heartbeat
-from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.refused import RefusedDial
 
 
@@ -40,6 +38,10 @@ class Role(Holder, Protocol):
     @property
     def node(self) -> Node:
         """What it has in common with the other role."""
+
+    @property
+    def links(self) -> RoleLinks:
+        """How its links are."""
 
     @property
     def cluster(self) -> ClusterReport | None:
@@ -71,9 +73,3 @@ class Role(Holder, Protocol):
 
     def status(self) -> RoleStatus:
         """The role's part of the status."""
-
-    def links_now(self) -> Iterator[tuple[str, LinkNow]]:
-        """How the role's links are at the moment, by the peer's name."""
-
-    def link_stats(self) -> Mapping[str, LinkStats]:
-        """What the role's links have been through, by the peer's name in the metrics."""

@@ -81,7 +81,7 @@ class Runtime:
         config = self._node.config
         metrics = MetricsService(self._families)
         self._metrics = Served(metrics, _metrics_places(config), self._metrics_changed)
-        self._history = History(role.links_now, lambda: self._page.at is not None)
+        self._history = History(role.links.now, lambda: self._page.at is not None)
         page = PageService(self.health.now, self._history, self._node.listeners.admission)
         self._page = Served(page, config.page_places, self._page_changed)
 
@@ -261,7 +261,7 @@ class Runtime:
 
     def _families(self) -> Iterable[Metric]:
         now = asyncio.get_running_loop().time()
-        return families(self.health.now(), self._role.link_stats(), now)
+        return families(self.health.now(), self._role.links.stats(), now)
 
     def _metrics_changed(self) -> None:
         name, problem = self._node.config.name, self._metrics.problem

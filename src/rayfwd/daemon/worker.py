@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -14,7 +14,6 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config
 from rayfwd.daemon.advertise import AdvertiseCheck
 from rayfwd.daemon.handover import Arrival
-from rayfwd.daemon.history import LinkNow
 from rayfwd.daemon.metrics import HEAD
 from rayfwd.daemon.node import LINK, Makers, Node, Work
 from rayfwd.daemon.role import RoleStatus
@@ -59,14 +58,11 @@ from rayfwd.transport.awaited import Awaited
 from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.link import Link
-from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
-from rayfwd.watch.conditions import Finding
-from rayfwd.watch.links import LinkSeen
 from rayfwd.watch.reach import Peer
 
 log = get_logger(__name__)
@@ -95,10 +91,10 @@ class WorkerRole:
         self._link = Link(self, head, carrier, Limits())
         self._to_head = ToHead(node, self._link)
         advertise = AdvertiseCheck(self._to_head.send, lambda: self._plan.hub_features)
-        self._ray = WorkerRay(node, advertise, self.link_stands)
+        self._ray = WorkerRay(node, advertise)
         self._direct = DirectWays(config, makers.carrier, self, self._link.refused)
-        self._plan = WorkerPlan(node, self._ray, self._direct.news)
-        self._links = WorkerLinks(config.name, self._link, self._direct, node.claim)
+        self._plan: WorkerPlan = WorkerPlan(node, self._ray, self._direct.news)
+        self.links = WorkerLinks(config.name, self._link, self._direct, node.claim)
         self._handlers = (
             messages.Handlers[[]]()
             .on(messages.Nodes, self._plan.hear_nodes)
@@ -309,7 +305,7 @@ class WorkerRole:
         self._to_head.send(messages.DialRefused(node, port, count))
 
     def reaches(self, name: str) -> bool:
-        return self.link_stands()
+        return self.links.stand()
 
     # -- as the node's owner -------------------------------------------------------------
 
@@ -322,7 +318,7 @@ class WorkerRole:
         return self._node.view
 
     def hub_mux(self) -> Mux | None:
-        stands = self.link_stands() and DIRECT in self._plan.hub_features
+        stands = self.links.stand() and DIRECT in self._plan.hub_features
         return self._link.mux if stands else None
 
     def accept_opening(self, stream: MuxStream, opening: Opening) -> StreamOwner | None:
@@ -334,7 +330,7 @@ class WorkerRole:
     def peers(self) -> dict[str, Peer]:
         """The head; how the other workers reach each other is seen by canaries of their own."""
         link, head = self._link, self._node.view.head
-        if head is None or not self.link_stands() or self._node.ray.now.state != "up":
+        if head is None or not self.links.stand() or self._node.ray.now.state != "up":
             return {}
         if self._ray.heads_is_down:
             return {}
@@ -352,27 +348,12 @@ class WorkerRole:
 
     # -- how it is -----------------------------------------------------------------------
 
-    def link_stands(self) -> bool:
-        return self._links.stand()
-
-    def link_findings(self) -> list[Finding]:
-        return self._links.findings()
-
-    def links_seen(self) -> Iterator[tuple[str, LinkSeen]]:
-        return self._links.seen()
-
-    def link_stats(self) -> Mapping[str, LinkStats]:
-        return self._links.stats()
-
-    def links_now(self) -> Iterator[tuple[str, LinkNow]]:
-        return self._links.now()
-
     def status(self) -> RoleStatus:
         link, node, ways = self._link, self._node, self._direct.seen()
         muxes = [way.mux for way in ways]
         volumes = [(way.mux, way.link_stats) for way in ways]
         return RoleStatus(
-            link=self._links.row(node.board.ids_of(LINK)),
+            link=self.links.row(node.board.ids_of(LINK)),
             direct=tuple(map(direct_row, ways)),
             streams=streams_of([link.mux, *muxes]),
             bytes=volume_of([(link.mux, link.link_stats), *volumes]),

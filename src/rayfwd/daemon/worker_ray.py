@@ -5,7 +5,7 @@ hub tells, and on whether its ports can be reached from here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rayfwd import codes
@@ -28,12 +28,9 @@ NOT_UP = frozenset({"waiting", "starting", "stopping", "failed"})
 class WorkerRay:
     """A worker's, whose Ray itself is the node's."""
 
-    def __init__(
-        self, node: Node, advertise: AdvertiseCheck, link_stands: Callable[[], bool]
-    ) -> None:
+    def __init__(self, node: Node, advertise: AdvertiseCheck) -> None:
         self._node = node
         self._advertise = advertise
-        self._link_stands = link_stands
         self._heads: str | None = None
         """Phase of the head's Ray; None: not told, in this session or by an older head."""
 
@@ -57,7 +54,7 @@ class WorkerRay:
         """Ray gives up after half a minute where the head's does not answer: it waits for that.
         And it is never started towards a stranger, who has one of the head's ports here."""
         self._node.ray.set_link_up(
-            self._link_stands() and not self.heads_is_down and not self._in_the_way()
+            self._node.link_stands() and not self.heads_is_down and not self._in_the_way()
         )
 
     def waits(self) -> str:
