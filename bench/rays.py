@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
-from rayfwd.ray.commandline import by_hand
+from rayfwd.ray.commandline import RayPlan, by_hand
 from tests.lab import package
 from tests.lab.cluster import Cluster
 from tests.lab.machines import Lab
@@ -59,7 +59,7 @@ def over_ssh(lab: Lab) -> Iterator[None]:
         ray = RayConfig(
             command=str(machine.ray()), num_cpus=1, worker_ports=40, object_store_memory=STORE
         )
-        line = by_hand(plan, both[0], ray, RIDE_THROUGH, NETWORK)
+        line = by_hand(RayPlan(plan, both[0], ray, RIDE_THROUGH, NETWORK))
         machine.run(["bash", "-c", line], timeout=120)
     yield
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
-from rayfwd.ray.commandline import by_hand
+from rayfwd.ray.commandline import RayPlan, by_hand
 from tests.lab import package
 from tests.lab.cluster import Cluster
 from tests.lab.faults import Cut, Faults, provoke, schedule, strict_firewalls
@@ -95,7 +95,7 @@ def over_autossh(
             worker_ports=40,
             object_store_memory=300_000_000,
         )
-        line = by_hand(plan, plans[0], ray, RIDE_THROUGH, NETWORK)
+        line = by_hand(RayPlan(plan, plans[0], ray, RIDE_THROUGH, NETWORK))
         machine.run(["bash", "-c", line], timeout=120, env=env)
     yield
 

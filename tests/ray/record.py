@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from rayfwd.config import RayConfig
 from rayfwd.ray import procfs
-from rayfwd.ray.commandline import by_hand
+from rayfwd.ray.commandline import RayPlan, by_hand
 from tests.need import CHECKOUT
 from tests.ray.machines import HEAD, NETWORK, WORKER, ray_command
 from tests.ray.test_ray import place
@@ -74,7 +74,7 @@ def record(version: str, autoscaler: str, names: list[str]) -> None:
         config = RayConfig(
             command=ray, num_cpus=1, resources={resource: 2}, object_store_memory=100_000_000
         )
-        line = by_hand(plan, HEAD, config, 120.0, NETWORK)
+        line = by_hand(RayPlan(plan, HEAD, config, 120.0, NETWORK))
         subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
     keep("idle", lambda text: "/2.0 r_w1" in text and "/2.0 r_h" in text)
     python = str(ray_command(version).with_name("python"))

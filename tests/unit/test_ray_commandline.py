@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from rayfwd.cluster.plan import NodePlan, allocate, head_plan
 from rayfwd.config import RayConfig
 from rayfwd.ray import commandline
+from rayfwd.ray.commandline import RayPlan
 from rayfwd.ray.install import RayInstall, Versions
 
 NETWORK = "127.77.0.0/16"
@@ -22,12 +25,16 @@ def install(version: str, *flags: str) -> RayInstall:
     )
 
 
+def plan(own: NodePlan, ray: RayConfig | None = None, ride_through: float = 120.0) -> RayPlan:
+    return RayPlan(own, HEAD, ray or RayConfig(), ride_through, NETWORK)
+
+
 def flags(command: list[str]) -> dict[str, str]:
     return dict(word.removeprefix("--").partition("=")[::2] for word in command[2:])
 
 
 def test_head() -> None:
-    command = commandline.start_command(HEAD, HEAD, RayConfig(), install("2.60.0"))
+    command = commandline.start_command(plan(HEAD), install("2.60.0"))
     assert command[:3] == ["/env/bin/ray", "start", "--head"]
     assert flags(command) == {
         "head": "",
@@ -51,7 +58,7 @@ def test_head() -> None:
 
 
 def test_worker_names_the_heads_ports_for_what_ray_counts_on_workers_too() -> None:
-    command = commandline.start_command(WORKER, HEAD, RayConfig(), install("2.60.0"))
+    command = commandline.start_command(plan(WORKER), install("2.60.0"))
     given = flags(command)
     assert given["address"] == "127.77.0.1:6379"
     assert given["node-ip-address"] == "127.77.0.2"
@@ -62,9 +69,9 @@ def test_worker_names_the_heads_ports_for_what_ray_counts_on_workers_too() -> No
 
 def test_an_older_head_takes_its_last_worker_port_for_the_dashboards_grpc() -> None:
     old = install("2.9.3", "--dashboard-grpc-port")
-    given = flags(commandline.start_command(HEAD, HEAD, RayConfig(), old))
+    given = flags(commandline.start_command(plan(HEAD), old))
     assert (given["dashboard-grpc-port"], given["max-worker-port"]) == ("20077", "20076")
-    given = flags(commandline.start_command(WORKER, HEAD, RayConfig(), old))
+    given = flags(commandline.start_command(plan(WORKER), old))
     assert "dashboard-grpc-port" not in given
     assert given["max-worker-port"] == str(WORKER.last_worker_port)
 
@@ -80,7 +87,7 @@ def test_an_older_head_takes_its_last_worker_port_for_the_dashboards_grpc() -> N
 )
 def test_labels_as_the_version_reads_them(version: str, labels: str) -> None:
     ray = RayConfig(labels={"zone": "a", "disk": "ssd"})
-    given = flags(commandline.start_command(WORKER, HEAD, ray, install(version)))
+    given = flags(commandline.start_command(plan(WORKER, ray), install(version)))
     assert given["labels"] == labels
 
 
@@ -92,7 +99,7 @@ def test_what_the_node_has_and_further_arguments_come_last() -> None:
         object_store_memory=100_000_000,
         extra_args=("--node-manager-port=1", "--verbose"),
     )
-    command = commandline.start_command(WORKER, HEAD, ray, install("2.60.0"))
+    command = commandline.start_command(plan(WORKER, ray), install("2.60.0"))
     given = flags(command[:-2])
     assert (given["num-cpus"], given["num-gpus"]) == ("0", "2")
     assert given["resources"] == '{"tape": 1.5}'
@@ -111,7 +118,7 @@ def test_environment_keeps_what_is_the_services_own_from_ray() -> None:
         "RAYFWD_NODE": "another",
         "no_proxy": "example.org, 127.0.0.1",
     }
-    env = commandline.start_environment(120, RayConfig(env={"X": "1"}), HEAD, NETWORK, base)
+    env = commandline.start_environment(plan(HEAD, RayConfig(env={"X": "1"})), base)
     assert not env.keys() & {
         "NOTIFY_SOCKET",
         "WATCHDOG_USEC",
@@ -125,14 +132,12 @@ def test_environment_keeps_what_is_the_services_own_from_ray() -> None:
     assert env["AUTOSCALER_METRIC_PORT"] == "20006"
     assert env["DASHBOARD_METRIC_PORT"] == "20007"
     assert env["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert "AUTOSCALER_METRIC_PORT" not in commandline.start_environment(
-        120, RayConfig(), WORKER, NETWORK, base
-    )
+    assert "AUTOSCALER_METRIC_PORT" not in commandline.start_environment(plan(WORKER), base)
 
 
 def test_the_head_spares_ray_clients_proxy_from_grpcs_fork_handlers() -> None:
     def set_to(own: NodePlan, ray: RayConfig, base: dict[str, str]) -> str | None:
-        env = commandline.start_environment(120, ray, own, NETWORK, base)
+        env = commandline.start_environment(plan(own, ray), base)
         return env.get("GRPC_ENABLE_FORK_SUPPORT")
 
     name = "GRPC_ENABLE_FORK_SUPPORT"
@@ -144,10 +149,10 @@ def test_the_head_spares_ray_clients_proxy_from_grpcs_fork_handlers() -> None:
 
 def test_the_users_own_time_outs_and_wish_for_usage_statistics_win() -> None:
     ray = RayConfig(env={"RAY_health_check_failure_threshold": "7", "RAY_USAGE_STATS_ENABLED": "1"})
-    env = commandline.start_environment(600, ray, HEAD, NETWORK, {})
+    env = commandline.start_environment(plan(HEAD, ray, 600), {})
     assert env["RAY_health_check_failure_threshold"] == "7"
     assert env["RAY_USAGE_STATS_ENABLED"] == "1"
-    command = commandline.start_command(HEAD, HEAD, ray, install("2.60.0"))
+    command = commandline.start_command(plan(HEAD, ray), install("2.60.0"))
     assert "--disable-usage-stats" not in command
 
 
@@ -167,32 +172,25 @@ def test_by_hand_is_a_shell_line_that_says_the_same_and_gives_no_secret_away() -
         resources={"tape": 1},
         extra_args=("--redis-password=s3cret", "--redis-password", "s3cret"),
     )
-    line = commandline.by_hand(HEAD, HEAD, ray, 120, NETWORK, install("2.60.0"))
+    line = commandline.by_hand(plan(HEAD, ray), install("2.60.0"))
     assert "s3cret" not in line
     words = shlex.split(line)
     assert words[0] == "env"
     assert "NOTE=two words" in words
     assert "RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN" in words
     started = words[words.index("/env/bin/ray") :]
-    whole = commandline.start_command(HEAD, HEAD, ray, install("2.60.0"))
+    whole = commandline.start_command(plan(HEAD, ray), install("2.60.0"))
     assert started[:-3] == [w for w in whole[:-3] if w != "--block"]
     assert started[-3:] == ["--redis-password=[redacted]", "--redis-password", "[redacted]"]
 
 
 def test_by_hand_without_an_installed_ray() -> None:
-    line = commandline.by_hand(WORKER, HEAD, RayConfig(command="~/env/bin/ray"), 120, NETWORK)
+    line = commandline.by_hand(plan(WORKER, RayConfig(command="~/env/bin/ray")))
     assert " ~/env/bin/ray start --address=127.77.0.1:6379 " in line
 
 
-def changed(**changes: object) -> str:
-    given: dict[str, object] = {
-        "own": WORKER,
-        "head": HEAD,
-        "ray": RayConfig(),
-        "ride_through": 120.0,
-        "network": NETWORK,
-    }
-    return commandline.digest(**{**given, **changes})  # type: ignore[arg-type]
+def changed(**changes: Any) -> str:
+    return commandline.digest(replace(plan(WORKER), **changes))
 
 
 def test_digest_changes_with_what_reaches_ray_and_with_nothing_else() -> None:

@@ -18,6 +18,7 @@ from rayfwd.cluster.plan import head_plan
 from rayfwd.config import parse
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, token
+from rayfwd.ray.commandline import RayPlan
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.target import Target
 from rayfwd.transport.ways import Way
@@ -217,10 +218,10 @@ def test_it_is_not_shown() -> None:
 def test_ray_is_started_anew_with_another_token_only() -> None:
     services = {"gcs": 6379, "dashboard": 8265, "client": 10001}
     own = head_plan("h", "127.77.0.0/16", 20000, 8, services)
-    ray = parse({"role": "head"}).ray
+    plan = RayPlan(own, own, parse({"role": "head"}).ray, 120.0, "127.77.0.0/16")
 
     def digest(auth: RayAuth | None) -> str:
-        return commandline.digest(own, own, ray, 120.0, "127.77.0.0/16", auth)
+        return commandline.digest(plan, auth)
 
     assert digest(None) == digest(OFF)
     assert digest(OFF) != digest(RayAuth("token", "a")) != digest(RayAuth("token", "b"))
@@ -229,16 +230,16 @@ def test_ray_is_started_anew_with_another_token_only() -> None:
 def test_the_environment_of_ray(state: Path) -> None:
     services = {"gcs": 6379, "dashboard": 8265, "client": 10001}
     own = head_plan("h", "127.77.0.0/16", 20000, 8, services)
-    ray = parse({"role": "head"}).ray
+    plan = RayPlan(own, own, parse({"role": "head"}).ray, 120.0, "127.77.0.0/16")
     outside = {"RAY_AUTH_TOKEN": "the daemon's own", "RAY_AUTH_MODE": "disabled"}
     auth = token.environment(RayAuth("token", "x"), state)
-    env = commandline.start_environment(120.0, ray, own, "127.77.0.0/16", outside, auth)
+    env = commandline.start_environment(plan, outside, auth)
     assert env["RAY_AUTH_MODE"] == "token"
     assert env["RAY_AUTH_TOKEN_PATH"] == str(state / token.TOKEN_FILE)
     assert "RAY_AUTH_TOKEN" not in env
-    line = commandline.by_hand(own, own, ray, 120.0, "127.77.0.0/16", None, auth)
+    line = commandline.by_hand(plan, None, auth)
     assert f"RAY_AUTH_TOKEN_PATH={state / token.TOKEN_FILE}" in line
-    env = commandline.start_environment(120.0, ray, own, "127.77.0.0/16", outside)
+    env = commandline.start_environment(plan, outside)
     assert env["RAY_AUTH_TOKEN"] == "the daemon's own"
 
 

@@ -17,6 +17,7 @@ from rayfwd.config import Config
 from rayfwd.hub.roster import read, settle
 from rayfwd.problems import ProblemError
 from rayfwd.ray import commandline, install, token
+from rayfwd.ray.commandline import RayPlan
 from rayfwd.system.control import ask
 from rayfwd.system.files import read_regular
 from rayfwd.system.logs import escaped
@@ -119,15 +120,9 @@ def _command(config: Config, plan: Plan) -> list[str]:
         unknown = [
             f"({exc.problem.cause}: the flags are those of the newest Ray that rayfwd knows.)"
         ]
-    line = commandline.by_hand(
-        plan.own,
-        plan.head,
-        config.ray,
-        plan.ride_through,
-        plan.network,
-        found,
-        token.environment(token.kept_auth(config.state_dir), config.state_dir),
-    )
+    rays = RayPlan(plan.own, plan.head, config.ray, plan.ride_through, plan.network)
+    auth = token.environment(token.kept_auth(config.state_dir), config.state_dir)
+    line = commandline.by_hand(rays, found, auth)
     if config.ray.start:
         does = (
             "`rayfwd run` starts Ray on this node with this command and --block. By hand it "

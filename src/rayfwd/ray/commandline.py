@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rayfwd.cluster.environment import library_environment
 from rayfwd.cluster.plan import NodePlan
@@ -66,62 +67,60 @@ AUTH_NAMES = frozenset({"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 """What rayfwd decides where it decides on Ray's token; the first that is set wins in Ray."""
 
 
-def start_command(own: NodePlan, head: NodePlan, ray: RayConfig, install: RayInstall) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class RayPlan:
+    """What Ray is to be on a node: as the cluster's plan has it, and the node's configuration."""
+
+    own: NodePlan
+    head: NodePlan
+    ray: RayConfig
+    ride_through: float
+    """Seconds that Ray's time-outs must outlast."""
+    network: str
+    interface: str | None = None
+    """The overlay's, which has the node's address; None: the node has no overlay."""
+
+
+def start_command(plan: RayPlan, install: RayInstall) -> list[str]:
     """The argument list that starts this node and stays in front (`--block`)."""
-    return [
-        install.command,
-        *_arguments(own, head, ray, install, block=True),
-    ]
+    return [install.command, *_arguments(plan, install, block=True)]
 
 
 def start_environment(
-    ride_through: float,
-    ray: RayConfig,
-    own: NodePlan,
-    network: str,
-    base_env: Mapping[str, str],
-    auth: Mapping[str, str] | None = None,
-    interface: str | None = None,
+    plan: RayPlan, base_env: Mapping[str, str], auth: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The environment for Ray: `base_env` without what is rayfwd's own, and our additions.
 
-    `auth` is what `rayfwd.ray.token.environment` says, `interface` the overlay's. What the user
-    says in `ray.env` wins over everything.
+    `auth` is what `rayfwd.ray.token.environment` says. What the user says in `ray.env` wins over
+    everything.
     """
     left_out = _NOT_FOR_RAY | (AUTH_NAMES if auth else frozenset())
     env = {name: value for name, value in base_env.items() if name not in left_out}
-    libraries = library_environment(own.address, interface, env)
-    return env | libraries | _additions(ride_through, ray, own, network, base_env, auth)
+    libraries = library_environment(plan.own.address, plan.interface, env)
+    return env | libraries | _additions(plan, base_env, auth)
 
 
 def by_hand(
-    own: NodePlan,
-    head: NodePlan,
-    ray: RayConfig,
-    ride_through: float,
-    network: str,
-    install: RayInstall | None = None,
-    auth: Mapping[str, str] | None = None,
-    interface: str | None = None,
+    plan: RayPlan, install: RayInstall | None = None, auth: Mapping[str, str] | None = None
 ) -> str:
     """One shell line that starts this node in the background, for whoever runs Ray by hand.
 
     Without `install` the flags are those of the newest Ray known. A value of `ray.env` whose name
     says that it is secret appears as a reference to the caller's own variable.
     """
-    additions = library_environment(own.address, interface, {})
-    additions |= _additions(ride_through, ray, own, network, {}, auth)
+    additions = library_environment(plan.own.address, plan.interface, {})
+    additions |= _additions(plan, {}, auth)
     assignments = [
         f'{name}="${name}"' if names_a_secret(name) else f"{name}={shlex.quote(value)}"
         for name, value in sorted(additions.items())
     ]
-    command = install.command if install else ray.command
+    command = install.command if install else plan.ray.command
     return " ".join(
         [
             "env",
             *assignments,
             _quoted_command(command),
-            *map(shlex.quote, redact_command(_arguments(own, head, ray, install, block=False))),
+            *map(shlex.quote, redact_command(_arguments(plan, install, block=False))),
         ]
     )
 
@@ -169,40 +168,32 @@ def given_up_after(ride_through: float) -> float:
     return FIRST_PROBE_SECONDS + _probes(ride_through) * PROBE_SECONDS
 
 
-def digest(
-    own: NodePlan,
-    head: NodePlan,
-    ray: RayConfig,
-    ride_through: float,
-    network: str,
-    auth: RayAuth | None = None,
-    interface: str | None = None,
-) -> str:
+def digest(plan: RayPlan, auth: RayAuth | None = None) -> str:
     """Tells whether a running Ray was started from the same plan and the same configuration.
 
     Made of what goes in, not of the finished command, so that it can be had while `ray` itself is
     missing. What does not reach Ray (the head's name, how often its status is read) is left out.
     """
-    told = ray.model_dump(
+    told = plan.ray.model_dump(
         mode="json", exclude={"status_interval", "advertise", "advertise_check", "auth"}
     )
     parts = {
-        "own": {k: v for k, v in own.to_wire().items() if k != "level"},  # `interface` says it
-        "head": [head.address, dict(head.head_services)],
+        # Whether there is an interface says the level.
+        "own": {k: v for k, v in plan.own.to_wire().items() if k != "level"},
+        "head": [plan.head.address, dict(plan.head.head_services)],
         "ray": told,
-        "timeouts": timeouts(ride_through),
-        "network": network,
+        "timeouts": timeouts(plan.ride_through),
+        "network": plan.network,
     }
     if auth is not None and auth.mode == "token":
         parts["auth"] = auth.fingerprint
-    if interface is not None:
-        parts["interface"] = interface
+    if plan.interface is not None:
+        parts["interface"] = plan.interface
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _arguments(
-    own: NodePlan, head: NodePlan, ray: RayConfig, install: RayInstall | None, block: bool
-) -> list[str]:
+def _arguments(plan: RayPlan, install: RayInstall | None, block: bool) -> list[str]:
+    own, head, ray = plan.own, plan.head, plan.ray
     version = version_key(install.versions.ray) if install else LABELS_AS_PAIRS
     services = own.services
     last_worker_port = own.last_worker_port
@@ -277,14 +268,10 @@ def no_proxy(network: str, address: str, base_env: Mapping[str, str]) -> dict[st
 
 
 def _additions(
-    ride_through: float,
-    ray: RayConfig,
-    own: NodePlan,
-    network: str,
-    base_env: Mapping[str, str],
-    auth: Mapping[str, str] | None = None,
+    plan: RayPlan, base_env: Mapping[str, str], auth: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    added = timeouts(ride_through) | no_proxy(network, own.address, base_env)
+    own = plan.own
+    added = timeouts(plan.ride_through) | no_proxy(plan.network, own.address, base_env)
     if own.role == "head":
         added["AUTOSCALER_METRIC_PORT"] = str(own.services["autoscaler_metrics"])
         added["DASHBOARD_METRIC_PORT"] = str(own.services["dashboard_metrics"])
@@ -294,7 +281,7 @@ def _additions(
         if "GRPC_ENABLE_FORK_SUPPORT" not in base_env:
             added["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     added["RAY_USAGE_STATS_ENABLED"] = "0"
-    return added | dict(auth or {}) | ray.env
+    return added | dict(auth or {}) | plan.ray.env
 
 
 def _quoted_command(command: str) -> str:

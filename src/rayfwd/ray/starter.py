@@ -10,13 +10,14 @@ import asyncio
 import os
 import shlex
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfwd import codes
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.config import Config, RayConfig
 from rayfwd.ray import commandline, ports, token
+from rayfwd.ray.commandline import RayPlan
 from rayfwd.ray.install import RayInstall, Versions, find
 from rayfwd.ray.launcher import Launcher
 from rayfwd.ray.process import RayProcess
@@ -38,16 +39,12 @@ Ray is not to be started yet."""
 class RayWanted:
     """What Ray is to be here."""
 
-    own: NodePlan
-    head: NodePlan
+    plan: RayPlan
     head_versions: Versions | None
     """None: not known, or this is the head."""
-    ride_through: float
+    auth: RayAuth | None
     digest: str
     """Of all that reaches Ray: where it changes, Ray is started again."""
-    auth: RayAuth | None
-    interface: str | None
-    """The one that has the node's address, if there is one."""
 
 
 class Starter:
@@ -79,10 +76,8 @@ class Starter:
     ) -> RayWanted:
         """What Ray is to be by this plan; `network`: None is the one before."""
         self._network = network or self._network
-        digest = commandline.digest(
-            own, head, self._config.ray, ride_through, self._network, auth, interface
-        )
-        return RayWanted(own, head, head_versions, ride_through, digest, auth, interface)
+        plan = RayPlan(own, head, self._config.ray, ride_through, self._network, interface)
+        return RayWanted(plan, head_versions, auth, commandline.digest(plan, auth))
 
     async def find(self, wanted: RayWanted) -> RayInstall:
         """The installation that `ray.command` names. Raises ProblemError."""
@@ -92,16 +87,16 @@ class Starter:
         """What is to be started, which can be now. Raises ProblemError where it cannot."""
         install = await self.find(wanted)
         check_versions(install, wanted.head_versions, self.environment(wanted))
-        await asyncio.to_thread(ports.check_free, wanted.own.ports)
+        await asyncio.to_thread(ports.check_free, wanted.plan.own.ports)
         if self._before_start is not None:
-            await self._before_start(wanted.own, install)
+            await self._before_start(wanted.plan.own, install)
         return install
 
     def start(self, wanted: RayWanted, install: RayInstall, joined: str | None) -> RayProcess:
         """`ray start`, which runs on; `joined`: which start of the head's Ray it joins, if that is
         known. Raises ProblemError."""
-        ray = _as_bounded(self._config.ray)
-        argv = commandline.start_command(wanted.own, wanted.head, ray, install)
+        bounded = replace(wanted.plan, ray=_as_bounded(wanted.plan.ray))
+        argv = commandline.start_command(bounded, install)
         try:
             return RayProcess.spawn(
                 argv,
@@ -121,28 +116,11 @@ class Starter:
 
     def by_hand(self, wanted: RayWanted, install: RayInstall | None) -> str:
         """The shell line that starts it, for a person."""
-        return commandline.by_hand(
-            wanted.own,
-            wanted.head,
-            self._config.ray,
-            wanted.ride_through,
-            self._network,
-            install,
-            self._auth(wanted),
-            wanted.interface,
-        )
+        return commandline.by_hand(wanted.plan, install, self._auth(wanted))
 
     def environment(self, wanted: RayWanted) -> dict[str, str]:
         """What Ray and its own command-line tools are given."""
-        env = commandline.start_environment(
-            wanted.ride_through,
-            self._config.ray,
-            wanted.own,
-            self._network,
-            os.environ,
-            self._auth(wanted),
-            wanted.interface,
-        )
+        env = commandline.start_environment(wanted.plan, os.environ, self._auth(wanted))
         if (within := self.stop_within) is not None:
             # The rest is for `ray start`, which ends its children one by one after that.
             env.setdefault(commandline.DRAIN_VARIABLE, f"{within * TASKS_PART:.1f}")

@@ -289,7 +289,7 @@ class RaySupervisor:
             )
             await self._watch(process, wanted)
             return
-        foreign = await asyncio.to_thread(find_foreign, wanted.own.address)
+        foreign = await asyncio.to_thread(find_foreign, wanted.plan.own.address)
         if foreign is not None:
             self._check_adoptable(foreign)
             await self._watch_foreign(foreign, wanted)
@@ -396,9 +396,9 @@ class RaySupervisor:
     async def _is_up(self, process: RayProcess, wanted: RayWanted) -> bool:
         if not process.said_started or "raylet" not in process.daemons:
             return False
-        if wanted.own.role == "worker":
+        if wanted.plan.own.role == "worker":
             return True
-        return await _accepts(wanted.own.address, wanted.own.services["gcs"])
+        return await _accepts(wanted.plan.own.address, wanted.plan.own.services["gcs"])
 
     async def _watch_foreign(self, raylet: procfs.Process, wanted: RayWanted) -> None:
         with suppress(ProblemError):
@@ -437,7 +437,7 @@ class RaySupervisor:
             _log.info("ray_start_by_hand", command=command)
         while not self._plan_changed(wanted):
             await self._sleep(BY_HAND_INTERVAL)
-            if await asyncio.to_thread(find_foreign, wanted.own.address) is not None:
+            if await asyncio.to_thread(find_foreign, wanted.plan.own.address) is not None:
                 return
 
     async def _failed(self, problem: Problem) -> None:
