@@ -1382,7 +1382,8 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
         tool = install.Tool(uv=str(uv), python="3.11")
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            work = install._install(machine, str(target), tool, [], "true", "", made)
+            order = install.Order(str(target), [], "true", made, same=made)
+            work = install._install(machine, order, tool)
             installing = asyncio.create_task(work)
             await until(lambda: tried.exists() and tried.read_text().count("tried") > 1)
             assert not target.exists()
@@ -1393,8 +1394,8 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
         python.parent.mkdir(exist_ok=True)
         python.touch(mode=0o755)
         theirs, same = {**made, "name": "w2"}, {"wheel": "x"}
-        work = install._install(machine, str(target), tool, [], "false", "", theirs, same=same)
-        await work
+        order = install.Order(str(target), [], "false", theirs, same)
+        await install._install(machine, order, tool)
         assert json.loads((target / sight.MARKER).read_text()) == made
         assert list(tmp_path.glob("a place.incoming.*")) == [young]
         seen = replace(SEEN, prefix=str(target), made=made)

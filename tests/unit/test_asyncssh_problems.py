@@ -16,6 +16,7 @@ from rayfwd.config import HeadConfig
 from rayfwd.problems import Code
 from rayfwd.ssh import asyncssh_problems, dial, hops
 from rayfwd.ssh.places import NoSftpError
+from rayfwd.ssh.witness import Witness
 from rayfwd.transport.urgency import AdaptiveTimeout
 
 HEAD = HeadConfig(ssh="ray@the-head")
@@ -223,7 +224,7 @@ def test_an_option_that_had_no_effect_may_be_what_is_missing() -> None:
 
 
 def attempt_at(hop: hops.Hop, **reached: Any) -> Attempt:
-    attempt = Attempt(hop.options, None, asyncio.Event(), AdaptiveTimeout(1.0, 1.0))
+    attempt = Attempt(hop, None, asyncio.Event(), AdaptiveTimeout(1.0, 1.0), Witness())
     for name, value in reached.items():
         of = attempt.watch if hasattr(attempt.watch, name) else attempt
         assert hasattr(of, name), name

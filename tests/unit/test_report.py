@@ -157,7 +157,7 @@ def test_what_helps_is_in_it(tmp_path: Path, planted: dict[str, str]) -> None:
 def test_logs_are_in_it_when_asked_for(tmp_path: Path, planted: dict[str, str]) -> None:
     path = tmp_path / "rayfwd.toml"
     config = doctor.load_if_valid(path)
-    found = parts(report.compose(path, config, None, planted, {}, report.Logs()))
+    found = parts(report.compose(report.Subject(path, config, None, planted), {}, report.Logs()))
     for part in ("journal", f"Ray's output ({tmp_path / 'state' / 'ray.log'})"):
         assert found[part].strip() == report.LEFT_OUT
 
@@ -176,7 +176,8 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, planted: dict[str, str]) -
 def test_a_configuration_that_is_none_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "rayfwd.toml"
     path.write_text(f'role = \ntoken = "{PLANTED["assigned"]}"')
-    text = report.compose(path, None, None, {"HOME": str(tmp_path)}, {}, report.Logs())
+    of = report.Subject(path, None, None, {"HOME": str(tmp_path)})
+    text = report.compose(of, {}, report.Logs())
     assert PLANTED["assigned"] not in text
     assert "it is not TOML" in text
     assert doctor.load_if_valid(path) is None
@@ -190,7 +191,7 @@ def test_links_and_pipes_of_a_lesser_user_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "node.key")
     config = doctor.load_if_valid(tmp_path / "rayfwd.toml")
     logs = report.Logs(True, tmp_path / "node.key")
-    text = report.compose(tmp_path / "rayfwd.toml", config, None, {}, {}, logs)
+    text = report.compose(report.Subject(tmp_path / "rayfwd.toml", config, None, {}), {}, logs)
     assert "root:hash" not in text
     assert "not a regular file" in text
 

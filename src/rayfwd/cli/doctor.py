@@ -103,7 +103,7 @@ def _report(
 ) -> str:
     control = None if config is None else control_socket(config)
     logs = report.Logs(args.with_logs, args.log)
-    return report.compose(path, config, control, os.environ, found, logs, account)
+    return report.compose(report.Subject(path, config, control, os.environ, account), found, logs)
 
 
 def exit_code(found: Sequence[Row]) -> int:

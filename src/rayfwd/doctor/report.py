@@ -52,6 +52,25 @@ PACKAGES = (
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """Which node a report is of."""
+
+    path: Path
+    """Of its configuration."""
+    config: Config | None
+    """None: that is not valid."""
+    control: Path | None
+    """Its daemon's socket; None: not known."""
+    env: Mapping[str, str]
+    account: SystemUser | None = None
+    """As whom the service's files are read; None: as oneself."""
+
+    @property
+    def state_dir(self) -> Path:
+        return default_state_dir(self.env) if self.config is None else self.config.state_dir
+
+
+@dataclass(frozen=True, slots=True)
 class Logs:
     """Which logs are to be in it."""
 
@@ -81,25 +100,13 @@ def write(path: Path, text: str) -> None:
         ) from None
 
 
-def compose(
-    path: Path,
-    config: Config | None,
-    control: Path | None,
-    env: Mapping[str, str],
-    found: Mapping[str, Any],
-    logs: Logs,
-    account: SystemUser | None = None,
-) -> str:
-    """The whole text. `path` is the configuration's, `found` the doctor's document.
-
-    `account`: as whom the service's files are read, if not as oneself.
-    """
-    state_dir = config.state_dir if config is not None else default_state_dir(env)
-    kept = _kept(path, state_dir, account)
-    data = _data(kept["configuration"])
+def compose(of: Subject, found: Mapping[str, Any], logs: Logs) -> str:
+    """The whole text; `found` is the doctor's document."""
+    kept = _kept(of)
+    data, env = _data(kept["configuration"]), of.env
     known = scrubbing.known(data or {}, env, (*kept["secrets"], *_rays_token(env)))
     text = HEADER
-    for title, part in _parts(path, data, control, state_dir, env, found, logs, kept["output"]):
+    for title, part in _parts(of, data, found, logs, kept["output"]):
         if isinstance(part, str):
             shown = scrubbing.scrub(part, known)
         else:
@@ -109,11 +116,8 @@ def compose(
 
 
 def _parts(
-    path: Path,
+    of: Subject,
     data: dict[str, Any] | None,
-    control: Path | None,
-    state_dir: Path,
-    env: Mapping[str, str],
     found: Mapping[str, Any],
     logs: Logs,
     output: str,
@@ -123,15 +127,15 @@ def _parts(
     yield "doctor", found
     left_out = "left out, because it is not TOML or cannot be read, so secrets in it are not known"
     shown = left_out if data is None else scrubbing.configuration(data)
-    yield f"configuration ({path})", shown
+    yield f"configuration ({of.path})", shown
     for verb in ("status", "plan"):
-        yield f"rayfwd {verb}", _asked(control, verb)
-    yield "environment", "\n".join(f"{n}={v}" for n, v in scrubbing.environment(env).items())
-    yield "machine", "\n".join(f"{name}: {value}" for name, value in _machine(state_dir))
+        yield f"rayfwd {verb}", _asked(of.control, verb)
+    yield "environment", "\n".join(f"{n}={v}" for n, v in scrubbing.environment(of.env).items())
+    yield "machine", "\n".join(f"{name}: {value}" for name, value in _machine(of.state_dir))
     yield "journal", _journal() if logs.wanted else LEFT_OUT
     if logs.file is not None:
         yield f"log ({logs.file})", _log(logs.file)
-    yield f"Ray's output ({state_dir / OUTPUT})", output if logs.wanted else LEFT_OUT
+    yield f"Ray's output ({of.state_dir / OUTPUT})", output if logs.wanted else LEFT_OUT
 
 
 def _data(text: str | None) -> dict[str, Any] | None:
@@ -141,14 +145,14 @@ def _data(text: str | None) -> dict[str, Any] | None:
         return None
 
 
-def _kept(path: Path, state_dir: Path, account: SystemUser | None) -> dict[str, Any]:
+def _kept(of: Subject) -> dict[str, Any]:
     """What the service's own files hold, read as the service's user."""
-    asked = {"configuration": str(path), "state_dir": str(state_dir)}
-    if account is None or account.is_own:
+    asked = {"configuration": str(of.path), "state_dir": str(of.state_dir)}
+    if of.account is None or of.account.is_own:
         return kept_files(**asked)
-    found: dict[str, Any] = asuser.call(account, kept_files, asked, timeout=READ_SECONDS)
-    if asuser.whose(path) is None:  # root's own, which the service's user need not see
-        found["configuration"] = text_of(str(path))
+    found: dict[str, Any] = asuser.call(of.account, kept_files, asked, timeout=READ_SECONDS)
+    if asuser.whose(of.path) is None:  # root's own, which the service's user need not see
+        found["configuration"] = text_of(str(of.path))
     return found
 
 

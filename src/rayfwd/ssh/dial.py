@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import aiohappyeyeballs
 import asyncssh
 
+from rayfwd.ssh.hops import Hop
 from rayfwd.ssh.login_watch import LoginWatch
 from rayfwd.ssh.places import place_of
 from rayfwd.ssh.ssh_process import ProxyCommand
@@ -53,28 +54,24 @@ class Attempt(asyncssh.SSHClient):
 
     def __init__(
         self,
-        options: asyncssh.SSHClientConnectionOptions,
+        hop: Hop,
         jump: asyncssh.SSHClientConnection | None,
         urgent: asyncio.Event,
         login_timeout: AdaptiveTimeout,
-        witness: Witness | None = None,
-        meet: str | None = None,
+        witness: Witness,
         patient: bool = False,
-        agent: str = "",
-        command: str = "",
     ) -> None:
-        """`jump`: what the connection goes through; `command`: or what makes it (ProxyCommand).
-        `urgent`: streams wait for it, now or from some moment of it on; then the login has what
-        `login_timeout` says."""
-        self._witness = witness or Witness()
-        self._agent_path = agent
-        self._command = command
+        """`jump`: what the connection goes through. `urgent`: streams wait for it, now or from some
+        moment of it on; then the login has what `login_timeout` says. `patient`: what is said first
+        has the usual time, also through a meeting place."""
+        self._hop = hop
+        self._witness = witness
+        self._agent_path = hop.agent
+        """Where an agent is still to be asked for its keys."""
         self._process: ProxyCommand | None = None
         self._agent: asyncssh.SSHAgentClient | None = None
-        self._patient = patient or meet is None
+        self._patient = patient or hop.meet is None
         self._listening: asyncio.Task[None] | None = None
-        self._meet = meet
-        """The socket on the jump host that leads to the server, in place of its address."""
         self.jump = jump
         self.dialled: list[str] = []
         """Addresses that were tried."""
@@ -88,7 +85,6 @@ class Attempt(asyncssh.SSHClient):
         """A key was accepted, and something beside it is wanted."""
         self.watch = LoginWatch()
         self._keys_refused = False
-        self._options = options
         self._urgent = urgent
         self._login_timeout = login_timeout
         self.login = LOGIN_TIMEOUT
@@ -143,8 +139,8 @@ class Attempt(asyncssh.SSHClient):
 
     async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> Any:
         """The TCP connection that AsyncSSH is to use."""
-        if self.jump is not None and self._meet is not None:
-            made = await self._at_meeting(self.jump, self._meet, factory)
+        if self.jump is not None and self._hop.meet is not None:
+            made = await self._at_meeting(self.jump, self._hop.meet, factory)
             self._stands(made[1])
             if not self._patient:
                 self._listening = asyncio.create_task(self._first_words(), name="first words")
@@ -154,7 +150,7 @@ class Attempt(asyncssh.SSHClient):
             made = await self.jump.create_connection(factory, host, port)
             self._stands(made[1])
             return made
-        if self._command:
+        if self._hop.command:
             return await self._by_command(factory)
         sock = await self._connect(host, port)
         with suppress(OSError):  # it has ended already
@@ -173,7 +169,7 @@ class Attempt(asyncssh.SSHClient):
         near.setblocking(False)
         try:
             with far:
-                self._process = ProxyCommand(self._command, far.fileno())
+                self._process = ProxyCommand(self._hop.command, far.fileno())
             await self._process.listen()
         except BaseException:
             near.close()
@@ -208,9 +204,9 @@ class Attempt(asyncssh.SSHClient):
     async def _connect(self, host: str, port: int) -> socket.socket:
         loop = asyncio.get_running_loop()
         stream = socket.SOCK_STREAM
-        local: Any = self._options.local_addr
+        local: Any = self._hop.options.local_addr
         self.resolving = True
-        found = await loop.getaddrinfo(host, port, family=self._options.family, type=stream)
+        found = await loop.getaddrinfo(host, port, family=self._hop.options.family, type=stream)
         self.resolving = False
         self.dialled = [f"{address[4][0]} port {port}" for address in found]
         own = None if not local else await loop.getaddrinfo(*local, type=stream)

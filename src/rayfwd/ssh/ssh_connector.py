@@ -202,17 +202,8 @@ class SshConnector:
     ) -> Made:
         """Raises ProblemError."""
         self._tries += 1
-        attempt = Attempt(
-            hop.options,
-            jump,
-            urgent,
-            self._login_timeout,
-            self._witness,
-            hop.meet,
-            patient=self._tries % PATIENT == 0,
-            agent=hop.agent,
-            command=hop.command,
-        )
+        patient = self._tries % PATIENT == 0
+        attempt = Attempt(hop, jump, urgent, self._login_timeout, self._witness, patient)
         try:
             made = await attempt.log_in(lambda: connecting(attempt))
         except (OSError, asyncssh.Error, NoSftpError, ValueError, TimeoutError) as exc:

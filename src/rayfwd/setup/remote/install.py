@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -203,11 +203,10 @@ async def rayfwd(machine: Machine, sight: Sight, shipment: Shipment, name: str) 
     own = shlex.quote(f"./{shipment.own.name}")
     ours, index = f"put --no-index --find-links . {own}", f"put {own}"
     put = index if why else f"{ours} || {index}"
+    same = {"wheel": shipment.digest}
+    order = Order(target, files, put, made, same, own, sight.broken)
     try:
-        await _install(
-            *(machine, target, tool, files, put, own, made, sight.broken, sight.any_python),
-            same={"wheel": shipment.digest},
-        )
+        await _install(machine, order, tool, sight.any_python)
     except Hangs:
         raise
     except Failed as exc:
@@ -239,9 +238,9 @@ async def ray(
             f"put --no-index --find-links . {requirement}",
         )
     files = [*(ours if here else ()), *_tools(shipment, needs, tool)]
+    order = Order(target, files, " || ".join(ways), made, same=made)
     try:
-        unpack = sight.any_python
-        await _install(machine, target, tool, files, " || ".join(ways), "", made, False, unpack)
+        await _install(machine, order, tool, sight.any_python)
     except Hangs:
         raise
     except Failed as exc:
@@ -292,23 +291,35 @@ def _tools(shipment: Shipment, needs: Needs, tool: Tool) -> list[Path]:
     return [path for path in (needs.pip, *brought) if path is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be installed on a machine, and from what."""
+
+    target: str
+    """The directory there."""
+    files: Sequence[Path]
+    """What is sent."""
+    put: str
+    """The command that installs, of the script's words."""
+    made: Mapping[str, str]
+    """What is written down of it there."""
+    same: Mapping[str, str]
+    """Of that, what says that it is the same."""
+    own: str = ""
+    """The wheel among them that is ours."""
+    broken: bool = False
+    """What is there goes first."""
+
+
 async def _install(
-    machine: Machine,
-    target: str,
-    tool: Tool,
-    files: Sequence[Path],
-    put: str,
-    own: str,
-    made: dict[str, str],
-    broken: bool = False,
-    any_python: str | None = None,
-    same: dict[str, str] | None = None,
+    machine: Machine, order: Order, tool: Tool, any_python: str | None = None
 ) -> None:
-    """`broken`: what is there goes first. `any_python`: one that unpacks what is sent, where there
-    is no tar. `same`: what of `made` says that it is the same. Raises Failed, ProblemError."""
+    """`any_python`: one that unpacks what is sent, where there is no tar. Raises Failed,
+    ProblemError."""
+    target = order.target
     incoming = f"{target}.incoming.{secrets.token_hex(4)}"
     python = tool.python if tool.python.startswith("/") else any_python
-    await machine.send(files, incoming, python)
+    await machine.send(order.files, incoming, python)
     words = {
         "@INCOMING@": shlex.quote(incoming),
         "@TARGET@": shlex.quote(target),
@@ -317,12 +328,12 @@ async def _install(
         "@OLD_PYTHON@": shlex.quote(tool.old_python),
         "@PYTHON@": shlex.quote(tool.python),
         "@PYTHONS@": shlex.quote(tool.pythons),
-        "@PUT@": put,
-        "@OWN@": own,
-        "@MADE@": shlex.quote(json.dumps(made)),
-        "@SAME@": shlex.quote(json.dumps(made if same is None else same)[1:-1]),
+        "@PUT@": order.put,
+        "@OWN@": order.own,
+        "@MADE@": shlex.quote(json.dumps(dict(order.made))),
+        "@SAME@": shlex.quote(json.dumps(dict(order.same))[1:-1]),
         "@MARKER@": MARKER,
-        "@BROKEN@": "yes" if broken else "",
+        "@BROKEN@": "yes" if order.broken else "",
         "@SECONDS@": f"{INSTALL_SECONDS / 2:.0f}",
     }
     script = _SCRIPT
