@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfwd.cli import init, main
+from rayfwd.cli import init, init_answers, init_words, main
 from rayfwd.config import load, parse
 from rayfwd.doctor.unit_checks import SERVICE
 from rayfwd.problems import ProblemError
@@ -92,11 +92,11 @@ def test_when_init_chooses_a_token(
     chosen: str | None,
 ) -> None:
     """What is in a file that is there stays as it is."""
-    monkeypatch.setattr(init, "who_else_logs_in", lambda uid: others)
+    monkeypatch.setattr(init_answers, "who_else_logs_in", lambda uid: others)
     asks = token.asks_by_itself(version, {"HOME": "/nonexistent"})
     seen = Survey("/r/ray", f"Ray {version}", None, asks)
     there = None if before is None else parse({"role": "head", "ray": before})
-    assert init._auth(role, there, seen, "root") == chosen
+    assert init_answers.auth(role, there, seen, "root") == chosen
 
 
 def test_the_machines_service() -> None:
@@ -376,7 +376,7 @@ def test_what_is_left_to_do_where_the_service_runs(
     """What the restart costs is said before it: on the head that is all of Ray's state."""
     layout = replace(system_layout("/opt/rayfwd/bin/rayfwd", "/opt/x/python"), overlay=True)
     before = parse({"role": "head", "name": "h", "network": {"level": level}})
-    init._print_restart(layout, had_overlay, before, role)
+    init_words.print_restart(layout, had_overlay, before, role)
     out = capsys.readouterr().out
     assert ("This node's Ray is then restarted once" in out) is bool(said)
     assert said in " ".join(out.split())
