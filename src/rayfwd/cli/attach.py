@@ -32,7 +32,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.cli import FAULT, OK, MistakeError
-from rayfwd.problems import Code
+from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Frame, Kind, ProtocolError, encode, first_frame
 from rayfwd.session.preamble import MARKER
 from rayfwd.system.ownership import check_listener
@@ -90,64 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path: Path = args.socket or hub_socket(args.config, args.cluster, args.peer)
-    begun = hello = b""
-    if args.client:
-        begun = hello = _read_hello()
-        if not _is_clients(begun):
-            return _refuse(
-                codes.CLIENT_ONLY,
-                "this SSH key is for `rayfwd connect` only, and the machine that used it "
-                "is not a client",
-                "use a key whose line in authorized_keys has no --client",
-            )
-    if args.node is not None and not args.client:
-        begun = hello = _read_hello()
-        if _said_in(begun) is None:
-            # What followed would be the hub's alone to read, and it knows nothing of this line.
-            return _refuse(
-                codes.HELLO_MISSING,
-                f"this SSH key is for the node {args.node}, and no complete HELLO came with it",
-                "nothing: rayfwd sends a HELLO at once, so it was another program",
-            )
-        claimed = _node_of(begun)
-        if claimed is not None and claimed != args.node:
-            return _refuse(
-                codes.KEY_OF_ANOTHER,
-                f"this SSH key is for the node {args.node}, but this machine says that it is "
-                f"{claimed}",
-                f"give this machine that name (--name {args.node}, or `name` in its file), or use "
-                "its own SSH key",
-            )
-        if claimed is not None:
-            try:
-                begun = _vouch(args.node, path, ssh_key(os.environ)) + begun
-            except OSError as exc:
-                return _refuse(
-                    codes.HUB_NOT_PERMITTED,
-                    f"{path.with_name(SECRET)} cannot be read: {exc.strerror or exc}",
-                    "log in as the user that runs the hub, and check that the hub runs: "
-                    "--node needs both",
-                )
-    hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        hub.connect(str(path))
-        check_listener(hub, path)
-    except PermissionError as exc:
-        if exc.errno is None:
-            return _refuse(codes.HUB_NOT_PERMITTED, str(exc), "name the hub's socket with --socket")
-        user = f"user id {os.geteuid()}"
-        return _refuse(
-            codes.HUB_NOT_PERMITTED,
-            f"{user} may not connect to {path}",
-            "add this user to hub.users in the head's file (`rayfwd head --users USER`), then "
-            "restart rayfwd there",
-        )
-    except OSError as exc:
-        return _refuse(
-            codes.HUB_ABSENT,
-            f"no hub answers on {path} ({exc.strerror or exc})",
-            "start rayfwd on the head (`systemctl start rayfwd`), or correct the socket's path",
-        )
+        vouched, hello = _checked(args, path)
+        hub = _connected(path)
+    except ProblemError as exc:
+        # One line in a form that the worker's link reads.
+        problem = exc.problem
+        print(f"rayfwd attach: {problem.code}: {problem}", file=sys.stderr)
+        return FAULT
+    begun = vouched + hello
     hello = hello or _read_hello(hub, within=_HELLO_USUAL)
     if not _knows_no_marker(hello):
         with contextlib.suppress(OSError):  # nobody reads it: `join` finds the same
@@ -159,6 +110,71 @@ def run(args: argparse.Namespace) -> int:
     if not _handed_over(hub, begun):
         join(hub)
     return OK
+
+
+def _checked(args: argparse.Namespace, path: Path) -> tuple[bytes, bytes]:
+    """What the hub is to be told first, and the HELLO; both are empty where the line of
+    authorized_keys says nothing of who may come, and nothing is read yet. Raises ProblemError."""
+    if args.client:
+        hello = _read_hello()
+        if not _is_clients(hello):
+            raise codes.CLIENT_ONLY.error(
+                "this SSH key is for `rayfwd connect` only, and the machine that used it "
+                "is not a client",
+                "use a key whose line in authorized_keys has no --client",
+            )
+        return b"", hello
+    return (b"", b"") if args.node is None else _of_node(args.node, path)
+
+
+def _of_node(node: str, path: Path) -> tuple[bytes, bytes]:
+    hello = _read_hello()
+    if _said_in(hello) is None:
+        # What followed would be the hub's alone to read, and it knows nothing of this line.
+        raise codes.HELLO_MISSING.error(
+            f"this SSH key is for the node {node}, and no complete HELLO came with it",
+            "nothing: rayfwd sends a HELLO at once, so it was another program",
+        )
+    claimed = _node_of(hello)
+    if claimed is None:
+        return b"", hello
+    if claimed != node:
+        raise codes.KEY_OF_ANOTHER.error(
+            f"this SSH key is for the node {node}, but this machine says that it is {claimed}",
+            f"give this machine that name (--name {node}, or `name` in its file), or use "
+            "its own SSH key",
+        )
+    try:
+        return _vouch(node, path, ssh_key(os.environ)), hello
+    except OSError as exc:
+        raise codes.HUB_NOT_PERMITTED.error(
+            f"{path.with_name(SECRET)} cannot be read: {exc.strerror or exc}",
+            "log in as the user that runs the hub, and check that the hub runs: --node needs both",
+        ) from None
+
+
+def _connected(path: Path) -> socket.socket:
+    """To the hub. Raises ProblemError."""
+    hub = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        hub.connect(str(path))
+        check_listener(hub, path)
+    except PermissionError as exc:
+        if exc.errno is None:
+            raise codes.HUB_NOT_PERMITTED.error(
+                str(exc), "name the hub's socket with --socket"
+            ) from None
+        raise codes.HUB_NOT_PERMITTED.error(
+            f"user id {os.geteuid()} may not connect to {path}",
+            "add this user to hub.users in the head's file (`rayfwd head --users USER`), then "
+            "restart rayfwd there",
+        ) from None
+    except OSError as exc:
+        raise codes.HUB_ABSENT.error(
+            f"no hub answers on {path} ({exc.strerror or exc})",
+            "start rayfwd on the head (`systemctl start rayfwd`), or correct the socket's path",
+        ) from None
+    return hub
 
 
 def _read_hello(
@@ -284,12 +300,6 @@ def _vouch(node: str | None, hub: Path, key: str | None = None) -> bytes:
     secret = hub.with_name(SECRET).read_text(encoding="ascii", errors="replace").strip()
     payload = json.dumps({"node": node, "secret": secret, "key": key}).encode()
     return encode(Kind.VOUCH, 0, _PROTOCOL, payload)
-
-
-def _refuse(code: Code, cause: str, remedy: str) -> int:
-    """One line in a form that the worker's link reads."""
-    print(f"rayfwd attach: {code}: {cause}; {remedy}", file=sys.stderr)
-    return FAULT
 
 
 def hub_socket(config: Path | None, cluster: str | None = None, peer: bool = False) -> Path:

@@ -72,7 +72,6 @@ class Health:
         """The whole of it, now."""
         role, node = self._role, self._role.node
         part = role.status()
-        guard, guard_from = node.guard()
         return Status(
             version=__version__,
             code=build.code(),
@@ -92,28 +91,8 @@ class Health:
             ledger=part.ledger,
             streams=part.streams,
             bytes=part.bytes,
-            listeners=status.Listeners(
-                open=node.listeners.open,
-                blocked=len(node.listeners.blocked),
-                conditions=node.board.ids_of(LISTENERS),
-                refused=tuple(
-                    status.RefusedUser(user=user, connections=count)
-                    for user, count in node.listeners.admission.refused.most_common()
-                ),
-            ),
-            network=status.Network(
-                level=node.overlay.level,
-                why=node.overlay.why,
-                remedy=node.overlay.remedy,
-                interface=node.interface,
-                guard=guard,
-                guard_from=guard_from,
-                refused=node.overlay.refused,
-                open=None if node.open_ports is None else tuple(sorted(node.open_ports)),
-                dialled=_counted(node.dials.made),
-                refused_there=_counted(node.dials.refused["there"]),
-                refused_here=_counted(node.dials.refused["here"]),
-            ),
+            listeners=self._listeners(),
+            network=self._network(),
             ray=self._ray(),
             cluster=role.cluster,
             canary=node.canary.last,
@@ -130,6 +109,37 @@ class Health:
                 for refused in part.refused
             ),
             page=None if node.page is None else page.url(str(node.page)),
+        )
+
+    def _listeners(self) -> status.Listeners:
+        node = self._role.node
+        listeners = node.listeners
+        return status.Listeners(
+            open=listeners.open,
+            blocked=len(listeners.blocked),
+            conditions=node.board.ids_of(LISTENERS),
+            refused=tuple(
+                status.RefusedUser(user=user, connections=count)
+                for user, count in listeners.admission.refused.most_common()
+            ),
+        )
+
+    def _network(self) -> status.Network:
+        node = self._role.node
+        overlay, dials = node.overlay, node.dials
+        guard, guard_from = node.guard()
+        return status.Network(
+            level=overlay.level,
+            why=overlay.why,
+            remedy=overlay.remedy,
+            interface=node.interface,
+            guard=guard,
+            guard_from=guard_from,
+            refused=overlay.refused,
+            open=None if node.open_ports is None else tuple(sorted(node.open_ports)),
+            dialled=_counted(dials.made),
+            refused_there=_counted(dials.refused["there"]),
+            refused_here=_counted(dials.refused["here"]),
         )
 
     def _ray(self) -> status.Ray:
