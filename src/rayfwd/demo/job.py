@@ -233,6 +233,31 @@ class Work:
 def main() -> int:
     worker_address, stop_file = sys.argv[1], Path(sys.argv[2])
     ray.init(address="auto", log_to_driver=False, logging_level="warning")
+    places = find_places(worker_address)
+    send_objects({"scheduling_strategy": places["worker"], **NO_SECOND_TRY})
+    once = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
+    tally = ray.remote(Tally).options(scheduling_strategy=places["worker"], **once).remote()
+    rank = ray.remote(Rank)
+    ranks = [
+        rank.options(scheduling_strategy=places[place], **once).remote(number)
+        for number, place in enumerate(("head", "worker"), 1)
+    ]
+    steady = Work(places, tally, (ranks[0], ranks[1]))
+    work_until(stop_file, steady)
+    say(
+        "finished",
+        done=steady.done,
+        failed=steady.failed,
+        training=None if steady.failed else steady.training,
+        actor_processes=len(steady.actor_pids),
+        bytes=2 * BIG + 2 * MEDIUM * steady.done["exchange"],
+    )
+    ray.shutdown()
+    return 1 if steady.failed else 0
+
+
+def find_places(worker_address: str) -> dict[str, Any]:
+    """How a task is sent to the head and to the worker; both are said."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     say(
         "nodes",
@@ -249,8 +274,11 @@ def main() -> int:
     for node in alive:
         name = "worker" if node["NodeManagerAddress"] == worker_address else "head"
         places[name] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    at_worker = {"scheduling_strategy": places["worker"], **NO_SECOND_TRY}
+    return places
 
+
+def send_objects(at_worker: dict[str, Any]) -> None:
+    """A large object each way; how long it took is said."""
     # To a new process, so that what is timed is not its start.
     ray.get(ray.remote(measure).options(**at_worker).remote(b""))
 
@@ -266,16 +294,10 @@ def main() -> int:
     seconds = time.monotonic() - began
     same = (host, expected, len(data)) == ("worker", digest(data), BIG)
     say("object", way="worker to head", bytes=BIG, seconds=seconds, same=same)
-    del data
 
-    once = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
-    tally = ray.remote(Tally).options(scheduling_strategy=places["worker"], **once).remote()
-    rank = ray.remote(Rank)
-    ranks = [
-        rank.options(scheduling_strategy=places[place], **once).remote(number)
-        for number, place in enumerate(("head", "worker"), 1)
-    ]
-    steady = Work(places, tally, (ranks[0], ranks[1]))
+
+def work_until(stop_file: Path, steady: Work) -> None:
+    """Calls one after another until that file is there, or one fails; then those under way."""
     steady.begin()
     last = 0.0
     while not stop_file.exists() and not steady.failed:
@@ -285,16 +307,6 @@ def main() -> int:
             say("progress", done=steady.done, in_flight=steady.in_flight)
     while steady.in_flight and not steady.failed:
         steady.step(more=False)
-    say(
-        "finished",
-        done=steady.done,
-        failed=steady.failed,
-        training=None if steady.failed else steady.training,
-        actor_processes=len(steady.actor_pids),
-        bytes=2 * BIG + 2 * MEDIUM * steady.done["exchange"],
-    )
-    ray.shutdown()
-    return 1 if steady.failed else 0
 
 
 if __name__ == "__main__":

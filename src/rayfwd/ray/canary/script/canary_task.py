@@ -49,6 +49,92 @@ def used() -> tuple[float, int]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
+# None of the three that nodes run may lean on this module: it is not there on the other machines.
+
+
+def beat() -> None:
+    return None
+
+
+def take(data: bytes) -> int:
+    import zlib
+
+    return zlib.crc32(data)
+
+
+def give(size: int) -> Any:
+    import os
+    import resource
+    import zlib
+
+    data = os.urandom(size)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cost = (usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return data, zlib.crc32(data), cost
+
+
+class Canary:
+    """What is under way at each node, and what it has cost there."""
+
+    def __init__(self, ray: Any, timeout: float) -> None:
+        self._ray = ray
+        self._timeout = timeout
+        remote = ray.remote(num_cpus=0, max_retries=0)
+        self._functions = {"task": remote(beat), "to": remote(take), "from": remote(give)}
+        data = os.urandom(SIZE)
+        self._sum = zlib.crc32(data)
+        self._there = ray.put(data)
+        self._pending: dict[Any, tuple[str, str, float]] = {}
+        self.costs: list[tuple[float, int]] = []
+
+    def run(self, nodes: list[str]) -> None:
+        """Every stage at every node, until all is over."""
+        for node in nodes:
+            self._submit(node, "task")
+        while self._pending:
+            ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=0.25)
+            for ref in ready:
+                node, stage, since = self._pending.pop(ref)
+                self._over(node, stage, since, self._check(stage, ref))
+            now = time.monotonic()
+            for ref, (node, stage, since) in list(self._pending.items()):
+                if now - since > SHARE[stage] * self._timeout:
+                    del self._pending[ref]
+                    self._over(node, stage, since, f"not done in {now - since:.0f} s")
+
+    def _submit(self, node: str, stage: str) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        pinned = self._functions[stage].options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        )
+        arguments: Any = {"task": (), "to": (self._there,), "from": (SIZE,)}[stage]
+        self._pending[pinned.remote(*arguments)] = (node, stage, time.monotonic())
+
+    def _check(self, stage: str, ref: Any) -> str | None:
+        """What is wrong with the result; None: nothing."""
+        try:
+            result = self._ray.get(ref, timeout=5)
+        except Exception as exc:
+            lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+            return f"{type(exc).__name__}: {' '.join(lines)[-600:]}"
+        if stage == "to" and result != self._sum:
+            return "the object arrived changed"
+        if stage == "from":
+            self.costs.append(result[2])
+            if zlib.crc32(result[0]) != result[1]:
+                return "the object arrived changed"
+        return None
+
+    def _over(self, node: str, stage: str, since: float, error: str | None) -> None:
+        seconds = round(time.monotonic() - since, 3)
+        emit("stage", node=node, stage=stage, ok=error is None, seconds=seconds, error=error)
+        if stage == "task" and error is None:
+            self._submit(node, "to")
+        elif stage == "to":
+            self._submit(node, "from")
+
+
 def main() -> None:
     spec = json.loads(sys.stdin.readline())
     timeout = spec["timeout"]
@@ -59,7 +145,6 @@ def main() -> None:
     began = time.monotonic()
 
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ray.init(
         address=spec["gcs"],
@@ -69,83 +154,15 @@ def main() -> None:
         logging_level="ERROR",
     )
     emit("connected", seconds=round(time.monotonic() - began, 3))
-
-    # Neither of the functions may lean on this module: it is not there on the other machines.
-    def beat() -> None:
-        return None
-
-    def take(data: bytes) -> int:
-        import zlib
-
-        return zlib.crc32(data)
-
-    def give(size: int) -> Any:
-        import os
-        import resource
-        import zlib
-
-        data = os.urandom(size)
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        cost = (usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-        return data, zlib.crc32(data), cost
-
-    remote = ray.remote(num_cpus=0, max_retries=0)
-    functions = {"task": remote(beat), "to": remote(take), "from": remote(give)}
-    data = os.urandom(SIZE)
-    sum_of_data = zlib.crc32(data)
-    there = ray.put(data)
-    pending: dict[Any, tuple[str, str, float]] = {}
-    costs: list[tuple[float, int]] = []
-
-    def submit(node: str, stage: str) -> None:
-        pinned = functions[stage].options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        )
-        arguments: Any = {"task": (), "to": (there,), "from": (SIZE,)}[stage]
-        pending[pinned.remote(*arguments)] = (node, stage, time.monotonic())
-
-    def check(stage: str, ref: Any) -> str | None:
-        """What is wrong with the result; None: nothing."""
-        try:
-            result = ray.get(ref, timeout=5)
-        except Exception as exc:
-            lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-            return f"{type(exc).__name__}: {' '.join(lines)[-600:]}"
-        if stage == "to" and result != sum_of_data:
-            return "the object arrived changed"
-        if stage == "from":
-            costs.append(result[2])
-            if zlib.crc32(result[0]) != result[1]:
-                return "the object arrived changed"
-        return None
-
-    def over(node: str, stage: str, since: float, error: str | None) -> None:
-        seconds = round(time.monotonic() - since, 3)
-        emit("stage", node=node, stage=stage, ok=error is None, seconds=seconds, error=error)
-        if stage == "task" and error is None:
-            submit(node, "to")
-        elif stage == "to":
-            submit(node, "from")
-
-    for node in spec["nodes"]:
-        submit(node, "task")
-    while pending:
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=0.25)
-        for ref in ready:
-            node, stage, since = pending.pop(ref)
-            over(node, stage, since, check(stage, ref))
-        now = time.monotonic()
-        for ref, (node, stage, since) in list(pending.items()):
-            if now - since > SHARE[stage] * timeout:
-                del pending[ref]
-                over(node, stage, since, f"not done in {now - since:.0f} s")
+    canary = Canary(ray, timeout)
+    canary.run(spec["nodes"])
     cpu, memory = used()
     emit(
         "cost",
         cpu=round(cpu, 2),
         memory=memory,
-        workers_cpu=round(sum(c for c, _ in costs), 2),
-        workers_memory=sum(m for _, m in costs),
+        workers_cpu=round(sum(c for c, _ in canary.costs), 2),
+        workers_memory=sum(m for _, m in canary.costs),
     )
     ray.shutdown()
 
