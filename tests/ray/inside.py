@@ -26,7 +26,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.ray import nodes, procfs, status_text
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.session.target import Target
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 from tests.ray.machines import HEAD, NETWORK, WORKER, head_config, ray_command, worker_config
 
 pytestmark = pytest.mark.ray
@@ -85,7 +85,7 @@ async def node_table() -> list[nodes.NodeSeen]:
     deadline = time.monotonic() + 30
     while True:
         with contextlib.suppress(ProblemError):
-            seen = await nodes.fetch(Way(Target(HEAD.address, 8265)))
+            seen = await nodes.fetch(Endpoint(Target(HEAD.address, 8265)))
             if len(seen) == 2 or time.monotonic() > deadline:
                 return seen
         assert time.monotonic() < deadline, "no node table in 30 s"
@@ -154,7 +154,7 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
             while "tape" not in totals and time.monotonic() < deadline:
                 totals = (await status_text.ask(command, f"{HEAD.address}:6379", env)).totals
             assert totals["tape"] == (0.0, 2.0)
-            told = await status_text.fetch(Way(Target(HEAD.address, 8265)))
+            told = await status_text.fetch(Endpoint(Target(HEAD.address, 8265)))
             assert told is not None
             assert told.totals["tape"] == (0.0, 2.0)
             worker.set_link_up(False)

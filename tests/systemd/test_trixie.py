@@ -24,7 +24,7 @@ UNITS = (
     "test_notify.py",
     "test_sockdiag.py",
     "test_unixsocket.py",
-    "test_ways.py",
+    "test_endpoints.py",
     "test_writev.py",
 )
 """Those where Python, asyncio or the system's libraries take part. (What AsyncSSH is like inside

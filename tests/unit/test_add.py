@@ -1674,7 +1674,7 @@ def test_a_machine_that_does_not_answer_holds_up_no_other(
     at_work: set[str] = set()
 
     async def work(machine: str, outcome: Outcome) -> None:
-        async with outcome.place.lent(lambda: print(machine, "is slow")):
+        async with outcome.slot.lent(lambda: print(machine, "is slow")):
             await asyncio.sleep({"slow": 22, "dead": 90}.get(machine, 1))
             if machine == "dead":
                 return

@@ -15,7 +15,7 @@ from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Code
 from rayfwd.ssh import asyncssh_problems, dial, hops
-from rayfwd.ssh.places import NoSftpError
+from rayfwd.ssh.meeting_socket import NoSftpError
 from rayfwd.ssh.witness import Witness
 from rayfwd.transport.urgency import AdaptiveTimeout
 

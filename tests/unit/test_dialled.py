@@ -11,8 +11,8 @@ from rayfwd import codes
 from rayfwd.config import ConfigError, DialConfig, parse
 from rayfwd.ssh.channel_problems import socket_unreachable
 from rayfwd.transport import awaited as awaited_module
-from rayfwd.transport import held as held_module
 from rayfwd.transport import link as link_module
+from rayfwd.transport import redialled as redialled_module
 from rayfwd.transport.carrier import PipeOwner
 from rayfwd.transport.dialler import Dialler
 from rayfwd.transport.hubanswer import why_no_answer
@@ -28,7 +28,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Redial fast; there is no Ray, so none is dialled."""
     for name, seconds in {"REDIAL_FIRST": 0.05, "REDIAL_PARKED": 0.1, "REDIAL_LAST": 0.2}.items():
         monkeypatch.setattr(link_module, name, seconds)
-        monkeypatch.setattr(held_module, name, seconds)
+        monkeypatch.setattr(redialled_module, name, seconds)
     monkeypatch.setattr(reach, "servers", lambda _plan: [])
 
 
@@ -263,7 +263,7 @@ def test_a_rest_ends_when_the_last_connection_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one was lost a while ago, and is dialled in vain: nobody waited for it."""
-    monkeypatch.setattr(held_module, "REDIAL_LAST", 15.0)
+    monkeypatch.setattr(redialled_module, "REDIAL_LAST", 15.0)
 
     async def main() -> None:
         way, loop = Way(), asyncio.get_running_loop()

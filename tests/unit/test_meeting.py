@@ -20,7 +20,7 @@ from rayfwd import codes
 from rayfwd.config import ConfigError, HeadConfig, MeetConfig, parse
 from rayfwd.problems import ProblemError
 from rayfwd.ssh.meeting import Meeting
-from rayfwd.ssh.ownssh import (
+from rayfwd.ssh.own_sshd import (
     KEY_FILE,
     LOGINS_AT_ONCE,
     MOST_SESSIONS,

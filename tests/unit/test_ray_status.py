@@ -16,7 +16,7 @@ from rayfwd.ray import dashboard as ray_dashboard
 from rayfwd.ray import nodes, status_text
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.session.target import Target
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 from tests.unit.daemons import free_port
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "ray_status"
@@ -142,7 +142,7 @@ PATH = "/api/cluster_status"
 def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
     said: Answers = {}
 
-    def get(dashboard: Way, path: str, token: str | None) -> bytes:
+    def get(dashboard: Endpoint, path: str, token: str | None) -> bytes:
         assert (str(dashboard), token) == ("127.77.0.1:8265", "open sesame")
         return json.dumps({"result": True, "data": {"clusterStatus": said[path]}}).encode()
 
@@ -151,7 +151,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 
 
 def fetched() -> status_text.RayStatus | None:
-    return asyncio.run(status_text.fetch(Way(Target("127.77.0.1", 8265)), "open sesame"))
+    return asyncio.run(status_text.fetch(Endpoint(Target("127.77.0.1", 8265)), "open sesame"))
 
 
 def test_by_the_dashboard(answers: Answers) -> None:
@@ -173,7 +173,7 @@ def test_what_is_no_status_of_the_dashboards_is_none(
 
 
 def test_a_dashboard_that_is_not_there_is_none() -> None:
-    assert asyncio.run(status_text.fetch(Way(Target("127.0.0.1", free_port())))) is None
+    assert asyncio.run(status_text.fetch(Endpoint(Target("127.0.0.1", free_port())))) is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -21,7 +21,7 @@ from rayfwd.ray import commandline, token
 from rayfwd.ray.commandline import RayPlan
 from rayfwd.ray.token import RayAuth
 from rayfwd.session.target import Target
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 from tests.unit.cluster import free_place
 from tests.unit.loops import run
 
@@ -292,9 +292,9 @@ def dashboard(mode: str | None, good: str = "") -> Iterator[tuple[str, int]]:
 def test_the_heads_ray_is_asked(mode: str | None, env: dict[str, str], code: str | None) -> None:
     async def body() -> None:
         with dashboard(mode, "good") as (host, port):
-            problem = await token.check(Way(Target(host, port)), env)
+            problem = await token.check(Endpoint(Target(host, port)), env)
         assert (problem.code.name if problem else None) == code
         place = free_place()
-        assert await token.check(Way(place), env) is None, "nobody answers: nothing is known"
+        assert await token.check(Endpoint(place), env) is None, "nobody answers: nothing is known"
 
     run(body)

@@ -332,7 +332,7 @@ SPAWNERS = {
     "setup/remote/there.py": "commands of the system, and its own daemon as its own user",
     "ssh/openssh.py": "the system's ssh, as the service's user or the file's owner",
     "ssh/ssh_process.py": "the same, and the ProxyCommand of its configuration",
-    "ssh/ownssh.py": "the daemon's; a forced command of its own user's authorized_keys",
+    "ssh/own_sshd.py": "the daemon's; a forced command of its own user's authorized_keys",
     "system/first_process.py": "no program: a child that goes on with what was said",
     "demo/machine_init.py": "its own makings",
     "demo/machine.py": "its own makings",

@@ -15,7 +15,7 @@ from rayfwd.ray.canary.sender import CanaryRun
 from rayfwd.ray.commandline import given_up_after
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session.target import Target
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 from rayfwd.watch import canary_watch, reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.flapping import flapping
@@ -31,8 +31,8 @@ RAYLET, OBJECTS = 20046, 20047
 WORKERS = range(20054, 20094)
 
 
-def anywhere(plan: NodePlan, port: int) -> Way:
-    return Way(Target(plan.address, port))
+def anywhere(plan: NodePlan, port: int) -> Endpoint:
+    return Endpoint(Target(plan.address, port))
 
 
 # -- dead ports

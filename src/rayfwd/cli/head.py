@@ -17,7 +17,7 @@ from rayfwd.cli import chosen, front
 from rayfwd.cli.flags import Flag, flags_of
 from rayfwd.config import Config
 from rayfwd.daemon.resources import make_directory
-from rayfwd.ssh.ownssh import KEY_FILE
+from rayfwd.ssh.own_sshd import KEY_FILE
 from rayfwd.status import Status
 from rayfwd.system.paths import SERVICE_RUNTIME_DIR
 from rayfwd.system.users import user_name

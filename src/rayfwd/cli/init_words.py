@@ -14,7 +14,7 @@ from rayfwd.setup import texts
 from rayfwd.setup.request import Layout, SetupRequest
 from rayfwd.setup.steps import public_key
 from rayfwd.setup.survey import Survey
-from rayfwd.ssh.ownssh import KEY_FILE
+from rayfwd.ssh.own_sshd import KEY_FILE
 
 _HOST_KEYS = ("ed25519", "ecdsa", "rsa")
 """In the order in which a worker asks for them (`ssh_connector.HOST_KEY_TYPES`)."""

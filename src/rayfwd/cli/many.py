@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from rayfwd.cli import FAULT, OK
 from rayfwd.setup.remote.adding import Outcome
-from rayfwd.setup.remote.places import Place
+from rayfwd.setup.remote.slots import Slot
 from rayfwd.system.logs import escaped
 
 JOBS = 8
@@ -49,15 +49,15 @@ async def at_once(
 
     Interrupted, it says of each how far it came.
     """
-    places = asyncio.Semaphore(jobs)
-    outcomes = [Outcome(called(machine), place=Place(places)) for machine in machines]
+    slots = asyncio.Semaphore(jobs)
+    outcomes = [Outcome(called(machine), slot=Slot(slots)) for machine in machines]
 
     async def one(machine: T, outcome: Outcome) -> None:
-        await outcome.place.take()
+        await outcome.slot.take()
         try:
             await work(machine, outcome)
         finally:
-            outcome.place.leave()
+            outcome.slot.leave()
         outcome.ended = True
         tell_end(outcome, well)
 

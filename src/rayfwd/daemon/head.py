@@ -122,9 +122,9 @@ class HeadRole:
             self._meetings = meetings(config, self.changed)
         self.links = HeadLinks(config.name, self._hub, self._dialling, self._meetings)
         self._cluster_watch = ClusterWatch(
-            config.ray, own, node.ray, node.board, self._interruptions, self, node.way
+            config.ray, own, node.ray, node.board, self._interruptions, self, node.endpoint
         )
-        self._dashboard_watch = DashboardWatch(own, node.ray, node.board, node.way)
+        self._dashboard_watch = DashboardWatch(own, node.ray, node.board, node.endpoint)
         self._handlers = (
             messages.Handlers[[str]]()
             .on(messages.Ray, self._hear_ray)
@@ -455,7 +455,7 @@ class HeadRole:
         }
 
     async def canary_targets(self) -> list[NodeSeen]:
-        dashboard = self._node.way(self._own, self._own.services["dashboard"])
+        dashboard = self._node.endpoint(self._own, self._own.services["dashboard"])
         return await alive_nodes(dashboard, self._node.ray.environment or {})
 
     # -- how it is -----------------------------------------------------------------------

@@ -46,11 +46,11 @@ from rayfwd.system.users import allowed_uids
 from rayfwd.transport.admission import Admission
 from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
+from rayfwd.transport.endpoints import Endpoint, Endpoints
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.relay import SocketRelay
-from rayfwd.transport.ways import Way, Ways
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary_watch import Canary, Situation
 from rayfwd.watch.cluster_view import ClusterView
@@ -188,7 +188,7 @@ class Node:
             owner.changed,
             self._refused_by_kernel,
         )
-        self._ways = Ways(self.listeners, self._redirects)
+        self._endpoints = Endpoints(self.listeners, self._redirects)
         self.connector = LocalConnector()
         self.page: Target | None = None
         """Where the page in the browser is served; the runtime sets it."""
@@ -214,7 +214,7 @@ class Node:
         self._herald_of_ray = self._open_ports.herald(lambda: self.view.others_listen)
         """Called before what Ray's programs say is passed on; and the next, what others say."""
         self._herald_of_others = self._open_ports.herald(lambda: self.view.others_listen)
-        self._reach = Reach(name, owner.peers, self.board, self.way)
+        self._reach = Reach(name, owner.peers, self.board, self.endpoint)
         self._links = LinkWatch(self.board, self._links_seen)
         self._machine = MachineWatch(
             config, lambda: self.view, self.board, self.listeners, self.ray
@@ -579,7 +579,7 @@ class Node:
             situation, head, auth = self.situation(), self.view.head, self.view.auth
             if situation is not None and head is not None and self.link_stands():
                 with suppress(ProblemError):  # told by others
-                    dashboard = self.way(head, head.services["dashboard"])
+                    dashboard = self.endpoint(head, head.services["dashboard"])
                     found = await token.check(dashboard, situation.env)
             if found is None and auth is not None:
                 found = await asyncio.to_thread(
@@ -614,7 +614,7 @@ class Node:
         if view.own is None or view.head is None or env is None or self.ray.now.state != "up":
             return None
         try:
-            gcs = self.way(view.head, view.head.services["gcs"])
+            gcs = self.endpoint(view.head, view.head.services["gcs"])
         except ProblemError:
             return None
         return Situation(
@@ -623,12 +623,12 @@ class Node:
             env=env,
             plans={node.address: node for node in view.nodes},
             targets=self._owner.canary_targets,
-            way=self.way,
+            endpoint=self.endpoint,
         )
 
-    def way(self, node: NodePlan, port: int) -> Way:
+    def endpoint(self, node: NodePlan, port: int) -> Endpoint:
         """Where a port of a node may be dialled from here. Raises ProblemError: nowhere now."""
-        return self._ways.to(node, port, self.view.own)
+        return self._endpoints.to(node, port, self.view.own)
 
     def peers(self) -> Mapping[str, Peer]:
         return self._owner.peers()

@@ -342,7 +342,7 @@ class WorkerRole:
         assert view.head is not None, "a canary is sent once the plan is there"
         assert view.own is not None
         both = {view.head.address, view.own.address}
-        dashboard = self._node.way(view.head, view.head.services["dashboard"])
+        dashboard = self._node.endpoint(view.head, view.head.services["dashboard"])
         alive = await alive_nodes(dashboard, self._node.ray.environment or {})
         return [node for node in alive if node.address in both]
 

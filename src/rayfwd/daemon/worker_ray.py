@@ -73,7 +73,7 @@ class WorkerRay:
             return None
         try:
             for port in head.head_services.values():
-                self._node.way(head, port)
+                self._node.endpoint(head, port)
         except ProblemError as exc:
             return exc.problem
         return None
@@ -99,7 +99,7 @@ class WorkerRay:
             )
         if view.head is not None:
             env = self._node.ray.environment or {}
-            dashboard = self._node.way(view.head, view.head.services["dashboard"])
+            dashboard = self._node.endpoint(view.head, view.head.services["dashboard"])
             problem = await token.check(dashboard, env)
             if problem is not None:
                 raise ProblemError(problem)

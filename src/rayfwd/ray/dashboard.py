@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import http.client
 
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 
 ANSWER_TIMEOUT = 10.0
 """Seconds."""
 BODY_LIMIT = 64 * 1024 * 1024
 
 
-def get(dashboard: Way, path: str, token: str | None) -> bytes:
+def get(dashboard: Endpoint, path: str, token: str | None) -> bytes:
     """The body of its answer. Raises OSError, and HTTPException for any status but 200.
 
     `token` is Ray's own (2.52 and later with RAY_AUTH_MODE=token). No proxy is used.

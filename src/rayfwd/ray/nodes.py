@@ -10,7 +10,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.ray import dashboard as ray_dashboard
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 
 MOST_NODES = 10_000
 """The most that the API gives at once (`ray.util.state.common.RAY_MAX_LIMIT_FROM_API_SERVER`)."""
@@ -34,7 +34,7 @@ class NodeSeen:
     """Why it is in this state (2.40 and later)."""
 
 
-async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
+async def fetch(dashboard: Endpoint, token: str | None = None) -> list[NodeSeen]:
     """Ask the head's dashboard. Raises ProblemError (ray_nodes_failed).
 
     `token` is Ray's own.
@@ -49,7 +49,7 @@ async def fetch(dashboard: Way, token: str | None = None) -> list[NodeSeen]:
         ) from None
 
 
-async def no_answer(dashboard: Way, seconds: float) -> str | None:
+async def no_answer(dashboard: Endpoint, seconds: float) -> str | None:
     """Why nobody answers HTTP there, a refusal for want of a token included; None: somebody does.
 
     It is waited for so many `seconds`.
@@ -61,7 +61,7 @@ async def no_answer(dashboard: Way, seconds: float) -> str | None:
     return None
 
 
-def _ask_version(dashboard: Way, seconds: float) -> None:
+def _ask_version(dashboard: Endpoint, seconds: float) -> None:
     connection = http.client.HTTPConnection(*dashboard, timeout=seconds)
     try:
         connection.request("GET", "/api/version", headers={"User-Agent": "rayfwd"})
@@ -97,6 +97,6 @@ def _seconds(milliseconds: Any) -> float | None:
     return milliseconds / 1000 if isinstance(milliseconds, int) and milliseconds > 0 else None
 
 
-def _read(dashboard: Way, token: str | None) -> list[NodeSeen]:
+def _read(dashboard: Endpoint, token: str | None) -> list[NodeSeen]:
     path = f"/api/v0/nodes?detail=true&limit={MOST_NODES}"
     return parse(json.loads(ray_dashboard.get(dashboard, path, token)))

@@ -20,7 +20,7 @@ from rayfwd import codes
 from rayfwd.problems import ProblemError
 from rayfwd.ray import dashboard as ray_dashboard
 from rayfwd.system import children
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 
 STATUS_TIMEOUT = 30.0
 """Seconds for one call, which costs about one second of CPU."""
@@ -77,7 +77,7 @@ def parse(text: str) -> RayStatus:
     return RayStatus(as_of, totals, tuple(active), counts["Pending"], counts["Recent failures"])
 
 
-async def fetch(dashboard: Way, token: str | None = None) -> RayStatus | None:
+async def fetch(dashboard: Endpoint, token: str | None = None) -> RayStatus | None:
     """Ask the head's dashboard. None: it does not say (yet, or with Ray's second autoscaler); `ask`
     may know more."""
     try:
@@ -86,7 +86,7 @@ async def fetch(dashboard: Way, token: str | None = None) -> RayStatus | None:
         return None
 
 
-def _read(dashboard: Way, token: str | None) -> RayStatus:
+def _read(dashboard: Endpoint, token: str | None) -> RayStatus:
     """The text's own time is the dashboard's local one, and that Ray may have been started by hand,
     in another zone than ours."""
 

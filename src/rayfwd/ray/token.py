@@ -25,7 +25,7 @@ from rayfwd.problems import Problem
 from rayfwd.ray.install import version_key
 from rayfwd.system import setting
 from rayfwd.system.files import read_regular, replace_file
-from rayfwd.transport.ways import Way
+from rayfwd.transport.endpoints import Endpoint
 
 FIRST = (2, 52)
 """First Ray that knows tokens."""
@@ -235,14 +235,14 @@ def provide(
     )
 
 
-async def check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
+async def check(dashboard: Endpoint, env: Mapping[str, str]) -> Problem | None:
     """Whether a Ray process with this environment is welcome at the head's Ray, as its dashboard
     tells. None too where nothing answers, or where that Ray knows no token.
     """
     return await asyncio.to_thread(_check, dashboard, env)
 
 
-def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
+def _check(dashboard: Endpoint, env: Mapping[str, str]) -> Problem | None:
     try:
         status, body = _ask(dashboard, "GET", "/api/authentication_mode", None)
         mode = json.loads(body).get("authentication_mode") if status == http.client.OK else None
@@ -276,7 +276,7 @@ def _check(dashboard: Way, env: Mapping[str, str]) -> Problem | None:
     return None
 
 
-def _ask(dashboard: Way, method: str, path: str, token: str | None) -> tuple[int, bytes]:
+def _ask(dashboard: Endpoint, method: str, path: str, token: str | None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection(*dashboard, timeout=TOKEN_TIMEOUT)
     try:
         headers = {"User-Agent": "rayfwd"}

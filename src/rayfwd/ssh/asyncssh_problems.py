@@ -22,7 +22,7 @@ from rayfwd.ssh import channel_problems, credentials, hop_problems
 from rayfwd.ssh.algorithms import HOST_KEYS, missing_in
 from rayfwd.ssh.dial import CONNECT_TIMEOUT, Attempt, BarredError
 from rayfwd.ssh.hops import Hop
-from rayfwd.ssh.places import NoSftpError
+from rayfwd.ssh.meeting_socket import NoSftpError
 from rayfwd.system import unixsocket
 from rayfwd.transport.hubanswer import password_expired
 

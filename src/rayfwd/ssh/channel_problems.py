@@ -10,7 +10,7 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination
 from rayfwd.problems import Problem
-from rayfwd.ssh.looked_there import Look
+from rayfwd.ssh.socket_check import Look
 from rayfwd.system import setting
 from rayfwd.transport.hubanswer import start_or_name_socket
 

@@ -18,7 +18,7 @@ import asyncssh
 
 from rayfwd.ssh.hops import Hop
 from rayfwd.ssh.login_watch import LoginWatch
-from rayfwd.ssh.places import place_of
+from rayfwd.ssh.meeting_socket import place_of
 from rayfwd.ssh.ssh_process import ProxyCommand
 from rayfwd.ssh.witness import Witness
 from rayfwd.transport.urgency import AdaptiveTimeout

@@ -16,18 +16,18 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.config import Config, MeetConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.ssh.ownssh import OwnSsh
-from rayfwd.ssh.passage import Passage
-from rayfwd.ssh.places import NoSftpError, place_of
+from rayfwd.ssh.channel_relay import ChannelRelay
+from rayfwd.ssh.meeting_socket import NoSftpError, place_of
+from rayfwd.ssh.own_sshd import OwnSsh
 from rayfwd.ssh.ssh_connector import CHANNEL_WINDOW, SshConnector
 from rayfwd.system import setting
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.held import Held
 from rayfwd.transport.link import (
     HANDSHAKE_TIMEOUT,
     URGENT_HANDSHAKE,
     within_time,
 )
+from rayfwd.transport.redialled import Redialled
 from rayfwd.transport.urgency import AdaptiveTimeout
 
 log = get_logger(__name__)
@@ -42,7 +42,7 @@ NO_SSHD = (
 )
 
 
-class Meeting(Held):
+class Meeting(Redialled):
     """Holds the way to this head open at one host. `run` until it is cancelled."""
 
     def __init__(
@@ -111,7 +111,7 @@ class Meeting(Held):
         try:
             path = await self._free_place(connection)
             await connection.create_unix_server(
-                lambda: Passage(self._to_sshd, self._sshd_answers),
+                lambda: ChannelRelay(self._to_sshd, self._sshd_answers),
                 path,
                 encoding=None,
                 window=CHANNEL_WINDOW,

@@ -23,7 +23,7 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HEAD, Destination, HeadConfig
 from rayfwd.problems import Problem, ProblemError
-from rayfwd.ssh import joined_there, knownhosts, openssh_words
+from rayfwd.ssh import knownhosts, meeting_command, openssh_words
 from rayfwd.ssh.agent import agent_at
 from rayfwd.ssh.dial import LOGIN_TIMEOUT
 from rayfwd.ssh.hops import JUMPS, jumps_in_a_circle
@@ -329,7 +329,7 @@ def _through(head: HeadConfig, hops: Sequence[OpensshHop], seconds: int, meet: s
     words = ["ssh", *_options(head, before, hop, seconds)]
     target = _target(head, hop.written)
     if meet is not None:
-        return _literal(shlex.join([*words, *target, joined_there.command(meet)]))
+        return _literal(shlex.join([*words, *target, meeting_command.command(meet)]))
     return f"{_literal(shlex.join(words))} -W '[%h]:%p' {_literal(shlex.join(target))}"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import ProblemError
-from rayfwd.ssh import agent, looked_there, openssh, openssh_problems
+from rayfwd.ssh import agent, openssh, openssh_problems, socket_check
 from rayfwd.ssh.dial import LOGIN_TIMEOUT
 from rayfwd.ssh.openssh import CONNECT_TIMEOUT, OpensshHop
 from rayfwd.ssh.openssh_words import reached
@@ -179,7 +179,7 @@ class OpensshConnection:
                 await self._of_master("forward", forward)
             else:
                 # With a session, which does nothing: see `send_at_once` in ssh.py.
-                looks = looked_there.command()
+                looks = socket_check.command()
                 await self._start([words[0], "-L", forward, *words[1:], looks], subprocess.PIPE)
         self.stands = True
 
@@ -357,7 +357,7 @@ class OpensshPipe(SocketPipe):
 
     def _heard(self) -> None:
         """Of what runs on the head, that was asked."""
-        if self._process is not None and looked_there.is_over(self._process.said):
+        if self._process is not None and socket_check.is_over(self._process.said):
             self._process.end()
 
     def _tell(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rayfwd import codes
 from rayfwd.config import HeadConfig
 from rayfwd.problems import Problem
-from rayfwd.ssh import channel_problems, credentials, hop_problems, looked_there
+from rayfwd.ssh import channel_problems, credentials, hop_problems, socket_check
 from rayfwd.ssh.openssh import OpensshHop
 from rayfwd.ssh.openssh_words import LOGGED_IN, Reached, reached, spoken
 from rayfwd.transport.hubanswer import password_expired
@@ -36,7 +36,7 @@ _KEY = re.compile(r'^Load key (".*?": .+)', re.MULTILINE)
 _CHATTER = re.compile(
     r"^(?:debug1: |Authenticated to |Transferred: |Bytes per second: |Connection to .* closed"
     r"|channel \d+: |kex_exchange_identification: |Connection (?:closed|reset) by |Killed by "
-    rf"|{looked_there.MARK}).*"
+    rf"|{socket_check.MARK}).*"
 )
 """What `ssh` itself says of how a connection goes."""
 _REVOKED = re.compile(
@@ -267,5 +267,5 @@ def not_opened(head: HeadConfig, said: str) -> str:
         )
     if said and "open failed" not in said:
         return ""  # it was opened, and closed by who answers there
-    why = channel_problems.of_look(looked_there.look(said, head.socket), head.socket, to)
+    why = channel_problems.of_look(socket_check.look(said, head.socket), head.socket, to)
     return f"rayfwd attach: {why.code}: {why.cause}; {why.remedy}"

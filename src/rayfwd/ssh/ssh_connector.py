@@ -20,7 +20,7 @@ from rayfwd.problems import Problem, ProblemError
 from rayfwd.ssh import agent, asyncssh_problems, channel_problems, hop_problems
 from rayfwd.ssh.dial import CONNECT_TIMEOUT, LOGIN_TIMEOUT, PATIENT, Attempt, Made
 from rayfwd.ssh.hops import Hop, find_way
-from rayfwd.ssh.places import NoSftpError
+from rayfwd.ssh.meeting_socket import NoSftpError
 from rayfwd.ssh.witness import Witness
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.urgency import AdaptiveTimeout

@@ -17,7 +17,6 @@ from rayfwd.problems import ProblemError
 from rayfwd.session.frames import Chunk
 from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
-from rayfwd.transport.held import Held
 from rayfwd.transport.hubanswer import why_no_answer
 from rayfwd.transport.kept import Kept
 from rayfwd.transport.link import (
@@ -26,6 +25,7 @@ from rayfwd.transport.link import (
     URGENT_HANDSHAKE,
     within_time,
 )
+from rayfwd.transport.redialled import Redialled
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.writev import write
 
@@ -35,7 +35,7 @@ SAID = 4096
 """Bytes of what comes beside the stream that are kept."""
 
 
-class Dialler(Held):
+class Dialler(Redialled):
     """Holds connections to one worker. `run` until it is cancelled."""
 
     def __init__(

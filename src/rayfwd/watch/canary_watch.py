@@ -25,7 +25,7 @@ from rayfwd.ray.token import read_token
 from rayfwd.system import setting
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.ways import Way, WayTo
+from rayfwd.transport.endpoints import Endpoint, EndpointOf
 from rayfwd.watch import reach
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary_round import NodeResult, Round, StageResult
@@ -119,14 +119,14 @@ class Canary:
             result = await self._fly(install, situation, seen)
             problem = _own_failure(result)
             if problem is None:
-                ports = await _probe_failed(result, seen, situation.plans, situation.way)
+                ports = await _probe_failed(result, seen, situation.plans, situation.endpoint)
                 if doubtful := _doubtful(result, seen, ports):
                     again = await self._fly(install, situation, doubtful)
                     if _own_failure(again) is None:
                         for node in doubtful:
                             result.stages[node.node_id] = again.stages.get(node.node_id, {})
                         ports |= await _probe_failed(
-                            result, doubtful, situation.plans, situation.way
+                            result, doubtful, situation.plans, situation.endpoint
                         )
                 judged = judge(result, seen, situation.plans, ports, self._own_name)
                 after = dict(self._owner.peers())
@@ -172,10 +172,10 @@ class Situation:
     """By address."""
     targets: Callable[[], Awaitable[list[NodeSeen]]]
     """The nodes it is sent to. Raises ProblemError."""
-    way: WayTo
+    endpoint: EndpointOf
 
 
-async def alive_nodes(dashboard: Way, env: Mapping[str, str]) -> list[NodeSeen]:
+async def alive_nodes(dashboard: Endpoint, env: Mapping[str, str]) -> list[NodeSeen]:
     """Every node that is ALIVE in the node table. Raises ProblemError (ray_nodes_failed)."""
     token = await asyncio.to_thread(read_token, env)
     seen = await node_table.fetch(dashboard, token)
@@ -200,7 +200,7 @@ def only_theirs(
     after: Mapping[str, Peer],
     near: str,
 ) -> dict[str, Problem]:
-    """Without the nodes of the plan to which there was no way all the time."""
+    """Without the nodes of the plan that had no endpoint all the time."""
     elsewhere = {plan.name for plan in plans.values()} - {near}
     return {
         name: problem
@@ -236,7 +236,10 @@ def _doubtful(
 
 
 async def _probe_failed(
-    result: sender.CanaryRun, seen: Iterable[NodeSeen], plans: Mapping[str, NodePlan], way: WayTo
+    result: sender.CanaryRun,
+    seen: Iterable[NodeSeen],
+    plans: Mapping[str, NodePlan],
+    endpoint: EndpointOf,
 ) -> dict[str, dict[int, str]]:
     """Dead ports of the nodes that failed, by address."""
     found: dict[str, dict[int, str]] = {}
@@ -245,8 +248,8 @@ async def _probe_failed(
         if plan is None or failed_stage(result, node.node_id) is None:
             continue
         servers, workers = await asyncio.gather(
-            reach.dead_ports(plan, reach.servers(plan), reach.GREETING_TIMEOUT, way),
-            reach.dead_worker_ports(plan, way),
+            reach.dead_ports(plan, reach.servers(plan), reach.GREETING_TIMEOUT, endpoint),
+            reach.dead_worker_ports(plan, endpoint),
         )
         found[node.address] = servers | workers
     return found

@@ -25,7 +25,7 @@ from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.ray.token import read_token
 from rayfwd.system.coalesce import end_of_pause, sleep_coalesced
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.ways import Way, WayTo
+from rayfwd.transport.endpoints import Endpoint, EndpointOf
 from rayfwd.watch import rules
 from rayfwd.watch.board import Board
 from rayfwd.watch.cluster_view import ClusterView
@@ -84,9 +84,9 @@ class ClusterWatch:
         board: Board,
         interruptions: Interruptions,
         owner: ClusterWatchOwner,
-        way: WayTo,
+        endpoint: EndpointOf,
     ) -> None:
-        self._way = way
+        self._endpoint = endpoint
         self._ray = ray
         self._head = head
         self._supervisor = supervisor
@@ -197,9 +197,9 @@ class ClusterWatch:
         return waits or self._board.pending(WATCHER) or self._board.pending(TOTALS)
 
     @property
-    def _dashboard(self) -> Way:
+    def _dashboard(self) -> Endpoint:
         """Raises ProblemError."""
-        return self._way(self._head, self._head.services["dashboard"])
+        return self._endpoint(self._head, self._head.services["dashboard"])
 
     async def _totals(self, env: Mapping[str, str], token: str | None) -> status_text.RayStatus:
         """By the dashboard, or where that does not say by the command. Raises ProblemError."""
@@ -207,7 +207,7 @@ class ClusterWatch:
         if status is not None:
             return status
         install = await find(self._ray.command, env)
-        gcs = self._way(self._head, self._head.services["gcs"])
+        gcs = self._endpoint(self._head, self._head.services["gcs"])
         return await status_text.ask(install.command, str(gcs), env)
 
     def _log_totals(
@@ -234,8 +234,10 @@ class DashboardWatch:
     GRACE = 60.0
     """Seconds after Ray came up in which a dashboard that never answered may still be starting."""
 
-    def __init__(self, head: NodePlan, supervisor: RaySupervisor, board: Board, way: WayTo) -> None:
-        self._way = way
+    def __init__(
+        self, head: NodePlan, supervisor: RaySupervisor, board: Board, endpoint: EndpointOf
+    ) -> None:
+        self._endpoint = endpoint
         self._head = head
         self._supervisor = supervisor
         self._board = board
@@ -256,7 +258,7 @@ class DashboardWatch:
         if before.state != "up":
             return None
         try:
-            dashboard = self._way(self._head, self._head.services["dashboard"])
+            dashboard = self._endpoint(self._head, self._head.services["dashboard"])
         except ProblemError as exc:
             why: str | None = exc.problem.cause
         else:

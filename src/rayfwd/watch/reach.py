@@ -16,7 +16,7 @@ from rayfwd.cluster import probe
 from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system.coalesce import sleep_coalesced
-from rayfwd.transport.ways import Way, WayTo
+from rayfwd.transport.endpoints import Endpoint, EndpointOf
 from rayfwd.watch.board import Board
 
 REACH_INTERVAL = 20.0
@@ -59,13 +59,13 @@ class Reach:
         own_name: str,
         peers: Callable[[], Mapping[str, Peer]],
         board: Board,
-        way: WayTo,
+        endpoint: EndpointOf,
         interval: float = REACH_INTERVAL,
     ) -> None:
         self._own_name = own_name
         self._peers = peers
         self._board = board
-        self._way = way
+        self._endpoint = endpoint
         self._interval = interval
         self._looked: Mapping[str, Peer] = {}
 
@@ -103,7 +103,7 @@ class Reach:
     async def _dial(self, peers: Mapping[str, Peer], seconds: float) -> dict[str, dict[int, str]]:
         bad = await asyncio.gather(
             *(
-                dead_ports(peer.plan, servers(peer.plan), seconds, self._way)
+                dead_ports(peer.plan, servers(peer.plan), seconds, self._endpoint)
                 for peer in peers.values()
             )
         )
@@ -118,19 +118,19 @@ def servers(plan: NodePlan) -> list[int]:
 
 
 async def dead_ports(
-    plan: NodePlan, ports: Iterable[int], seconds: float, way: WayTo
+    plan: NodePlan, ports: Iterable[int], seconds: float, endpoint: EndpointOf
 ) -> dict[int, str]:
-    """Those of the ports that do not greet, and how the attempt ended. One to which there is no way
-    now is left out: what is in the way is told by others."""
-    ways: dict[int, Way] = {}
+    """Those of the ports that do not greet, and how the attempt ended. One that has no endpoint
+    now is left out: what is wrong then is told by others."""
+    found: dict[int, Endpoint] = {}
     for port in ports:
         with suppress(ProblemError):
-            ways[port] = way(plan, port)
-    outcomes = await asyncio.gather(*(probe.greets(*at, seconds) for at in ways.values()))
-    return {p: o for p, o in zip(ways, outcomes, strict=True) if o != probe.ANSWERED}
+            found[port] = endpoint(plan, port)
+    outcomes = await asyncio.gather(*(probe.greets(*at, seconds) for at in found.values()))
+    return {p: o for p, o in zip(found, outcomes, strict=True) if o != probe.ANSWERED}
 
 
-async def dead_worker_ports(plan: NodePlan, way: WayTo) -> dict[int, str]:
+async def dead_worker_ports(plan: NodePlan, endpoint: EndpointOf) -> dict[int, str]:
     """The worker ports, if not one of them answers although a worker must be there; else none.
 
     Which port has a process behind it only Ray knows. One that has none is refused by the node
@@ -139,7 +139,7 @@ async def dead_worker_ports(plan: NodePlan, way: WayTo) -> dict[int, str]:
     count = min(MOST_WORKER_PORTS, plan.worker_ports)
     step = (plan.worker_ports - 1) / max(count - 1, 1)
     ports = [plan.first_worker_port + round(i * step) for i in range(count)]
-    dead = await dead_ports(plan, ports, GREETING_TIMEOUT, way)
+    dead = await dead_ports(plan, ports, GREETING_TIMEOUT, endpoint)
     unused = probe.REFUSED if plan.advertised else probe.RESET
     if len(dead) < len(ports) or all(outcome == unused for outcome in dead.values()):
         return {}

@@ -20,9 +20,9 @@ from rayfwd.setup.remote import hosts, install, keys, sight, there
 from rayfwd.setup.remote.calls import Found, Known, NodeRequest, Prepared, SelfReport, Started
 from rayfwd.setup.remote.here import Head, Way
 from rayfwd.setup.remote.hosts import Host
-from rayfwd.setup.remote.places import PATIENCE, Place
 from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
+from rayfwd.setup.remote.slots import SLOT_SECONDS, Slot
 from rayfwd.setup.remote.ssh import Failed, Hangs, Machine, NoShell, by_hand
 from rayfwd.status import Status
 from rayfwd.system import setting
@@ -53,7 +53,7 @@ class Outcome:
     """The step at which it is, or failed."""
     ended: bool = False
     """Well or not; False: it was interrupted."""
-    place: Place = field(default_factory=Place)
+    slot: Slot = field(default_factory=Slot)
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class _One:
     async def run(self) -> None:
         """Raises ProblemError, Failed."""
         self._at("log in")
-        async with self._outcome.place.lent(lambda: self._say(no_answer_yet())):
+        async with self._outcome.slot.lent(lambda: self._say(no_answer_yet())):
             self._machine = machine = await Machine.connect(self._host)
             self._at("look")
             seen = await look(machine, self._host.prefix, self._rays())
@@ -263,13 +263,13 @@ class _One:
         if not seen.busy:
             return seen
         self._say("another installation is at work there, and is waited for")
-        self._outcome.place.leave()
+        self._outcome.slot.leave()
         while time.monotonic() < deadline:
             await asyncio.sleep(BUSY_SECONDS)
             seen = await look(machine, self._host.prefix, self._rays())
             if not seen.busy:
                 break
-        await self._outcome.place.take()
+        await self._outcome.slot.take()
         return seen
 
     def _is_anothers_program(self, seen: Sight) -> bool:
@@ -497,7 +497,7 @@ class _One:
     async def _wait(self, machine: Machine, python: str, name: str, service: bool) -> None:
         """Until it is in the cluster. Raises ProblemError."""
         self._at("join")
-        self._outcome.place.leave()  # whoever waits does no work
+        self._outcome.slot.leave()  # whoever waits does no work
         began = asked = time.monotonic()
         while not await self._head.is_ready(name):
             now = time.monotonic()
@@ -527,8 +527,8 @@ def makes_no_sense(machine: str, exc: Exception) -> ProblemError:
 
 
 def no_answer_yet() -> str:
-    """Of a machine that keeps its place no longer."""
-    return f"no answer for {PATIENCE:.0f} s; going on with the next machine meanwhile"
+    """Of a machine that keeps its slot no longer."""
+    return f"no answer for {SLOT_SECONDS:.0f} s; going on with the next machine meanwhile"
 
 
 async def look(machine: Machine, prefix: str | None, rays: Iterable[str]) -> Sight:

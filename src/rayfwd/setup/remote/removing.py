@@ -74,7 +74,7 @@ async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Rep
     }
     host = Host(ssh=entry["ssh"], **paths)  # type: ignore[arg-type]
     async with AsyncExitStack() as stack:
-        async with outcome.place.lent(lambda: report(name, outcome.at, no_answer_yet())):
+        async with outcome.slot.lent(lambda: report(name, outcome.at, no_answer_yet())):
             machine = await _connect(host, name)
             stack.callback(machine.close)
             outcome.at = "look"

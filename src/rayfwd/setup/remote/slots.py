@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-PATIENCE = 10.0
-"""Seconds that a machine which does not answer keeps its place from the next one."""
+SLOT_SECONDS = 10.0
+"""Seconds that a machine which does not answer keeps its slot from the next one."""
 
 
-class Place:
+class Slot:
     """Of one machine among those at work."""
 
     def __init__(self, free: asyncio.Semaphore | None = None) -> None:
-        """`free`: the places that all share; None: there are as many as wanted."""
+        """`free`: the slots that all share; None: there are as many as wanted."""
         self._free = free
         self._held = False
 
@@ -32,14 +32,14 @@ class Place:
 
     @asynccontextmanager
     async def lent(self, tell: Callable[[], None]) -> AsyncIterator[None]:
-        """While this machine may never answer: after PATIENCE the place is the next one's, and
-        `tell` is called. What comes after the answer waits for a place again."""
+        """While this machine may never answer: after SLOT_SECONDS the slot is the next one's, and
+        `tell` is called. What comes after the answer waits for one again."""
 
         def lend() -> None:
             tell()
             self.leave()
 
-        timer = asyncio.get_running_loop().call_later(PATIENCE, lend)
+        timer = asyncio.get_running_loop().call_later(SLOT_SECONDS, lend)
         try:
             yield
         finally:

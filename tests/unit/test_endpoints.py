@@ -15,8 +15,8 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session.target import Target
 from rayfwd.transport import listeners as listeners_module
+from rayfwd.transport.endpoints import Endpoints
 from rayfwd.transport.listeners import Listeners
-from rayfwd.transport.ways import Ways
 from tests.unit.cluster import free_place
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.other_user import NOBODY, child, needs_root
@@ -39,9 +39,9 @@ async def at_work() -> AsyncIterator[Listeners]:
         await asyncio.gather(running, return_exceptions=True)
 
 
-def refused(ways: Ways, node: NodePlan, own: NodePlan | None = None) -> Problem:
+def refused(endpoints: Endpoints, node: NodePlan, own: NodePlan | None = None) -> Problem:
     with pytest.raises(ProblemError) as caught:
-        ways.to(node, node.base, own)
+        endpoints.to(node, node.base, own)
     return caught.value.problem
 
 
@@ -49,14 +49,14 @@ def test_another_node_by_a_listener_of_ours_that_is_open() -> None:
     async def main() -> None:
         place = free_place()
         async with at_work() as listeners:
-            ways = Ways(listeners)
-            assert refused(ways, node_at(place)).code == codes.LISTENER_BLOCKED
+            endpoints = Endpoints(listeners)
+            assert refused(endpoints, node_at(place)).code == codes.LISTENER_BLOCKED
             listeners.set_wanted({place: place})
             await until(lambda: listeners.open)
-            assert ways.to(node_at(place), place.port, None) == place
+            assert endpoints.to(node_at(place), place.port, None) == place
             listeners.set_wanted({})
             await until(lambda: not listeners.open)
-            assert refused(ways, node_at(place)).code == codes.LISTENER_BLOCKED
+            assert refused(endpoints, node_at(place)).code == codes.LISTENER_BLOCKED
 
     run(main)
 
@@ -65,7 +65,7 @@ def test_one_that_is_reached_directly() -> None:
     async def main() -> None:
         async with at_work() as listeners:
             there = node_at(Target("192.0.2.7", 20000), advertised=True)
-            assert Ways(listeners).to(there, 20000, None) == ("192.0.2.7", 20000)
+            assert Endpoints(listeners).to(there, 20000, None) == ("192.0.2.7", 20000)
 
     run(main)
 
@@ -89,7 +89,7 @@ def test_not_where_somebody_was_first_and_he_is_named(monkeypatch: pytest.Monkey
                 squatter.says()
                 listeners.set_wanted({place: place})
                 await until(lambda: listeners.blocked)
-                problem = refused(Ways(listeners), node_at(place))
+                problem = refused(Endpoints(listeners), node_at(place))
                 assert problem.code == codes.LISTENER_BLOCKED
                 assert "by user nobody (python" in problem.cause
                 assert f"pid {squatter.pid})" in problem.cause
@@ -97,7 +97,7 @@ def test_not_where_somebody_was_first_and_he_is_named(monkeypatch: pytest.Monkey
                 await until(lambda: tries > before + 3)
                 assert len(of(log, "listener_blocked")) == 1
             await until(lambda: listeners.open)
-            assert Ways(listeners).to(node_at(place), place.port, None) == place
+            assert Endpoints(listeners).to(node_at(place), place.port, None) == place
 
     run(main)
 
@@ -108,11 +108,11 @@ class TestOurOwnAddress:
             place = free_place()
             own = node_at(place)
             async with at_work() as listeners:
-                ways = Ways(listeners)
-                assert ways.to(own, place.port, own) == place
+                endpoints = Endpoints(listeners)
+                assert endpoints.to(own, place.port, own) == place
                 with child(LISTEN, *place) as ray:
                     ray.says()
-                    assert ways.to(own, place.port, own) == place
+                    assert endpoints.to(own, place.port, own) == place
                     assert os.geteuid() != NOBODY
 
         run(main)
@@ -129,7 +129,7 @@ class TestOurOwnAddress:
             async with at_work() as listeners:
                 with child(LISTEN, *listen, uid=NOBODY) as squatter:
                     squatter.says()
-                    problem = refused(Ways(listeners), own, own)
+                    problem = refused(Endpoints(listeners), own, own)
                     assert problem.code == codes.PORT_IN_USE
                     assert "user nobody" in problem.cause
 

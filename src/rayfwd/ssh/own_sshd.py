@@ -20,7 +20,7 @@ from typing import Any
 import asyncssh
 
 from rayfwd import codes
-from rayfwd.ssh.passage import Passage
+from rayfwd.ssh.channel_relay import ChannelRelay
 from rayfwd.system.budget import Budget
 from rayfwd.system.files import read_regular, replace_file, write_new
 from rayfwd.system.users import user_name
@@ -182,7 +182,7 @@ class Login(asyncssh.SSHServer):
         )
 
 
-class Command(Passage, asyncssh.SSHServerSession[bytes]):
+class Command(ChannelRelay, asyncssh.SSHServerSession[bytes]):
     """A session: a command, joined to the channel by one socket for its input and output."""
 
     def __init__(self, command: Sequence[str], on_end: Callable[[], None]) -> None:

@@ -15,10 +15,10 @@ import asyncssh
 Dial = Callable[[Callable[[], asyncio.Protocol]], Awaitable[None]]
 
 BUFFER = 1 << 18
-"""Bytes that may wait on either side of a passage before the other is read no more."""
+"""Bytes that may wait on either side of a relay before the other is read no more."""
 
 
-class Passage(asyncssh.SSHUNIXSession[bytes]):
+class ChannelRelay(asyncssh.SSHUNIXSession[bytes]):
     """The channel's end."""
 
     def __init__(self, dial: Dial, tell: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class Passage(asyncssh.SSHUNIXSession[bytes]):
         chan.set_write_buffer_limits(BUFFER)
 
     def session_started(self) -> None:
-        self._dialling = asyncio.create_task(self._dial(), name="passage")
+        self._dialling = asyncio.create_task(self._dial(), name="channel relay")
 
     async def _dial(self) -> None:
         try:
@@ -113,23 +113,23 @@ class Passage(asyncssh.SSHUNIXSession[bytes]):
 
 
 class FarEnd(asyncio.Protocol):
-    """The connection to the other side, for a passage."""
+    """The connection to the other side, for a relay."""
 
-    def __init__(self, passage: Passage) -> None:
-        self._passage = passage
+    def __init__(self, relay: ChannelRelay) -> None:
+        self._relay = relay
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._passage.joined(cast(asyncio.Transport, transport))
+        self._relay.joined(cast(asyncio.Transport, transport))
 
     def data_received(self, data: bytes) -> None:
-        self._passage.said(data)
+        self._relay.said(data)
 
     def pause_writing(self) -> None:
-        self._passage.full(True)
+        self._relay.full(True)
 
     def resume_writing(self) -> None:
-        self._passage.full(False)
+        self._relay.full(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._passage.over()
+        self._relay.over()

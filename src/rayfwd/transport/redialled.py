@@ -20,7 +20,7 @@ from rayfwd.transport.urgency import rest
 log = get_logger(__name__)
 
 
-class Held:
+class Redialled:
     """Of one machine."""
 
     def __init__(self, called: str, ride_through: float, on_change: Callable[[], None]) -> None:
