@@ -17,6 +17,7 @@ from rayfwd.setup.remote.slots import Slot
 from rayfwd.system.logs import escaped
 
 JOBS = 8
+"""Machines that are worked on at once, unless told otherwise."""
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from typing import TextIO
 QUIET_SECONDS = 3.0
 """No wait is silent for longer."""
 POLL_SECONDS = 0.2
+"""Between two looks at how far the demo is."""
 
 
 class StepFailedError(Exception):

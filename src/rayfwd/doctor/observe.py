@@ -28,6 +28,7 @@ PROC = Path("/proc")
 LOOKUP_TIMEOUT = 20.0
 """Seconds for a name: the resolver's own patience is 5 s a server and attempt (resolv.conf(5))."""
 GREETING_TIMEOUT = 5.0
+"""Seconds for a connection, and for what its server says first."""
 
 
 async def resolve(host: str, port: int) -> tuple[float, list[str]]:

@@ -9,6 +9,7 @@ from rayfwd.transport.endpoints import Endpoint
 ANSWER_TIMEOUT = 10.0
 """Seconds."""
 BODY_LIMIT = 64 * 1024 * 1024
+"""Bytes of an answer that are read."""
 
 
 def get(dashboard: Endpoint, path: str, token: str | None) -> bytes:

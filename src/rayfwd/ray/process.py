@@ -60,8 +60,11 @@ KILL_TIMEOUT = 10.0
 KILL_RESERVE = 1.0
 """Seconds that are kept for the last step, where there is a bound for all of them."""
 KEEP_LINES = 12
+"""Lines of output that are kept for a message."""
 OUTPUT_LIMIT = 16 * 1024 * 1024
+"""Bytes from which the file of Ray's output is emptied, once all of it is in the log."""
 READ_SIZE = 256 * 1024
+"""Bytes of it that are read at once, and of a line at most."""
 
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 

@@ -59,6 +59,7 @@ REPORT_TIMEOUT = 2.5
 
 BACKOFF_FIRST = 1.0
 BACKOFF_LAST = 60.0
+"""Seconds between starts of a Ray that does not come up: the first pause, and the longest."""
 GOOD_RUN_SECONDS = 300.0
 """Seconds of being up after which the next failure counts as the first."""
 

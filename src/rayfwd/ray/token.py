@@ -35,7 +35,9 @@ BY_DEFAULT = (2, 61)
 RECORD = "ray_auth.json"
 TOKEN_FILE = "ray_token"
 TOKEN_TIMEOUT = 5.0
+"""Seconds for an answer of the dashboard's."""
 LONGEST_TOKEN = 512
+"""Characters."""
 
 MODE, VALUE, PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 

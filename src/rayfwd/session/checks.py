@@ -27,6 +27,7 @@ MOST_FILLER = 1 << 24
 TOTAL_FILLER = 1 << 26
 """Bytes of filler of one connection, both ways together, at most."""
 TOTAL_QUESTIONS = 256
+"""Of one connection, at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ OUTDATED_HOST_KEYS = {"ssh-rsa", "ssh-dss"}
 TABLE_LIMIT = 1 << 21
 """Bytes of /proc/net/unix on the head that are read; a line is some 70."""
 TABLE_PIECE = 1 << 14
+"""Bytes that are asked for at once."""
 
 
 def explain(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt) -> Problem:

@@ -27,8 +27,11 @@ REQUEST_LIMIT = 65536
 ANSWER_LIMIT = 16 * 1024 * 1024
 """Bytes of an answer that a client takes."""
 REQUEST_TIMEOUT = 5.0
+"""Seconds for a request to come whole."""
 VERB_TIMEOUT = 60.0
+"""Seconds for its answer."""
 CONNECTION_LIMIT = 32
+"""Connections that are served at once."""
 
 _log = get_logger("control")
 

@@ -14,6 +14,7 @@ from rayfwd.system import children
 from rayfwd.system.logs import get_logger
 
 ASK_SECONDS = 5.0
+"""For the service manager's answer."""
 
 _log = get_logger(__name__)
 

@@ -32,6 +32,7 @@ START_TIMEOUT = 60.0
 
 STAGES = ("task", "to", "from")
 LINE_LIMIT = 1 << 20
+"""Bytes of a line of the canary's."""
 
 
 @dataclass(slots=True)

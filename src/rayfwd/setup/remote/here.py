@@ -36,7 +36,9 @@ RECORD = "added.json"
 DIAL_KEY = "dial_ed25519"
 """In the state directory: by which the head logs in at machines that it dials."""
 KEY_SECONDS = 10.0
+"""For this machine's own sshd to show its host key."""
 CANDIDATES = 6
+"""Ways to the head that a machine tries, at most."""
 
 
 @dataclass(frozen=True, slots=True)

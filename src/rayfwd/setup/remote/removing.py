@@ -25,6 +25,7 @@ from rayfwd.setup.remote.ssh import Failed, Machine
 from rayfwd.wire import fields_from_wire
 
 STOP_SECONDS = there.STOP_SECONDS + 60.0
+"""For a daemon's stop on the machine, and what is undone after it."""
 
 
 def known(head: Head, text: str) -> tuple[str, dict[str, Any]]:

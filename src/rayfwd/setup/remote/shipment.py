@@ -25,6 +25,7 @@ _PACKAGE = Path(__file__).parents[2]
 _CHECKOUT = _PACKAGE.parents[1]
 _OWN = "rayfwd"
 _PACK_SECONDS = 300.0
+"""For the head's Ray to be packed as wheels."""
 
 
 @dataclass(frozen=True, slots=True)
