@@ -1197,11 +1197,39 @@ def test_a_node_that_has_no_file_is_left_alone(
             other.kill()
 
 
+def test_machines_are_remembered_in_a_form_that_an_older_remove_reads(tmp_path: Path) -> None:
+    """It takes a key that is there for one that says something."""
+    config = cast("Any", SimpleNamespace(state_dir=tmp_path, name="h"))
+    head = here.Head(config, tmp_path / "control.sock")
+    assert head.added() == {}
+    first = here.Added("ray@gpu-1", "worker", "/p", service=True, identity="/id", own_program=True)
+    second = here.Added("ray@gpu-2", prefix="/p")
+    head.remember("w1", first)
+    head.remember("w2", second)
+    assert json.loads((tmp_path / here.RECORD).read_text()) == {
+        "w1": {
+            "ssh": "ray@gpu-1",
+            "way": "worker",
+            "prefix": "/p",
+            "service": True,
+            "own_program": True,
+            "identity": "/id",
+        },
+        "w2": {"ssh": "ray@gpu-2", "prefix": "/p", "service": False},
+    }
+    assert head.added() == {"w1": first, "w2": second}
+    head.remember("w1", None)
+    assert head.added() == {"w2": second}
+    (tmp_path / here.RECORD).write_text('{"w2": "ray@gpu-2"}')
+    with pytest.raises(ProblemError, match="remove it, then add its machines again"):
+        head.added()
+
+
 def test_a_machine_that_is_off_may_be_gone(tmp_path: Path) -> None:
     with socket.socket() as nobody_listens:
         nobody_listens.bind(("127.0.0.1", 0))
         ssh_ = f"ray@127.0.0.1:{nobody_listens.getsockname()[1]}"
-        head = cast("here.Head", SimpleNamespace(added=lambda: {"w1": {"ssh": ssh_}}))
+        head = cast("here.Head", SimpleNamespace(added=lambda: {"w1": here.Added(ssh_)}))
         outcome = Outcome(ssh_)
         run(lambda: removing.remove(head, ssh_, False, lambda *_: None, outcome))
     assert outcome.problem is not None
@@ -1244,7 +1272,7 @@ def test_a_machine_at_another_address_takes_the_place_of_one_that_has_gone(
     shared = SimpleNamespace(head=Head(), report=lambda _host, _at, came: said.append(came))
     host = Host(ssh="root@203.0.113.8:41022", name=named)
     one = adding._One(cast("adding.Adding", shared), host, Outcome("w1"))
-    known = {"w1": {"ssh": "root@203.0.113.7:41022"}}
+    known = {"w1": here.Added("root@203.0.113.7:41022")}
 
     async def main_() -> None:
         if not blocked:
@@ -1263,7 +1291,7 @@ def test_a_machine_at_another_address_takes_the_place_of_one_that_has_gone(
 
 def test_a_machine_that_was_added_by_another_way_is_known_again() -> None:
     """By its alias, say: it would get the host name, or be taken for another machine."""
-    known = {"w1": {"ssh": "root@203.0.113.7:41022"}}
+    known = {"w1": here.Added("root@203.0.113.7:41022")}
     seen = replace(SEEN, host="gpu-1", made={"wheel": "x", "name": "w1"})
     head = SimpleNamespace(added=lambda: known, config=SimpleNamespace(name="head"))
     shared = SimpleNamespace(head=head, names={}, looks={})
@@ -1291,8 +1319,8 @@ def test_a_machine_with_the_home_of_another_one_is_not_taken_for_it(
     class Head:
         config = SimpleNamespace(name="head")
 
-        def added(self) -> dict[str, dict[str, str]]:
-            return {"gpu-2": {"ssh": "ray@gpu-2"}}
+        def added(self) -> dict[str, here.Added]:
+            return {"gpu-2": here.Added("ray@gpu-2")}
 
         async def is_up(self, name: str) -> bool:
             return up

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from rayfwd.problems import ProblemError
 from rayfwd.ray.install import Versions
 from rayfwd.setup.remote import hosts, install, keys, sight, there
 from rayfwd.setup.remote.calls import Found, Known, NodeRequest, Prepared, SelfReport, Started
-from rayfwd.setup.remote.here import Head, Way
+from rayfwd.setup.remote.here import Added, Head, Way
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.shipment import Shipment, pack_ray
 from rayfwd.setup.remote.sight import Sight
@@ -193,7 +193,7 @@ class _One:
     async def _name(self, seen: Sight) -> str:
         """The node's. Raises ProblemError where another machine has it."""
         known = self._head.added()
-        before = [n for n, entry in known.items() if entry.get("ssh") == self._host.ssh]
+        before = [n for n, entry in known.items() if entry.ssh == self._host.ssh]
         says = (seen.made or {}).get("name")
         usual = before[0] if before else says if says in known else None
         try:
@@ -226,12 +226,10 @@ class _One:
         self._outcome.name = self._outcome.called = name
         return name
 
-    async def _check_nobody_has(
-        self, name: str, known: dict[str, dict[str, Any]], seen: Sight
-    ) -> None:
+    async def _check_nobody_has(self, name: str, known: Mapping[str, Added], seen: Sight) -> None:
         """Whether the machine that has the name has gone, and this one was said to be in its
         place. Raises ProblemError."""
-        other = known.get(name, {}).get("ssh", self._host.ssh)
+        other = known[name].ssh if name in known else self._host.ssh
         if other == self._host.ssh:
             return
         cause = f"{self._host.ssh} would get the name {name}, which {other} has"
@@ -300,7 +298,7 @@ class _One:
         command. Raises ProblemError."""
         found, up = [], await self._head.names_up()
         for name, entry in self._head.added().items():
-            ssh = entry.get("ssh", "")
+            ssh = entry.ssh
             if ssh == self._host.ssh:
                 continue
             look, own = self._all.looks.get(ssh), self._all.looks.get(self._host.ssh)
@@ -439,17 +437,22 @@ class _One:
 
     def _remember(self, name: str, seen: Sight, way: str | None) -> None:
         """For another `add`, and for `remove`. `way`: None, as before. Raises ProblemError."""
-        entry: dict[str, Any] = {"ssh": self._host.ssh, "way": way or self._way_before(name)}
-        entry |= {"prefix": seen.prefix, "service": seen.systemd}
-        if self._own_program or self._head.added().get(name, {}).get("own_program"):
-            entry["own_program"] = True
-        for key in ("identity", "known_hosts", "ssh_config"):
-            if (path := getattr(self._host, key)) is not None:
-                entry[key] = str(path)
+        before = self._head.added().get(name, Added())
+        host = self._host
+        entry = Added(
+            ssh=host.ssh,
+            way=way or before.way,
+            prefix=seen.prefix,
+            service=seen.systemd,
+            own_program=self._own_program or before.own_program,
+            identity=_text(host.identity),
+            known_hosts=_text(host.known_hosts),
+            ssh_config=_text(host.ssh_config),
+        )
         self._head.remember(name, entry)
 
     def _way_before(self, name: str) -> str | None:
-        return self._head.added().get(name, {}).get("way")
+        return self._head.added().get(name, Added()).way
 
     async def _prepare(
         self, machine: Machine, seen: Sight, python: str, name: str, ray: str, way: Way | None
@@ -510,6 +513,10 @@ class _One:
                     raise not_ready(name, now - began, report)
             await asyncio.sleep(POLL_SECONDS)
         self._say("in the cluster" + ", with its Ray" * self._starts_ray)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 MAKES_NO_SENSE = (LookupError, TypeError, ValueError, AttributeError)

@@ -30,6 +30,7 @@ from rayfwd.system.addresses import is_address
 from rayfwd.system.asuser import own_account
 from rayfwd.system.control import ask
 from rayfwd.system.files import locked, read_regular, replace_file
+from rayfwd.wire import fields_from_wire, fields_to_wire
 
 RECORD = "added.json"
 """In the state directory: the machines that were added, by their nodes' names."""
@@ -55,6 +56,26 @@ class Way:
         """A line of known hosts."""
         _, host, port = HeadConfig(ssh=self.ssh).ssh_target()
         return texts.known_hosts_line(host, port or 22, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A machine that was added, for another `add` and for `remove`."""
+
+    ssh: str = ""
+    """How it was reached."""
+    way: str | None = None
+    """Who dials: "worker" or "head"; None: it did not come so far."""
+    prefix: str | None = None
+    """Where rayfwd is installed there."""
+    service: bool = False
+    """A service manager has its daemon."""
+    own_program: bool = False
+    """It does not use what other machines of its home have."""
+    identity: str | None = None
+    known_hosts: str | None = None
+    ssh_config: str | None = None
+    """Files that were named with it."""
 
 
 class Head:
@@ -168,11 +189,12 @@ class Head:
 
     # -- what was added ----------------------------------------------------------------
 
-    def added(self) -> dict[str, dict[str, Any]]:
-        """By name; each has `ssh` and whatever else `remember` was told. Raises ProblemError."""
+    def added(self) -> dict[str, Added]:
+        """By their nodes' names. Raises ProblemError."""
         path = self.config.state_dir / RECORD
         try:
-            return dict(json.loads(read_regular(path)))
+            found = dict(json.loads(read_regular(path)))
+            return {name: fields_from_wire(Added, found[name], name) for name in found}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError) as exc:
@@ -180,14 +202,20 @@ class Head:
                 f"{path} cannot be read: {exc}", "remove it, then add its machines again"
             ) from None
 
-    def remember(self, name: str, entry: dict[str, Any] | None) -> None:
+    def remember(self, name: str, entry: Added | None) -> None:
         """None: no more. Raises ProblemError."""
         path = self.config.state_dir / RECORD
         try:
             with locked(path.parent):
-                data = {k: v for k, v in self.added().items() if k != name}
+                added = {k: v for k, v in self.added().items() if k != name}
                 if entry is not None:
-                    data[name] = entry
+                    added[name] = entry
+                # What is not there is left out, as an older `remove` expects.
+                data = {
+                    k: {key: value for key, value in fields_to_wire(v).items() if value}
+                    | {"service": v.service}
+                    for k, v in added.items()
+                }
                 replace_file(path, json.dumps(data, indent=1).encode() + b"\n")
         except OSError as exc:
             raise codes.DIRECTORY_UNUSABLE.error(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 from rayfwd import codes
 from rayfwd.problems import ProblemError
@@ -19,7 +18,7 @@ from rayfwd.setup.remote.adding import (
     no_answer_yet,
 )
 from rayfwd.setup.remote.calls import TakenAway
-from rayfwd.setup.remote.here import Head
+from rayfwd.setup.remote.here import Added, Head
 from rayfwd.setup.remote.hosts import Host
 from rayfwd.setup.remote.ssh import Failed, Machine
 from rayfwd.wire import fields_from_wire
@@ -28,14 +27,14 @@ STOP_SECONDS = there.STOP_SECONDS + 60.0
 """For a daemon's stop on the machine, and what is undone after it."""
 
 
-def known(head: Head, text: str) -> tuple[str, dict[str, Any]]:
+def known(head: Head, text: str) -> tuple[str, Added]:
     """The machine that is meant, by its node's name or by how it was reached.
 
     Raises ProblemError where none such was added.
     """
     added = head.added()
     for name, entry in added.items():
-        if text in (name, entry.get("ssh")):
+        if text in (name, entry.ssh):
             return name, entry
     names = ", ".join(added) or "none"
     raise codes.ADD_BLOCKED.error(
@@ -67,29 +66,28 @@ async def remove(head: Head, text: str, gone: bool, report: Report, outcome: Out
     outcome.seconds = time.monotonic() - began
 
 
-async def _there(name: str, entry: dict[str, Any], outcome: Outcome, report: Report) -> None:
+async def _there(name: str, entry: Added, outcome: Outcome, report: Report) -> None:
     """On the machine. Raises ProblemError, Failed."""
     outcome.at = "log in"
-    paths = {
-        key: Path(entry[key]) for key in ("identity", "known_hosts", "ssh_config") if key in entry
-    }
-    host = Host(ssh=entry["ssh"], **paths)  # type: ignore[arg-type]
+    files = (entry.identity, entry.known_hosts, entry.ssh_config)
+    identity, known_hosts, config = (None if file is None else Path(file) for file in files)
+    host = Host(ssh=entry.ssh, identity=identity, known_hosts=known_hosts, ssh_config=config)
     async with AsyncExitStack() as stack:
         async with outcome.slot.lent(lambda: report(name, outcome.at, no_answer_yet())):
             machine = await _connect(host, name)
             stack.callback(machine.close)
             outcome.at = "look"
-            seen = await look(machine, entry.get("prefix"), ())
+            seen = await look(machine, entry.prefix, ())
         others = 0
         if seen.made is not None:
             outcome.at = "stop"
-            asked = {"service": bool(entry.get("service")), "name": f"head-of-{name}"}
+            asked = {"service": entry.service, "name": f"head-of-{name}"}
             python = f"{seen.prefix}/bin/python"
             told = await machine.call(python, there.take_away, asked, STOP_SECONDS)
             taken = fields_from_wire(TakenAway, told, "taken away")
             for line in taken.steps:
                 report(name, "stop", line)
-            others = 0 if entry.get("own_program") else taken.others
+            others = 0 if entry.own_program else taken.others
         outcome.at = "uninstall"
         if others:
             report(name, "uninstall", f"{seen.prefix} stays: other machines have the same home")
