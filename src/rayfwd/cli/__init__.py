@@ -10,6 +10,7 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -248,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _say_version(args.built)
         if args.cluster is None and (named := os.environ.get("RAYFWD_CLUSTER")):
             args.cluster = _of_environment(named)
+        if argv is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # see __main__.py
         code: int = args.module.run(args)
         sys.stdout.flush()
     except MistakeError as exc:
