@@ -67,6 +67,8 @@ def test_ray_missing_unsupported_ports_in_use_and_a_start_that_fails(with_ray: C
     event = worker.wait_event("ray_start_failed", 90)
     assert "`ray start` ended: exit code 1" in event["cause"]
     assert "/tmp/ray" in event["cause"]
+    said = [e["line"] for e in worker.events("ray_output")]
+    assert any("Permission denied" in line and "/tmp/ray" in line for line in said), said
     waits(worker, "ray_start_failed")
     told = {"node": "w1", "seen_by": "w1"}
     with_ray.head.wait_event("ray_start_failed", 30, where=told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -178,8 +179,13 @@ def test_start_and_stop(version: str, tmp_path: Path, logs: Logs) -> None:
     killed = events(logs, "ray_process_killed")
     assert {e["title"] for e in killed} <= {"dashboard/agent.py"}
     assert sum(e["killed"] for e in events(logs, "ray_stopped")) == len(killed)
-    assert any("Ray runtime started" in e["line"] for e in events(logs, "ray_output"))
-    assert not [e for e in events(logs, "ray_output") if "\x1b" in e["line"]]
+    said = events(logs, "ray_output")
+    assert any("Ray runtime started" in e["line"] for e in said)
+    assert not [e for e in said if "\x1b" in e["line"]]
+    # What is to be typed where nobody has rayfwd.
+    commands = [e for e in said if re.search(r"ray (stop|start)\b", e["line"])]
+    assert commands
+    assert {e["log_level"] for e in commands} == {"debug"}
 
 
 async def joins_another_start(worker: RaySupervisor) -> None:

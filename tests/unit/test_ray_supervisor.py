@@ -24,11 +24,12 @@ from rayfwd.ray import starter as starter_module
 from rayfwd.ray.install import RayInstall, Versions
 from rayfwd.ray.install import find as find_ray
 from rayfwd.ray.launcher import DirectLauncher
+from rayfwd.ray.output import SILENCE, OutputLog
 from rayfwd.ray.process import RayProcess, clean_lines
 from rayfwd.ray.starter import check_versions
 from rayfwd.ray.supervisor import RaySupervisor
 from rayfwd.system.coalesce import WAKE_INTERVAL
-from tests.unit.loops import log_events, run_on_fake_clock
+from tests.unit.loops import Log, log_events, of, run_on_fake_clock
 
 OWN = RayInstall("/env/bin/ray", "/env/bin/python", Versions("2.60.0", "3.11.7"))
 HEAD = head_plan("h", "127.77.0.0/16", 20000, 8, {"gcs": 6379, "dashboard": 8265, "client": 10001})
@@ -261,3 +262,78 @@ def test_a_record_that_is_a_pipe_is_none(tmp_path: Path) -> None:
     pipe would wait for ever."""
     os.mkfifo(tmp_path / process_module.RECORD)
     assert RayProcess.recover(tmp_path) is None
+
+
+RAYS_WORDS = "Ray runtime started.\\n  ray start --address=127.77.0.1:6379\\n  ray stop\\n"
+
+
+def said_by(logs: Log, level: str) -> list[str]:
+    return [e["line"] for e in of(logs, "ray_output") if e["log_level"] == level]
+
+
+def a_ray_that(script: str, state_dir: Path) -> RayProcess:
+    return RayProcess.spawn(
+        ["/bin/sh", "-c", f"printf '{RAYS_WORDS}'; {script}"],
+        os.environ,
+        state_dir,
+        digest="",
+        versions=Versions("2.60.0", "3.11.7"),
+        command="",
+        launcher=DirectLauncher(),
+    )
+
+
+def test_what_ray_says_while_it_starts_is_for_who_asks(tmp_path: Path) -> None:
+    """It names commands that nobody needs beside rayfwd. What it says later is news."""
+
+    async def scenario() -> None:
+        process = a_ray_that("exec sleep 60", tmp_path)
+        while not process.said_started:
+            process.log_output()
+            await asyncio.sleep(0.05)
+        process.mark_ready()
+        await asyncio.sleep(SILENCE + 0.1)
+        process.log_output()
+        with (tmp_path / "ray.log").open("a") as output:
+            output.write("a raylet has ended\n")
+        process.log_output()
+        await process.end(process.log_output, drain=False)
+
+    with log_events() as logs:
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert "  ray stop" in said_by(logs, "debug")
+    assert said_by(logs, "info") == ["a raylet has ended"]
+
+
+def test_a_start_that_goes_on_saying_something_is_not_over() -> None:
+    now = 0.0
+    told = OutputLog(up=False, clock=lambda: now)
+    with log_events() as logs:
+        for now in (1.0, 1.5, 2.0, 2.9):
+            told.add(["To terminate, run ray stop"] if now in {1.0, 2.0} else [], up=True)
+        told.add(["a last line"], up=True)
+        now = 2.9 + SILENCE
+        told.add([], up=False)
+        told.add(["not up yet"], up=True)
+    assert said_by(logs, "info") == []
+
+
+def test_what_a_ray_said_that_failed_is_in_the_log(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = a_ray_that("exit 1", tmp_path)
+        while process.alive():
+            await asyncio.sleep(0.02)
+        process.log_output()
+        process.log.failed()
+        process.log.failed()
+
+    with log_events() as logs:
+        asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert said_by(logs, "info") == said_by(logs, "debug")
+    assert "  ray stop" in said_by(logs, "info")
+
+
+def test_a_ray_that_ran_before_has_told_of_its_start() -> None:
+    with log_events() as logs:
+        OutputLog(up=True).add(["a raylet has ended"], up=True)
+    assert said_by(logs, "info") == ["a raylet has ended"]

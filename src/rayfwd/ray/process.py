@@ -28,6 +28,7 @@ from rayfwd.ray import procfs
 from rayfwd.ray.commandline import DRAIN_VARIABLE, MARKER
 from rayfwd.ray.install import Versions
 from rayfwd.ray.launcher import OUTPUT, DirectLauncher, Launcher
+from rayfwd.ray.output import OutputLog
 from rayfwd.system.files import read_regular, replace_file
 from rayfwd.system.logs import get_logger
 from rayfwd.system.steps import Begin, no_step
@@ -126,6 +127,7 @@ class RayProcess:
         """Those of `DAEMONS` seen so far."""
         self.session_dir: str | None = None
         self.last_lines: list[str] = []
+        self.log = OutputLog(record.ready)
         self.said_started = record.ready
         """`ray start` reported that every process of the node is up."""
         self._main = procfs.Process(record.pid, 0, record.start, record.pid, "")
@@ -259,6 +261,10 @@ class RayProcess:
         self.said_started = self.said_started or any(STARTED in line for line in lines)
         self.last_lines = (self.last_lines + lines)[-KEEP_LINES:]
         return lines
+
+    def log_output(self, everything: bool = False) -> None:
+        """Have the log tell of the lines that came."""
+        self.log.add(self.read_output(everything), up=self.record.ready)
 
     async def wait(self, seconds: float) -> None:
         """Until `ray start` has ended, but no longer than that."""

@@ -352,7 +352,7 @@ class RaySupervisor:
         began = time.monotonic()
         up_at: float | None = None
         while True:
-            self._log_output(process)
+            process.log_output()
             if self._plan_changed(wanted):
                 _log.info("ray_restarting", reason="the plan or the configuration changed")
                 await self._end("changed")
@@ -379,7 +379,8 @@ class RaySupervisor:
             self._backoff.reset()
         if dead:
             await process.wait(REPORT_TIMEOUT)
-        self._log_output(process)
+        process.log_output()
+        process.log.failed()
         problem = _ending(process, dead, up_at is not None, late, self._launcher.log)
         _log.warning("ray_exited", pid=process.pid, exit_code=process.exit_code, dead=dead)
         await self._end("dead", drain=False)
@@ -469,8 +470,8 @@ class RaySupervisor:
         if drain:
             _log.info("ray_stopping", pid=process.pid, reason=reason)
             self._set(state="stopping")
-        killed = await process.end(lambda: self._log_output(process), drain, within, begin)
-        self._log_output(process, everything=True)
+        killed = await process.end(process.log_output, drain, within, begin)
+        process.log_output(everything=True)
         if drain:
             _log.info("ray_stopped", pid=process.pid, exit_code=process.exit_code, killed=killed)
         self._process = None
@@ -479,10 +480,6 @@ class RaySupervisor:
 
     def _plan_changed(self, wanted: RayWanted) -> bool:
         return self._wanted is not None and self._wanted.digest != wanted.digest
-
-    def _log_output(self, process: RayProcess, everything: bool = False) -> None:
-        for line in process.read_output(everything):
-            _log.info("ray_output", line=line)
 
     async def _sleep(self, seconds: float | None) -> None:
         """For so long, or until a note was left."""
