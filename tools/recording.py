@@ -86,7 +86,7 @@ def drawn(lines: list[tuple[float, str]]) -> str:
 
 def kind(line: str) -> str:
     """The class of a line: a step, the cut, or what is said of it."""
-    if "The link is cut" in line:
+    if "Cutting the link" in line:
         return "cut"
     if line.startswith(("[", "$", "What happened", "Next")):
         return "step"

@@ -62,11 +62,11 @@ def test_to_its_end(box: Box, uid: int | None) -> None:
     for expected in (
         "worker: its own processes, mounts, host name and network (interfaces: lo)",
         "`ray status`: 0 of 2 CPUs in use",
-        "50 MB head to worker in",
-        "50 MB worker to head in",
+        "50 MB from head to worker in",
+        "50 MB from worker to head in",
         "2 SSH connections closed, new ones refused",
         "tasks done on the head, 0 on the worker",
-        "every result arrived once and was correct",
+        "every result arrived exactly once and was correct",
         "head: ended in",
         "none failed, none was retried.",
         "The training did not notice:",
@@ -79,7 +79,7 @@ def test_to_its_end(box: Box, uid: int | None) -> None:
 @pytest.mark.parametrize(
     ("at", "number"),
     [
-        ("Two machines are made", signal.SIGINT),
+        ("Creating two machines", signal.SIGINT),
         # test_kept_files is interrupted there, too.
         pytest.param("head: waiting: Ray is starting", signal.SIGINT, marks=pytest.mark.thorough),
         ("worker's link is parked", signal.SIGTERM),
@@ -121,7 +121,7 @@ def test_a_step_that_fails_shows_the_logs(box: Box) -> None:
     assert box.wait() == 1
     said = box.output()
     assert "The demo failed after" in said
-    assert "Step: `rayfwd run` on both" in said
+    assert "Step: Starting `rayfwd run` on both" in said
     assert "The last lines of rayfwd on head:" in said
     assert "no room for a Ray here" in said
     assert "Traceback" not in said

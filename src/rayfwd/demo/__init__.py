@@ -85,7 +85,7 @@ async def _in_a_folder(ray: str, keep: bool) -> int:
             await _to_the_end(asyncio.to_thread(shutil.rmtree, folder))
     if not went_well:
         return 1
-    teller.title(f"The machines are removed{'' if keep else ', with all their mounts and files'}")
+    teller.title(f"Removed both machines{'' if keep else ', with all their mounts and files'}")
     teller.plain("\nWhat happened:")
     for line in story.last_words():
         teller.plain(f"  - {line}")

@@ -109,21 +109,22 @@ class Story:
         out, done = self._outcome, self._outcome.finished["done"]
         tasks, training = done["head"] + done["worker"], self._outcome.finished["training"]
         first = [
-            f"{o['bytes'] / 1e6:.0f} MB {o['way']} in {o['seconds']:.1f} s" for o in out.objects
+            f"{o['bytes'] / 1e6:.0f} MB from {o['way']} in {o['seconds']:.1f} s"
+            for o in out.objects
         ]
         return [
             f"Ray {out.ray} ran on two machines with {out.cpus:g} CPUs in all. The worker has no "
             "network: it has only SSH to the head.",
-            f"Every large object arrived whole: {', '.join(first)}; "
+            f"Every large object arrived intact: {', '.join(first)}; "
             f"{out.finished['bytes'] / 1e6:.0f} MB in all, compared by SHA-256.",
             f"The link was cut once: {out.connections} SSH connections closed, {out.down:.1f} s "
             f"without any, {out.held} connections of Ray's held meanwhile.",
             f"The job lost nothing: {tasks} tasks ({done['worker']} on the worker), "
             f"{done['exchange']} exchanges of objects and {done['actor']} calls of one actor; "
             "none failed, none was retried.",
-            f"The training did not notice: {training['steps']} steps on both machines, the loss "
-            f"from {training['first']:.2f} to {training['last']:.4f}, and the weights are, bit for "
-            "bit, those of the same training in one process.",
+            f"The training did not notice: {training['steps']} steps on both machines, loss down "
+            f"from {training['first']:.2f} to {training['last']:.4f}. The weights are bit for bit "
+            "those of the same training in a single process.",
         ]
 
     @property
@@ -133,7 +134,7 @@ class Story:
     # -- the steps -----------------------------------------------------------------------
 
     async def _make_machines(self) -> None:
-        self._tell.title("Two machines are made on this one")
+        self._tell.title("Creating two machines inside this one")
         for daemon in self._daemons:
             machine = daemon.machine
             machine.folder.mkdir()
@@ -143,10 +144,10 @@ class Story:
                 f"(interfaces: {', '.join(machine.interfaces)})"
             )
         await self._ssh.start()
-        self._tell.say("they share one thing: an SSH server of the head, on a Unix socket")
+        self._tell.say("they share nothing but the head's SSH server, on a Unix socket")
 
     async def _start_daemons(self) -> None:
-        self._tell.title("`rayfwd run` on both starts Ray once the link is up")
+        self._tell.title("Starting `rayfwd run` on both; Ray starts once the link is up")
         self._head.start(environment(self._head.machine, os.environ))
         await self._wait_listening()
         self._worker.start(environment(self._worker.machine, os.environ))
@@ -189,7 +190,7 @@ class Story:
             self._tell.say(f"the link: {lanes} SSH connections, dialled by the worker")
 
     async def _show_nodes(self) -> None:
-        self._tell.title("What Ray says of its nodes")
+        self._tell.title("The cluster, as Ray reports it")
         cluster = ClusterReport(None, {}, ())
 
         async def complete() -> bool:
@@ -217,25 +218,26 @@ class Story:
         self._tell.say(f"`ray status`: {used:g} of {total:g} CPUs in use")
 
     async def _start_job(self) -> None:
-        self._tell.title("A job on the head, which uses both")
+        self._tell.title("Starting a job on the head that uses both machines")
         node = (await self._worker.status()).node
         assert node is not None, "a node that is ready has its plan"
         self._job.start(node.address)
-        await self._wait_job(lambda: len(self._job.objects) == 2, "the first tasks are started")
+        await self._wait_job(lambda: len(self._job.objects) == 2, "starting the first tasks")
         self._outcome.objects = self._job.objects
         for seen in self._job.objects:
-            text = f"{seen['bytes'] / 1e6:.0f} MB {seen['way']} in {seen['seconds']:.1f} s"
+            text = f"{seen['bytes'] / 1e6:.0f} MB from {seen['way']} in {seen['seconds']:.1f} s"
             if not seen["same"]:
                 raise StepFailedError(f"{text}, but other bytes arrived")
             self._tell.say(f"{text}, SHA-256 compared")
         self._tell.say(
-            "now a training on both machines, and beside it tasks, an actor, objects both ways"
+            "now a training run on both machines; beside it tasks, an actor, and objects in both "
+            "directions"
         )
         await self._wait_job(lambda: self._job.all_above({}, WARM_TASKS), "steady work")
         self._tell.say(f"so far: {self._job}")
 
     async def _cut(self) -> None:
-        self._tell.title(f"The link is cut for {CUT_SECONDS:.0f} s")
+        self._tell.title(f"Cutting the link for {CUT_SECONDS:.0f} s")
         before = await self._worker.link()
         self._ssh.refusing = True
         cut_at = time.monotonic()
@@ -257,15 +259,15 @@ class Story:
         now = dict(self._job.done)
         came = sum(now[kind] - at_cut[kind] for kind in ("worker", "actor", "exchange", "training"))
         if came or now["head"] == at_cut["head"]:
-            raise StepFailedError(f"the cut is none: {at_cut} became {now} while the link was down")
+            raise StepFailedError(f"the link was not cut: {at_cut} became {now} in the meantime")
         self._tell.say(
             f"meanwhile: {now['head'] - at_cut['head']} tasks done on the head, 0 on the worker; "
             f"the training waits at step {now['training']}"
         )
         self._ssh.refusing = False
-        self._tell.title("The link is allowed to come back")
+        self._tell.title("Letting the link come back")
         await self._wait_link_up(before.cuts)
-        await self._wait_job(lambda: self._job.all_above(now, WARM_TASKS), "work is resumed")
+        await self._wait_job(lambda: self._job.all_above(now, WARM_TASKS), "work resumes")
         self._tell.say(f"the job goes on: {self._job}")
 
     async def _wait_link_up(self, cuts_before: int) -> None:
@@ -283,27 +285,27 @@ class Story:
         self._outcome.down = link.since - parked_since
         if link.cuts != cuts_before + 1 or link.ridden_through != link.cuts:
             raise StepFailedError(
-                f"{link.cuts} cuts were seen, {link.ridden_through} ridden through"
+                f"the link counted {link.cuts} cuts and rode through {link.ridden_through}"
             )
-        self._tell.say(f"it is up again after {self._outcome.down:.1f} s")
+        self._tell.say(f"the link is up again after {self._outcome.down:.1f} s")
 
     async def _finish_job(self) -> None:
-        self._tell.title("The job finishes what is in flight")
+        self._tell.title("Letting the job finish what is in flight")
         self._job.stop()
         await self._wait_job(lambda: bool(self._job.finished), "finishing")
         finished = self._outcome.finished = self._job.finished
         if finished["failed"] or finished["actor_processes"] != 1:
             raise StepFailedError(f"the job lost something: {finished}")
         if not finished["training"]["same"]:
-            raise StepFailedError(f"the training is another one: {finished['training']}")
+            raise StepFailedError(f"the training has another result: {finished['training']}")
         for daemon in self._daemons:
             restarts = (await daemon.status()).ray.restarts
             if restarts:
                 raise StepFailedError(f"Ray on {daemon.machine.name} was restarted ({restarts})")
-        self._tell.say("every result arrived once and was correct")
+        self._tell.say("every result arrived exactly once and was correct")
 
     async def _stop(self) -> None:
-        self._tell.title("Both are stopped, Ray first")
+        self._tell.title("Stopping both machines, Ray first")
         for daemon in (self._worker, self._head):
             daemon.stop()
 
