@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +211,15 @@ def test_an_agent_with_too_many_keys_is_named() -> None:
     exc = asyncssh.DisconnectError(asyncssh.DISC_PROTOCOL_ERROR, "Too many authentication failures")
     problem = asyncssh_problems.explain(exc, HEAD, hop, attempt_at(hop))
     assert "IdentitiesOnly" in problem.remedy
+
+
+def test_what_the_kernel_says_is_told_in_its_words() -> None:
+    """asyncio says "Connect call failed" of whatever it was."""
+    (hop,) = hops.find_way(HEAD)
+    exc = OSError(errno.EHOSTUNREACH, "Connect call failed ('198.51.100.250', 22)")
+    problem = asyncssh_problems.explain(exc, HEAD, hop, attempt_at(hop))
+    assert problem.code is codes.SSH_UNREACHABLE
+    assert problem.cause == "ray@the-head: No route to host"
 
 
 def test_an_option_that_had_no_effect_may_be_what_is_missing() -> None:

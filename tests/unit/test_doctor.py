@@ -919,6 +919,15 @@ def test_a_line_a_check_and_the_remedy(tmp_path: Path) -> None:
     assert heads[-1].endswith("skipped")
 
 
+def test_where_there_is_no_file_it_says_how_to_begin(tmp_path: Path) -> None:
+    ran = rayfwd("--config", tmp_path / "none.toml", "doctor")
+    assert ran.returncode == 2
+    assert "none.toml: no such file" in ran.stdout
+    assert "`rayfwd init`" in ran.stdout
+    assert "`rayfwd head`" in ran.stdout
+    assert "correct the file" not in ran.stdout
+
+
 def test_a_mistake_in_the_file(tmp_path: Path) -> None:
     ran = rayfwd("--config", head_file(tmp_path, "ride_through = 1\n"), "doctor", "--json")
     assert ran.returncode == 2

@@ -140,9 +140,19 @@ def _own_rows(path: Path, emit: Callable[[Row], None]) -> list[Row]:
         mistakes = [f"{path}: {exc}"]
     else:
         return asyncio.run(examine(config, control_socket(config), os.environ, emit))
-    row = of_a_mistake(mistakes)
+    row = of_a_mistake(mistakes, not _is_absent(path))
     emit(row)
     return [row]
+
+
+def _is_absent(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # there, and not for this user
+        return False
+    return False
 
 
 def _rows_as(path: Path, account: SystemUser, emit: Callable[[Row], None]) -> list[Row]:

@@ -34,7 +34,12 @@ async def examine(config: Config, control: Path, env: Mapping[str, str], emit: E
     return examination.rows
 
 
-def of_a_mistake(lines: list[str]) -> Row:
-    """The one row of a configuration that cannot be used."""
+def of_a_mistake(lines: list[str], there: bool = True) -> Row:
+    """The one row of a configuration that cannot be used. `there`: it has a file."""
     remedy = "correct the file; `rayfwd check` checks only the file"
+    if not there:
+        remedy = (
+            "set this machine up with `rayfwd init`; or, without a file, start `rayfwd head` or "
+            "`rayfwd join USER@HEAD`; or name another file with --config"
+        )
     return failed("config", codes.CONFIG_INVALID.problem("; ".join(lines), remedy))

@@ -7,6 +7,7 @@ connection.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,9 +185,16 @@ def _of_connection(exc: Exception, head: HeadConfig, hop: Hop, attempt: Attempt)
         case BarredError():
             return hop_problems.barred(str(exc), hop, dialled)
         case OSError():
-            return hop_problems.no_way(str(exc.strerror or exc), hop, dialled)
+            return hop_problems.no_way(_of_the_kernel(exc), hop, dialled)
         case _:
             return _unknown(exc, hop.called)
+
+
+def _of_the_kernel(exc: OSError) -> str:
+    """What it says, where asyncio has a text of its own in that place."""
+    if exc.errno and str(exc.strerror).startswith("Connect call failed"):
+        return os.strerror(exc.errno)
+    return str(exc.strerror or exc)
 
 
 def _why_command_ended(exc: Exception, words: str) -> str:
