@@ -161,6 +161,20 @@ def test_what_is_wrong_in_it_is_named_with_its_line(tmp_path: Path, line: str, s
     assert said in told.value.lines[0]
 
 
+def test_a_machine_that_is_twice_in_it_is_named_with_both_lines(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text("ray@gpu-1\n\n# again\nray@gpu-1 -p 2222 --name b\nray@gpu-1\n")
+    assert list(hosts.twice(hosts.read(path, USUAL))) == [
+        f"{path}:5: ray@gpu-1: is given twice, first in {path}:1"
+    ]
+
+
+def test_an_alias_may_be_a_nodes_name(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.txt"
+    path.write_text("gpu-1 --name gpu-1\ngpu-2 --name gpu-3\ngpu-3 --name gpu-2\n")
+    assert list(hosts.twice(hosts.read(path, USUAL))) == []
+
+
 def test_mistakes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "hosts.txt"
     path.write_text("ray@gpu-1\n")

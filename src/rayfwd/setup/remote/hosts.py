@@ -45,6 +45,8 @@ class Host:
     """How it reaches the head: user@host[:port]; None: it is found out."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of its file, as a file has them."""
+    line: str = field(default="", compare=False)
+    """The file that names it, and the line there; empty: the command line does."""
 
     def way(self) -> HeadConfig:
         """The same, as a way by SSH is described."""
@@ -97,7 +99,7 @@ def read(path: Path, usual: Host) -> list[Host]:
         try:
             words = shlex.split(line, comments=True)
             if words:
-                found.append(of_words(words, usual))
+                found.append(replace(of_words(words, usual), line=f"{path}:{number}"))
         except ValueError as exc:
             wrong.append(f"{path}:{number}: {exc}")
     if not found and not wrong:
@@ -156,12 +158,14 @@ def checked(host: Host) -> Host:
 
 def twice(hosts: Iterable[Host]) -> Iterator[str]:
     """What stands for two machines."""
-    seen: set[str] = set()
+    seen: dict[tuple[str, str], Host] = {}
     for host in hosts:
-        for what in filter(None, (host.ssh, host.name)):
-            if what in seen:
-                yield f"{what}: is given twice"
-            seen.add(what)
+        for kind, what in (("ssh", host.ssh), ("name", host.name)):
+            first = host if what is None else seen.setdefault((kind, what), host)
+            if first is not host:
+                here = f"{host.line}: " if host.line else ""
+                before = f", first in {first.line}" if first.line else ""
+                yield f"{here}{what}: is given twice{before}"
 
 
 def node_name(text: str) -> str:
