@@ -360,7 +360,7 @@ class Machine:
         """Write ~/rayfwd.toml and start `rayfwd run` with it as user `ray`.
 
         `under`: a command that becomes it, as in `prlimit --nofile=200`. `net_admin`: it may change
-        the network, as in a container with that right.
+        the network, as in a container with that right, and send packets as any container may.
         """
         self.write(CONFIG, config_toml)
         assert self.lab.rayfwd is not None, "rayfwd is not installed: see tests/lab/package.py"
@@ -369,8 +369,8 @@ class Machine:
         if not net_admin:
             return Daemon(self, self.popen(argv, env=env, log=log))
         ids = ["--reuid=ray", "--regid=ray", "--init-groups"]
-        keep = ["--inh-caps=+net_admin", "--ambient-caps=+net_admin", "--"]
-        argv = [tool("setpriv"), *ids, *keep, tool("env"), f"--chdir={HOME}", *argv]
+        keep = [f"--{kind}-caps=+net_admin,+net_raw" for kind in ("inh", "ambient")]
+        argv = [tool("setpriv"), *ids, *keep, "--", tool("env"), f"--chdir={HOME}", *argv]
         return Daemon(self, self.popen(argv, user="root", env=environment("ray", env), log=log))
 
     def ray(self, version: str = "2.60.0") -> Path:

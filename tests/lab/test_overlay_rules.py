@@ -188,6 +188,48 @@ def test_a_port_that_opens_a_moment_later_is_not_refused(overlay: Overlay) -> No
     assert overlay.ask("found")["refused"]["refused_port"] == before + 1
 
 
+ANSWER = """
+import sys
+from pathlib import Path
+from rayfwd.system.control import ask
+path = Path(sys.argv[1])
+while True:
+    for address, port in ask(path, "dialled", {}, 60)["places"]:
+        ask(path, "decide", {"places": [[address, port, port == 45001]]}, 30)
+"""
+"""In the daemon's place: of all ports that are not known, 45001 is open."""
+RETRANSMITTED = """
+import socket, struct, sys
+for _ in range(10):
+    with socket.socket() as sock:
+        sock.settimeout(10)
+        error = sock.connect_ex((sys.argv[1], int(sys.argv[2])))
+        said = "" if error else sock.recv(100).decode()
+        about = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
+        (again,) = struct.unpack_from("=I", about, 100)
+        if again == 0:
+            print(error, said)
+            break
+"""
+"""What the first connection gives whose first packet is not sent again by the kernel: that happens
+a second later, when whoever is asked has had no turn by then."""
+
+
+def test_who_is_asked_about_a_port_decides_at_once(overlay: Overlay) -> None:
+    """Nothing is to be sent twice by who dials, neither where it is open nor where it is not."""
+    answering = overlay.machine.popen([overlay.python, "-c", ANSWER, SOCKET])
+    try:
+        for port, met in ((45001, f"0 {OTHER}:45001"), (45002, "111")):
+            argv = [overlay.python, "-c", RETRANSMITTED, OTHER, str(port)]
+            before = overlay.ask("found")["refused"]["refused_port"]
+            assert overlay.machine.run(argv, timeout=120).stdout.strip() == met, port
+            refused = overlay.ask("found")["refused"]["refused_port"] - before
+            assert (refused > 0) == (port == 45002)
+    finally:
+        answering.signal(signal.SIGKILL)
+        answering.wait(20)
+
+
 def test_another_user_is_refused(overlay: Overlay) -> None:
     assert overlay.dial(OTHER, 20005, user="nobody") == "ConnectionRefusedError 111"
     assert overlay.ask("found")["refused"]["refused_user"] >= 1

@@ -665,13 +665,13 @@ def test_a_hub_passes_lanes_on_to_who_knows_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [None, "127.77.0.2"])
-@pytest.mark.parametrize("lane", [False, True])
-def test_an_opening_says_whether_it_is_a_lane(source: str | None, lane: bool) -> None:
-    opening = Opening(Target("127.77.0.3", 0), source, lane)
+@pytest.mark.parametrize(("lane", "asks"), [(False, False), (True, False), (False, True)])
+def test_an_opening_says_what_it_is(source: str | None, lane: bool, asks: bool) -> None:
+    opening = Opening(Target("127.77.0.3", 0), source, lane, asks)
     assert Opening.decode(opening.encode()) == opening
-    if lane:
+    if lane or asks:
         with pytest.raises(ValueError, match="an OPEN of"):
-            Opening.decode(opening.encode()[:-1] + b"\2")
+            Opening.decode(opening.encode()[:-1] + b"\3")
 
 
 def test_the_file_says_who_dials_whom() -> None:

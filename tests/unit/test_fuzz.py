@@ -24,6 +24,7 @@ from rayfwd.cluster.plan import NodePlan
 from rayfwd.daemon import handover
 from rayfwd.hub import roster
 from rayfwd.hub.roster import Record
+from rayfwd.network.held_dials import syns
 from rayfwd.problems import ProblemError
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.ray.token import RayAuth
@@ -155,6 +156,7 @@ TARGETS = {
     "challenge": Fuzzed(_of(Kind.CHALLENGE, Challenge.decode), (ProtocolError,)),
     "proof": Fuzzed(_of(Kind.PROOF, Proof.decode), (ProtocolError,)),
     "opening": Fuzzed(Opening.decode, (ValueError,)),
+    "copied_packets": Fuzzed(lambda data: list(syns(data)), ()),
     "preamble": Fuzzed(_preamble, (ValueError,)),
     "checkup": Fuzzed(_of(Kind.CHECK, checks.read_hello), (ProtocolError,)),
     "checkup_question": Fuzzed(

@@ -32,7 +32,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.ray.token import RayAuth
 from rayfwd.session import messages
 from rayfwd.session.frames import MAX_MESSAGE, Chunk, Kind
-from rayfwd.session.handshake import CHANGES, OVERLAY, Refusal, Welcome
+from rayfwd.session.handshake import ASKED, CHANGES, OVERLAY, Hello, Refusal, Welcome
 from rayfwd.session.messages import Message
 from rayfwd.session.target import Target
 from rayfwd.system import logs
@@ -214,6 +214,84 @@ def test_ports_that_open_on_a_node_are_reached_on_the_others(
                     await until(lambda: at.port in (head.role.node.open_ports or ()))
                 head.listening.clear()
                 await until(lambda: all(reached()))
+
+    run(main)
+
+
+async def answer_of(asker: Daemon, at: Target) -> bool | None:
+    """What the node at that address says of a port, when a program of `asker` dials it."""
+    told: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
+    asker.role.node._ask(*at, told.set_result)
+    return await told
+
+
+def test_a_node_says_at_once_whether_a_port_is_open(tmp_path: Path) -> None:
+    """The kernel of the node that is dialled knows, and all are told of an open one first."""
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            w1, head, w2 = s.workers["w1"], s.head, s.workers["w2"]
+            for asked, askers in ((w1, (head, w2)), (head, (w1,))):
+                own = asked.role.node.view.own
+                assert own is not None
+                at = Target(own.address, free_port())
+                for asker in askers:
+                    assert await answer_of(asker, at) is False
+                asked.listening.append(ListeningSocket(*at, os.geteuid(), 1))
+                async with serving(echo, at):
+                    for asker in askers:
+                        assert await answer_of(asker, at) is True
+                        known = asker.role.node.announced.ports(asked.name)
+                        assert known is not None
+                        assert at.port in known, "the news came before the answer"
+                asked.listening.clear()
+                assert not asked.role.node.dials.refused["here"], "a question is no dial"
+            await w1.stop()
+            own = w2.role.node.view.node_named("w1")
+            assert own is not None
+            head_role = head.role
+            assert isinstance(head_role, HeadRole)
+            await until(lambda: not head_role.reaches("w1"))
+            gone = Target(own.address, free_port())
+            assert await answer_of(head, gone) is True, "what dials it is held"
+
+    run(main)
+
+
+@pytest.mark.parametrize("who", ["head", "w1"])
+def test_an_earlier_version_is_asked_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    """It would take a question for a connection that it does not understand."""
+    if who == "head":
+        offer = HeadRole.offer
+
+        def without(role: HeadRole) -> HubOffer:
+            return replace(offer(role), features=offer(role).features - {ASKED})
+
+        monkeypatch.setattr(HeadRole, "offer", without)
+    else:
+        hello = WorkerRole.hello
+
+        def older(role: WorkerRole) -> Hello:
+            of = hello(role)
+            return of if of.node != "w1" else replace(of, features=of.features - {ASKED})
+
+        monkeypatch.setattr(WorkerRole, "hello", older)
+
+    async def main() -> None:
+        async with site(tmp_path, "w1", "w2") as s:
+            await s.start()
+            asked = s.head if who == "head" else s.workers["w1"]
+            own = asked.role.node.view.own
+            assert own is not None
+            askers = [s.workers["w2"]] if who == "head" else [s.head, s.workers["w2"]]
+            for asker in askers:
+                assert await answer_of(asker, Target(own.address, free_port())) is None
+            role = s.head.role
+            assert isinstance(role, HeadRole)
+            assert not role._hub.router.refused.last()
 
     run(main)
 

@@ -40,7 +40,7 @@ from rayfwd.ray.cluster_report import ClusterReport, Told
 from rayfwd.ray.install import RayInstall, find
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session import messages
-from rayfwd.session.handshake import DIRECT, OVERLAY
+from rayfwd.session.handshake import ASKED, DIRECT, OVERLAY
 from rayfwd.session.messages import Message
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
@@ -53,6 +53,7 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.question import Question
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
@@ -303,7 +304,7 @@ class HeadRole:
         return HubOffer(
             ray=ray,
             python=python,
-            features=frozenset({advertise.FEATURE, DIRECT, OVERLAY}),
+            features=frozenset({advertise.FEATURE, ASKED, DIRECT, OVERLAY}),
             ray_auth=None if auth is None else auth.to_wire(),
             client_ports=frozenset(
                 {services["dashboard"], services["client"], *self._node.config.expose}
@@ -399,6 +400,9 @@ class HeadRole:
 
     def dial_refused(self, node: str, port: int, count: int) -> None:
         self._ports.dial_refused(node, port, count)
+
+    def ask(self, target: Target, question: Question) -> None:
+        self._hub.router.ask(target, question)
 
     def reaches(self, name: str) -> bool:
         node = self._hub.nodes.get(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.ssh.carriers import carrier_for
 from rayfwd.system import setting
+from rayfwd.system.budget import Budget
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.fdstore import FdStore
 from rayfwd.system.heartbeat import Heartbeat
@@ -50,6 +52,7 @@ from rayfwd.transport.endpoints import Endpoint, Endpoints
 from rayfwd.transport.linkstats import LinkStats
 from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
 from rayfwd.transport.mux import MuxStream
+from rayfwd.transport.question import Question
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.board import Board
 from rayfwd.watch.canary_watch import Canary, Situation
@@ -68,6 +71,9 @@ LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
 
 EVERY_PORT: tuple[PortRange, ...] = ((LOWEST_PORT, 65535),)
+ASKED_AT_ONCE, ASKED_A_SECOND = 100, 50
+"""Ports of other nodes about which is asked as they are dialled. Beyond that a program that dials
+closed ports again and again waits for the news, as is told without a question."""
 NOT_OPEN = "no program of Ray's user listens on that port there"
 """Why the kernel here has refused a connection to another node."""
 MOST_OPEN_RANGES = 16_000
@@ -122,6 +128,9 @@ class NodeOwner(Protocol):
 
     def dial_refused(self, node: str, port: int, count: int) -> None:
         """Connections to another node's port were refused here, and that node is to hear of it."""
+
+    def ask(self, target: Target, question: Question) -> None:
+        """Ask the node whose port it is whether that is open."""
 
     def reaches(self, name: str) -> bool:
         """Whether that node's word arrives here now, as far as is known here."""
@@ -187,6 +196,7 @@ class Node:
             self._may_dial,
             owner.changed,
             self._refused_by_kernel,
+            ask=self._ask,
         )
         self._endpoints = Endpoints(self.listeners, self._redirects)
         self.connector = LocalConnector()
@@ -208,6 +218,7 @@ class Node:
             lambda: self.config.expose,
             self._open_ports_changed,
         )
+        self._questions = Budget(ASKED_AT_ONCE, ASKED_A_SECOND, time.monotonic)
         self._had_open = frozenset[int]()
         """What was open here before the last change."""
         self._apart = HeldPorts()
@@ -244,6 +255,7 @@ class Node:
             "links": self._links.run,
             "machine": self._machine.run,
             "open_ports": self._open_ports.run,
+            "dials": self.overlay.answer_dials,
             "apart": self._apart.run,
         }
 
@@ -491,6 +503,9 @@ class Node:
         """A stream to this machine: dial the port if the plan or `expose` has it, or if a program
         of Ray's user listens there now."""
         own, target = self.view.own, opening.target
+        if opening.asks:
+            self._answer(stream, target)
+            return None
         if target == self.page:  # a client's: the hub lets no node dial 127.0.0.1
             return self.connector.accept(stream, opening)
         if own is not None and target.address == own.address:
@@ -509,6 +524,34 @@ class Node:
         self.dials.refuse("here", name, target.port, cause)
         stream.reset(ResetReason.NOT_IN_PLAN, cause)
         return None
+
+    def _answer(self, stream: MuxStream, target: Target) -> None:
+        """Whether a connection to it would be taken. All others are told of such a port first."""
+        own = self.view.own
+        if own is None or target.address != own.address:
+            listens: bool | None = False
+        elif target.port in own.ports:
+            listens = True
+        else:
+            listens = self._may_be_dialled.listens(target)
+            if not listens and target.port in self.config.expose:
+                listens = self._may_be_dialled.exposed(target.port)
+            if listens:
+                self._open_ports.look()
+        if listens is None:
+            stream.reset(ResetReason.ABORTED, "the kernel does not tell what listens")
+        else:
+            stream.reset(ResetReason.LISTENS if listens else ResetReason.NOT_LISTENING)
+
+    def _ask(self, address: str, port: int, answer: Callable[[bool | None], None]) -> None:
+        """A program here dials a port of another node that is not known to be open."""
+        node = self.view.node_at(address)
+        if node is not None and not self._owner.reaches(node.name):
+            answer(True)  # it is held, as all is that dials a node which is away
+        elif node is not None and self._questions.take():
+            self._owner.ask(Target(address, port), Question(answer))
+        else:
+            answer(None)
 
     def _connect(
         self, stream: MuxStream, opening: Opening, before_send: Callable[[int], None]

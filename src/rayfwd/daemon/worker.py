@@ -35,6 +35,7 @@ from rayfwd.ray.nodes import NodeSeen
 from rayfwd.session import messages
 from rayfwd.session.frames import Frame
 from rayfwd.session.handshake import (
+    ASKED,
     CHANGES,
     DIRECT,
     OVERLAY,
@@ -60,6 +61,7 @@ from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.link import Link
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
+from rayfwd.transport.question import Question
 from rayfwd.transport.relay import SocketRelay
 from rayfwd.watch.canary_watch import alive_nodes
 from rayfwd.watch.cluster_view import ClusterView
@@ -304,6 +306,12 @@ class WorkerRole:
     def dial_refused(self, node: str, port: int, count: int) -> None:
         self._to_head.send(messages.DialRefused(node, port, count))
 
+    def ask(self, target: Target, question: Question) -> None:
+        if ASKED in self._plan.hub_features:
+            question.put(self._link.mux, Opening(target))
+        else:
+            question.unanswered()
+
     def reaches(self, name: str) -> bool:
         return self.links.stand()
 
@@ -372,6 +380,6 @@ def hello_of(config: Config, key: str) -> Hello:
         worker_ports=config.worker_ports,
         advertise=config.ray.advertise,
         ride_through=config.ride_through,
-        features=frozenset({SOURCE, PROOF, CHANGES}),
+        features=frozenset({ASKED, SOURCE, PROOF, CHANGES}),
         ephemeral=config.ephemeral,
     )

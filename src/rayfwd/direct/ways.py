@@ -214,8 +214,8 @@ class DirectWays:
         plan = self._owner.view_now().node_named(node)
         try:
             opening = Opening.decode(target)
-            if opening.lane or plan is None:
-                raise ValueError("a lane within a lane, or of no node")
+            if opening.lane or opening.asks or plan is None:
+                raise ValueError("a lane within a lane, a question, or of no node")
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None

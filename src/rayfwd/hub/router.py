@@ -14,10 +14,11 @@ from rayfwd.hub.offer import HubOwner
 from rayfwd.hub.peers import HubClient, HubNode
 from rayfwd.hub.roster import Roster
 from rayfwd.hub.stream_relay import StreamRelay
-from rayfwd.session.handshake import DIRECT, SOURCE
+from rayfwd.session.handshake import ASKED, DIRECT, SOURCE
 from rayfwd.session.stream import ResetReason
 from rayfwd.session.target import Opening, Target
 from rayfwd.transport.mux import MuxStream, StreamOwner
+from rayfwd.transport.question import Question
 from rayfwd.transport.refused import RefusedStreams
 from rayfwd.transport.relay import SocketRelay
 
@@ -101,6 +102,15 @@ class Router:
             self.refused.note("", node.label, ResetReason.NODE_AWAY, away)
             relay.refuse()
 
+    def ask(self, target: Target, question: Question) -> None:
+        """A program of the head dials a port of a worker that is not known to be open."""
+        node = self._at.get(target.address)
+        if node is None or not _answers(node):
+            question.unanswered()
+        else:
+            opening = self._opening(node, target, self._roster.own.address)
+            question.put(node.mux, opening)
+
     def route(
         self, source: HubNode | HubClient, stream: MuxStream, data: bytes
     ) -> StreamOwner | None:
@@ -109,7 +119,9 @@ class Router:
         """
         try:
             # Whose it is the session tells, not the worker.
-            target, _, lane = Opening.decode(data)
+            target, _, lane, asks = Opening.decode(data)
+            if asks and isinstance(source, HubClient):
+                raise ValueError("a client asks nothing")
         except ValueError as exc:
             stream.reset(ResetReason.NOT_IN_PLAN, str(exc))
             return None
@@ -128,7 +140,8 @@ class Router:
                 )
                 return None
         if to_head:
-            return self._owner.accept(stream, Opening(target, self._address_of(source)))
+            opening = Opening(target, self._address_of(source), asks=asks)
+            return self._owner.accept(stream, opening)
         node = self._at.get(target.address)
         if node is None or node is source:
             stream.reset(ResetReason.NOT_IN_PLAN, f"no node has the address {target.address}")
@@ -146,6 +159,9 @@ class Router:
         if lane and (node.hello is None or DIRECT not in node.hello.features):
             stream.reset(ResetReason.NOT_IN_PLAN, f"{node.plan.name} knows no direct way", "")
             return None
+        if asks and not _answers(node):
+            stream.reset(ResetReason.ABORTED, f"{node.plan.name} answers no questions", "")
+            return None
         if not node.mux.has_room():
             stream.reset(ResetReason.TOO_MANY, f"the node {node.plan.name} has no stream left")
             return None
@@ -153,7 +169,7 @@ class Router:
         near.other, far.other = far, near
         near.stream = stream
         opening = self._opening(node, target, self._address_of(source))
-        far.stream = node.mux.open(opening._replace(lane=lane).encode(), far)
+        far.stream = node.mux.open(opening._replace(lane=lane, asks=asks).encode(), far)
         return near
 
     def _address_of(self, peer: HubNode | HubClient) -> str | None:
@@ -166,3 +182,8 @@ class Router:
         """What a worker is told: also whose the stream is, if it understands that."""
         told = node.hello is not None and SOURCE in node.hello.features
         return Opening(target, source if told else None)
+
+
+def _answers(node: HubNode) -> bool:
+    """Whether it says which of its ports are open, port by port; an earlier version does not."""
+    return node.hello is not None and ASKED in node.hello.features

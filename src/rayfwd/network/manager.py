@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,10 @@ _CHILD_ENDED = (
 """What to do where the keeper that is our child does not answer."""
 
 
+Ask = Callable[[str, int, Callable[[bool | None], None]], None]
+"""Finds out whether a port of another node is open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What the plan asks of the overlay."""
@@ -68,9 +74,12 @@ class Overlay:
         on_change: Callable[[], None],
         on_refused: Callable[[str, int, int], None],
         env: Mapping[str, str] = os.environ,
+        ask: Ask | None = None,
     ) -> None:
         """`uids`: who may dial. `on_change` is called when level or problem have changed,
-        `on_refused` with address and port where the kernel has refused so many connections."""
+        `on_refused` with address and port where the kernel has refused so many connections;
+        `ask` with address and port of another node that are dialled, and what is to be called with
+        the answer: whether the port is open, or None."""
         self.level: Level = "listeners"
         self.problem: Problem | None = None
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
@@ -87,6 +96,9 @@ class Overlay:
         self._uids = uids
         self._on_change = on_change
         self._on_refused = on_refused
+        self._ask = ask
+        self._answers: list[tuple[str, int, bool]] = []
+        self._answered = asyncio.Event()
         self._refused_at: dict[tuple[str, int], int] = {}
         self._env = env
         self._client: OverlayClient | None = None
@@ -287,6 +299,42 @@ class Overlay:
                 f"connections from this machine to {rules.network}, or connections to "
                 f"127.0.0.1:{rules.port}",
             ) from exc
+
+    # -- ports that are not known to be open -----------------------------------------------
+
+    async def answer_dials(self) -> None:
+        """Find out for the kernel whether the ports are open that are dialled and not known to be,
+        until cancelled."""
+        await self._up.wait()
+        if self._client is not None and self._ask is not None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._hear_dials(self._client, self._ask), name="dialled")
+                group.create_task(self._tell_answers(self._client), name="answers")
+
+    async def _hear_dials(self, client: OverlayClient, ask: Ask) -> None:
+        while True:
+            try:
+                places = await client.dialled()
+            except ProblemError:
+                places = None  # `run` says what is wrong; one that is older knows no such verb
+            if places is None:
+                await asyncio.sleep(LOOK_AGAIN)
+            for address, port in places or ():
+                ask(address, port, partial(self._answer, address, port))
+
+    def _answer(self, address: str, port: int, is_open: bool | None) -> None:
+        """Without an answer, what the other node tells of itself decides."""
+        if is_open is not None:
+            self._answers.append((address, port, is_open))
+            self._answered.set()
+
+    async def _tell_answers(self, client: OverlayClient) -> None:
+        while True:
+            await self._answered.wait()
+            self._answered.clear()
+            answers, self._answers = self._answers, []
+            with suppress(ProblemError):
+                await client.decide(answers)
 
     def is_probe(self, address: str) -> bool:
         """Whether a connection that came here is our own, and goes nowhere."""

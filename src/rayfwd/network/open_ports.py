@@ -50,14 +50,26 @@ class KernelPorts:
 
     def has(self, target: Target) -> bool:
         """Whether it may be dialled. False also where the kernel cannot be asked."""
+        return self.listens(target) is True
+
+    def listens(self, target: Target) -> bool | None:
+        """The same; None: the kernel cannot be asked."""
         if target.port in self._deny or target.port < LOWEST_PORT:
             return False
         try:
             with closing(SockDiag()) as diag:
                 owner = diag.owner_of_listener(target)
         except OSError:
-            return False
+            return None
         return owner is not None and owner.uid == self._uid
+
+    def exposed(self, port: int) -> bool | None:
+        """Whether any program listens there for this machine; None: the kernel cannot be asked."""
+        try:
+            with closing(SockDiag()) as diag:
+                return diag.owner_of_listener((LOOPBACK, port)) is not None
+        except OSError:
+            return None
 
 
 class OpenPortsWatch:

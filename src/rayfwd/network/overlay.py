@@ -148,6 +148,8 @@ class OverlayMaker:
         """A table that stands is of `_tables`."""
         self._stands = False
         self._tried = False
+        self.copies_to: int | None = None
+        """The group that gets copies of what dials a port that is not known to be open."""
 
     def up(self, wanted: Rules) -> None:
         """Make everything, or bring it up to date. Raises ProblemError `overlay_failed`."""
@@ -164,7 +166,8 @@ class OverlayMaker:
             self._tried = True
             self._make_own_tables(wanted)
         else:
-            self._run(ruleset.ruleset(wanted, self._owned, self._owned and self._stands))
+            stands = self._owned and self._stands
+            self._run(ruleset.ruleset(wanted, self._owned, stands, self.copies_to))
         self._stands = True
 
     def _make_own_tables(self, wanted: Rules) -> None:
@@ -173,11 +176,11 @@ class OverlayMaker:
         nft(ruleset.removal(self._interface, shut=False))  # one that was left, and is nobody's
         try:
             self._tables = OwnTables()
-            self._tables.run(ruleset.ruleset(wanted, owned=True))
+            self._tables.run(ruleset.ruleset(wanted, owned=True, group=self.copies_to))
             self._owned = True
         except OSError as exc:
             self._tables = None
-            nft(ruleset.ruleset(wanted))
+            nft(ruleset.ruleset(wanted, group=self.copies_to))
             log.info("overlay_not_owned", cause=str(exc))
 
     def _run(self, text: str) -> None:
@@ -213,6 +216,11 @@ class OverlayMaker:
 def nft(text: str) -> None:
     """One transaction. Raises OSError with what it said."""
     _run(["nft", "-f", "-"], text)
+
+
+def check_copies(interface: str, group: int) -> None:
+    """Raises OSError where the kernel gives no copies of packets to who asks for them."""
+    nft(ruleset.copying(interface, group))
 
 
 def found(wanted: Rules) -> Found:

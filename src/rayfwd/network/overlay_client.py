@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rayfwd.network import overlay
 from rayfwd.network.ruleset import Rules
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.system import setting
-from rayfwd.system.control import ask
+from rayfwd.system.control import ask, converse
 
 KEEPER = "RAYFWD_OVERLAY"
 """The environment variable that has the path of the keeper's socket."""
@@ -29,6 +29,8 @@ SOCKET = "overlay.sock"
 """The child's, in the runtime directory."""
 ANSWER_TIMEOUT = 30.0
 """Seconds for an answer: `ip` and `nft` are run for it."""
+DIALLED_TIMEOUT = 45.0
+"""Seconds in which it says what was dialled; it waits for less than that."""
 START_TIMEOUT = 15.0
 """Seconds for a child to listen."""
 
@@ -68,6 +70,20 @@ class OverlayClient:
             return [str(table) for table in (await self._ask("beside", {}))["tables"]]
         except (ProblemError, KeyError, TypeError):
             return []
+
+    async def dialled(self) -> list[tuple[str, int]] | None:
+        """Wait for programs to dial ports that are not known to be open, and say which; empty: none
+        did so far. None: the keeper does not come to know. Raises ProblemError."""
+        answer = await converse(self._socket, "dialled", {}, DIALLED_TIMEOUT)
+        try:
+            places = answer["places"]
+            return None if places is None else [(str(a), int(p)) for a, p in places]
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    async def decide(self, places: Iterable[tuple[str, int, bool]]) -> None:
+        """Say whether they are open. Raises ProblemError."""
+        await converse(self._socket, "decide", {"places": list(places)}, ANSWER_TIMEOUT)
 
     async def _ask(self, verb: str, args: Mapping[str, Any]) -> dict[str, Any]:
         try:

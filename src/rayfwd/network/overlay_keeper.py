@@ -11,6 +11,9 @@ that stand wait meanwhile, and so do new ones.
 
     up {rules} -> {}: everything is there; `rules` as `Rules.to_wire` gives them
     update {rules} -> {}: the ports are up to date
+    dialled {} -> {places}: waits for programs that dial ports which are not known to be open; null:
+        it does not come to know of that
+    decide {places} -> {}: of such places, whether they are open
     found {} -> {interface, address, table, refused, may}: what stands now
     beside {} -> {tables}: other tables of nftables that see what this machine sends to itself
     down {} -> {}: nothing is there
@@ -23,6 +26,7 @@ import ipaddress
 import os
 import re
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
@@ -31,6 +35,7 @@ from typing import Any
 
 from rayfwd import codes
 from rayfwd.network import overlay
+from rayfwd.network.held_dials import HeldDials
 from rayfwd.network.last_rules import LastRules
 from rayfwd.network.named_users import named_users
 from rayfwd.network.ruleset import LOWEST_PORT, Rules
@@ -45,6 +50,8 @@ from rayfwd.system.users import user_name
 LEFT_SECONDS = 30.0
 """Seconds after its start in which a keeper is asked by a daemon that wants an overlay; then what
 one before it has left, or has had, is removed."""
+DIALLED_SECONDS = 30.0
+"""Seconds for which who asks what is dialled waits, at most."""
 REQUEST_LIMIT = 4 << 20
 """Bytes: the open ports of a thousand nodes."""
 NETWORKS = (ipaddress.IPv4Network("127.64.0.0/10"),)
@@ -81,6 +88,12 @@ class OverlayKeeper:
         self._overlay = overlay.OverlayMaker(interface)
         self._rules: Rules | None = None
         self._last = None if until_eof else LastRules(socket)
+        self._dials: HeldDials | None = None
+        self._dials_port: int | None = None
+        """The port for which it was found out whether there are any."""
+        self._dialled = asyncio.Event()
+        self._listener: asyncio.Event | None = None
+        """Set when another one waits for what is dialled in its place."""
         self._asked = False
         """A daemon is there that wants something of this keeper."""
         self._turn = asyncio.Lock()
@@ -116,6 +129,8 @@ class OverlayKeeper:
             "update": self._update,
             "found": self._found,
             "beside": self._beside,
+            "dialled": self._tell_dialled,
+            "decide": self._decide,
             "down": self._down,
         }
         server = ControlServer(self._socket, verbs, request_limit=REQUEST_LIMIT, owner=self._owner)
@@ -132,6 +147,7 @@ class OverlayKeeper:
             left.cancel()
             await asyncio.gather(watch, left, return_exceptions=True)
             await server.close()
+            self._close_dials()
             await self._end()
 
     async def _take_over(self) -> None:
@@ -141,6 +157,7 @@ class OverlayKeeper:
             return
         try:
             rules = self._checked({"rules": left})
+            await self._hear_dials(rules.port)
             await asyncio.to_thread(self._overlay.up, rules)
         except ProblemError as exc:
             _log.warning("overlay_not_restored", cause=exc.problem.cause)
@@ -227,6 +244,7 @@ class OverlayKeeper:
     async def _up(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:
             rules = self._checked(args)
+            await self._hear_dials(rules.port)
             await asyncio.to_thread(self._overlay.up, rules)
             await self._stands(rules)
         _log.info("overlay_up", interface=rules.interface, address=rules.own)
@@ -256,6 +274,58 @@ class OverlayKeeper:
 
     async def _beside(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"tables": await asyncio.to_thread(overlay.beside, self._interface)}
+
+    # -- what dials a port that is not known to be open --------------------------------------------
+
+    async def _hear_dials(self, port: int) -> None:
+        """The daemon's port is the group's number as well: no other overlay here has it."""
+        if port == self._dials_port:
+            return
+        self._close_dials()
+        self._dials_port = port
+        try:
+            self._dials = HeldDials(port, time.monotonic)
+            await asyncio.to_thread(overlay.check_copies, self._interface, port)
+        except OSError as exc:
+            self._close_dials()
+            _log.info("overlay_dials_unheard", cause=str(exc))
+            return
+        self._overlay.copies_to = port
+        asyncio.get_running_loop().add_reader(self._dials, self._read_dials, self._dials)
+
+    def _close_dials(self) -> None:
+        dials, self._dials, self._overlay.copies_to = self._dials, None, None
+        if dials is not None:
+            asyncio.get_running_loop().remove_reader(dials)
+            dials.close()
+
+    def _read_dials(self, dials: HeldDials) -> None:
+        dials.read()
+        self._dialled.set()
+
+    async def _tell_dialled(self, args: dict[str, Any]) -> dict[str, Any]:
+        """To the last one who waits: those before it may be gone."""
+        if self._listener is not None:
+            self._listener.set()
+            self._dialled.set()
+        self._listener = replaced = asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DIALLED_SECONDS):
+                while self._dials is not None and not replaced.is_set():
+                    if places := self._dials.untold():
+                        return {"places": places}
+                    self._dialled.clear()
+                    await self._dialled.wait()
+        return {"places": None if self._dials is None else []}
+
+    async def _decide(self, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answers = [((str(a), int(p)), o is True) for a, p, o in args["places"]]
+        except (KeyError, TypeError, ValueError) as exc:
+            raise _refused(str(exc), "run the same version of rayfwd on both sides") from exc
+        if self._dials is not None:
+            self._dials.decide(answers)
+        return {}
 
     async def _down(self, args: dict[str, Any]) -> dict[str, Any]:
         async with self._turn:

@@ -4,8 +4,10 @@ A TCP connection to another node's address is redirected to one port of the daem
 kernel for the original destination (SO_ORIGINAL_DST). Who may dial, and which ports are open, is
 decided here, so that `connect()` fails as it would on a LAN: a port on which nothing listens is
 refused, a node that is unknown is unreachable. A port may have opened a moment ago: so the first
-two packets to one that is not known to be open are dropped, and the third, which the kernel sends
-two or three seconds after the first, decides: refused or taken. What comes to Ray's ports from
+packet to one that is not known to be open is dropped, and who keeps the rules gets a copy
+(`held_dials`), asks, and sends it again with a mark that says whether the port is open. Where that
+cannot be, the second one is dropped, too, and the third, which the kernel sends two or three
+seconds after the first, decides by what is known then. What comes to Ray's ports from
 other interfaces than loopback is dropped, unless it comes from a friend.
 
 The table is replaced as a whole, in one transaction; the sets are updated in another. Beside it
@@ -33,6 +35,9 @@ MOST_FRIENDS = 4096
 """Networks that reach the guarded ports, at most."""
 MOST_REMEMBERED, REMEMBERED_DAYS = 262_144, 2
 """Connections of which it is remembered where they were to go, and for how long."""
+MARK_OPEN, MARK_CLOSED = 0x1052, 0x1053
+"""Of packets that are sent again, with the answer. Only who may change the network can set marks;
+these bits are none that Kubernetes, Calico, Cilium or Tailscale have for their own."""
 HOLD_SECONDS = 5
 """For how long it is remembered that a packet was dropped: the kernel sends the second one 1 s
 after the first (TCP_TIMEOUT_INIT), and the third after 3 s, from Linux 6.5 on after 2 s
@@ -168,10 +173,10 @@ _BACK = f"""\
 """
 
 
-def _remembered(who: str) -> str:
+def _remembered(which: str) -> str:
     """Where each connection was to go, for `_back`."""
     return f"""\
-        {who} ip daddr . tcp dport @open \
+        {which} \
             update @back {{ ip saddr . tcp sport : ip daddr . tcp dport }}
 """
 
@@ -209,13 +214,19 @@ def _guard(network: str, priority: int, counter: str = "") -> str:
 """
 
 
-def ruleset(rules: Rules, owned: bool = False, stands: bool = False) -> str:
+def ruleset(
+    rules: Rules, owned: bool = False, stands: bool = False, group: int | None = None
+) -> str:
     """Text that replaces both tables, whether they were there or not. `owned`: the first one is to
     belong to who makes it (`tables.OwnTables`), and does so if it is there; a kernel that has this
     also has what keeps connections when its table of them is flushed. `stands`: that one is there,
-    and is not made anew: what it remembers stays."""
+    and is not made anew: what it remembers stays. `group`: of nfnetlink_log, which gets copies of
+    what dials a port that is not known to be open; None: nobody does."""
     uids = ", ".join(map(str, sorted(rules.uids)))
     ours = f"ip daddr {rules.network} ip daddr != {rules.own}"
+    known = f"{ours} meta skuid {{ {uids} }} ip daddr . tcp dport @open"
+    answered = f"{ours} meta skuid {{ {uids} }} meta l4proto tcp meta mark {MARK_OPEN}"
+    copied = "" if group is None else f"log group {group} queue-threshold 1 "
     shut, owner = shut_table(rules.interface), _owner(owned)
     renewed = f"table inet {shut}\ndelete table inet {shut}\nflush table inet {rules.interface}\n"
     before = renewed if stands else removal(rules.interface, owned)
@@ -249,8 +260,9 @@ table inet {rules.interface} {{{owner}
     counter guarded_in {{ }}
     chain dial {{
         type nat hook output priority -100; policy accept;
-{_remembered(f"{ours} meta skuid {{ {uids} }}") if owned else ""}\
-        {ours} meta skuid {{ {uids} }} ip daddr . tcp dport @open redirect to :{rules.port}
+{_remembered(known) + _remembered(answered) if owned else ""}\
+        {known} redirect to :{rules.port}
+        {answered} meta mark set 0 redirect to :{rules.port}
     }}
 {_back(rules.port) if owned else ""}\
     chain refuse {{
@@ -265,15 +277,28 @@ table inet {rules.interface} {{{owner}
         counter name refused_node reject with icmp type host-unreachable
     }}
     chain unknown {{
-        tcp dport >= {LOWEST_PORT} {_CONNECTION} != @held add @held {{ {_CONNECTION} }} drop
+        meta mark {MARK_CLOSED} goto closed
+        tcp dport >= {LOWEST_PORT} {_CONNECTION} != @held \
+            add @held {{ {_CONNECTION} }} {copied}drop
         tcp dport >= {LOWEST_PORT} {_CONNECTION} != @held_again \
-            add @held_again {{ {_CONNECTION} }} drop
+            add @held_again {{ {_CONNECTION} }} {copied}drop
+        goto closed
+    }}
+    chain closed {{
         counter name refused_port update @refused_at {{ ip daddr . tcp dport counter }} \
             reject with tcp reset
     }}
 {_guard(rules.network, -10, "counter name guarded_in ")}\
 }}
 {update(rules)}"""
+
+
+def copying(interface: str, group: int) -> str:
+    """Text that does nothing, and fails where the kernel gives no copies of packets."""
+    table = f"inet {interface}-try"
+    return f"table {table} {{ chain try {{ log group {group} queue-threshold 1 ; }} ; }}\n" + (
+        f"delete table {table}\n"
+    )
 
 
 def update(rules: Rules) -> str:

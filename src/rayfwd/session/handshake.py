@@ -32,6 +32,8 @@ PROOF = "proof"
 """A feature of a node: its `key` is a public key, and it answers a CHALLENGE."""
 DIRECT = "direct"
 """A feature of both: a stream may be a lane of the session that two workers have between them."""
+ASKED = "asked"
+"""A feature of both: an OPEN may ask whether its target listens."""
 CHANGES = "changes"
 """A feature of both: of the plans of other nodes control messages tell, at first of all and then of
 those that change; a WELCOME has the head's and the node's own."""

@@ -66,6 +66,10 @@ class ResetReason(IntEnum):
     """The session that carried the stream ended."""
     TOO_MANY = 7
     """The session has as many streams as it may have, or the machine has no descriptor left."""
+    LISTENS = 8
+    """The answer to an OPEN that asks: a program listens there."""
+    NOT_LISTENING = 9
+    """The other answer."""
 
     @classmethod
     def from_wire(cls, number: int) -> ResetReason:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 _TARGET = struct.Struct(">4sH")
 _SOURCE = struct.Struct(">4s")
-_LANE = b"\1"
+_LANE, _ASKS = b"\1", b"\2"
 
 
 class Target(NamedTuple):
@@ -42,21 +42,24 @@ class Opening(NamedTuple):
     lane: bool = False
     """The stream is to be a lane of the session that two workers have between them; its port says
     nothing."""
+    asks: bool = False
+    """Nothing is to be dialled: the question is whether the target listens. The stream is reset
+    with the answer."""
 
     def encode(self) -> bytes:
         source = b"" if self.source is None else _SOURCE.pack(_packed(self.source))
-        return self.target.encode() + source + _LANE * self.lane
+        return self.target.encode() + source + _LANE * self.lane + _ASKS * self.asks
 
     @classmethod
     def decode(cls, data: bytes) -> Opening:
         """Raises ValueError."""
         target, rest = data[: _TARGET.size], data[_TARGET.size :]
-        lane = len(rest) in {1, 1 + _SOURCE.size}
-        source = rest[: len(rest) - lane]
-        if len(source) not in {0, _SOURCE.size} or (lane and rest[-1:] != _LANE):
+        marked = len(rest) in {1, 1 + _SOURCE.size}
+        source, mark = rest[: len(rest) - marked], rest[len(rest) - marked :]
+        if len(source) not in {0, _SOURCE.size} or mark not in {b"", _LANE, _ASKS}:
             raise ValueError(f"an OPEN of {len(data)} bytes")
         whose = str(ipaddress.IPv4Address(source)) if source else None
-        return cls(Target.decode(target), whose, lane)
+        return cls(Target.decode(target), whose, mark == _LANE, mark == _ASKS)
 
 
 def _packed(address: str) -> bytes:

@@ -169,21 +169,54 @@ def ask(
     `socket_path_too_long`, or what the daemon itself answered.
     """
     unixsocket.check_path(path)
-    request = json.dumps({"verb": verb, "args": dict(args or {})}).encode() + b"\n"
     try:
-        line = _exchange(path, request, timeout)
-    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as exc:
-        raise codes.DAEMON_NOT_RUNNING.error(
+        return _understood(path, _exchange(path, _asking(verb, args), timeout))
+    except OSError as exc:
+        raise _unheard(path, exc) from exc
+
+
+async def converse(
+    path: Path, verb: str, args: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """The same on the loop, for an answer that may take long; it ends when it is cancelled. Raises
+    ProblemError as `ask` does."""
+    unixsocket.check_path(path)
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_unix_connection(str(path), limit=ANSWER_LIMIT)
+            try:
+                ownership.check_listener(writer.get_extra_info("socket"), path)
+                writer.write(_asking(verb, args))
+                return _understood(path, await reader.readline())
+            finally:
+                writer.transport.abort()
+    except ValueError:
+        raise _not_answering(path, "its answer is too long") from None
+    except OSError as exc:
+        raise _unheard(path, exc) from exc
+
+
+def _asking(verb: str, args: Mapping[str, Any] | None) -> bytes:
+    return json.dumps({"verb": verb, "args": dict(args or {})}).encode() + b"\n"
+
+
+def _unheard(path: Path, exc: OSError) -> ProblemError:
+    """Why nobody was asked, or has answered."""
+    if isinstance(exc, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
+        return codes.DAEMON_NOT_RUNNING.error(
             f"no rayfwd answers on {path}",
             f"{setting.how_to_start()}; if it has just been started, wait some seconds",
-        ) from exc
-    except PermissionError as exc:
-        raise codes.DAEMON_NOT_PERMITTED.error(
+        )
+    if isinstance(exc, PermissionError):
+        return codes.DAEMON_NOT_PERMITTED.error(
             f"{path}: this user may not talk to the daemon" if exc.errno else str(exc),
             "run this as the daemon's user, or as root",
-        ) from exc
-    except OSError as exc:  # TimeoutError among them
-        raise _not_answering(path, str(exc) or type(exc).__name__) from exc
+        )
+    return _not_answering(path, str(exc) or type(exc).__name__)  # TimeoutError among them
+
+
+def _understood(path: Path, line: bytes) -> dict[str, Any]:
+    """Raises ProblemError: what the daemon has answered, or that it has not."""
     try:
         answer = json.loads(line)
     except ValueError:
