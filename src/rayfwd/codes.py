@@ -123,6 +123,7 @@ OVERLAY_KEEPER_ABSENT = Code("overlay_keeper_absent")
 NETWORK_NEEDS_OVERLAY = Code("network_needs_overlay")
 OVERLAY_GONE = Code("overlay_gone", "warning")
 OVERLAY_BLOCKED = Code("overlay_blocked")
+USERS_LEFT_OUT = Code("users_left_out", "warning")
 
 # -- Ray on a node -----------------------------------------------------------
 

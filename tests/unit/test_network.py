@@ -24,6 +24,7 @@ from rayfwd.config import NetworkConfig
 from rayfwd.network import manager, overlay_keeper
 from rayfwd.network import overlay as network
 from rayfwd.network.announced import Announced, PortNews, applied, change_of
+from rayfwd.network.held_dials import HeldDials
 from rayfwd.network.last_rules import LastRules
 from rayfwd.network.manager import Overlay, Wanted
 from rayfwd.network.named_users import named_users
@@ -437,12 +438,33 @@ def test_what_the_plan_cannot_ask_for_is_a_problem_and_no_fault(tmp_path: Path) 
         overlay._rules(Wanted("127.77.0.0/16", "203.0.113.7"))
 
 
+def test_users_who_may_not_dial_are_told_as_long_as_they_may_not(tmp_path: Path) -> None:
+    """As rayfwd-net says; one that is older says nothing."""
+    changes: list[bool] = []
+    overlay = settled("listeners", tmp_path, {})
+    overlay._on_change = lambda: changes.append(overlay.left_out is None)
+    cause = "the file cannot be trusted: /etc/rayfwd.toml: others"
+    said = {"users": ["ann", "bob"], "cause": cause}
+    for now in (said, said, None, None):
+        overlay._set_left_out(now)
+        if now is not None:
+            assert overlay.left_out is not None
+            assert overlay.left_out.code is codes.USERS_LEFT_OUT
+            assert "programs of ann, bob cannot connect" in overlay.left_out.cause
+            assert cause in overlay.left_out.cause
+            assert "systemctl restart rayfwd-net rayfwd" in overlay.left_out.remedy
+    assert changes == [False, True], "each change is told once"
+
+
 class Standing:
     """In place of what changes the machine's network."""
 
     def __init__(self, interface: str) -> None:
         self.now: Rules | None = None
         self.said: list[str] = []
+
+    def hear_dials(self, group: int) -> HeldDials:
+        raise PermissionError(group)
 
     def up(self, wanted: Rules) -> None:
         self.now = wanted

@@ -218,8 +218,24 @@ def test_ports_that_open_on_a_node_are_reached_on_the_others(
     run(main)
 
 
+def test_users_whom_rayfwd_net_leaves_out_are_a_condition(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with site(tmp_path, "w1") as s:
+            await s.start()
+            node = s.workers["w1"].role.node
+            node.overlay._set_left_out({"users": ["ann"], "cause": "nobody names them"})
+            (found,) = (await s.workers["w1"].ask("status"))["conditions"]
+            assert (found["code"], found["subject"]) == ("users_left_out", "w1")
+            assert "programs of ann" in found["cause"]
+            node.overlay._set_left_out(None)
+            assert (await s.workers["w1"].ask("status"))["conditions"] == []
+
+    run(main)
+
+
 async def answer_of(asker: Daemon, at: Target) -> bool | None:
     """What the node at that address says of a port, when a program of `asker` dials it."""
+    await until(lambda: asker.role.node.view.node_at(at.address) is not None)  # plans are gathered
     told: asyncio.Future[bool | None] = asyncio.get_running_loop().create_future()
     asker.role.node._ask(*at, told.set_result)
     return await told

@@ -576,8 +576,8 @@ class Node:
         ]
         board.put_all(LISTENERS, found, quiet=True)
         board.put_all("forwards", self._unknown_forwards())
-        problem = self.overlay.problem
-        board.put_all("overlay", [Finding(name, problem)] if problem else [], quiet=True)
+        wrong = (self.overlay.problem, self.overlay.left_out)
+        board.put_all("overlay", [Finding(name, one) for one in wrong if one], quiet=True)
         problem = self.network_problem() if self.view.own is not None else None
         needs = [Finding(name, problem, blocks_ready=True)] if problem else []
         board.put_all("network", needs)

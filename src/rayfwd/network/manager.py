@@ -85,6 +85,8 @@ class Overlay:
         """Why the level is lower than what the file asks for, or what is wrong with the overlay."""
         self.why = setting.value("network.level", config.level)
         """Why the level is what it is."""
+        self.left_out: Problem | None = None
+        """Users who may not dial, though the file names them."""
         self.remedy: str | None = None
         """What would give this node the overlay, where it may have it and does not."""
         self.settled = False
@@ -257,6 +259,7 @@ class Overlay:
         found = await client.found()
         self.refused = {str(k): int(v) for k, v in dict(found.get("refused", {})).items()}
         self._tell_refused(found.get("refused_at", ()))
+        self._set_left_out(found.get("left_out"))
         gone = [part for part in ("interface", "address", "table") if not found.get(part)]
         if not gone:
             return None
@@ -266,6 +269,23 @@ class Overlay:
             "find out which program resets the firewall or the network (`nft monitor`, "
             "`ip monitor`)",
         )
+
+    def _set_left_out(self, said: Mapping[str, Any] | None) -> None:
+        """An older keeper says it in its own log only."""
+        problem = None
+        if said:
+            users = ", ".join(map(str, said["users"]))
+            problem = codes.USERS_LEFT_OUT.problem(
+                f"programs of {users} cannot connect to other nodes, although "
+                f"{setting.key('listeners.users')} allows it: rayfwd-net does not take that from "
+                f"this user, and {said['cause']}",
+                f"name {users} in listeners.users of a file that only root can write (another "
+                "one than /etc/rayfwd.toml is named by `--config` in rayfwd-net.service), then "
+                "run `systemctl restart rayfwd-net rayfwd` as root",
+            )
+        if problem != self.left_out:
+            self.left_out = problem
+            self._on_change()
 
     def _tell_refused(self, rows: Iterable[tuple[str, int, int]]) -> None:
         """What the kernel has refused since the last look. Counts of the table begin anew with it,

@@ -13,6 +13,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 from rayfwd import codes
 from rayfwd.cluster.plan import in_loopback
 from rayfwd.network import ruleset
+from rayfwd.network.held_dials import HeldDials
 from rayfwd.network.ruleset import Rules
 from rayfwd.network.tables import OwnTables
 from rayfwd.problems import ProblemError
@@ -148,7 +150,7 @@ class OverlayMaker:
         """A table that stands is of `_tables`."""
         self._stands = False
         self._tried = False
-        self.copies_to: int | None = None
+        self._copies_to: int | None = None
         """The group that gets copies of what dials a port that is not known to be open."""
 
     def up(self, wanted: Rules) -> None:
@@ -160,6 +162,15 @@ class OverlayMaker:
         except OSError as exc:
             raise _failed(str(exc)) from exc
 
+    def hear_dials(self, group: int) -> HeldDials:
+        """What dials a port that is not known to be open; the rules that are made next give copies
+        of it to that group. Raises OSError where they cannot."""
+        self._copies_to = None
+        nft(ruleset.copying(self._interface, group))
+        dials = HeldDials(group, time.monotonic)
+        self._copies_to = group
+        return dials
+
     def _make_tables(self, wanted: Rules) -> None:
         """Raises OSError."""
         if not self._tried:
@@ -167,7 +178,7 @@ class OverlayMaker:
             self._make_own_tables(wanted)
         else:
             stands = self._owned and self._stands
-            self._run(ruleset.ruleset(wanted, self._owned, stands, self.copies_to))
+            self._run(ruleset.ruleset(wanted, self._owned, stands, self._copies_to))
         self._stands = True
 
     def _make_own_tables(self, wanted: Rules) -> None:
@@ -176,11 +187,11 @@ class OverlayMaker:
         nft(ruleset.removal(self._interface, shut=False))  # one that was left, and is nobody's
         try:
             self._tables = OwnTables()
-            self._tables.run(ruleset.ruleset(wanted, owned=True, group=self.copies_to))
+            self._tables.run(ruleset.ruleset(wanted, owned=True, group=self._copies_to))
             self._owned = True
         except OSError as exc:
             self._tables = None
-            nft(ruleset.ruleset(wanted, group=self.copies_to))
+            nft(ruleset.ruleset(wanted, group=self._copies_to))
             log.info("overlay_not_owned", cause=str(exc))
 
     def _run(self, text: str) -> None:
@@ -216,11 +227,6 @@ class OverlayMaker:
 def nft(text: str) -> None:
     """One transaction. Raises OSError with what it said."""
     _run(["nft", "-f", "-"], text)
-
-
-def check_copies(interface: str, group: int) -> None:
-    """Raises OSError where the kernel gives no copies of packets to who asks for them."""
-    nft(ruleset.copying(interface, group))
 
 
 def found(wanted: Rules) -> Found:

@@ -14,7 +14,8 @@ that stand wait meanwhile, and so do new ones.
     dialled {} -> {places}: waits for programs that dial ports which are not known to be open; null:
         it does not come to know of that
     decide {places} -> {}: of such places, whether they are open
-    found {} -> {interface, address, table, refused, may}: what stands now
+    found {} -> {interface, address, table, refused, may, left_out}: what stands now, and who
+        may not dial though that was asked for
     beside {} -> {tables}: other tables of nftables that see what this machine sends to itself
     down {} -> {}: nothing is there
 """
@@ -26,7 +27,6 @@ import ipaddress
 import os
 import re
 import signal
-import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
@@ -270,7 +270,11 @@ class OverlayKeeper:
         may = [str(network) for network in self._networks]
         async with self._turn:
             found = await self._look()
-        return {"may": may, **found.to_wire()}
+        return {"may": may, "left_out": self._told_left_out(), **found.to_wire()}
+
+    def _told_left_out(self) -> dict[str, Any] | None:
+        users, cause = self._left_out
+        return {"users": sorted(map(user_name, users)), "cause": cause} if users else None
 
     async def _beside(self, args: dict[str, Any]) -> dict[str, Any]:
         return {"tables": await asyncio.to_thread(overlay.beside, self._interface)}
@@ -284,17 +288,14 @@ class OverlayKeeper:
         self._close_dials()
         self._dials_port = port
         try:
-            self._dials = HeldDials(port, time.monotonic)
-            await asyncio.to_thread(overlay.check_copies, self._interface, port)
+            self._dials = await asyncio.to_thread(self._overlay.hear_dials, port)
         except OSError as exc:
-            self._close_dials()
             _log.info("overlay_dials_unheard", cause=str(exc))
-            return
-        self._overlay.copies_to = port
-        asyncio.get_running_loop().add_reader(self._dials, self._read_dials, self._dials)
+        else:
+            asyncio.get_running_loop().add_reader(self._dials, self._read_dials, self._dials)
 
     def _close_dials(self) -> None:
-        dials, self._dials, self._overlay.copies_to = self._dials, None, None
+        dials, self._dials = self._dials, None
         if dials is not None:
             asyncio.get_running_loop().remove_reader(dials)
             dials.close()
