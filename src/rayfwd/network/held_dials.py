@@ -116,6 +116,7 @@ class HeldDials:
 
     def untold(self) -> list[Place]:
         """Places that were dialled since this was asked last."""
+        self._forget_old(self._clock())
         untold, self._untold = self._untold, []
         return untold
 
