@@ -29,7 +29,7 @@ from rayfwd.network.last_rules import LastRules
 from rayfwd.network.manager import Overlay, Wanted
 from rayfwd.network.named_users import named_users
 from rayfwd.network.open_ports import LOOKS_AT_ONCE, SHORT, OpenPortsWatch
-from rayfwd.network.overlay_client import KEEPER
+from rayfwd.network.overlay_client import KEEPER, OverlayClient
 from rayfwd.network.overlay_keeper import OverlayKeeper
 from rayfwd.network.ruleset import MOST_RANGES, Rules, port_ranges, removal, ruleset, update
 from rayfwd.problems import ProblemError
@@ -436,6 +436,35 @@ def test_what_the_plan_cannot_ask_for_is_a_problem_and_no_fault(tmp_path: Path) 
     overlay = settled("listeners", tmp_path, {})
     with pytest.raises(ProblemError, match=r"203\.0\.113\.7 is not in the network"):
         overlay._rules(Wanted("127.77.0.0/16", "203.0.113.7"))
+
+
+class NoTables(OverlayClient):
+    """A keeper that finds no other table."""
+
+    async def beside(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize(("count", "full"), [("96", True), ("94", False), (None, False)])
+def test_a_full_table_of_connections_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str | None, full: bool
+) -> None:
+    """New connections are dropped then, and no other table is in the way."""
+    monkeypatch.setattr(network, "_TRACKING", tmp_path)
+    (tmp_path / "nf_conntrack_max").write_text("100\n")
+    if count is not None:
+        (tmp_path / "nf_conntrack_count").write_text(count)
+    overlay = settled("listeners", tmp_path, {})
+    with socket.socket() as nobodys:
+        nobodys.bind(("127.77.0.0", 0))
+        rules = replace(RULES, port=nobodys.getsockname()[1])
+        with pytest.raises(ProblemError) as caught:
+            asyncio.run(overlay._probe(NoTables(tmp_path), rules))
+    problem = caught.value.problem
+    assert problem.code is codes.OVERLAY_BLOCKED
+    assert ("96 of 100" in problem.cause) == full
+    assert ("nf_conntrack_max" in problem.remedy) == full
+    assert ("nft list ruleset" in problem.remedy) != full
 
 
 def test_users_who_may_not_dial_are_told_as_long_as_they_may_not(tmp_path: Path) -> None:

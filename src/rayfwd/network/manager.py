@@ -310,6 +310,15 @@ class Overlay:
                 finally:
                     writer.transport.abort()
         except (OSError, TimeoutError) as exc:
+            if (full := overlay.tracking_full()) is not None:
+                raise codes.OVERLAY_BLOCKED.error(
+                    "a connection to another node does not arrive at rayfwd, because the kernel's "
+                    f"table of connections is full ({full}): it drops new connections of every "
+                    "program on this machine",
+                    "raise net.netfilter.nf_conntrack_max (as root: `sysctl -w "
+                    "net.netfilter.nf_conntrack_max=…`), or find out which program opens so many "
+                    "connections (`conntrack -L`)",
+                ) from exc
             tables = ", ".join(await client.beside())
             raise codes.OVERLAY_BLOCKED.error(
                 "the overlay's rules exist, but a connection to another node does not arrive at "

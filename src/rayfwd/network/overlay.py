@@ -46,6 +46,10 @@ _ON_THE_WAY = frozenset({"output", "postrouting", "prerouting", "input"})
 _CHAIN = re.compile(r"\tchain (\S+) \{")
 _COUNTER = re.compile(r"counter (\S+) \{\s+packets (\d+)")
 _LEGACY_TABLES = Path("/proc/self/net/ip_tables_names")
+_TRACKING = Path("/proc/sys/net/netfilter")
+FULL_PART = 0.95
+"""Part of the kernel's table of connections from which on it is the likely cause: a moment later
+some are gone again."""
 CAP_NET_ADMIN = 12
 """Its bit in /proc/self/status (capabilities(7))."""
 
@@ -269,6 +273,18 @@ def _addresses_of(rows: Iterable[Mapping[str, Any]]) -> set[str]:
     return {str(a.get("local")) for a in found if a.get("family") == "inet"}
 
 
+def tracking_full() -> str | None:
+    """That the kernel can remember no more connections, and so drops new ones; None: it can, or
+    does not say."""
+    try:
+        count, most = (
+            int((_TRACKING / f"nf_conntrack_{name}").read_text()) for name in ("count", "max")
+        )
+    except (OSError, ValueError):
+        return None
+    return f"{count} of {most}" if count >= FULL_PART * most else None
+
+
 def orphaned(interface: str) -> bool:
     """Whether a keeper that was killed has left the way to other nodes shut. Raises OSError."""
     tables = _run(["nft", "list", "tables"]).splitlines()
@@ -343,9 +359,11 @@ def _make_interface(wanted: Rules) -> None:
             _run(["ip", "link", "add", interface, "type", "dummy"])
         except OSError:
             # A kernel without `dummy`: one end of a pair serves as well.
-            peer = ("peer", "name", f"{interface[:13]}-p")
-            _run(["ip", "link", "add", interface, "type", "veth", *peer])
-            _run(["ip", "link", "set", "dev", f"{interface[:13]}-p", "up"])
+            peer = f"{interface[:13]}-p"
+            if _has_interface(peer):  # the other end has another name now, and our address
+                _run(["ip", "link", "del", "dev", peer])
+            _run(["ip", "link", "add", interface, "type", "veth", "peer", "name", peer])
+            _run(["ip", "link", "set", "dev", peer, "up"])
     if _addresses_of(_shown(interface)) != {wanted.own}:
         _run(["ip", "addr", "flush", "dev", interface])
         _run(["ip", "addr", "add", f"{wanted.own}/32", "dev", interface])

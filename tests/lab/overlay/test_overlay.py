@@ -348,12 +348,20 @@ def test_another_table_in_the_way_is_seen(cluster: Cluster) -> None:
     w1.wait_status(lambda s: s["state"] == "ready" and not s["conditions"], 60)
 
 
-def test_an_interface_that_is_removed_is_made_again(cluster: Cluster) -> None:
+@pytest.mark.parametrize("what", ["removed", "renamed"])
+def test_an_interface_that_is_gone_is_made_again(cluster: Cluster, what: str) -> None:
     """Which is told; and what is dialled meanwhile arrives."""
     w1 = cluster.worker("w1")
-    w1.machine.network_command("ip", "link", "del", "rayfwd0")
+    w1.wait_status(lambda s: not s["conditions"], 40)
+    before = w1.events("overlay_gone")
+    if what == "removed":
+        w1.machine.network_command("ip", "link", "del", "rayfwd0")
+    else:
+        w1.machine.network_command("ip", "link", "set", "rayfwd0", "down")
+        w1.machine.network_command("ip", "link", "set", "rayfwd0", "name", "other0")
+        w1.machine.network_command("ip", "link", "set", "other0", "up")
     assert dialled(cluster, "w1", "127.77.0.1", 6379)[0] == "connected"
-    gone = w1.wait_event("overlay_gone", 40)
+    gone = w1.wait_event("overlay_gone", 40, after=before[-1] if before else None)
     assert "the interface" in gone["cause"]
     w1.wait_status(lambda s: not s["conditions"], 40)
     address = w1.status()["node"]["address"]
