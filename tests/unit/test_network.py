@@ -272,7 +272,8 @@ def test_much_news_takes_several_messages() -> None:
 
 
 def test_which_ports_are_told() -> None:
-    """On the node's address or on all, of Ray's user; but root's, Ray's own and denied ones not."""
+    """On the node's address or on all, of Ray's user; but root's, Ray's own and denied ones not,
+    nor what takes connections by another interface alone."""
     own, uid = "127.77.0.2", 1000
     sockets = [
         ListeningSocket(own, 29500, uid, 1),
@@ -284,6 +285,8 @@ def test_which_ports_are_told() -> None:
         ListeningSocket("0.0.0.0", 22, uid, 7),
         ListeningSocket("0.0.0.0", 20046, uid, 8),
         ListeningSocket("127.0.0.1", 8000, 0, 9),
+        ListeningSocket("0.0.0.0", 29506, uid, 10, interface=7),
+        ListeningSocket("0.0.0.0", 29507, uid, 11, interface=8),
     ]
     found: list[tuple[frozenset[int] | None, frozenset[int]]] = []
 
@@ -294,6 +297,7 @@ def test_which_ports_are_told() -> None:
             lambda: {20046},
             lambda: (8000, 8001, 29500),
             lambda: found.append((watch.ports, watch.of_user)),
+            lambda: 7,
         )
         watch.look()
         watch.address = own
@@ -301,7 +305,7 @@ def test_which_ports_are_told() -> None:
         watch.look()
 
     asyncio.run(scene())
-    own_programs = frozenset({29500, 29501, 29502})
+    own_programs = frozenset({29500, 29501, 29502, 29506})
     assert found == [(own_programs | {8000}, own_programs)]
 
 

@@ -204,11 +204,11 @@ def test_options_that_are_named_are_rayfwds(page: str) -> None:
 
 
 _BY_OTHERS = (
-    "--address --complete-reload --host --ipc --local-addr --master-addr --over --privileged "
-    "--rdzv-conf --rdzv-endpoint --read-only --temp-dir"
+    "--address --complete-reload --cpu --host --ipc --local-addr --master-addr --mpirun_hostfile "
+    "--multi_gpu --nnodes --over --privileged --rdzv-conf --rdzv-endpoint --read-only --temp-dir"
 )
 THEIRS = frozenset(_BY_OTHERS.split())
-"""Options of firewall-cmd, mpirun, docker, torchrun and `python -m tests.lab.training`."""
+"""Of firewall-cmd, mpirun, docker, torchrun, Accelerate and `python -m tests.lab.training`."""
 
 
 OUTPUT = "a line\n\nREADY  worker w1 at 127.77.0.3, up 12 s\nnext  /home/x\nlast\n"

@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -227,6 +227,26 @@ def test_a_port_is_open_where_a_program_of_the_user_takes_the_connection(
         assert ports.has(at)
         assert not KernelPorts(os.geteuid(), [at.port]).has(at)
         assert not KernelPorts(OTHER, ()).has(at)
+
+
+@pytest.mark.parametrize("by", ["lo", "another"])
+def test_a_port_is_open_by_the_interface_that_its_program_has_chosen(by: str) -> None:
+    """As connections to 127/8 come by the loopback interface (SO_BINDTODEVICE)."""
+    others = [name for _, name in socket.if_nameindex() if name != "lo"]
+    name = "lo" if by == "lo" else others[0] if others else pytest.skip("there is no other")
+    at = Target(*free_place())
+    loopback = socket.if_nametoindex("lo")
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name.encode())
+        listener.bind(("", at.port))
+        listener.listen()
+        with closing(SockDiag()) as diag:
+            (found,) = [sock for sock in diag.listening() if sock.port == at.port]
+        assert found.interface == socket.if_nametoindex(name)
+        assert KernelPorts(os.geteuid(), (), lambda: loopback).has(at) is (by == "lo")
+        with socket.socket() as dialling:
+            taken = dialling.connect_ex(at) == 0
+        assert taken is (by == "lo"), "as the kernel does"
 
 
 @needs_root

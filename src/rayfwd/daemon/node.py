@@ -210,13 +210,14 @@ class Node:
         self.canary = Canary(config.canary, config.ray, name, self.board, self)
         self.announced = Announced()
         """What other nodes say to be open."""
-        self._may_be_dialled = KernelPorts(os.geteuid(), config.network.deny)
+        self._may_be_dialled = KernelPorts(os.geteuid(), config.network.deny, self._arrives_by)
         self._open_ports = OpenPortsWatch(
             makers.listening,
             os.geteuid(),
             self._untold_ports,
             lambda: self.config.expose,
             self._open_ports_changed,
+            self._arrives_by,
         )
         self._questions = Budget(ASKED_AT_ONCE, ASKED_A_SECOND, time.monotonic)
         self._had_open = frozenset[int]()
@@ -404,6 +405,17 @@ class Node:
         at which others reach this machine directly."""
         own = self.view.own
         return None if own is not None and own.advertised else self.overlay.interface
+
+    def _arrives_by(self) -> int:
+        """The number of the interface by which connections come to this node's address, as programs
+        of this machine see it. 0: not known, as of an address that is advertised."""
+        own = self.view.own
+        if own is None or own.advertised:
+            return 0
+        try:
+            return socket.if_nametoindex(self.interface or "lo")
+        except OSError:
+            return 0
 
     def _open_on(self, others: Iterable[NodePlan]) -> dict[str, tuple[PortRange, ...]]:
         """What may be dialled of each node, by address: the plan's ports, and what it has opened.

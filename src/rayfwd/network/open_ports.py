@@ -43,10 +43,14 @@ Listening = Callable[[str], Iterable[ListeningSocket]]
 class KernelPorts:
     """Asks the kernel at each connection: a program may have begun to listen a moment ago."""
 
-    def __init__(self, uid: int, deny: Collection[int]) -> None:
-        """Ports on which programs of `uid` listen, but for those of `deny`."""
+    def __init__(
+        self, uid: int, deny: Collection[int], interface: Callable[[], int] = lambda: 0
+    ) -> None:
+        """Ports on which programs of `uid` listen, but for those of `deny`. `interface`: the number
+        of the one by which connections come to this node's address."""
         self._uid = uid
         self._deny = frozenset(deny)
+        self._interface = interface
 
     def has(self, target: Target) -> bool:
         """Whether it may be dialled. False also where the kernel cannot be asked."""
@@ -58,7 +62,7 @@ class KernelPorts:
             return False
         try:
             with closing(SockDiag()) as diag:
-                owner = diag.owner_of_listener(target)
+                owner = diag.owner_of_listener(target, self._interface())
         except OSError:
             return None
         return owner is not None and owner.uid == self._uid
@@ -82,10 +86,11 @@ class OpenPortsWatch:
         left_out: Callable[[], Collection[int]],
         exposed: Callable[[], Collection[int]],
         on_change: Callable[[], None],
+        interface: Callable[[], int] = lambda: 0,
     ) -> None:
         """`left_out`: ports that are never told, or are known without. `exposed`: ports that count
         also where they listen on 127.0.0.1, whosever they are. `on_change` is called when `ports`
-        has changed."""
+        has changed. `interface` is as `KernelPorts` has it."""
         self.address: str | None = None
         """This node's; None: not known yet, and nothing is looked at."""
         self.ports: frozenset[int] | None = None
@@ -97,6 +102,7 @@ class OpenPortsWatch:
         self._left_out = left_out
         self._exposed = exposed
         self._on_change = on_change
+        self._interface = interface
         self._stirred_at = 0.0
         self._stirred = asyncio.Event()
         self._too_many = False
@@ -157,11 +163,13 @@ class OpenPortsWatch:
         if self.address is None:
             return unknown
         try:
+            interfaces = {0, self._interface()}
             of_user = {
                 sock.port
                 for sock in self._listening(self.address)
                 if sock.uid == self._uid
                 and sock.port >= LOWEST_PORT
+                and sock.interface in interfaces
                 and sock.takes((self.address, sock.port))
             }
             found = set(of_user)

@@ -31,6 +31,7 @@ _REQUEST = struct.Struct("=BBBxI")
 """inet_diag_req_v2: family, protocol, extensions, states; an _ID follows"""
 _ID = struct.Struct("!HH16s16s4s8s")
 """inet_diag_sockid: its port, the other's, its address, the other's, interface, cookie"""
+_INTERFACE = struct.Struct("=I")
 _ANY_COOKIE = b"\xff" * 8
 _MESSAGE = struct.Struct("=BBBB48sIIIII")
 """inet_diag_msg: family, state, timer, retransmits, _ID, expires, queues, uid, inode; attributes
@@ -78,6 +79,8 @@ class ListeningSocket(NamedTuple):
     inode: int
     ipv6_only: bool = False
     """It takes no connection that is made by IPv4, though it listens on `::`."""
+    interface: int = 0
+    """The number of the one interface by which it takes connections; 0: by any."""
 
     def takes(self, at: Address) -> bool:
         """Whether it takes connections to this IPv4 address, and keeps others from listening there.
@@ -126,14 +129,18 @@ class SockDiag:
         state, owner = self._find(peer, own)
         return owner if state != _TCP_LISTEN else None
 
-    def owner_of_listener(self, at: Address) -> SocketOwner | None:
-        """Who takes connections to `at`, which is on this machine; None: nobody. Raises OSError."""
-        state, owner = self._find(at, (at[0], 0))
+    def owner_of_listener(self, at: Address, interface: int = 0) -> SocketOwner | None:
+        """Who takes connections to `at`, which is on this machine, where they come by that
+        interface; None: nobody. Raises OSError."""
+        state, owner = self._find(at, (at[0], 0), interface)
         return owner if state == _TCP_LISTEN else None
 
-    def _find(self, near: Address, far: Address) -> tuple[int, SocketOwner | None]:
+    def _find(
+        self, near: Address, far: Address, interface: int = 0
+    ) -> tuple[int, SocketOwner | None]:
         """State and owner of the socket that takes what `far` sends to `near`. Raises OSError."""
-        wanted = _ID.pack(near[1], far[1], _packed(near[0]), _packed(far[0]), b"", _ANY_COOKIE)
+        by, ends = _INTERFACE.pack(interface), (_packed(near[0]), _packed(far[0]))
+        wanted = _ID.pack(near[1], far[1], *ends, by, _ANY_COOKIE)
         for message in self._ask(socket.AF_INET, _ANY_STATE, wanted, 0):
             _, state, *_, uid, inode = _MESSAGE.unpack_from(message)
             return state, SocketOwner(uid, inode) if inode else None
@@ -198,11 +205,11 @@ def _listening_socket(message: bytes) -> ListeningSocket:
     """Of a socket the same is said time and again: whoever watches them asks a hundred times a
     second."""
     family, _, _, _, about, *_, uid, inode = _MESSAGE.unpack_from(message)
-    port, _, address, *_ = _ID.unpack(about)
+    port, _, address, _, interface, _ = _ID.unpack(about)
     size = 4 if family == socket.AF_INET else 16
     text = socket.inet_ntop(family, address[:size])
     only = dict(_attributes(message, _MESSAGE.size)).get(_IPV6_ONLY, b"")
-    return ListeningSocket(text, port, uid, inode, any(only))
+    return ListeningSocket(text, port, uid, inode, any(only), *_INTERFACE.unpack(interface))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
