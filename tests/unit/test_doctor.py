@@ -27,6 +27,7 @@ from rayfwd.config import Config, HeadConfig, parse
 from rayfwd.doctor import common_checks, judgements, observe, rows, settings, sshd, unit_checks
 from rayfwd.doctor.examination import examine, of_a_mistake
 from rayfwd.doctor.head_checks import HeadExamination
+from rayfwd.doctor.hub_probe import SHORTEST_TRANSFER, HubProbe
 from rayfwd.doctor.judgements import SshdOptions, Tick
 from rayfwd.doctor.rows import Row, document, failed, passed, skipped, summary, warned, worst
 from rayfwd.hub import HubOffer
@@ -732,6 +733,34 @@ def test_a_login_that_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert found["auth"].problem is not None
             assert found["auth"].problem.code == codes.LOGIN_SLOW
             assert found["place"].result == "pass"
+
+    run(main_)
+
+
+@pytest.mark.parametrize("way", ["_pull", "_push"])
+@pytest.mark.parametrize(
+    ("how", "result"), [("for a moment", "pass"), ("all the time", "warn")], ids=str
+)
+def test_a_slow_way_is_told_from_a_busy_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, how: str, result: str
+) -> None:
+    """A process waits for a processor as long as a short transfer takes on a slow way."""
+    move, moved = getattr(HubProbe, way), list[int]()
+
+    async def late(probe: HubProbe, size: int) -> None:
+        if how == "all the time" or not moved:
+            await asyncio.sleep(max(SHORTEST_TRANSFER, size / 2e5))
+        moved.append(size)
+        await move(probe, size)
+
+    monkeypatch.setattr(HubProbe, way, late)
+
+    async def main_() -> None:
+        async with site(tmp_path) as s:
+            link = (await s.look())["link"]
+        assert link.result == result, link.said
+        if link.problem is not None:
+            assert link.problem.code == codes.LINK_POOR
 
     run(main_)
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rayfwd import codes
 from rayfwd.cluster.identity import Identity
 from rayfwd.config import HEAD, Destination
-from rayfwd.doctor.judgements import Tick
+from rayfwd.doctor.judgements import RATE_SLOW, Tick
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.session import checks
 from rayfwd.session.checks import FILLER, FILLER_CHUNK, MOST_FILLER, CheckReply
@@ -35,6 +35,9 @@ OLDER = codes.HUB_OLDER.problem(
 )
 SHORTEST_TRANSFER = 0.4
 """Seconds that a transfer must take for its speed to be believed."""
+CONFIRMED = 2
+"""Times that a slow transfer is made again: the same is seen where one of the two machines was busy
+for that moment."""
 
 
 class HubProbe:
@@ -202,14 +205,22 @@ async def _within(seconds: float, what: Awaitable[T], silence: str, remedy: str)
 
 async def _rate(move: Callable[[int], Awaitable[None]], trip: float) -> float:
     """Move ever more until it takes long enough to tell; bytes a second."""
-    size = FIRST_TRANSFER
+    size, enough = FIRST_TRANSFER, max(SHORTEST_TRANSFER, 4 * trip)
     while True:
-        began = time.monotonic()
-        await move(size)
-        took = time.monotonic() - began
-        if took >= max(SHORTEST_TRANSFER, 4 * trip) or size >= MOST_FILLER:
+        took = await _seconds(move, size)
+        for _ in range(CONFIRMED):
+            if took >= enough and size / max(took - trip, took / 4) < RATE_SLOW:
+                took = min(took, await _seconds(move, size))
+        if took >= enough or size >= MOST_FILLER:
             return size / max(took - trip, took / 4, 1e-6)
         size = min(4 * size, MOST_FILLER)
+
+
+async def _seconds(move: Callable[[int], Awaitable[None]], size: int) -> float:
+    """How long it takes to move so many bytes."""
+    began = time.monotonic()
+    await move(size)
+    return time.monotonic() - began
 
 
 def _refused(frame: Frame, to: Destination) -> Problem:
