@@ -7,7 +7,6 @@ As all the machines are this one, a node's listeners for others' ports listen be
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
@@ -47,6 +46,7 @@ from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.writev import write
 from tests.unit.cluster import NETWORK, free_place
 from tests.unit.loops import until
+from tests.unit.ports import free_port
 
 STOP_SECONDS = 0.1
 """As a real one does, it takes a while: what was said before it has arrived by then."""
@@ -542,12 +542,6 @@ async def started(directory: Path, *workers: str) -> AsyncIterator[Site]:
     async with site(directory, *workers) as made:
         await made.start()
         yield made
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def exposed(daemon: Daemon) -> Target:

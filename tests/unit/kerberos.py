@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.need import need, tool
+from tests.unit.ports import free_port
 
 REALM = "TEST.EXAMPLE"
 SERVER = "localhost"
@@ -35,8 +36,7 @@ class Realm:
         self.ccache = directory / "ccache"
         self.keytab = directory / "server.keytab"
         self.client_keytab = directory / "client.keytab"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._kdc: subprocess.Popen[bytes] | None = None
         self._write_configuration()
         self.env = {

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import getpass
 import os
-import random
 import shutil
 import signal
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,16 +14,7 @@ from pathlib import Path
 import asyncssh
 
 from tests.need import need, tool
-
-
-def _free_port(address: str) -> int:
-    """One that the kernel gives nobody who asks it for any, and no cluster has (`cli/chosen.py`): a
-    server that is stopped for a while has it again."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for port in random.sample(range(11_000, 12_000), 100):
-        with suppress(OSError), socket.create_server((address, port), family=family):
-            return port
-    raise AssertionError(f"no port of {address} is free")
+from tests.unit.ports import free_port
 
 
 class RealSshd:
@@ -37,7 +26,7 @@ class RealSshd:
         self.directory = directory
         self.address = address
         self.user = getpass.getuser()
-        self.port = _free_port(address)
+        self.port = free_port(address)
         self.identity = directory / "id"
         self._host_key = asyncssh.generate_private_key("ssh-ed25519")
         self._host_key.write_private_key(directory / "host_key")

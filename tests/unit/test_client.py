@@ -32,6 +32,7 @@ from tests.unit import daemons
 from tests.unit.cluster import Cluster, answer_to, cluster, echo, goodbye, hello_of, serving
 from tests.unit.loops import run_on_fake_clock as run
 from tests.unit.loops import until
+from tests.unit.ports import free_port
 from tests.unit.ssh_server import Sshd
 
 
@@ -45,10 +46,7 @@ def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def ports() -> list[int]:
     """Free ports of 127.0.0.1."""
-    with socket.socket() as a, socket.socket() as b:
-        for sock in (a, b):
-            sock.bind(("127.0.0.1", 0))
-        return [a.getsockname()[1], b.getsockname()[1]]
+    return [free_port(), free_port()]
 
 
 class Site:
@@ -133,9 +131,7 @@ async def passes(place: int | Target) -> bool:
 def test_dashboard_client_and_forward_are_here(tmp_path: Path, ports: list[int]) -> None:
     async def main() -> None:
         async with site(tmp_path, ports) as s:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                third = free.getsockname()[1]
+            third = free_port()
             await s.start(forward=[{"listen": f"127.0.0.1:{third}", "to": "head:8000"}])
             await s.connected()
             for port, at_head in zip([*ports, third], (8265, 10001, 8000), strict=True):

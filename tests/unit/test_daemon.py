@@ -19,6 +19,7 @@ import pytest
 from rayfwd import codes
 from rayfwd.daemon.resources import lock
 from rayfwd.problems import ProblemError
+from tests.unit.ports import free_port
 
 NETWORK = f"127.{128 + os.getpid() % 64}.0.0/16"
 """Not the usual one, which a rayfwd of this machine, or of another test's, may have."""
@@ -93,9 +94,7 @@ def test_ready_is_said_once_and_the_status_is_kept(place: Path, runs: list[Run])
 
 
 def test_a_worker_without_a_head_is_not_ready(place: Path, runs: list[Run]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    run = Run(place, WORKER.format(port=port))
+    run = Run(place, WORKER.format(port=free_port()))
     runs.append(run)
     status = run.notice()
     while "nothing listens on the SSH port" not in status:

@@ -34,8 +34,9 @@ from rayfwd.transport import link as link_module
 from rayfwd.transport.link import LinkLane, LinkRefusedError
 from rayfwd.watch import reach
 from tests.unit.cluster import cluster, echo, goodbye, hello_of, serving
-from tests.unit.daemons import Daemon, DirectCarrier, Site, exposed, free_port, site
+from tests.unit.daemons import Daemon, DirectCarrier, Site, exposed, site
 from tests.unit.loops import log_events, of, run, until
+from tests.unit.ports import free_port
 from tests.unit.real_sshd import RealSshd
 
 MEGABYTE = 1 << 20

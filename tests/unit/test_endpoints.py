@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -20,6 +19,7 @@ from rayfwd.transport.listeners import Listeners
 from tests.unit.cluster import free_place
 from tests.unit.loops import log_events, of, run, until
 from tests.unit.other_user import NOBODY, child, needs_root
+from tests.unit.ports import free_port
 from tests.unit.test_sockdiag import LISTEN
 
 
@@ -121,9 +121,7 @@ class TestOurOwnAddress:
     @pytest.mark.parametrize("at", ["the address", "all addresses"])
     def test_not_where_another_user_does(self, at: str) -> None:
         async def main() -> None:
-            with socket.socket() as free:
-                free.bind(("0.0.0.0", 0))
-                place = Target(free_place().address, free.getsockname()[1])
+            place = Target(free_place().address, free_port("0.0.0.0"))
             own = node_at(place)
             listen = place if at == "the address" else Target("0.0.0.0", place.port)
             async with at_work() as listeners:

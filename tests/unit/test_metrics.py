@@ -34,6 +34,7 @@ from rayfwd.watch.conditions import Condition
 from tests.exposition import dashboard_mistakes, documented, exposed, series
 from tests.promql import Query, QueryError
 from tests.unit.loops import until
+from tests.unit.ports import free_port
 from tests.unit.test_daemon import HEAD, NO_RAY, place  # noqa: F401  # a fixture
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "fixtures" / "status").glob("*.json"))
@@ -223,11 +224,6 @@ def serving(
 
     changed = asyncio.Event()
     return asyncio.run(run())
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 async def exchange(port_or_path: int | str, request: bytes) -> bytes:

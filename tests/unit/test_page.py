@@ -28,9 +28,10 @@ from rayfwd.watch.conditions import Finding
 from tests.chromium import Browser, browser, need_chromium
 from tests.need import CHECKOUT
 from tests.unit.cluster import echo, goodbye, serving
-from tests.unit.daemons import Daemon, Site, SocketCarrier, exposed, free_port, site
+from tests.unit.daemons import Daemon, Site, SocketCarrier, exposed, site
 from tests.unit.loops import run, until
 from tests.unit.other_user import OTHER, child, needs_root
+from tests.unit.ports import free_port
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 

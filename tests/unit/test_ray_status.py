@@ -17,7 +17,7 @@ from rayfwd.ray import nodes, status_text
 from rayfwd.ray.cluster_report import ClusterReport
 from rayfwd.session.target import Target
 from rayfwd.transport.endpoints import Endpoint
-from tests.unit.daemons import free_port
+from tests.unit.ports import free_port
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "ray_status"
 VERSIONS = ["2.9.3", "2.40.0", "2.60.0"]

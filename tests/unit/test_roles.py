@@ -54,11 +54,11 @@ from tests.unit.daemons import (
     SocketConnection,
     SocketPipe,
     exposed,
-    free_port,
     site,
     started,
 )
 from tests.unit.loops import log_events, of, run, run_on_fake_clock, until
+from tests.unit.ports import free_port
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ import pytest
 
 from tests.need import CHECKOUT, need, no_lab, tool
 from tests.unit import loops
+from tests.unit.ports import free_port
 from tests.unit.real_sshd import RealSshd
 
 
@@ -216,12 +217,8 @@ def test_a_port_is_forwarded(tmp_path: Path) -> None:
     def body(sshd: RealSshd) -> None:
         options = known_in(tmp_path, sshd)
         login = ["-i", str(sshd.identity), "-p", str(sshd.port), f"{sshd.user}@{sshd.address}"]
-        with (
-            socket.create_server(("127.0.0.1", 0)) as far,
-            socket.create_server(("127.0.0.1", 0)) as free,
-        ):
-            here, there = free.getsockname()[1], far.getsockname()[1]
-            free.close()
+        with socket.create_server(("127.0.0.1", 0)) as far:
+            here, there = free_port(), far.getsockname()[1]
             forward = ["-L", f"127.0.0.1:{here}:127.0.0.1:{there}", "-N"]
             with subprocess.Popen([tool("ssh"), *forward, *options, *login]) as ssh:
                 with dialled(here) as near, far.accept()[0] as page:
