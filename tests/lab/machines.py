@@ -35,6 +35,7 @@ from tests.lab.process import (
     entering,
     environment,
     finish,
+    parent,
     state,
     tail,
     until,
@@ -603,7 +604,7 @@ def _inside(spaces: Mapping[str, float]) -> list[int]:
 def left_over() -> list[str]:
     """What is there of this process's labs, one line a thing; nothing once all are closed."""
     mark = tag()
-    inside = [pid for pid in _inside(made) if not _anothers(pid)]
+    inside = [pid for pid in _inside(made) if not of_another_run(pid, mark)]
     lines = [f"process {pid} in a lab's namespace: {_called(pid)}" for pid in inside]
     for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
         if f'"{mark}-' in _called(pid):
@@ -615,16 +616,14 @@ def left_over() -> list[str]:
     return lines
 
 
-def _anothers(pid: int) -> bool:
-    """Whether a process descends from a lab of another run: it began before ours gave a namespace
-    up, and got one of its own, under the same number, right after (systemd's services do)."""
+def of_another_run(pid: int, own: str) -> bool:
+    """Whether a process descends from a lab of another run than the one with that tag: it began
+    before ours gave a namespace up, and got one of its own, under the same number, right after
+    (systemd's services do)."""
     while pid > 1:
-        if any(mark != tag() for mark in _TAG.findall(_called(pid))):
+        if any(mark != own for mark in _TAG.findall(_called(pid))):
             return True
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # gone meanwhile
-            return False
+        pid = parent(pid)
     return False
 
 

@@ -204,6 +204,21 @@ def state(pid: int) -> str | None:
     return stat.rpartition(")")[2].split()[0]
 
 
+def parent(pid: int) -> int:
+    """The process that it is a child of; 0: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def without_forks(pids: Sequence[int]) -> list[int]:
+    """These without the children of others of them: until a process that was forked becomes another
+    program, it is called as its parent."""
+    return [pid for pid in pids if parent(pid) not in pids]
+
+
 def began(pid: int) -> float:
     """When a process began, on the clock that `boot_time` tells; infinite: there is none."""
     try:
