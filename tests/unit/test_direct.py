@@ -31,7 +31,7 @@ from rayfwd.session.target import Opening, Target
 from rayfwd.status import Direct, Lane
 from rayfwd.system.sockdiag import ListeningSocket
 from rayfwd.transport import link as link_module
-from rayfwd.transport.link import LinkLane, LinkRefusedError
+from rayfwd.transport.link_lane import LinkLane, LinkRefusedError
 from rayfwd.watch import reach
 from tests.unit.cluster import cluster, echo, goodbye, hello_of, serving
 from tests.unit.daemons import Daemon, DirectCarrier, Site, exposed, site

@@ -37,7 +37,8 @@ from rayfwd.transport import link as link_module
 from rayfwd.transport import saturation as demand_module
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.kept import KEPT_SECONDS
-from rayfwd.transport.link import Link, LinkRefusedError
+from rayfwd.transport.link import Link
+from rayfwd.transport.link_lane import LinkRefusedError
 from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream, StreamOwner
 from rayfwd.transport.pipes import PipeTransport

@@ -17,18 +17,18 @@ from typing import Any, Protocol
 
 from rayfwd import codes
 from rayfwd.cluster.environment import library_environment
-from rayfwd.cluster.plan import NodePlan, ends_of, in_loopback
-from rayfwd.config import Config, ForwardConfig, HeadConfig
+from rayfwd.cluster.plan import NodePlan, in_loopback
+from rayfwd.config import Config, HeadConfig
 from rayfwd.daemon.claim import MachineClaim, NetworkClaim
 from rayfwd.daemon.exchange import ConditionExchange
 from rayfwd.daemon.history import LinkNow
+from rayfwd.daemon.openings import Openings
 from rayfwd.daemon.watches import LinkWatch, MachineWatch
 from rayfwd.network.announced import Announced
-from rayfwd.network.apart import HeldPorts, held_ports
+from rayfwd.network.apart import HeldPorts
 from rayfwd.network.dials import Dials
-from rayfwd.network.manager import Overlay, Wanted
+from rayfwd.network.manager import Overlay
 from rayfwd.network.open_ports import KernelPorts, Listening, OpenPortsWatch, listening
-from rayfwd.network.ruleset import LOWEST_PORT, PortRange, port_ranges
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import token
 from rayfwd.ray.commandline import no_proxy
@@ -50,7 +50,7 @@ from rayfwd.transport.carrier import Carrier
 from rayfwd.transport.connector import LocalConnector
 from rayfwd.transport.endpoints import Endpoint, Endpoints
 from rayfwd.transport.linkstats import LinkStats
-from rayfwd.transport.listeners import REDIRECTED, Listeners, listeners_for
+from rayfwd.transport.listeners import Listeners
 from rayfwd.transport.mux import MuxStream
 from rayfwd.transport.question import Question
 from rayfwd.transport.relay import SocketRelay
@@ -70,14 +70,11 @@ MOST_LISTENERS = 20
 LINK = "link"
 """The watcher of the links, which says why a node is away when everybody else is silent on it."""
 
-EVERY_PORT: tuple[PortRange, ...] = ((LOWEST_PORT, 65535),)
 ASKED_AT_ONCE, ASKED_A_SECOND = 100, 50
 """Ports of other nodes about which is asked as they are dialled. Beyond that a program that dials
 closed ports again and again waits for the news, as is told without a question."""
 NOT_OPEN = "no program of Ray's user listens on that port there"
 """Why the kernel here has refused a connection to another node."""
-MOST_OPEN_RANGES = 16_000
-"""Ranges of open ports of all nodes, for the kernel: of nodes beyond that every port is."""
 
 RAY, LISTENERS = "ray", "listeners"
 """The watchers of this node's Ray and of its listeners."""
@@ -337,67 +334,17 @@ class Node:
         self._owner.open_ports_changed()
 
     def _want_listeners(self) -> None:
-        view = self.view
-        forwarded = self._forwarded()
-        wanted = dict(forwarded)  # first, as there may be no descriptor for all
-        passing: dict[Target, Target] = {}
-        others = [
-            node
-            for node in view.nodes
-            if not node.advertised and (view.own is None or node.name != view.own.name)
-        ]
+        openings = self._openings()
         if self.overlay.port is not None:
-            wanted[Target("127.0.0.1", self.overlay.port)] = REDIRECTED
-            self._want_overlay(others)
-        elif in_loopback(view.network):
-            for node in others:
-                wanted |= listeners_for(node.address, node.ports)
-                passing |= listeners_for(node.address, self._passing_ports(node))
-        self.listeners.set_wanted(wanted | forwarded, passing)
-        self._want_apart()
+            of_user = self._open_ports.of_user if os.geteuid() else frozenset[int]()
+            if (wanted := openings.overlay(of_user)) is not None:
+                self.overlay.want(wanted)
+        self.listeners.set_wanted(*openings.listeners(self.overlay.port))
+        if (held := openings.held()) is not None:
+            self._apart.want(*held)
 
-    def _want_apart(self) -> None:
-        """Hold the other nodes' parts of `network.apart`, where any node has listeners: there
-        programs on all addresses would be in the way of each other's."""
-        view, ports = self.view, self.config.network.apart_ports()
-        if not view.any_listens:
-            ports = frozenset()
-        if view.own is not None:
-            left = ports.difference(view.own.ports, self.config.expose)
-            others = [node.address for node in view.nodes if not node.advertised]
-            at = ends_of(view.network)[1]
-            self._apart.want(at, held_ports(left, view.own.address, others, view.network))
-
-    def _forwarded(self) -> dict[Target, Target]:
-        """The listeners of [[forward]]."""
-        wanted: dict[Target, Target] = {}
-        for forward in self.forwards():
-            name, port = forward.target()
-            to = self.view.node_named(name)
-            if to is not None:
-                wanted[Target(*forward.listen_address())] = Target(to.address, port)
-        return wanted
-
-    def _passing_ports(self, node: NodePlan) -> frozenset[int]:
-        """What programs of another node have opened, but for our own Ray's ports: that listens on
-        the wildcard."""
-        own = self.view.own
-        return self.announced.last(node.name).difference(own.ports if own is not None else ())
-
-    def _want_overlay(self, others: Iterable[NodePlan]) -> None:
-        own = self.view.own
-        if own is None:
-            return
-        network = self.view.network
-        self.overlay.want(
-            Wanted(
-                network=network,
-                own=ends_of(network)[1] if own.advertised else own.address,
-                open_ports=self._open_on(others),
-                guarded=self._guarded(own),
-                friends=self._friends(own),
-            )
-        )
+    def _openings(self) -> Openings:
+        return Openings(self.view, self.config, self.announced, self._owner.reaches)
 
     @property
     def interface(self) -> str | None:
@@ -417,50 +364,12 @@ class Node:
         except OSError:
             return 0
 
-    def _open_on(self, others: Iterable[NodePlan]) -> dict[str, tuple[PortRange, ...]]:
-        """What may be dialled of each node, by address: the plan's ports, and what it has opened.
-        Of a node that has not said so, or that is away, every port: its connections are held."""
-        left = MOST_OPEN_RANGES
-        found: dict[str, tuple[PortRange, ...]] = {}
-        for node in others:
-            ports = self.announced.ports(node.name) if self._owner.reaches(node.name) else None
-            ranges = EVERY_PORT if ports is None else port_ranges({*node.ports, *ports})
-            if len(ranges) > left:
-                ranges = EVERY_PORT
-            left -= len(ranges)
-            found[node.address] = ranges
-        return found
-
-    def _guarded(self, own: NodePlan) -> tuple[PortRange, ...]:
-        """Ports of this machine that only loopback reaches, and friends: of Ray, and of programs of
-        its user. As root's may be anybody's, of those Ray's alone. What is exposed and another
-        user's is that user's business: it may be a server for the machine's own network."""
-        if not self._guards(own):
-            return ()
-        ours = self._open_ports.of_user if os.geteuid() else ()
-        return port_ranges({*own.ports, *ours})
-
-    def _guards(self, own: NodePlan) -> bool:
-        """Whether other machines are kept from Ray's ports. Nodes dial one that advertises an
-        address themselves, and from where only its file can say."""
-        network = self.config.network
-        return network.guard and (not own.advertised or bool(network.guard_from))
-
-    def _friends(self, own: NodePlan) -> tuple[str, ...]:
-        """Who is let in all the same: whom the file names; and, where the others dial this node
-        themselves, those of them that have an address which the plan knows."""
-        named = self.config.network.guard_from
-        if not own.advertised or not named:
-            return named
-        others = (node.address for node in self.view.nodes if node.advertised)
-        return tuple(dict.fromkeys((*named, *(f"{at}/32" for at in others if at != own.address))))
-
     def guard(self) -> tuple[bool, tuple[str, ...]]:
         """Whether the kernel keeps other machines from Ray's ports here, and but for which."""
-        own = self.view.own
-        if own is None or self.overlay.port is None or not self._guards(own):
+        openings = self._openings()
+        if self.overlay.port is None or not openings.guards:
             return False, ()
-        return True, self._friends(own)
+        return True, openings.friends
 
     def _redirects(self) -> bool:
         port = self.overlay.port
@@ -502,14 +411,6 @@ class Node:
     def _refused_there(self, address: str, port: int, cause: str, count: int = 1) -> None:
         node = self.view.node_at(address)
         self.dials.refuse("there", address if node is None else node.name, port, cause, count)
-
-    def forwards(self) -> tuple[ForwardConfig, ...]:
-        """The further listeners; by default a worker's leads to the head's dashboard."""
-        head = self.view.head
-        if self.config.role == "worker" and self.config.forward is None and head is not None:
-            port = head.services["dashboard"]
-            return (ForwardConfig(listen=f"127.0.0.1:{port}", to=f"head:{port}"),)
-        return self.config.forwards
 
     def accept(self, stream: MuxStream, opening: Opening) -> SocketRelay | None:
         """A stream to this machine: dial the port if the plan or `expose` has it, or if a program
@@ -622,7 +523,7 @@ class Node:
                     "correct the name in `to`; the listener opens by itself when the node joins",
                 ),
             )
-            for forward in (self.forwards() if view.nodes else ())
+            for forward in (self._openings().forwards() if view.nodes else ())
             if view.node_named(forward.target()[0]) is None
         ]
 

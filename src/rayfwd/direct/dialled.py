@@ -18,7 +18,8 @@ from rayfwd.session.proof import NodeKey, check
 from rayfwd.session.session import Limits
 from rayfwd.session.snapshot import SnapshotError, Tree
 from rayfwd.transport.carrier import Carrier
-from rayfwd.transport.link import LaneTask, Link, LinkLane
+from rayfwd.transport.link import LaneTask, Link
+from rayfwd.transport.link_lane import LinkLane
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 
 AWAY_INTERVAL = 2.0

@@ -19,12 +19,8 @@ from rayfwd.system.logs import get_logger
 from rayfwd.transport.carrier import Carrier, Connection, Pipe
 from rayfwd.transport.hubanswer import why_no_answer
 from rayfwd.transport.kept import Kept
-from rayfwd.transport.link import (
-    CLOSE_TIMEOUT,
-    HANDSHAKE_TIMEOUT,
-    URGENT_HANDSHAKE,
-    within_time,
-)
+from rayfwd.transport.link import HANDSHAKE_TIMEOUT, URGENT_HANDSHAKE, within_time
+from rayfwd.transport.link_lane import CLOSE_TIMEOUT
 from rayfwd.transport.redialled import Redialled
 from rayfwd.transport.urgency import AdaptiveTimeout
 from rayfwd.transport.writev import write

@@ -13,24 +13,15 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 from rayfwd import codes
-from rayfwd.config import HEAD, Destination, HeadConfig
+from rayfwd.config import HeadConfig
 from rayfwd.problems import Code, Problem, ProblemError
 from rayfwd.session.events import Parked, Resumed, SessionEnded
-from rayfwd.session.frames import (
-    MAX_PAYLOAD,
-    Chunk,
-    Frame,
-    Kind,
-    ProtocolError,
-    close_frame,
-    first_frame,
-)
+from rayfwd.session.frames import Frame
 from rayfwd.session.handshake import PROOF, Challenge, Hello, Proof, Welcome
 from rayfwd.session.lane import LaneClass
 from rayfwd.session.messages import Message
@@ -40,9 +31,10 @@ from rayfwd.system.backoff import Backoff
 from rayfwd.system.coalesce import sleep_coalesced
 from rayfwd.system.heartbeat import Heartbeat
 from rayfwd.system.logs import get_logger
-from rayfwd.transport.carrier import CLOSED, Carrier, Connection, Pipe
-from rayfwd.transport.hubanswer import limited, not_the_hubs, refusal_in, why_no_answer
+from rayfwd.transport.carrier import Carrier, Connection, Pipe
+from rayfwd.transport.hubanswer import limited
 from rayfwd.transport.kept import Kept
+from rayfwd.transport.link_lane import CLOSE_TIMEOUT, LinkLane, LinkRefusedError
 from rayfwd.transport.linkstats import Ending, LinkStats, record
 from rayfwd.transport.mux import Mux, MuxStream, StreamOwner
 from rayfwd.transport.refused import RefusedStreams
@@ -79,8 +71,6 @@ REDIAL_SPREAD = 0.3
 LIMITED_AFTER, LIMITED_SECONDS = 3, 5.0
 """Attempts that fail in a row while another lane stands, or the seconds that one goes unanswered,
 from which it is a limit that is met there."""
-CLOSE_TIMEOUT = 2.0
-"""Seconds for the peer to confirm that a lane is closed."""
 DIALLING_TIMEOUT = 300.0
 """Seconds that dialling may take, through every jump, before the watchdog takes it for dead."""
 LASTED_SECONDS = 10.0
@@ -89,18 +79,6 @@ DEMAND_EVERY, DEMAND_IDLE = 0.25, 1.0
 """Seconds between two looks at whether the lanes are full; while little moves."""
 EXTRA_INTERVAL = 30.0
 """Seconds between two attempts at the extra lanes, at least."""
-
-
-class LinkRefusedError(Exception):
-    """The hub refused the lane; `problem` is its reason, `session` what the lane was for."""
-
-    def __init__(self, problem: Problem, session: str) -> None:
-        super().__init__(problem.cause)
-        self.problem = problem
-        self.session = session
-
-
-Prove = Callable[[Frame, Challenge], Proof]
 
 
 class LinkOwner(Protocol):
@@ -123,146 +101,6 @@ class LinkOwner(Protocol):
 
     def link_changed(self) -> None:
         """State or problem of the link are others."""
-
-
-class LinkLane:
-    """A pipe to the hub: first the handshake, then a lane of a session."""
-
-    def __init__(self, to: Destination = HEAD) -> None:
-        self._to = to
-        self._pipe: Pipe | None = None
-        self._buffer = bytearray()
-        self._answer: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
-        self._session = ""
-        self._greeting: Frame | None = None
-        self._prove: Prove | None = None
-        self.challenge: Challenge | None = None
-        self._mux: Mux | None = None
-        self._number = 0
-        self._stderr = bytearray()
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    # -- as the pipe's owner -------------------------------------------------------------
-
-    def pipe_data(self, data: bytes | memoryview) -> None:
-        if self._mux is not None:
-            self._mux.lane_data(self._number, data)
-        else:
-            self._buffer += data
-            self._take_answer()
-
-    def pipe_said(self, data: bytes) -> None:
-        self._stderr += data[: 4096 - len(self._stderr)]
-
-    def pipe_writable(self) -> None:
-        if self._mux is not None:
-            self._mux.flush()
-
-    def pipe_lost(self, why: str) -> None:
-        if not self._answer.done():
-            said = self._stderr.decode(errors="replace").strip()
-            self._answer.set_exception(ProblemError(why_no_answer(said, why, self._to)))
-            self._answer.exception()  # seen, also where nobody waits for the answer any more
-        if not self.lost.done():
-            self.lost.set_result(why)
-
-    # -- the handshake -------------------------------------------------------------------
-
-    @property
-    def challenged(self) -> bool:
-        """The hub asked for a proof of the key: it does not go by the key alone."""
-        return self.challenge is not None
-
-    @property
-    def said(self) -> Frame | None:
-        """Its hello."""
-        return self._greeting
-
-    @property
-    def greeting(self) -> bool:
-        """It said hello, and is no lane of a session yet."""
-        return bool(self._session) and self._mux is None
-
-    def take_back(self, why: str) -> None:
-        """End the session that the hub may begin with our hello."""
-        self._prove = None
-        self.write([close_frame(why)])
-        self.close()
-
-    async def greet(self, pipe: Pipe, hello: Hello, prove: Prove) -> Welcome:
-        """Say hello, prove it if asked to, and await the answer. Raises LinkRefusedError or
-        ProblemError."""
-        self._pipe, self._session, self._prove = pipe, hello.session, prove
-        said = hello.encode()
-        self._greeting = first_frame(bytearray(said), MAX_PAYLOAD)
-        with suppress(OSError):  # a command that has ended already: its end says why
-            pipe.write([said])
-        return await self._answer
-
-    def _take_answer(self) -> None:
-        if self._answer.done():
-            return
-        try:
-            frame = first_frame(self._buffer, MAX_PAYLOAD)
-            if frame is None:
-                return
-            if frame.kind is Kind.CHALLENGE:
-                self._answer_challenge(Challenge.decode(frame))
-                self._take_answer()
-            elif frame.kind is Kind.REFUSE:
-                refusal = refusal_in(frame, self._to)
-                self._answer.set_exception(LinkRefusedError(refusal, self._session))
-            else:
-                self._answer.set_result(Welcome.decode(frame))
-        except ProtocolError as exc:
-            self._answer.set_exception(ProblemError(not_the_hubs(exc, self._to)))
-
-    def _answer_challenge(self, challenge: Challenge) -> None:
-        """Once: a hub has no use for a second signature. Raises ProtocolError."""
-        if self.challenged:
-            raise ProtocolError(codes.HANDSHAKE_EXPECTED, "a second CHALLENGE")
-        self.challenge = challenge
-        if self._prove is not None and self._greeting is not None and self._pipe is not None:
-            with suppress(OSError):  # it has closed: its end says why
-                self._pipe.write([self._prove(self._greeting, challenge).encode()])
-
-    # -- a lane of a session -------------------------------------------------------------
-
-    def join(self, mux: Mux, lane_class: LaneClass) -> int:
-        """Become a lane; bytes that followed the welcome are the session's."""
-        assert self._pipe is not None, "it was welcomed"
-        self._mux = mux
-        self._number = mux.add_lane(self, lane_class)
-        if self._buffer:
-            mux.lane_data(self._number, bytes(self._buffer))
-            self._buffer.clear()
-        self._pipe.carry(lambda came: mux.lane_data(self._number, *came), mux.flush)
-        return self._number
-
-    @property
-    def paused(self) -> bool:
-        return self.lost.done() or self._pipe is None or self._pipe.paused
-
-    def write(self, chunks: Sequence[Chunk]) -> None:
-        assert self._pipe is not None, "nothing is written before the hello"
-        try:
-            self._pipe.write(chunks)
-        except OSError:
-            # The head has closed it, and the word of it is still on its way. What was to go by
-            # this lane goes by another when the lane is taken down.
-            self.pipe_lost(CLOSED)
-
-    def close(self) -> None:
-        # It is over when the peer has confirmed it: until then what was written is on its way.
-        if self._pipe is not None:
-            self._pipe.close()
-        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.abort, "closed")
-
-    def abort(self, why: str) -> None:
-        if not self.lost.done():
-            if self._pipe is not None:
-                self._pipe.abort()
-            self.pipe_lost(why)
 
 
 @dataclass(slots=True)
