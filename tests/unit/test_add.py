@@ -326,6 +326,20 @@ def test_a_directory_that_is_not_this_logins_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        (replace(SEEN, cpus=1, gpus=8), "1 CPU, 8 GPUs, "),
+        (replace(SEEN, cpus=4, gpus=1), "4 CPUs, 1 GPU, "),
+        (replace(SEEN, systemd=False, booted=False), ", no service manager"),
+        (replace(SEEN, systemd=True, booted=True), ", systemd"),
+        (replace(SEEN, systemd=False, booted=True), ", systemd, but no services of this user"),
+    ],
+)
+def test_what_a_machine_has_is_said_in_a_line(seen: Sight, said: str) -> None:
+    assert said in seen.lines()
+
+
+@pytest.mark.parametrize(
     ("theirs", "said"),
     [
         (1_000_010, ""),

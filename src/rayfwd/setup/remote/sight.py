@@ -238,15 +238,21 @@ class Sight:
         python = self.python or next(iter(self.pythons), None)
         words = [
             self.system,
-            f"{self.cpus} CPUs",
-            f"{self.gpus} GPUs",
+            f"{self.cpus} CPU{'s' * (self.cpus != 1)}",
+            f"{self.gpus} GPU{'s' * (self.gpus != 1)}",
             f"Python {python.version}" if python else "no Python",
             f"{self.free / 1e9:.1f} GB free",
             _INDEX.get(self.index, ""),
-            "systemd" if self.systemd else "no service manager",
+            self._services(),
             self.clock(),
         ]
         return ", ".join(filter(None, words))
+
+    def _services(self) -> str:
+        if self.systemd:
+            return "systemd"
+        # A user who does not linger, or whose home is several machines'.
+        return "systemd, but no services of this user" if self.booted else "no service manager"
 
 
 def read(output: str, now: float | None = None) -> Sight:
