@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from rayfwd.setup.apply import take_away
 from rayfwd.setup.manifest import Manifest
 from rayfwd.setup.remote import there
 from rayfwd.setup.request import Layout, user_layout
+from rayfwd.setup.steps import Directory, Verdict
 from rayfwd.system import files, paths
 from rayfwd.system.paths import is_on_a_network, of_this_machine, own_place, usual_config
 
@@ -216,3 +218,71 @@ def set_up(layout: Layout, home: Path, link: Path) -> None:
         link.symlink_to("/x/rayfwd")
     entry = {"id": str(link), "kind": "link", "path": str(link), "target": "/x/rayfwd"}
     manifest.add(entry)
+
+
+# -- what NFS remembers
+
+
+def shows_once_opened(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, change: Callable[[], object]
+) -> list[Path]:
+    """What another machine has done in that directory. NFS shows it to who opens the directory;
+    until then it may show for a minute what it saw before, also that nothing is there. Where it was
+    opened."""
+    opened: list[Path] = []
+    really = os.open
+
+    def open_(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_DIRECTORY and Path(path) == directory:
+            if not opened:
+                change()
+            opened.append(directory)
+        return really(path, flags, *more, **named)
+
+    monkeypatch.setattr("os.open", open_)
+    return opened
+
+
+def test_a_directory_that_another_machine_has_just_made_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rayfwd add` of two at once: "~/.local/bin: File exists"."""
+    made = tmp_path / "bin"
+    shows_once_opened(monkeypatch, tmp_path, made.mkdir)
+    step = Directory(made, None, None, 0o755)
+    assert step.inspect(Manifest(tmp_path / "init.json")) is Verdict.THERE
+
+
+def test_a_machine_that_was_removed_just_now_has_nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the installation would stay for it."""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    usual = user_layout(tmp_path, 1000, "/x/rayfwd", "/x/python", None)
+    monkeypatch.setattr(there, "find_places", lambda _: usual)
+    theirs = usual.state / "machines/gpu-2/init.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
+    own = usual.state / "machines/gpu-1"
+    layout = replace(usual, state=own, manifest=own / "init.json")
+    assert there._others_here(layout) == [theirs]
+    shows_once_opened(monkeypatch, theirs.parent, theirs.unlink)
+    assert there._others_here(layout) == []
+
+
+def test_a_lock_whose_file_another_machine_has_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "is_on_a_network", lambda _: True)
+    lock = tmp_path / files.LOCK_FILE
+
+    def made_anew() -> None:
+        lock.unlink()
+        lock.touch()
+
+    opened = shows_once_opened(monkeypatch, tmp_path, made_anew)
+    with files.locked(tmp_path):
+        assert len(opened) == 2
+        with lock.open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not lock.exists()

@@ -25,7 +25,7 @@ import asyncssh
 from rayfwd import codes
 from rayfwd.setup.manifest import Entry, Manifest
 from rayfwd.setup.request import KEY_TYPE
-from rayfwd.system.files import digest, write_new
+from rayfwd.system.files import digest, look_anew, write_new
 
 
 class Verdict(Enum):
@@ -149,6 +149,7 @@ class Directory:
         return str(self.path)
 
     def inspect(self, manifest: Manifest) -> Verdict:
+        look_anew(self.path.parent)  # another machine with this home may just have made it
         try:
             found = self.path.lstat()
         except FileNotFoundError:

@@ -106,6 +106,13 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def look_anew(directory: Path) -> None:
+    """On NFS, have the kernel ask what is in it now. What it remembers, also of names that are not
+    there, may be a minute old (nfs(5): acdirmax); opening the directory ends that."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+
+
 @contextlib.contextmanager
 def _locked_by_file(path: Path) -> Iterator[None]:
     """NFS tells other machines of locks of files, not of directories (flock(2))."""
@@ -113,6 +120,7 @@ def _locked_by_file(path: Path) -> Iterator[None]:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            look_anew(path.parent)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.lstat()):
                     try:

@@ -48,7 +48,7 @@ from rayfwd.status import Status
 from rayfwd.system import asuser
 from rayfwd.system.asuser import account_of, own_account
 from rayfwd.system.control import ask
-from rayfwd.system.files import locked, read_regular, replace_file
+from rayfwd.system.files import locked, look_anew, read_regular, replace_file
 from rayfwd.system.ownership import peer_credentials
 from rayfwd.system.paths import (
     CONTROL_SOCKET,
@@ -566,9 +566,12 @@ def _others_here(layout: Layout) -> list[Path]:
     """The records of other machines that have this home."""
     if layout.system or os.geteuid() == 0:
         return []
-    usual = find_places(None).manifest
-    places = (usual, *sorted(usual.parent.glob(f"{MACHINES}/*/{MANIFEST}")))
-    return [path for path in places if path != layout.manifest and path.exists()]
+    usual = find_places(None).manifest.parent
+    places = [usual, *sorted(usual.glob(f"{MACHINES}/*"))]
+    for place in places:  # what another machine has removed just now is not there any more
+        look_anew(place)
+    found = [place / MANIFEST for place in places]
+    return [path for path in found if path != layout.manifest and path.exists()]
 
 
 def _hand_over(manifest: Manifest, layout: Layout, heir: Manifest) -> None:
