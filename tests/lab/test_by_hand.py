@@ -12,6 +12,7 @@ from tests.lab.checks import verify
 from tests.lab.cluster import Cluster, change
 from tests.lab.daemon import CONFIG
 from tests.lab.machines import Lab, Machine
+from tests.lab.process import without_forks
 
 pytestmark = pytest.mark.ray
 CHECKS = ("small_tasks", "large_results", "large_arguments", "nested_tasks")
@@ -19,7 +20,7 @@ CHECKS = ("small_tasks", "large_results", "large_arguments", "nested_tasks")
 
 def raylets(machine: Machine) -> list[int]:
     """Host-side ids of the machine's raylets."""
-    return [pid for pid in machine.pids() if named(pid) == "raylet"]
+    return without_forks([pid for pid in machine.pids() if named(pid) == "raylet"])
 
 
 def named(pid: int) -> str:

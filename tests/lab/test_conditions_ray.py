@@ -18,7 +18,7 @@ from tests.lab.cluster import Cluster, change
 from tests.lab.daemon import Daemon
 from tests.lab.machines import Lab, Machine
 from tests.lab.named import Row, named, over, said_at
-from tests.lab.process import HOME, tail, until
+from tests.lab.process import HOME, tail, until, without_forks
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -42,7 +42,7 @@ def cluster(module_lab: Lab) -> Iterator[Cluster]:
 
 def kill(machine: Machine, name: str, number: int = signal.SIGKILL) -> float:
     """Kill Ray's process of that name, or with that in its command line; when it was."""
-    found = [pid for pid in machine.pids() if is_called(pid, name)]
+    found = without_forks([pid for pid in machine.pids() if is_called(pid, name)])
     assert len(found) == 1, (name, found)
     os.kill(found[0], number)
     return time.time()

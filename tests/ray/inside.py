@@ -102,12 +102,16 @@ def others() -> set[int]:
 def named(name: str, command_line: str = "") -> int:
     found = []
     for pid in others():
-        process = procfs.look_up(pid)
-        line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        if process and name in process.name and command_line in line:
-            found.append(pid)
-    assert len(found) == 1, (name, found)
-    return found[0]
+        with contextlib.suppress(OSError):  # it has ended
+            process = procfs.look_up(pid)
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if process and name in process.name and command_line in line:
+                found.append(process)
+    # Until a process that was forked becomes another program, it is called as its parent.
+    pids = {process.pid for process in found}
+    first = [process.pid for process in found if process.parent not in pids]
+    assert len(first) == 1, (name, found)
+    return first[0]
 
 
 def listening() -> set[tuple[str, int]]:

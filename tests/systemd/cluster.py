@@ -145,7 +145,12 @@ class Cluster:
 
     def raylets(self) -> list[int]:
         """Their process ids, the head's first."""
-        return [int(machine.run(["pgrep", "-x", "raylet"]).stdout) for machine in self.lab.machines]
+        return [raylet(machine) for machine in self.lab.machines]
+
+
+def raylet(machine: Machine) -> int:
+    """Its process id there. The oldest: a process that it forks is called so for a moment."""
+    return int(machine.run(["pgrep", "--oldest", "--exact", "raylet"]).stdout)
 
 
 def that_worked(said: str) -> list[str]:
