@@ -17,7 +17,7 @@ DENIED, EXPOSED = 29599, 29598
 FILE = {"network.deny": [DENIED], "expose": [EXPOSED]}
 
 SERVE = f"""
-import json, selectors, socket, sys
+import contextlib, json, selectors, socket, sys
 own, elsewhere, of_root = sys.argv[1], sys.argv[2], len(sys.argv) > 3
 found, numbers, held = {{}}, set(), selectors.DefaultSelector()
 
@@ -69,7 +69,7 @@ print(json.dumps(found), flush=True)
 while True:
     for key, _ in held.select():
         sock, peer = key.fileobj.accept()
-        with sock:
+        with sock, contextlib.suppress(OSError):  # it has been reset, and comes again
             sock.sendall(peer[0].removeprefix("::ffff:").encode())
 """
 REACHED = (

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.story
 
 PROBE = Path(__file__).with_name("echo_probe.py")
 SOURCE, ECHO = PARTS.index("source"), PARTS.index("echo")
+A_LITTLE = (FAST + SLOW) / 20
+"""Bytes: of a transfer that goes the direct way, the head carries less."""
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +74,19 @@ def carried(machine: Machine) -> int:
 def test_what_two_workers_say_is_not_carried_by_the_head(
     cluster: Cluster, talk: Talk, way: tuple[str, str]
 ) -> None:
-    goes(cluster, "direct")
     source, target = way
-    head, before = cluster.lab.machine("head"), carried(cluster.lab.machine("head"))
+    head = cluster.lab.machine("head")
     port = LISTENER[target] + SOURCE
-    through, _ = talk.both(cluster.lab.machine(source), target, port, "source", 2)
     here, _ = talk.both(cluster.lab.machine(target), target, BASE + SOURCE, "source", 2)
-    assert through == here, "the same bytes as without rayfwd"
-    assert carried(head) - before < (FAST + SLOW) / 20
+    by_head: list[int] = []
+    # A lane whose sshd waits for a processor is late, and then another way is taken for a while.
+    while not by_head or (by_head[-1] >= A_LITTLE and len(by_head) < 3):
+        goes(cluster, "direct")
+        before = carried(head)
+        through, _ = talk.both(cluster.lab.machine(source), target, port, "source", 2)
+        by_head.append(carried(head) - before)
+        assert through == here, "the same bytes as without rayfwd"
+    assert by_head[-1] < A_LITTLE, by_head
 
 
 def test_the_rows_of_the_status_are_as_documented(cluster: Cluster) -> None:

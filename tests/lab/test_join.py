@@ -35,16 +35,20 @@ SMALL = ("--num-cpus", "1", "--worker-ports", "40", "--object-store-memory", "10
 STATE = f"{HOME}/.local/state/rayfwd"
 
 TASK = """
-import json, ray
+import json, ray, time
 ray.init(log_to_driver=False)
 @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
 def where():
-    import time
     time.sleep(0.5)
     return ray.util.get_node_ip_address()
-seen = sorted(set(ray.get([where.remote() for _ in range(8)])))
-print(json.dumps(seen))
+alive = {n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"]}
+seen, end = set(), time.monotonic() + 60
+while not seen >= alive and time.monotonic() < end:
+    seen |= set(ray.get([where.remote() for _ in range(8)]))
+print(json.dumps(sorted(seen)))
 """
+"""On which nodes tasks run. A node that has just come still starts its first worker process while
+the others do all of the first tasks."""
 
 
 class InFront(Daemon):
@@ -206,10 +210,11 @@ def test_as_process_1_it_reaps_and_its_name_is_given_back(
     assert worker(head.status(), "spot") is not None
     assert task(head.machine) == ["127.77.0.1", "127.77.0.3"]
 
-    orphan = ["sh", "-c", "(exec -a orphan sleep 1 &)"]
-    enter = [tool("nsenter"), f"--target={first}", "--pid", "--mount", "--", "bash", *orphan[1:]]
+    orphan = ["bash", "-c", "(exec -a orphan sleep 600 &)"]
+    enter = [tool("nsenter"), f"--target={first}", "--pid", "--mount", "--", *orphan]
     subprocess.run(enter, check=True, timeout=20)
     (left,) = [pid for pid in children(first) if b"orphan" in command_line(pid)]
+    os.kill(left, signal.SIGKILL)
     until(lambda: state(left) is None, 20, lambda: f"it is {state(left)}, and not reaped")
 
     began = time.monotonic()

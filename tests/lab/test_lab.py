@@ -209,9 +209,9 @@ def test_commands(shared: Lab) -> None:
     with pytest.raises(CommandFailed, match="to stderr"):
         w1.run(["sh", "-c", "echo to stderr >&2; exit 3"])
     before = w1.pids()
-    with pytest.raises(TimeoutError, match="so far"):
-        w1.run(["sh", "-c", "echo so far; sleep 602 | cat"], timeout=1)
-    assert set(w1.pids()) <= set(before)
+    with pytest.raises(TimeoutError, match="so far"):  # it has said that, if it starts in time
+        w1.run(["sh", "-c", "echo so far; sleep 602 | cat"], timeout=3)
+    until(lambda: set(w1.pids()) <= set(before), 5, lambda: f"{w1.pids()} beside {before}")
 
 
 def test_signals_reach_the_process_itself(shared: Lab) -> None:
@@ -250,8 +250,8 @@ def test_cut_heal_and_reset(lab: Lab) -> None:
 
     assert grows(15)
     lab.cut(w1)
-    time.sleep(0.5)  # what was on its way arrives
-    assert not grows(2)
+    # What was on its way arrives; a line that is sent now does not.
+    assert not (grows(2) and grows(2) and grows(2))
     assert dial(w1, head.address, 22) == ["dropped"]
     assert dial(w2, head.address, 22) == ["open"]
     lab.heal(w1)
@@ -333,9 +333,9 @@ def test_kill_all_is_a_reboot(lab: Lab) -> None:
 
 def test_orphans_are_reaped(shared: Lab) -> None:
     w1 = shared.machine("w1")
-    w1.run(["sh", "-c", "(sleep 0.2 &) ; exit 0"])
-    time.sleep(0.7)
-    assert " Z" not in w1.run(["ps", "-e", "-o", "pid,stat"]).stdout
+    orphan = int(w1.run(["sh", "-c", "(sleep 610 > /dev/null 2>&1 & echo $!)"]).stdout)
+    w1.run(["kill", str(orphan)])
+    until(lambda: not w1.host_path(f"/proc/{orphan}").exists(), 20, lambda: "it is reaped")
 
 
 def test_rayfwd_is_the_installed_one(shared: Lab) -> None:

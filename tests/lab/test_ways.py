@@ -17,7 +17,7 @@ import pytest
 from tests.lab.cluster import HUB_SOCKET, Cluster, change
 from tests.lab.daemon import Daemon, Event
 from tests.lab.machines import Lab, Machine
-from tests.lab.process import HOME
+from tests.lab.process import HOME, until
 
 SSH = f"{HOME}/.ssh"
 NAMED = f"{HOME}/named_config"
@@ -191,6 +191,7 @@ class TestJumpHost:
         with sshd_with(bastion, "MaxStartups=1"):
             script = f"exec 3<>/dev/tcp/{bastion.address}/22; read -u 3 && echo there; sleep 60"
             idle = w1.popen(["bash", "-c", script])
+            until(lambda: "there" in idle.log.read_text(), 20, lambda: "somebody in sshd's queue")
             with worker(cluster, ssh="the-head") as daemon:
                 said = met(daemon, "ssh_turned_away")
                 assert "the jump host bastion" in said["cause"]

@@ -77,12 +77,13 @@ def test_a_keeper_that_is_a_child_is_started_anew(cluster: Cluster) -> None:
 
 SAME_PORT = """
 import socket, sys
-held = []
+held, own = [], 0
 for place in sys.argv[1:]:
     address, port = place.split(":")
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind(("127.0.0.1", 50123))
+    sock.bind(("127.0.0.1", own))
+    own = sock.getsockname()[1]
     sock.settimeout(1)
     sock.connect((address, int(port)))
     held.append(sock)
@@ -129,17 +130,21 @@ def dialled(cluster: Cluster, where: str, address: str, port: int) -> tuple[str,
     return said, float(seconds)
 
 
+NOBODYS = 29_597
+"""A port that is no node's, and that the kernel gives nobody."""
+
+
 def test_what_nobody_serves_is_refused_and_told_on_both_sides(cluster: Cluster) -> None:
     head, w1 = cluster.head, cluster.worker("w1")
     address = w1.status()["node"]["address"]
-    said, seconds = dialled(cluster, "head", address, 45678)
+    said, seconds = dialled(cluster, "head", address, NOBODYS)
     assert said == "ConnectionRefusedError"
     assert seconds < 3, "where nobody answered it would be three"
-    assert dialled(cluster, "head", "127.77.99.99", 45678)[0] == "OSError", "no such node"
+    assert dialled(cluster, "head", "127.77.99.99", NOBODYS)[0] == "OSError", "no such node"
     for daemon, side, other in ((head, "there", "w1"), (w1, "here", "head")):
-        told = daemon.wait_event("dial_refused", 30, {"side": side, "port": 45678})
+        told = daemon.wait_event("dial_refused", 30, {"side": side, "port": NOBODYS})
         assert (told["node"], told["count"]) == (other, 1)
-        row = {"node": other, "port": 45678, "connections": 1}
+        row = {"node": other, "port": NOBODYS, "connections": 1}
         assert row in daemon.status()["network"][f"refused_{side}"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -210,24 +211,35 @@ def commands(cluster: Cluster) -> list[str]:
     return cluster.lab.machine("head").run(["sh", "-c", script]).stdout.split()
 
 
+def wait_commands(cluster: Cluster, others: Collection[str] = ()) -> list[str]:
+    """The same for a link of two lanes, once they wait; none of them is one of `others`."""
+    found: list[str] = []
+
+    def look() -> bool:
+        found[:] = commands(cluster)
+        return len(found) == 2 and not set(found) & set(others)
+
+    until(look, 20, lambda: f"commands: {found}, and not {others}")
+    return found
+
+
 def test_a_killed_command_and_a_restart_of_the_head_are_ridden_through(cluster: Cluster) -> None:
     head, w2 = cluster.head, cluster.worker("w2")
     w2.wait_status(lambda status: len(status["link"]["lanes"]) == 2, 60)
-    lanes = commands(cluster)
-    assert len(lanes) == 2
+    lanes = wait_commands(cluster)
     before = w2.events()[-1]
     cluster.lab.machine("head").run(["kill", "-9", lanes[0]])
     w2.wait_event("lane_lost", 20, after=before)
     before = w2.wait_event("lane_up", 60, after=before)
-    after = commands(cluster)
-    assert (len(after), lanes[1] in after) == (2, True)
+    after = wait_commands(cluster, lanes[:1])
+    assert lanes[1] in after
     told = head.events()[-1]
     head.process.signal(signal.SIGUSR2)
     assert head.wait_event("handover_taken", 60, after=told)["reset"] == 0
     w2.wait_event("link_resumed", 60, after=before)
     head.wait_event("rayfwd_ready", 60, after=told)
     w2.wait_status(lambda status: len(status["link"]["lanes"]) == 2, 60)
-    assert not set(commands(cluster)) & set(after), "those of the process before have ended"
+    wait_commands(cluster, after)  # those of the process before end
     addresses = [node["address"] for node in head.status()["roster"]]
     lines = cluster.driver("head", ["--checks", "small_tasks"])
     verify(lines, "head", addresses, ("small_tasks",))
