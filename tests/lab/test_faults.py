@@ -182,9 +182,9 @@ def silence(rig: Rig, name: str, seconds: float, ways: list[str]) -> None:
     """A fault of w1's link of which nobody is told, for so many seconds."""
     ends = (rig.cluster.head, rig.cluster.worker("w1"))
     before = [last_event(daemon) for daemon in ends]
-    wall = time.time()
     began = time.monotonic()
     undo = getattr(rig.faults, name)(rig.w1)
+    wall = time.time()
     try:
         time.sleep(seconds)
     finally:

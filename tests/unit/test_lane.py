@@ -18,6 +18,7 @@ from rayfwd.session.lane import (
     Lane,
     LaneClass,
 )
+from rayfwd.transport.mux import TIMER_GRID
 
 
 def lane_at(now: float = 0.0) -> Lane:
@@ -60,7 +61,8 @@ def test_a_hub_leaves_it_to_its_workers_to_ask() -> None:
     assert lane.wants_ping(heard + PING_IDLE + HUB_WAITS)
     lane.ping(heard + PING_IDLE + HUB_WAITS)
     assert lane.dead(heard + PING_IDLE + HUB_WAITS + DEAD_AFTER)
-    assert PING_IDLE + HUB_WAITS + DEAD_AFTER + 0.1 <= 6.0, "docs/faults.md promises that"
+    late = 2 * TIMER_GRID  # of the PING, and of the look at whether it was answered
+    assert PING_IDLE + HUB_WAITS + DEAD_AFTER + late <= 5.95, "docs/faults.md promises 6 s"
 
 
 def test_a_busy_lane_is_pinged_oftener_and_by_bytes() -> None:

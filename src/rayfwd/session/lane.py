@@ -14,10 +14,11 @@ from typing import Final
 
 PING_IDLE: Final = 1.5
 """Seconds between PINGs on an idle lane."""
-HUB_WAITS: Final = 0.4
-"""Seconds by which a hub's PING is later than a worker's is due, a timer's grid at either end and a
-round trip: while it hears those it knows all but how long a round trip takes, and its workers may
-be many."""
+HUB_WAITS: Final = 0.25
+"""Seconds by which a hub's PING is later than a worker's is due, a timer's grid at either end and
+what a round trip varies by: while it hears those it knows all but how long a round trip takes, and
+its workers may be many. More would be too much where a lane falls silent right after one of them:
+it is to be found dead within 6 s."""
 PING_HEARD: Final = 3.0
 """Seconds between a hub's PINGs on an idle lane while it hears the worker's: of three looks at
 how long they take (`watch/links.py`) one PING decides two at the most."""
