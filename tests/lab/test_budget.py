@@ -130,8 +130,9 @@ def test_what_sshd_sees_of_one_worker(cluster: Cluster) -> None:
     all_lanes(cluster, "w1")
     after = seen(cluster) - before
     assert after.logins == 2
-    # Of attempts beside each other another one may be let in at the same moment.
-    assert after.unauthenticated <= 1, after
+    # Of attempts beside each other others may be let in at the same moment: two that the kernel
+    # repeats with the newest, where this process does not run at once.
+    assert after.unauthenticated <= 2, after
 
     # No sshd.
     before = seen(cluster)

@@ -478,6 +478,40 @@ def test_while_parked_an_attempt_that_hears_nothing_keeps_no_other_waiting(at_fi
     run_in_real_time(main)
 
 
+def test_attempts_beside_each_other_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the path is back, the kernel's repeats of all are answered at once: the first attempt
+    stays, and of the others those of the last moments."""
+    began: list[float] = []
+    standing: set[int] = set()
+
+    async def unanswered(*_: object) -> socket.socket:
+        number = len(began)
+        began.append(asyncio.get_running_loop().time())
+        standing.add(number)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            standing.remove(number)
+        raise AssertionError("nobody answers")
+
+    monkeypatch.setattr(dial, "side_by_side", unanswered)
+
+    async def main() -> None:
+        urgent = asyncio.Event()
+        urgent.set()
+        dialling = asyncio.create_task(dial.connect([], urgent))
+        await asyncio.sleep(16.5 * dial.BESIDE)
+        first, *others = (began[number] for number in sorted(standing))
+        assert (first, len(began)) == (began[0], 17)
+        now = asyncio.get_running_loop().time()
+        assert [now - at < dial.BESIDE_FOR + dial.BESIDE for at in others] == [True] * 5
+        dialling.cancel()
+        await asyncio.gather(dialling, return_exceptions=True)
+        assert not standing
+
+    run(main)
+
+
 def test_a_link_that_is_held_is_found_silent_and_dialled_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with site(tmp_path) as s:

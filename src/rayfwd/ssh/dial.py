@@ -31,6 +31,10 @@ BESIDE = 0.5
 """Seconds between TCP attempts beside each other: at another address of the name, or, while streams
 wait for a lane, at the same. The kernel repeats a SYN that got lost after 1, 3 and 7 seconds only;
 a new attempt finds a path that has come back sooner."""
+BESIDE_FOR = 2.25
+"""Seconds after which an attempt is given up for newer ones; the first one has all of its time, for
+ways that are that slow. The kernel's repeats come at the moment of a new attempt: when the path is
+back, all are answered at once, and servers count connections that end before a login."""
 FIRST_WORDS, PATIENT = 2.0, 4
 """Seconds for what a server says first through a meeting place, while streams wait: the socket
 there may still lead to a connection of the head's that is dead. One attempt in so many has the
@@ -317,21 +321,27 @@ async def connect(
     witness: Witness | None = None,
 ) -> socket.socket:
     """The same, and as soon as it is urgent, with a new round of attempts every half a second, for
-    a path that comes back.
+    a path that comes back, beside the first one and those of the last moments.
 
     Raises OSError when every attempt has failed, and BarredError by the word of the `witness`.
     """
-    attempts: set[asyncio.Task[socket.socket]] = set()
+    attempts: dict[asyncio.Task[socket.socket], float] = {}
+    """When each began, the oldest first."""
     now = asyncio.get_running_loop().time
     try:
         while True:
             if urgent.is_set() and witness is not None and witness.barred(now()):
                 raise BarredError("old connections are answered, and new ones are not")
             if urgent.is_set() or not attempts:
-                attempts.add(asyncio.create_task(side_by_side(found, own), name="dial"))
-            ready, attempts = await asyncio.wait(
+                for old in [a for a, at in attempts.items() if now() - at >= BESIDE_FOR][1:]:
+                    del attempts[old]
+                    _give_up(old)
+                attempts[asyncio.create_task(side_by_side(found, own), name="dial")] = now()
+            ready, _ = await asyncio.wait(
                 attempts, timeout=BESIDE, return_when=asyncio.FIRST_COMPLETED
             )
+            for task in ready:
+                del attempts[task]
             standing = [task.result() for task in ready if task.exception() is None]
             for late in standing[1:]:
                 late.close()
@@ -345,8 +355,12 @@ async def connect(
                 await asyncio.sleep(BESIDE)
     finally:
         for task in attempts:
-            task.cancel()
-            task.add_done_callback(_close_late)
+            _give_up(task)
+
+
+def _give_up(attempt: asyncio.Task[socket.socket]) -> None:
+    attempt.cancel()
+    attempt.add_done_callback(_close_late)
 
 
 def _close_late(attempt: asyncio.Task[socket.socket]) -> None:
