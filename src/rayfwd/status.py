@@ -256,6 +256,8 @@ class Network:
     `refused_port`, `refused_node` (no such node), `guarded_in` (from another machine)."""
     remedy: str | None = None
     """What would give this node the overlay; None: it has it, or its file does not want it."""
+    hosts_line: str | None = None
+    """What /etc/hosts lacks, so that gloo finds this node's address; None: it needs nothing."""
     guard: bool = False
     """The kernel keeps other machines from Ray's ports here."""
     guard_from: tuple[str, ...] = ()

@@ -20,9 +20,11 @@ from tests.lab.machines import Lab, Machine
 from tests.lab.overlay.test_libraries import (
     FROM,
     Drivers,
+    addresses,
     know_own_names,
     meet_by_torchrun,
     spans_the_machines,
+    train_through_faults,
 )
 from tests.lab.process import Process, until
 from tests.need import need_libraries
@@ -198,8 +200,14 @@ def test_a_port_that_is_taken_is_named(cluster: Cluster, w1: Machine) -> None:
 
 def test_ranks_of_gloo_find_each_other(cluster: Cluster, w1: Machine) -> None:
     """gloo listens, tells the others by the store, and these dial at once. So a node tells of a
-    port before it passes on what names it."""
+    port before it passes on what names it.
+
+    The status says which line of /etc/hosts it needs, until it is there.
+    """
+    missing = {d.machine.name: d.status()["network"]["hosts_line"] for d in cluster.daemons}
+    assert missing == {name: f"{at} {name}" for name, at in addresses(cluster).items()}
     know_own_names(cluster)
+    assert [d.status()["network"]["hosts_line"] for d in cluster.daemons] == [None] * 3
     ranks = [
         python(cluster, cluster.lab.machine(name), GLOO, rank, GROUPS)
         for rank, name in enumerate(("w1", "head", "w2"))
@@ -239,3 +247,9 @@ def drivers(cluster: Cluster) -> Drivers:
 )
 def test_a_library_spans_the_machines(drivers: Drivers, library: str, where: str) -> None:
     spans_the_machines(drivers, library, where)
+
+
+@pytest.mark.timeout(400)
+def test_no_step_is_lost_through_mixed_faults(drivers: Drivers, cluster: Cluster) -> None:
+    """After the jobs of `drivers`."""
+    train_through_faults(cluster)

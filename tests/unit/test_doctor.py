@@ -443,6 +443,8 @@ def test_what_a_level_lacks_and_whether_others_reach_rays_ports(
 
             monkeypatch.setattr(common_checks, "possible", lambda: impossible)
             assert await said("listeners") == "listeners: so; to get the overlay: ask for it"
+            hosts = await said("listeners", hosts_line="127.77.0.2 gpu-1")
+            assert hosts.endswith("and no other with that name: 127.77.0.2 gpu-1")
             monkeypatch.setattr(common_checks, "possible", lambda: None)
             possible = "the overlay is possible now: restart rayfwd, which then restarts this"
             assert possible in await said("listeners")

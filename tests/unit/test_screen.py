@@ -81,6 +81,14 @@ def test_the_documents_show_such_a_screen() -> None:
     shown.compare("docs/overlay.md", "network    overlay", said)
 
 
+def test_a_line_that_the_hosts_file_lacks_is_shown() -> None:
+    status, now = recording(FIXTURES / "status" / "worker-ready.json")
+    line = "this line in /etc/hosts, and no other with that name"
+    assert line not in drawn(status, now, 130)
+    status["network"] |= {"level": "listeners", "hosts_line": "127.77.0.2 gpu-1"}
+    assert f"{line}: 127.77.0.2 gpu-1\n" in drawn(status, now, 130)
+
+
 def test_a_node_that_has_just_come_is_not_said_to_be_missing() -> None:
     """The report from before it came is no sign; the condition is."""
     status, now = recording(FIXTURES / "status" / "worker-ready.json")

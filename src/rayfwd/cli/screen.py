@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayfwd import codes
+from rayfwd.network.own_name import GLOO_NEEDS
 from rayfwd.ray.nodes import NodeSeen
 from rayfwd.status import (
     Cut,
@@ -246,6 +247,8 @@ class Screen:
         lines: list[RenderableType] = [line.append(f": {escaped(network.why)}" * bool(network.why))]
         if network.remedy is not None:
             lines.append(Text(f"to get the overlay: {escaped(network.remedy)}"))
+        if network.hosts_line is not None:
+            lines.append(Text(f"{GLOO_NEEDS}: {escaped(network.hosts_line)}"))
         if network.level == "overlay" and not network.guard and self.status.node is not None:
             lines.append(Text("other machines reach Ray's ports here (network.guard)"))
         elif network.guard_from:

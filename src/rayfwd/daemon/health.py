@@ -14,6 +14,7 @@ from rayfwd.daemon import page
 from rayfwd.daemon.node import LISTENERS, RAY
 from rayfwd.daemon.role import Role
 from rayfwd.network.dials import Place
+from rayfwd.network.own_name import missing_line
 from rayfwd.status import Status
 from rayfwd.system import build
 from rayfwd.watch.conditions import Condition, worst
@@ -132,6 +133,7 @@ class Health:
             level=overlay.level,
             why=overlay.why,
             remedy=overlay.remedy,
+            hosts_line=self._hosts_line(),
             interface=node.interface,
             guard=guard,
             guard_from=guard_from,
@@ -141,6 +143,14 @@ class Health:
             refused_there=_counted(dials.refused["there"]),
             refused_here=_counted(dials.refused["here"]),
         )
+
+    def _hosts_line(self) -> str | None:
+        """What gloo needs in /etc/hosts where nothing else tells it this node's address."""
+        node = self._role.node
+        own = node.view.own
+        if node.overlay.level == "overlay" or own is None or own.advertised:
+            return None
+        return missing_line(own.address)
 
     def _ray(self) -> status.Ray:
         node = self._role.node

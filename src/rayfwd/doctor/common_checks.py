@@ -20,6 +20,7 @@ from rayfwd.doctor.settings import warnings
 from rayfwd.doctor.unit_checks import Unit
 from rayfwd.network.overlay import check_commands
 from rayfwd.network.overlay_client import START_SERVICE, possible
+from rayfwd.network.own_name import GLOO_NEEDS
 from rayfwd.problems import Problem, ProblemError
 from rayfwd.ray import install, ports
 from rayfwd.ray.install import RayInstall
@@ -228,12 +229,13 @@ class Examination(ABC):
 
     async def _more_of(self, network: Network) -> str:
         """What else there is to know of the level that a daemon has."""
+        needs = "" if network.hosts_line is None else f"; {GLOO_NEEDS}: {network.hosts_line}"
         if network.level == "listeners" and self.config.network.level != "listeners":
             problem = await asyncio.to_thread(self._no_overlay)
             if problem is None or self._starts_with_the_daemon(problem) is not None:
                 jobs = ", and ends every job" if self.config.role == "head" else ""
-                return f"; the overlay is possible now: {TAKE_OVERLAY}{jobs}"
-            return f"; to get the overlay: {problem.remedy}"
+                return f"; the overlay is possible now: {TAKE_OVERLAY}{jobs}{needs}"
+            return f"; to get the overlay: {problem.remedy}{needs}"
         if network.level == "overlay" and not network.guard and self.own is not None:
             why = (
                 "this node advertises an address, and "
@@ -242,7 +244,7 @@ class Examination(ABC):
                 else setting.value("network.guard", False)
             )
             return f"; other machines reach Ray's ports here: {why}"
-        return ""
+        return needs
 
     def _no_overlay(self) -> Problem | None:
         """Why the daemon of this file could not have one; None: it could."""

@@ -298,6 +298,10 @@ def test_torchrun_on_two_machines(cluster: Cluster) -> None:
 
 
 def test_no_step_is_lost_through_mixed_faults(cluster: Cluster) -> None:
+    train_through_faults(cluster)
+
+
+def train_through_faults(cluster: Cluster) -> None:
     """About 40 s of them; any error of a collective would end the job."""
     cuts = schedule(seed=20261128, cuts=11, workers=["w1", "w2"], longest=8.0)
     training = Training(cluster.lab, "w1", 300, REST)
