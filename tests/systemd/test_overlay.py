@@ -47,7 +47,7 @@ CLOSED = """
 import errno, socket, struct
 for _ in range(10):
     with socket.socket() as sock:
-        assert sock.connect_ex(("127.77.0.2", 45678)) == errno.ECONNREFUSED
+        assert sock.connect_ex(("127.77.0.2", 15678)) == errno.ECONNREFUSED
         about = sock.getsockopt(socket.SOL_TCP, socket.TCP_INFO, 104)
         print(*struct.unpack_from("=I", about, 100))
 """

@@ -251,11 +251,13 @@ def test_a_node_says_at_once_whether_a_port_is_open(tmp_path: Path) -> None:
             for asked, askers in ((w1, (head, w2)), (head, (w1,))):
                 own = asked.role.node.view.own
                 assert own is not None
-                at = Target(own.address, free_port())
-                for asker in askers:
-                    assert await answer_of(asker, at) is False
-                asked.listening.append(ListeningSocket(*at, os.geteuid(), 1))
-                async with serving(echo, at):
+                with socket.socket() as program:
+                    program.bind((own.address, 0))  # nobody else has that port
+                    at = Target(*program.getsockname())
+                    for asker in askers:
+                        assert await answer_of(asker, at) is False
+                    program.listen()
+                    asked.listening.append(ListeningSocket(*at, os.geteuid(), 1))
                     for asker in askers:
                         assert await answer_of(asker, at) is True
                         known = asker.role.node.announced.ports(asked.name)
