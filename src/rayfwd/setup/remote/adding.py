@@ -29,8 +29,11 @@ from rayfwd.system import setting
 from rayfwd.wire import fields_from_wire, fields_to_wire
 
 LOOK_SECONDS = 90.0
+"""For a machine to say what it has."""
 START_SECONDS = 180.0
+"""For its files to be made, and for its daemon to be started."""
 POLL_SECONDS = 0.5
+"""Between two questions to the head whether it is in the cluster."""
 BUSY_SECONDS = 2.0
 """Between two looks at a machine on which something is being installed."""
 ASK_SECONDS = 15.0
