@@ -35,6 +35,7 @@ OPEN = {
     "doctor/reachability.py": "the head's",
     "doctor/settings.py": "the head's: the option is beside it",
     "network/dials.py": "another node's",
+    "network/manager.py": "of a file that is root's, whatever this node has",
     "network/overlay_keeper.py": "a service's, which has a file",
     "ray/token.py": "both nodes': the option is beside it",
     "ssh/hop_problems.py": "the head's",
