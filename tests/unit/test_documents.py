@@ -69,6 +69,7 @@ NOT_RUN = {
     "podman *": "its images are to be fetched; tests/lab/test_containers.py has one of its own",
     "fail2ban-client *": "it would watch over the sshd of the machine that runs the tests",
     "rayfwd exec -- accelerate *": "tried by hand (docs/overlay.md); torchrun is a test",
+    "rayfwd exec -- deepspeed *": "tried by hand, likewise",
     "iptables-legacy -F": "tried by hand (docs/overlay.md); the tests have iptables of nftables",
     "modprobe *": "loads a part of the kernel, which all machines share",
     "timedatectl set-ntp *": "sets the clock, which all machines share",
