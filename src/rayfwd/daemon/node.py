@@ -449,7 +449,7 @@ class Node:
             listens = self._may_be_dialled.listens(target)
             if not listens and target.port in self.config.expose:
                 listens = self._may_be_dialled.exposed(target.port)
-            if listens:
+            if listens and target.port not in (self.open_ports or ()):
                 self._open_ports.look()
         if listens is None:
             stream.reset(ResetReason.ABORTED, "the kernel does not tell what listens")
