@@ -290,6 +290,31 @@ def test_this_machine_is_seen_by_its_shell_alone(tmp_path: Path) -> None:
     assert (seen.noexec, seen.readonly, seen.shut, seen.clock()) == (False, False, "", "")
 
 
+LS = """#!/bin/sh
+[ -e {once} ] || {{ touch {once}; {change}; }}
+exec {real} "$@"
+"""
+
+
+def shows_to_ls(tmp_path: Path, change: str) -> str:
+    """A PATH where what another machine has done shows to who opens the directory, as on NFS."""
+    ls = tmp_path / "tools" / "ls"
+    ls.parent.mkdir()
+    real = shutil.which("ls", path=os.defpath)
+    ls.write_text(LS.format(once=tmp_path / "shown", change=change, real=real))
+    ls.chmod(0o755)
+    return f"{ls.parent}:/usr/bin:/bin"
+
+
+def test_what_another_machine_has_just_removed_is_not_there(tmp_path: Path) -> None:
+    prefix = tmp_path / "rayfwd"
+    prefix.mkdir()
+    path = shows_to_ls(tmp_path, f"rm -r {prefix}")
+    env = {"PATH": path, "HOME": str(tmp_path), "PIP_INDEX_URL": "file:///"}
+    seen = sight.read(by_shell(sight.script(str(prefix), []), **env))
+    assert not seen.there
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -1459,6 +1484,41 @@ def test_an_installation_waits_for_one_that_an_interrupted_add_has_left_at_work(
         assert list(tmp_path.glob("a place*")) == []
 
     run(main_)
+
+
+def test_what_another_machine_has_just_installed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "rayfwd"
+    (tmp_path / sight.MARKER).write_text('{"wheel": "x", "name": "w2"}\n')
+    change = f"mkdir -p {target}/bin; touch {target}/bin/python; chmod 755 {target}/bin/python; "
+    change += f"cp {tmp_path}/{sight.MARKER} {target}"
+    monkeypatch.setenv("PATH", shows_to_ls(tmp_path, change))
+    order = install.Order(str(target), [], "false", {"wheel": "x", "name": "w1"}, {"wheel": "x"})
+    run(lambda: install._install(cast("Machine", Here()), order, install.Tool(uv="false")))
+    assert json.loads((target / sight.MARKER).read_text())["name"] == "w2"
+
+
+def test_two_machines_may_remove_the_same_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that comes too late is told so by NFS, in the middle of it."""
+    target, rm = tmp_path / "rayfwd", tmp_path / "tools" / "rm"
+    target.mkdir()
+    rm.parent.mkdir()
+    stale = "rm: cannot remove 'x': Stale file handle"
+    real = shutil.which("rm")
+    rm.write_text(f'#!/bin/sh\n{real} $0\necho "{stale}" >&2\nexit 1\n')
+    rm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{rm.parent}:{os.environ['PATH']}")
+    seen = replace(SEEN, prefix=str(target), made={"wheel": "x"})
+
+    async def main_() -> None:
+        assert await install.remove(cast("Machine", Here()), seen) == [str(target)]
+
+    run(main_)
+    assert not target.exists()
+    assert not rm.exists(), "the first one failed"
 
 
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing_and_is_named(tmp_path: Path) -> None:

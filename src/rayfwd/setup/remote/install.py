@@ -60,7 +60,9 @@ if command -v flock >/dev/null 2>&1; then
     sleep 1
   done
 fi
-# Another machine with the same home, or that `add`, may have installed the very same meanwhile.
+# Another machine with the same home, or that `add`, may have installed the very same meanwhile;
+# NFS shows it to who opens the directory.
+ls "$(dirname @TARGET@)" @TARGET@ >/dev/null 2>&1 || :
 if [ -x @TARGET@/bin/python ] && [ -z "@BROKEN@" ] &&
   grep -qF @SAME@ @TARGET@/@MARKER@ 2>/dev/null; then done=1; cd /; exit 0; fi
 for old in @TARGET@.incoming.*; do
@@ -393,5 +395,7 @@ async def remove(machine: Machine, sight: Sight) -> list[str]:
             for quoted in map(shlex.quote, gone)
         ]
         words = f"rm -rf {shlex.join(gone)} {' '.join(beside)}"
-        await machine.sh(words, seconds=INSTALL_SECONDS)
+        # Another machine with this home may remove the same, and NFS says "Stale file handle".
+        again = f"{words} 2>/dev/null || {{ sleep 1; {words}; }}"
+        await machine.sh(again, seconds=INSTALL_SECONDS)
     return gone

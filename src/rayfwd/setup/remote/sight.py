@@ -61,6 +61,8 @@ looking_at "the home directory or the directory of rayfwd"
 [ -n "$PREFIX" ] || { if [ "$(id -u)" = 0 ]; then PREFIX=/opt/rayfwd
                       else PREFIX=$HOME/.local/share/rayfwd; fi; }
 say prefix "$PREFIX"
+# NFS may remember for a minute what is there or not, until somebody opens the directory (nfs(5)).
+ls "$(dirname "$PREFIX")" "$PREFIX" "$PREFIX-ray" >/dev/null 2>&1
 [ -e "$PREFIX" ] && say there yes
 [ -e "$PREFIX.lock" ] && command -v flock >/dev/null 2>&1 &&
   { flock -n "$PREFIX.lock" true 2>/dev/null || say busy yes; }
