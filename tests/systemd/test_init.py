@@ -110,6 +110,7 @@ def test_worker(head: Machine, worker: Machine) -> None:
     assert "systemctl enable --now --no-block rayfwd" in said.splitlines()[-1]
     rows = doctors(said)
     assert (rows["host_key"], rows["auth"], rows["hub"]) == ("pass", "fail", "skip")
+    assert "add the line below to authorized_keys there: this machine's key is new" in said
     assert "(the service waits until what fails above is corrected, and then goes on)" in said
     assert worker.read("/etc/rayfwd/known_hosts") == f"head {head.host_key}\n"
     secret = ("/etc/rayfwd.toml", "/etc/rayfwd", "/etc/rayfwd/id_ed25519")

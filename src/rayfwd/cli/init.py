@@ -11,11 +11,13 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from rayfwd import codes
 from rayfwd.cli import OK, doctor, init_answers, init_words
 from rayfwd.config import Config
-from rayfwd.doctor.rows import worst
+from rayfwd.doctor.rows import Row, worst
 from rayfwd.doctor.unit_checks import OVERLAY_SERVICE
 from rayfwd.setup import texts, units
 from rayfwd.setup.apply import Applied, apply, service_runs
@@ -119,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     had_overlay = (layout.units / OVERLAY_SERVICE).exists()
     outcome = apply(plan(request, layout, shipped), manifest, layout, args.dry_run, report)
     _print_outcome(outcome, layout, args.dry_run)
-    failing = False if args.dry_run else _doctor(request, layout)
+    new_key = str(layout.identity) in outcome.changed
+    failing = False if args.dry_run else _doctor(request, layout, new_key)
     _print_for_machines(args, request, layout, seen, outcome.kept)
     renewed = any(name.startswith(f"{layout.units}/") for name in outcome.changed)
     if renewed and service_runs(layout):
@@ -193,11 +196,17 @@ def _print_for_machines(
         print(f"    loginctl enable-linger {request.user}")
 
 
-def _doctor(request: SetupRequest, layout: Layout) -> bool:
-    """How it looks now, as the service's user; whether something fails."""
+def _doctor(request: SetupRequest, layout: Layout, new_key: bool) -> bool:
+    """How it looks now, as the service's user; whether something fails. `new_key`: nobody can know
+    it yet."""
     print("\nHealth check (`rayfwd doctor` repeats it):\n")
     sys.stdout.flush()
-    found = doctor.rows_of(
-        layout.config, account_named(request.user), lambda row: doctor.print_row(row, "  ")
-    )
-    return worst(found) == "fail"
+
+    def show(row: Row) -> None:
+        problem = row.problem
+        if new_key and problem is not None and problem.code == codes.SSH_AUTH_REFUSED:
+            remedy = "add the line below to authorized_keys there: this machine's key is new"
+            row = replace(row, problem=problem.code.problem(problem.cause, remedy))
+        doctor.print_row(row, "  ")
+
+    return worst(doctor.rows_of(layout.config, account_named(request.user), show)) == "fail"
