@@ -933,6 +933,21 @@ def test_exec_becomes_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "no-such-command: No such file" in said.stderr
 
 
+def test_exec_finds_what_is_beside_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python` on a Debian, which has `python3` alone; what is active goes first."""
+    active, beside = tmp_path / "active", tmp_path / "ray" / "bin"
+    for folder, names in ((active, ["python"]), (beside, ["python", "rllib"])):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(f"#!/bin/sh\necho {folder.name} {name}\n")
+            (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{active}{os.pathsep}{os.defpath}")
+    file = write(tmp_path, f'role = "head"\nray.command = "{beside}/ray"\n')
+    with daemon(tmp_path, environment=TOLD):
+        said = [rayfwd("exec", "--config", file, "--", name) for name in ("python", "rllib")]
+    assert [each.stdout for each in said] == ["active python\n", "bin rllib\n"]
+
+
 @pytest.mark.parametrize("verb", ["env", "exec"])
 def test_env_without_a_daemon(tmp_path: Path, verb: str) -> None:
     file = write(tmp_path, 'role = "head"\n')

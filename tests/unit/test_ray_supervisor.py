@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -337,3 +338,26 @@ def test_a_ray_that_ran_before_has_told_of_its_start() -> None:
     with log_events() as logs:
         OutputLog(up=True).add(["a raylet has ended"], up=True)
     assert said_by(logs, "info") == ["a raylet has ended"]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "seen"),
+    [
+        ("/usr/bin:/bin", {}, "{folder}:/usr/bin:/bin"),
+        ("/usr/bin:{folder}", {}, "/usr/bin:{folder}"),  # whoever started us has it so
+        ("/usr/bin:/bin", {"PATH": "/mine"}, "/usr/bin:/bin"),
+    ],
+)
+def test_jobs_find_the_python_that_has_ray(
+    tmp_path: Path, path: str, given: dict[str, str], seen: str
+) -> None:
+    """As where its environment is activated: `ray job submit -- python job.py`."""
+    folder = tmp_path / "venv" / "bin"
+    folder.mkdir(parents=True)
+    install = replace(OWN, command=str(folder / "ray"))
+    env = {"PATH": path.format(folder=folder)}
+    ray = parse({"role": "head", "ray": {"env": given}}).ray
+    assert starter_module._with_its_python(env, install, ray) == env, "it has no `python`"
+    (folder / "python").touch(mode=0o755)
+    told = starter_module._with_its_python(env, install, ray)
+    assert told["PATH"] == seen.format(folder=folder)

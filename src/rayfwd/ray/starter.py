@@ -100,7 +100,7 @@ class Starter:
         try:
             return RayProcess.spawn(
                 argv,
-                self.environment(wanted),
+                _with_its_python(self.environment(wanted), install, self._config.ray),
                 self._config.state_dir,
                 digest=wanted.digest,
                 versions=install.versions,
@@ -128,6 +128,15 @@ class Starter:
 
     def _auth(self, wanted: RayWanted) -> dict[str, str]:
         return token.environment(wanted.auth, self._config.state_dir)
+
+
+def _with_its_python(env: dict[str, str], install: RayInstall, ray: RayConfig) -> dict[str, str]:
+    """With Ray's own programs first on the PATH, as where its environment is activated: `ray job
+    submit -- python job.py` is to find the Python that has Ray."""
+    folder = os.path.dirname(install.command)
+    path = env.get("PATH", os.defpath)
+    found = folder in path.split(os.pathsep) or not os.access(f"{folder}/python", os.X_OK)
+    return env if found or "PATH" in ray.env else {**env, "PATH": f"{folder}{os.pathsep}{path}"}
 
 
 def check_versions(install: RayInstall, head: Versions | None, env: dict[str, str]) -> None:
