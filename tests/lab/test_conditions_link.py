@@ -108,6 +108,11 @@ def both_lanes(worker: Daemon) -> None:
     worker.wait_status(lambda s: len(s["link"]["lanes"]) == 2, 60)
 
 
+def began(daemon: Daemon) -> float:
+    """When it was loaded: how long that takes is the machine's."""
+    return said_at(daemon.wait_event("rayfwd_starting", 60))
+
+
 def restart_sshd(cluster: Cluster, *options: str) -> None:
     """sshd with these options from now on; what stands is left alone."""
     head = cluster.lab.machine("head")
@@ -249,7 +254,7 @@ def test_max_sessions_reached(cluster: Cluster, w2: Daemon) -> None:
     change(cluster.configs["w2"], {"head": {"via": "exec", "attach_command": command}})
     restart_sshd(cluster, "MaxSessions=0")
     worker = cluster.start_node("w2")
-    (row,) = named([worker], "channel_refused", "w2", WITHIN, time.time())
+    (row,) = named([worker], "channel_refused", "w2", WITHIN, began(worker))
     assert "MaxSessions" in row["remedy"]
     restart_sshd(cluster)
     over([cluster.head, worker], 60, subject="w2")
@@ -269,7 +274,7 @@ def test_max_startups_reached(cluster: Cluster, w2: Daemon) -> None:
     assert "MaxStartups" in row["remedy"]
     assert w2.stop() == 0
     worker = cluster.start_node("w2")
-    (row,) = named([worker], "ssh_turned_away", "w2", WITHIN, time.time())
+    (row,) = named([worker], "ssh_turned_away", "w2", WITHIN, began(worker))
     assert row["severity"] == "error"
     idle.signal(signal.SIGKILL)
     over([cluster.head, worker], 60, subject="w2")
@@ -286,7 +291,7 @@ def test_disk_and_descriptors(cluster: Cluster, w2: Daemon) -> None:
     change(cluster.configs["w2"], {"ray.env": {"RAY_TMPDIR": SMALL}})
     worker = cluster.start_node("w2", ["prlimit", f"--nofile={FILES}:{FILES}"])
     both = [worker, cluster.head]
-    since = time.time()
+    since = began(worker)
     for row in named(both, "disk_nearly_full", "w2", WITHIN, since):
         assert f"{SMALL}/ray" in row["cause"]
         assert "remove Ray's old sessions" in row["remedy"]
@@ -314,7 +319,7 @@ def test_two_with_one_name_and_two_with_one_address(cluster: Cluster, w2: Daemon
         w2.machine.run(["rm", "-rf", STATE_DIR])
         change(cluster.configs["w2"], {"name": name, "ray.advertise": advertise})
         second = cluster.start_node("w2")
-        since = time.time()
+        since = began(second)
         for row in named([second, cluster.head, w1], code, subject, WITHIN, since):
             assert (address if advertise else "w1") in row["cause"]
         assert w1.status()["state"] == "ready"
