@@ -179,7 +179,7 @@ def test_names_with_an_underscore_are_the_sources(page: str) -> None:
 
 _OF_OTHERS = (
     "NCCL_DEBUG NCCL_SOCKET_RETRY_CNT OMPI_MCA_plm_rsh_agent PENDING_NODE_ASSIGNMENT "
-    "btl_tcp_if_exclude dmlc_retry fully_shard ucx_perftest"
+    "btl_tcp_if_exclude dmlc_retry fully_shard root_squash ucx_perftest"
 )
 ELSEWHERE = frozenset(_OF_OTHERS.split())
 """Names of other programs, which no source of ours has."""
