@@ -126,6 +126,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"rayfwd {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("jion", "did you mean join?"),
+        ("stauts", "did you mean status?"),
+        ("frobnicate", "`rayfwd --help` lists all"),
+    ],
+)
+def test_a_verb_that_does_not_exist(
+    word: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([word, "x"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.endswith(f"rayfwd: error: the verb {word} does not exist; {hint}\n")
+
+
 @pytest.mark.runs("rayfwd --version --verbose")
 def test_version_with_what_it_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version", "--verbose"]) == 0

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rayfwd import __version__
 from rayfwd.problems import ProblemError
@@ -160,6 +160,22 @@ class MistakeError(Exception):
         self.lines = tuple(lines)
 
 
+class _Parser(argparse.ArgumentParser):
+    """The whole command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """As usual, but a verb that does not exist has those that are like it, and not all."""
+        _, wrong, words = message.partition("argument VERB: invalid choice: ")
+        if wrong:
+            from difflib import get_close_matches  # noqa: PLC0415  # what most calls do not need
+
+            word = words.partition(" (")[0].strip("'")
+            close = " or ".join(get_close_matches(word, VERBS, 2))
+            hint = f"did you mean {close}?" if close else "`rayfwd --help` lists all"
+            message = f"the verb {word} does not exist; {hint}"
+        super().error(message)
+
+
 class _VerbParser(argparse.ArgumentParser):
     """Asks the verb's module for its arguments when the verb is used, not before."""
 
@@ -183,7 +199,7 @@ class _VerbParser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rayfwd",
         description="Make a Ray cluster work when its machines can reach each other only by SSH.",
         epilog=_epilog(EXIT_CODES),
