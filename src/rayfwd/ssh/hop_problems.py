@@ -18,6 +18,7 @@ from rayfwd.problems import Problem
 from rayfwd.ssh.knownhosts import USER_FILES, KnownHosts
 from rayfwd.system import setting
 from rayfwd.system.files import read_regular
+from rayfwd.system.users import user_name
 from rayfwd.transport.hubanswer import limited
 
 USER_CERTIFICATE = 1
@@ -407,7 +408,8 @@ def host_key_problem(
     or_init = f"; or {by_init}" if of_init else ""
     return codes.HOST_KEY_UNKNOWN.problem(
         f"the host key of {called} is not in {where}",
-        f"compare its fingerprint with the one that the {what}'s owner names, then add it: "
+        f"compare its fingerprint with the one that the {what}'s owner names, then add it as "
+        f"{user_name(os.geteuid())}: "
         f"{_add_key(head, hop)}{or_init}",
     )
 
@@ -456,8 +458,12 @@ def _add_key(head: HeadConfig, hop: Server) -> str:
     also = "" if known.new else f", and set {hop.to.key('known_hosts')} to {file}"
     if hop.direct and known.alias is None:
         # The home directory is the shell's to find.
-        to = file if file.startswith("~/") else shlex.quote(file)
-        return f"`ssh-keyscan -p {known.port} {known.host} >> {to}`{also}"
+        folder = os.path.dirname(file)
+        to, where = (
+            path if path.startswith("~/") else shlex.quote(path) for path in (file, folder)
+        )
+        first = "" if os.path.isdir(os.path.expanduser(folder)) else f"mkdir -p {where} && "
+        return f"`{first}ssh-keyscan -p {known.port} {known.host} >> {to}`{also}"
     # Through a jump host, or under another name: ssh itself knows how, and asks.
     user, host, port = head.model_copy(update={"ssh": hop.written}).ssh_target()
     words = ["ssh", "-o", f"UserKnownHostsFile={file}"]
