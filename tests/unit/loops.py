@@ -80,8 +80,13 @@ class Started:
 
     @property
     def open(self) -> list[asyncio.SubprocessTransport]:
-        """Those that nobody has waited for to their end, nor closed."""
-        return [transport for transport in self._transports if not transport.is_closing()]
+        """Those that are not closed, or of whose end the loop has not heard: closing one kills it,
+        and Python complains of a process that nobody has waited for."""
+        return [
+            transport
+            for transport in self._transports
+            if not transport.is_closing() or transport.get_returncode() is None
+        ]
 
 
 async def _bounded(main: Main, seconds: float, started: Started) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 from contextlib import suppress
 
-FIRST, LAST, OWN = 10_100, 11_999, 50
+FIRST, LAST, OWN = 10_100, 11_999, 95
 
 
 def _taken() -> tuple[socket.socket, range]:
@@ -33,9 +33,15 @@ _turn = itertools.cycle(_PORTS)
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """One on which nobody listens at that address, this process's for its next servers."""
+    """One that is free at that address, this process's for its next servers. As long as there is
+    one, it had no connection in the last minute: that is in the way of a server without
+    SO_REUSEADDR."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    for port in itertools.islice(_turn, OWN):
-        with suppress(OSError), socket.create_server((address, port), family=family):
-            return port
+    for reuse in (False, True):
+        for port in itertools.islice(_turn, OWN):
+            with suppress(OSError), socket.socket(family) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+                sock.bind((address, port))
+                sock.listen()
+                return port
     raise AssertionError(f"no port of {address} is free")
