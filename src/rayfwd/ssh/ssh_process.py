@@ -18,6 +18,8 @@ ASKS_NOBODY = ("SSH_ASKPASS", "DISPLAY", "WAYLAND_DISPLAY")
 """What would have ssh ask on a screen."""
 REAPED_WITHIN = 1.0
 """Seconds for a process that was killed."""
+LAST_WORDS = 1 << 16
+"""Bytes of a read; a pipe holds no more."""
 SHELL: Final = "/bin/sh"
 """Runs a ProxyCommand where the user has none."""
 
@@ -51,6 +53,7 @@ class SshProcess(asyncio.Protocol):
             env=environment(),
         )
         self._transport: asyncio.BaseTransport | None = None
+        self._pidfd: int | None = None
 
     @property
     def said(self) -> str:
@@ -61,6 +64,31 @@ class SshProcess(asyncio.Protocol):
         """Read what it says, and note when it is over."""
         loop = asyncio.get_running_loop()
         self._transport, _ = await loop.connect_read_pipe(lambda: self, self._popen.stderr)
+        self._watch(loop)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What it has started may live on, and keep standard error open: the `ssh` of a ProxyJump
+        waits until the jump host has reached its target or not. So its own end counts, where the
+        kernel tells of that (Linux 5.3 and newer, and not every container)."""
+        if hasattr(os, "pidfd_open"):
+            with suppress(OSError):
+                self._pidfd = os.pidfd_open(self._popen.pid)
+                loop.add_reader(self._pidfd, self._exited)
+
+    def _unwatch(self) -> None:
+        if self._pidfd is not None:
+            self.over.get_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def _exited(self) -> None:
+        """The process is over; what it said last may not be read yet."""
+        self._unwatch()
+        if self._popen.stderr is not None and not self.over.done():
+            with suppress(OSError):  # it is empty
+                while data := os.read(self._popen.stderr.fileno(), LAST_WORDS):
+                    self._words.feed(data)
+        self.end()
 
     def ask(self, data: bytes) -> None:
         """What runs on the head for its sake hears this."""
@@ -87,6 +115,7 @@ class SshProcess(asyncio.Protocol):
         """At once; nothing comes of it any more."""
         if self.over.done():
             return
+        self._unwatch()
         self._words.close()
         self.over.set_result(None)
         self.news.set()
@@ -114,3 +143,6 @@ class ProxyCommand(SshProcess):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self.silent.set()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What it has started may be what carries the bytes."""
